@@ -1,0 +1,1 @@
+"""The tasks that come with bigmodel, one folder each. None imports another."""
