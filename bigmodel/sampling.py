@@ -1,0 +1,264 @@
+"""The global order of samples, the same on any number of processes, and the loaders that keep it.
+
+An epoch is a keyed permutation of the N samples: a pure function of (seed, epoch) in constant memory. One optimizer step
+takes the next S samples of it (the batch size, over all processes); process r of W takes them in A micro-batches of M::
+
+    position of row i in micro-batch a of process r in step s  =  s S + (a W + r) M + i,      S = A W M
+
+so the samples of a step do not depend on W or M, and where a run stands in the epoch follows from the number of
+optimizer steps taken and nothing else. A last, incomplete step of an epoch is dropped (other epochs meet its samples).
+
+Source of the permutation: a balanced Feistel network (Luby and Rackoff 1988) over the smallest even number of bits that
+holds N, with cycle walking (Black and Rogaway 2002).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sized
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+_ROUNDS = 6
+_WORD = 0xFFFFFFFFFFFFFFFF
+_PADDING = -1  # the sample number of a padding row
+
+
+def mix(*numbers: int) -> int:
+    """One well-mixed 64-bit number from several, for seeding a generator by (seed, epoch, sample, ...). SplitMix64."""
+    state = 0
+    for number in numbers:
+        state = (state ^ (number & _WORD)) + 0x9E3779B97F4A7C15 & _WORD
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _WORD
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & _WORD
+        state ^= state >> 31
+    return state
+
+
+class Permutation:
+    """A keyed permutation of range(n), evaluated where it is asked, never stored.
+
+    Args:
+        n: how many numbers are permuted.
+        seed: the key's first half.
+        epoch: the key's second half; each epoch has an order of its own.
+    """
+
+    def __init__(self, n: int, seed: int, epoch: int) -> None:
+        self.n = n
+        bits = max(2, (n - 1).bit_length())
+        self._half = np.uint64((bits + 1) // 2)
+        self._mask = np.uint64((1 << int(self._half)) - 1)
+        self._keys = [np.uint64(mix(seed, epoch, r)) for r in range(_ROUNDS)]
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """Sample numbers [k] int64 at these positions [k] of the order, each in range(n)."""
+        numbers = self._encrypt(positions.astype(np.uint64))
+        while (outside := numbers >= self.n).any():  # fewer than 4 values a number are expected to be walked
+            numbers[outside] = self._encrypt(numbers[outside])
+        return numbers.astype(np.int64)
+
+    def _encrypt(self, x: np.ndarray) -> np.ndarray:
+        left, right = x >> self._half, x & self._mask
+        with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+            for key in self._keys:
+                f = (right ^ key) * np.uint64(0xBF58476D1CE4E5B9)
+                f = (f ^ f >> np.uint64(29)) * np.uint64(0x94D049BB133111EB)
+                left, right = right, left ^ (f >> np.uint64(32)) & self._mask
+        return left << self._half | right
+
+
+def micro_batches(batch_size: int, micro_batch_size: int | None, num_processes: int) -> tuple[int, int]:
+    """Samples one process takes at once, and how many times it does so before an optimizer step.
+
+    Args:
+        batch_size: samples per optimizer step over all processes.
+        micro_batch_size: samples one process takes at once; None: its whole share of the batch.
+        num_processes: processes that hold different data.
+
+    Raises:
+        ValueError: if the batch is not that many whole micro-batches on every process.
+    """
+    if batch_size < 1:
+        raise ValueError(f"--data.batch_size {batch_size}: at least 1 sample per optimizer step is needed")
+    if micro_batch_size is None:
+        if batch_size % num_processes:
+            raise ValueError(
+                f"--data.batch_size {batch_size} is not divisible by the {num_processes} processes; it counts the samples"
+                f" per optimizer step over all of them: choose a multiple of {num_processes}"
+            )
+        return batch_size // num_processes, 1
+    if micro_batch_size < 1 or batch_size % (micro_batch_size * num_processes):
+        raise ValueError(
+            f"--data.batch_size {batch_size} is not a whole number of micro-batches: {num_processes} process(es) times"
+            f" --data.micro_batch_size {micro_batch_size} = {micro_batch_size * num_processes} samples at once;"
+            f" choose a batch size that this divides"
+        )
+    return micro_batch_size, batch_size // (micro_batch_size * num_processes)
+
+
+class _TrainOrder(Sampler[list[int]]):
+    """Batch sampler of one process: from the optimizer steps already taken to the end of that epoch."""
+
+    def __init__(
+        self, n: int, batch_size: int, micro_batch_size: int | None, seed: int, trainer: Trainer | None, shuffle: bool
+    ) -> None:
+        self.rank, self.num_processes = _place(trainer)
+        self.micro, self.accumulation = micro_batches(batch_size, micro_batch_size, self.num_processes)
+        if n < batch_size:
+            raise ValueError(
+                f"the training split has {n:,} samples, fewer than one step of --data.batch_size {batch_size:,};"
+                " give more data or a smaller batch size"
+            )
+        self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
+        self.steps_per_epoch = n // batch_size
+        self.trainer = trainer
+        self.passes = 0  # epochs begun, for use without a trainer
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # Computed here and not at the first next(): by then a loader's workers have run ahead.
+        if self.trainer is None:
+            start, self.passes = self.passes * self.steps_per_epoch, self.passes + 1
+        else:
+            start = self.trainer.global_step
+        return self._from(*divmod(start, self.steps_per_epoch))
+
+    def _from(self, epoch: int, first_step: int) -> Iterator[list[int]]:
+        order = Permutation(self.n, self.seed, epoch)
+        rows = np.arange(self.micro)
+        for step in range(first_step, self.steps_per_epoch):
+            for a in range(self.accumulation):
+                start = step * self.batch_size + (a * self.num_processes + self.rank) * self.micro
+                positions = start + rows
+                yield (order(positions) if self.shuffle else positions).tolist()
+
+
+class _EvaluationOrder(Sampler[list[int]]):
+    """Batch sampler that deals the samples out once, in order; every process gets the same number of equal batches,
+    filled up with padding rows."""
+
+    def __init__(self, n: int, batch_size: int, trainer: Trainer | None) -> None:
+        self.rank, self.num_processes = _place(trainer)
+        self.n = n
+        # A data set smaller than a batch is not padded up to it.
+        self.rows = max(1, min(batch_size // self.num_processes, -(-n // self.num_processes)))
+
+    def __len__(self) -> int:
+        return -(-self.n // (self.rows * self.num_processes))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in range(len(self)):
+            start = (batch * self.num_processes + self.rank) * self.rows
+            yield [i if i < self.n else _PADDING for i in range(start, start + self.rows)]
+
+
+def _place(trainer: Trainer | None) -> tuple[int, int]:
+    """Which share of the data this process takes, and of how many: processes that share a model share its data."""
+    share = trainer.distributed_sampler_kwargs if trainer is not None else None
+    return (share["rank"], share["num_replicas"]) if share else (0, 1)
+
+
+class _Rows(Dataset[Any]):
+    """Sample numbers in, one batch out; what a loader's workers run."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, numbers: list[int]) -> Any:
+        rows = [max(number, 0) for number in numbers]
+        fetch = getattr(self.dataset, "__getitems__", None)
+        batch = fetch(rows) if fetch is not None else default_collate([self.dataset[i] for i in rows])
+        if _PADDING in numbers:
+            kept = torch.tensor([number != _PADDING for number in numbers])
+            batch = batch._replace(weight=batch.weight * kept)
+        return batch
+
+
+class Loader(DataLoader[Any]):
+    """A DataLoader that Lightning can stop and resume anywhere in an epoch. Made by the two functions below."""
+
+    def __init__(self, dataset: Dataset[Any], order: _TrainOrder | _EvaluationOrder, num_workers: int) -> None:
+        super().__init__(
+            _Rows(dataset),
+            batch_sampler=order,
+            num_workers=num_workers,
+            collate_fn=_as_is,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=num_workers > 0,
+        )
+        self.order = order
+
+    def state_dict(self) -> dict[str, int]:
+        """How many samples the optimizer has consumed. Its presence tells Lightning that the loader is resumable; the
+        position itself is read from the trainer's optimizer step, which the checkpoint restores."""
+        order = self.order
+        if isinstance(order, _EvaluationOrder) or order.trainer is None:
+            return {}
+        return {"samples": order.trainer.global_step * order.batch_size}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Nothing to restore, see `state_dict`."""
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _num_samples(dataset: Dataset[Any], split: str) -> int:
+    n = len(cast(Sized, dataset))
+    if n == 0:
+        raise ValueError(f"the {split} split has no samples")
+    return n
+
+
+def train_loader(
+    dataset: Dataset[Any],
+    *,
+    batch_size: int,
+    micro_batch_size: int | None = None,
+    seed: int = 0,
+    trainer: Trainer | None = None,
+    num_workers: int = 0,
+    shuffle: bool = True,
+) -> Loader:
+    """Training batches in the global order, resumable at any optimizer step on any number of processes.
+
+    Args:
+        dataset: has `__len__`, and `__getitem__(i)`: one sample as a NamedTuple with the fields `index` (its number) and
+            `weight` (1.0) among its own; or, faster, `__getitems__(numbers)`: a whole batch as such a NamedTuple of tensors.
+        batch_size: samples per optimizer step over all processes.
+        micro_batch_size: samples one process takes at once; None: its whole share.
+        seed: with the epoch, determines the order.
+        trainer: the data module's `self.trainer`; None: one process, an epoch each time it is iterated.
+        num_workers: worker processes that read ahead; 0: read in the training process.
+        shuffle: False keeps the samples' own order in every epoch.
+
+    Raises:
+        ValueError: if the batch cannot be divided as asked, or the data set holds no whole batch.
+    """
+    n = _num_samples(dataset, "training")
+    order = _TrainOrder(n, batch_size, micro_batch_size, seed, trainer, shuffle)
+    return Loader(dataset, order, num_workers)
+
+
+def eval_loader(
+    dataset: Dataset[Any], *, batch_size: int, trainer: Trainer | None = None, num_workers: int = 0
+) -> Loader:
+    """Each sample exactly once, over all processes; rows that fill up a last batch have weight 0.
+
+    Args:
+        dataset: as for `train_loader`.
+        batch_size: samples at once over all processes.
+        trainer: the data module's `self.trainer`; None: one process.
+        num_workers: worker processes that read ahead.
+
+    Raises:
+        ValueError: if the data set is empty.
+    """
+    return Loader(dataset, _EvaluationOrder(_num_samples(dataset, "evaluation"), batch_size, trainer), num_workers)
