@@ -1,0 +1,200 @@
+"""Parameter groups, optimizers, and schedules that move with every optimizer step.
+
+Sources: weight decay is kept off biases, norms and other vectors as in GPT-3 (Brown et al. 2020); cosine decay from
+Loshchilov and Hutter (2017); warm-up, stable, decay from Hu et al. (2024, MiniCPM). The scaling of gradients by the count
+of what was predicted is in `bigmodel.callbacks.Gradients`, where clipping happens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate as a factor of its peak, from the optimizer steps taken. Subclasses say what follows warm-up.
+
+    Args:
+        warmup_steps: optimizer steps over which the factor rises linearly to 1; the first step has 1 / warmup_steps.
+    """
+
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise ValueError(f"--model.schedule.warmup_steps {self.warmup_steps} must not be negative")
+
+    def __call__(self, step: int, total: int) -> float:
+        """The factor for the optimizer step number `step` (from 0) of a run of `total` steps."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        return self.after_warmup(step - self.warmup_steps, max(1, total - self.warmup_steps))
+
+    def after_warmup(self, step: int, total: int) -> float:
+        """The factor `step` steps after warm-up, of `total` there. Here: constant."""
+        return 1.0
+
+    def _check_fraction(self, name: str, value: float) -> None:
+        if not 0 <= value <= 1:
+            raise ValueError(f"--model.schedule.{name} {value} must lie in 0 to 1")
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """Warm-up, then the peak rate to the end."""
+
+
+@dataclass(frozen=True)
+class Linear(Schedule):
+    """Warm-up, then a straight line to `final` of the peak at the last step.
+
+    Args:
+        warmup_steps: optimizer steps of linear warm-up.
+        final: the factor that is reached, in 0 to 1.
+    """
+
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_fraction("final", self.final)
+
+    def after_warmup(self, step: int, total: int) -> float:
+        return 1 - (1 - self.final) * min(1.0, step / total)
+
+
+@dataclass(frozen=True)
+class Cosine(Linear):
+    """Warm-up, then half a cosine to `final` of the peak at the last step."""
+
+    def after_warmup(self, step: int, total: int) -> float:
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
+
+
+@dataclass(frozen=True)
+class Exponential(Linear):
+    """Warm-up, then the same ratio from step to step, to `final` of the peak at the last step.
+
+    Args:
+        warmup_steps: optimizer steps of linear warm-up.
+        final: the factor that is reached, above 0.
+    """
+
+    final: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.final == 0:
+            raise ValueError("--model.schedule.final 0 is never reached by an exponential; choose a value above 0")
+
+    def after_warmup(self, step: int, total: int) -> float:
+        return self.final ** min(1.0, step / total)
+
+
+@dataclass(frozen=True)
+class Step(Schedule):
+    """Warm-up, then the rate times `gamma` at each milestone.
+
+    Args:
+        warmup_steps: optimizer steps of linear warm-up.
+        milestones: fractions of the steps after warm-up, each in 0 to 1.
+        gamma: what the rate is multiplied by at each.
+    """
+
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for milestone in self.milestones:
+            self._check_fraction("milestones", milestone)
+
+    def after_warmup(self, step: int, total: int) -> float:
+        return self.gamma ** sum(step >= milestone * total for milestone in self.milestones)
+
+
+@dataclass(frozen=True)
+class WarmupStableDecay(Linear):
+    """Warm-up, then the peak rate, then a straight line to `final` of it over the last part of the run.
+
+    Args:
+        warmup_steps: optimizer steps of linear warm-up.
+        final: the factor that is reached, in 0 to 1.
+        decay: the share of the steps after warm-up over which the rate falls, in 0 to 1.
+    """
+
+    decay: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_fraction("decay", self.decay)
+
+    def after_warmup(self, step: int, total: int) -> float:
+        falling = self.decay * total
+        into_decay = step - (total - falling)
+        return 1.0 if into_decay <= 0 else 1 - (1 - self.final) * min(1.0, into_decay / falling)
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices, which weight decay acts on, and vectors (biases, norms), exempt.
+
+    Each parameter stands in one group once, tied ones included. Empty groups are left out.
+    """
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    decayed = [p for p in trainable if p.ndim >= 2]
+    exempt = [p for p in trainable if p.ndim < 2]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def num_steps(trainer: Trainer) -> int:
+    """Optimizer steps of the whole run, from `max_steps` and `max_epochs`; -1 if neither bounds it.
+
+    Lightning's own `estimated_stepping_batches` is not used: it starts to read data before a checkpoint is restored.
+    """
+    bounds = [trainer.max_steps] if trainer.max_steps > 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        source: Any = trainer.datamodule if getattr(trainer, "datamodule", None) is not None else trainer.lightning_module
+        batches = len(source.train_dataloader())
+        limit = trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        bounds.append(trainer.max_epochs * -(-batches // trainer.accumulate_grad_batches))
+    return min(bounds, default=-1)
+
+
+def configure(module: LightningModule, optimizer: OptimizerFactory, schedule: Schedule | None = None) -> dict[str, Any]:
+    """What a task's `configure_optimizers` returns.
+
+    Args:
+        module: the task; its trainable parameters are grouped by `parameter_groups`.
+        optimizer: makes the optimizer from parameter groups, for example `functools.partial(torch.optim.AdamW, lr=3e-4)`.
+        schedule: the learning rate over the run's steps; None: constant.
+
+    Raises:
+        ValueError: if nothing is trainable, or a schedule that ends has no end to aim at.
+    """
+    groups = parameter_groups(module)
+    if not groups:
+        raise ValueError(f"{type(module).__name__} has no trainable parameter: nothing to give to the optimizer")
+    built = optimizer(groups)
+    if "weight_decay" not in built.defaults:  # an optimizer without it would carry the key along unread
+        built = optimizer([p for group in groups for p in group["params"]])
+    if schedule is None:
+        return {"optimizer": built}
+    total = num_steps(module.trainer)
+    if total < 0 and not isinstance(schedule, Constant):
+        raise ValueError(
+            f"{type(schedule).__name__} ends with the run, and the run has no end: set --trainer.max_steps or --trainer.max_epochs"
+        )
+    scheduler = LambdaLR(built, lambda step: schedule(step, total))
+    return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
