@@ -1,8 +1,8 @@
 """Parameter groups, optimizers, and schedules that move with every optimizer step.
 
-Sources: weight decay is kept off biases, norms and other vectors as in GPT-3 (Brown et al. 2020); cosine decay from
-Loshchilov and Hutter (2017); warm-up, stable, decay from Hu et al. (2024, MiniCPM). The scaling of gradients by the count
-of what was predicted is in `bigmodel.callbacks.Gradients`, where clipping happens.
+Sources: weight decay is kept off biases, norms and other vectors as is usual for transformers; cosine decay from
+Loshchilov and Hutter (2017); warm-up, stable, decay from Hu et al. (2024, MiniCPM). The scaling of gradients by the
+count of what was predicted is in `bigmodel.callbacks.Gradients`, where clipping happens.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def num_steps(trainer: Trainer) -> int:
     """
     bounds = [trainer.max_steps] if trainer.max_steps > 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
-        source: Any = trainer.datamodule if getattr(trainer, "datamodule", None) is not None else trainer.lightning_module
+        source: Any = getattr(trainer, "datamodule", None) or trainer.lightning_module
         batches = len(source.train_dataloader())
         limit = trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
@@ -172,12 +172,26 @@ def num_steps(trainer: Trainer) -> int:
     return min(bounds, default=-1)
 
 
+class _StepSchedule(LambdaLR):
+    """Restores only where it stands: base rates and shape are those of the configuration, so explicit flags win."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_epoch = state_dict["last_epoch"]
+        rates = [base * factor(self.last_epoch) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self._last_lr = rates
+
+
 def configure(module: LightningModule, optimizer: OptimizerFactory, schedule: Schedule | None = None) -> dict[str, Any]:
     """What a task's `configure_optimizers` returns.
 
+    When a run is resumed, the optimizer's state and the position in the schedule come from the checkpoint, and every
+    setting (rate, betas, weight decay) from the configuration.
+
     Args:
         module: the task; its trainable parameters are grouped by `parameter_groups`.
-        optimizer: makes the optimizer from parameter groups, for example `functools.partial(torch.optim.AdamW, lr=3e-4)`.
+        optimizer: makes the optimizer from parameter groups, for example `functools.partial(torch.optim.AdamW, lr=1e-3)`.
         schedule: the learning rate over the run's steps; None: constant.
 
     Raises:
@@ -189,12 +203,18 @@ def configure(module: LightningModule, optimizer: OptimizerFactory, schedule: Sc
     built = optimizer(groups)
     if "weight_decay" not in built.defaults:  # an optimizer without it would carry the key along unread
         built = optimizer([p for group in groups for p in group["params"]])
-    if schedule is None:
-        return {"optimizer": built}
-    total = num_steps(module.trainer)
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in built.param_groups]
+
+    def keep_settings(loaded: Optimizer) -> None:
+        for group, own in zip(loaded.param_groups, settings, strict=True):
+            group.update(own)
+
+    built.register_load_state_dict_post_hook(keep_settings)
+    schedule, total = schedule or Constant(), num_steps(module.trainer)
     if total < 0 and not isinstance(schedule, Constant):
         raise ValueError(
-            f"{type(schedule).__name__} ends with the run, and the run has no end: set --trainer.max_steps or --trainer.max_epochs"
+            f"{type(schedule).__name__} ends with the run, and the run has no end: set --trainer.max_steps or"
+            " --trainer.max_epochs"
         )
-    scheduler = LambdaLR(built, lambda step: schedule(step, total))
+    scheduler = _StepSchedule(built, lambda step: schedule(step, total))
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

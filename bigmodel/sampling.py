@@ -1,7 +1,8 @@
 """The global order of samples, the same on any number of processes, and the loaders that keep it.
 
-An epoch is a keyed permutation of the N samples: a pure function of (seed, epoch) in constant memory. One optimizer step
-takes the next S samples of it (the batch size, over all processes); process r of W takes them in A micro-batches of M::
+An epoch is a keyed permutation of the N samples: a pure function of (seed, epoch) in constant memory. One optimizer
+step takes the next S samples of it (the batch size, over all processes); process r of W takes them in A micro-batches
+of M::
 
     position of row i in micro-batch a of process r in step s  =  s S + (a W + r) M + i,      S = A W M
 
@@ -87,8 +88,8 @@ def micro_batches(batch_size: int, micro_batch_size: int | None, num_processes: 
     if micro_batch_size is None:
         if batch_size % num_processes:
             raise ValueError(
-                f"--data.batch_size {batch_size} is not divisible by the {num_processes} processes; it counts the samples"
-                f" per optimizer step over all of them: choose a multiple of {num_processes}"
+                f"--data.batch_size {batch_size} is not divisible by the {num_processes} processes; it counts the"
+                f" samples per optimizer step over all of them: choose a multiple of {num_processes}"
             )
         return batch_size // num_processes, 1
     if micro_batch_size < 1 or batch_size % (micro_batch_size * num_processes):
@@ -145,7 +146,7 @@ class _EvaluationOrder(Sampler[list[int]]):
 
     def __init__(self, n: int, batch_size: int, trainer: Trainer | None) -> None:
         self.rank, self.num_processes = _place(trainer)
-        self.n = n
+        self.n, self.batch_size = n, batch_size
         # A data set smaller than a batch is not padded up to it.
         self.rows = max(1, min(batch_size // self.num_processes, -(-n // self.num_processes)))
 
@@ -193,6 +194,8 @@ class Loader(DataLoader[Any]):
             persistent_workers=num_workers > 0,
         )
         self.order = order
+        self.samples_per_step = order.batch_size  # over all processes
+        self.steps_per_epoch = order.steps_per_epoch if isinstance(order, _TrainOrder) else None
 
     def state_dict(self) -> dict[str, int]:
         """How many samples the optimizer has consumed. Its presence tells Lightning that the loader is resumable; the
@@ -230,8 +233,9 @@ def train_loader(
     """Training batches in the global order, resumable at any optimizer step on any number of processes.
 
     Args:
-        dataset: has `__len__`, and `__getitem__(i)`: one sample as a NamedTuple with the fields `index` (its number) and
-            `weight` (1.0) among its own; or, faster, `__getitems__(numbers)`: a whole batch as such a NamedTuple of tensors.
+        dataset: has `__len__`, and `__getitem__(i)`: one sample as a NamedTuple with the fields `index` (its number)
+            and `weight` (1.0) among its own; or, faster, `__getitems__(numbers)`: a whole batch as such a NamedTuple of
+            tensors.
         batch_size: samples per optimizer step over all processes.
         micro_batch_size: samples one process takes at once; None: its whole share.
         seed: with the epoch, determines the order.

@@ -1,0 +1,9 @@
+"""Callbacks for any task. `Gradients` and `Resume` are always on, the others by name in the configuration."""
+
+from bigmodel.callbacks.ema import EMA
+from bigmodel.callbacks.gradients import Gradients
+from bigmodel.callbacks.progress import ProgressLine
+from bigmodel.callbacks.resume import Resume
+from bigmodel.callbacks.training_log import TrainingLog
+
+__all__ = ["EMA", "Gradients", "ProgressLine", "Resume", "TrainingLog"]

@@ -1,0 +1,176 @@
+"""What is known of training, for any task and with no line of its code: loss, rates, speed, use of the hardware.
+
+MFU is model FLOPs utilisation (Chowdhery et al. 2022, PaLM): FLOPs per second over the device's peak. The FLOPs are
+counted on the first micro-batch, forward and backward, not declared.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from bigmodel.callbacks.gradients import Gradients, find
+from bigmodel.sampling import Loader
+
+# Dense TFLOP/s with bf16 or fp16 inputs, from the makers' data sheets (without sparsity).
+_PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "A10": 125}
+
+
+class TrainingLog(Callback):
+    """Logs training every `trainer.log_every_n_steps` optimizer steps, over the steps since the last time.
+
+    `train/loss` (mean over what was predicted, all processes), `train/lr`, `train/grad_norm` (when clipping);
+    `speed/samples_per_s` and, if the task counts, `speed/<counts>_per_s` (all processes); `speed/mfu` (0 to 1, per
+    device); `seen/samples`, `seen/<counts>`. Time in validation is left out. A task says what it counts by an attribute,
+    `counts = "tokens"`. Between these times nothing is read from the device.
+
+    Args:
+        mfu: count FLOPs on the first micro-batch and log `speed/mfu`. On a GPU the peak is the maker's figure, on
+            another device that of a large matrix product measured at the start.
+    """
+
+    def __init__(self, mfu: bool = True) -> None:
+        self.mfu = mfu
+        self.latest: dict[str, float] = {}
+        self._peak: float | None = None  # FLOP/s
+        self._flops: int | None = None  # of one micro-batch on one device, forward and backward
+        self._counter: FlopCounterMode | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._gradients = find(trainer, Gradients)
+        self._counts = str(getattr(pl_module, "counts", "samples"))
+        self._batch_size = _batch_size(trainer)
+        settings: Any = trainer
+        self._every = settings.log_every_n_steps
+        self._peak = peak_flops(pl_module.device, _compute_dtype(trainer)) if self.mfu else None
+        self._first = trainer.global_step
+        self._step, self._count = trainer.global_step, self._total_count()
+        self._loss: Tensor | None = None
+        self._micro_batches = 0
+        self._start_clock()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.mfu and self._flops is None:
+            if "torch._dynamo" in sys.modules:  # what is compiled away cannot be counted
+                torch.compiler.set_stance("force_eager")
+            self._counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+            self._counter.__enter__()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._counter is not None:
+            self._counter.__exit__(None, None, None)
+            self._flops, self._counter = self._counter.get_total_flops(), None
+            if "torch._dynamo" in sys.modules:
+                torch.compiler.set_stance("default")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs.get("loss")
+        if loss is not None:
+            self._loss = loss if self._loss is None else self._loss + loss
+        self._micro_batches += 1
+        if self._micro_batches % trainer.accumulate_grad_batches:
+            return
+        step = trainer.global_step
+        if step == self._first + 1:  # with counting and warm-up behind it, the clock starts
+            self._start_clock()
+        if step % self._every == 0:
+            self._log(trainer, step)
+
+    def _log(self, trainer: Trainer, step: int) -> None:
+        row: dict[str, float] = {}
+        accumulation, count = trainer.accumulate_grad_batches, self._total_count()
+        if self._loss is not None:  # Lightning has divided it by the accumulation
+            loss = trainer.strategy.reduce(self._loss * accumulation, reduce_op="sum")
+            predicted = count - self._count
+            row["train/loss"] = float(loss) / (predicted or self._micro_batches * trainer.world_size)
+        row["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        if self._gradients is not None and self._gradients.grad_norm is not None:
+            row["train/grad_norm"] = float(self._gradients.grad_norm)
+        seconds = time.perf_counter() - self._start - self._paused
+        steps = step - max(self._step, self._first + 1)
+        if steps > 0 and seconds > 0:
+            row["speed/samples_per_s"] = steps * self._batch_size / seconds
+            if count and self._counts != "samples":
+                row[f"speed/{self._counts}_per_s"] = (count - self._count) * steps / (step - self._step) / seconds
+            if self._flops and self._peak:
+                row["speed/mfu"] = self._flops * accumulation * steps / seconds / self._peak
+        row["seen/samples"] = step * self._batch_size
+        if count and self._counts != "samples":
+            row[f"seen/{self._counts}"] = count
+        self.latest = row
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=step)
+        self._step, self._count, self._loss, self._micro_batches = step, count, None, 0
+        self._start_clock()
+
+    def _total_count(self) -> int:
+        counted = self._gradients.total_count if self._gradients is not None else None
+        return int(counted) if counted is not None else 0
+
+    def _start_clock(self) -> None:
+        self._start, self._paused = time.perf_counter(), 0.0
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pause_start = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._paused += time.perf_counter() - self._pause_start
+
+
+def _batch_size(trainer: Trainer) -> int:
+    """Samples per optimizer step over all processes; 0 where neither the data module nor the loader says."""
+    loader: Any = trainer.train_dataloader
+    if isinstance(loader, Loader):
+        return loader.samples_per_step
+    size = getattr(loader, "batch_size", None)
+    return size * trainer.world_size * trainer.accumulate_grad_batches if isinstance(size, int) else 0
+
+
+def _compute_dtype(trainer: Trainer) -> torch.dtype:
+    precision = str(trainer.precision)
+    if precision.startswith("bf16"):
+        return torch.bfloat16
+    return torch.float16 if precision.startswith("16") else torch.float32
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The device's peak in FLOP/s for matrix products of this type; None for a GPU that is not in the table.
+
+    For a GPU from its maker's data sheet (float32 counts at half the tensor cores' 16-bit rate, as TF32). Elsewhere the
+    best of five products of 1024 x 1024 matrices, measured here.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        peak = next((tflops for known, tflops in _PEAK_TFLOPS.items() if known in name), None)
+        return None if peak is None else peak * 1e12 * (0.5 if dtype == torch.float32 else 1)
+    a = torch.ones(1024, 1024, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))
+
+
+# Torch's counter knows the attention kernels of GPUs only.
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
