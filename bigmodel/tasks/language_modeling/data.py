@@ -1,0 +1,227 @@
+"""Text as packed windows of tokens: the data module, its data set and its batch.
+
+Dimensions: B sequences, T context length [tokens].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from bigmodel.sampling import eval_loader, train_loader
+from bigmodel.tasks.language_modeling.prepare import Plan, make_plan, prepare
+from bigmodel.tasks.language_modeling.shards import Prepared, Tokens
+from bigmodel.tasks.language_modeling.sources import blocks
+from bigmodel.tasks.language_modeling.splits import ByDocument, Split
+from bigmodel.tasks.language_modeling.tokenizer import Tokenizer
+from bigmodel.tasks.language_modeling.tokenizer_choice import BPE, TokenizerChoice
+
+IGNORED = -100  # a target that is not there
+_BPE, _BY_DOCUMENT = BPE(), ByDocument()
+
+
+class TextBatch(NamedTuple):
+    """Windows of text.
+
+    Attributes:
+        tokens: [B, T] int64, what the net reads.
+        targets: [B, T] int64, the token after each; -100 past the end of a split.
+        index: [B] int64, which window of the split.
+        weight: [B] float32, 0 for rows that only fill up a batch.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs
+    weight: Tensor
+
+
+class Windows(Dataset[TextBatch]):
+    """A split cut into windows of T tokens: window i reads tokens iT to iT + T and predicts each one's successor, so every
+    token but the first is predicted exactly once.
+
+    Args:
+        tokens: the split's.
+        context_length: T.
+        end_of_text: id that fills the input past the split's end.
+        partial: whether a last window of fewer than T targets is kept.
+    """
+
+    def __init__(self, tokens: Tokens, context_length: int, end_of_text: int, partial: bool) -> None:
+        self.tokens, self.context_length, self.end_of_text = tokens, context_length, end_of_text
+        self.num_predicted = len(tokens) - 1
+        self._length = (self.num_predicted + (context_length - 1) * partial) // context_length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> TextBatch:
+        """One window, without the batch dimension."""
+        return TextBatch(*(field[0] for field in self.__getitems__([index])))
+
+    def __getitems__(self, indices: list[int]) -> TextBatch:
+        """The windows of these numbers as one batch."""
+        T = self.context_length
+        windows = np.empty((len(indices), T + 1), np.int64)
+        for row, index in zip(windows, indices, strict=True):
+            here = min(T + 1, len(self.tokens) - index * T)
+            self.tokens.read(index * T, row[:here])
+            row[here:] = IGNORED
+        both = torch.from_numpy(windows)
+        inputs, targets = both[:, :-1].contiguous(), both[:, 1:].contiguous()
+        inputs[inputs == IGNORED] = self.end_of_text
+        return TextBatch(inputs, targets, torch.tensor(indices), torch.ones(len(indices)))
+
+
+class TextData(L.LightningDataModule):
+    """Files of text or code, tokenized once into a cache, as windows of tokens.
+
+    Args:
+        path: files, folders or globs (** is any depth); each file is a document, in UTF-8. In a folder, the files with a
+            suffix of text or code are taken. {stdlib} is the folder of this Python's standard library.
+        tokenizer: BPE, Pretrained, Bytes or Characters (of bigmodel.tasks.language_modeling).
+        split: which documents are for validation and test: ByDocument, ByPosition or ByFiles.
+        context_length: tokens per sequence.
+        batch_size: sequences per optimizer step over all processes.
+        micro_batch_size: sequences one process takes at once; by default its whole share of the batch.
+        exclude: patterns of files to leave out, matched with the path below the folder or glob; * also matches /.
+        cache_dir: where prepared text is kept; by default $BIGMODEL_CACHE or ~/.cache/bigmodel.
+        num_processes: processes that tokenize; by default one per core.
+        num_workers: processes that read batches ahead; 0 reads them in the training process, which takes microseconds.
+        seed: with the epoch, determines the order of the sequences.
+
+    Attributes:
+        sizes: what a net must know: vocab_size, context_length. After `setup`, like all that follows.
+        fingerprint: hash of the tokens and the tokenizer.
+        tokenizer: the loaded `Tokenizer`.
+        prepared: what the prepared folder holds.
+    """
+
+    sizes: dict[str, int]
+    fingerprint: str
+    tokenizer: Tokenizer
+    prepared: Prepared
+
+    def __init__(
+        self,
+        path: str | list[str],
+        tokenizer: TokenizerChoice = _BPE,
+        split: Split = _BY_DOCUMENT,
+        context_length: int = 256,
+        batch_size: int = 16,
+        micro_batch_size: int | None = None,
+        exclude: list[str] | None = None,
+        cache_dir: str | None = None,
+        num_processes: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if context_length < 1:
+            raise ValueError(f"--data.context_length {context_length}: at least 1 token is needed")
+        if num_processes is not None and num_processes < 1:
+            raise ValueError(
+                f"--data.num_processes {num_processes}: at least 1 is needed; leave it out for one per core"
+            )
+        self.path, self.choice, self.split, self.exclude = path, tokenizer, split, exclude or []
+        self.cache_dir, self.num_processes, self.num_workers = cache_dir, num_processes, num_workers
+        self.context_length, self.batch_size, self.micro_batch_size = context_length, batch_size, micro_batch_size
+        self.seed = seed
+        self._plan: Plan | None = None
+        self._windows: dict[str, Windows] = {}
+
+    @property
+    def plan(self) -> Plan:
+        """The checked input, dealt out to splits, and the folder it is prepared in."""
+        if self._plan is None:
+            self._plan = make_plan(self.path, self.choice, self.split, self.exclude, self.cache_dir)
+        return self._plan
+
+    def prepare_data(self) -> None:
+        """Tokenize, unless this text was tokenized before with these settings.
+
+        Raises:
+            ValueError: if the input cannot be used as asked; see `make_plan`.
+            OSError: if the disk is full.
+        """
+        prepare(self.plan, self.num_processes)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the prepared text.
+
+        Raises:
+            ValueError: if it was not prepared, or the train split holds no window.
+        """
+        if self._windows:
+            return
+        folder = self.plan.folder
+        if not self.plan.done:
+            raise ValueError(f"the text is not prepared (there is no {folder}): call prepare_data first")
+        self.prepared = Prepared.load(folder)
+        T, facts = self.context_length, self.prepared.splits
+        if facts["train"].tokens <= T:
+            raise ValueError(
+                f"the train split has {facts['train'].tokens:,} tokens; one window needs --data.context_length + 1 ="
+                f" {T + 1:,}: give more text or a shorter context"
+            )
+        self.tokenizer = Tokenizer.from_json((folder / self.prepared.tokenizer).read_text(encoding="utf-8"))
+        self.sizes = {"vocab_size": self.prepared.vocab_size, "context_length": T}
+        self.fingerprint = self.prepared.fingerprint
+        self._windows = {
+            name: Windows(Tokens(folder, name), T, self.prepared.end_of_text, partial=name != "train") for name in facts
+        }
+
+    def windows(self, split: str) -> Windows:
+        """The data set of a split.
+
+        Raises:
+            ValueError: if there is no such split.
+        """
+        if split not in self._windows:
+            raise ValueError(f"there is no {split} split but {sorted(self._windows)}: set --data.split.{split}")
+        return self._windows[split]
+
+    def bytes_per_token(self, split: str) -> float:
+        """Bytes of UTF-8 per predicted token; bits per byte = loss / ln 2 / this, for a loss in nats per token."""
+        return self.prepared.splits[split].bytes / self.windows(split).num_predicted
+
+    def split_text(self, split: str) -> Iterator[str]:
+        """The split's own text, in pieces of at most 1 MiB, with nothing between documents."""
+        for segment in self.plan.splits[split]:
+            yield from blocks(segment)
+
+    def train_dataloader(self) -> DataLoader[TextBatch]:
+        return train_loader(
+            self.windows("train"),
+            batch_size=self.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            seed=self.seed,
+            trainer=self.trainer,
+            num_workers=self.num_workers,
+        )
+
+    def val_dataloader(self) -> DataLoader[TextBatch] | list[DataLoader[TextBatch]]:
+        if "val" not in self._windows and getattr(self.trainer, "training", False):
+            return []  # asked for none
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader[TextBatch]:
+        return self._eval_loader("test")
+
+    def _eval_loader(self, split: str) -> DataLoader[TextBatch]:
+        return eval_loader(
+            self.windows(split), batch_size=self._eval_batch_size(), trainer=self.trainer, num_workers=self.num_workers
+        )
+
+    def _eval_batch_size(self) -> int:
+        """Sequences at once over all processes: the micro-batches of training."""
+        if self.micro_batch_size is None:
+            return self.batch_size
+        share = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return self.micro_batch_size * (share["num_replicas"] if share else 1)

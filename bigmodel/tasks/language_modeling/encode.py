@@ -1,0 +1,152 @@
+"""Text to tokens in worker processes: documents in, token ids out, long documents in blocks.
+
+A long document is cut into blocks of about `BLOCK_BYTES`, so that memory stays bounded, and so that processes share it. The
+tokens are those of the whole document: a cut is made only where the text around it has the same tokens in one piece and in
+two. For a byte-level tokenizer this is so before nearly every space, since its pre-tokenizer's pieces never go on across
+one. Where no such place is found (text with no white space at all; a tokenizer that treats the start of a text in its own
+way) the block grows until there is one, at worst to the document's end.
+
+This module imports neither torch nor Lightning.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, islice
+
+import numpy as np
+
+from bigmodel.tasks.language_modeling.shards import token_dtype
+from bigmodel.tasks.language_modeling.sources import Segment, blocks, read_text
+from bigmodel.tasks.language_modeling.tokenizer import Tokenizer, UnknownCharacter
+from bigmodel.tasks.language_modeling.tokenizer_choice import TokenizerChoice
+
+BLOCK_BYTES = 2**20
+SAMPLE_BYTES = 2**16  # of text that goes to the tokenizer's training in one piece
+CUT_SEARCH_BYTES = 2**16
+CUT_CANDIDATES = 16
+CUT_CONTEXT = 128  # characters on either side that must have the same tokens
+
+
+@dataclass(frozen=True)
+class Block:
+    """Bytes `start` to `stop` of a segment's file; both are moved on to the next place where the text may be cut."""
+
+    segment: Segment
+    start: int
+    stop: int
+    step: int
+
+
+def blocks_of(segments: Iterable[Segment], block_bytes: int = BLOCK_BYTES) -> Iterator[list[Block]]:
+    """The segments as blocks, in order, short ones together: about `block_bytes` in each list."""
+    together: list[Block] = []
+    size = 0
+    for segment in segments:
+        for start in range(segment.start, segment.stop, block_bytes):
+            block = Block(segment, start, min(start + block_bytes, segment.stop), block_bytes)
+            together.append(block)
+            size += block.stop - block.start
+            if size >= block_bytes:
+                yield together
+                together, size = [], 0
+    if together:
+        yield together
+
+
+_tokenizers: dict[str, Tokenizer] = {}  # in a worker: loaded once
+
+
+def encode_blocks(tokenizer_file: str, some: Sequence[Block]) -> tuple[np.ndarray, int]:
+    """Token ids [n] of the blocks, end-of-text after each that ends its document; and how many bytes of text that was.
+
+    Raises:
+        ValueError: if the tokenizer does not know a character; names file and byte offset.
+    """
+    tokenizer = _tokenizers.get(tokenizer_file)
+    if tokenizer is None:
+        with open(tokenizer_file, encoding="utf-8") as stream:
+            tokenizer = _tokenizers[tokenizer_file] = Tokenizer.from_json(stream.read())
+    dtype = token_dtype(tokenizer.vocab_size)
+    pieces = []
+    size = 0
+    for block in some:
+        start, stop = _cut(tokenizer, block)
+        size += stop - start
+        text = read_text(block.segment, start, stop)
+        try:
+            pieces.append(np.array(tokenizer.encode_batch([text])[0], dtype))
+        except UnknownCharacter as error:
+            offset = start + len(text[: error.position].encode())
+            raise ValueError(
+                f"{block.segment.file.path}: character {error.character!r} at byte offset {offset:,} does not occur in the"
+                " train split, so the tokenizer Characters does not know it; choose the tokenizer Bytes or BPE, or another"
+                " --data.split"
+            ) from None
+        if start < stop == block.segment.stop and block.segment.ends_document:
+            pieces.append(np.array([tokenizer.end_of_text], dtype))
+    return np.concatenate(pieces), size
+
+
+def _cut(tokenizer: Tokenizer, block: Block) -> tuple[int, int]:
+    """Where the block's text starts and stops in the file [bytes]; nowhere if it belongs to the block before."""
+    segment = block.segment
+    start: int | None = block.start
+    if block.start > segment.start:
+        start = find_cut(tokenizer, segment, block.start, block.step)
+    if start is None:
+        return block.stop, block.stop
+    for near in range(block.stop, segment.stop, block.step):
+        stop = find_cut(tokenizer, segment, near, block.step)
+        if stop is not None:
+            return start, stop
+    return start, segment.stop
+
+
+def find_cut(tokenizer: Tokenizer, segment: Segment, near: int, step: int) -> int | None:
+    """The first place from `near` on [bytes], before `near + step`, where the segment's text may be cut; None if none."""
+    first = max(segment.start, near - 4 * CUT_CONTEXT)
+    last = min(near + min(step, CUT_SEARCH_BYTES), segment.stop)
+    with open(segment.file.path, "rb") as stream:
+        stream.seek(first)
+        data = stream.read(min(last + 4 * CUT_CONTEXT, segment.stop) - first)
+    middle = near - first
+    while middle < len(data) and data[middle] & 0xC0 == 0x80:  # inside a character
+        middle += 1
+    before, after = data[:middle].decode("utf-8", "ignore"), data[middle:].decode("utf-8", "ignore")
+    text = before + after
+    end = len(before) + len(data[middle : last - first].decode("utf-8", "ignore"))
+    for candidate in islice(tokenizer.cut.finditer(text, len(before), end), CUT_CANDIDATES):
+        at = candidate.start()
+        left, right = text[max(0, at - CUT_CONTEXT) : at], text[at : at + CUT_CONTEXT]
+        if at < end and tokenizer.encode(left) + tokenizer.encode(right) == tokenizer.encode(left + right):
+            return first + middle + len(text[len(before) : at].encode())
+    return None
+
+
+def make_tokenizer(choice: TokenizerChoice, segments: Sequence[Segment]) -> str:
+    """The tokenizer made from the train split's segments, as JSON."""
+    return choice.make(sample_text(segments, choice.text_bytes)).to_json()
+
+
+def sample_text(segments: Sequence[Segment], limit: int | None) -> Iterator[str]:
+    """Pieces of the segments' text, evenly taken: all of it, or about `limit` bytes."""
+    ends = list(accumulate(segment.size for segment in segments))
+    total = ends[-1] if ends else 0
+    if limit is None or total <= limit:
+        for segment in segments:
+            yield from blocks(segment)
+        return
+    count = max(limit // SAMPLE_BYTES, 1)
+    size = min(limit, SAMPLE_BYTES)
+    for k in range(count):
+        start = k * total // count
+        stop = start + size
+        index = bisect_right(ends, start)
+        while start < stop and index < len(segments):
+            segment, first = segments[index], ends[index] - segments[index].size
+            part = min(stop, ends[index])
+            yield read_text(segment, segment.start + start - first, segment.start + part - first)
+            start, index = part, index + 1

@@ -1,0 +1,124 @@
+"""How documents are dealt out to train, val and test: by content, by position, by name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from bigmodel.tasks.language_modeling.sources import File, Segment, blocks, matches
+
+
+class Split(ABC):
+    """How documents are dealt out to train, val and test."""
+
+    @abstractmethod
+    def assign(self, files: Sequence[File]) -> dict[str, list[Segment]]:
+        """The segments of each split that is wanted; train always is."""
+
+
+@dataclass(frozen=True)
+class ByDocument(Split):
+    """By a hash of each document's content: stable when files are added, renamed or moved; copies stay together.
+
+    Args:
+        val: expected share of the documents that go to the validation split.
+        test: expected share of the documents that go to the test split.
+    """
+
+    val: float = 0.05
+    test: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_shares(self.val, self.test)
+
+    def assign(self, files: Sequence[File]) -> dict[str, list[Segment]]:
+        splits: dict[str, list[Segment]] = _wanted(self.val, self.test)
+        for file in files:
+            share = int(file.sha256[:16], 16) / 2**64
+            name = "val" if share < self.val else "test" if share >= 1 - self.test else "train"
+            splits[name].append(Segment(file, 0, file.size))
+        return splits
+
+
+@dataclass(frozen=True)
+class ByPosition(Split):
+    """By position in all files one after the other: first train, then val, then test. As published runs on one text do.
+
+    A document that a border crosses is divided, and its first part gets no end-of-text.
+
+    Args:
+        val: share of the characters that go to the validation split.
+        test: share of the characters that go to the test split.
+    """
+
+    val: float = 0.1
+    test: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_shares(self.val, self.test)
+
+    def assign(self, files: Sequence[File]) -> dict[str, list[Segment]]:
+        total = sum(file.characters for file in files)
+        splits = _wanted(self.val, self.test)
+        stops = {"train": int(total * (1 - self.val - self.test)), "val": int(total * (1 - self.test)), "test": total}
+        first = 0  # characters before this file
+        for file in files:
+            start = 0  # bytes of this file that are dealt out
+            for name in splits:
+                characters = min(max(stops[name] - first, 0), file.characters)
+                stop = file.size if characters == file.characters else _byte_offset(file, characters)
+                if stop > start:
+                    splits[name].append(Segment(file, start, stop))
+                start = max(start, stop)
+            first += file.characters
+        return splits
+
+
+@dataclass(frozen=True)
+class ByFiles(Split):
+    """By the files' names; train gets those that no pattern names.
+
+    Args:
+        val: files of the validation split: paths, or patterns in which * also matches /.
+        test: files of the test split, likewise.
+    """
+
+    val: list[str]
+    test: list[str] = field(default_factory=list)
+
+    def assign(self, files: Sequence[File]) -> dict[str, list[Segment]]:
+        splits: dict[str, list[Segment]] = _wanted(len(self.val), len(self.test))
+        wanted = {"val": self.val, "test": self.test}
+        for name, patterns in wanted.items():
+            for pattern in patterns:
+                if not any(matches(file, [pattern]) for file in files):
+                    raise ValueError(
+                        f"--data.split.{name} {pattern}: fits none of the {len(files)} files of --data.path"
+                    )
+        for file in files:
+            names = [name for name, patterns in wanted.items() if matches(file, patterns)] or ["train"]
+            if len(names) > 1:
+                raise ValueError(f"{file.path} fits both --data.split.val and --data.split.test")
+            splits[names[0]].append(Segment(file, 0, file.size))
+        return splits
+
+
+def _check_shares(val: float, test: float) -> None:
+    if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
+        raise ValueError(f"--data.split.val {val}, --data.split.test {test}: shares from 0, together below 1")
+
+
+def _wanted(val: float, test: float) -> dict[str, list[Segment]]:
+    return {name: [] for name, share in (("train", 1), ("val", val), ("test", test)) if share > 0}
+
+
+def _byte_offset(file: File, characters: int) -> int:
+    """Where in the file its first so many characters end [bytes]."""
+    offset = 0
+    for block in blocks(Segment(file, 0, file.size)):
+        if characters <= len(block):
+            return offset + len(block[:characters].encode())
+        characters -= len(block)
+        offset += len(block.encode())
+    raise ValueError(f"{file.path} changed while it was read")
