@@ -154,8 +154,8 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], excuse: Iterable
         ValueError: that lists every other mismatch.
     """
     own, patterns = module.state_dict(), list(excuse)
-    problems = {name: "missing" for name in own.keys() - weights.keys()}
-    problems |= {name: "unexpected" for name in weights.keys() - own.keys()}
+    problems = dict.fromkeys(own.keys() - weights.keys(), "missing")
+    problems |= dict.fromkeys(weights.keys() - own.keys(), "unexpected")
     for name in own.keys() & weights.keys():
         if own[name].shape != weights[name].shape:
             problems[name] = f"shape {tuple(weights[name].shape)}, the model has {tuple(own[name].shape)}"

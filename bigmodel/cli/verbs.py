@@ -1,0 +1,236 @@
+"""`bigmodel fit`, `validate`, `test`, `predict`: LightningCLI, fed with settings that are already merged."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from argparse import ArgumentError
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from bigmodel import run
+from bigmodel.callbacks import Gradients, Resume
+from bigmodel.checkpoint import AtomicCheckpointIO
+from bigmodel.cli import settings as layers
+from bigmodel.tracking import WandB
+
+_HELP = {
+    "fit": """\
+bigmodel fit -c EXPERIMENT.yaml [-c MORE.yaml ...] [--KEY VALUE ...]
+bigmodel fit --resume RUN [--KEY VALUE ...]
+
+Trains what the YAML files describe, in a new directory under runs/, or goes on with a run that was stopped, with its own
+configuration. Later files go on top of earlier ones, and flags on top of all: --model.net.width 512.
+""",
+    "validate": """\
+bigmodel validate RUN [--checkpoint best|last|FILE] [--KEY VALUE ...]
+
+Evaluates a run's checkpoint on its validation split.
+""",
+    "test": """\
+bigmodel test RUN [--checkpoint best|last|FILE] [--KEY VALUE ...]
+
+Evaluates a run's checkpoint on its test split, and writes the metrics to test.json in the run directory.
+""",
+    "predict": """\
+bigmodel predict RUN [--checkpoint best|last|FILE] [--KEY VALUE ...]
+
+Runs a run's checkpoint over the data module's prediction split.
+""",
+}
+_HELP_KEYS = """
+  --experiment NAME          names the run directory, runs/NAME/<time>-<id> (default: from the YAML file's name)
+  --runs_dir DIR             where runs are (default: runs)
+  --seed_everything N        seed of weights, dropout and other draws (default: 0)
+  --model ..., --data ...    the task and its data: class_path and init_args
+  --trainer.KEY VALUE        Lightning's trainer: max_steps, precision, devices, strategy, val_check_interval (in optimizer
+                             steps when it is an integer), ...
+  --callbacks.NAME.KEY VALUE log, progress, ema, last, best, and your own; `--callbacks.NAME null` switches one off
+  --wandb.KEY VALUE          mode (auto, online, offline, disabled), project, entity, tags, log_checkpoint
+  --allow_changed_data true  resume although the data differ from those of the checkpoint
+  --print_config             print the resolved configuration, and do nothing
+
+  --model.help [CLASS], --model.net.help [CLASS], --trainer.help, ...: what a class takes (default: the one configured)
+"""
+
+
+class _CLI(LightningCLI):
+    """Parses and instantiates; the verb is run afterwards."""
+
+    def __init__(self, config: layers.Settings, extra_callbacks: list[Callback]) -> None:
+        self.extra_callbacks = extra_callbacks
+        super().__init__(
+            args=config,
+            run=False,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--experiment", type=str, default="unnamed")
+        parser.add_argument("--runs_dir", type=str, default="runs")
+        parser.add_argument("--allow_changed_data", type=bool, default=False)
+        parser.add_argument("--callbacks", type=dict[str, Callback | None], default={})
+        parser.add_argument("--wandb", type=WandB, default=WandB())
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_object(args)
+
+    def resolved(self) -> dict[str, Any]:
+        """The configuration as plain values, every default filled in."""
+        config: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        config.pop("config", None)
+        return config
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        named = [callback for callback in (self.config_init.get("callbacks") or {}).values() if callback is not None]
+        # Gradients are scaled first, and what records a step comes before what saves it.
+        always: list[Callback] = [
+            Gradients(),
+            Resume(int(self.config.seed_everything), self.config.allow_changed_data),
+            *self.extra_callbacks,
+        ]
+        options = dict(self.config_init["trainer"])
+        options["callbacks"] = [*always, *named, *(options.get("callbacks") or [])]
+        if options.get("logger") in (None, True):  # the run directory has its own
+            options["logger"] = False
+        if not isinstance(options.get("strategy"), ModelParallelStrategy):  # which writes sharded checkpoints itself
+            options["plugins"] = [*(options.get("plugins") or []), AtomicCheckpointIO()]
+        if not any(isinstance(callback, ProgressBar) for callback in named):
+            options["enable_progress_bar"] = False
+        return Trainer(**options)
+
+
+def run_trainer(verb: str, argv: list[str]) -> None:
+    """One of LightningCLI's verbs.
+
+    Raises:
+        ValueError: for whatever in the arguments can be mended by who typed them.
+    """
+    positional, files, flags = layers.parse_flags(argv)
+    own = {key: value for key, value in flags if key in ("resume", "checkpoint", "print_config", "help")}
+    flags = [(key, value) for key, value in flags if key not in own]
+    if "help" in own or "-h" in argv:
+        print(_HELP[verb] + _HELP_KEYS, end="")
+        return
+    if positional and (verb == "fit" or len(positional) > 1):
+        hint = " (a run is resumed with --resume RUN, a YAML file is given with -c)" if verb == "fit" else ""
+        raise ValueError(f"unexpected argument {positional[-1]!r}{hint}")
+    if verb == "fit" and "checkpoint" in own:
+        raise ValueError(
+            "--checkpoint is for validate, test and predict; `fit --resume RUN` takes the newest checkpoint"
+        )
+
+    runs_dir = dict(flags).get("runs_dir", "runs")
+    source = own.get("resume") if verb == "fit" else next(iter(positional), None)
+    directory = run.find(source, runs_dir) if source is not None else None
+    which = "last" if verb == "fit" else own.get("checkpoint", "best")
+    checkpoint = run.find_checkpoint(directory, which) if directory is not None else None
+    if directory is None and not files and not any(key.endswith("help") for key, _ in flags):
+        raise ValueError(f"nothing to {verb}: give an experiment with -c FILE.yaml" + _or_a_run(verb))
+
+    stack = [yaml.safe_load((resources.files("bigmodel") / "defaults.yaml").read_text())]
+    if directory is not None:
+        stack.append(layers.read_yaml(directory / "config.yaml"))
+    stack += [layers.read_yaml(file) for file in files]
+    merged = layers.layered(stack, [(key, value) for key, value in flags if not key.endswith(".help")])
+    merged["experiment"] = merged.get("experiment") or layers.experiment_name(files)
+    for key, value in flags:
+        if key.endswith(".help"):
+            _print_class_help(key.removesuffix(".help"), value, merged)
+            return
+
+    _quiet_lightning()
+    record = run.RunDirectory(merged, directory, run.checkpoint_step(checkpoint) if checkpoint else 0)
+    cli = _parse(merged, [record] if verb == "fit" else [])
+    record.config = cli.resolved()
+    if "print_config" in own:
+        print(yaml.safe_dump(record.config, sort_keys=False), end="")
+        return
+    _run(verb, cli, checkpoint, directory)
+
+
+def _or_a_run(verb: str) -> str:
+    return ", or go on with a run by --resume RUN" if verb == "fit" else ", or name a run"
+
+
+def _parse(merged: layers.Settings, extra_callbacks: list[Callback]) -> _CLI:
+    try:
+        return _CLI(merged, extra_callbacks)
+    except ArgumentError as error:
+        raise ValueError(_readable(str(error))) from error
+
+
+def _readable(message: str) -> str:
+    """jsonargparse's message without the parser's own vocabulary."""
+    lines = [line.rstrip() for line in message.splitlines() if line.strip()]
+    return "\n".join(lines[:12]) + ("\n  ..." if len(lines) > 12 else "")
+
+
+def _run(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | None) -> None:
+    trainer, task, data = cli.trainer, cli.model, cli.datamodule
+    try:
+        if verb == "fit":
+            trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
+            return
+        if checkpoint is None:
+            raise ValueError(f"nothing to {verb}: name a run, as in `bigmodel {verb} RUN`")
+        metrics = getattr(trainer, verb)(task, datamodule=data, ckpt_path=checkpoint)
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        raise ValueError(
+            f"{checkpoint} is of another architecture or vocabulary than this configuration describes:\n{error}"
+        ) from error
+    if verb in ("validate", "test") and trainer.is_global_zero and directory is not None:
+        values = {name: value for row in metrics for name, value in row.items()}
+        for name, value in values.items():
+            print(f"{name:32} {value:.6g}")
+        text = json.dumps({"checkpoint": str(checkpoint), **values}, indent=2)
+        (directory / f"{verb}.json").write_text(text + "\n")
+
+
+def _print_class_help(key: str, class_path: str, merged: layers.Settings) -> None:
+    """What the class at a key takes: the one named, or the one configured there."""
+    if class_path == "true":
+        if key == "trainer":
+            class_path = "lightning.pytorch.Trainer"
+        else:
+            block: Any = merged
+            for part in key.split("."):
+                block = block.get("init_args", block) if isinstance(block, dict) and part not in block else block
+                block = block.get(part) if isinstance(block, dict) else None
+            if not isinstance(block, dict) or "class_path" not in block:
+                raise ValueError(f"no class is configured at {key}; name one: --{key}.help CLASS")
+            class_path = block["class_path"]
+    from jsonargparse._util import import_object
+
+    parser = ArgumentParser(prog=f"--{key} {class_path}", usage=f"--{key} {class_path} --{key}.ARGUMENT VALUE ...")
+    parser.add_class_arguments(import_object(class_path), key, fail_untyped=False)
+    parser.print_help()
+
+
+def _quiet_lightning() -> None:
+    """Leave out what Lightning says of itself; its warnings of real trouble stay."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers which may be a bottleneck.*",  # batches are read from memory maps
+        ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run's own
+        ".*module\\(s\\) in eval mode at the start of training.*",  # frozen parts are meant
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+        ".*is smaller than the logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,285 @@
+"""The run directory: make one, find one, resume one, load a finished one.
+
+runs/<experiment>/<time>-<id>/
+    config.yaml      the resolved configuration; `bigmodel fit -c` on it is the same run again, in a directory of its own
+    run.json         command, git revision, package versions, status, step, best metric, W&B id
+    metrics.csv      every metric by optimizer step
+    checkpoints/     last-<step>.ckpt and best-<step>.ckpt
+    wandb/           what Weights & Biases keeps
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import secrets
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from bigmodel.callbacks import EMA
+from bigmodel.checkpoint import load_weights, read
+from bigmodel.tracking import MetricsCSV, WandB, WandBRun
+
+_PACKAGES = ("bigmodel", "torch", "lightning", "torchmetrics", "transformers", "tokenizers", "wandb", "numpy")
+
+
+def new_directory(runs_dir: str | Path, experiment: str) -> Path:
+    """Make `runs_dir/experiment/<time>-<id>`, which did not exist before; two runs in the same second get two."""
+    while True:
+        directory = Path(runs_dir) / experiment / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        try:
+            directory.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return directory
+
+
+def find(run: str | Path, runs_dir: str | Path = "runs") -> Path:
+    """The directory of a run, from its path, from `last` (the newest under `runs_dir`), or from the end of its name.
+
+    Raises:
+        ValueError: if there is none, or more than one.
+    """
+    directory = Path(run)
+    if (directory / "config.yaml").is_file():
+        return directory
+    runs = sorted((path.parent for path in Path(runs_dir).glob("**/run.json")), key=lambda path: path.name)
+    if str(run) == "last":
+        if not runs:
+            raise ValueError(f"there is no run under {runs_dir}/ (--runs_dir says where runs are)")
+        return runs[-1]
+    matches = [path for path in runs if str(path).endswith(str(run))]
+    if len(matches) != 1:
+        what = (
+            "no run directory (it has no config.yaml)"
+            if not matches
+            else f"more than one: {', '.join(map(str, matches))}"
+        )
+        raise ValueError(f"{run} is {what}; `bigmodel list` shows the runs under {runs_dir}/")
+    return matches[0]
+
+
+def checkpoint_step(path: Path) -> int:
+    """The optimizer step in a checkpoint's name, as in `last-<step>.ckpt`; -1 if it has none."""
+    match = re.search(r"-(\d+)\.ckpt$", path.name)
+    return int(match[1]) if match else -1
+
+
+def find_checkpoint(directory: Path, which: str = "best") -> Path:
+    """A run's checkpoint: `best` (by its monitored metric; the newest, if none was kept so), `last`, or a file's name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    checkpoints = sorted((directory / "checkpoints").glob("*.ckpt"), key=checkpoint_step)
+    if not checkpoints:
+        raise ValueError(f"{directory} has no checkpoint: the run was stopped before it wrote its first")
+    if which in ("best", "last"):
+        record = json.loads((directory / "run.json").read_text()) if (directory / "run.json").exists() else {}
+        best = [path for path in checkpoints if path.name == Path(record.get("best", {}).get("checkpoint", "")).name]
+        return best[0] if which == "best" and best else checkpoints[-1]
+    named = [path for path in checkpoints if path.name == which or path.stem == which]
+    if not named:
+        raise ValueError(f"{directory} has no checkpoint {which}; there are {', '.join(p.name for p in checkpoints)}")
+    return named[0]
+
+
+def sizes(module: LightningModule) -> dict[str, int]:
+    """The numbers that the data know and the net needs (vocabulary, classes, features), for `configure_model`.
+
+    They come from the data module's attribute `sizes`, and from the checkpoint when a task is loaded without data.
+
+    Raises:
+        ValueError: if neither is there.
+    """
+    found = getattr(module, "_sizes", None)
+    if found is None:
+        data = module._trainer.datamodule if module._trainer is not None else None  # type: ignore[attr-defined]
+        found = getattr(data, "sizes", None)
+    if found is None:
+        raise ValueError(
+            f"{type(module).__name__} needs sizes that data know: give its data module an attribute `sizes`, for example"
+            " {'num_features': 8}, set in `setup`"
+        )
+    return dict(found)
+
+
+def load(
+    run: str | Path, checkpoint: str = "best", *, ema: bool = True, runs_dir: str | Path = "runs"
+) -> LightningModule:
+    """The trained task of a run, in evaluation mode, ready to use; no data needed.
+
+    Args:
+        run: a run directory, `last`, the end of a run's name, or a checkpoint file.
+        checkpoint: `best`, `last`, or the name of a file in the run's `checkpoints/`.
+        ema: take the averaged weights where the run kept them.
+        runs_dir: where runs are looked for by name.
+
+    Raises:
+        ValueError: if there is no such run, or its weights do not fit the model that its configuration describes.
+    """
+    from jsonargparse import ArgumentParser
+
+    path = Path(run) if str(run).endswith(".ckpt") else find_checkpoint(find(run, runs_dir), checkpoint)
+    content = read(path)
+    if "model" not in content.get("bigmodel", {}):
+        raise ValueError(f"{path} says nothing of the task it belongs to: it was not written by `bigmodel fit`")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningModule, "model", fail_untyped=False)
+    task: LightningModule = parser.instantiate_classes(
+        parser.parse_object({"model": content["bigmodel"]["model"]})
+    ).model
+    task._sizes = content["bigmodel"]["sizes"]
+    task.on_load_checkpoint(content)
+    task.configure_model()
+    load_weights(task, content["state_dict"])
+    average = next(
+        (state["average"] for key, state in content["callbacks"].items() if key.startswith(EMA.__name__)), None
+    )
+    if ema and average:
+        task.load_state_dict(average, strict=False)  # tied weights stand in it once
+    return task.eval()
+
+
+class RunDirectory(Callback):
+    """Makes the run directory when a fit is about to start, keeps its record, and points loggers and checkpoints to it.
+
+    Args:
+        config: the resolved configuration, plain values.
+        resumed: the directory to go on in; None: a new one.
+        restart_step: the optimizer step at which a resumed run goes on.
+    """
+
+    def __init__(self, config: dict[str, Any], resumed: Path | None = None, restart_step: int = 0) -> None:
+        self.config, self.directory, self.restart_step = config, resumed, restart_step
+        self.resumed = resumed is not None
+        self.record: dict[str, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if trainer.is_global_zero:
+            if self.directory is None:
+                self.directory = new_directory(self.config["runs_dir"], self.config["experiment"])
+            self._write_config(self.directory)
+            self.record = self._begin_record(self.directory)
+        self.directory = Path(trainer.strategy.broadcast(str(self.directory)))
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ModelCheckpoint):
+                callback.dirpath = str((self.directory / "checkpoints").resolve())
+        if trainer.is_global_zero:
+            self._start_loggers(trainer, self.directory)
+
+    def _write_config(self, directory: Path) -> None:
+        path, text = directory / "config.yaml", yaml.safe_dump(self.config, sort_keys=False)
+        if path.exists() and path.read_text() != text:
+            path.rename(directory / f"config.until-step-{self.restart_step}.yaml")
+        path.write_text(text)
+
+    def _begin_record(self, directory: Path) -> dict[str, Any]:
+        path = directory / "run.json"
+        record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        record.setdefault("created", time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        record.setdefault("wandb_id", secrets.token_hex(4))
+        record.setdefault("sessions", []).append(
+            {
+                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "step": self.restart_step,
+                "command": shlex.join(sys.argv),
+                "git": _git_revision(),
+                "host": platform.node(),
+                "python": platform.python_version(),
+                "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+            }
+        )
+        self._write_record(record, status="running")
+        return record
+
+    def _write_record(self, record: dict[str, Any], **news: Any) -> None:
+        record.update(news)
+        assert self.directory is not None
+        partial = self.directory / ".run.json.partial"
+        partial.write_text(json.dumps(record, indent=2))
+        os.replace(partial, self.directory / "run.json")
+
+    def _start_loggers(self, trainer: Trainer, directory: Path) -> None:
+        keep = self.restart_step if self.resumed else None
+        trainer.loggers = [*trainer.loggers, MetricsCSV(directory / "metrics.csv", trainer, keep)]
+        settings = WandB(**self.config["wandb"])
+        mode = settings.resolved_mode()
+        print(f"run        {directory}{f' (resumed at step {self.restart_step:,})' if self.resumed else ''}")
+        if mode != "disabled":
+            trainer.loggers = [
+                *trainer.loggers,
+                WandBRun(settings, directory, self.record["wandb_id"], self.config, trainer),
+            ]
+            print(f"tracking   metrics.csv, and W&B {mode}" + (" (no login)" if mode == "offline" else ""))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        net = getattr(pl_module, "net", None) or pl_module
+        count = sum(p.numel() for p in net.parameters())
+        print(f"net        {type(net).__name__}, {count / 1e6:,.2f} M parameters")
+        device = (
+            torch.cuda.get_device_name() if pl_module.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        )
+        print(
+            f"device     {trainer.world_size} x {pl_module.device.type} ({device}), {trainer.precision},"
+            f" {trainer.accumulate_grad_batches} micro-batch(es) a step",
+            flush=True,
+        )
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        data = getattr(trainer, "datamodule", None)
+        checkpoint["bigmodel"] = {
+            "version": importlib.metadata.version("bigmodel"),
+            "model": self.config["model"],
+            "sizes": getattr(data, "sizes", {}),
+        }
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._report(trainer, "running")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._report(trainer, "finished")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._report(trainer, "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed")
+
+    def _report(self, trainer: Trainer, status: str) -> None:
+        if not self.record:  # not the first process, or stopped before the run began
+            return
+        news: dict[str, Any] = {"status": status, "step": trainer.global_step}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ModelCheckpoint) and callback.best_model_score is not None:
+                score = float(callback.best_model_score)
+                news["best"] = {"metric": callback.monitor, "value": score, "checkpoint": callback.best_model_path}
+        self._write_record(self.record, **news)
+
+
+def _git_revision() -> str | None:
+    """The revision of the working directory, with `+changes` if it is not as committed; None outside a repository."""
+    try:
+        revision = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return revision + ("+changes" if changed.strip() else "")
