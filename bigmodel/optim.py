@@ -8,6 +8,7 @@ count of what was predicted is in `bigmodel.callbacks.Gradients`, where clipping
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,17 @@ from torch.optim.lr_scheduler import LambdaLR
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 
 
+class Schedule(ABC):
+    """The learning rate as a factor of its peak, from the optimizer steps taken."""
+
+    @abstractmethod
+    def __call__(self, step: int, total: int) -> float:
+        """The factor for the optimizer step number `step` (from 0) of a run of `total` steps."""
+
+
 @dataclass(frozen=True)
-class Schedule:
-    """The learning rate as a factor of its peak, from the optimizer steps taken. Subclasses say what follows warm-up.
+class Constant(Schedule):
+    """Warm-up, then the peak rate to the end. The other schedules differ in what follows warm-up.
 
     Args:
         warmup_steps: optimizer steps over which the factor rises linearly to 1; the first step has 1 / warmup_steps.
@@ -35,13 +44,12 @@ class Schedule:
             raise ValueError(f"--model.schedule.warmup_steps {self.warmup_steps} must not be negative")
 
     def __call__(self, step: int, total: int) -> float:
-        """The factor for the optimizer step number `step` (from 0) of a run of `total` steps."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         return self.after_warmup(step - self.warmup_steps, max(1, total - self.warmup_steps))
 
     def after_warmup(self, step: int, total: int) -> float:
-        """The factor `step` steps after warm-up, of `total` there. Here: constant."""
+        """The factor `step` steps after warm-up, of `total` there."""
         return 1.0
 
     def _check_fraction(self, name: str, value: float) -> None:
@@ -50,12 +58,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Constant(Schedule):
-    """Warm-up, then the peak rate to the end."""
-
-
-@dataclass(frozen=True)
-class Linear(Schedule):
+class Linear(Constant):
     """Warm-up, then a straight line to `final` of the peak at the last step.
 
     Args:
@@ -102,7 +105,7 @@ class Exponential(Linear):
 
 
 @dataclass(frozen=True)
-class Step(Schedule):
+class Step(Constant):
     """Warm-up, then the rate times `gamma` at each milestone.
 
     Args:
@@ -211,7 +214,7 @@ def configure(module: LightningModule, optimizer: OptimizerFactory, schedule: Sc
 
     built.register_load_state_dict_post_hook(keep_settings)
     schedule, total = schedule or Constant(), num_steps(module.trainer)
-    if total < 0 and not isinstance(schedule, Constant):
+    if total < 0 and type(schedule) is not Constant:
         raise ValueError(
             f"{type(schedule).__name__} ends with the run, and the run has no end: set --trainer.max_steps or"
             " --trainer.max_epochs"

@@ -4,6 +4,7 @@ from bigmodel.callbacks.ema import EMA
 from bigmodel.callbacks.gradients import Gradients
 from bigmodel.callbacks.progress import ProgressLine
 from bigmodel.callbacks.resume import Resume
+from bigmodel.callbacks.samples import Samples
 from bigmodel.callbacks.training_log import TrainingLog
 
-__all__ = ["EMA", "Gradients", "ProgressLine", "Resume", "TrainingLog"]
+__all__ = ["EMA", "Gradients", "ProgressLine", "Resume", "Samples", "TrainingLog"]

@@ -1,0 +1,44 @@
+"""Samples to look at while a generating task trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+
+
+class Samples(Callback):
+    """After each validation, lets the task go on with each prompt: into `samples.md` beside the checkpoints' folder, and
+    to W&B. For a task that *Generates*: it has `generate(prompt, **options) -> str`.
+
+    Args:
+        prompts: where to start, each a sample of its own.
+        options: passed to `generate`, for example `{max_new_tokens: 128, temperature: 0.8, seed: 0}`.
+    """
+
+    def __init__(self, prompts: list[str], options: dict[str, Any] | None = None) -> None:
+        self.prompts, self.options = prompts, options or {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not hasattr(pl_module, "generate"):
+            raise ValueError(
+                f"{type(pl_module).__name__} has no method `generate(prompt, ...)`, so there are no samples to look at:"
+                " switch them off with --callbacks.samples null"
+            )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit" or not trainer.is_global_zero:
+            return
+        task: Any = pl_module
+        texts = [prompt + task.generate(prompt, **self.options) for prompt in self.prompts]
+        checkpoint: Any = trainer.checkpoint_callback
+        if checkpoint is not None and checkpoint.dirpath:
+            with open(Path(checkpoint.dirpath).parent / "samples.md", "a", encoding="utf-8") as file:
+                for text in texts:
+                    file.write(f"## step {trainer.global_step:,}\n\n```\n{text}\n```\n\n")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                rows = [[trainer.global_step, *pair] for pair in zip(self.prompts, texts, strict=True)]
+                logger.log_text("samples", columns=["step", "prompt", "text"], data=rows)

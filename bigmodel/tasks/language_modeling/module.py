@@ -1,0 +1,186 @@
+"""Language modeling: the next token from those before it.
+
+Loss in nats per token; perplexity = exp(loss); bits per byte = loss / ln 2 / (UTF-8 bytes per token), the only one of the
+three that compares across tokenizers.
+
+B sequences, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from bigmodel import optim
+from bigmodel.callbacks import Gradients
+from bigmodel.nn import GPT
+from bigmodel.nn.loss import IGNORE_INDEX, cross_entropy_sum
+from bigmodel.run import sizes
+from bigmodel.tasks.language_modeling.data import TextBatch
+from bigmodel.tasks.language_modeling.generation import generate
+from bigmodel.tasks.language_modeling.tokenizer import StreamDecoder, Tokenizer
+
+
+class LanguageModeling(LightningModule):
+    """Trains a net that maps tokens [B, T] to logits [B, T, V]; evaluates it; generates text with it.
+
+    Args:
+        net: makes the net, called with `vocab_size` and `context_length` (tokens), which the data know.
+        optimizer: makes the optimizer from parameter groups.
+        schedule: the learning rate over the run's optimizer steps; null: constant.
+        loss_chunk_size: tokens whose logits are in memory at once, for a large vocabulary; null: all of a micro-batch.
+
+    Logs `val/loss` (nats per token), `val/perplexity`, `val/bits_per_byte`, and the same for `test`.
+    """
+
+    counts = "tokens"  # what a step's count counts
+
+    def __init__(
+        self,
+        net: Callable[[int, int], nn.Module] = GPT,
+        optimizer: optim.OptimizerFactory = torch.optim.AdamW,
+        schedule: optim.Schedule | None = None,
+        loss_chunk_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.make_net, self.optimizer, self.schedule = net, optimizer, schedule
+        self.loss_chunk_size = loss_chunk_size
+        self.net: Any = None
+        self.tokenizer: Tokenizer | None = None
+        self.loss = MeanMetric().set_dtype(torch.float64)
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = self.make_net(**sizes(self))  # type: ignore[call-arg]
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [Gradients()]  # the loss is a sum: also a bare Trainer must divide it by the count
+
+    def configure_optimizers(self) -> Any:
+        return optim.configure(self, self.optimizer, self.schedule)
+
+    # What distillation, evaluation and export need of a task that *Predicts*.
+
+    def features(self, batch: TextBatch) -> Tensor:
+        """[B, T, D], what the head reads; the logits themselves, if the net does not part the two."""
+        read = getattr(self.net, "features", self.net)
+        return read(batch.tokens)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[..., D] -> [..., V]; may be called on chunks."""
+        return self.net.logits(features) if hasattr(self.net, "logits") else features
+
+    def targets(self, batch: TextBatch) -> Tensor:
+        """The next tokens [B, T]; -100 where nothing is predicted, padding rows included."""
+        return batch.targets.masked_fill(batch.weight[:, None] == 0, IGNORE_INDEX)
+
+    def training_step(self, batch: TextBatch) -> dict[str, Tensor]:
+        loss, count = cross_entropy_sum(self.logits, self.features(batch), batch.targets, self.loss_chunk_size)
+        return {"loss": loss, "count": count}
+
+    def validation_step(self, batch: TextBatch) -> None:
+        loss, count = cross_entropy_sum(self.logits, self.features(batch), self.targets(batch), self.loss_chunk_size)
+        self.loss.update(loss.double() / count.clamp(min=1), count)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_loss("val")
+
+    def test_step(self, batch: TextBatch) -> None:
+        self.validation_step(batch)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_loss("test")
+
+    def _log_loss(self, split: str) -> None:
+        loss = float(self.loss.compute())  # over all processes
+        self.loss.reset()
+        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "bytes_per_token"):
+            metrics["bits_per_byte"] = loss / math.log(2) / data.bytes_per_token(split)
+        for name, value in metrics.items():
+            self.log(f"{split}/{name}", torch.tensor(value, dtype=torch.float32), sync_dist=True)
+
+    # The tokenizer travels in the checkpoint, so that a loaded task generates with no data present.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        tokenizer = self._tokenizer()
+        if tokenizer is not None:
+            checkpoint["tokenizer"] = tokenizer.to_json()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "tokenizer" in checkpoint:
+            self.tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
+
+    def _tokenizer(self) -> Tokenizer | None:
+        data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        return getattr(data, "tokenizer", self.tokenizer)
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: Collection[str] = (),
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """Go on with a text, piece by piece.
+
+        Args:
+            prompt: where to start; empty: at the beginning of a document.
+            max_new_tokens: at most so many tokens.
+            temperature: divides the logits; 0 takes the likeliest token each time.
+            top_k: draw among the k likeliest tokens only.
+            top_p: draw among the likeliest tokens that together have this probability.
+            stop: end at any of these tokens, given as text, besides the end of the document.
+            seed: the same seed draws the same text.
+
+        Returns:
+            Pieces of text, without the prompt.
+
+        Raises:
+            ValueError: for arguments out of range, or a task that has no tokenizer.
+        """
+        tokenizer = self._tokenizer()
+        if tokenizer is None:
+            raise ValueError("this task has no tokenizer: load it from a run with bigmodel.load")
+        start = tokenizer.encode(prompt) or [tokenizer.end_of_text]
+        stops = {tokenizer.end_of_text}
+        for text in stop:
+            ids = tokenizer.encode(text)
+            if len(ids) != 1:
+                raise ValueError(f"stop: {text!r} is {len(ids)} tokens for this tokenizer, but must be one")
+            stops.update(ids)
+        tokens = generate(
+            self.net,
+            torch.tensor([start], device=self.device),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop_tokens=stops,
+            seed=seed,
+        )
+        return self._decode(tokens, tokenizer, stops)
+
+    @staticmethod
+    def _decode(tokens: Iterator[Tensor], tokenizer: Tokenizer, stops: Collection[int]) -> Iterator[str]:
+        decoder = StreamDecoder(tokenizer)
+        for token in tokens:
+            if int(token) in stops:
+                break
+            yield decoder.push(int(token))
+        yield decoder.finish()
+
+    def generate(self, prompt: str, **options: Any) -> str:
+        """The whole text that `stream` yields, without the prompt; the same arguments."""
+        return "".join(self.stream(prompt, **options))
