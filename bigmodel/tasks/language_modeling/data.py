@@ -11,6 +11,7 @@ from typing import NamedTuple
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -23,7 +24,6 @@ from bigmodel.tasks.language_modeling.tokenizer import Tokenizer
 from bigmodel.tasks.language_modeling.tokenizer_choice import BPE, TokenizerChoice
 
 IGNORED = -100  # a target that is not there
-_BPE, _BY_DOCUMENT = BPE(), ByDocument()
 
 
 class TextBatch(NamedTuple):
@@ -74,9 +74,8 @@ class Windows(Dataset[TextBatch]):
             self.tokens.read(index * T, row[:here])
             row[here:] = IGNORED
         both = torch.from_numpy(windows)
-        inputs, targets = both[:, :-1].contiguous(), both[:, 1:].contiguous()
-        inputs[inputs == IGNORED] = self.end_of_text
-        return TextBatch(inputs, targets, torch.tensor(indices), torch.ones(len(indices)))
+        inputs = both[:, :-1].masked_fill(both[:, :-1] == IGNORED, self.end_of_text)
+        return TextBatch(inputs, both[:, 1:].contiguous(), torch.tensor(indices), torch.ones(len(indices)))
 
 
 class TextData(L.LightningDataModule):
@@ -85,8 +84,8 @@ class TextData(L.LightningDataModule):
     Args:
         path: files, folders or globs (** is any depth); each file is a document, in UTF-8. In a folder, the files with a
             suffix of text or code are taken. {stdlib} is the folder of this Python's standard library.
-        tokenizer: BPE, Pretrained, Bytes or Characters (of bigmodel.tasks.language_modeling).
-        split: which documents are for validation and test: ByDocument, ByPosition or ByFiles.
+        tokenizer: BPE (by default), Pretrained, Bytes or Characters, all of bigmodel.tasks.language_modeling.
+        split: which documents are for validation and test: ByDocument (by default), ByPosition or ByFiles.
         context_length: tokens per sequence.
         batch_size: sequences per optimizer step over all processes.
         micro_batch_size: sequences one process takes at once; by default its whole share of the batch.
@@ -111,8 +110,8 @@ class TextData(L.LightningDataModule):
     def __init__(
         self,
         path: str | list[str],
-        tokenizer: TokenizerChoice = _BPE,
-        split: Split = _BY_DOCUMENT,
+        tokenizer: TokenizerChoice | None = None,
+        split: Split | None = None,
         context_length: int = 256,
         batch_size: int = 16,
         micro_batch_size: int | None = None,
@@ -129,7 +128,8 @@ class TextData(L.LightningDataModule):
             raise ValueError(
                 f"--data.num_processes {num_processes}: at least 1 is needed; leave it out for one per core"
             )
-        self.path, self.choice, self.split, self.exclude = path, tokenizer, split, exclude or []
+        self.path, self.exclude = path, exclude or []
+        self.choice, self.split = tokenizer or BPE(), split or ByDocument()
         self.cache_dir, self.num_processes, self.num_workers = cache_dir, num_processes, num_workers
         self.context_length, self.batch_size, self.micro_batch_size = context_length, batch_size, micro_batch_size
         self.seed = seed
@@ -207,7 +207,7 @@ class TextData(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[TextBatch] | list[DataLoader[TextBatch]]:
-        if "val" not in self._windows and getattr(self.trainer, "training", False):
+        if "val" not in self._windows and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             return []  # asked for none
         return self._eval_loader("val")
 

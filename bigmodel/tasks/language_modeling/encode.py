@@ -115,6 +115,8 @@ def find_cut(tokenizer: Tokenizer, segment: Segment, near: int, step: int) -> in
     middle = near - first
     while middle < len(data) and data[middle] & 0xC0 == 0x80:  # inside a character
         middle += 1
+    if tokenizer.cut is None:
+        return first + middle if first + middle < last else None
     before, after = data[:middle].decode("utf-8", "ignore"), data[middle:].decode("utf-8", "ignore")
     text = before + after
     end = len(before) + len(data[middle : last - first].decode("utf-8", "ignore"))

@@ -208,12 +208,19 @@ def _sync(folder: Path) -> None:
 def _remove_remains(final: Path) -> None:
     """Remove what a killed process of this machine left behind."""
     for folder in final.parent.glob(f".{final.name}.{socket.gethostname()}.*"):
-        try:
-            os.kill(int(folder.suffix[1:]), 0)
-        except ProcessLookupError:
-            shutil.rmtree(folder, ignore_errors=True)
-        except (PermissionError, ValueError):  # somebody else's, and alive
-            pass
+        if not _alive(int(folder.suffix[1:])):
+            shutil.rmtree(folder)
+
+
+def _alive(process: int) -> bool:
+    """Whether another process of this number runs on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()
 
 
 @contextmanager

@@ -28,12 +28,12 @@ class Tokenizer(ABC):
     Attributes:
         vocab_size: number of token ids; every id is below it.
         end_of_text: id of the token that follows each document.
-        cut: where a long text may perhaps be cut without changing its tokens. A cut is used only if the text around it
-            has the same tokens in one piece and in two.
+        cut: where a long text may perhaps be cut without changing its tokens (if then the text around the cut has the
+            same tokens in one piece and in two); None: anywhere.
     """
 
     kind: ClassVar[str]
-    cut: ClassVar[re.Pattern[str]] = re.compile("")
+    cut: ClassVar[re.Pattern[str] | None] = None
     vocab_size: int
     end_of_text: int
 
