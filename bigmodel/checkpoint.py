@@ -112,6 +112,19 @@ class Checkpoint(ModelCheckpoint):
             save_on_train_epoch_end=False,
         )
         self._last_step = -1
+        self._enable_version_counter = False  # a step taken again after a resume writes the same file again
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Also where the run directory was moved meanwhile; checkpoints that are no longer there are forgotten."""
+        folder = Path(str(self.dirpath))
+
+        def here(path: str) -> str:
+            moved = folder / Path(path).name
+            return str(moved) if path and moved.exists() else ""
+
+        best = {here(path): score for path, score in state_dict["best_k_models"].items() if here(path)}
+        paths = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

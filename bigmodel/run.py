@@ -165,6 +165,7 @@ class RunDirectory(Callback):
     def __init__(self, config: dict[str, Any], resumed: Path | None = None, restart_step: int = 0) -> None:
         self.config, self.directory, self.restart_step = config, resumed, restart_step
         self.resumed = resumed is not None
+        self.started = False  # data, sizes and weights are in place
         self.record: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -228,6 +229,7 @@ class RunDirectory(Callback):
             print(f"tracking   metrics.csv, and W&B {mode}" + (" (no login)" if mode == "offline" else ""))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.started = True
         if not trainer.is_global_zero:
             return
         net = getattr(pl_module, "net", None) or pl_module

@@ -117,7 +117,7 @@ class _TrainOrder(Sampler[list[int]]):
         self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
         self.steps_per_epoch = n // batch_size
         self.trainer = trainer
-        self.passes = 0  # epochs begun, for use without a trainer
+        self.epoch = 0  # for use without a trainer
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.accumulation
@@ -125,10 +125,8 @@ class _TrainOrder(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         # Computed here and not at the first next(): by then a loader's workers have run ahead.
         if self.trainer is None:
-            start, self.passes = self.passes * self.steps_per_epoch, self.passes + 1
-        else:
-            start = self.trainer.global_step
-        return self._from(*divmod(start, self.steps_per_epoch))
+            return self._from(self.epoch, 0)
+        return self._from(*divmod(self.trainer.global_step, self.steps_per_epoch))
 
     def _from(self, epoch: int, first_step: int) -> Iterator[list[int]]:
         order = Permutation(self.n, self.seed, epoch)
@@ -197,6 +195,11 @@ class Loader(DataLoader[Any]):
         self.samples_per_step = order.batch_size  # over all processes
         self.steps_per_epoch = order.steps_per_epoch if isinstance(order, _TrainOrder) else None
 
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch the next pass takes, where there is no trainer to say."""
+        if isinstance(self.order, _TrainOrder):
+            self.order.epoch = epoch
+
     def state_dict(self) -> dict[str, int]:
         """How many samples the optimizer has consumed. Its presence tells Lightning that the loader is resumable; the
         position itself is read from the trainer's optimizer step, which the checkpoint restores."""
@@ -239,7 +242,7 @@ def train_loader(
         batch_size: samples per optimizer step over all processes.
         micro_batch_size: samples one process takes at once; None: its whole share.
         seed: with the epoch, determines the order.
-        trainer: the data module's `self.trainer`; None: one process, an epoch each time it is iterated.
+        trainer: the data module's `self.trainer`; None: one process, and `set_epoch` says which epoch.
         num_workers: worker processes that read ahead; 0: read in the training process.
         shuffle: False keeps the samples' own order in every epoch.
 

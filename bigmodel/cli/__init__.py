@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 from bigmodel import __version__
 
@@ -44,13 +47,18 @@ def main(argv: list[str] | None = None) -> None:
         _fail(f"there is no verb {verb!r}; choose fit, validate, test, predict, generate or list")
 
 
-def _with_clear_errors(function: object, *args: object) -> None:
+class ClearError(ValueError):
+    """An error of which the message says all that is needed to mend it."""
+
+
+def _with_clear_errors(function: Callable[..., None], *args: Any) -> None:
     """Say what a person can mend in a line, without a traceback; let everything else through as it is.
 
-    A ValueError (or an OSError) is of the first kind when bigmodel itself raised it: then it was written to be read.
+    A ValueError or OSError is of the first kind when bigmodel itself raised it, for then it was written to be read, or
+    when a task or its data did before the run began. BIGMODEL_TRACEBACK=1 shows the traceback of these as well.
     """
     try:
-        function(*args)  # type: ignore[operator]
+        function(*args)
     except KeyboardInterrupt:
         print("\nstopped; `bigmodel fit --resume last` goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
@@ -58,12 +66,12 @@ def _with_clear_errors(function: object, *args: object) -> None:
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
-        origin = Path(trace.tb_frame.f_code.co_filename) if trace is not None else Path()
-        if Path(__file__).parent.parent not in origin.parents:
+        ours = trace is not None and Path(__file__).parent.parent in Path(trace.tb_frame.f_code.co_filename).parents
+        if os.environ.get("BIGMODEL_TRACEBACK") or not (ours or isinstance(error, ClearError)):
             raise
         _fail(str(error))
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     print(f"bigmodel: error: {message}", file=sys.stderr)
     sys.exit(2)

@@ -56,6 +56,8 @@ def read_yaml(path: str | Path) -> Settings:
 
 def merge(base: Any, over: Any) -> Any:
     """`over` on top of `base`, neither changed; see the rules above."""
+    if isinstance(base, str) and isinstance(over, dict) and "class_path" not in over:
+        base = {"class_path": base}  # a class named by itself, now given arguments
     if not isinstance(base, dict) or over is None:
         return copy.deepcopy(over)
     if "class_path" in base:

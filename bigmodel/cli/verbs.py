@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
 from argparse import ArgumentError
 from importlib import resources
@@ -19,7 +20,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from bigmodel import run
 from bigmodel.callbacks import Gradients, Resume
+from bigmodel.callbacks.gradients import find
 from bigmodel.checkpoint import AtomicCheckpointIO
+from bigmodel.cli import ClearError
 from bigmodel.cli import settings as layers
 from bigmodel.tracking import WandB
 
@@ -174,13 +177,28 @@ def _parse(merged: layers.Settings, extra_callbacks: list[Callback]) -> _CLI:
 
 
 def _readable(message: str) -> str:
-    """jsonargparse's message without the parser's own vocabulary."""
-    lines = [line.rstrip() for line in message.splitlines() if line.strip()]
-    return "\n".join(lines[:12]) + ("\n  ..." if len(lines) > 12 else "")
+    """What jsonargparse found wrong, as `--flag: problem` lines, without its own vocabulary."""
+    keys: list[tuple[int, str]] = []
+    problems: list[str] = []
+    skipped = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Expected a path", "Given value")
+    for line in message.splitlines():
+        indent = len(line) - len(line.lstrip())
+        text = re.sub(r"\.? Got value: .*", "", line.strip().removeprefix("- "))
+        text = re.sub(r"^Type .* expects (a function or a callable class: )?", "", text)
+        while named := re.match(r"Parser key \"([\w.]+)\":(.*)", text):
+            keys = [(depth, key) for depth, key in keys if depth < indent] + [(indent, named[1])]
+            text, indent = named[2].strip(), indent + 1
+        if text and not text.startswith((*skipped, "Problem with given class_path")):
+            flag = "--" + ".".join(key for _, key in keys)
+            problems.append(f"{flag}: {text}" if keys else text)
+    hints = {line.split(":")[0] for line in problems if "is not accepted" in line}
+    problems += [f"`{flag}.help` shows what it takes" for flag in sorted(hints) if flag.startswith("--")]
+    return "\n  ".join(dict.fromkeys(problems)) or message
 
 
 def _run(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | None) -> None:
     trainer, task, data = cli.trainer, cli.model, cli.datamodule
+    record = find(trainer, run.RunDirectory)
     try:
         if verb == "fit":
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
@@ -188,6 +206,10 @@ def _run(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | None) 
         if checkpoint is None:
             raise ValueError(f"nothing to {verb}: name a run, as in `bigmodel {verb} RUN`")
         metrics = getattr(trainer, verb)(task, datamodule=data, ckpt_path=checkpoint)
+    except (ValueError, OSError) as error:
+        if record is None or record.started:
+            raise
+        raise ClearError(str(error)) from error  # data, sizes, configuration: nothing has begun
     except RuntimeError as error:
         if "loading state_dict" not in str(error):
             raise

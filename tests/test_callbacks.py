@@ -1,0 +1,204 @@
+"""Gradient scaling, clipping, averaging and throughput, against plain loops and closed forms."""
+
+import functools
+from typing import NamedTuple
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from bigmodel.callbacks import EMA, Gradients, Resume, TrainingLog
+from bigmodel.nn import GPT
+from bigmodel.sampling import eval_loader, train_loader
+from bigmodel.tasks.language_modeling import LanguageModeling, TextBatch
+
+
+class Row(NamedTuple):
+    x: Tensor
+    kept: Tensor  # which of the row's five values are predicted
+    index: Tensor
+    weight: Tensor
+
+
+class Ragged(Dataset):
+    """Rows in which differently many values are predicted."""
+
+    def __init__(self, n: int = 24) -> None:
+        draw = torch.Generator().manual_seed(0)
+        self.x = torch.randn(n, 5, generator=draw)
+        self.kept = torch.arange(5)[None] <= torch.randint(0, 5, (n, 1), generator=draw)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> Row:
+        return Row(self.x[i], self.kept[i], torch.tensor(i), torch.tensor(1.0))
+
+
+class RaggedData(LightningDataModule):
+    def __init__(self, batch_size: int, micro_batch_size: int | None) -> None:
+        super().__init__()
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+
+    def train_dataloader(self):
+        return train_loader(
+            Ragged(), batch_size=self.batch_size, micro_batch_size=self.micro_batch_size, trainer=self.trainer
+        )
+
+
+class Autoencoder(LightningModule):
+    def __init__(self, lr: float = 0.1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.lr = nn.Linear(5, 5), lr
+
+    def training_step(self, batch):
+        errors = (self.net(batch.x) - batch.x).square() * batch.kept
+        return {"loss": errors.sum(), "count": batch.kept.sum()}
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+def train(micro, callbacks=(), clip=None, steps=4, module=None, **options):
+    module = module or Autoencoder()
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_steps=steps,
+        enable_checkpointing=False, gradient_clip_val=clip, callbacks=[Gradients(), Resume(), *callbacks], **options,
+    )  # fmt: skip
+    trainer.fit(module, RaggedData(12, micro))
+    return module
+
+
+def plain_loop(clip=None, steps=4, lr=0.1):
+    net = Autoencoder().net
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr)
+    loader = train_loader(Ragged(), batch_size=12)
+    batches = []
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        batches += list(loader)
+    for batch in batches[:steps]:
+        optimizer.zero_grad()
+        ((net(batch.x) - batch.x).square() * batch.kept).sum().div(batch.kept.sum()).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(net.parameters(), clip)
+        optimizer.step()
+    return net
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("micro", [12, 4, 1])
+def test_accumulated_micro_batches_equal_one_batch(micro, clip):
+    """Statement 24, also when the micro-batches count differently many predictions."""
+    expected = plain_loop(clip)
+    got = train(micro, clip=clip).net
+    torch.testing.assert_close(got.weight, expected.weight, rtol=0, atol=1e-6)
+    torch.testing.assert_close(got.bias, expected.bias, rtol=0, atol=1e-6)
+
+
+def test_a_mean_of_means_would_not_have_passed():
+    """The same loop with each micro-batch's own mean differs by far more than the bound above."""
+    net = Autoencoder().net
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for batch in train_loader(Ragged(), batch_size=12):
+        optimizer.zero_grad()
+        for x, kept in zip(batch.x.split(4), batch.kept.split(4), strict=True):
+            (((net(x) - x).square() * kept).sum() / kept.sum() / 3).backward()
+        optimizer.step()
+    assert (net.weight - plain_loop(steps=2).weight).abs().max() > 1e-4
+
+
+def test_clipping_works_with_a_fused_optimizer_in_bf16():
+    class Fused(Autoencoder):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=0.1, fused=True)
+
+    module = train(4, clip=0.01, module=Fused(), precision="bf16-mixed")
+    assert torch.isfinite(module.net.weight).all()
+
+
+class Weights(Callback):
+    def __init__(self) -> None:
+        self.history: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.history.append(pl_module.net.weight.detach().clone())
+
+
+def test_ema_equals_its_closed_form():
+    """Statement 15: after n steps, decay^n w_0 + (1 - decay) sum decay^(n - i) w_i."""
+    ema, weights = EMA(0.8), Weights()
+    start = Autoencoder().net.weight.detach().clone()
+    module = train(4, callbacks=[weights, ema])
+    n = len(weights.history)
+    expected = 0.8**n * start + 0.2 * sum(0.8 ** (n - 1 - i) * w for i, w in enumerate(weights.history))
+    torch.testing.assert_close(ema.average["net.weight"], expected, rtol=0, atol=1e-6)
+    live = module.net.weight.detach().clone()
+    ema.on_validation_start(module.trainer, module)
+    assert torch.equal(module.net.weight, ema_weight := expected) or torch.allclose(module.net.weight, ema_weight)
+    ema.on_validation_end(module.trainer, module)
+    assert torch.equal(module.net.weight, live)
+
+
+def test_ema_of_tied_weights_swaps_back():
+    module = LanguageModeling()
+    module.net = GPT(11, 8, width=8, depth=1, num_heads=2)
+    module.net.head = module.net.embed  # the same parameter under two names
+    ema = EMA(0.5)
+    ema.on_train_start(type("T", (), {"global_step": 0})(), module)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(1)
+    live = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    ema._swap(module)
+    assert not torch.equal(module.net.embed.weight, live["net.embed.weight"])
+    ema._swap(module)
+    assert all(torch.equal(tensor, live[name]) for name, tensor in module.state_dict().items())
+
+
+class RandomText(LightningDataModule):
+    sizes = {"vocab_size": 64, "context_length": 32}  # noqa: RUF012
+    batch_size, micro_batch_size = 8, 4
+
+    class Windows(Dataset):
+        def __len__(self) -> int:
+            return 80
+
+        def __getitems__(self, indices):
+            tokens = torch.stack(
+                [torch.randint(0, 64, (33,), generator=torch.Generator().manual_seed(i)) for i in indices]
+            )
+            return TextBatch(tokens[:, :-1], tokens[:, 1:], torch.tensor(indices), torch.ones(len(indices)))
+
+    def train_dataloader(self):
+        return train_loader(self.Windows(), batch_size=8, micro_batch_size=4, trainer=self.trainer)
+
+    def val_dataloader(self):
+        return eval_loader(self.Windows(), batch_size=8, trainer=self.trainer)
+
+
+@pytest.mark.parametrize("attention", ["explicit", "sdpa"])
+def test_flops_are_counted_and_tokens_seen(attention):
+    """6 N + 12 L D T per token, with the tied head used and the embedding not (it is a look-up)."""
+    depth, width, context, vocab = 2, 64, 32, 64
+    net = functools.partial(GPT, width=width, depth=depth, num_heads=2, attention=attention)
+    log = TrainingLog()
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_steps=10,
+        enable_checkpointing=False, callbacks=[Gradients(), Resume(), log], log_every_n_steps=5, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(LanguageModeling(net), RandomText())
+    matrices = depth * 12 * width**2 + width * vocab
+    expected = (6 * matrices + 12 * depth * width * context) * 4 * context  # of one micro-batch
+    if attention == "sdpa":  # the fused kernel multiplies once more in its backward pass
+        expected += depth * 2 * width * context * 4 * context
+    assert log._flops == pytest.approx(expected, rel=0.01)
+    assert log.latest["seen/tokens"] == 10 * 8 * context
+    assert log.latest["seen/samples"] == 80
+    speed = log.latest["speed/tokens_per_s"]
+    assert speed == pytest.approx(log.latest["speed/samples_per_s"] * context)
+    assert log.latest["speed/mfu"] == pytest.approx(speed * expected / (4 * context) / log._peak, rel=1e-6)

@@ -1,0 +1,144 @@
+"""A run stopped at any checkpoint and resumed equals the run that was never stopped: weights, average, samples, metrics,
+bitwise; dropout, clipping, accumulation and validation in mid-epoch included (statement 23 of the design's references)."""
+
+import functools
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from outsider import MLP, TableData, TabularRegression
+
+from bigmodel.callbacks import EMA, Gradients, Resume
+from bigmodel.checkpoint import AtomicCheckpointIO, Checkpoint, read
+from bigmodel.optim import Constant, Cosine
+
+
+@dataclass
+class Recorder(Callback):
+    """What a run saw and found, by optimizer step."""
+
+    samples: list = field(default_factory=list)
+    validations: list = field(default_factory=list)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.samples += batch.index.tolist()
+
+    def on_validation_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            self.validations.append((trainer.global_step, float(trainer.callback_metrics["val/mse"])))
+
+
+def fit(table, folder, *, resume=None, micro=None, schedule=None, batch_size=12, allow_changed_data=False, **options):
+    task = TabularRegression(
+        functools.partial(MLP, width=8, dropout=0.2),
+        functools.partial(torch.optim.AdamW, lr=0.01),
+        schedule or Cosine(warmup_steps=3),
+    )
+    data = TableData(str(table), "y", batch_size=batch_size, micro_batch_size=micro)
+    recorder, average = Recorder(), EMA(0.9)
+    every = Checkpoint(every_n_steps=1, keep=-1, filename="step-{step}")
+    best = Checkpoint(monitor="val/mse", keep=-1, filename="best-{step}")
+    every.dirpath = best.dirpath = str(folder)
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        gradient_clip_val=1.0,
+        plugins=[AtomicCheckpointIO()],
+        callbacks=[Gradients(), Resume(0, allow_changed_data), average, recorder, every, best],
+        **options,
+    )
+    trainer.fit(task, data, ckpt_path=resume)
+    return task, recorder, average
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_steps": 16},
+        {"max_epochs": 3},
+        {"max_steps": 16, "val_check_interval": 2},
+        {"max_steps": 16, "val_check_interval": 5, "check_val_every_n_epoch": None},
+        {"max_epochs": 3, "val_check_interval": 0.5},
+        {"max_epochs": 4, "check_val_every_n_epoch": 2},
+    ],
+    ids=lambda options: ",".join(f"{key}={value}" for key, value in options.items()),
+)
+@pytest.mark.parametrize("micro", [None, 4])
+def test_resuming_anywhere_is_exact(table, tmp_path, options, micro):
+    task, recorder, average = fit(table, tmp_path / "straight", micro=micro, **options)
+    checkpoints = sorted((tmp_path / "straight").iterdir())
+    assert {int(path.stem.split("-")[1]) for path in checkpoints} == set(range(1, task.trainer.global_step + 1))
+    for path in checkpoints:
+        step = int(path.stem.split("-")[1])
+        again, resumed, resumed_average = fit(table, tmp_path / "resumed", resume=path, micro=micro, **options)
+        assert resumed.samples == recorder.samples[step * 12 :], path
+        assert resumed.validations == [row for row in recorder.validations if row[0] > step], path
+        assert all(torch.equal(a, b) for a, b in zip(task.parameters(), again.parameters(), strict=True)), path
+        for name, tensor in average.average.items():
+            assert torch.equal(tensor, resumed_average.average[name]), (path, name)
+
+
+def test_another_micro_batch_size_sees_the_same_samples(table, tmp_path):
+    task, recorder, _ = fit(table, tmp_path / "straight", max_epochs=3, micro=4)
+    for step in (2, 6, 9):
+        again, resumed, _ = fit(
+            table, tmp_path / "resumed", resume=tmp_path / "straight" / f"step-{step}.ckpt", micro=12, max_epochs=3
+        )
+        assert resumed.samples == recorder.samples[step * 12 :]
+        assert [s for s, _ in resumed.validations] == [s for s, _ in recorder.validations if s > step]
+        assert again.trainer.global_step == task.trainer.global_step
+
+
+def test_a_finished_run_can_be_made_longer(table, tmp_path):
+    schedule = Constant(warmup_steps=2)
+    task, recorder, _ = fit(table, tmp_path / "long", max_steps=20, schedule=schedule)
+    fit(table, tmp_path / "short", max_steps=15, schedule=schedule)
+    again, resumed, _ = fit(
+        table, tmp_path / "more", resume=tmp_path / "short" / "step-15.ckpt", max_steps=20, schedule=schedule
+    )
+    assert resumed.samples == recorder.samples[15 * 12 :]
+    assert all(torch.equal(a, b) for a, b in zip(task.parameters(), again.parameters(), strict=True))
+
+
+def test_changed_data_or_batch_is_refused(table, tmp_path):
+    fit(table, tmp_path / "a", max_steps=3)
+    changed = tmp_path / "changed.csv"
+    changed.write_text(table.read_text().replace("0.", "0.0", 1))
+    with pytest.raises(ValueError, match=r"not those that the checkpoint was trained on .* --allow_changed_data"):
+        fit(changed, tmp_path / "b", resume=tmp_path / "a" / "step-2.ckpt", max_steps=4)
+    task, _, _ = fit(
+        changed, tmp_path / "b", resume=tmp_path / "a" / "step-2.ckpt", max_steps=4, allow_changed_data=True
+    )
+    assert task.trainer.global_step == 4
+    with pytest.raises(ValueError, match=r"batch_size 8 is not the checkpoint's 12"):
+        fit(table, tmp_path / "c", resume=tmp_path / "a" / "step-2.ckpt", max_steps=4, batch_size=8)
+
+
+def test_accumulation_is_derived_not_typed(table, tmp_path):
+    with pytest.raises(ValueError, match=r"accumulate_grad_batches 2: accumulation follows from"):
+        fit(table, tmp_path, max_steps=2, accumulate_grad_batches=2)
+
+
+def test_a_failed_write_leaves_the_earlier_checkpoint(table, tmp_path, monkeypatch):
+    fit(table, tmp_path / "a", max_steps=2)
+    kept = (tmp_path / "a" / "step-2.ckpt").read_bytes()
+    save = torch.save
+
+    def full_disk(content, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match=r"no space to write the checkpoint .* earlier checkpoints are intact"):
+        AtomicCheckpointIO().save_checkpoint({}, tmp_path / "a" / "step-2.ckpt")
+    monkeypatch.setattr(torch, "save", save)
+    assert (tmp_path / "a" / "step-2.ckpt").read_bytes() == kept
+    assert not list((tmp_path / "a").glob(".*partial"))
+    damaged = tmp_path / "damaged.ckpt"
+    damaged.write_bytes(kept[: len(kept) // 2])
+    with pytest.raises(ValueError, match=r"damaged.ckpt cannot be read as a checkpoint"):
+        read(damaged)
