@@ -23,7 +23,7 @@ from bigmodel.tasks.language_modeling.sources import Segment, blocks, read_text
 from bigmodel.tasks.language_modeling.tokenizer import Tokenizer, UnknownCharacter
 from bigmodel.tasks.language_modeling.tokenizer_choice import TokenizerChoice
 
-BLOCK_BYTES = 2**20
+BLOCK_BYTES = 2**17  # larger ones are no faster, and take 0.2 KB of memory a byte
 SAMPLE_BYTES = 2**16  # of text that goes to the tokenizer's training in one piece
 CUT_SEARCH_BYTES = 2**16
 CUT_CANDIDATES = 16
@@ -139,7 +139,7 @@ def sample_text(segments: Sequence[Segment], limit: int | None) -> Iterator[str]
     total = ends[-1] if ends else 0
     if limit is None or total <= limit:
         for segment in segments:
-            yield from blocks(segment)
+            yield from blocks(segment, SAMPLE_BYTES)
         return
     count = max(limit // SAMPLE_BYTES, 1)
     size = min(limit, SAMPLE_BYTES)

@@ -101,9 +101,10 @@ def make_plan(
                 f"the {name} split gets no document: {len(files)} in all, dealt out by {split}. Give more files, or a larger"
                 f" share (--data.split.{name}), or cut by position (--data.split ByPosition)"
             )
-    settings = {**choice.settings(), "split": str(split), "files": len(files), "empty_files_left_out": empty}
+    chosen = choice.settings()
+    settings = {**chosen, "split": str(split), "files": len(files), "empty_files_left_out": empty}
     contents = {n: [(s.file.sha256, s.start, s.stop) for s in segments] for n, segments in splits.items()}
-    return Plan(cache / _hash([VERSION, choice.settings(), contents]), splits, choice, settings)
+    return Plan(cache / _hash([VERSION, chosen, contents]), splits, choice, settings)
 
 
 def prepare(plan: Plan, num_processes: int | None = None) -> Prepared:
@@ -144,10 +145,10 @@ def _write(plan: Plan, folder: Path, num_processes: int) -> Prepared:
     facts = {}
     with disk_errors(folder.parent, lambda: written * total // max(read, 1)), ExitStack() as stack:
         folder.mkdir(parents=True)
+        workers = stack.enter_context(Workers(min(num_processes, -(-total // BLOCK_BYTES)), ONE_THREAD))
         tokenizer = _make_tokenizer(plan, folder)
         dtype = token_dtype(tokenizer.vocab_size)
         advance = stack.enter_context(progress("tokenizing", total))
-        workers = stack.enter_context(Workers(min(num_processes, -(-total // BLOCK_BYTES)), ONE_THREAD))
         encode = partial(encode_blocks, str(folder / "tokenizer.json"))
         for name, segments in plan.splits.items():
             with ShardWriter(folder, name, dtype, SHARD_TOKENS) as writer:
@@ -176,14 +177,16 @@ def _write(plan: Plan, folder: Path, num_processes: int) -> Prepared:
 
 
 def _make_tokenizer(plan: Plan, folder: Path) -> Tokenizer:
-    """Make and save the tokenizer: in a process of its own, which takes its threads and its memory with it."""
+    """Make and save the tokenizer. Training has a process of its own, which takes its threads and its memory with it."""
     began = time.monotonic()
-    with Workers(1) as workers:
-        text = workers.call(make_tokenizer, plan.choice, plan.splits["train"])
-    write_text(folder / "tokenizer.json", text)
-    if plan.choice.text_bytes != 0:
+    if plan.choice.text_bytes == 0:
+        tokenizer = plan.choice.make([])
+    else:
+        with Workers(1) as workers:
+            tokenizer = Tokenizer.from_json(workers.call(make_tokenizer, plan.choice, plan.splits["train"]))
         say(f"made the tokenizer from the train split in {time.monotonic() - began:,.1f} s")
-    return Tokenizer.from_json(text)
+    write_text(folder / "tokenizer.json", tokenizer.to_json())
+    return tokenizer
 
 
 def _publish(folder: Path, final: Path) -> None:

@@ -12,10 +12,10 @@ import pickle
 import signal
 import subprocess
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import IO, Any, TypeVar, cast
 
 Item = TypeVar("Item")
@@ -26,16 +26,21 @@ class Workers:
     """A pool of worker processes, to be used as a context manager.
 
     Args:
-        num_processes: how many; each is started at its first call.
+        num_processes: how many; all start at once.
         environment: variables set for the workers, beside the parent's.
     """
 
     def __init__(self, num_processes: int, environment: dict[str, str] | None = None) -> None:
-        self.num_processes = num_processes
-        self._environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **(environment or {})}
+        variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **(environment or {})}
+        command = [sys.executable, "-P", "-m", __name__]
+        self._processes = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables)
+            for _ in range(num_processes)
+        ]
+        self._idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
+        for process in self._processes:
+            self._idle.put(process)
         self._threads = ThreadPoolExecutor(num_processes)  # each waits for one process
-        self._local = threading.local()
-        self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Workers:
         return self
@@ -59,13 +64,13 @@ class Workers:
         running: deque[Future[Result]] = deque()
         for item in items:
             running.append(self._threads.submit(self._call, function, (item,)))
-            if len(running) > 2 * self.num_processes:
+            if len(running) > 2 * len(self._processes):
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
 
     def _call(self, function: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:
-        process = self._process()
+        process = self._idle.get()
         calls, answers = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
         try:
             pickle.dump((function, arguments), calls)
@@ -75,20 +80,12 @@ class Workers:
             raise RuntimeError(
                 f"a worker process ended with exit status {process.wait()} (-9: killed, often for want of memory)"
             ) from error
+        finally:
+            self._idle.put(process)
         if not succeeded:
             raise value
         result: Result = value
         return result
-
-    def _process(self) -> subprocess.Popen[bytes]:
-        """This thread's worker."""
-        process: subprocess.Popen[bytes] | None = getattr(self._local, "process", None)
-        if process is None:
-            command = [sys.executable, "-P", "-m", __name__]
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self._environment)
-            self._local.process = process
-            self._processes.append(process)
-        return process
 
 
 def serve() -> None:
