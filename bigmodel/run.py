@@ -169,19 +169,28 @@ class RunDirectory(Callback):
         self.record: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
+        if stage == "fit" and self.directory is not None:  # for the checkpoint that is read next
+            self._place_checkpoints(trainer, self.directory)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Only now: whatever is wrong with configuration, data, sizes or weights has shown, and leaves nothing behind.
+        self.started = True
         if trainer.is_global_zero:
             if self.directory is None:
                 self.directory = new_directory(self.config["runs_dir"], self.config["experiment"])
             self._write_config(self.directory)
             self.record = self._begin_record(self.directory)
         self.directory = Path(trainer.strategy.broadcast(str(self.directory)))
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, ModelCheckpoint):
-                callback.dirpath = str((self.directory / "checkpoints").resolve())
+        self._place_checkpoints(trainer, self.directory)
         if trainer.is_global_zero:
             self._start_loggers(trainer, self.directory)
+            self._say_what_runs(trainer, pl_module)
+
+    @staticmethod
+    def _place_checkpoints(trainer: Any, directory: Path) -> None:
+        for callback in trainer.callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                callback.dirpath = str((directory / "checkpoints").resolve())
 
     def _write_config(self, directory: Path) -> None:
         path, text = directory / "config.yaml", yaml.safe_dump(self.config, sort_keys=False)
@@ -228,16 +237,13 @@ class RunDirectory(Callback):
             ]
             print(f"tracking   metrics.csv, and W&B {mode}" + (" (no login)" if mode == "offline" else ""))
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.started = True
-        if not trainer.is_global_zero:
-            return
+    @staticmethod
+    def _say_what_runs(trainer: Trainer, pl_module: LightningModule) -> None:
         net = getattr(pl_module, "net", None) or pl_module
         count = sum(p.numel() for p in net.parameters())
         print(f"net        {type(net).__name__}, {count / 1e6:,.2f} M parameters")
-        device = (
-            torch.cuda.get_device_name() if pl_module.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        )
+        on_gpu = pl_module.device.type == "cuda"
+        device = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
         print(
             f"device     {trainer.world_size} x {pl_module.device.type} ({device}), {trainer.precision},"
             f" {trainer.accumulate_grad_batches} micro-batch(es) a step",

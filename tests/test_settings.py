@@ -81,3 +81,4 @@ def test_bad_yaml_is_named(tmp_path, text, message):
 def test_a_run_is_named_after_its_experiment(tmp_path):
     assert experiment_name(["experiments/language_modeling/stdlib.yaml", "x.yaml"]) == "language_modeling/stdlib"
     assert experiment_name([str(tmp_path / "mine.yaml")]) == "mine"
+    assert experiment_name(["somewhere/my_task/experiment.yaml"]) == "my_task"

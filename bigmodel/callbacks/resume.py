@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data.distributed import DistributedSampler
 
 from bigmodel.sampling import Loader, micro_batches, mix
@@ -47,6 +48,10 @@ class Resume(Callback):
         _, trainer.accumulate_grad_batches = micro_batches(batch_size, micro, share["num_replicas"])
         if isinstance(trainer.val_check_interval, int):
             trainer.val_check_interval *= trainer.accumulate_grad_batches
+        # Made once for what they may refuse (too few samples, an empty split): the run has left nothing behind yet.
+        _data(trainer).train_dataloader()
+        if trainer.limit_val_batches and is_overridden("val_dataloader", _data(trainer)):
+            _data(trainer).val_dataloader()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loader: Any = trainer.train_dataloader

@@ -41,6 +41,7 @@ class TrainingLog(Callback):
         self._peak: float | None = None  # FLOP/s
         self._flops: int | None = None  # of one micro-batch on one device, forward and backward
         self._counter: FlopCounterMode | None = None
+        self._paused = self._pause_start = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._gradients = find(trainer, Gradients)

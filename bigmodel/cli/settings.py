@@ -125,7 +125,8 @@ def layered(layers: Iterable[Settings], flags: Iterable[tuple[str, str]]) -> Set
 
 
 def experiment_name(files: Sequence[str]) -> str:
-    """What a run is called: the first YAML's path below a folder `experiments`, or else its name."""
+    """What a run is called: the first YAML's path below a folder `experiments`, or else its name; its folder's name, if
+    that is just `experiment.yaml`."""
     if not files:
         return "unnamed"
     path = Path(files[0]).resolve().with_suffix("")
@@ -133,4 +134,4 @@ def experiment_name(files: Sequence[str]) -> str:
     if "experiments" in parts[:-1]:
         below = len(parts) - parts[::-1].index("experiments")
         return "/".join(parts[below:])
-    return path.name
+    return path.parent.name if path.name == "experiment" else path.name

@@ -93,7 +93,7 @@ class _CLI(LightningCLI):
 
     def resolved(self) -> dict[str, Any]:
         """The configuration as plain values, every default filled in."""
-        config: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        config: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         config.pop("config", None)
         return config
 
@@ -172,15 +172,16 @@ def _or_a_run(verb: str) -> str:
 def _parse(merged: layers.Settings, extra_callbacks: list[Callback]) -> _CLI:
     try:
         return _CLI(merged, extra_callbacks)
-    except ArgumentError as error:
-        raise ValueError(_readable(str(error))) from error
+    except (ArgumentError, ValueError) as error:
+        raise ClearError(_readable(str(error))) from error
 
 
 def _readable(message: str) -> str:
     """What jsonargparse found wrong, as `--flag: problem` lines, without its own vocabulary."""
     keys: list[tuple[int, str]] = []
     problems: list[str] = []
-    skipped = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Expected a path", "Given value")
+    noise = "Does not validate|Subtypes:|Errors:|Given value|Problem with given class_path"
+    noise += "|Expected a <class 'NoneType'>|Expected a path"
     for line in message.splitlines():
         indent = len(line) - len(line.lstrip())
         text = re.sub(r"\.? Got value: .*", "", line.strip().removeprefix("- "))
@@ -188,7 +189,7 @@ def _readable(message: str) -> str:
         while named := re.match(r"Parser key \"([\w.]+)\":(.*)", text):
             keys = [(depth, key) for depth, key in keys if depth < indent] + [(indent, named[1])]
             text, indent = named[2].strip(), indent + 1
-        if text and not text.startswith((*skipped, "Problem with given class_path")):
+        if text and not re.match(noise, text):
             flag = "--" + ".".join(key for _, key in keys)
             problems.append(f"{flag}: {text}" if keys else text)
     hints = {line.split(":")[0] for line in problems if "is not accepted" in line}

@@ -1,0 +1,76 @@
+"""What two processes do together, in one launch: `torchrun --nproc-per-node 2 two_processes.py TABLE SINGLE`.
+
+Run by test_two_processes.py in an empty folder, where SINGLE is the directory of a run of one process that was stopped.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+
+from bigmodel.cli import main
+
+
+class Recorder(Callback):
+    """Writes which samples each optimizer step took on this process, as JSON lines."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_start(self, trainer, pl_module):
+        self.step, self.taken = trainer.global_step, []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.taken += batch.index.tolist()
+        if trainer.global_step > self.step:
+            with open(f"{self.path}.{trainer.global_rank}", "a") as file:
+                file.write(json.dumps({"step": trainer.global_step, "taken": self.taken}) + "\n")
+            self.step, self.taken = trainer.global_step, []
+
+
+def experiment(table: str, runs_dir: str, *flags: object) -> list[str]:
+    """Words for `bigmodel fit` on the outsider's task, ten steps of twelve rows over two epochs, validated in mid-epoch."""
+    words = [
+        "-c",
+        Path(__file__).parents[1] / "outsider" / "experiment.yaml",
+        "--data.path",
+        table,
+        "--data.batch_size",
+        12,
+    ]
+    words += ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "null", "--trainer.max_steps", 10]
+    words += ["--trainer.val_check_interval", 2, "--trainer.log_every_n_steps", 1, "--runs_dir", runs_dir]
+    words += [
+        "--callbacks.last.every_n_steps",
+        1,
+        "--callbacks.last.every_n_minutes",
+        "null",
+        "--callbacks.last.keep",
+        -1,
+    ]
+    words += ["--callbacks.recorder", "two_processes.Recorder", "--callbacks.recorder.path", f"{runs_dir}.samples"]
+    return [str(word) for word in (*words, *flags)]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    table, single = sys.argv[1:]
+    two = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+    main(["fit", *experiment(table, "two", "--data.micro_batch_size", 3, *two)])
+    main(
+        [
+            "fit",
+            "--resume",
+            single,
+            "--data.micro_batch_size",
+            "2",
+            "--callbacks.recorder.path",
+            "one-to-two.samples",
+            *two,
+        ]
+    )
+    if os.environ["RANK"] == "0":
+        Path("done").touch()

@@ -1,0 +1,243 @@
+"""The command, as a person types it, with the outsider's task: runs, resuming, tracking, loading, and what is refused."""
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import bigmodel
+from bigmodel.cli import main
+from bigmodel.run import find_checkpoint
+
+EXPERIMENT = str(Path(__file__).parent / "outsider" / "experiment.yaml")
+COLUMNS_OF_TIME = {"speed/samples_per_s", "speed/mfu"}
+
+
+@pytest.fixture
+def bm(tmp_path, monkeypatch, table, capsys):
+    """Type `bigmodel ...` in an empty folder; returns what it prints, or the message it fails with."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words, fails=False):
+        argv = [str(word) for word in words]
+        if argv[0] == "fit" and "--resume" not in argv:
+            argv[1:1] = ["-c", EXPERIMENT, "--data.path", str(table), "--trainer.accelerator", "cpu"]
+        capsys.readouterr()
+        if not fails:
+            main(argv)
+            return capsys.readouterr().out
+        with pytest.raises(SystemExit) as stopped:
+            main(argv)
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    return run
+
+
+def runs():
+    return sorted(path.parent for path in Path("runs").glob("**/run.json"))
+
+
+def metrics(directory):
+    with open(directory / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if v and k not in COLUMNS_OF_TIME} for row in csv.DictReader(file)]
+
+
+def weights(directory, which="last"):
+    return torch.load(find_checkpoint(directory, which), weights_only=True)["state_dict"]
+
+
+def test_a_run_leaves_what_is_needed_to_read_it_repeat_it_and_load_it(bm):
+    out = bm("fit", "--model.net.width", 16)
+    (run,) = runs()
+    assert run.parent.name == "outsider"
+    assert f"run        {run}" in out
+    assert "val/mse" in out
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["init_args"]["net"]["init_args"] == {"width": 16, "dropout": 0.0}
+    record = json.loads((run / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["step"] == 10
+    assert record["sessions"][0]["packages"]["torch"] == torch.__version__
+    rows = metrics(run)
+    validations = {int(row["step"]): float(row["val/mse"]) for row in rows if "val/mse" in row}
+    assert list(validations) == [2, 4, 6, 8, 10]
+    assert record["best"]["value"] == min(validations.values())
+    assert float(next(row for row in rows if "train/loss" in row)["seen/samples"]) == 320
+
+    # The configuration on disk is the same run again, in a directory of its own.
+    main(["fit", "-c", str(run / "config.yaml")])
+    first, second = sorted(runs(), key=lambda path: path.name)
+    assert metrics(first) == metrics(second)
+    assert all(torch.equal(a, b) for a, b in zip(weights(first).values(), weights(second).values(), strict=True))
+
+    # And it is loaded with no data present.
+    Path(config["data"]["init_args"]["path"])
+    task = bigmodel.load(run, "last")
+    assert not task.training
+    x = torch.tensor([[0.5, 0.5]])
+    net = task.make_net(**bigmodel.sizes(task))
+    net.load_state_dict({key.removeprefix("net."): value for key, value in weights(run).items()})
+    assert torch.equal(task.net(x), net.eval()(x))
+
+
+def test_resuming_goes_on_in_the_same_directory_and_flags_win(bm):
+    bm("fit", "--trainer.max_epochs", 4)
+    straight = runs()[0]
+    bm("fit", "--trainer.max_epochs", 4, "--callbacks.last.every_n_steps", 3, "--callbacks.last.every_n_minutes", "null",
+       "--callbacks.last.keep", -1)  # fmt: skip
+    stopped = next(run for run in runs() if run != straight)
+    for path in (stopped / "checkpoints").glob("*.ckpt"):  # as if it had been killed in step 5
+        if int(path.stem.split("-")[1]) > 3:
+            path.unlink()
+    record = json.loads((stopped / "run.json").read_text())
+    out = bm("fit", "--resume", stopped)
+    assert "(resumed at step 3)" in out
+    assert len(runs()) == 2
+    assert metrics(stopped) == metrics(straight), "rows of steps that were taken again must not stand twice"
+    assert all(torch.equal(a, b) for a, b in zip(weights(stopped).values(), weights(straight).values(), strict=True))
+    again = json.loads((stopped / "run.json").read_text())
+    assert again["wandb_id"] == record["wandb_id"]
+    assert [session["step"] for session in again["sessions"]] == [0, 3]
+
+    bm(
+        "fit",
+        "--resume",
+        "last",
+        "--trainer.max_epochs",
+        6,
+        "--model.optimizer.lr",
+        0.5,
+        "--trainer.log_every_n_steps",
+        1,
+    )
+    assert json.loads((stopped / "run.json").read_text())["step"] == 12
+    assert {row["step"]: float(row["train/lr"]) for row in metrics(stopped) if "train/lr" in row} == {
+        "9": 0.5,
+        "10": 0.5,
+        "11": 0.5,
+        "12": 0.5,
+    }
+    config = yaml.safe_load((stopped / "config.yaml").read_text())
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.5
+    assert len(list(stopped.glob("config.until-step-*.yaml"))) == 1
+
+
+def test_a_moved_run_resumes_and_validates(bm, tmp_path):
+    bm("fit")
+    runs()[0].rename(tmp_path / "moved")
+    bm("fit", "--resume", tmp_path / "moved", "--trainer.max_epochs", 7)
+    assert sorted(path.name for path in (tmp_path / "moved" / "checkpoints").iterdir())[-1] == "last-14.ckpt"
+    out = bm("validate", tmp_path / "moved")
+    value = json.loads((tmp_path / "moved" / "validate.json").read_text())["val/mse"]
+    assert f"{value:.6g}" in out
+    best = json.loads((tmp_path / "moved" / "run.json").read_text())["best"]["value"]
+    assert value == pytest.approx(best, rel=1e-6)
+
+
+def test_two_runs_in_the_same_second_get_two_directories(bm, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda *_: "20260101-000000")
+    bm("fit", "--trainer.max_epochs", 1)
+    bm("fit", "--trainer.max_epochs", 1)
+    assert len(runs()) == 2
+
+
+def test_the_average_is_evaluated_saved_and_loaded(bm):
+    bm("fit", "--callbacks.ema", "bigmodel.callbacks.EMA", "--callbacks.ema.decay", 0.5)
+    (run,) = runs()
+    averaged, live = bigmodel.load(run, "last"), bigmodel.load(run, "last", ema=False)
+    assert all(torch.equal(a, b) for a, b in zip(live.state_dict().values(), weights(run).values(), strict=True))
+    assert not torch.equal(averaged.net.layers[0].weight, live.net.layers[0].weight)
+    bm("validate", run, "--checkpoint", "last", "--trainer.limit_val_batches", 0.0)
+
+
+def test_what_an_offline_run_wrote_can_be_read_back(bm, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    bm("fit", "--trainer.log_every_n_steps", 2)
+    (run,) = runs()
+    (log,) = run.glob("wandb/offline-run-*/*.wandb")
+    wandb = str(Path(sys.executable).parent / "wandb")
+    summary = json.loads(subprocess.check_output([wandb, "leet", "inspect", "--summary", "--json", str(log)]))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert summary["config"]["model"] == config["model"]
+    assert summary["config"]["data"] == config["data"]
+    values = summary["summary"]
+    last = {k: v for row in metrics(run) for k, v in row.items()}
+    assert values["trainer/global_step"] == 10
+    assert values["val/mse"] == pytest.approx(float(last["val/mse"]))
+    assert values["train/loss"] == pytest.approx(float(last["train/loss"]))
+    assert values["seen/samples"] == 320
+    assert values["best_checkpoint"].endswith(".ckpt")
+    assert Path(values["best_checkpoint"]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model.net.widht", 3], r"--model.net: Option 'widht' is not accepted"),
+        (["--model.net", "outsider.MPL"], "'outsider' has no attribute 'MPL'"),
+        (["--model.net.width", "wide"], r"--model.net.width: Expected a <class 'int'>"),
+        (["--trainer.max_stepz", 3], "does not accept option 'max_stepz'"),
+        (["--data.target", "z"], "has no column 'z'; --data.target can be one of"),
+        (["--data.path", "none.csv"], "none.csv"),
+        (["--data.micro_batch_size", 5], "32 is not a whole number of micro-batches"),
+        (["--data.batch_size", 1000], "80 samples, fewer than one step"),
+        (["--callbacks.ema", "bigmodel.callbacks.EMA", "--callbacks.ema.decay", 2], "decay 2.0 must lie in"),
+        (["--trainer.accumulate_grad_batches", 2], "accumulation follows from"),
+        (["-c", "none.yaml"], "none.yaml cannot be read"),
+        (["extra"], "unexpected argument 'extra'"),
+    ],
+)
+def test_bad_input_is_refused_in_a_line_before_anything_is_written(bm, flags, message):
+    error = bm("fit", *flags, fails=True)
+    assert message.replace("\\", "") in error
+    assert "Traceback" not in error
+    assert not Path("runs").exists()
+
+
+def test_what_cannot_be_resumed_is_refused(bm):
+    assert "no run directory" in bm("fit", "--resume", "nothing", fails=True)
+    assert "there is no run under runs/" in bm("fit", "--resume", "last", fails=True)
+    assert "nothing to fit: give an experiment" in bm_without_experiment()
+    bm("fit", "--trainer.max_epochs", 1)
+    (run,) = runs()
+    assert "another architecture" in bm("fit", "--resume", run, "--model.net.width", 5, fails=True)
+    for path in (run / "checkpoints").iterdir():
+        path.unlink()
+    assert "has no checkpoint: the run was stopped before it wrote its first" in bm("fit", "--resume", run, fails=True)
+
+
+def bm_without_experiment():
+    result = subprocess.run([sys.executable, "-m", "bigmodel", "fit"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    return result.stderr
+
+
+def test_list_help_and_version_answer_without_lightning(bm):
+    bm("fit", "--trainer.max_epochs", 1)
+    code = "import sys; from bigmodel.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    for words, expected in [
+        (["list"], "outsider.TabularRegression"),
+        (["--help"], "bigmodel fit"),
+        (["--version"], "0.1.0"),
+    ]:
+        out = subprocess.check_output([sys.executable, "-c", code, *words], text=True)
+        assert expected in out
+    listing = bm("list")
+    assert "bigmodel.tasks.language_modeling.LanguageModeling" in listing
+    assert "val/mse" in listing
+    assert "finished" in listing
+
+
+def test_help_shows_what_a_class_takes(bm):
+    with pytest.raises(SystemExit):
+        main(["fit", "--no-such-verb-needed"])
+    out = bm("fit", "--model.net.help")
+    assert "--model.net.width" in out
+    assert "experiment" in bm("fit", "--help")

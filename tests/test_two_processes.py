@@ -1,0 +1,105 @@
+"""Two processes against one (statement 25), and runs that change their number when they are resumed. One launch."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import two_processes
+from two_processes import experiment
+
+from bigmodel.cli import main
+from bigmodel.run import checkpoint_step
+
+
+def only_run(runs_dir):
+    (record,) = Path(runs_dir).glob("**/run.json")
+    return record.parent
+
+
+def samples(path):
+    """The set of samples of each step, over all processes."""
+    steps = {}
+    for part in Path().glob(f"{path}.*"):
+        for line in part.read_text().splitlines():
+            row = json.loads(line)
+            steps.setdefault(row["step"], set()).update(row["taken"])
+    return steps
+
+
+def column(directory, name):
+    with open(directory / "metrics.csv", newline="") as file:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row[name]}
+
+
+def weights(directory, step=10):
+    return torch.load(directory / "checkpoints" / f"last-{step}.ckpt", weights_only=True)["state_dict"]
+
+
+def stop_at(directory, step):
+    for path in (directory / "checkpoints").iterdir():
+        if checkpoint_step(path) > step:
+            path.unlink()
+
+
+def same(a, b, **tolerance):
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **tolerance)
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory, table):
+    """The straight run of one process, and what two processes did."""
+    folder = tmp_path_factory.mktemp("two")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        torch.set_num_threads(1)
+        main(["fit", *experiment(table, "one")])
+        stopped = folder / "stopped"
+        shutil.copytree(only_run("one"), stopped)
+        stop_at(stopped, 3)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        script = two_processes.__file__
+        result = subprocess.run(
+            [*launch, script, table, stopped], capture_output=True, text=True, check=False, timeout=300
+        )
+        assert (folder / "done").exists(), result.stdout + result.stderr
+        yield folder
+
+
+def test_two_processes_equal_one(launched):
+    one, two = only_run("one"), only_run("two")
+    same(weights(one), weights(two), rtol=0, atol=1e-6)
+    for name in ("train/loss", "val/mse", "train/grad_norm", "seen/samples"):
+        assert column(one, name) == pytest.approx(column(two, name), rel=1e-5), name
+    assert list(column(two, "val/mse")) == [2, 4, 6, 8, 10][: len(column(two, "val/mse"))]
+    assert samples("one.samples") == samples("two.samples")
+    assert {len(taken) for taken in samples("two.samples").values()} == {12}
+
+
+def test_a_run_of_one_process_goes_on_with_two(launched):
+    one, resumed = only_run("one"), launched / "stopped"
+    assert samples("one-to-two.samples") == {step: s for step, s in samples("one.samples").items() if step > 3}
+    same(weights(one), weights(resumed), rtol=0, atol=1e-6)
+    assert column(one, "val/mse") == pytest.approx(column(resumed, "val/mse"), rel=1e-5)
+
+
+def test_a_run_of_two_processes_goes_on_with_one(launched):
+    one, two = only_run("one"), launched / "two-stopped"
+    shutil.copytree(only_run("two"), two)
+    stop_at(two, 5)
+    one_process = ["--data.micro_batch_size", "6", "--trainer.devices", "1", "--trainer.strategy", "auto"]
+    main(["fit", "--resume", str(two), *one_process, "--callbacks.recorder.path", "two-to-one.samples"])
+    assert samples("two-to-one.samples") == {step: s for step, s in samples("one.samples").items() if step > 5}
+    same(weights(one), weights(two), rtol=0, atol=1e-6)
+    assert column(one, "val/mse") == pytest.approx(column(two, "val/mse"), rel=1e-5)
+
+
+def test_the_launch_left_one_run_directory_each(launched):
+    assert len(list(launched.glob("**/run.json"))) == 4
+    sessions = json.loads((launched / "stopped" / "run.json").read_text())["sessions"]
+    assert [session["step"] for session in sessions] == [0, 3]
