@@ -133,12 +133,10 @@ def find_files(paths: str | Sequence[str], exclude: Sequence[str] = ()) -> tuple
             if os.path.getsize(path) == 0:
                 raise ValueError(f"--data.path {path} is an empty file")
         elif os.path.isdir(path):
-            root, inside = path, _in_folder(path)
+            root, inside = path, _in_folder(path, exclude)
         elif glob.has_magic(path):
             root = path[: min(path.find(sign) for sign in "*?[" if sign in path)].rpartition("/")[0]
-            inside = sorted(p for p in glob.glob(path, recursive=True) if os.path.isfile(p))
-            if not inside:
-                raise ValueError(f"--data.path {given}: no file matches this pattern")
+            inside = _in_glob(path, root, exclude)
         else:
             raise ValueError(f"--data.path {given}: no such file or folder" + ("" if path == given else f" ({path})"))
         for one in inside:
@@ -154,11 +152,40 @@ def find_files(paths: str | Sequence[str], exclude: Sequence[str] = ()) -> tuple
     return files, empty
 
 
-def _in_folder(folder: str) -> list[str]:
+def _walk(top: str, root: str, exclude: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Folders and the names of their files, without hidden folders and those that a pattern ending in /** excludes."""
+    whole = [pattern[:-2] for pattern in exclude if pattern.endswith("/**")]
+
+    def enter(path: str) -> bool:
+        below = os.path.relpath(path, root or ".") + "/"
+        excluded = any(fnmatchcase(below, pattern) or fnmatchcase("/" + below, pattern) for pattern in whole)
+        return not excluded and not os.path.basename(path).startswith(".")
+
+    for here, folders, names in os.walk(top):
+        folders[:] = sorted(name for name in folders if enter(os.path.join(here, name)))
+        yield here, names
+
+
+def _in_glob(pattern: str, root: str, exclude: Sequence[str]) -> list[str]:
+    head, recursive, tail = pattern.partition("**/")
+    if recursive:
+        tops = glob.glob(head) if head else ["."]
+        folders = [glob.escape(here) for top in tops for here, _ in _walk(os.path.normpath(top), root, exclude)]
+        found = {path for here in folders for path in glob.glob(os.path.join(here, tail), recursive=True)}
+    else:
+        found = set(glob.glob(pattern, recursive=True))
+    inside = sorted(path for path in found if os.path.isfile(path))
+    if not inside:
+        raise ValueError(
+            f"--data.path {pattern}: no file matches" + (" that is not in --data.exclude" if exclude else "")
+        )
+    return inside
+
+
+def _in_folder(folder: str, exclude: Sequence[str]) -> list[str]:
     suffixes: Counter[str] = Counter()
     inside = []
-    for here, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    for here, names in _walk(folder, folder, exclude):
         for name in names:
             suffix = Path(name).suffix.lower()
             suffixes[suffix or "none"] += 1
