@@ -212,7 +212,7 @@ def _remove_remains(final: Path) -> None:
     """Remove what a killed process of this machine left behind."""
     for folder in final.parent.glob(f".{final.name}.{socket.gethostname()}.*"):
         if not _alive(int(folder.suffix[1:])):
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # another process may be at it too
 
 
 def _alive(process: int) -> bool:
