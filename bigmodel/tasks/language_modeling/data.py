@@ -192,7 +192,7 @@ class TextData(L.LightningDataModule):
         return self.prepared.splits[split].bytes / self.windows(split).num_predicted
 
     def split_text(self, split: str) -> Iterator[str]:
-        """The split's own text, in pieces of at most 1 MiB, with nothing between documents."""
+        """The split's own text, in pieces of at most 64 KiB, with nothing between documents."""
         for segment in self.plan.splits[split]:
             yield from blocks(segment)
 

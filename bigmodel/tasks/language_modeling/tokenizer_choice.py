@@ -50,11 +50,11 @@ class BPE(TokenizerChoice):
     Args:
         vocab_size: number of tokens, the 256 bytes and end-of-text among them. A small text may give fewer.
         train_bytes: train on at most so much of the training text, taken from it evenly [bytes of UTF-8].
-            Memory grows with it: about 0.2 GB for 32 MB of source code, 0.5 GB for 100 MB.
+            Memory grows with it: about 0.15 GB for 16 MB of source code, 0.5 GB for 100 MB.
     """
 
     vocab_size: int = 8192
-    train_bytes: int = 2**25
+    train_bytes: int = 2**24
 
     def __post_init__(self) -> None:
         if self.vocab_size < 257:
