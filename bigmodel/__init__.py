@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "sizes"]
+__all__ = ["__version__", "load", "load_data", "sizes"]
 
 if TYPE_CHECKING:
-    from bigmodel.run import load, sizes
+    from bigmodel.run import load, load_data, sizes
 
 
 def __getattr__(name: str) -> Any:
-    """`load` and `sizes` live in `bigmodel.run`, which imports Lightning: that waits until they are used."""
-    if name in ("load", "sizes"):
+    """These live in `bigmodel.run`, which imports Lightning: that waits until they are used."""
+    if name in ("load", "load_data", "sizes"):
         from bigmodel import run
 
         return getattr(run, name)

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from bigmodel.callbacks import EMA
@@ -130,17 +130,11 @@ def load(
     Raises:
         ValueError: if there is no such run, or its weights do not fit the model that its configuration describes.
     """
-    from jsonargparse import ArgumentParser
-
     path = Path(run) if str(run).endswith(".ckpt") else find_checkpoint(find(run, runs_dir), checkpoint)
     content = read(path)
     if "model" not in content.get("bigmodel", {}):
         raise ValueError(f"{path} says nothing of the task it belongs to: it was not written by `bigmodel fit`")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(LightningModule, "model", fail_untyped=False)
-    task: LightningModule = parser.instantiate_classes(
-        parser.parse_object({"model": content["bigmodel"]["model"]})
-    ).model
+    task: LightningModule = _instantiate(LightningModule, content["bigmodel"]["model"])
     task._sizes = content["bigmodel"]["sizes"]
     task.on_load_checkpoint(content)
     task.configure_model()
@@ -151,6 +145,26 @@ def load(
     if ema and average:
         task.load_state_dict(average, strict=False)  # tied weights stand in it once
     return task.eval()
+
+
+def load_data(run: str | Path, *, runs_dir: str | Path = "runs") -> LightningDataModule:
+    """The data module of a run as it was configured, not yet prepared or set up.
+
+    Raises:
+        ValueError: if there is no such run.
+    """
+    config = yaml.safe_load((find(run, runs_dir) / "config.yaml").read_text())
+    data: LightningDataModule = _instantiate(LightningDataModule, config["data"])
+    return data
+
+
+def _instantiate(kind: type, block: dict[str, Any]) -> Any:
+    """What a block of class_path and init_args describes."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(kind, "block", fail_untyped=False)
+    return parser.instantiate(parser.parse_object({"block": block})).block
 
 
 class RunDirectory(Callback):

@@ -61,6 +61,10 @@ class MetricsCSV(Logger):
             self.flush()
 
     @rank_zero_only
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        self.flush()  # a run that is killed now is resumed from here
+
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         self.flush()
 

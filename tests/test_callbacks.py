@@ -202,3 +202,17 @@ def test_flops_are_counted_and_tokens_seen(attention):
     speed = log.latest["speed/tokens_per_s"]
     assert speed == pytest.approx(log.latest["speed/samples_per_s"] * context)
     assert log.latest["speed/mfu"] == pytest.approx(speed * expected / (4 * context) / log._peak, rel=1e-6)
+
+
+def test_counting_flops_changes_no_bit():
+    net = functools.partial(GPT, width=64, depth=2, num_heads=2, norm="rms", activation="swiglu", positions="rotary")
+    trained = []
+    for log in (TrainingLog(mfu=True), TrainingLog(mfu=False)):
+        trainer = Trainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_steps=2,
+            enable_checkpointing=False, callbacks=[Gradients(), Resume(), log], limit_val_batches=0,
+        )  # fmt: skip
+        task = LanguageModeling(net)
+        trainer.fit(task, RandomText())
+        trained.append(task.state_dict())
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])

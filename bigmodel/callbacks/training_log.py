@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from bigmodel.callbacks.gradients import Gradients, find
 from bigmodel.sampling import Loader
@@ -40,7 +41,7 @@ class TrainingLog(Callback):
         self.latest: dict[str, float] = {}
         self._peak: float | None = None  # FLOP/s
         self._flops: int | None = None  # of one micro-batch on one device, forward and backward
-        self._counter: FlopCounterMode | None = None
+        self._counter: _FlopCounter | None = None
         self._paused = self._pause_start = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -60,13 +61,13 @@ class TrainingLog(Callback):
         if self.mfu and self._flops is None:
             if "torch._dynamo" in sys.modules:  # what is compiled away cannot be counted
                 torch.compiler.set_stance("force_eager")
-            self._counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+            self._counter = _FlopCounter()
             self._counter.__enter__()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._counter is not None:
             self._counter.__exit__(None, None, None)
-            self._flops, self._counter = self._counter.get_total_flops(), None
+            self._flops, self._counter = self._counter.flops, None
             if "torch._dynamo" in sys.modules:
                 torch.compiler.set_stance("default")
 
@@ -162,15 +163,37 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return 2 * 1024**3 / best
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+class _FlopCounter(TorchDispatchMode):
+    """Counts the FLOPs of matrix products, convolutions and attention while it is entered.
+
+    Unlike torch's FlopCounterMode it takes no operation apart, which would change the last bit of some results: counting
+    must not change what is trained.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula: Any = _CPU_ATTENTION.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
+        return out
 
 
-def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_backward_flop_count(grad, query, key, value))
+def _attention_flops(query: Tensor, key: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    value = args[0]
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
 
 
-# Torch's counter knows the attention kernels of GPUs only.
+def _attention_backward_flops(grad: Tensor, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> int:
+    value = args[0]
+    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+
+
+# Torch's formulas know the attention kernels of GPUs only.
 _CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,

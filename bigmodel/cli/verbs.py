@@ -206,7 +206,8 @@ def _run(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | None) 
             return
         if checkpoint is None:
             raise ValueError(f"nothing to {verb}: name a run, as in `bigmodel {verb} RUN`")
-        metrics = getattr(trainer, verb)(task, datamodule=data, ckpt_path=checkpoint)
+        quiet = {} if verb == "predict" else {"verbose": False}
+        metrics = getattr(trainer, verb)(task, datamodule=data, ckpt_path=checkpoint, **quiet)
     except (ValueError, OSError) as error:
         if record is None or record.started:
             raise

@@ -1,0 +1,62 @@
+"""Every experiment parses; the small ones run a few steps. Each hardware file parses on top of one."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bigmodel.cli import main
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+HARDWARE = sorted((EXPERIMENTS / "hardware").glob("*.yaml"))
+RECIPES = sorted(path for path in EXPERIMENTS.glob("*/*.yaml") if path.parent.name != "hardware")
+RUNS_HERE = {"stdlib.yaml"}  # on data that are on every machine
+
+
+def names(paths):
+    return [f"{path.parent.name}/{path.stem}" for path in paths]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=names(RECIPES))
+def test_an_experiment_parses_and_says_what_it_is(path, capsys):
+    head = path.read_text().split("\nmodel:")[0]
+    for word in ("Source:", "Command:", "Hardware:", "Expect:"):
+        assert word in head, f"{path} does not open with {word}"
+    main(["fit", "-c", str(path), "--print_config"])
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    assert resolved["experiment"] == f"{path.parent.name}/{path.stem}"
+    assert resolved["model"]["class_path"].startswith("bigmodel.tasks.")
+
+
+@pytest.mark.parametrize("path", HARDWARE, ids=names(HARDWARE))
+def test_hardware_files_hold_trainer_keys_only_and_parse(path, capsys):
+    assert set(yaml.safe_load(path.read_text())) == {"trainer"}
+    main(["fit", "-c", str(RECIPES[0]), "-c", str(path), "--print_config", "--trainer.accelerator", "cpu"])
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["max_steps"] > 0
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.name in RUNS_HERE], ids=lambda path: path.stem)
+def test_a_small_experiment_runs(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = [
+        "--model.net.width",
+        "32",
+        "--model.net.depth",
+        "1",
+        "--data.path",
+        "{stdlib}/email",
+        "--data.batch_size",
+        "2",
+    ]
+    small += ["--data.cache_dir", "cache", "--data.split.val", "0.4", "--data.tokenizer.vocab_size", "300"]
+    small += ["--data.context_length", "32", "--trainer.limit_val_batches", "2", "--trainer.accelerator", "cpu"]
+    main(["fit", "-c", str(path), *small, "--trainer.max_steps", "4", "--trainer.val_check_interval", "2"])
+    out = capsys.readouterr().out
+    assert "val/bits_per_byte" in out
+    (run,) = Path("runs").glob("*/*/*")
+    assert (run / "samples.md").read_text().count("## step") == 2
+    main(["generate", str(run), "--prompt", "def ", "--max_new_tokens", "8", "--seed", "1"])
+    first = capsys.readouterr().out
+    main(["generate", str(run), "--prompt", "def ", "--max_new_tokens", "8", "--seed", "1"])
+    assert first == capsys.readouterr().out
+    assert first.startswith("def ")
