@@ -24,6 +24,7 @@ from bigmodel.run import checkpoint_step
 from bigmodel.sampling import train_loader
 from bigmodel.tasks.language_modeling import ByPosition, TextData
 
+LM = "bigmodel.tasks.language_modeling"
 EXPERIMENT = Path(__file__).parents[3] / "experiments" / "language_modeling" / "stdlib.yaml"
 STEPS = 24
 
@@ -33,8 +34,7 @@ def words(*flags):
     settings = {
         "model.net": "bigmodel.nn.GPT", "model.net.width": 16, "model.net.depth": 2, "model.net.num_heads": 2,
         "model.net.dropout": 0.1, "data.path": "text", "data.cache_dir": "cache", "data.num_processes": 1,
-        "data.tokenizer": "bigmodel.tasks.language_modeling.Bytes", "data.split": "bigmodel.tasks.language_modeling.ByPosition",
-        "data.split.val": 0.3, "data.context_length": 64,
+        "data.tokenizer": f"{LM}.Bytes", "data.split": f"{LM}.ByPosition", "data.split.val": 0.3, "data.context_length": 64,
         "data.batch_size": 32, "data.micro_batch_size": 16, "trainer.precision": "32-true", "trainer.accelerator": "cpu",
         "trainer.max_steps": STEPS, "trainer.val_check_interval": 5, "trainer.log_every_n_steps": 1,
         "callbacks.samples": "null", "callbacks.progress": "null", "callbacks.last.every_n_steps": 3,
@@ -123,18 +123,15 @@ def test_validation_counts_every_token_once(straight, folder, capsys):
     task, data = bigmodel.load(straight, "last"), data_of(straight)
     stream = torch.tensor(data.tokenizer.encode("".join(data.split_text("val"))))
     documents = data.prepared.splits["val"].documents
-    nats, count = torch.zeros(()), 0
+    nats, count = 0.0, 0
     windows = data.windows("val")
     for i in range(len(windows)):
         window = windows[i]
         kept = window.targets != -100
         with torch.no_grad():
             logits = task.net(window.tokens[None])[0]
-        losses = F.cross_entropy(
-            task.net(window.tokens[None])[0][kept].double(), window.targets[kept], reduction="none"
-        )
-        nats, count = nats + losses.sum().detach(), count + len(losses)
-    nats = nats.item()
+        losses = F.cross_entropy(logits[kept].double(), window.targets[kept], reduction="none")
+        nats, count = nats + losses.sum().item(), count + len(losses)
     assert count == len(stream) + documents - 1, "every byte and every end of a document, but the first token"
     assert logged["val/loss"] == pytest.approx(nats / count, rel=1e-5)
     assert logged["val/perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-5)
@@ -198,7 +195,7 @@ def test_a_loaded_task_generates_with_no_data_present(straight, tmp_path, monkey
         (["--data.context_length", 100_000], "the train split has"),
         (["--data.batch_size", 32_000, "--data.micro_batch_size", 16], "fewer than one step"),
         (
-            ["--data.tokenizer", "bigmodel.tasks.language_modeling.Pretrained", "--data.tokenizer.path", "./none"],
+            ["--data.tokenizer", f"{LM}.Pretrained", "--data.tokenizer.path", "./none"],
             "./none",
         ),
     ],
@@ -217,7 +214,7 @@ def test_a_checkpoint_of_another_vocabulary_or_changed_text_is_refused(straight,
     run = folder / "changed"
     shutil.copytree(straight, run)
     with pytest.raises(SystemExit):
-        main(["fit", "--resume", str(run), "--data.tokenizer", "bigmodel.tasks.language_modeling.Characters"])
+        main(["fit", "--resume", str(run), "--data.tokenizer", f"{LM}.Characters"])
     assert "another architecture or vocabulary" in capsys.readouterr().err
     (folder / "text2").mkdir()
     for path in (folder / "text").iterdir():
