@@ -1,0 +1,42 @@
+"""What `bigmodel fit` carries to be measured: the clock as a callback, and the loss of each step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.common import Clock, report
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class Timer(Callback):
+    """Reports the speed between optimizer step `warmup` and the last.
+
+    Args:
+        warmup: optimizer steps before the clock starts.
+        tokens_per_step: tokens in an optimizer step, to report tokens per second; None: report ms per step.
+    """
+
+    def __init__(self, warmup: int, tokens_per_step: int | None = None) -> None:
+        self.warmup, self.tokens_per_step = warmup, tokens_per_step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.clock = Clock(trainer.max_steps, self.warmup)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.clock.tick()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.clock.report(self.tokens_per_step)
+
+
+class Losses(Callback):
+    """Reports the loss of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
+        self.losses.append(float(outputs["loss"]) / float(outputs["count"]))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        report(self.losses)

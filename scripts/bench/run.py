@@ -1,0 +1,225 @@
+"""bigmodel beside a plain PyTorch loop, Hugging Face's Trainer and litgpt, on this machine: what `make bench` runs.
+
+Each row has several ways of doing the same work. They are run in turns, each in a process of its own on a terminal of its
+own (A, B, C, A, B, C, ...), since a machine drifts; ratios are taken within a round, and the median ratio is held against
+the bound. Takes about 20 minutes on two cores, which should have nothing else to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import re
+import statistics
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench.common import BENCH, BIGMODEL, SIZES, fit_gpt, last_figure, run_in_terminal, write_text
+
+LITGPT = BENCH / "litgpt/bin/python"
+SIGNS = {"at least": ">=", "at most": "<="}
+
+
+class Bound(NamedTuple):
+    """How good a way must be: its median figure, or its ratio to that of another way."""
+
+    way: str
+    over: str | None
+    direction: Literal["at least", "at most"]
+    limit: float
+
+
+class Row(NamedTuple):
+    """One comparison: its ways by name, each a command that prints its figure."""
+
+    name: str
+    title: str
+    ways: dict[str, list[str]]
+    bounds: list[Bound]
+    once: bool = False  # not by --rounds, for what does not vary or repeats itself
+    optional: bool = False  # only when asked for
+    figure: str = r'\{"figure": (.*)\}'  # how a way prints it
+
+
+def gpt(name: str, size: str, steps: int, warmup: int, limits: tuple[float, float, float]) -> Row:
+    """Training speed of a GPT. No validation and no checkpoint falls into the steps that are timed."""
+    s = SIZES[size]
+    flags = ["--size", size, "--steps", str(steps), "--warmup", str(warmup)]
+    timer = f"--callbacks.timer bench.callbacks.Timer --callbacks.timer.warmup {warmup}"
+    python = [sys.executable, "-m"]
+    return Row(
+        name,
+        f"GPT of {s.depth} layers, {s.num_heads} heads, width {s.width}, context {s.context_length}, batch"
+        f" {s.batch_size}, bf16: training, tokens/s",
+        {
+            "bigmodel fit": fit_gpt(size, steps, f"{timer} --callbacks.timer.tokens_per_step {s.tokens_per_step}"),
+            "plain loop": [*python, "bench.gpt_plain", *flags],
+            "HF Trainer": [*python, "bench.gpt_trainer", *flags],
+            "litgpt": [str(LITGPT), "-m", "bench.gpt_litgpt", *flags],
+        },
+        [
+            Bound("bigmodel fit", over, "at least", limit)
+            for over, limit in zip(("plain loop", "HF Trainer", "litgpt"), limits, strict=True)
+        ],
+    )
+
+
+def fixed_cost(steps: int, warmup: int) -> Row:
+    """What a step costs when the model costs nothing."""
+    one_thread = ["env", "OMP_NUM_THREADS=1"]
+    others = [*one_thread, sys.executable, "-m", "bench.two_numbers_others"]
+    flags = ["--steps", str(steps), "--warmup", str(warmup)]
+    fit = f"fit -c scripts/bench/two_numbers.yaml --trainer.max_steps {steps} --callbacks.timer bench.callbacks.Timer"
+    return Row(
+        "step",
+        "A model of two numbers, one thread: ms per optimizer step",
+        {
+            "bigmodel fit": [*one_thread, BIGMODEL, *fit.split(), "--callbacks.timer.warmup", str(warmup)],
+            "bare Lightning": [*others, "lightning", *flags],
+            "HF Trainer": [*others, "trainer", *flags],
+            "plain loop": [*others, "plain", *flags],
+        },
+        [Bound("bigmodel fit", None, "at most", 1.5)],
+    )
+
+
+def rows(quick: bool) -> list[Row]:
+    """All there is to compare. To add a row, add it here."""
+    module, single = [sys.executable, "-m"], "bigmodel fit"
+    loss = [*module, "bench.same_loss", "--steps", "10" if quick else "50"]
+    prepare = [sys.executable, "scripts/bench/prepare.py"]
+    return [
+        gpt("large", "large", *((4, 2) if quick else (18, 3)), limits=(0.98, 1.25, 1.1)),
+        gpt("small", "small", *((60, 20) if quick else (400, 50)), limits=(0.93, 1.8, 1.6)),
+        fixed_cost(*((600, 200) if quick else (5000, 1000))),
+        Row(
+            "loss",
+            f"The same GPT (small) in float32: largest difference from the plain loop's loss over {loss[-1]} steps, nats",
+            {single: loss},
+            [Bound(single, None, "at most", 1e-4)],
+            once=True,
+        ),
+        Row(
+            "memory",
+            "Peak resident memory of fit, children included: on 1 GB of text minus on 10 MB, MB",
+            {single: [*module, "bench.memory"]},
+            [Bound(single, None, "at most", 200)],
+            once=True,
+            optional=True,
+        ),
+        Row(
+            "prepare",
+            "Time to prepare text, over that of tokenizers' encode_batch on the same text and cores: ratio",
+            {single: prepare},
+            [Bound(single, None, "at most", 1.1)],
+            once=True,
+            optional=True,
+            figure=r"median ratio ([\d.]+)",
+        ),
+    ]
+
+
+def install_litgpt() -> None:
+    """An environment of its own for litgpt: it wants older packages than bigmodel. With this environment's torch."""
+    if (LITGPT.parent / "litgpt").exists():
+        return
+    print("installing litgpt into .bench/litgpt ...", flush=True)
+    venv.create(BENCH / "litgpt", with_pip=True, clear=True)
+    same = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in ("torch", "lightning", "numpy")]
+    subprocess.run([LITGPT, "-m", "pip", "install", "-q", "litgpt==0.5.13", *same], check=True)
+
+
+def measure(row: Row, rounds: int) -> dict[str, list[float]]:
+    """Each way's figures, one a round; not a number where it failed."""
+    figures: dict[str, list[float]] = {way: [] for way in row.ways}
+    print(f"\n{row.title}", flush=True)
+    for number in range(1, rounds + 1):
+        for way, command in row.ways.items():
+            print(f"  round {number} of {rounds}  {way:16}", end="", flush=True)
+            try:
+                figure = float(last_figure(run_in_terminal(command), row.figure))
+                print(f"{_short(figure):>12}", flush=True)
+            except (RuntimeError, OSError, IndexError) as error:
+                figure = float("nan")
+                print(f"failed: {error}", flush=True)
+            figures[way].append(figure)
+    return figures
+
+
+def show(row: Row, figures: dict[str, list[float]]) -> bool:
+    """Print a row's table; whether all its bounds hold."""
+    print(f"\n{row.title}\n  {'':30}{'median':>12}{'min':>12}{'max':>12}")
+    for way, values in figures.items():
+        bounds = [bound for bound in row.bounds if bound.way == way and bound.over is None]
+        print(f"  {way:30}" + _spread(values) + "".join(map(_verdict, bounds, [values] * len(bounds))))
+    ratios = {
+        bound: [a / b for a, b in zip(figures[bound.way], figures[bound.over], strict=True)]
+        for bound in row.bounds
+        if bound.over is not None
+    }
+    for bound, values in ratios.items():
+        print(f"  {f'{bound.way} / {bound.over}':30}{_spread(values)}{_verdict(bound, values)}")
+    return all(_holds(bound, ratios.get(bound, figures[bound.way])) for bound in row.bounds)
+
+
+def _holds(bound: Bound, values: list[float]) -> bool:
+    median = statistics.median(values)
+    return median >= bound.limit if bound.direction == "at least" else median <= bound.limit
+
+
+def _verdict(bound: Bound, values: list[float]) -> str:
+    return f"   {SIGNS[bound.direction]} {bound.limit:g}  " + ("holds" if _holds(bound, values) else "DOES NOT HOLD")
+
+
+def _spread(values: list[float]) -> str:
+    return "".join(f"{_short(value):>12}" for value in (statistics.median(values), min(values), max(values)))
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def machine() -> str:
+    """What the figures depend on."""
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    versions = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "lightning", "transformers"))
+    return f"{names[0] if names else 'CPU'}, {os.cpu_count()} cores; Python {sys.version.split()[0]}, {', '.join(versions)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [row.name for row in rows(quick=False)]
+    parser.add_argument("--rounds", type=int, default=5, help="how often each way is run (default 5)")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"only these of: {', '.join(names)}")
+    parser.add_argument("--quick", action="store_true", help="few steps and one round: to see whether it works")
+    parser.add_argument("--memory", action="store_true", help="also peak memory on 1 GB of text (minutes)")
+    parser.add_argument("--prepare", action="store_true", help="also the preparation of text (minutes)")
+    parser.add_argument("--all", action="store_true", help="all rows")
+    options = parser.parse_args()
+    os.chdir(Path(__file__).parents[2])
+    wanted = options.only or [
+        row.name for row in rows(options.quick) if not row.optional or options.all or getattr(options, row.name)
+    ]
+    chosen = [row for row in rows(options.quick) if row.name in wanted]
+    write_text()
+    if any("litgpt" in row.ways for row in chosen):
+        install_litgpt()
+    load = os.getloadavg()[0]
+    warning = " (something else is running: do not trust what follows)" if load > 0.5 else ""
+    print(f"{machine()}; load {load:.2f}{warning}")
+    rounds = 1 if options.quick else options.rounds
+    results = [(row, measure(row, 1 if row.once else rounds)) for row in chosen]
+    print(f"\n{'-' * 100}\n{machine()}; load before the first round {load:.2f}{warning}")
+    verdicts = [show(row, figures) for row, figures in results]
+    print(f"\n{sum(verdicts)} of {len(verdicts)} rows hold all their bounds")
+    if any(value != value for _, figures in results for values in figures.values() for value in values):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
