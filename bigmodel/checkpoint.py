@@ -6,6 +6,7 @@ import errno
 import fnmatch
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +19,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from bigmodel.optim import num_steps
+
+_STEPS_TO_AGREE = 10  # several processes agree on whether it is time to save at every tenth step only
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -101,6 +104,11 @@ class Checkpoint(ModelCheckpoint):
         keep: int = 1,
         filename: str = "{step}",
     ) -> None:
+        if monitor is not None and (every_n_steps is not None or every_n_minutes is not None):
+            raise ValueError(
+                f"a checkpoint that is kept by {monitor} is saved when validation has measured it: leave out every_n_steps"
+                " and every_n_minutes, and set --trainer.val_check_interval"
+            )
         super().__init__(
             monitor=monitor,
             mode=mode,
@@ -111,7 +119,8 @@ class Checkpoint(ModelCheckpoint):
             auto_insert_metric_name=False,
             save_on_train_epoch_end=False,
         )
-        self._last_step = -1
+        self._last_step = self._step = -1
+        self._saved_at = 0.0
         self._enable_version_counter = False  # a step taken again after a resume writes the same file again
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -127,29 +136,29 @@ class Checkpoint(ModelCheckpoint):
         super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._last_step = num_steps(trainer)
+        self._last_step, self._step, self._saved_at = num_steps(trainer), trainer.global_step, time.monotonic()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loop = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate():
+        step = trainer.global_step
+        if self.monitor is not None or step == self._step:  # after validations only; accumulating
             return
-        if self.monitor is None and trainer.global_step == self._last_step:  # the run's end is always kept
-            self._defer_save_until_validation = True
-        elif not self._every_n_train_steps and self._train_time_interval is None:
+        self._step = step
+        due = step == self._last_step  # the run's end is always kept
+        if self._every_n_train_steps:
+            due |= step % self._every_n_train_steps == 0
+        elif self._train_time_interval is not None and (trainer.world_size == 1 or step % _STEPS_TO_AGREE == 0):
+            late = time.monotonic() - self._saved_at >= self._train_time_interval.total_seconds()
+            due |= trainer.strategy.broadcast(late)
+        if not due:
             return
+        self._saved_at = time.monotonic()
         fetcher = trainer.fit_loop._data_fetcher
-        if fetcher is not None and loop._should_check_val_fx(fetcher):
-            due = self._every_n_train_steps and trainer.global_step % self._every_n_train_steps == 0
-            self._defer_save_until_validation |= bool(due)
-        elif self._defer_save_until_validation:
-            self._defer_save_until_validation = False
-            if not self._should_skip_saving_checkpoint(trainer):
-                self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-        else:
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):
+            self._defer_save_until_validation = True  # `on_validation_end` saves
+        elif not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], excuse: Iterable[str] = ()) -> list[str]:

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 _ROUNDS = 6
 _WORD = 0xFFFFFFFFFFFFFFFF
+_STEPS_AT_ONCE = 32  # for which sample numbers are computed together: one call costs as much as many
 _PADDING = -1  # the sample number of a padding row
 
 
@@ -130,12 +131,12 @@ class _TrainOrder(Sampler[list[int]]):
 
     def _from(self, epoch: int, first_step: int) -> Iterator[list[int]]:
         order = Permutation(self.n, self.seed, epoch)
-        rows = np.arange(self.micro)
-        for step in range(first_step, self.steps_per_epoch):
-            for a in range(self.accumulation):
-                start = step * self.batch_size + (a * self.num_processes + self.rank) * self.micro
-                positions = start + rows
-                yield (order(positions) if self.shuffle else positions).tolist()
+        in_batch = np.arange(self.batch_size).reshape(self.accumulation, self.num_processes, self.micro)[:, self.rank]
+        for block in range(first_step, self.steps_per_epoch, _STEPS_AT_ONCE):
+            steps = np.arange(block, min(block + _STEPS_AT_ONCE, self.steps_per_epoch))
+            positions = steps[:, None, None] * self.batch_size + in_batch  # [steps, A, M]
+            numbers = order(positions.ravel()) if self.shuffle else positions.ravel()
+            yield from numbers.reshape(-1, self.micro).tolist()
 
 
 class _EvaluationOrder(Sampler[list[int]]):
