@@ -30,6 +30,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from bigmodel.callbacks import EMA
 from bigmodel.checkpoint import load_weights, read
+from bigmodel.optim import num_steps
 from bigmodel.tracking import MetricsCSV, WandB, WandBRun
 
 _PACKAGES = ("bigmodel", "torch", "lightning", "torchmetrics", "transformers", "tokenizers", "wandb", "numpy")
@@ -188,6 +189,12 @@ class RunDirectory(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Only now: whatever is wrong with configuration, data, sizes or weights has shown, and leaves nothing behind.
+        total = num_steps(trainer)
+        if self.resumed and 0 <= total <= self.restart_step:
+            raise ValueError(
+                f"{self.directory} has taken all of its {total:,} optimizer steps: nothing is left to resume. Set a larger"
+                " --trainer.max_steps or --trainer.max_epochs to go on"
+            )
         self.started = True
         if trainer.is_global_zero:
             if self.directory is None:

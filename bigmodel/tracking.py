@@ -13,6 +13,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from bigmodel.callbacks import TrainingLog
+from bigmodel.callbacks.gradients import find
+
 
 class MetricsCSV(Logger):
     """Rows of metrics by optimizer step in one CSV file; a metric that appears later becomes a further column.
@@ -53,7 +56,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self._rows.append({"step": self.trainer.global_step, **metrics})
+        self._rows.append({"step": self.trainer.global_step, **_with_seen(metrics, self.trainer)})
 
     @rank_zero_only
     def save(self) -> None:
@@ -93,6 +96,12 @@ class MetricsCSV(Logger):
             writer.writeheader()
             writer.writerows(rows)
         os.replace(partial, self.path)
+
+
+def _with_seen(metrics: dict[str, float], trainer: Trainer) -> dict[str, float]:
+    """The metrics and how many samples and tokens were seen until then, so that either can be the axis."""
+    log = find(trainer, TrainingLog)
+    return {**(log.seen(trainer) if log is not None else {}), **metrics}
 
 
 @dataclass
@@ -156,7 +165,7 @@ class WandBRun(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
-        super().log_metrics(metrics, step=self.trainer.global_step)
+        super().log_metrics(_with_seen(metrics, self.trainer), step=self.trainer.global_step)
 
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
         if checkpoint_callback.monitor is not None:

@@ -69,7 +69,7 @@ def test_a_run_leaves_what_is_needed_to_read_it_repeat_it_and_load_it(bm):
     validations = {int(row["step"]): float(row["val/mse"]) for row in rows if "val/mse" in row}
     assert list(validations) == [2, 4, 6, 8, 10]
     assert record["best"]["value"] == min(validations.values())
-    assert float(next(row for row in rows if "train/loss" in row)["seen/samples"]) == 320
+    assert {int(row["step"]): int(row["seen/samples"]) for row in rows} == {2: 64, 4: 128, 6: 192, 8: 256, 10: 320}
 
     # The configuration on disk is the same run again, in a directory of its own.
     main(["fit", "-c", str(run / "config.yaml")])
@@ -159,7 +159,7 @@ def test_the_average_is_evaluated_saved_and_loaded(bm):
 
 def test_what_an_offline_run_wrote_can_be_read_back(bm, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    bm("fit", "--trainer.log_every_n_steps", 2)
+    bm("fit", "--trainer.log_every_n_steps", 2, "--wandb.log_checkpoint", "true", "--wandb.tags", "[a, b]")
     (run,) = runs()
     (log,) = run.glob("wandb/offline-run-*/*.wandb")
     wandb = str(Path(sys.executable).parent / "wandb")
@@ -175,6 +175,14 @@ def test_what_an_offline_run_wrote_can_be_read_back(bm, monkeypatch):
     assert values["seen/samples"] == 320
     assert values["best_checkpoint"].endswith(".ckpt")
     assert Path(values["best_checkpoint"]).is_file()
+    records = [
+        json.loads(line) for line in subprocess.check_output([wandb, "leet", "inspect", "--json", log]).splitlines()
+    ]
+    assert sum("config" in record.get("run", {}) for record in records) == 1, "the configuration goes up once"
+    logged = [record["history"]["item"] for record in records if "history" in record]
+    assert [row["seen/samples"] for row in logged if "val/mse" in row] == [64, 128, 192, 256, 320]
+    assert [row["seen/samples"] for row in logged if "train/loss" in row] == [64, 128, 192, 256, 320]
+    assert any("artifact" in json.dumps(record) and "checkpoint-" in json.dumps(record) for record in records)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +215,7 @@ def test_what_cannot_be_resumed_is_refused(bm):
     assert "nothing to fit: give an experiment" in bm_without_experiment()
     bm("fit", "--trainer.max_epochs", 1)
     (run,) = runs()
+    assert "has taken all of its 2 optimizer steps" in bm("fit", "--resume", run, fails=True)
     assert "another architecture" in bm("fit", "--resume", run, "--model.net.width", 5, fails=True)
     for path in (run / "checkpoints").iterdir():
         path.unlink()

@@ -104,14 +104,19 @@ class TrainingLog(Callback):
                 row[f"speed/{self._counts}_per_s"] = (count - self._count) * steps / (step - self._step) / seconds
             if self._flops and self._peak:
                 row["speed/mfu"] = self._flops * accumulation * steps / seconds / self._peak
-        row["seen/samples"] = step * self._batch_size
-        if count and self._counts != "samples":
-            row[f"seen/{self._counts}"] = count
+        row |= self.seen(trainer)
         self.latest = row
         for logger in trainer.loggers:
             logger.log_metrics(row, step=step)
         self._step, self._count, self._loss, self._micro_batches = step, count, None, 0
         self._start_clock()
+
+    def seen(self, trainer: Trainer) -> dict[str, float]:
+        """What the optimizer has consumed so far: samples, and what the task counts. Reads from the device."""
+        seen: dict[str, float] = {"seen/samples": trainer.global_step * self._batch_size}
+        if self._counts != "samples" and (count := self._total_count()):
+            seen[f"seen/{self._counts}"] = count
+        return seen
 
     def _total_count(self) -> int:
         counted = self._gradients.total_count if self._gradients is not None else None
