@@ -95,7 +95,7 @@ def rows(quick: bool) -> list[Row]:
     prepare = [sys.executable, "scripts/bench/prepare.py"]
     return [
         gpt("large", "large", *((4, 2) if quick else (18, 3)), limits=(0.98, 1.25, 1.1)),
-        gpt("small", "small", *((60, 20) if quick else (400, 50)), limits=(0.93, 1.8, 1.6)),
+        gpt("small", "small", *((60, 20) if quick else (700, 100)), limits=(0.93, 1.8, 1.6)),
         fixed_cost(*((600, 200) if quick else (5000, 1000))),
         Row(
             "loss",
