@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fnmatch
+import functools
 import os
 import shutil
 import time
@@ -122,6 +123,11 @@ class Checkpoint(ModelCheckpoint):
         self._last_step = self._step = -1
         self._saved_at = 0.0
         self._enable_version_counter = False  # a step taken again after a resume writes the same file again
+
+    @functools.cached_property
+    def state_key(self) -> str:
+        """As in ModelCheckpoint, which makes this string anew whenever a hook is called, several times a step."""
+        return super().state_key
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Also where the run directory was moved meanwhile; checkpoints that are no longer there are forgotten."""

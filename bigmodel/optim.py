@@ -213,7 +213,9 @@ def configure(module: LightningModule, optimizer: OptimizerFactory, schedule: Sc
             group.update(own)
 
     built.register_load_state_dict_post_hook(keep_settings)
-    schedule, total = schedule or Constant(), num_steps(module.trainer)
+    if schedule is None:
+        return {"optimizer": built}
+    total = num_steps(module.trainer)
     if total < 0 and type(schedule) is not Constant:
         raise ValueError(
             f"{type(schedule).__name__} ends with the run, and the run has no end: set --trainer.max_steps or"

@@ -10,6 +10,7 @@ runs/<experiment>/<time>-<id>/
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import json
 import os
@@ -207,6 +208,15 @@ class RunDirectory(Callback):
             self._start_loggers(trainer, self.directory)
             self._say_what_runs(trainer, pl_module)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # What is there now stays. Left to the garbage collector, a million objects of imported packages are walked through
+        # again and again while training: 3 % of the time of a small model's steps.
+        gc.collect()
+        gc.freeze()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        gc.unfreeze()
+
     @staticmethod
     def _place_checkpoints(trainer: Any, directory: Path) -> None:
         for callback in trainer.callbacks:
@@ -252,10 +262,9 @@ class RunDirectory(Callback):
         mode = settings.resolved_mode()
         print(f"run        {directory}{f' (resumed at step {self.restart_step:,})' if self.resumed else ''}")
         if mode != "disabled":
-            trainer.loggers = [
-                *trainer.loggers,
-                WandBRun(settings, directory, self.record["wandb_id"], self.config, trainer),
-            ]
+            wandb = WandBRun(settings, directory, self.record["wandb_id"], self.config, trainer)
+            _ = wandb.experiment  # started now and not at the first log: a failure shows before the first step
+            trainer.loggers = [*trainer.loggers, wandb]
             print(f"tracking   metrics.csv, and W&B {mode}" + (" (no login)" if mode == "offline" else ""))
 
     @staticmethod

@@ -20,7 +20,7 @@ class ProgressLine(ProgressBar):
     """Shows step, loss, speed and time left while training, and the metrics of each validation on a line that stays.
 
     Args:
-        every_seconds: seconds between lines where the output is no terminal. A terminal's bar moves four times a second.
+        every_seconds: seconds between lines where the output is no terminal. A terminal's bar moves twice a second.
     """
 
     def __init__(self, every_seconds: float = 10.0) -> None:
@@ -63,7 +63,7 @@ class ProgressLine(ProgressBar):
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=trainer.global_step, metrics=self._summary())
             self._bar.refresh()
-            self._next = now + 0.25
+            self._next = now + 0.5
         elif self._log is None or self._log.latest:
             self._console.print(f"step {trainer.global_step:,}{self._of_total(trainer, now)}  {self._summary()}")
             self._next = now + self.every_seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -16,6 +17,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from bigmodel import run
@@ -66,6 +68,15 @@ _HELP_KEYS = """
 """
 
 
+class _NoProfiler(PassThroughProfiler):
+    """Lightning's own, which does nothing either, makes a generator each of the hundred times it is asked in a step."""
+
+    _nothing = contextlib.nullcontext()
+
+    def profile(self, action_name: str) -> contextlib.nullcontext[None]:  # type: ignore[override]
+        return self._nothing
+
+
 class _CLI(LightningCLI):
     """Parses and instantiates; the verb is run afterwards."""
 
@@ -106,6 +117,7 @@ class _CLI(LightningCLI):
             *self.extra_callbacks,
         ]
         options = dict(self.config_init["trainer"])
+        options["profiler"] = options.get("profiler") or _NoProfiler()
         options["callbacks"] = [*always, *named, *(options.get("callbacks") or [])]
         if options.get("logger") in (None, True):  # the run directory has its own
             options["logger"] = False

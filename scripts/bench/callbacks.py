@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.common import Clock, report
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from bench.common import Clock, report
 
 
 class Timer(Callback):

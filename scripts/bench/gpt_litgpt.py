@@ -8,10 +8,11 @@ from __future__ import annotations
 import lightning as L
 import numpy as np
 import torch
-from bench.common import SIZES, TOKENS, VOCAB_SIZE, Clock, arguments
 from litgpt import GPT, Config
 from litgpt.utils import chunked_cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
+
+from bench.common import SIZES, TOKENS, VOCAB_SIZE, Clock, arguments
 
 
 def main() -> None:

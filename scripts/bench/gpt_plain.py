@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from bench.common import SIZES, TEXT, VOCAB_SIZE, Clock, arguments, report
 
+from bench.common import SIZES, TEXT, VOCAB_SIZE, Clock, arguments, report
 from bigmodel.nn import GPT
 from bigmodel.tasks.language_modeling import ByPosition, Characters, TextData
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench.common import BENCH, SIZES, TOKENS, VOCAB_SIZE, Clock, arguments
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+from bench.common import BENCH, SIZES, TOKENS, VOCAB_SIZE, Clock, arguments
 
 
 class Windows(Dataset):

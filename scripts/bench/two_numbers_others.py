@@ -13,10 +13,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from bench.common import BENCH, Clock, arguments
-from bench.two_numbers import BATCH_SIZE, Line, Points, TwoNumbers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+
+from bench.common import BENCH, Clock, arguments
+from bench.two_numbers import BATCH_SIZE, Line, Points, TwoNumbers
 
 AdamW = partial(torch.optim.AdamW, lr=1e-3, fused=True)
 

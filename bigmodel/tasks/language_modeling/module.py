@@ -19,6 +19,7 @@ from torchmetrics import MeanMetric
 
 from bigmodel import optim
 from bigmodel.callbacks import Gradients
+from bigmodel.callbacks.gradients import find
 from bigmodel.nn import GPT
 from bigmodel.nn.loss import IGNORE_INDEX, cross_entropy_sum
 from bigmodel.run import sizes
@@ -60,7 +61,8 @@ class LanguageModeling(LightningModule):
             self.net = self.make_net(**sizes(self))  # type: ignore[call-arg]
 
     def configure_callbacks(self) -> list[Callback]:
-        return [Gradients()]  # the loss is a sum: also a bare Trainer must divide it by the count
+        # The loss is a sum: also a bare Trainer must divide it by the count.
+        return [] if find(self.trainer, Gradients) else [Gradients()]
 
     def configure_optimizers(self) -> Any:
         return optim.configure(self, self.optimizer, self.schedule)
