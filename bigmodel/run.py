@@ -21,6 +21,7 @@ import shlex
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def find(run: str | Path, runs_dir: str | Path = "runs") -> Path:
     directory = Path(run)
     if (directory / "config.yaml").is_file():
         return directory
-    runs = sorted((path.parent for path in Path(runs_dir).glob("**/run.json")), key=lambda path: path.name)
+    runs = [path.parent for path in sorted(Path(runs_dir).glob("**/run.json"), key=_created)]
     if str(run) == "last":
         if not runs:
             raise ValueError(f"there is no run under {runs_dir}/ (--runs_dir says where runs are)")
@@ -71,6 +72,11 @@ def find(run: str | Path, runs_dir: str | Path = "runs") -> Path:
         )
         raise ValueError(f"{run} is {what}; `bigmodel list` shows the runs under {runs_dir}/")
     return matches[0]
+
+
+def _created(record: Path) -> str:
+    """When the run of this run.json was made; names tell no more than the second."""
+    return str(json.loads(record.read_text())["created"])
 
 
 def checkpoint_step(path: Path) -> int:
@@ -232,11 +238,12 @@ class RunDirectory(Callback):
     def _begin_record(self, directory: Path) -> dict[str, Any]:
         path = directory / "run.json"
         record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        record.setdefault("created", time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        now = datetime.now(UTC).isoformat()
+        record.setdefault("created", now)
         record.setdefault("wandb_id", secrets.token_hex(4))
         record.setdefault("sessions", []).append(
             {
-                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "started": now,
                 "step": self.restart_step,
                 "command": shlex.join(sys.argv),
                 "git": _git_revision(),

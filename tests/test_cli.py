@@ -13,7 +13,7 @@ import yaml
 
 import bigmodel
 from bigmodel.cli import main
-from bigmodel.run import find_checkpoint
+from bigmodel.run import find, find_checkpoint
 
 EXPERIMENT = str(Path(__file__).parent / "outsider" / "experiment.yaml")
 COLUMNS_OF_TIME = {"speed/samples_per_s", "speed/mfu"}
@@ -28,6 +28,7 @@ def bm(tmp_path, monkeypatch, table, capsys):
         argv = [str(word) for word in words]
         if argv[0] == "fit" and "--resume" not in argv:
             argv[1:1] = ["-c", EXPERIMENT, "--data.path", str(table), "--trainer.accelerator", "cpu"]
+            argv[1:1] = ["--trainer.log_every_n_steps", "10"]
         capsys.readouterr()
         if not fails:
             main(argv)
@@ -144,8 +145,10 @@ def test_a_moved_run_resumes_and_validates(bm, tmp_path):
 def test_two_runs_in_the_same_second_get_two_directories(bm, monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda *_: "20260101-000000")
     bm("fit", "--trainer.max_epochs", 1)
+    (first,) = runs()
     bm("fit", "--trainer.max_epochs", 1)
-    assert len(runs()) == 2
+    assert {first, find("last")} == set(runs())
+    assert find("last") != first, "`last` is the newest, whatever its name"
 
 
 def test_the_average_is_evaluated_saved_and_loaded(bm):

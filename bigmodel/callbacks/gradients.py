@@ -51,7 +51,8 @@ class Gradients(Callback):
             output = step(*args, **kwargs)
             if isinstance(output, dict) and "count" in output:
                 count = torch.as_tensor(output["count"], device=output["loss"].device)
-                self._count = count if self._count is None else self._count + count
+                # A tensor of our own: summing over processes is done in place.
+                self._count = count.detach().clone() if self._count is None else self._count + count
             return output
 
         pl_module.training_step = counting_step  # type: ignore[method-assign]

@@ -35,8 +35,8 @@ def run_list(argv: list[str]) -> None:
         print(f"  {path!s:50} {_first_comment(path)}")
     runs_dir = Path(flags.get("runs_dir", "runs"))
     print(f"\nruns in {runs_dir}/")
-    for path in sorted(runs_dir.glob("**/run.json"), key=lambda path: path.parent.name):
-        record = json.loads(path.read_text())
+    records = [(path, json.loads(path.read_text())) for path in runs_dir.glob("**/run.json")]
+    for path, record in sorted(records, key=lambda pair: pair[1]["created"]):
         best = record.get("best")
         metric = f"{best['metric']} {best['value']:.5g}" if best else ""
         print(f"  {path.parent!s:60} {record['status']:11} step {record.get('step', 0):<8,} {metric}")

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from bigmodel import run
 from bigmodel.callbacks import Gradients, Resume
@@ -220,6 +221,8 @@ def _run(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | None) 
             raise ValueError(f"nothing to {verb}: name a run, as in `bigmodel {verb} RUN`")
         quiet = {} if verb == "predict" else {"verbose": False}
         metrics = getattr(trainer, verb)(task, datamodule=data, ckpt_path=checkpoint, **quiet)
+    except MisconfigurationException as error:  # Lightning's name for what a person can mend
+        raise ClearError(str(error)) from error
     except (ValueError, OSError) as error:
         if record is None or record.started:
             raise
