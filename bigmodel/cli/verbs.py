@@ -126,7 +126,18 @@ class _CLI(LightningCLI):
             options["plugins"] = [*(options.get("plugins") or []), AtomicCheckpointIO()]
         if not any(isinstance(callback, ProgressBar) for callback in named):
             options["enable_progress_bar"] = False
-        return Trainer(**options)
+        trainer = Trainer(**options)
+        _leave_out_empty_hooks(trainer)
+        return trainer
+
+
+def _leave_out_empty_hooks(trainer: Any) -> None:
+    """Six times a step Lightning calls every callback, with much ado about each; it passes over what cannot be called."""
+    step = ("train_batch_start", "before_zero_grad", "before_backward", "after_backward", "before_optimizer_step")
+    for hook in (*(f"on_{name}" for name in step), "on_train_batch_end"):
+        for callback in trainer.callbacks:
+            if getattr(type(callback), hook) is getattr(Callback, hook):
+                setattr(callback, hook, None)
 
 
 def run_trainer(verb: str, argv: list[str]) -> None:

@@ -89,11 +89,12 @@ def test_losses_equal_a_plain_loop_step_by_step(folder):
     ours = column(run, "train/loss")
 
     data = data_of(run)
+    model = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]
     torch.manual_seed(0)
-    net = GPT(**data.sizes, width=16, depth=2, num_heads=2, norm="rms", positions="rotary", activation="swiglu")
-    optimizer = torch.optim.AdamW(parameter_groups(net), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    settings = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["schedule"]["init_args"]
-    schedule = Cosine(**settings)
+    net = GPT(**data.sizes, **model["net"]["init_args"])
+    rate = model["optimizer"]["init_args"]["lr"]
+    optimizer = torch.optim.AdamW(parameter_groups(net), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = Cosine(**model["schedule"]["init_args"])
     loader = train_loader(data.windows("train"), batch_size=32)
     plain, step, epoch = {}, 0, 0
     while step < 50:
@@ -102,7 +103,7 @@ def test_losses_equal_a_plain_loop_step_by_step(folder):
             if step == 50:
                 break
             for group in optimizer.param_groups:
-                group["lr"] = 3e-3 * schedule(step, 50)
+                group["lr"] = rate * schedule(step, 50)
             optimizer.zero_grad()
             loss = F.cross_entropy(net(batch.tokens).flatten(0, 1), batch.targets.flatten())
             loss.backward()
