@@ -15,7 +15,7 @@ from pathlib import Path
 from bigmodel.cli import main
 
 EXPERIMENT = Path(__file__).parents[1] / "experiments" / "language_modeling" / "stdlib.yaml"
-PROMPT = "def read_config(path, encoding=None):\n"
+PROMPT = "import os\nimport sys\n\n\ndef main(argv=None):\n"
 
 
 def report(run: Path) -> None:
@@ -33,8 +33,8 @@ def report(run: Path) -> None:
     print(f"\nbits per byte on the validation split ({len(text) / 1e6:.2f} MB; fewer is better)")
     for name, bits in figures.items():
         print(f"  {name:12} {bits:6.3f}  {'#' * round(bits * 20)}")
-    print("\na sample, from the prompt in its first line (temperature 0.6)\n")
-    main(["generate", str(run), "--prompt", PROMPT, "--max_new_tokens", "200", "--temperature", "0.6", "--seed", "1"])
+    print("\na sample, from the prompt in its first lines (temperature 0.6)\n")
+    main(["generate", str(run), "--prompt", PROMPT, "--max_new_tokens", "200", "--temperature", "0.6", "--seed", "3"])
     print(f"\nthe run is in {run}\n  bigmodel generate {run} --prompt 'import '\n  bigmodel fit --resume {run}")
 
 

@@ -41,6 +41,8 @@ def test_a_small_experiment_runs(path, tmp_path, monkeypatch, capsys):
     small = [
         "--model.net.width",
         "32",
+        "--model.net.num_heads",
+        "2",
         "--model.net.depth",
         "1",
         "--data.path",
