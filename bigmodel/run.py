@@ -304,6 +304,9 @@ class RunDirectory(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._report(trainer, "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed")
+        if self.record:
+            where = f"`bigmodel fit --resume {self.directory}` goes on from the last checkpoint"
+            print(f"stopped at step {trainer.global_step:,}; {where}", flush=True)
 
     def _report(self, trainer: Trainer, status: str) -> None:
         if not self.record:  # not the first process, or stopped before the run began
