@@ -60,8 +60,7 @@ def _with_clear_errors(function: Callable[..., None], *args: Any) -> None:
     try:
         function(*args)
     except KeyboardInterrupt:
-        print("\nstopped; `bigmodel fit --resume last` goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(130)  # a fit has said how to go on (`bigmodel.run.RunDirectory`)
     except (ValueError, OSError) as error:
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
