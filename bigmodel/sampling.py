@@ -15,6 +15,7 @@ holds N, with cycle walking (Black and Rogaway 2002).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sized
 from typing import Any, cast
 
@@ -102,11 +103,21 @@ def micro_batches(batch_size: int, micro_batch_size: int | None, num_processes: 
     return micro_batch_size, batch_size // (micro_batch_size * num_processes)
 
 
-class _TrainOrder(Sampler[list[int]]):
+_Numbers = tuple[int, list[int]]  # the epoch, as far as randomness goes, and sample numbers
+
+
+class _TrainOrder(Sampler[_Numbers]):
     """Batch sampler of one process: from the optimizer steps already taken to the end of that epoch."""
 
     def __init__(
-        self, n: int, batch_size: int, micro_batch_size: int | None, seed: int, trainer: Trainer | None, shuffle: bool
+        self,
+        n: int,
+        batch_size: int,
+        micro_batch_size: int | None,
+        seed: int,
+        trainer: Trainer | None,
+        shuffle: bool,
+        views: int | None,
     ) -> None:
         self.rank, self.num_processes = _place(trainer)
         self.micro, self.accumulation = micro_batches(batch_size, micro_batch_size, self.num_processes)
@@ -115,7 +126,11 @@ class _TrainOrder(Sampler[list[int]]):
                 f"the training split has {n:,} samples, fewer than one step of --data.batch_size {batch_size:,};"
                 " give more data or a smaller batch size"
             )
-        self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
+        if views is not None and views < 1:
+            raise ValueError(
+                f"--data.views {views}: at least 1 is needed; leave it out for new randomness in every epoch"
+            )
+        self.n, self.batch_size, self.seed, self.shuffle, self.views = n, batch_size, seed, shuffle, views
         self.steps_per_epoch = n // batch_size
         self.trainer = trainer
         self.epoch = 0  # for use without a trainer
@@ -123,23 +138,25 @@ class _TrainOrder(Sampler[list[int]]):
     def __len__(self) -> int:
         return self.steps_per_epoch * self.accumulation
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[_Numbers]:
         # Computed here and not at the first next(): by then a loader's workers have run ahead.
         if self.trainer is None:
             return self._from(self.epoch, 0)
         return self._from(*divmod(self.trainer.global_step, self.steps_per_epoch))
 
-    def _from(self, epoch: int, first_step: int) -> Iterator[list[int]]:
+    def _from(self, epoch: int, first_step: int) -> Iterator[_Numbers]:
+        if self.views is not None:
+            epoch %= self.views
         order = Permutation(self.n, self.seed, epoch)
         in_batch = np.arange(self.batch_size).reshape(self.accumulation, self.num_processes, self.micro)[:, self.rank]
         for block in range(first_step, self.steps_per_epoch, _STEPS_AT_ONCE):
             steps = np.arange(block, min(block + _STEPS_AT_ONCE, self.steps_per_epoch))
             positions = steps[:, None, None] * self.batch_size + in_batch  # [steps, A, M]
             numbers = order(positions.ravel()) if self.shuffle else positions.ravel()
-            yield from numbers.reshape(-1, self.micro).tolist()
+            yield from ((epoch, batch) for batch in numbers.reshape(-1, self.micro).tolist())
 
 
-class _EvaluationOrder(Sampler[list[int]]):
+class _EvaluationOrder(Sampler[_Numbers]):
     """Batch sampler that deals the samples out once, in order; every process gets the same number of equal batches,
     filled up with padding rows."""
 
@@ -152,10 +169,10 @@ class _EvaluationOrder(Sampler[list[int]]):
     def __len__(self) -> int:
         return -(-self.n // (self.rows * self.num_processes))
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[_Numbers]:
         for batch in range(len(self)):
             start = (batch * self.num_processes + self.rank) * self.rows
-            yield [i if i < self.n else _PADDING for i in range(start, start + self.rows)]
+            yield 0, [i if i < self.n else _PADDING for i in range(start, start + self.rows)]
 
 
 def _place(trainer: Trainer | None) -> tuple[int, int]:
@@ -169,11 +186,16 @@ class _Rows(Dataset[Any]):
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
+        self.fetch = getattr(dataset, "__getitems__", None)
+        self.by_epoch = self.fetch is not None and "epoch" in inspect.signature(self.fetch).parameters
 
-    def __getitems__(self, numbers: list[int]) -> Any:
+    def __getitems__(self, epoch_and_numbers: _Numbers) -> Any:
+        epoch, numbers = epoch_and_numbers
         rows = [max(number, 0) for number in numbers]
-        fetch = getattr(self.dataset, "__getitems__", None)
-        batch = fetch(rows) if fetch is not None else default_collate([self.dataset[i] for i in rows])
+        if self.fetch is None:
+            batch = default_collate([self.dataset[i] for i in rows])
+        else:
+            batch = self.fetch(rows, epoch=epoch) if self.by_epoch else self.fetch(rows)
         if _PADDING in numbers:
             kept = torch.tensor([number != _PADDING for number in numbers])
             batch = batch._replace(weight=batch.weight * kept)
@@ -186,7 +208,7 @@ class Loader(DataLoader[Any]):
     def __init__(self, dataset: Dataset[Any], order: _TrainOrder | _EvaluationOrder, num_workers: int) -> None:
         super().__init__(
             _Rows(dataset),
-            batch_sampler=order,
+            batch_sampler=cast(Any, order),  # it gives the epoch beside the list
             num_workers=num_workers,
             collate_fn=_as_is,
             pin_memory=torch.cuda.is_available(),
@@ -233,25 +255,27 @@ def train_loader(
     trainer: Trainer | None = None,
     num_workers: int = 0,
     shuffle: bool = True,
+    views: int | None = None,
 ) -> Loader:
     """Training batches in the global order, resumable at any optimizer step on any number of processes.
 
     Args:
         dataset: has `__len__`, and `__getitem__(i)`: one sample as a NamedTuple with the fields `index` (its number)
             and `weight` (1.0) among its own; or, faster, `__getitems__(numbers)`: a whole batch as such a NamedTuple of
-            tensors.
+            tensors. If that takes `epoch` too, it is told, so that a sample's randomness can be a function of it.
         batch_size: samples per optimizer step over all processes.
         micro_batch_size: samples one process takes at once; None: its whole share.
         seed: with the epoch, determines the order.
         trainer: the data module's `self.trainer`; None: one process, and `set_epoch` says which epoch.
         num_workers: worker processes that read ahead; 0: read in the training process.
         shuffle: False keeps the samples' own order in every epoch.
+        views: the epochs' randomness, order included, comes again after so many epochs; None: never.
 
     Raises:
         ValueError: if the batch cannot be divided as asked, or the data set holds no whole batch.
     """
     n = _num_samples(dataset, "training")
-    order = _TrainOrder(n, batch_size, micro_batch_size, seed, trainer, shuffle)
+    order = _TrainOrder(n, batch_size, micro_batch_size, seed, trainer, shuffle, views)
     return Loader(dataset, order, num_workers)
 
 

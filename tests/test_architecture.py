@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "bigmodel"
+LOWER = ["optim", "checkpoint", "sampling", "callbacks", "cache", "workers"]
 TASKS = sorted(path.name for path in (ROOT / "tasks").iterdir() if path.is_dir() and path.name != "__pycache__")
 
 
@@ -37,14 +38,16 @@ def test_nets_are_plain_torch():
                 assert name.split(".")[0] in {"math", "typing", "collections", "dataclasses", "functools"}, (path, name)
 
 
-@pytest.mark.parametrize("part", ["optim", "checkpoint", "sampling", "callbacks", "run", "tracking", "cli"])
+@pytest.mark.parametrize(
+    "part", ["optim", "checkpoint", "sampling", "callbacks", "cache", "workers", "run", "tracking", "cli"]
+)
 def test_the_spine_knows_no_task_and_no_net(part):
     for path in files(part):
         for name in imports(path):
             assert not allowed(name, "bigmodel.tasks", "bigmodel.nn"), (path, name)
 
 
-@pytest.mark.parametrize("part", ["optim", "checkpoint", "sampling", "callbacks"])
+@pytest.mark.parametrize("part", LOWER)
 def test_its_lower_parts_know_neither_the_command_nor_runs(part):
     for path in files(part):
         for name in imports(path):
@@ -53,7 +56,7 @@ def test_its_lower_parts_know_neither_the_command_nor_runs(part):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_task_knows_no_other_task_and_nothing_private(task):
-    shared = ("nn", "optim", "parallel", "checkpoint", "sampling", "callbacks", "run", f"tasks.{task}")
+    shared = ("nn", *LOWER, "run", f"tasks.{task}")
     for path in files(f"tasks/{task}"):
         for name in imports(path):
             if name.startswith("bigmodel"):

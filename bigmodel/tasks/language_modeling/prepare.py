@@ -1,35 +1,25 @@
 """Prepare text once: files in, shards of token ids out, kept in a cache under what determines them.
 
 The key of a prepared folder is a hash of the documents' contents in their order, of how they are dealt out to the splits,
-and of the tokenizer; not of paths, so a folder of text may be moved. A folder is written beside its final name and renamed
-when all of it is on the disk, so what has the final name is whole, however many processes prepare at once. Layout::
+and of the tokenizer; not of paths, so a folder of text may be moved. Layout::
 
-    <cache>/language_modeling/<key>/                           see shards.py
-    <cache>/language_modeling/.<key>.<host>.<process id>/      being written
-    <cache>/language_modeling/scans/                           see sources.py
+    <cache>/language_modeling/<key>/      see shards.py
+    <cache>/language_modeling/scans/      see sources.py
 
 This module imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
-import os
-import shutil
-import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
+from bigmodel.cache import available_cores, building, cache_folder, digest, disk_errors, progress, say, write_text
 from bigmodel.tasks.language_modeling.encode import BLOCK_BYTES, blocks_of, encode_blocks, make_tokenizer
 from bigmodel.tasks.language_modeling.shards import (
     SHARD_TOKENS,
@@ -38,16 +28,14 @@ from bigmodel.tasks.language_modeling.shards import (
     ShardWriter,
     SplitFacts,
     token_dtype,
-    write_text,
 )
 from bigmodel.tasks.language_modeling.sources import Segment, find_files, scan
 from bigmodel.tasks.language_modeling.splits import Split
 from bigmodel.tasks.language_modeling.tokenizer import Tokenizer
 from bigmodel.tasks.language_modeling.tokenizer_choice import TokenizerChoice
-from bigmodel.tasks.language_modeling.workers import Workers
+from bigmodel.workers import Workers
 
 ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # in each worker
-LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -72,16 +60,6 @@ class Plan:
         return (self.folder / "meta.json").exists()
 
 
-def _hash(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
-
-
-def cache_folder(cache_dir: str | None) -> Path:
-    """`cache_dir`, else $BIGMODEL_CACHE, else ~/.cache/bigmodel; in it, this task's folder."""
-    root = cache_dir or os.environ.get("BIGMODEL_CACHE") or "~/.cache/bigmodel"
-    return Path(root).expanduser() / "language_modeling"
-
-
 def make_plan(
     path: str | Sequence[str], choice: TokenizerChoice, split: Split, exclude: Sequence[str], cache_dir: str | None
 ) -> Plan:
@@ -90,7 +68,7 @@ def make_plan(
     Raises:
         ValueError: if a file is missing, empty, unreadable or not UTF-8, or a split gets no document.
     """
-    cache = cache_folder(cache_dir)
+    cache = cache_folder("language_modeling", cache_dir)
     files, empty = find_files(path, exclude)
     with disk_errors(cache), progress("checking", sum(file.size for file in files)) as advance:
         files = scan(files, cache, advance)
@@ -104,7 +82,7 @@ def make_plan(
     chosen = choice.settings()
     settings = {**chosen, "split": str(split), "files": len(files), "empty_files_left_out": empty}
     contents = {n: [(s.file.sha256, s.start, s.stop) for s in segments] for n, segments in splits.items()}
-    return Plan(cache / _hash([VERSION, chosen, contents]), splits, choice, settings)
+    return Plan(cache / digest([VERSION, chosen, contents]), splits, choice, settings)
 
 
 def prepare(plan: Plan, num_processes: int | None = None) -> Prepared:
@@ -120,19 +98,8 @@ def prepare(plan: Plan, num_processes: int | None = None) -> Prepared:
     """
     if plan.done:
         return Prepared.load(plan.folder)
-    _remove_remains(plan.folder)
-    folder = plan.folder.with_name(f".{plan.folder.name}.{socket.gethostname()}.{os.getpid()}")
-    try:
-        prepared = _write(plan, folder, num_processes or available_cores())
-        _publish(folder, plan.folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return prepared
-
-
-def available_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with building(plan.folder) as folder:
+        return _write(plan, folder, num_processes or available_cores())
 
 
 def _write(plan: Plan, folder: Path, num_processes: int) -> Prepared:
@@ -144,7 +111,6 @@ def _write(plan: Plan, folder: Path, num_processes: int) -> Prepared:
     read = written = 0  # [bytes]
     facts = {}
     with disk_errors(folder.parent, lambda: written * total // max(read, 1)), ExitStack() as stack:
-        folder.mkdir(parents=True)
         workers = stack.enter_context(Workers(min(num_processes, -(-total // BLOCK_BYTES)), ONE_THREAD))
         tokenizer = _make_tokenizer(plan, folder)
         dtype = token_dtype(tokenizer.vocab_size)
@@ -165,7 +131,7 @@ def _write(plan: Plan, folder: Path, num_processes: int) -> Prepared:
             dtype=dtype.str,
             shard_tokens=SHARD_TOKENS,
             tokenizer="tokenizer.json",
-            fingerprint=_hash([VERSION, tokenizer.to_json(), {name: split.sha256 for name, split in facts.items()}]),
+            fingerprint=digest([VERSION, tokenizer.to_json(), {name: split.sha256 for name, split in facts.items()}]),
             settings=plan.settings,
         )
         prepared.save(folder)
@@ -187,87 +153,3 @@ def _make_tokenizer(plan: Plan, folder: Path) -> Tokenizer:
         say(f"made the tokenizer from the train split in {time.monotonic() - began:,.1f} s")
     write_text(folder / "tokenizer.json", tokenizer.to_json())
     return tokenizer
-
-
-def _publish(folder: Path, final: Path) -> None:
-    """Give a whole folder its final name, unless another process was first."""
-    _sync(folder)
-    try:
-        folder.rename(final)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
-    _sync(final.parent)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_remains(final: Path) -> None:
-    """Remove what a killed process of this machine left behind."""
-    for folder in final.parent.glob(f".{final.name}.{socket.gethostname()}.*"):
-        if not _alive(int(folder.suffix[1:])):
-            shutil.rmtree(folder, ignore_errors=True)  # another process may be at it too
-
-
-def _alive(process: int) -> bool:
-    """Whether another process of this number runs on this machine."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return process != os.getpid()
-
-
-@contextmanager
-def disk_errors(cache: Path, needed: Callable[[], int] = lambda: 0) -> Iterator[None]:
-    """Turn a full or closed disk into an error that says what to do. `needed`: bytes in all, as far as is known."""
-    flag = "set --data.cache_dir to another place"
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            amount = f"; about {needed() / 1e6:,.1f} MB are needed" if needed() else ""
-            message = f"no space left for prepared text in {cache}{amount}: make room, or {flag}"
-            raise OSError(error.errno, message) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise ValueError(f"prepared text cannot be kept in {cache} ({error.strerror}): {flag}") from error
-        raise
-
-
-def say(line: str) -> None:
-    """A line for the person at the terminal."""
-    Console(stderr=True, soft_wrap=True, highlight=False).print(line, markup=False)
-
-
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar in bytes; without a terminal, a line now and then. Gives a function to call with bytes done."""
-    console = Console(stderr=True)
-    began = shown = time.monotonic()
-    done = 0
-
-    def line() -> str:
-        speed = done / 1e6 / max(time.monotonic() - began, 1e-3)
-        return f"{what}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {speed:,.1f} MB/s"
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
-
-        def advance(size: int) -> None:
-            nonlocal done, shown
-            done += size
-            bar.update(task, completed=done, description=line())
-            if bar.disable and time.monotonic() - shown > LINE_SECONDS:
-                shown = time.monotonic()
-                say(line())
-
-        yield advance

@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from bigmodel.cache import write_text
+
 VERSION = 1  # of this format
 SHARD_TOKENS = 2**27
 
@@ -76,14 +78,6 @@ class Prepared:
         facts = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         facts["splits"] = {name: SplitFacts(**split) for name, split in facts["splits"].items()}
         return cls(**facts)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file through to the disk."""
-    with open(path, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

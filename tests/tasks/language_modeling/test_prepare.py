@@ -15,7 +15,7 @@ from bigmodel.tasks.language_modeling import prepare, shards, sources
 from bigmodel.tasks.language_modeling.shards import Prepared, ShardWriter, Tokens
 from bigmodel.tasks.language_modeling.splits import ByDocument, ByFiles
 from bigmodel.tasks.language_modeling.tokenizer_choice import BPE, Bytes, Characters
-from bigmodel.tasks.language_modeling.workers import Workers
+from bigmodel.workers import Workers
 
 
 def awkward(length, seed):
