@@ -1,0 +1,193 @@
+"""What an evaluation of a classifier measures, over all processes: their states are gathered, their averages not averaged.
+
+Expected calibration error: Guo et al. 2017 (arXiv 1706.04599), eq. 3, with 15 bins of equal width. Area under the ROC curve,
+each class against the rest: the probability that a picture of the class scores above one of another, ties counting half
+(Hanley and McNeil 1982), exact and not binned.
+
+B pictures in a batch, N in all, K classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection, SumMetric
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassCalibrationError,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassPrecision,
+    MulticlassRecall,
+)
+from torchmetrics.utilities import dim_zero_cat
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+_NUM_BINS = 15
+_BELOW_ONE = 1 - 2.0**-24  # torchmetrics gives a confidence of exactly 1 a sixteenth bin of its own
+
+
+class ImageMetrics(nn.Module):
+    """Loss, accuracy, and how the errors are spread, from logits and true classes.
+
+    Two classes are treated as any other number: precision, recall and F1 are the mean over both, not those of a "positive".
+
+    Args:
+        num_classes: K, at least 2.
+        full: False measures loss and accuracies only, in constant memory: for frequent validation. The rest keeps the scores
+            of every picture, 4 N K bytes in the main memory of each process (200 MB for 50,000 pictures of 1,000 classes),
+            and sorts them once for every class.
+
+    Raises:
+        ValueError: if there are fewer than two classes.
+    """
+
+    def __init__(self, num_classes: int, full: bool = True) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"{num_classes} class(es): there is nothing to tell apart; at least 2 are needed")
+        k = num_classes
+        self.num_classes, self.full = k, full
+        self.loss = SumMetric(nan_strategy="disable").set_dtype(torch.float64)
+        self.count = SumMetric(nan_strategy="disable").set_dtype(torch.float64)
+        self.accuracy = MulticlassAccuracy(k, average="micro", validate_args=False)
+        if k > 5:
+            self.top5_accuracy = MulticlassAccuracy(k, top_k=5, average="micro", validate_args=False)
+        if full:
+            self.by_class = MetricCollection(
+                {
+                    "precision": MulticlassPrecision(k, average="macro", validate_args=False),
+                    "recall": MulticlassRecall(k, average="macro", validate_args=False),
+                    "f1": MulticlassF1Score(k, average="macro", validate_args=False),
+                },
+                compute_groups=[["precision", "recall", "f1"]],
+            )
+            self.auroc = _AUROC()
+            self.calibration = MulticlassCalibrationError(k, _NUM_BINS, "l1", validate_args=False)
+            self.confusion_matrix = MulticlassConfusionMatrix(k, validate_args=False)
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Take in a batch.
+
+        Args:
+            logits: [B, K], any floating-point type; B may be 0.
+            targets: [B] int64, each in 0 to K - 1; rows that only fill up a batch are left out by the caller.
+
+        Raises:
+            ValueError: for other shapes, or classes out of range.
+        """
+        if logits.shape != (len(targets), self.num_classes):
+            raise ValueError(
+                f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not belong together:"
+                f" [B, {self.num_classes}] and [B] are needed"
+            )
+        if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < self.num_classes:
+            raise ValueError(
+                f"targets from {int(targets.min())} to {int(targets.max())} among {self.num_classes} classes (-1 is a"
+                " picture without a label: it cannot be evaluated)"
+            )
+        log_p = logits.double().log_softmax(1)  # double: a confident net's scores would tie at 1
+        predicted = logits.argmax(1)
+        self.loss.update(-log_p.gather(1, targets[:, None]).sum())
+        self.count.update(float(len(targets)))
+        if len(targets):  # torchmetrics cannot take in an empty batch here, and needs none
+            self.accuracy.update(predicted, targets)
+            if self.num_classes > 5:
+                self.top5_accuracy.update(logits, targets)
+            if self.full:
+                self.by_class.update(predicted, targets)
+        if self.full:  # an empty batch as well: every process must have something to gather
+            self.auroc.update(log_p.float(), targets)
+            self.calibration.update(log_p.exp().clamp(max=_BELOW_ONE), targets)
+            self.confusion_matrix.update(predicted, targets)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Over all batches of all processes since the last `reset`, float32 numbers; every process must call it.
+
+        `loss` is the mean cross-entropy in nats; the others lie in 0 to 1: `accuracy`, `top5_accuracy` (with more than five
+        classes), and if full `precision`, `recall`, `f1` (means over the classes that are there or were predicted), `auroc`
+        (mean over the classes that some pictures are of and others not; left out if there is none) and
+        `calibration_error`. None is ever NaN.
+
+        Raises:
+            ValueError: if there was nothing to evaluate, or the net's outputs were not finite.
+        """
+        if not self.loss.update_called or self.count.compute() == 0:
+            raise ValueError("no picture with a label was evaluated: there is nothing to measure")
+        loss = self.loss.compute() / self.count.compute()
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"the net's outputs are not finite (loss {float(loss)}): training has diverged. Lower --model.optimizer.lr,"
+                " or set --trainer.gradient_clip_val"
+            )
+        values = {"loss": loss, "accuracy": self.accuracy.compute()}
+        if self.num_classes > 5:
+            values["top5_accuracy"] = self.top5_accuracy.compute()
+        if self.full:
+            values |= self.by_class.compute()
+            auroc = self.auroc.compute()
+            if not torch.isnan(auroc):
+                values["auroc"] = auroc
+            values["calibration_error"] = self.calibration.compute()
+        return {name: value.float() for name, value in values.items()}
+
+    def confusion(self) -> Tensor:
+        """[K, K] int64: how many pictures of a class (row) were taken for another (column), over all processes.
+
+        Raises:
+            ValueError: if only loss and accuracies were measured.
+        """
+        if not self.full:
+            raise ValueError("there is no confusion matrix where only loss and accuracies were measured (full=False)")
+        return self.confusion_matrix.compute()
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        for metric in self.children():
+            assert isinstance(metric, Metric | MetricCollection)
+            metric.reset()
+
+
+class _AUROC(Metric):
+    """Mean over classes of the area under the ROC curve against the rest; NaN if no class has both. Keeps all scores.
+
+    torchmetrics has one, which warns of absent classes, counts them as 0, and sums in float32.
+    """
+
+    full_state_update = False
+    scores: list[Tensor]
+    targets: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__(compute_on_cpu=True, dist_sync_fn=self._gather)
+        self.add_state("scores", [], dist_reduce_fx="cat")
+        self.add_state("targets", [], dist_reduce_fx="cat")
+
+    def _gather(self, state: Tensor, group: Any = None) -> list[Tensor]:
+        """What every process holds: it lies in main memory, but is sent from device to device."""
+        return [part.cpu() for part in gather_all_tensors(state.to(self.device), group)]
+
+    def update(self, scores: Tensor, targets: Tensor) -> None:
+        """Scores [B, K], in any unit that grows with the probability, and true classes [B]."""
+        self.scores.append(scores)
+        self.targets.append(targets)
+
+    def compute(self) -> Tensor:
+        """A float64 number on the device."""
+        scores, targets = dim_zero_cat(self.scores), dim_zero_cat(self.targets)  # [N, K], [N]
+        present = [k for k in targets.unique().tolist() if (targets != k).any()]
+        areas = [_area(scores[:, k], targets == k) for k in present]
+        return torch.tensor(areas, dtype=torch.float64).mean().to(self.device)
+
+
+def _area(scores: Tensor, positive: Tensor) -> float:
+    """The share of pairs of a positive and a negative in which the positive scores higher, ties half: from its rank sum."""
+    _, place, ties = scores.unique(return_inverse=True, return_counts=True)
+    ranks = ties.cumsum(0).double() - (ties - 1) / 2  # the mean rank, from 1, of each different score
+    num_positive = int(positive.sum())
+    num_negative = len(scores) - num_positive
+    above = float(ranks[place[positive]].sum()) - num_positive * (num_positive + 1) / 2
+    return above / (num_positive * num_negative)
