@@ -13,15 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection, SumMetric
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassCalibrationError,
-    MulticlassConfusionMatrix,
-    MulticlassF1Score,
-    MulticlassPrecision,
-    MulticlassRecall,
-)
+from torchmetrics import Metric, SumMetric
+from torchmetrics.classification import MulticlassCalibrationError, MulticlassConfusionMatrix
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
@@ -50,20 +43,11 @@ class ImageMetrics(nn.Module):
             raise ValueError(f"{num_classes} class(es): there is nothing to tell apart; at least 2 are needed")
         k = num_classes
         self.num_classes, self.full = k, full
-        self.loss = SumMetric(nan_strategy="disable").set_dtype(torch.float64)
-        self.count = SumMetric(nan_strategy="disable").set_dtype(torch.float64)
-        self.accuracy = MulticlassAccuracy(k, average="micro", validate_args=False)
-        if k > 5:
-            self.top5_accuracy = MulticlassAccuracy(k, top_k=5, average="micro", validate_args=False)
+        sums = ("count", "loss", "accuracy", "top5_accuracy") if k > 5 else ("count", "loss", "accuracy")
+        self.sums: Any = nn.ModuleDict(
+            {name: SumMetric(nan_strategy="disable").set_dtype(torch.float64) for name in sums}
+        )
         if full:
-            self.by_class = MetricCollection(
-                {
-                    "precision": MulticlassPrecision(k, average="macro", validate_args=False),
-                    "recall": MulticlassRecall(k, average="macro", validate_args=False),
-                    "f1": MulticlassF1Score(k, average="macro", validate_args=False),
-                },
-                compute_groups=[["precision", "recall", "f1"]],
-            )
             self.auroc = _AUROC()
             self.calibration = MulticlassCalibrationError(k, _NUM_BINS, "l1", validate_args=False)
             self.confusion_matrix = MulticlassConfusionMatrix(k, validate_args=False)
@@ -91,15 +75,12 @@ class ImageMetrics(nn.Module):
             )
         log_p = logits.double().log_softmax(1)  # double: a confident net's scores would tie at 1
         predicted = logits.argmax(1)
-        self.loss.update(-log_p.gather(1, targets[:, None]).sum())
-        self.count.update(float(len(targets)))
-        if len(targets):  # torchmetrics cannot take in an empty batch here, and needs none
-            self.accuracy.update(predicted, targets)
-            if self.num_classes > 5:
-                self.top5_accuracy.update(logits, targets)
-            if self.full:
-                self.by_class.update(predicted, targets)
-        if self.full:  # an empty batch as well: every process must have something to gather
+        self.sums["count"].update(float(len(targets)))
+        self.sums["loss"].update(-log_p.gather(1, targets[:, None]).sum())
+        self.sums["accuracy"].update((predicted == targets).sum())
+        if "top5_accuracy" in self.sums:
+            self.sums["top5_accuracy"].update((logits.topk(5, dim=1).indices == targets[:, None]).sum())
+        if self.full:
             self.auroc.update(log_p.float(), targets)
             self.calibration.update(log_p.exp().clamp(max=_BELOW_ONE), targets)
             self.confusion_matrix.update(predicted, targets)
@@ -115,19 +96,18 @@ class ImageMetrics(nn.Module):
         Raises:
             ValueError: if there was nothing to evaluate, or the net's outputs were not finite.
         """
-        if not self.loss.update_called or self.count.compute() == 0:
+        sums = {name: metric.compute() for name, metric in self.sums.items() if metric.update_called}
+        if not sums or sums["count"] == 0:
             raise ValueError("no picture with a label was evaluated: there is nothing to measure")
-        loss = self.loss.compute() / self.count.compute()
+        values = {name: value / sums["count"] for name, value in sums.items() if name != "count"}
+        loss = values["loss"]
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the net's outputs are not finite (loss {float(loss)}): training has diverged. Lower --model.optimizer.lr,"
                 " or set --trainer.gradient_clip_val"
             )
-        values = {"loss": loss, "accuracy": self.accuracy.compute()}
-        if self.num_classes > 5:
-            values["top5_accuracy"] = self.top5_accuracy.compute()
         if self.full:
-            values |= self.by_class.compute()
+            values |= _by_class(self.confusion())
             auroc = self.auroc.compute()
             if not torch.isnan(auroc):
                 values["auroc"] = auroc
@@ -146,9 +126,19 @@ class ImageMetrics(nn.Module):
 
     def reset(self) -> None:
         """Forget all batches."""
-        for metric in self.children():
-            assert isinstance(metric, Metric | MetricCollection)
-            metric.reset()
+        for metric in self.modules():
+            if isinstance(metric, Metric):
+                metric.reset()
+
+
+def _by_class(confusion: Tensor) -> dict[str, Tensor]:
+    """Precision, recall and F1, their means over the classes that are there or were predicted; 0 / 0 counts as 0."""
+    right = confusion.diagonal().double()
+    true, predicted = confusion.sum(1), confusion.sum(0)
+    there = true + predicted > 0
+    ratios = {"precision": right / predicted.clamp(min=1), "recall": right / true.clamp(min=1)}
+    ratios["f1"] = 2 * right / (true + predicted).clamp(min=1)
+    return {name: ratio[there].mean() for name, ratio in ratios.items()}
 
 
 class _AUROC(Metric):
