@@ -62,8 +62,8 @@ class Mix:
             num_classes: K.
 
         Returns:
-            Images as given; targets [B, K] float32, which sum to 1; weight [B] float32. Weight times cross-entropy is the
-            sum of the two pictures' weighted losses, each times its share.
+            Images [B, C, H, W]; targets [B, K] float32, which sum to 1; weight [B] float32. Weight times cross-entropy is
+            the sum of the two pictures' weighted losses, each times its share.
 
         Raises:
             ValueError: if B is odd.
@@ -76,10 +76,9 @@ class Mix:
         draws = uniform(keys, MIX_STREAM, 5)
         mixed, cut = draws[:, 0] < self.p, draws[:, 1] < self.switch_p  # each [B]
         own = torch.ones_like(draws[:, 0])  # [B], share of the row's own picture
-        own_here = own[:, None, None, None]  # the same at each pixel
         if self._mixup:
             own = torch.where(mixed & ~cut, self._mixup.quantile(draws[:, 2]), own)
-            own_here = own[:, None, None, None]
+        own_here = own[:, None, None, None]  # the same at each pixel
         if self._cutmix:
             kept = ~_box(self._cutmix.quantile(draws[:, 2]), draws[:, 3:], images)  # [B, 1, H, W]
             area = kept.sum(dim=(1, 2, 3)).to(torch.float32) / kept[0].numel()
@@ -111,7 +110,7 @@ def _box(own: Tensor, places: Tensor, images: Tensor) -> Tensor:
 
 
 class _Beta:
-    """The quantile function of Beta(alpha, alpha), from a table: exact to half a cell of 1/16384 for any alpha.
+    """The quantile function of Beta(alpha, alpha), from a table: exact to within a cell of 1/16384 for any alpha.
 
     The density x^(a-1) (1-x)^(a-1) is symmetric about 1/2. Below that, the first factor, which may have a pole at 0, is
     integrated exactly over each cell, and the second, which is smooth, is taken at the cell's middle.
