@@ -1,0 +1,302 @@
+"""From the bytes or pixels of one picture to the array that a net reads.
+
+Of evaluation: the shorter edge is resized to R pixels, then the S x S pixels in the middle are kept, as in the recipes of
+ImageNet since He et al. (2016, section 3.4). Resampling is bilinear with antialiasing, in Pillow's 8-bit arithmetic; it
+computes the pixels that are kept and no others. Where the sizes agree already, pixels are copied.
+
+A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size (by fewer coefficients of its discrete cosine transform), as long as
+that leaves `DRAFT_MARGIN` times the pixels asked for along each edge.
+
+Transparent pixels lie over white, the orientation in EXIF is applied, of an animation the first frame is read. Colours are
+taken as they stand: embedded ICC profiles and gamma are not applied, and neither are they in the usual data sets' recipes.
+
+H and W pixels of an upright picture, C channels (1: grey, 3: RGB), S and R as above.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+MAX_PIXELS = 2**27
+DRAFT_MARGIN = 1.5
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+
+# Recognized by their first bytes. Left out are formats without such a mark (TGA) and those that run a program (EPS).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_ORIENTATION = 0x0112  # tag of EXIF
+_TURNS = {  # what makes a picture of this orientation upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)
+_pillow_limit = threading.Lock()
+
+
+class PictureError(ValueError):
+    """A picture that cannot be used. Says why; the caller knows which."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What pictures become.
+
+    Attributes:
+        channels: 1 or 3.
+        size: S, edge of the square that a net reads [pixels].
+        resize: R, to which the shorter edge is resized before S x S pixels are cut out [pixels].
+        max_pixels: a picture with more is refused before it is decoded.
+    """
+
+    channels: int
+    size: int
+    resize: int
+    max_pixels: int = MAX_PIXELS
+
+    def decode(self, content: bytes | np.ndarray | Image.Image, box: Box | None = None) -> np.ndarray:
+        """Pixels [S, S, C] uint8: of the box, else of the middle.
+
+        Args:
+            content: bytes of a picture's file, or pixels; see `open_picture`.
+            box: what is resized to S x S, in pixels of the upright original, within it.
+
+        Raises:
+            PictureError: if the content is no picture, is damaged, or too large.
+        """
+        with _errors():
+            image = open_picture(content, self.max_pixels)
+            width, height = upright_size(image)
+            left, top, right, bottom = box or self._middle(width, height)
+            if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+                raise ValueError(f"box {box} does not lie within the {width} x {height} pixels of the picture")
+            image, scale = _pixels(image, self._mode, min(right - left, bottom - top) / self.size)
+            reduced = (left / scale, top / scale, right / scale, bottom / scale)
+            return self._array(_resample(image, (self.size, self.size), reduced))
+
+    def decode_whole(self, content: bytes | np.ndarray) -> np.ndarray:
+        """All of a picture, [H', W', C] uint8 with (W', H') by `whole_size`. Arguments and errors as for `decode`."""
+        with _errors():
+            image = open_picture(content, self.max_pixels)
+            width, height = upright_size(image)
+            size = self.whole_size(width, height)
+            image, scale = _pixels(image, self._mode, min(width, height) / min(size))
+            return self._array(_resample(image, size, (0, 0, width / scale, height / scale)))
+
+    def whole_size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height with the shorter edge resized to R, never enlarged."""
+        return (width, height) if min(width, height) <= self.resize else self._resized(width, height)
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        if width <= height:
+            return self.resize, self.resize * height // width
+        return self.resize * width // height, self.resize
+
+    def _middle(self, width: int, height: int) -> Box:
+        """The box whose resizing to S x S equals resizing the whole and cutting out the middle."""
+        new_width, new_height = self._resized(width, height)
+        x, y = width / new_width, height / new_height
+        left, top = round((new_width - self.size) / 2), round((new_height - self.size) / 2)
+        return left * x, top * y, min((left + self.size) * x, width), min((top + self.size) * y, height)
+
+    @property
+    def _mode(self) -> str:
+        return "L" if self.channels == 1 else "RGB"
+
+    def _array(self, image: Image.Image) -> np.ndarray:
+        return np.asarray(image).reshape(image.height, image.width, self.channels)
+
+
+def decode(
+    picture: bytes | np.ndarray | Image.Image | str | os.PathLike[str],
+    *,
+    channels: int,
+    size: int,
+    resize: int,
+    box: Box | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
+    """Pixels [S, S, C] uint8 of one picture that belongs to no data set, see `Geometry` and its `decode`; it may be a path.
+
+    Raises:
+        ValueError: if it cannot be used.
+        OSError: if the file cannot be read.
+    """
+    geometry = Geometry(channels, size, resize, max_pixels)
+    if not isinstance(picture, str | os.PathLike):
+        return geometry.decode(picture, box)
+    try:
+        return geometry.decode(Path(picture).read_bytes(), box)
+    except PictureError as error:
+        raise PictureError(f"{os.fspath(picture)}: {error}") from error
+
+
+def measure(content: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> tuple[int, int, bool]:
+    """Height and width of the upright picture, and whether it is grey in all pixels. Reads all data, so damage is found.
+
+    Raises:
+        PictureError: as `Geometry.decode`.
+    """
+    with _errors():
+        image = open_picture(content, max_pixels)
+        width, height = upright_size(image)
+        image, _ = _pixels(image, None, 8 * DRAFT_MARGIN)
+        red, *others = image.split()
+        return height, width, all(red.tobytes() == other.tobytes() for other in others)
+
+
+def open_picture(content: bytes | np.ndarray | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A picture with its header read, its pixels not decoded yet.
+
+    Args:
+        content: bytes of a file in one of the usual formats, whatever its name says; or pixels [H, W] or [H, W, C] of uint8
+            or uint16 (the upper 8 bits count), C of 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha);
+            or a picture of Pillow's, which stays as it is.
+        max_pixels: a file with more is refused.
+
+    Raises:
+        PictureError: if it is no picture, or too large.
+    """
+    if isinstance(content, np.ndarray):
+        return _from_array(content)
+    if isinstance(content, Image.Image):
+        return content.copy()
+    if not content:
+        raise PictureError("the file is empty")
+    with _pillow_limit:  # Pillow's own bounds are neither ours nor settable per call
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = Image.open(io.BytesIO(content), formats=_formats())
+        except Image.UnidentifiedImageError:
+            raise PictureError(f"the file is no picture in a known format ({', '.join(_formats())})") from None
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    if image.width * image.height > max_pixels:
+        raise PictureError(
+            f"{image.width:,} x {image.height:,} pixels are more than the {max_pixels:,} of --data.max_pixels"
+        )
+    return image
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an opened picture once it is turned upright."""
+    return (image.height, image.width) if _orientation(image) in _SIDEWAYS else (image.width, image.height)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Whatever Pillow and its libraries raise for a damaged file is a `PictureError`; what they only warn of is none."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    except (PictureError, MemoryError):
+        raise
+    except Exception as error:
+        raise PictureError(f"the picture cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _from_array(pixels: np.ndarray) -> Image.Image:
+    if pixels.dtype.kind != "u" or pixels.dtype.itemsize > 2:
+        raise PictureError(f"pixels are {pixels.dtype}; uint8 and uint16 can be read")
+    if not (pixels.ndim == 2 or (pixels.ndim == 3 and 1 <= pixels.shape[2] <= 4)) or 0 in pixels.shape:
+        raise PictureError(
+            f"pixels have shape {list(pixels.shape)}; [H, W] and [H, W, C] with C from 1 to 4 can be read"
+        )
+    if pixels.dtype.itemsize == 2:
+        pixels = (pixels >> 8).astype(np.uint8)
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    return Image.fromarray(pixels)
+
+
+def _orientation(image: Image.Image) -> int:
+    """From 1 (upright) to 8. EXIF that cannot be read turns nothing."""
+    if image.format == "TIFF":  # Pillow turns these itself
+        return 1
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:
+        return 1
+
+
+def _pixels(image: Image.Image, mode: str | None, shrink: float) -> tuple[Image.Image, int]:
+    """The upright picture in `mode` (None: L or RGB, whichever it is), and by how much its edges were divided.
+
+    Args:
+        image: opened, not decoded.
+        mode: L or RGB.
+        shrink: by how much it may be divided at most, but for the margin.
+    """
+    turn = _TURNS.get(_orientation(image))
+    scale = max(s for s in (1, 2, 4, 8) if s == 1 or s * DRAFT_MARGIN <= shrink)
+    if image.draft(mode or "RGB", (max(1, image.width // scale), max(1, image.height // scale))) is None:
+        scale = 1
+    image.load()
+    image = _flat(image)
+    if mode is not None and image.mode != mode:
+        image = image.convert(mode)
+    return (image if turn is None else image.transpose(turn)), scale
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    """The same picture in L or RGB."""
+    if image.mode.startswith("I"):
+        return _from_16_bits(image)
+    if image.mode == "F":
+        return _from_floats(image)
+    if image.has_transparency_data:
+        picture = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    if image.mode in ("L", "RGB"):
+        return image
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise PictureError(f"pixels range from {values.min()} to {values.max()}; integers from 0 to 65535 can be read")
+    if "transparency" in image.info:
+        values = np.where(values == image.info["transparency"], 65535, values)
+    return Image.fromarray((values >> 8).astype(np.uint8))
+
+
+def _from_floats(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if not ((values >= 0) & (values <= 1)).all():
+        raise PictureError(
+            f"pixels are 32-bit floats from {values.min():g} to {values.max():g}; floats are read as 0 (black) to 1 (white):"
+            " scale them, or store 8 or 16 bits"
+        )
+    return Image.fromarray((values * 255 + 0.5).astype(np.uint8))
+
+
+def _resample(image: Image.Image, size: tuple[int, int], box: Box) -> Image.Image:
+    """The box of a picture as width x height pixels."""
+    left, top, right, bottom = box
+    if (right - left, bottom - top) == size and left == int(left) and top == int(top):
+        return image.crop((int(left), int(top), int(right), int(bottom)))
+    within = (left, top, min(right, image.width), min(bottom, image.height))  # rounding may lead past the edge
+    return image.resize(size, Image.Resampling.BILINEAR, box=within)

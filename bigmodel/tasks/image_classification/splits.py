@@ -1,0 +1,69 @@
+"""Dealing pictures out to training, validation and test, alike on every machine.
+
+Within each class the pictures are put in the order of the hashes of their contents (BLAKE2b keyed by a constant, see
+scan.py), in which neither names nor places nor dates count. The first of that order are the test split, the last the
+validation split, and what lies between is for training. So a picture that is added, removed or renamed moves at most two
+others, none ever goes from test to validation or back, and changing one share leaves the other split as it was.
+
+N pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+
+@dataclass
+class Split:
+    """How many pictures of each class are kept from training.
+
+    Data that come with splits keep them: then `val` counts only where there is no validation split, and is dealt out of the
+    training split; `test` does not count.
+
+    Args:
+        val: share of each class for validation, at least 0 (no such split) and below 1.
+        test: share of each class for test, likewise.
+    """
+
+    val: float = 0.1
+    test: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, share in (("val", self.val), ("test", self.test)):
+            if not 0 <= share < 1:
+                raise ValueError(f"--data.split.{name} {share} is no share: give a number of at least 0 and below 1")
+        if self.val + self.test >= 1:
+            raise ValueError(
+                f"--data.split.val {self.val} and --data.split.test {self.test} leave nothing to train on: together they"
+                " must be below 1"
+            )
+
+    def deal(self, labels: np.ndarray, hashes: np.ndarray) -> dict[str, np.ndarray]:
+        """Numbers of the pictures in train, and in val and test where their shares are not 0; each ascending.
+
+        Equal contents go to the same split, and count once, in the lowest of their classes. Counts per class are rounded to
+        the nearest, but are at least 1 in a class that has more contents than there are splits.
+
+        Args:
+            labels: [N] class numbers.
+            hashes: [N, 16] uint8, of the contents.
+        """
+        contents, content = np.unique(hashes.view("V16").ravel(), return_inverse=True)  # in the order of the hashes
+        owner = np.full(len(contents), np.iinfo(np.int64).max)
+        np.minimum.at(owner, content, labels)
+        order = np.argsort(owner, kind="stable")  # by class, then by hash
+        borders = np.flatnonzero(np.diff(owner[order], prepend=-2, append=-2)).tolist()
+        split = np.full(len(contents), "train", dtype="<U5")
+        for start, stop in pairwise(borders):
+            split[order[start : start + self._count(self.test, stop - start)]] = "test"
+            split[order[stop - self._count(self.val, stop - start) : stop]] = "val"
+        shares = {"train": 1.0, "val": self.val, "test": self.test}
+        return {name: np.flatnonzero(split[content] == name) for name, share in shares.items() if share > 0}
+
+    def _count(self, share: float, contents: int) -> int:
+        """Of so many contents of a class, how many a split with this share gets."""
+        num_splits = 1 + (self.val > 0) + (self.test > 0)
+        return max(int(share * contents + 0.5), int(share > 0 and contents > num_splits))
