@@ -136,3 +136,34 @@ def test_mix_separates_its_numbers():
 def test_what_cannot_be_divided_is_refused(n, batch, micro, num_processes, message):
     with pytest.raises(ValueError, match=message):
         train_loader(Squares(n), batch_size=batch, micro_batch_size=micro, trainer=process(0, num_processes))
+
+
+class ByEpoch(Squares):
+    """Tells each sample's epoch in place of its square."""
+
+    def __getitems__(self, numbers, epoch):
+        index = torch.tensor(numbers)
+        return Sample(torch.full_like(index, epoch), index, torch.ones(len(index)))
+
+
+def test_a_data_set_that_asks_is_told_the_epoch():
+    def epoch(step, views=None):
+        loader = train_loader(ByEpoch(20), batch_size=5, seed=1, trainer=process(global_step=step), views=views)
+        batches = list(loader)
+        (told,) = {int(e) for batch in batches for e in batch.value}
+        return told, [batch.index.tolist() for batch in batches]
+
+    assert [epoch(step)[0] for step in (0, 3, 4, 8, 9)] == [0, 0, 1, 2, 2]
+    assert [epoch(step, views=2)[0] for step in (0, 4, 8, 12)] == [0, 1, 0, 1]
+    assert epoch(0, views=2) == epoch(8, views=2) != epoch(4, views=2)
+    assert epoch(5, views=2)[1] == epoch(4)[1][1:]
+    with pytest.raises(ValueError, match="--data.views 0"):
+        epoch(0, views=0)
+
+
+def test_workers_are_told_the_epoch_too():
+    trainer = process(global_step=4)
+    loader = train_loader(ByEpoch(20), batch_size=5, seed=1, trainer=trainer, num_workers=1)
+    assert {int(e) for batch in loader for e in batch.value} == {1}
+    trainer.global_step = 8
+    assert {int(e) for batch in loader for e in batch.value} == {2}
