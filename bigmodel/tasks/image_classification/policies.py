@@ -108,6 +108,7 @@ def _operate_(images: Tensor, draws: Tensor, magnitudes: Tensor, ranges: _Ranges
         magnitudes: [B] in 0 to 1.
         ranges: what these mean.
     """
+    color.has_color(images)  # other numbers of channels are refused now, not when a row first draws a change of colour
     operation = (draws[:, 0] * len(_OPERATIONS)).long()  # [B]
     chosen = {name: operation == number for number, name in enumerate(_OPERATIONS)}
     signed = torch.where(draws[:, 1] < 0.5, -magnitudes, magnitudes)

@@ -253,6 +253,7 @@ def test_erasing_leaves_a_picture_in_which_no_box_fits():
         (lambda: RandAugment(num_ops=0), "--data.augment: RandAugment num_ops is 0, but must be in 1 to 14"),
         (lambda: RandAugment(magnitude=31), "RandAugment magnitude is 31, but must be in 0 to 30"),
         (lambda: RandAugment(num_bins=1), "RandAugment num_bins is 1"),
+        (lambda: augment(pictures(1, (4, 9, 9)), keys_of(1), [RandAugment()]), "pictures of 4 channels"),
         (lambda: TrivialAugment(num_bins=1), "TrivialAugment num_bins is 1"),
         (lambda: RandomErasing(p=1.5), "RandomErasing p is 1.5"),
         (lambda: RandomErasing(scale=(0.5, 0.2)), "RandomErasing scale is"),
