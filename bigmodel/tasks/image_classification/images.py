@@ -1,0 +1,218 @@
+"""The pictures of a prepared split, read at random: from a memory map, or from where they lie.
+
+A prepared folder, all numbers little-endian::
+
+    meta.json            what is in it, see `Prepared`
+    train-rows.npy       [N] int64, which picture of the source each is
+    train-labels.npy     [N] int64, class numbers; -1: not known
+    train-shapes.npy     [N, 2] int32, height and width: of the stored picture; where none is stored, of the upright original
+    train-pixels.bin     if they were decoded: the pixels of one picture after the other, uint8 [H, W, C]; no header
+    val-...
+
+B pictures at once, N in the split, C channels, H and W pixels, S pixels to the edge of what a net reads.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from bigmodel.cache import write_text
+from bigmodel.tasks.image_classification.decode import Box, Geometry, PictureError
+
+if TYPE_CHECKING:
+    from bigmodel.tasks.image_classification.pictures import Store
+
+VERSION = 1  # of this format
+
+# The kernel keeps what is read of a memory map in the process's resident memory: let go of it after so many bytes.
+RELEASE_BYTES = 2**28
+
+Stored = Literal["square", "whole", "no"]
+
+
+@dataclass
+class SplitFacts:
+    """One split: its pictures, how many of each class, and whether they are stored decoded: as S x S pixels (square), with
+    the shorter edge of `resize` (whole), or not (no)."""
+
+    num_pictures: int
+    class_counts: list[int]
+    stored: Stored
+
+
+@dataclass
+class Prepared:
+    """What a prepared folder holds.
+
+    Attributes:
+        folder: where it is.
+        classes: their names, by class number.
+        channels: 1 (grey) or 3 (RGB).
+        size: S.
+        resize: to which the shorter edge is resized before the S x S pixels in the middle are cut out.
+        max_pixels: of a picture.
+        splits: by name.
+        mean: of each channel over the training pictures as in evaluation, 0 to 1.
+        std: likewise; at least 1/255.
+        fingerprint: hash of classes, geometry, and of the splits' contents and labels in their order.
+        decoded: whether pixels are stored; else pictures are decoded whenever they are read.
+        left_out: names of the pictures that cannot be used.
+        stores: of the pictures, by split.
+        version: of this format.
+    """
+
+    folder: Path
+    classes: list[str]
+    channels: int
+    size: int
+    resize: int
+    max_pixels: int
+    splits: dict[str, SplitFacts]
+    mean: list[float]
+    std: list[float]
+    fingerprint: str
+    decoded: bool
+    left_out: list[str] = field(default_factory=list)
+    stores: dict[str, Store] = field(default_factory=dict, repr=False, compare=False)
+    version: int = VERSION
+
+    def save(self, folder: Path) -> None:
+        """Write meta.json: all but where things lie."""
+        facts = {key: value for key, value in vars(self).items() if key not in ("folder", "stores", "left_out")}
+        facts["splits"] = {name: asdict(split) for name, split in self.splits.items()}
+        write_text(folder / "meta.json", json.dumps(facts, indent=2))
+
+    @classmethod
+    def load(cls, folder: Path) -> Prepared:
+        """Read meta.json."""
+        facts = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        facts["splits"] = {name: SplitFacts(**split) for name, split in facts["splits"].items()}
+        return cls(folder=folder, **facts)
+
+    @property
+    def geometry(self) -> Geometry:
+        """What pictures become."""
+        return Geometry(self.channels, self.size, self.resize, self.max_pixels)
+
+    def images(self, split: str) -> Images:
+        """The pictures of a split."""
+        return Images(self.folder, split, self.stores[split])
+
+
+class Images:
+    """The pictures of one split; cheap to pickle if the store is.
+
+    Args:
+        folder: a prepared folder.
+        split: which split of it.
+        store: of the source: for names, and for pictures that were not decoded.
+
+    Attributes:
+        labels: [N] int64 class numbers; -1: not known.
+        shapes: [N, 2] int32, height and width of each picture, in the pixels that boxes are given in.
+        in_memory: whether reading is no more than a look into mapped memory, so that worker processes gain nothing.
+        takes_boxes: whether `read` can cut out a part of each picture.
+
+    Raises:
+        ValueError: if the folder is damaged.
+    """
+
+    def __init__(self, folder: Path, split: str, store: Store) -> None:
+        meta = Prepared.load(folder)
+        self.folder, self.split, self.store = folder, split, store
+        self.labels: np.ndarray = np.load(folder / f"{split}-labels.npy")
+        self.shapes: np.ndarray = np.load(folder / f"{split}-shapes.npy")
+        self._rows = np.load(folder / f"{split}-rows.npy")
+        self._geometry = meta.geometry
+        stored = meta.splits[split].stored
+        self.in_memory, self.takes_boxes = stored == "square", stored != "square"
+        self._map = None if stored == "no" else _mapped(folder, split, self._sizes.sum())
+        if self._map is not None:
+            self._pixels = np.frombuffer(self._map, np.uint8)
+            self._starts = np.concatenate([[0], self._sizes.cumsum()])
+        self._bytes_read = 0
+
+    def __reduce__(self) -> tuple[type[Images], tuple[Path, str, Store]]:
+        return Images, (self.folder, self.split, self.store)
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+        return len(self.labels)
+
+    def name(self, i: int) -> str:
+        """What a person calls picture i."""
+        return self.store.name(int(self._rows[i]))
+
+    def read(self, numbers: Sequence[int] | np.ndarray, boxes: np.ndarray | None = None) -> np.ndarray:
+        """Pictures [B, S, S, C] uint8.
+
+        Args:
+            numbers: [B], which pictures of the split.
+            boxes: [B, 4] left, top, right, bottom: the part of each that becomes S x S pixels; only where `takes_boxes`.
+                None: the geometry of evaluation.
+
+        Raises:
+            ValueError: if a picture cannot be read any more; names it.
+        """
+        numbers = np.asarray(numbers)
+        if boxes is not None and not self.takes_boxes:
+            raise ValueError(
+                f"pictures of the {self.split} split are stored as squares: no boxes can be cut out of them"
+            )
+        if self.in_memory:
+            size, channels = self._geometry.size, self._geometry.channels
+            images = self._pixels.reshape(-1, size, size, channels)[numbers]
+        else:
+            parts = [None] * len(numbers) if boxes is None else [(x, y, z, w) for x, y, z, w in boxes.tolist()]
+            images = np.stack([self._read(i, box) for i, box in zip(numbers.tolist(), parts, strict=True)])
+        self._release(images.nbytes)
+        return images
+
+    def _read(self, i: int, box: Box | None) -> np.ndarray:
+        if self._map is None:
+            return decode_from(self.store, int(self._rows[i]), self._geometry, box)
+        height, width = self.shapes[i]
+        pixels = self._pixels[self._starts[i] : self._starts[i + 1]]
+        return self._geometry.decode(pixels.reshape(height, width, self._geometry.channels), box)
+
+    @property
+    def _sizes(self) -> np.ndarray:
+        """[N] int64, bytes of each picture as it is stored."""
+        return self.shapes.astype(np.int64).prod(1) * self._geometry.channels
+
+    def _release(self, num_bytes: int) -> None:
+        self._bytes_read += num_bytes
+        if self._map is not None and self._bytes_read > RELEASE_BYTES:
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._bytes_read = 0
+
+
+def decode_from(store: Store, row: int, geometry: Geometry, box: Box | None = None, whole: bool = False) -> np.ndarray:
+    """A picture of a source in the given geometry, see `Geometry`.
+
+    Raises:
+        ValueError: if it cannot be read, though it could when it was checked; names it.
+    """
+    try:
+        content = store.read(row)
+        return geometry.decode_whole(content) if whole else geometry.decode(content, box)
+    except PictureError as error:
+        raise ValueError(f"{store.name(row)}: {error}. It was good when it was checked: start again") from error
+    except OSError as error:
+        raise ValueError(f"{store.name(row)} cannot be read any more ({error.strerror or error})") from error
+
+
+def _mapped(folder: Path, split: str, expected: int) -> mmap.mmap:
+    path = folder / f"{split}-pixels.bin"
+    size = path.stat().st_size if path.exists() else 0
+    if size != expected:
+        raise ValueError(f"{path} is damaged: {size:,} bytes, not {expected:,}. Delete {folder} and start again")
+    with open(path, "rb") as stream:
+        return mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ)

@@ -1,0 +1,109 @@
+"""Decode many pictures in worker processes: into a file, and into the mean and standard deviation of their colours.
+
+N pictures, C channels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from bigmodel.tasks.image_classification.decode import Geometry
+from bigmodel.tasks.image_classification.images import decode_from
+from bigmodel.tasks.image_classification.scan import BLOCK, load_store
+from bigmodel.workers import Workers
+
+
+class Colours(NamedTuple):
+    """Sums over pixels of uint8, exact in any order: how many, their sum [C], the sum of their squares [C]."""
+
+    num_pixels: int
+    total: tuple[int, ...]
+    squares: tuple[int, ...]
+
+    def mean(self) -> list[float]:
+        """[C], 0 to 1."""
+        return [total / self.num_pixels / 255 for total in self.total]
+
+    def std(self) -> list[float]:
+        """[C], of pixels from 0 to 1; at least 1/255."""
+        moments = zip(self.total, self.squares, strict=True)
+        variances = [(squares * self.num_pixels - total**2) / self.num_pixels**2 for total, squares in moments]
+        return [max(1.0, variance**0.5) / 255 for variance in variances]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How and where to some pictures are decoded.
+
+    Attributes:
+        store_file: their store, see `load_store`.
+        geometry: what they become.
+        whole: whether all of each picture is kept.
+        path: the file that their pixels are written to, one after the other; None: nowhere.
+    """
+
+    store_file: str
+    geometry: Geometry
+    whole: bool
+    path: Path | None
+
+    def run(self, workers: Workers, rows: np.ndarray, shapes: np.ndarray, advance: Callable[[int], None]) -> Colours:
+        """Decode pictures.
+
+        Args:
+            workers: that do it.
+            rows: [N], which pictures of the store.
+            shapes: [N, 2], height and width that they will have.
+            advance: told how many more are done.
+
+        Raises:
+            ValueError: if one cannot be decoded as expected, though it could when it was checked; names it.
+        """
+        channels = self.geometry.channels
+        if self.path is not None:
+            self.path.touch()
+        sums = []
+        for block in workers.map(partial(_decode_block, self), self._blocks(rows, shapes)):
+            sums.append(block)
+            advance(BLOCK if len(sums) * BLOCK <= len(rows) else len(rows) % BLOCK)
+        if self.path is not None:
+            with open(self.path, "rb") as stream:
+                os.fsync(stream.fileno())
+        num_pixels = sum(block.num_pixels for block in sums)
+        total = tuple(sum(block.total[c] for block in sums) for c in range(channels))
+        return Colours(num_pixels, total, tuple(sum(block.squares[c] for block in sums) for c in range(channels)))
+
+    def _blocks(self, rows: np.ndarray, shapes: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Where in the file a block of pictures begins [bytes], its rows and shapes."""
+        start = 0
+        for i in range(0, len(rows), BLOCK):
+            block = shapes[i : i + BLOCK]
+            yield start, rows[i : i + BLOCK], block
+            start += int(block.astype(np.int64).prod(1).sum()) * self.geometry.channels
+
+
+def _decode_block(how: Decoding, block: tuple[int, np.ndarray, np.ndarray]) -> Colours:
+    """Decode some pictures and write them where they belong in the file; run in a worker process."""
+    start, rows, shapes = block
+    store = load_store(how.store_file)
+    pictures = []
+    for row, shape in zip(rows.tolist(), shapes.tolist(), strict=True):
+        picture = decode_from(store, row, how.geometry, whole=how.whole)
+        if list(picture.shape[:2]) != shape:
+            raise ValueError(f"{store.name(row)} has another size than when it was checked: start again")
+        pictures.append(picture.reshape(-1, how.geometry.channels))
+    pixels = np.concatenate(pictures)  # [pixels, C]
+    if how.path is not None:
+        with open(how.path, "r+b") as stream:
+            stream.seek(start)
+            stream.write(pixels.data)
+    squares = np.square(pixels, dtype=np.uint16)  # 255^2 just fits
+    total, squared = (values.sum(0, dtype=np.int64).tolist() for values in (pixels, squares))
+    return Colours(len(pixels), tuple(total), tuple(squared))

@@ -1,0 +1,293 @@
+"""Prepare pictures once: check them, deal them out, and, if they fit, decode them into files that are mapped into memory.
+
+The key of a prepared folder is a hash of the pictures' contents in their order, of their labels and splits, and of the
+geometry; not of paths, so a folder of pictures may be moved. Layout::
+
+    <cache>/<key>/          see images.py
+    <cache>/scans/          see scan.py
+
+This module imports neither torch nor Lightning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from bigmodel.cache import available_cores, building, digest, disk_errors, progress, say
+from bigmodel.tasks.image_classification.decode import Geometry
+from bigmodel.tasks.image_classification.images import VERSION, Prepared, SplitFacts, Stored
+from bigmodel.tasks.image_classification.pixels import Decoding
+from bigmodel.tasks.image_classification.scan import Scan, scan, store_files
+from bigmodel.tasks.image_classification.splits import Split
+from bigmodel.workers import Workers
+
+if TYPE_CHECKING:
+    from bigmodel.tasks.image_classification.pictures import Source, Store
+
+DECODED_BYTES = 4 * 10**9  # up to which pictures are decoded if nobody says
+MEASURED = 5000  # pictures at most that mean and standard deviation are taken of, where squares of all are not at hand
+_SHOWN = 10  # bad pictures named in an error
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A split: rows [N] of a store, their labels [N], and what the scan found of them."""
+
+    store: Store
+    rows: np.ndarray
+    labels: np.ndarray
+    found: Scan
+    stored: Stored = "no"
+
+    def take(self, which: np.ndarray) -> _Part:
+        """Only these pictures [M] of the split."""
+        found = Scan(*(column[which] for column in self.found))
+        return replace(self, rows=self.rows[which], labels=self.labels[which], found=found)
+
+    def shapes(self, geometry: Geometry) -> np.ndarray:
+        """[N, 2] int32, height and width of the pictures as they are stored."""
+        if self.stored == "square":
+            return np.full((len(self.rows), 2), geometry.size, np.int32)
+        if self.stored == "no":
+            return self.found.sizes
+        sizes = [geometry.whole_size(width, height)[::-1] for height, width in self.found.sizes.tolist()]
+        return np.array(sizes, np.int32)
+
+    def num_bytes(self, geometry: Geometry) -> np.ndarray:
+        """[N] int64, of each picture's pixels as they are stored."""
+        return self.shapes(geometry).astype(np.int64).prod(1) * geometry.channels
+
+    def content(self) -> str:
+        """A hash of the contents and labels in their order."""
+        return hashlib.sha256(self.found.hashes.tobytes() + self.labels.astype("<i8").tobytes()).hexdigest()
+
+
+def prepare(
+    source: Source,
+    *,
+    size: int,
+    resize: int | None,
+    channels: int | None,
+    whole: bool,
+    split: Split | None,
+    on_bad: Literal["error", "skip"],
+    decoded: bool | None,
+    cache: Path,
+    max_pixels: int,
+    num_processes: int | None = None,
+) -> Prepared:
+    """Check the pictures, deal them out, and make their prepared folder, unless it is there. Any number of processes may
+    do so at once.
+
+    Mean and standard deviation are those of the training pictures in the geometry of evaluation: of all if those are stored
+    that way, else of at most 5,000, spread evenly. Without a training split they are of the only split there is.
+
+    Args:
+        source: what was found at a path.
+        size: S, edge of the square that the net reads [pixels].
+        resize: to which the shorter edge is resized before the middle is cut out [pixels]; None: `size`.
+        channels: 1 or 3; None: 1 if all training pictures are grey, else 3.
+        whole: training pictures keep all that is in them, so that they can be cropped at random.
+        split: how pictures are dealt out; None: the splits stay as they are found.
+        on_bad: what to do about pictures that cannot be used: raise an error, or skip them.
+        decoded: store pixels; None: if all of them take at most 4 GB.
+        cache: folder of the task.
+        max_pixels: a picture with more is bad.
+        num_processes: worker processes; None: one per core.
+
+    Raises:
+        ValueError: if pictures are bad and not to be skipped, a split or a class stays empty, or an argument is wrong.
+        OSError: if the disk is full; says how much is needed where.
+    """
+    resize = size if resize is None else resize
+    _check_settings(size, resize, channels)
+    num_processes = num_processes or available_cores()
+    scans = scan({name: found.store for name, found in source.splits.items()}, cache, max_pixels, num_processes)
+    parts = {
+        name: _Part(found.store, np.arange(len(found.labels)), np.asarray(found.labels, np.int64), scans[name])
+        for name, found in source.splits.items()
+    }
+    left_out = _bad(parts, on_bad)
+    parts = {name: part.take(np.flatnonzero(part.found.errors == "")) for name, part in parts.items()}
+    if split is not None:
+        parts = _dealt(parts, split)
+    _check_parts(parts, source.classes, left_out, split)
+
+    if channels is None:
+        channels = 1 if parts[_reference(parts)].found.grey.all() else 3
+    geometry = Geometry(channels, size, resize, max_pixels)
+    stored = {
+        name: replace(part, stored="whole" if whole and name == "train" else "square") for name, part in parts.items()
+    }
+    needed = sum(int(part.num_bytes(geometry).sum()) for part in stored.values())
+    chosen = needed <= DECODED_BYTES if decoded is None else decoded
+    if chosen:
+        parts = stored
+
+    facts = [VERSION, source.classes, channels, size, resize, whole]
+    fingerprint = digest([*facts, {name: part.content() for name, part in parts.items()}])
+    rows = {name: hashlib.sha256(part.rows.astype("<i8").tobytes()).hexdigest() for name, part in parts.items()}
+    folder = cache / digest([fingerprint, max_pixels, chosen, rows])
+    if not (folder / "meta.json").exists():
+        if left_out:
+            say(f"left out {len(left_out):,} pictures that cannot be used: {_some(left_out, 3)}")
+        if decoded is None:
+            say(_choice(chosen, needed))
+        made = Prepared(
+            folder=folder,
+            classes=list(source.classes),
+            channels=channels,
+            size=size,
+            resize=resize,
+            max_pixels=max_pixels,
+            splits={name: _facts(part, len(source.classes)) for name, part in parts.items()},
+            mean=[],
+            std=[],
+            fingerprint=fingerprint,
+            decoded=chosen,
+        )
+        _make(made, parts, num_processes)
+    prepared = Prepared.load(folder)
+    prepared.left_out, prepared.stores = left_out, {name: part.store for name, part in parts.items()}
+    return prepared
+
+
+def _check_settings(size: int, resize: int, channels: int | None) -> None:
+    if size < 1:
+        raise ValueError(f"--data.size {size}: pictures have an edge of at least 1 pixel")
+    if resize < size:
+        raise ValueError(
+            f"--data.resize {resize} is smaller than --data.size {size}: {size} x {size} pixels cannot be cut out of it;"
+            f" leave it out, or give at least {size}"
+        )
+    if channels not in (None, 1, 3):
+        raise ValueError(
+            f"--data.channels {channels}: 1 (grey) or 3 (RGB) is accepted, or none to let the pictures decide"
+        )
+
+
+def _bad(parts: dict[str, _Part], on_bad: str) -> list[str]:
+    """Names of the pictures that cannot be used; an error if they are not to be skipped."""
+    if on_bad not in ("error", "skip"):
+        raise ValueError(f"--data.on_bad {on_bad}: error or skip is accepted")
+    bad = [(part, row) for part in parts.values() for row in np.flatnonzero(part.found.errors != "").tolist()]
+    if bad and on_bad == "error":
+        lines = [f"  {part.store.name(row)}: {part.found.errors[row]}" for part, row in bad[:_SHOWN]]
+        more = [f"  and {len(bad) - _SHOWN:,} more"] if len(bad) > _SHOWN else []
+        total = sum(len(part.rows) for part in parts.values())
+        raise ValueError(
+            "\n".join([f"{len(bad):,} of {total:,} pictures cannot be used:", *lines, *more])
+            + "\nMend or remove them, or leave them out with --data.on_bad skip"
+        )
+    return [part.store.name(row) for part, row in bad]
+
+
+def _dealt(parts: dict[str, _Part], split: Split) -> dict[str, _Part]:
+    """The splits that are trained and evaluated with: those of the source, a missing one dealt out."""
+    if "all" in parts:
+        whole, dealing = parts["all"], split
+    elif "train" in parts and "val" not in parts and split.val > 0:
+        whole, dealing = parts["train"], Split(split.val)
+    else:
+        return parts
+    dealt = {name: whole.take(which) for name, which in dealing.deal(whole.labels, whole.found.hashes).items()}
+    return dealt | {name: part for name, part in parts.items() if name not in ("all", "train")}
+
+
+def _check_parts(parts: dict[str, _Part], classes: list[str], left_out: list[str], split: Split | None) -> None:
+    """Refuse what nothing can be learnt from, or measured with."""
+    skipped = f" ({len(left_out):,} that cannot be used were left out)" if left_out else ""
+    dealt = f", dealt out by {split}" if split is not None else ""
+    for name, part in parts.items():
+        if len(part.rows) == 0:
+            raise ValueError(
+                f"the {name} split has no picture{skipped}{dealt}. Give more pictures, or"
+                f" another share (--data.split.{name})"
+            )
+    if "train" not in parts:
+        return
+    for name in ("train", "val"):
+        if name in parts and (unknown := np.flatnonzero(parts[name].labels < 0)).size:
+            part = parts[name]
+            names = [part.store.name(row) for row in part.rows[unknown[:3]].tolist()]
+            raise ValueError(f"{len(unknown):,} pictures of the {name} split have no label: {_some(names, 3)}")
+    if len(classes) < 2:
+        raise ValueError(f"at least 2 classes are needed to train, there are {len(classes)}: {classes}{skipped}")
+    counts = np.bincount(parts["train"].labels, minlength=len(classes))
+    if (counts == 0).any():
+        empty = [classes[i] for i in np.flatnonzero(counts == 0)]
+        raise ValueError(
+            f"{len(empty):,} of {len(classes):,} classes have no training picture{skipped}{dealt}: {_some(empty, _SHOWN)}."
+            " Give more pictures of them, smaller shares (--data.split.val, --data.split.test), or remove the classes"
+        )
+
+
+def _reference(parts: dict[str, _Part]) -> str:
+    """The split that says what pictures are like."""
+    return "train" if "train" in parts else next(iter(parts))
+
+
+def _some(names: list[str], count: int) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count:,} more" if len(names) > count else "")
+
+
+def _choice(decoded: bool, needed: int) -> str:
+    size = f"{needed / 1e6:,.1f} MB"
+    if decoded:
+        return f"pictures are decoded once, which takes {size} of disk (--data.decoded false: whenever they are read)"
+    return f"pictures are decoded whenever they are read (--data.decoded true: once, which takes {size} of disk)"
+
+
+def _facts(part: _Part, num_classes: int) -> SplitFacts:
+    counts = np.bincount(part.labels[part.labels >= 0], minlength=num_classes)
+    return SplitFacts(len(part.rows), counts.tolist(), part.stored)
+
+
+def _make(prepared: Prepared, parts: dict[str, _Part], num_processes: int) -> None:
+    """Make the prepared folder."""
+    began = time.monotonic()
+    geometry, reference = prepared.geometry, _reference(parts)
+    needed = sum(int(part.num_bytes(geometry).sum()) for part in parts.values() if part.stored != "no")
+    with ExitStack() as stack:
+        stack.enter_context(disk_errors(prepared.folder.parent, lambda: needed))
+        folder = stack.enter_context(building(prepared.folder))
+        files = stack.enter_context(store_files({name: part.store for name, part in parts.items()}))
+        workers = stack.enter_context(Workers(num_processes))
+        colours = {}
+        for name, part in parts.items():
+            shapes = part.shapes(geometry)
+            _save(folder / f"{name}-rows.npy", part.rows, "<i8")
+            _save(folder / f"{name}-labels.npy", part.labels, "<i8")
+            _save(folder / f"{name}-shapes.npy", shapes, "<i4")
+            if part.stored != "no":
+                decoding = Decoding(files[name], geometry, part.stored == "whole", folder / f"{name}-pixels.bin")
+                with progress(f"decoding {name}", len(shapes), "pictures") as advance:
+                    colours[name] = decoding.run(workers, part.rows, shapes, advance)
+        if parts[reference].stored != "square":
+            rows = parts[reference].rows
+            rows = rows[np.linspace(0, len(rows) - 1, min(MEASURED, len(rows))).round().astype(np.int64)]
+            shapes = np.full((len(rows), 2), geometry.size)
+            with progress("measuring colours", len(rows), "pictures") as advance:
+                colours[reference] = Decoding(files[reference], geometry, False, None).run(
+                    workers, rows, shapes, advance
+                )
+        prepared.mean, prepared.std = colours[reference].mean(), colours[reference].std()
+        prepared.save(folder)
+    counts = ", ".join(f"{name} {split.num_pictures:,}" for name, split in prepared.splits.items())
+    say(f"prepared pictures in {time.monotonic() - began:,.1f} s in {prepared.folder}")
+    say(f"{counts}; {len(prepared.classes):,} classes, {prepared.channels} channel{'s' * (prepared.channels > 1)}")
+
+
+def _save(path: Path, array: np.ndarray, dtype: str) -> None:
+    with open(path, "wb") as stream:
+        np.save(stream, array.astype(dtype))
+        stream.flush()
+        os.fsync(stream.fileno())

@@ -1,0 +1,179 @@
+"""Look at every picture once: is it whole, how large, is it grey, and what identifies its content.
+
+Each picture is read and decoded (a JPEG at an eighth of its size, which still goes through all of its data) in worker
+processes. What was found is remembered in the cache under the stamps of all pictures (names, sizes, dates), so a second
+start reads no picture that was good::
+
+    <cache>/scans/<hash of the stamps>.npz      hashes, sizes, grey of a `Scan`, and which are bad
+
+N pictures.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+
+from bigmodel.cache import disk_errors, progress
+from bigmodel.tasks.image_classification.decode import PictureError, measure
+from bigmodel.workers import Workers
+
+if TYPE_CHECKING:
+    from bigmodel.tasks.image_classification.pictures import Store
+
+VERSION = 1  # of what is remembered
+BLOCK = 64  # pictures that a worker process takes at once
+
+_KEY = b"bigmodel pictures"  # of the hash: it decides about splits, so it stays as it is
+
+
+class Scan(NamedTuple):
+    """What was found in N pictures.
+
+    Attributes:
+        hashes: [N, 16] uint8, BLAKE2b of the contents: of a file's bytes, or of shape and pixels.
+        sizes: [N, 2] int32, height and width of the upright pictures.
+        grey: [N] bool, whether no pixel has a colour.
+        errors: [N] of str, empty where the picture is good, else why it cannot be used.
+    """
+
+    hashes: np.ndarray
+    sizes: np.ndarray
+    grey: np.ndarray
+    errors: np.ndarray
+
+
+def scan(stores: Mapping[str, Store], cache: Path, max_pixels: int, num_processes: int) -> dict[str, Scan]:
+    """Scan the pictures of each store, or remember what was found there.
+
+    Args:
+        stores: by the name of their split.
+        cache: folder that remembers.
+        max_pixels: of a picture; larger ones are errors.
+        num_processes: worker processes.
+    """
+    memories = {name: _memory(store, cache, max_pixels) for name, store in stores.items()}
+    scans = {name: _remembered(memories[name], len(store)) for name, store in stores.items()}
+    # What was bad is looked at again: it may have been the disk, or another version of Pillow.
+    rows = {name: np.flatnonzero(found.errors != "") for name, found in scans.items()}
+    total = sum(map(len, rows.values()))
+    if total == 0:
+        return scans
+    with (
+        progress("checking pictures", total, "pictures") as advance,
+        store_files(stores) as files,
+        Workers(min(num_processes, -(-total // BLOCK))) as workers,
+    ):
+        blocks = [(name, rows[name][i : i + BLOCK]) for name in stores for i in range(0, len(rows[name]), BLOCK)]
+        found = workers.map(partial(_scan_block, max_pixels), ((files[name], block) for name, block in blocks))
+        for (name, block), facts in zip(blocks, found, strict=True):
+            for column, values in zip(scans[name], facts, strict=True):
+                column[block] = values
+            advance(len(block))
+    for name, memory in memories.items():
+        if memory is not None and len(rows[name]):
+            _remember(scans[name], memory)
+    return scans
+
+
+@contextmanager
+def store_files(stores: Mapping[str, Store]) -> Iterator[dict[str, str]]:
+    """Files from which worker processes load the stores (`load_store`), each process once, whatever a store weighs."""
+    with tempfile.TemporaryDirectory(prefix="bigmodel-") as folder:
+        files = {name: os.path.join(folder, name) for name in stores}
+        for name, store in stores.items():
+            with open(files[name], "wb") as stream:
+                pickle.dump(store, stream)
+        yield files
+
+
+@functools.lru_cache(maxsize=4)
+def load_store(file: str) -> Store:
+    """A store from one of the `store_files`."""
+    with open(file, "rb") as stream:
+        store: Store = pickle.load(stream)
+    return store
+
+
+def content_hash(content: bytes | np.ndarray) -> np.ndarray:
+    """[16] uint8 that stand for the content of a picture's file, or for its pixels."""
+    digest = hashlib.blake2b(digest_size=16, key=_KEY)
+    if isinstance(content, np.ndarray):
+        digest.update(f"{content.dtype.kind}{content.dtype.itemsize}{list(content.shape)}".encode())
+        digest.update(np.ascontiguousarray(content, content.dtype.newbyteorder("<")).data)
+    else:
+        digest.update(content)
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
+def _scan_block(max_pixels: int, block: tuple[str, np.ndarray]) -> Scan:
+    """Scan some pictures of a store; run in a worker process."""
+    file, rows = block
+    store = load_store(file)
+    found = _nothing(len(rows))
+    for i, row in enumerate(rows.tolist()):
+        try:
+            content = store.read(row)
+            height, width, found.grey[i] = measure(content, max_pixels)
+            found.sizes[i] = height, width
+            found.hashes[i] = content_hash(content)
+            found.errors[i] = ""
+        except PictureError as error:
+            found.errors[i] = str(error)
+        except OSError as error:
+            found.errors[i] = f"the file cannot be read ({error.strerror or error})"
+    return found
+
+
+def _nothing(n: int) -> Scan:
+    """Of n pictures nothing is known."""
+    return Scan(
+        np.zeros((n, 16), np.uint8), np.zeros((n, 2), np.int32), np.zeros(n, bool), _unscanned(np.ones(n, bool))
+    )
+
+
+def _unscanned(rows: np.ndarray) -> np.ndarray:
+    """Errors [n] of pictures of which these [n] bool are not scanned."""
+    return np.where(rows, "not scanned", "").astype(object)
+
+
+def _memory(store: Store, cache: Path, max_pixels: int) -> Path | None:
+    """The file that remembers a store as it is now; None if the store cannot tell when it changes."""
+    key = hashlib.sha256(json.dumps([VERSION, max_pixels]).encode())
+    for i in range(len(store)):
+        stamp = store.stamp(i)
+        if not stamp:
+            return None
+        key.update(json.dumps(stamp).encode())
+    return cache / "scans" / f"{key.hexdigest()[:32]}.npz"
+
+
+def _remembered(memory: Path | None, n: int) -> Scan:
+    if memory is None or not memory.exists():
+        return _nothing(n)
+    try:
+        with open(memory, "rb") as stream, np.load(stream) as arrays:
+            return Scan(arrays["hashes"], arrays["sizes"], arrays["grey"], _unscanned(arrays["bad"]))
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # cut short by a crash of the machine
+        return _nothing(n)
+
+
+def _remember(found: Scan, memory: Path) -> None:
+    beside = memory.with_suffix(f".{os.getpid()}")
+    with disk_errors(memory.parents[1]):
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as stream:
+            np.savez(stream, hashes=found.hashes, sizes=found.sizes, grey=found.grey, bad=found.errors != "")
+        beside.replace(memory)
