@@ -30,7 +30,7 @@ import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from bigmodel.callbacks import EMA
+from bigmodel.callbacks import EMA, SWA
 from bigmodel.checkpoint import load_weights, read
 from bigmodel.optim import num_steps
 from bigmodel.tracking import MetricsCSV, WandB, WandBRun
@@ -148,7 +148,7 @@ def load(
     task.configure_model()
     load_weights(task, content["state_dict"])
     average = next(
-        (state["average"] for key, state in content["callbacks"].items() if key.startswith(EMA.__name__)), None
+        (state["average"] for key, state in content["callbacks"].items() if key in (EMA.__name__, SWA.__name__)), None
     )
     if ema and average:
         task.load_state_dict(average, strict=False)  # tied weights stand in it once

@@ -5,6 +5,7 @@ from bigmodel.callbacks.gradients import Gradients
 from bigmodel.callbacks.progress import ProgressLine
 from bigmodel.callbacks.resume import Resume
 from bigmodel.callbacks.samples import Samples
+from bigmodel.callbacks.swa import SWA
 from bigmodel.callbacks.training_log import TrainingLog
 
-__all__ = ["EMA", "Gradients", "ProgressLine", "Resume", "Samples", "TrainingLog"]
+__all__ = ["EMA", "SWA", "Gradients", "ProgressLine", "Resume", "Samples", "TrainingLog"]

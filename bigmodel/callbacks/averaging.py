@@ -1,0 +1,86 @@
+"""What averages of the weights have in common: they are evaluated and saved beside the live weights, and change no step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+
+class WeightAverage(Callback):
+    """Keeps `average`, which a subclass forms in `on_train_batch_end`, and evaluates it in place of the live weights.
+
+    `state_dict` in a checkpoint stays the live weights, so that training resumes exactly; `bigmodel.load` takes the average
+    when there is one.
+
+    Attributes:
+        average: by name, each parameter and saved buffer once (tied weights have one average); empty until there is one.
+    """
+
+    def __init__(self) -> None:
+        self.average: dict[str, Tensor] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        kinds = [type(callback).__name__ for callback in callbacks if isinstance(callback, WeightAverage)]
+        if len(kinds) > 1:
+            raise ValueError(
+                f"only one average of the weights can be evaluated in their place, not {' and '.join(kinds)}: switch one"
+                " off, as in --callbacks.ema null"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        live = tensors(pl_module)
+        self.average = {name: tensor.to(live[name].device) for name, tensor in self.average.items()}
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap(pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap(pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap(pl_module)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap(pl_module)
+
+    @torch.no_grad()
+    def _swap(self, pl_module: LightningModule) -> None:
+        """Exchange the live weights and the average in place; done twice, nothing has changed."""
+        if not self.average:
+            return
+        for name, tensor in tensors(pl_module).items():
+            kept = tensor.clone()
+            tensor.copy_(self.average[name])
+            self.average[name].copy_(kept)
+
+    @torch.no_grad()
+    def _move(self, pl_module: LightningModule, weight: float) -> None:
+        """average += weight (live - average); buffers that are no floating-point numbers are copied."""
+        live = tensors(pl_module)
+        averaged = [name for name, tensor in live.items() if tensor.is_floating_point()]
+        torch._foreach_lerp_([self.average[name] for name in averaged], [live[name] for name in averaged], weight)
+        for name in live.keys() - set(averaged):
+            self.average[name].copy_(live[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self.average}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.average = state_dict["average"]
+
+
+def tensors(module: LightningModule) -> dict[str, Tensor]:
+    """What a checkpoint would hold, each tensor once."""
+    saved = module.state_dict().keys()
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: tensor.detach() for name, tensor in named if name in saved}
