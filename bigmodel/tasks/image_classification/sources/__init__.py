@@ -1,0 +1,97 @@
+"""From a path to pictures: what kind of data lies there is told from its content and structure."""
+
+from __future__ import annotations
+
+import glob
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+
+from bigmodel.tasks.image_classification.pictures import Source
+from bigmodel.tasks.image_classification.sources.arrays import read_npz
+from bigmodel.tasks.image_classification.sources.cifar import cifar_archives, is_cifar, read_cifar
+from bigmodel.tasks.image_classification.sources.columns import Columns
+from bigmodel.tasks.image_classification.sources.examples import read_named
+from bigmodel.tasks.image_classification.sources.folder import read_folder
+from bigmodel.tasks.image_classification.sources.found import KINDS, Found, to_source
+from bigmodel.tasks.image_classification.sources.huggingface import HUB, is_saved, read_hub, read_saved
+from bigmodel.tasks.image_classification.sources.idx import idx_files, read_idx
+from bigmodel.tasks.image_classification.sources.parquet import read_parquet
+from bigmodel.tasks.image_classification.sources.table import read_table
+
+__all__ = ["Columns", "find_source"]
+
+
+def find_source(path: str, *, columns: Columns, cache: Path, labelled: bool = True) -> Source:
+    """The pictures at a path, with class numbers.
+
+    Args:
+        path: a file, folder, glob of Parquet files, hf://owner/name, or a name in braces; the kinds of data are told apart
+            by what is there.
+        columns: names of a table's columns.
+        cache: folder where downloads and converted tables are kept.
+        labelled: False, for prediction: no labels are looked for; all pictures are in one split `all`, their labels -1.
+
+    Raises:
+        ValueError: if there is nothing at the path, or of no known kind; a file cannot be read; a label is missing or none
+            of the classes; or there are fewer than two classes.
+    """
+    return to_source(_find(path, columns, cache, labelled), labelled)
+
+
+def _find(path: str, columns: Columns, cache: Path, labelled: bool) -> Found:
+    if path.startswith("{") and path.endswith("}"):
+        return read_named(path, cache, labelled)
+    if path.startswith(HUB):
+        return read_hub(path, columns, labelled)
+    place = os.path.expanduser(path)
+    if os.path.isdir(place):
+        return _find_in_folder(place, columns, cache, labelled)
+    if os.path.isfile(place):
+        return _find_in_file(place, columns, cache, labelled)
+    if glob.has_magic(place):
+        files = sorted(file for file in glob.glob(place, recursive=True) if os.path.isfile(file))
+        if not files:
+            raise ValueError(f"--data.path {path}: no file matches")
+        return read_parquet(path, files, columns, cache, labelled)
+    raise ValueError(f"--data.path {path}: no such file or folder ({os.path.abspath(place)}). Known are {KINDS}")
+
+
+def _find_in_folder(folder: str, columns: Columns, cache: Path, labelled: bool) -> Found:
+    try:
+        if is_saved(folder):
+            return read_saved(folder, columns, labelled)
+        if is_cifar(folder):
+            return read_cifar(folder, labelled)
+        if idx_files(folder):
+            return read_idx(folder, labelled)
+        archives = cifar_archives(folder)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be read: {error.strerror}") from error
+    if len(archives) > 1:
+        raise ValueError(f"--data.path {folder}: there are several data sets, give one of them: {archives}")
+    if archives:
+        return read_cifar(archives[0], labelled)
+    for below in ("*.parquet", "data/*.parquet"):
+        if files := sorted(glob.glob(os.path.join(glob.escape(folder), below))):
+            return read_parquet(folder, files, columns, cache, labelled)
+    return read_folder(folder, labelled)
+
+
+def _find_in_file(path: str, columns: Columns, cache: Path, labelled: bool) -> Found:
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(2**12)
+        archive = tarfile.is_tarfile(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    if head.startswith(b"PAR1"):
+        return read_parquet(path, [path], columns, cache, labelled)
+    if archive:
+        return read_cifar(path, labelled)
+    if zipfile.is_zipfile(path):
+        return read_npz(path, labelled)
+    if b"\0" not in head and not head.startswith(b"\x1f\x8b"):
+        return read_table(path, columns, labelled)
+    raise ValueError(f"--data.path {path}: a file of no known kind. Known are {KINDS}")

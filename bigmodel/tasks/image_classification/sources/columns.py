@@ -1,0 +1,114 @@
+"""The columns of a table of pictures, and what is in those of Arrow's types.
+
+N rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bigmodel.tasks.image_classification.pictures import Store
+from bigmodel.tasks.image_classification.sources.found import SPLIT_WORDS, Found, Labels, Split, split_name
+from bigmodel.tasks.image_classification.sources.stores import Chosen, Joined
+
+
+@dataclass
+class Columns:
+    """Names of the columns of a table (CSV, TSV, Parquet, Hugging Face).
+
+    Args:
+        image: the pictures: paths, or in Parquet and Hugging Face data sets the encoded bytes.
+        label: class names or class numbers.
+        split: train, val or test; None: the files' names say it, or nothing does.
+    """
+
+    image: str = "image"
+    label: str = "label"
+    split: str | None = None
+
+    def wanted(self, labelled: bool) -> list[str]:
+        """The columns to read: without labels, splits are not needed either."""
+        if not labelled:
+            return [self.image]
+        return [self.image, self.label, *([self.split] if self.split else [])]
+
+    def check(self, where: str, there: Sequence[str], wanted: Sequence[str]) -> None:
+        """Refuse a table that lacks a wanted column."""
+        for flag, column in (("image", self.image), ("label", self.label), ("split", self.split)):
+            if column in wanted and column not in there:
+                raise ValueError(
+                    f"{where}: there is no column {column!r}, only {list(there)}; set --data.columns.{flag}"
+                )
+
+
+def rows_of(splits: Sequence[str]) -> dict[str, np.ndarray]:
+    """Rows [n] int64 of each split, from each row's split [N]."""
+    return {split: np.flatnonzero(np.array(splits) == split) for split in dict.fromkeys(splits)}
+
+
+def class_names(schema: pa.Schema, label: str) -> list[str] | None:
+    """The class names that Hugging Face's datasets wrote beside a column of class numbers."""
+    written = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    feature = written.get("info", {}).get("features", {}).get(label, {})
+    return feature.get("names")
+
+
+def parts_found(
+    where: str, parts: dict[str, tuple[Store, pa.Table]], columns: Columns, labelled: bool, classes: list[str] | None
+) -> Found:
+    """Splits from parts (split -> pictures and their table); or from the split column, over all parts."""
+    if not labelled:
+        return Found(where, {split: Split(store, None) for split, (store, _) in parts.items()})
+    if columns.split is None:
+        found = {split: Split(store, _labels(table, columns.label, store)) for split, (store, table) in parts.items()}
+        return Found(where, found, classes)
+    store = Joined([store for store, _ in parts.values()])
+    table = pa.concat_tables([table for _, table in parts.values()])
+    labels = _labels(table, columns.label, store)
+    found = {}
+    for split, rows in rows_of(_splits(table, columns.split, store)).items():
+        chosen = labels[rows] if isinstance(labels, np.ndarray) else [labels[i] for i in rows]
+        found[split] = Split(Chosen(store, rows), chosen)
+    return Found(where, found, classes)
+
+
+def _filled(table: pa.Table, column: str, store: Store) -> pa.ChunkedArray:
+    """A column without gaps; strings, however they are kept, as strings."""
+    values = table.column(column)
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    empty = pc.is_null(values)
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        empty = pc.or_kleene(empty, pc.equal(values, ""))
+    row = pc.index(empty, True).as_py()
+    if row >= 0:
+        raise ValueError(f"{store.name(row)}: nothing in column {column!r}")
+    return values
+
+
+def _labels(table: pa.Table, column: str, store: Store) -> Labels:
+    values = _filled(table, column, store)
+    if pa.types.is_integer(values.type):
+        return values.to_numpy().astype(np.int64)
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        return list(values.to_pylist())
+    raise ValueError(
+        f"{store.name(0)}: column {column!r} is of type {values.type}; labels are integers or strings:"
+        " set --data.columns.label to such a column"
+    )
+
+
+def _splits(table: pa.Table, column: str, store: Store) -> list[str]:
+    splits = []
+    for row, word in enumerate(_filled(table, column, store).to_pylist()):
+        split = split_name(str(word))
+        if split is None:
+            raise ValueError(f"{store.name(row)}: {word!r} in column {column!r} is no split (known are {SPLIT_WORDS})")
+        splits.append(split)
+    return splits

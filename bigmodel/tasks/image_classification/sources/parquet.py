@@ -1,0 +1,155 @@
+"""Parquet tables: labels are read from them; encoded pictures are copied once to a flat file that is read at random.
+
+A column chunk of Parquet is compressed as a whole, so a picture in it cannot be read alone. The copy is made in record
+batches, in memory that does not grow with the data::
+
+    <cache>/tables/<hash of the files' paths, sizes, times of change, and the column>/    see `Packed`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from bigmodel.cache import building, digest, disk_errors, progress, write_text
+from bigmodel.tasks.image_classification.pictures import Store
+from bigmodel.tasks.image_classification.sources.columns import Columns, class_names, parts_found
+from bigmodel.tasks.image_classification.sources.found import Found, group_splits
+from bigmodel.tasks.image_classification.sources.stores import Files, Packed, file_stamp
+
+_ROWS_AT_ONCE = 64  # of encoded pictures in memory
+
+
+def read_parquet(where: str, paths: Sequence[str], columns: Columns, cache: Path, labelled: bool) -> Found:
+    """Pictures in Parquet files: struct<bytes, path> as Hugging Face writes it, binary, or strings (paths).
+
+    Without a split column the files' names say the split, as on the Hugging Face hub (train-00000-of-00003.parquet).
+
+    Args:
+        where: what the person gave.
+        paths: the files, in order.
+        columns: their names.
+        cache: where the copy is kept.
+        labelled: False: only the pictures are wanted.
+
+    Raises:
+        ValueError: if a file cannot be read, a column is missing or of another type, or a cell is empty.
+    """
+    wanted = columns.wanted(labelled)
+    schemas = []
+    for path in paths:
+        with closing(_open(path)) as file:
+            schemas.append(file.schema_arrow)
+        columns.check(path, schemas[-1].names, wanted)
+        for column in wanted:
+            here, first = schemas[-1].field(column).type, schemas[0].field(column).type
+            if here != first:
+                raise ValueError(f"{path}: column {column!r} is of type {here}, but of {first} in {paths[0]}")
+
+    named: dict[str, list[str]] = {}
+    for path in paths:
+        word = re.match("[a-zA-Z]*", os.path.basename(path))
+        named.setdefault(word.group() if word else "", []).append(path)
+    groups = group_splits(named, where, labelled and columns.split is None)
+    parts = {}
+    for split, words in groups.items():
+        files = [path for word in words for path in named[word]]
+        store = _store(files, columns.image, schemas[0].field(columns.image).type, cache)
+        parts[split] = store, pa.concat_tables([_read(path, wanted[1:]) for path in files])
+    return parts_found(where, parts, columns, labelled, class_names(schemas[0], columns.label))
+
+
+def _open(path: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)  # not a whole row group in memory
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _read(path: str, names: list[str]) -> pa.Table:
+    with closing(_open(path)) as file:
+        return file.read(names)
+
+
+def _store(paths: list[str], column: str, kind: pa.DataType, cache: Path) -> Store:
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return _packed(paths, column, cache)
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return _files(paths, column)
+    raise ValueError(
+        f"{paths[0]}: column {column!r} is of type {kind}; pictures are struct<bytes, path>, binary, or strings (paths):"
+        " set --data.columns.image to such a column"
+    )
+
+
+def _files(paths: list[str], column: str) -> Files:
+    """The files named in a column of paths, absolute or below their table's folder."""
+    names = []
+    for path in paths:
+        folder = os.path.dirname(os.path.abspath(path))
+        for row, name in enumerate(_read(path, [column]).column(column).to_pylist()):
+            image = os.path.join(folder, name or "")
+            if not os.path.isfile(image):
+                raise ValueError(f"{path} row {row}: there is no file {image}")
+            names.append(image)
+    root = os.path.dirname(os.path.abspath(paths[0]))
+    return Files(root, [os.path.relpath(image, root) if image.startswith(f"{root}/") else image for image in names])
+
+
+def _packed(paths: list[str], column: str, cache: Path) -> Packed:
+    final = cache / "tables" / digest([[file_stamp(path) for path in paths], column])
+    if not final.exists():
+        with building(final) as folder, disk_errors(cache, lambda: sum(map(os.path.getsize, paths))):
+            _pack(paths, column, folder)
+    return Packed(final)
+
+
+def _pack(paths: list[str], column: str, folder: Path) -> None:
+    ends, files = [0], []
+    total = 0
+    for path in paths:
+        with closing(_open(path)) as file:
+            files.append((os.path.basename(path), file.metadata.num_rows))
+            total += file.metadata.num_rows
+    if total == 0:
+        raise ValueError(f"{paths[0]}: the table has no rows")
+    with (
+        progress("copying the pictures out of Parquet", total, "pictures") as advance,
+        open(folder / "pictures.bin", "wb") as stream,
+    ):
+        for path in paths:
+            row = 0
+            with closing(_open(path)) as file:
+                for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[column]):
+                    for value in _bytes(batch.column(0)):
+                        if not value.is_valid or not (content := value.as_buffer()).size:
+                            raise ValueError(
+                                f"{path} row {row}: no bytes of a picture in column {column!r} (where pictures are"
+                                " elsewhere, give a column of paths)"
+                            )
+                        stream.write(content)
+                        ends.append(ends[-1] + content.size)
+                        row += 1
+                    advance(len(batch))
+        stream.flush()
+        os.fsync(stream.fileno())
+    np.save(folder / "ends.npy", np.array(ends, np.int64))
+    write_text(folder / "files.json", json.dumps(files))
+
+
+def _bytes(pictures: pa.Array) -> Any:
+    return pc.struct_field(pictures, "bytes") if pa.types.is_struct(pictures.type) else pictures

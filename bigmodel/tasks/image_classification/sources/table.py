@@ -1,0 +1,71 @@
+"""Tables of text, CSV or TSV: a picture's path, its label, perhaps its split in each row; the first line names them."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator
+
+import numpy as np
+
+from bigmodel.tasks.image_classification.sources.columns import Columns, rows_of
+from bigmodel.tasks.image_classification.sources.found import SPLIT_WORDS, Found, Split, split_name
+from bigmodel.tasks.image_classification.sources.stores import Files
+
+
+def read_table(path: str, columns: Columns, labelled: bool) -> Found:
+    """Pictures named in a table, their paths absolute or below the table's folder.
+
+    Raises:
+        ValueError: if a column is missing or a cell is empty, or a picture is not there; names the line.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    wanted = columns.wanted(labelled)
+    cells: dict[str, list[str]] = {column: [] for column in wanted}
+    for line, row in _rows(path, columns, wanted):
+        for column in wanted:
+            cell = (row[column] or "").strip()
+            if not cell:
+                raise ValueError(f"{path} line {line}: nothing in column {column!r}")
+            cells[column].append(cell)
+        image = os.path.join(folder, cells[columns.image][-1])
+        if not os.path.isfile(image):
+            raise ValueError(f"{path} line {line}: there is no file {image}")
+        if columns.split in wanted and split_name(cells[columns.split][-1]) is None:
+            raise ValueError(
+                f"{path} line {line}: {cells[columns.split][-1]!r} in column {columns.split!r} is no split"
+                f" (known are {SPLIT_WORDS})"
+            )
+    images = cells[columns.image]
+    if not images:
+        raise ValueError(f"--data.path {path}: the table has no rows")
+    if columns.split in wanted:
+        rows = rows_of([str(split_name(word)) for word in cells[columns.split]])
+    else:
+        rows = {"all": np.arange(len(images))}
+    return Found(
+        path,
+        {
+            split: Split(
+                Files(folder, [images[i] for i in chosen]),
+                [cells[columns.label][i] for i in chosen] if labelled else None,
+            )
+            for split, chosen in rows.items()
+        },
+    )
+
+
+def _rows(path: str, columns: Columns, wanted: list[str]) -> Iterator[tuple[int, dict[str, str | None]]]:
+    """Line numbers, as in an editor, and rows."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as stream:
+            header = stream.readline()
+            stream.seek(0)
+            reader = csv.DictReader(stream, delimiter=max(",\t;", key=header.count))
+            columns.check(path, list(reader.fieldnames or []), wanted)
+            for row in reader:
+                yield reader.line_num, row
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read as a CSV or TSV table in UTF-8: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
