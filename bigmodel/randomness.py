@@ -38,13 +38,12 @@ def sample_keys(seed: int, epoch: int, samples: np.ndarray) -> np.ndarray:
 def hashes(keys: _Ints, stream: int, count: int) -> _Ints:
     """Random int64 numbers [B, count], over the whole range, from keys [B]; on the keys' device."""
     start = mix(stream)
-    steps = np.arange(1, count + 1, dtype=np.int64) * np.int64(_GOLDEN)
-    offsets: _Ints
+    steps: _Ints
     if isinstance(keys, Tensor):
-        offsets = torch.from_numpy(steps).to(keys.device)
+        steps = torch.arange(1, count + 1, device=keys.device)  # made there: a copy would wait for the device
     else:
-        offsets = steps
-    return _finalize(_finalize(keys ^ (start - (start >> 63 << 64)))[:, None] + offsets)
+        steps = np.arange(1, count + 1, dtype=np.int64)
+    return _finalize(_finalize(keys ^ (start - (start >> 63 << 64)))[:, None] + steps * _GOLDEN)
 
 
 def uniform(keys: _Ints, stream: int, count: int = 1) -> _Ints:

@@ -10,7 +10,7 @@ from bigmodel.cli import main
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 HARDWARE = sorted((EXPERIMENTS / "hardware").glob("*.yaml"))
 RECIPES = sorted(path for path in EXPERIMENTS.glob("*/*.yaml") if path.parent.name != "hardware")
-RUNS_HERE = {"stdlib.yaml"}  # on data that are on every machine
+IMAGES = EXPERIMENTS / "image_classification"
 
 
 def names(paths):
@@ -31,13 +31,20 @@ def test_an_experiment_parses_and_says_what_it_is(path, capsys):
 @pytest.mark.parametrize("path", HARDWARE, ids=names(HARDWARE))
 def test_hardware_files_hold_trainer_keys_only_and_parse(path, capsys):
     assert set(yaml.safe_load(path.read_text())) == {"trainer"}
-    main(["fit", "-c", str(RECIPES[0]), "-c", str(path), "--print_config", "--trainer.accelerator", "cpu"])
+    main(["fit", "-c", str(EXPERIMENTS / "language_modeling" / "stdlib.yaml"), "-c", str(path), "--print_config", "--trainer.accelerator", "cpu"])
     assert yaml.safe_load(capsys.readouterr().out)["trainer"]["max_steps"] > 0
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if path.name in RUNS_HERE], ids=lambda path: path.stem)
-def test_a_small_experiment_runs(path, tmp_path, monkeypatch, capsys):
+def run_for_a_few_steps(path, tmp_path, monkeypatch, *flags):
+    """The directory of a short run of an experiment on data that are on every machine."""
     monkeypatch.chdir(tmp_path)
+    few = ["--data.cache_dir", "cache", "--trainer.limit_val_batches", "2", "--trainer.accelerator", "cpu"]
+    main(["fit", "-c", str(path), *few, *flags])
+    (record,) = Path("runs").glob("**/run.json")
+    return record.parent
+
+
+def test_stdlib_runs(tmp_path, monkeypatch, capsys):
     small = [
         "--model.net.width",
         "32",
@@ -50,15 +57,22 @@ def test_a_small_experiment_runs(path, tmp_path, monkeypatch, capsys):
         "--data.batch_size",
         "2",
     ]
-    small += ["--data.cache_dir", "cache", "--data.split.val", "0.4", "--data.tokenizer.vocab_size", "300"]
-    small += ["--data.context_length", "32", "--trainer.limit_val_batches", "2", "--trainer.accelerator", "cpu"]
-    main(["fit", "-c", str(path), *small, "--trainer.max_steps", "4", "--trainer.val_check_interval", "2"])
-    out = capsys.readouterr().out
-    assert "val/bits_per_byte" in out
-    (run,) = Path("runs").glob("*/*/*")
+    small += ["--data.split.val", "0.4", "--data.tokenizer.vocab_size", "300", "--data.context_length", "32"]
+    small += ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2"]
+    run = run_for_a_few_steps(EXPERIMENTS / "language_modeling" / "stdlib.yaml", tmp_path, monkeypatch, *small)
+    assert "val/bits_per_byte" in capsys.readouterr().out
     assert (run / "samples.md").read_text().count("## step") == 2
     main(["generate", str(run), "--prompt", "def ", "--max_new_tokens", "8", "--seed", "1"])
     first = capsys.readouterr().out
     main(["generate", str(run), "--prompt", "def ", "--max_new_tokens", "8", "--seed", "1"])
     assert first == capsys.readouterr().out
     assert first.startswith("def ")
+
+
+@pytest.mark.parametrize("name", ["mnist5k", "digits"])
+def test_digits_run(name, tmp_path, monkeypatch, capsys):
+    flags = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "3"]
+    run = run_for_a_few_steps(IMAGES / f"{name}.yaml", tmp_path, monkeypatch, *flags)
+    main(["test", str(run), "--trainer.limit_test_batches", "2"])
+    assert "test/accuracy" in capsys.readouterr().out
+    assert (run / "test_confusion.png").exists()

@@ -157,7 +157,7 @@ def test_a_data_set_that_asks_is_told_the_epoch():
     assert [epoch(step, views=2)[0] for step in (0, 4, 8, 12)] == [0, 1, 0, 1]
     assert epoch(0, views=2) == epoch(8, views=2) != epoch(4, views=2)
     assert epoch(5, views=2)[1] == epoch(4)[1][1:]
-    with pytest.raises(ValueError, match="--data.views 0"):
+    with pytest.raises(ValueError, match=r"--data\.views 0"):
         epoch(0, views=0)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import two_processes
-from two_processes import experiment
+from two_processes import experiment, pictures
 
 from bigmodel.cli import main
 from bigmodel.run import checkpoint_step
@@ -59,6 +59,7 @@ def launched(tmp_path_factory, table):
         patch.chdir(folder)
         torch.set_num_threads(1)
         main(["fit", *experiment(table, "one")])
+        main(["fit", *pictures("pictures-one")])
         stopped = folder / "stopped"
         shutil.copytree(only_run("one"), stopped)
         stop_at(stopped, 3)
@@ -81,6 +82,17 @@ def test_two_processes_equal_one(launched):
     assert {len(taken) for taken in samples("two.samples").values()} == {12}
 
 
+def test_pictures_are_augmented_mixed_and_measured_alike_on_two_processes(launched):
+    one, two = only_run("pictures-one"), only_run("pictures-two")
+    same(weights(one), weights(two), rtol=0, atol=2e-6)
+    header = (one / "metrics.csv").read_text().splitlines()[0].split(",")
+    measured = [name for name in header if name.startswith("val/")]
+    assert {"val/loss", "val/accuracy", "val/auroc", "val/calibration_error", "val/f1"} <= set(measured)
+    for name in ("train/loss", *measured):
+        assert column(one, name) == pytest.approx(column(two, name), rel=1e-4), name
+    assert (two / "val_confusion.png").exists()
+
+
 def test_a_run_of_one_process_goes_on_with_two(launched):
     one, resumed = only_run("one"), launched / "stopped"
     assert samples("one-to-two.samples") == {step: s for step, s in samples("one.samples").items() if step > 3}
@@ -100,6 +112,6 @@ def test_a_run_of_two_processes_goes_on_with_one(launched):
 
 
 def test_the_launch_left_one_run_directory_each(launched):
-    assert len(list(launched.glob("**/run.json"))) == 4
+    assert len(list(launched.glob("**/run.json"))) == 6
     sessions = json.loads((launched / "stopped" / "run.json").read_text())["sessions"]
     assert [session["step"] for session in sessions] == [0, 3]

@@ -14,11 +14,11 @@ class Timer(Callback):
 
     Args:
         warmup: optimizer steps before the clock starts.
-        tokens_per_step: tokens in an optimizer step, to report tokens per second; None: report ms per step.
+        per_step: tokens or images in an optimizer step, to report how many a second; None: report ms per step.
     """
 
-    def __init__(self, warmup: int, tokens_per_step: int | None = None) -> None:
-        self.warmup, self.tokens_per_step = warmup, tokens_per_step
+    def __init__(self, warmup: int, per_step: int | None = None) -> None:
+        self.warmup, self.per_step = warmup, per_step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.clock = Clock(trainer.max_steps, self.warmup)
@@ -27,7 +27,7 @@ class Timer(Callback):
         self.clock.tick()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.clock.report(self.tokens_per_step)
+        self.clock.report(self.per_step)
 
 
 class Losses(Callback):

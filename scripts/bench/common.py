@@ -1,4 +1,4 @@
-"""What the ways of a benchmark share: sizes, flags, text, and the clock. Imports neither bigmodel nor Lightning.
+"""What the ways of a benchmark share: sizes, flags, text, pictures, and the clock. Importing it is quick.
 
 A *way* is a command that does the work of a row in its own fashion. It prints its figure as one line, {"figure": 123.4}.
 """
@@ -46,10 +46,27 @@ class Size(NamedTuple):
 SIZES = {"large": Size(6, 6, 384, 256, 16), "small": Size(4, 4, 128, 64, 12)}
 
 
+class ImageSize(NamedTuple):
+    """A ResNet, the pictures it reads and its batch."""
+
+    depth: int
+    widths: list[int]
+    pixels: int
+    channels: int
+    batch_size: int
+
+
+IMAGE_SIZES = {
+    "resnet_small": ImageSize(14, [16, 32, 64], 28, 1, 64),
+    "resnet18": ImageSize(18, [64, 128, 256, 512], 32, 3, 64),
+}
+
+
 def arguments(description: str | None) -> argparse.Namespace:
     """The flags that every way takes."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--size", choices=SIZES, default="small", help="of the GPT, where there is one")
+    sizes = [*SIZES, *IMAGE_SIZES]
+    parser.add_argument("--size", choices=sizes, default="small", help="of the net, where there is a choice")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps in all")
     parser.add_argument("--warmup", type=int, default=20, help="of these, steps before the clock starts")
     parser.add_argument("--losses", action="store_true", help="float32, and the loss of each step instead of the speed")
@@ -70,6 +87,22 @@ def write_text() -> None:
     np.save(TOKENS, np.array([ids[character] for character in text], np.uint16))
 
 
+def digits(size: ImageSize) -> tuple[Any, Any]:
+    """The pictures [N, C, S, S] uint8 in channels_last order and labels [N] that bigmodel prepared, as tensors in memory."""
+    import torch
+
+    from bigmodel.tasks.image_classification import ImageData, Split
+
+    data = ImageData(
+        "{mnist5k}", size.pixels, channels=size.channels, split=Split(0.1, 0.2), cache_dir=str(BENCH / "cache")
+    )
+    data.prepare_data()
+    data.setup()
+    images = data.images("train")
+    pixels = torch.from_numpy(images.read(range(len(images))))  # [N, S, S, C]
+    return pixels.permute(0, 3, 1, 2), torch.from_numpy(images.labels)
+
+
 class Clock:
     """Wall-clock time between optimizer steps, all of it: data, logging and whatever else lies between them."""
 
@@ -84,10 +117,11 @@ class Clock:
         elif self.done == self.steps:
             self._seconds = time.perf_counter() - self._start
 
-    def report(self, tokens_per_step: int | None = None) -> None:
-        """Print tokens per second, or without tokens the milliseconds of a step."""
+    def report(self, per_step: int | None = None) -> None:
+        """Print how many of what a step takes `per_step` of (tokens, images) were taken in a second; without it, the
+        milliseconds of a step."""
         seconds = self._seconds / (self.steps - self.warmup)
-        report(tokens_per_step / seconds if tokens_per_step else 1e3 * seconds)
+        report(per_step / seconds if per_step else 1e3 * seconds)
 
 
 def report(figure: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import os
 import re
 import statistics
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.common import BENCH, BIGMODEL, SIZES, fit_gpt, last_figure, run_in_terminal, write_text
+from bench.common import BENCH, BIGMODEL, IMAGE_SIZES, SIZES, fit_gpt, last_figure, run_in_terminal, write_text
 
 LITGPT = BENCH / "litgpt/bin/python"
 SIGNS = {"at least": ">=", "at most": "<="}
@@ -59,7 +60,7 @@ def gpt(name: str, size: str, steps: int, warmup: int, limits: tuple[float, floa
         f"GPT of {s.depth} layers, {s.num_heads} heads, width {s.width}, context {s.context_length}, batch"
         f" {s.batch_size}, bf16: training, tokens/s",
         {
-            "bigmodel fit": fit_gpt(size, steps, f"{timer} --callbacks.timer.tokens_per_step {s.tokens_per_step}"),
+            "bigmodel fit": fit_gpt(size, steps, f"{timer} --callbacks.timer.per_step {s.tokens_per_step}"),
             "plain loop": [*python, "bench.gpt_plain", *flags],
             "HF Trainer": [*python, "bench.gpt_trainer", *flags],
             "litgpt": [str(LITGPT), "-m", "bench.gpt_litgpt", *flags],
@@ -69,6 +70,47 @@ def gpt(name: str, size: str, steps: int, warmup: int, limits: tuple[float, floa
             for over, limit in zip(("plain loop", "HF Trainer", "litgpt"), limits, strict=True)
         ],
         times=3 if size == "small" else 1,
+    )
+
+
+def resnet(name: str, steps: int, warmup: int, limits: tuple[float, float]) -> Row:
+    """Training speed of a ResNet on decoded pictures, without augmentation."""
+    s = IMAGE_SIZES[name]
+    flags = ["--size", name, "--steps", str(steps), "--warmup", str(warmup)]
+    fit = (
+        f"fit -c scripts/bench/images.yaml --experiment bench-{name} --trainer.max_steps {steps}"
+        f" --model.net.depth {s.depth} --model.net.widths {json.dumps(s.widths, separators=(',', ':'))}"
+        f" --data.size {s.pixels} --data.channels {s.channels} --data.batch_size {s.batch_size}"
+        f" --callbacks.timer bench.callbacks.Timer --callbacks.timer.warmup {warmup}"
+        f" --callbacks.timer.per_step {s.batch_size}"
+    )
+    python = [sys.executable, "-m"]
+    return Row(
+        name,
+        f"ResNet-{s.depth} of widths {s.widths}, {s.pixels}x{s.pixels}x{s.channels}, batch {s.batch_size}, bf16,"
+        " channels_last: training, images/s",
+        {
+            "bigmodel fit": [BIGMODEL, *fit.split()],
+            "plain loop": [*python, "bench.image_plain", *flags],
+            "HF Trainer": [*python, "bench.image_trainer", *flags],
+        },
+        [
+            Bound("bigmodel fit", over, "at least", limit)
+            for over, limit in zip(("plain loop", "HF Trainer"), limits, strict=True)
+        ],
+        times=3 if name == "resnet_small" else 1,
+    )
+
+
+def jpeg(width: int, height: int) -> Row:
+    """How fast a folder of JPEG files is read, over as many processes as there are cores."""
+    command = [sys.executable, "-m", "bench.jpeg"]
+    flags = ["--width", str(width), "--height", str(height), "--processes", str(os.cpu_count() or 1)]
+    return Row(
+        f"jpeg{width}",
+        f"Reading JPEG files of {width}x{height} as 224x224, {flags[-1]} processes: images/s",
+        {"bigmodel": [*command, "bigmodel", *flags], "Pillow": [*command, "pillow", *flags]},
+        [Bound("bigmodel", "Pillow", "at least", 0.9)],
     )
 
 
@@ -99,6 +141,10 @@ def rows(quick: bool) -> list[Row]:
     return [
         gpt("large", "large", *((14, 11) if quick else (31, 11)), limits=(0.98, 1.25, 1.1)),
         gpt("small", "small", *((60, 20) if quick else (700, 100)), limits=(0.93, 1.8, 1.6)),
+        resnet("resnet_small", *((40, 20) if quick else (400, 60)), limits=(0.93, 1.3)),
+        resnet("resnet18", *((14, 11) if quick else (41, 11)), limits=(0.98, 1.1)),
+        jpeg(500, 375),
+        jpeg(224, 224),
         fixed_cost(*((600, 200) if quick else (5000, 1000))),
         Row(
             "loss",

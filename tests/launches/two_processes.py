@@ -55,6 +55,21 @@ def experiment(table: str, runs_dir: str, *flags: object) -> list[str]:
     return [str(word) for word in (*words, *flags)]
 
 
+def pictures(runs_dir: str, *flags: object) -> list[str]:
+    """Words for `bigmodel fit` on digits, ten steps of 32, augmented, mixed and weighted by class, validated twice."""
+    words: list[object] = ["-c", Path(__file__).parents[2] / "experiments" / "image_classification" / "digits.yaml"]
+    settings = {
+        "model.net": "bigmodel.nn.ViT", "model.net.patch_size": 4, "model.net.width": 32, "model.net.depth": 1,
+        "model.net.num_heads": 2, "data.mix": "bigmodel.tasks.image_classification.Mix", "data.mix.mixup": 0.5,
+        "data.mix.cutmix": 0.5, "data.balance": "weights", "data.cache_dir": "cache", "data.batch_size": 32,
+        "model.optimizer": "torch.optim.SGD", "model.optimizer.lr": 0.1, "trainer.accelerator": "cpu",
+        "trainer.max_epochs": "null", "trainer.max_steps": 10, "runs_dir": runs_dir,
+        "trainer.val_check_interval": 5, "trainer.check_val_every_n_epoch": "null", "trainer.log_every_n_steps": 1,
+    }  # fmt: skip
+    words += [word for key, value in settings.items() for word in (f"--{key}", value)]
+    return [str(word) for word in (*words, *flags)]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     table, single = sys.argv[1:]
@@ -72,5 +87,6 @@ if __name__ == "__main__":
             *two,
         ]
     )
+    main(["fit", *pictures("pictures-two", "--data.micro_batch_size", 8, *two)])
     if os.environ["RANK"] == "0":
         Path("done").touch()

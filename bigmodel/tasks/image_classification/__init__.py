@@ -1,0 +1,62 @@
+"""Image classification: pictures in, a model that tells their class out."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bigmodel.tasks.image_classification.augment import Transform
+    from bigmodel.tasks.image_classification.color import ColorJitter, Grayscale
+    from bigmodel.tasks.image_classification.data import ImageData
+    from bigmodel.tasks.image_classification.erasing import RandomErasing
+    from bigmodel.tasks.image_classification.geometry import Flip, RandomAffine, RandomCrop, RandomResizedCrop
+    from bigmodel.tasks.image_classification.hugging_face import HuggingFace
+    from bigmodel.tasks.image_classification.mix import Mix
+    from bigmodel.tasks.image_classification.module import ImageClassification
+    from bigmodel.tasks.image_classification.pictures import ImageBatch
+    from bigmodel.tasks.image_classification.policies import RandAugment, TrivialAugment
+    from bigmodel.tasks.image_classification.sources import Columns
+    from bigmodel.tasks.image_classification.splits import Split
+
+__all__ = [
+    "ColorJitter",
+    "Columns",
+    "Flip",
+    "Grayscale",
+    "HuggingFace",
+    "ImageBatch",
+    "ImageClassification",
+    "ImageData",
+    "Mix",
+    "RandAugment",
+    "RandomAffine",
+    "RandomCrop",
+    "RandomErasing",
+    "RandomResizedCrop",
+    "Split",
+    "Transform",
+    "TrivialAugment",
+]
+_WHERE = {
+    "augment": ("Transform",),
+    "color": ("ColorJitter", "Grayscale"),
+    "data": ("ImageData",),
+    "erasing": ("RandomErasing",),
+    "geometry": ("Flip", "RandomAffine", "RandomCrop", "RandomResizedCrop"),
+    "hugging_face": ("HuggingFace",),
+    "mix": ("Mix",),
+    "module": ("ImageClassification",),
+    "pictures": ("ImageBatch",),
+    "policies": ("RandAugment", "TrivialAugment"),
+    "sources": ("Columns",),
+    "splits": ("Split",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for and no more: the processes that decode need neither torch nor Lightning."""
+    for module, names in _WHERE.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,315 @@
+"""Pictures as batches for the net: the data module and its data set.
+
+B pictures, C channels, S pixels of the side of the square that the net reads, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from bigmodel.cache import available_cores, cache_folder, digest
+from bigmodel.randomness import sample_keys
+from bigmodel.sampling import eval_loader, train_loader
+from bigmodel.tasks.image_classification.augment import Transform, augment
+from bigmodel.tasks.image_classification.geometry import RandomResizedCrop
+from bigmodel.tasks.image_classification.images import Images
+from bigmodel.tasks.image_classification.mix import Mix
+from bigmodel.tasks.image_classification.pictures import ImageBatch
+from bigmodel.tasks.image_classification.prepare import Prepared, prepare
+from bigmodel.tasks.image_classification.sources import Columns, find_source
+from bigmodel.tasks.image_classification.splits import Split
+
+_MOST_WORKERS = 16
+
+
+class Samples(Dataset[ImageBatch]):
+    """A split's pictures in batches.
+
+    Args:
+        images: the split.
+        seed: with the epoch and the sample, determines a sample's randomness.
+        crop: what is cut out of each picture as it is read; None: the centre, as in evaluation.
+        class_weights: [K] float32, the weight of a picture by its class; None: 1.
+        balanced: whether each class has as many samples as the largest, its pictures met several times in an epoch.
+        read: whether pixels are read here; else `images` is empty, for pictures that lie on the device.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        seed: int,
+        crop: RandomResizedCrop | None = None,
+        class_weights: np.ndarray | None = None,
+        balanced: bool = False,
+        read: bool = True,
+    ) -> None:
+        self.images, self.seed, self.crop, self.class_weights, self.read = images, seed, crop, class_weights, read
+        self._length = len(images)
+        self._by_class: np.ndarray | None = None
+        if balanced:
+            self._counts = np.bincount(images.labels)  # [K]
+            self._by_class = np.argsort(images.labels, kind="stable")
+            self._starts = np.cumsum(self._counts) - self._counts
+            self._length = int(self._counts.max()) * len(self._counts)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, number: int) -> ImageBatch:
+        """One sample of the first epoch, without the batch dimension."""
+        return ImageBatch(*(field[0] for field in self.__getitems__([number])))
+
+    def __getitems__(self, numbers: Sequence[int], epoch: int = 0) -> ImageBatch:
+        """The samples of these numbers in an epoch, as one batch."""
+        samples = np.asarray(numbers, np.int64)
+        rows, keys = self._rows(samples, epoch), sample_keys(self.seed, epoch, samples)
+        pixels = np.empty((len(rows), 0, 0, 0), np.uint8)
+        if self.read:
+            boxes = self.crop.boxes(self.images.shapes[rows], keys) if self.crop is not None else None
+            pixels = self.images.read(rows, boxes)  # [B, S, S, C]
+        labels = self.images.labels[rows]
+        weight = np.ones(len(rows), np.float32) if self.class_weights is None else self.class_weights[labels]
+        return ImageBatch(
+            torch.from_numpy(pixels).permute(0, 3, 1, 2),  # channels_last, without copying
+            torch.from_numpy(labels),
+            torch.from_numpy(rows),
+            torch.from_numpy(weight),
+            torch.from_numpy(keys),
+        )
+
+    def _rows(self, samples: np.ndarray, epoch: int) -> np.ndarray:
+        """Which picture each sample is. Where classes are balanced, sample n is the (n mod m)-th of class n // m, m the
+        size of the largest; a smaller class starts over, each epoch where the last one ended."""
+        if self._by_class is None:
+            return samples
+        classes, turns = np.divmod(samples, self._counts.max())
+        members = (turns + epoch * self._counts.max()) % self._counts[classes]
+        rows: np.ndarray = self._by_class[self._starts[classes] + members]
+        return rows
+
+
+class ImageData(L.LightningDataModule):
+    """Pictures from a folder, a table, arrays or a public data set, checked and split once into a cache.
+
+    Args:
+        path: a folder (<class>/*.jpg or <split>/<class>/*.jpg), a CSV or Parquet file of pictures and labels, an .npz file,
+            a folder with the published files of MNIST or CIFAR, a Hugging Face data set (its folder, or hf://owner/name),
+            or one of {mnist5k}, {digits}, {mnist}, {fashion_mnist}, {cifar10}, {cifar100}. To predict: the same, without
+            labels.
+        size: side of the square picture that the net reads [pixels].
+        resize: length to which the shorter edge is brought before the centre is cut out [pixels]; by default `size`.
+        channels: 1 (grey) or 3; by default 1 if all training pictures are grey.
+        split: shares of the pictures for validation and test, where the source does not say.
+        columns: which columns of a table hold picture, label and split.
+        crop: cut a random part out of each training picture as it is read: RandomResizedCrop; by default the centre.
+        augment: what is done to training batches on the device, in this order: RandomCrop, Flip, RandomAffine, ColorJitter,
+            RandAugment, RandomErasing, ... of bigmodel.tasks.image_classification.
+        mix: mixes training pictures with their neighbours: Mix (mixup, cutmix).
+        balance: for skewed classes; `weights`: the loss of a picture counts inversely to the size of its class; `samples`:
+            pictures of small classes are met more often.
+        batch_size: pictures per optimizer step over all processes.
+        micro_batch_size: pictures one process takes at once; by default its whole share of the batch.
+        views: order and augmentation come again after so many epochs; by default never. For teachers that are cached.
+        on_bad: whether a picture that cannot be read is an `error`, or is left out (`skip`), counted and named.
+        max_pixels: a picture with more is refused, unread.
+        decoded: keep decoded pictures in the cache, memory-mapped; by default if they take at most 4 GB.
+        on_device: keep all decoded pictures on the training device.
+        cache_dir: where prepared pictures are kept; by default $BIGMODEL_CACHE or ~/.cache/bigmodel.
+        num_workers: processes that read and decode ahead; by default one per core (at most 16), none for decoded pictures.
+        seed: with the epoch, determines the order of the pictures and their augmentation.
+
+    Attributes:
+        sizes: what a net must know: num_classes, in_channels, image_size. After `setup`, like all that follows, and not
+            when predicting.
+        fingerprint: hash of the pictures, their labels and how they are read.
+        classes: names, by class number.
+        prepared: what was prepared.
+    """
+
+    sizes: dict[str, int]
+    fingerprint: str
+    classes: list[str]
+    prepared: Prepared
+
+    def __init__(
+        self,
+        path: str,
+        size: int = 224,
+        resize: int | None = None,
+        channels: Literal[1, 3] | None = None,
+        split: Split | None = None,
+        columns: Columns | None = None,
+        crop: RandomResizedCrop | None = None,
+        augment: list[Transform] | None = None,
+        mix: Mix | None = None,
+        balance: Literal["none", "weights", "samples"] = "none",
+        batch_size: int = 64,
+        micro_batch_size: int | None = None,
+        views: int | None = None,
+        on_bad: Literal["error", "skip"] = "error",
+        max_pixels: int = 2**27,
+        decoded: bool | None = None,
+        on_device: bool = False,
+        cache_dir: str | None = None,
+        num_workers: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if on_device and (crop is not None or decoded is False):
+            raise ValueError(
+                "--data.on_device true keeps decoded pictures of one size: leave out --data.crop (RandomResizedCrop among"
+                " --data.augment does it on the device) and --data.decoded false"
+            )
+        self.path, self.size, self.resize, self.channels = path, size, resize or size, channels
+        self.split, self.columns, self.crop = split or Split(), columns or Columns(), crop
+        self.augment, self.mix, self.balance = augment or [], mix, balance
+        self.batch_size, self.micro_batch_size, self.views = batch_size, micro_batch_size, views
+        self.on_bad, self.max_pixels, self.decoded, self.on_device = on_bad, max_pixels, decoded, on_device
+        self.cache_dir, self.num_workers, self.seed = cache_dir, num_workers, seed
+        self._resident: dict[str, Tensor] = {}
+
+    def prepare_data(self) -> None:
+        """Find, check, split and decode the pictures, unless that was done before with these settings.
+
+        Raises:
+            ValueError: if the input cannot be used as asked; says which file or row, and what to do.
+        """
+        self._prepare(predicting=_verb(self) == TrainerFn.PREDICTING)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the prepared pictures."""
+        self.prepared = self._prepare(predicting=stage == "predict")
+        if stage == "predict":
+            return
+        self.classes = self.prepared.classes
+        self.sizes = {
+            "num_classes": len(self.classes),
+            "in_channels": self.prepared.channels,
+            "image_size": self.size,
+        }
+        self.fingerprint = digest([self.prepared.fingerprint, self.balance])
+
+    def _prepare(self, predicting: bool) -> Prepared:
+        cache = cache_folder("image_classification", self.cache_dir)
+        source = find_source(self.path, columns=self.columns, cache=cache, labelled=not predicting)
+        return prepare(
+            source,
+            size=self.size,
+            resize=self.resize,
+            channels=self.channels,
+            whole=self.crop is not None,
+            split=None if predicting else self.split,
+            on_bad=self.on_bad,
+            decoded=True if self.on_device else self.decoded,
+            cache=cache,
+            max_pixels=self.max_pixels,
+        )
+
+    def images(self, split: str) -> Images:
+        """The pictures of a split.
+
+        Raises:
+            ValueError: if there is no such split.
+        """
+        if split not in self.prepared.splits:
+            raise ValueError(
+                f"there is no {split} split but {', '.join(self.prepared.splits)}: set --data.split.{split} to a share, or"
+                f" give pictures for it ({split}/<class>/...)"
+            )
+        return self.prepared.images(split)
+
+    def class_weights(self) -> np.ndarray:
+        """[K] float32, inverse to the classes' sizes, with mean 1 over the training pictures."""
+        counts = np.asarray(self.prepared.splits["train"].class_counts)
+        weights: np.ndarray = (counts.sum() / (len(counts) * counts)).astype(np.float32)
+        return weights
+
+    def train_dataloader(self) -> DataLoader[ImageBatch]:
+        samples = Samples(
+            self.images("train"),
+            self.seed,
+            self.crop,
+            self.class_weights() if self.balance == "weights" else None,
+            self.balance == "samples",
+            read=not self.on_device,
+        )
+        return train_loader(
+            samples,
+            batch_size=self.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            seed=self.seed,
+            trainer=self.trainer,
+            num_workers=self._workers(samples),
+            views=self.views,
+        )
+
+    def val_dataloader(self) -> DataLoader[ImageBatch] | list[DataLoader[ImageBatch]]:
+        if "val" not in self.prepared.splits and _verb(self) == TrainerFn.FITTING:
+            return []  # asked for none
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader[ImageBatch]:
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[ImageBatch]:
+        """All pictures at the path, whatever split they are in."""
+        return self._eval_loader("all")
+
+    def _eval_loader(self, split: str) -> DataLoader[ImageBatch]:
+        samples = Samples(self.images(split), self.seed, read=not self.on_device)
+        share = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        at_once = (self.micro_batch_size or 0) * (share["num_replicas"] if share else 1) or self.batch_size
+        return eval_loader(samples, batch_size=at_once, trainer=self.trainer, num_workers=self._workers(samples))
+
+    def _workers(self, samples: Samples) -> int:
+        if self.num_workers is not None:
+            return self.num_workers
+        return 0 if self.on_device or samples.images.in_memory else min(available_cores(), _MOST_WORKERS)
+
+    def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
+        """What Lightning calls on the device with each batch; see `finish`."""
+        trainer: Any = self.trainer
+        if trainer.training:
+            return self.finish(batch, "train", training=True)
+        if trainer.predicting:
+            return self.finish(batch, "all")
+        return self.finish(batch, "test" if trainer.testing else "val")
+
+    def finish(self, batch: ImageBatch, split: str, training: bool = False) -> ImageBatch:
+        """The batch as the net reads it: pictures that lie on the device are taken from there, and training batches are
+        augmented and mixed. Runs on the batch's device.
+
+        Args:
+            batch: from this split's loader.
+            split: which.
+            training: whether to augment.
+        """
+        if self.on_device:
+            batch = batch._replace(images=self._on_device(split, batch.index.device)[batch.index])
+        if training and self.augment:
+            batch = batch._replace(images=augment(batch.images, batch.key, self.augment))
+        if training and self.mix is not None:
+            images = augment(batch.images, batch.key, [])
+            mixed = self.mix(images, batch.targets, batch.weight, batch.key, len(self.classes))
+            batch = batch._replace(images=mixed[0], targets=mixed[1], weight=mixed[2])
+        return batch
+
+    def _on_device(self, split: str, device: torch.device) -> Tensor:
+        """All pictures of a split [N, C, S, S] uint8, moved there once."""
+        if split not in self._resident:
+            images = self.images(split)
+            pixels = images.read(np.arange(len(images)))
+            self._resident[split] = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
+        return self._resident[split]
+
+
+def _verb(data: L.LightningDataModule) -> TrainerFn | None:
+    return data.trainer.state.fn if data.trainer is not None else None

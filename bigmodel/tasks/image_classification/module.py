@@ -1,0 +1,265 @@
+"""Image classification: which of K classes a picture shows.
+
+Loss: cross-entropy in nats per picture, with label smoothing (Szegedy et al. 2016) if asked for.
+
+B pictures, C channels, S pixels of the square's side, D width of the features, K classes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from bigmodel import optim
+from bigmodel.callbacks import Gradients
+from bigmodel.callbacks.gradients import find
+from bigmodel.nn import ResNet
+from bigmodel.run import sizes
+from bigmodel.tasks.image_classification.decode import Geometry
+from bigmodel.tasks.image_classification.metrics import ImageMetrics
+from bigmodel.tasks.image_classification.pictures import ImageBatch
+from bigmodel.tasks.image_classification.report import Report
+
+Picture = Image.Image | np.ndarray | str | os.PathLike[str]
+_LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow has it
+
+
+class ImageClassification(LightningModule):
+    """Trains a net that maps pictures [B, C, S, S] to logits [B, K]; evaluates it; classifies pictures with it.
+
+    Args:
+        net: makes the net, called with `num_classes`, `in_channels` and `image_size` (pixels), which the data know.
+        optimizer: makes the optimizer from parameter groups.
+        schedule: the learning rate over the run's optimizer steps; null: constant.
+        label_smoothing: share of each target that is spread evenly over all classes, in [0, 1); in training only.
+        mean: per channel, subtracted from pictures in 0 to 1; null: the net's own, else the training pictures'.
+        std: per channel, divides what is left.
+        test_flips: also evaluate the mean prediction of each test picture and its mirror image, as `test_flips/...`.
+
+    Logs `val/loss` (nats per picture), `val/accuracy`, `val/top5_accuracy`, `val/precision`, `val/recall`, `val/f1` (macro),
+    `val/auroc` (macro, one against the rest), `val/calibration_error` (15 bins), and the same for `test`.
+    """
+
+    counts = "images"  # what a step's count counts
+
+    def __init__(
+        self,
+        net: Callable[[int, int, int], nn.Module] = ResNet,
+        optimizer: optim.OptimizerFactory = torch.optim.AdamW,
+        schedule: optim.Schedule | None = None,
+        label_smoothing: float = 0.0,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        test_flips: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"--model.label_smoothing {label_smoothing} must lie in 0 <= label_smoothing < 1")
+        if (mean is None) != (std is None):
+            raise ValueError("--model.mean and --model.std belong together: give both or none")
+        self.make_net, self.optimizer, self.schedule = net, optimizer, schedule
+        self.label_smoothing, self.given_statistics, self.test_flips = label_smoothing, (mean, std), test_flips
+        self.net: Any = None
+        self.mean: Tensor
+        self.std: Tensor
+        self.facts: dict[str, Any] = {}  # classes and geometry, as in the checkpoint
+
+    def setup(self, stage: str) -> None:
+        """Take from the data what they alone know."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if stage != "predict" and hasattr(data, "classes"):
+            self.facts = {"classes": data.classes, "size": data.size, "resize": data.resize}
+
+    def configure_model(self) -> None:
+        if self.net is not None:
+            return
+        known = sizes(self)
+        self.net = self.make_net(**known)  # type: ignore[call-arg]
+        self.net.to(memory_format=torch.channels_last)
+        mean, std = self._statistics(known["in_channels"])
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.metrics = ImageMetrics(known["num_classes"])
+        self.flip_metrics = ImageMetrics(known["num_classes"]) if self.test_flips else None
+
+    def _statistics(self, num_channels: int) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [C, 1, 1]: as given, else the net's own, else those of the training pictures."""
+        pair: Any = self.given_statistics
+        if pair[0] is None:
+            pair = getattr(self.net, "normalization", None)
+        if pair is None:
+            data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+            prepared = getattr(data, "prepared", None)
+            # Without data they come with the weights.
+            pair = (
+                (prepared.mean, prepared.std) if prepared is not None else ([0.0] * num_channels, [1.0] * num_channels)
+            )
+        mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in pair)
+        if len(mean) != num_channels or len(std) != num_channels or not (std > 0).all():
+            raise ValueError(
+                f"--model.mean {pair[0]} and --model.std {pair[1]}: the pictures have {num_channels} channel(s), so"
+                f" {num_channels} value(s) each are needed, std above 0 (--data.channels sets how pictures are read)"
+            )
+        return mean, std
+
+    def configure_callbacks(self) -> list[Callback]:
+        # The loss is a sum: also a bare Trainer must divide it by the count.
+        missing = [kind for kind in (Gradients, Report) if find(self.trainer, kind) is None]
+        return [kind() for kind in missing]
+
+    def configure_optimizers(self) -> Any:
+        return optim.configure(self, self.optimizer, self.schedule)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """[B, C, S, S] in 0 to 255 (uint8) or 0 to 1 (float) -> float32 as the net reads it.
+
+        Grey pictures are given the net's three channels, coloured ones made grey for a net of one."""
+        images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        if images.shape[1] == 3 and len(self.mean) == 1:
+            images = (images * images.new_tensor(_LUMINANCE)[:, None, None]).sum(1, keepdim=True)
+        return (images - self.mean) / self.std
+
+    # What distillation, evaluation and export need of a task that *Predicts*.
+
+    def features(self, batch: ImageBatch) -> Tensor:
+        """[B, D], what the head reads; the logits themselves, if the net does not part the two."""
+        read = getattr(self.net, "features", self.net)
+        return read(self.normalize(batch.images))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[..., D] -> [..., K]."""
+        return self.net.logits(features) if hasattr(self.net, "logits") else features
+
+    def targets(self, batch: ImageBatch) -> Tensor:
+        """Class numbers [B], or distributions [B, K] where pictures were mixed."""
+        return batch.targets
+
+    def training_step(self, batch: ImageBatch) -> dict[str, Any]:
+        logits = self.logits(self.features(batch)).float()
+        loss = F.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=self.label_smoothing)
+        return {"loss": (loss * batch.weight).sum(), "count": len(loss)}
+
+    def validation_step(self, batch: ImageBatch) -> dict[str, Tensor]:
+        """Of each picture: its number, loss, class, predicted class and that one's probability; for `Report`."""
+        real = batch.weight > 0
+        logits = self.logits(self.features(batch)).float()[real]
+        targets = batch.targets[real]
+        self.metrics.update(logits, targets)
+        probability, predicted = logits.softmax(-1).max(-1)
+        loss = F.cross_entropy(logits, targets, reduction="none")
+        index = batch.index[real]
+        return {"index": index, "loss": loss, "target": targets, "predicted": predicted, "probability": probability}
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val", self.metrics)
+
+    def test_step(self, batch: ImageBatch) -> dict[str, Tensor]:
+        outputs = self.validation_step(batch)
+        if self.flip_metrics is not None:
+            both = [self.logits(self.features(b)) for b in (batch, batch._replace(images=batch.images.flip(-1)))]
+            mean = torch.stack([logits.float().softmax(-1) for logits in both]).mean(0)  # [B, K]
+            real = batch.weight > 0
+            self.flip_metrics.update(mean[real].log(), batch.targets[real])
+        return outputs
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test", self.metrics)
+        if self.flip_metrics is not None:
+            self._log_metrics("test_flips", self.flip_metrics)
+
+    def _log_metrics(self, split: str, metrics: ImageMetrics) -> None:
+        for name, value in metrics.compute().items():  # over all processes
+            self.log(f"{split}/{name}", value.to(torch.float32), sync_dist=True)
+        metrics.reset()
+
+    def predict_step(self, batch: ImageBatch) -> dict[str, Any]:
+        """Of each picture: path, class, that one's probability, and the probabilities [n, K] of all classes."""
+        real = batch.weight > 0
+        probabilities = self.logits(self.features(batch)).float()[real].softmax(-1)
+        probability, predicted = probabilities.max(-1)
+        data: Any = getattr(self.trainer, "datamodule")  # noqa: B009
+        images = data.images("all")
+        return {
+            "path": [images.name(i) for i in batch.index[real].tolist()],
+            "class": [self.facts["classes"][i] for i in predicted.tolist()],
+            "probability": probability,
+            "probabilities": probabilities,
+        }
+
+    def prediction_metadata(self) -> dict[str, str]:
+        """What is written into a file of predictions: the classes, in the order of `probabilities`, as JSON."""
+        return {"classes": json.dumps(self.facts["classes"])}
+
+    # Classes and geometry travel in the checkpoint, so that a loaded task classifies pictures with no data present.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["pictures"] = self.facts
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        facts = checkpoint["pictures"]
+        if self.facts and self.facts["classes"] != facts["classes"]:
+            raise ValueError(
+                f"the classes of --data.path ({_some(self.facts['classes'])}) are not those that were learned"
+                f" ({_some(facts['classes'])})"
+            )
+        self.facts = facts
+
+    def forward(self, images: Tensor | Picture | Sequence[Picture]) -> Any:
+        """Classify pictures.
+
+        Args:
+            images: a picture (a PIL image, a path, or pixels [H, W] or [H, W, C] of uint8), or several; or a batch
+                [B, C, S, S] of uint8, or of floats in 0 to 1.
+
+        Returns:
+            The classes with their probabilities, the likeliest first; for several pictures, a list of these; for a batch,
+            the logits [B, K].
+        """
+        if isinstance(images, Tensor):
+            read = getattr(self.net, "features", self.net)
+            return self.logits(read(self.normalize(images)))
+        if isinstance(images, Picture):
+            return self._classify([images])[0]
+        return self._classify(images)
+
+    @torch.no_grad()
+    def _classify(self, pictures: Sequence[Picture]) -> list[dict[str, float]]:
+        if "classes" not in self.facts:
+            raise ValueError("this task has no classes yet: load it from a run with bigmodel.load")
+        geometry, classes = Geometry(len(self.mean), self.facts["size"], self.facts["resize"]), self.facts["classes"]
+        pixels = [geometry.decode(_content(picture)) for picture in pictures]
+        batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(self.device)  # [B, S, S, C] -> [B, C, S, S]
+        answers = []
+        for row in self.forward(batch).float().softmax(-1):
+            probabilities, order = row.sort(descending=True)
+            answers.append({classes[i]: p for i, p in zip(order.tolist(), probabilities.tolist(), strict=True)})
+        return answers
+
+
+def _content(picture: Picture) -> bytes | np.ndarray:
+    """What a file with this picture would hold."""
+    if isinstance(picture, np.ndarray):
+        return picture
+    if not isinstance(picture, Image.Image):
+        return Path(picture).read_bytes()
+    upright = ImageOps.exif_transpose(picture)
+    if "transparency" in upright.info:
+        upright = upright.convert("RGBA")
+    file = io.BytesIO()
+    upright.save(file, "TIFF")  # holds every mode, without loss
+    return file.getvalue()
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
