@@ -54,8 +54,22 @@ def test_mlp_without_hidden_layers_is_logistic_regression() -> None:
     torch.testing.assert_close(net(images), images.flatten(1) @ net.head.weight.T + net.head.bias)
 
 
+@torch.no_grad()
+def test_cnn_is_its_formula() -> None:
+    net, x = cnn(depth=1).eval(), torch.randn(3, 2, 8, 8)
+    images = x
+    for i, stage in enumerate(net.stages):
+        if i > 0:
+            x = x.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).amax(dim=(3, 5))  # [B, C, h / 2, 2, w / 2, 2]
+        conv = stage[-3]
+        nn.init.normal_(stage[-2].running_mean)
+        x = nn.functional.conv2d(x, conv.weight, padding=1) - stage[-2].running_mean[:, None, None]
+        x = (x / (1 + stage[-2].eps) ** 0.5).clamp(min=0)
+    torch.testing.assert_close(net.features(images), x.mean(dim=(2, 3)))
+
+
 def test_cnn_is_small_and_ends_at_a_few_positions() -> None:
-    assert count(CNN(num_classes=10, in_channels=1, image_size=28)) == 162_562
+    assert count(CNN(num_classes=10, in_channels=1, image_size=28)) == 121_274
     for size, side in ((8, 2), (28, 7), (32, 8), (64, 8), (96, 6)):
         with torch.device("meta"):
             x = torch.empty(1, 1, size, size)
