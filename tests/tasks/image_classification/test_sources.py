@@ -326,9 +326,11 @@ def test_parquet_files_that_differ_or_are_damaged_are_named(find, tmp_path):
     write_parquet(tmp_path / "b.parquet", [b"x"], label=["cat"])
     with pytest.raises(ValueError, match=r"b.parquet: column 'label' is of type string, but of int64 in .*a.parquet"):
         find("*.parquet")
-    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"b.parquet cannot be read as Parquet"):
-        find("*.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    for damaged in (whole[:-20], whole[:4] + b"\xff" * 40 + whole[44:]):
+        (tmp_path / "b.parquet").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"b.parquet cannot be read as Parquet"):
+            find("*.parquet")
 
 
 # Hugging Face

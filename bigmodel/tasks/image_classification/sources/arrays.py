@@ -5,6 +5,7 @@ N pictures, H and W pixels, C channels (1, 3 or 4).
 
 from __future__ import annotations
 
+import os
 import zipfile
 import zlib
 
@@ -48,7 +49,7 @@ def read_npz(path: str, labelled: bool) -> Found:
                     if labelled:
                         name = members[labels_name]
                         labels = check_labels(_load(file, name, path), len(images), f"{path} {name}")
-                    splits[split] = Split(Pixels(images, where), labels)
+                    splits[split] = Split(Pixels(images, f"{os.path.basename(path)} {members[images_name]}"), labels)
             if not splits:
                 known = ", ".join(images for pairs in _PAIRS.values() for images, _ in pairs)
                 raise ValueError(f"--data.path {path}: no pictures among {file.files}; known are {known}")

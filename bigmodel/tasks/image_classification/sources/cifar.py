@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -182,7 +182,7 @@ class _Unpickler(pickle.Unpickler):
     """Rebuilds numpy arrays and plain containers, and refuses all else."""
 
     _reconstruct = np.empty(0).__reduce__()[0]
-    allowed: dict[tuple[str, str], Any] = {  # noqa: RUF012
+    allowed: ClassVar[dict[tuple[str, str], Any]] = {
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
         ("numpy.core.multiarray", "_reconstruct"): _reconstruct,

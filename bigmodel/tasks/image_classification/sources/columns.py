@@ -56,7 +56,14 @@ def class_names(schema: pa.Schema, label: str) -> list[str] | None:
     """The class names that Hugging Face's datasets wrote beside a column of class numbers."""
     written = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     feature = written.get("info", {}).get("features", {}).get(label, {})
-    return feature.get("names")
+    return feature.get("names") if isinstance(feature, dict) else None
+
+
+def holds_bytes(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds encoded pictures: binary, or struct<bytes, path> of Hugging Face."""
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def parts_found(

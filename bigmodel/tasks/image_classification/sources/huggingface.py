@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from bigmodel.tasks.image_classification.pictures import Store
-from bigmodel.tasks.image_classification.sources.columns import Columns, class_names, parts_found
+from bigmodel.tasks.image_classification.sources.columns import Columns, class_names, holds_bytes, parts_found
 from bigmodel.tasks.image_classification.sources.found import Found, group_splits
 from bigmodel.tasks.image_classification.sources.stores import Arrow, open_arrow
 
@@ -79,7 +79,7 @@ def _found(where: str, files: Mapping[str, list[str]], columns: Columns, labelle
         table = open_arrow(paths)
         columns.check(f"{where} {split}", table.column_names, wanted)
         kind = table.schema.field(columns.image).type
-        if not pa.types.is_binary(kind) and not (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0):
+        if not holds_bytes(kind):
             raise ValueError(
                 f"{where} {split}: column {columns.image!r} is of type {kind}; pictures are an Image feature or binary:"
                 " set --data.columns.image to such a column"

@@ -11,10 +11,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +22,7 @@ import pyarrow.parquet as pq
 
 from bigmodel.cache import building, digest, disk_errors, progress, write_text
 from bigmodel.tasks.image_classification.pictures import Store
-from bigmodel.tasks.image_classification.sources.columns import Columns, class_names, parts_found
+from bigmodel.tasks.image_classification.sources.columns import Columns, class_names, holds_bytes, parts_found
 from bigmodel.tasks.image_classification.sources.found import Found, group_splits
 from bigmodel.tasks.image_classification.sources.stores import Files, Packed, file_stamp
 
@@ -48,7 +47,7 @@ def read_parquet(where: str, paths: Sequence[str], columns: Columns, cache: Path
     wanted = columns.wanted(labelled)
     schemas = []
     for path in paths:
-        with closing(_open(path)) as file:
+        with _open(path) as file:
             schemas.append(file.schema_arrow)
         columns.check(path, schemas[-1].names, wanted)
         for column in wanted:
@@ -69,24 +68,31 @@ def read_parquet(where: str, paths: Sequence[str], columns: Columns, cache: Path
     return parts_found(where, parts, columns, labelled, class_names(schemas[0], columns.label))
 
 
-def _open(path: str) -> pq.ParquetFile:
+@contextmanager
+def _open(path: str) -> Iterator[pq.ParquetFile]:
     try:
-        return pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)  # not a whole row group in memory
-    except pa.ArrowInvalid as error:
+        # Not a whole row group in memory.
+        with closing(pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _read(path: str, names: list[str]) -> pa.Table:
-    with closing(_open(path)) as file:
+    with _open(path) as file:
         return file.read(names)
 
 
+def _pictures(path: str, column: str) -> Iterator[pa.Array]:
+    """The bytes of a file's pictures, some at once."""
+    with _open(path) as file:
+        for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[column]):
+            pictures = batch.column(0)
+            yield pc.struct_field(pictures, "bytes") if pa.types.is_struct(pictures.type) else pictures
+
+
 def _store(paths: list[str], column: str, kind: pa.DataType, cache: Path) -> Store:
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        kind = kind.field("bytes").type
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+    if holds_bytes(kind):
         return _packed(paths, column, cache)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return _files(paths, column)
@@ -122,7 +128,7 @@ def _pack(paths: list[str], column: str, folder: Path) -> None:
     ends, files = [0], []
     total = 0
     for path in paths:
-        with closing(_open(path)) as file:
+        with _open(path) as file:
             files.append((os.path.basename(path), file.metadata.num_rows))
             total += file.metadata.num_rows
     if total == 0:
@@ -133,23 +139,18 @@ def _pack(paths: list[str], column: str, folder: Path) -> None:
     ):
         for path in paths:
             row = 0
-            with closing(_open(path)) as file:
-                for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[column]):
-                    for value in _bytes(batch.column(0)):
-                        if not value.is_valid or not (content := value.as_buffer()).size:
-                            raise ValueError(
-                                f"{path} row {row}: no bytes of a picture in column {column!r} (where pictures are"
-                                " elsewhere, give a column of paths)"
-                            )
-                        stream.write(content)
-                        ends.append(ends[-1] + content.size)
-                        row += 1
-                    advance(len(batch))
+            for pictures in _pictures(path, column):
+                for picture in pictures:
+                    if not picture.is_valid or not (content := picture.as_buffer()).size:
+                        raise ValueError(
+                            f"{path} row {row}: no bytes of a picture in column {column!r} (where pictures are elsewhere,"
+                            " give a column of paths)"
+                        )
+                    stream.write(content)
+                    ends.append(ends[-1] + content.size)
+                    row += 1
+                advance(len(pictures))
         stream.flush()
         os.fsync(stream.fileno())
     np.save(folder / "ends.npy", np.array(ends, np.int64))
     write_text(folder / "files.json", json.dumps(files))
-
-
-def _bytes(pictures: pa.Array) -> Any:
-    return pc.struct_field(pictures, "bytes") if pa.types.is_struct(pictures.type) else pictures
