@@ -1,8 +1,8 @@
 """From the bytes or pixels of one picture to the array that a net reads.
 
-Of evaluation: the shorter edge is resized to R pixels, then the S x S pixels in the middle are kept, as in the recipes of
-ImageNet since He et al. (2016, section 3.4). Resampling is bilinear with antialiasing, in Pillow's 8-bit arithmetic; it
-computes the pixels that are kept and no others. Where the sizes agree already, pixels are copied.
+In evaluation the shorter edge is resized to R pixels and the S x S pixels in the middle are kept (Krizhevsky, Sutskever and
+Hinton 2012, section 2). Resampling is bilinear with antialiasing, as in torchvision's reference recipes, in Pillow's 8-bit
+arithmetic; it computes the pixels that are kept and no others. Where the sizes agree already, pixels are copied.
 
 A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size (by fewer coefficients of its discrete cosine transform), as long as
 that leaves `DRAFT_MARGIN` times the pixels asked for along each edge.
@@ -90,26 +90,23 @@ class Geometry:
             return self._array(_resample(image, (self.size, self.size), reduced))
 
     def decode_whole(self, content: bytes | np.ndarray) -> np.ndarray:
-        """All of a picture, [H', W', C] uint8 with (W', H') by `whole_size`. Arguments and errors as for `decode`."""
+        """All of a picture, [H', W', C] uint8 with H' and W' by `whole_sizes`. Arguments and errors as for `decode`."""
         with _errors():
             image = open_picture(content, self.max_pixels)
             width, height = upright_size(image)
-            size = self.whole_size(width, height)
-            image, scale = _pixels(image, self._mode, min(width, height) / min(size))
-            return self._array(_resample(image, size, (0, 0, width / scale, height / scale)))
+            new_width, new_height = self.whole_sizes(np.array([width, height])).tolist()
+            image, scale = _pixels(image, self._mode, min(width / new_width, height / new_height))
+            return self._array(_resample(image, (new_width, new_height), (0, 0, width / scale, height / scale)))
 
-    def whole_size(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height with the shorter edge resized to R, never enlarged."""
-        return (width, height) if min(width, height) <= self.resize else self._resized(width, height)
-
-    def _resized(self, width: int, height: int) -> tuple[int, int]:
-        if width <= height:
-            return self.resize, self.resize * height // width
-        return self.resize * width // height, self.resize
+    def whole_sizes(self, sizes: np.ndarray) -> np.ndarray:
+        """Edges of pictures, [..., 2], once the shorter one is resized to R, which never enlarges it."""
+        shorter = sizes.min(-1, keepdims=True)
+        return np.where(shorter <= self.resize, sizes, self.resize * sizes.astype(np.int64) // shorter)
 
     def _middle(self, width: int, height: int) -> Box:
         """The box whose resizing to S x S equals resizing the whole and cutting out the middle."""
-        new_width, new_height = self._resized(width, height)
+        shorter = min(width, height)
+        new_width, new_height = self.resize * width // shorter, self.resize * height // shorter
         x, y = width / new_width, height / new_height
         left, top = round((new_width - self.size) / 2), round((new_height - self.size) / 2)
         return left * x, top * y, min((left + self.size) * x, width), min((top + self.size) * y, height)

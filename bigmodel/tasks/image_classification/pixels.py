@@ -19,6 +19,8 @@ from bigmodel.tasks.image_classification.images import decode_from
 from bigmodel.tasks.image_classification.scan import BLOCK, load_store
 from bigmodel.workers import Workers
 
+_WIDTH = 1024
+
 
 class Colours(NamedTuple):
     """Sums over pixels of uint8, exact in any order: how many, their sum [C], the sum of their squares [C]."""
@@ -105,5 +107,12 @@ def _decode_block(how: Decoding, block: tuple[int, np.ndarray, np.ndarray]) -> C
             stream.seek(start)
             stream.write(pixels.data)
     squares = np.square(pixels, dtype=np.uint16)  # 255^2 just fits
-    total, squared = (values.sum(0, dtype=np.int64).tolist() for values in (pixels, squares))
-    return Colours(len(pixels), tuple(total), tuple(squared))
+    return Colours(len(pixels), _sums(pixels), _sums(squares))
+
+
+def _sums(values: np.ndarray) -> tuple[int, ...]:
+    """Sum over the first dimension of values [P, C]; ten times as fast as numpy's own, which goes C numbers at a time."""
+    wide = len(values) - len(values) % _WIDTH
+    sums = values[:wide].reshape(-1, _WIDTH * values.shape[1]).sum(0, dtype=np.int64)  # [P, C] -> [P / width, width C]
+    total = sums.reshape(_WIDTH, -1).sum(0) + values[wide:].sum(0, dtype=np.int64)  # [width C] -> [width, C] -> [C]
+    return tuple(total.tolist())

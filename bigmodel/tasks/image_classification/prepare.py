@@ -25,7 +25,7 @@ from bigmodel.cache import available_cores, building, digest, disk_errors, progr
 from bigmodel.tasks.image_classification.decode import Geometry
 from bigmodel.tasks.image_classification.images import VERSION, Prepared, SplitFacts, Stored
 from bigmodel.tasks.image_classification.pixels import Decoding
-from bigmodel.tasks.image_classification.scan import Scan, scan, store_files
+from bigmodel.tasks.image_classification.scan import BLOCK, Scan, scan, store_files
 from bigmodel.tasks.image_classification.splits import Split
 from bigmodel.workers import Workers
 
@@ -53,17 +53,16 @@ class _Part:
         return replace(self, rows=self.rows[which], labels=self.labels[which], found=found)
 
     def shapes(self, geometry: Geometry) -> np.ndarray:
-        """[N, 2] int32, height and width of the pictures as they are stored."""
+        """[N, 2] height and width of the pictures as they are stored; of the originals if they are not."""
         if self.stored == "square":
             return np.full((len(self.rows), 2), geometry.size, np.int32)
-        if self.stored == "no":
-            return self.found.sizes
-        sizes = [geometry.whole_size(width, height)[::-1] for height, width in self.found.sizes.tolist()]
-        return np.array(sizes, np.int32)
+        return geometry.whole_sizes(self.found.sizes) if self.stored == "whole" else self.found.sizes
 
-    def num_bytes(self, geometry: Geometry) -> np.ndarray:
-        """[N] int64, of each picture's pixels as they are stored."""
-        return self.shapes(geometry).astype(np.int64).prod(1) * geometry.channels
+    def num_bytes(self, geometry: Geometry) -> int:
+        """Of all pixels that are stored."""
+        return (
+            0 if self.stored == "no" else int(self.shapes(geometry).astype(np.int64).prod(1).sum()) * geometry.channels
+        )
 
     def content(self) -> str:
         """A hash of the contents and labels in their order."""
@@ -88,7 +87,7 @@ def prepare(
     do so at once.
 
     Mean and standard deviation are those of the training pictures in the geometry of evaluation: of all if those are stored
-    that way, else of at most 5,000, spread evenly. Without a training split they are of the only split there is.
+    that way, else of at most 5,000, spread evenly. Where nothing is trained, they are those of the first split.
 
     Args:
         source: what was found at a path.
@@ -119,7 +118,7 @@ def prepare(
     parts = {name: part.take(np.flatnonzero(part.found.errors == "")) for name, part in parts.items()}
     if split is not None:
         parts = _dealt(parts, split)
-    _check_parts(parts, source.classes, left_out, split)
+    _check_parts(parts, source, left_out, split)
 
     if channels is None:
         channels = 1 if parts[_reference(parts)].found.grey.all() else 3
@@ -127,18 +126,19 @@ def prepare(
     stored = {
         name: replace(part, stored="whole" if whole and name == "train" else "square") for name, part in parts.items()
     }
-    needed = sum(int(part.num_bytes(geometry).sum()) for part in stored.values())
+    needed = sum(part.num_bytes(geometry) for part in stored.values())
     chosen = needed <= DECODED_BYTES if decoded is None else decoded
     if chosen:
         parts = stored
 
-    facts = [VERSION, source.classes, channels, size, resize, whole]
+    facts = [VERSION, source.classes, channels, size, resize, whole, whole and chosen]  # crops of whole ones may differ
     fingerprint = digest([*facts, {name: part.content() for name, part in parts.items()}])
     rows = {name: hashlib.sha256(part.rows.astype("<i8").tobytes()).hexdigest() for name, part in parts.items()}
     folder = cache / digest([fingerprint, max_pixels, chosen, rows])
     if not (folder / "meta.json").exists():
         if left_out:
             say(f"left out {len(left_out):,} pictures that cannot be used: {_some(left_out, 3)}")
+        _say_copies(parts)
         if decoded is None:
             say(_choice(chosen, needed))
         made = Prepared(
@@ -202,16 +202,14 @@ def _dealt(parts: dict[str, _Part], split: Split) -> dict[str, _Part]:
     return dealt | {name: part for name, part in parts.items() if name not in ("all", "train")}
 
 
-def _check_parts(parts: dict[str, _Part], classes: list[str], left_out: list[str], split: Split | None) -> None:
+def _check_parts(parts: dict[str, _Part], source: Source, left_out: list[str], split: Split | None) -> None:
     """Refuse what nothing can be learnt from, or measured with."""
     skipped = f" ({len(left_out):,} that cannot be used were left out)" if left_out else ""
-    dealt = f", dealt out by {split}" if split is not None else ""
+    dealt = f", dealt out by {split}" if set(parts) != set(source.splits) else ""
     for name, part in parts.items():
         if len(part.rows) == 0:
-            raise ValueError(
-                f"the {name} split has no picture{skipped}{dealt}. Give more pictures, or"
-                f" another share (--data.split.{name})"
-            )
+            share = f", or a larger share (--data.split.{name})" if dealt and name != "train" else ""
+            raise ValueError(f"the {name} split has no picture{skipped}{dealt}. Give more pictures{share}")
     if "train" not in parts:
         return
     for name in ("train", "val"):
@@ -219,6 +217,7 @@ def _check_parts(parts: dict[str, _Part], classes: list[str], left_out: list[str
             part = parts[name]
             names = [part.store.name(row) for row in part.rows[unknown[:3]].tolist()]
             raise ValueError(f"{len(unknown):,} pictures of the {name} split have no label: {_some(names, 3)}")
+    classes = source.classes
     if len(classes) < 2:
         raise ValueError(f"at least 2 classes are needed to train, there are {len(classes)}: {classes}{skipped}")
     counts = np.bincount(parts["train"].labels, minlength=len(classes))
@@ -228,6 +227,15 @@ def _check_parts(parts: dict[str, _Part], classes: list[str], left_out: list[str
             f"{len(empty):,} of {len(classes):,} classes have no training picture{skipped}{dealt}: {_some(empty, _SHOWN)}."
             " Give more pictures of them, smaller shares (--data.split.val, --data.split.test), or remove the classes"
         )
+
+
+def _say_copies(parts: dict[str, _Part]) -> None:
+    """Data sets that come with splits may have pictures in several of them: then evaluation is not of unseen pictures."""
+    for name, part in parts.items():
+        if name != "train" and "train" in parts:
+            seen = np.isin(part.found.hashes.view("V16"), parts["train"].found.hashes.view("V16"))
+            if count := int(seen.sum()):
+                say(f"{count:,} of {len(part.rows):,} pictures of the {name} split are in the train split too")
 
 
 def _reference(parts: dict[str, _Part]) -> str:
@@ -255,12 +263,13 @@ def _make(prepared: Prepared, parts: dict[str, _Part], num_processes: int) -> No
     """Make the prepared folder."""
     began = time.monotonic()
     geometry, reference = prepared.geometry, _reference(parts)
-    needed = sum(int(part.num_bytes(geometry).sum()) for part in parts.values() if part.stored != "no")
+    needed = sum(part.num_bytes(geometry) for part in parts.values())
+    num_blocks = -(-max(len(part.rows) for part in parts.values()) // BLOCK)
     with ExitStack() as stack:
         stack.enter_context(disk_errors(prepared.folder.parent, lambda: needed))
         folder = stack.enter_context(building(prepared.folder))
         files = stack.enter_context(store_files({name: part.store for name, part in parts.items()}))
-        workers = stack.enter_context(Workers(num_processes))
+        workers = stack.enter_context(Workers(min(num_processes, num_blocks)))
         colours = {}
         for name, part in parts.items():
             shapes = part.shapes(geometry)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 import pickle
 import tempfile
@@ -151,12 +150,12 @@ def _unscanned(rows: np.ndarray) -> np.ndarray:
 
 def _memory(store: Store, cache: Path, max_pixels: int) -> Path | None:
     """The file that remembers a store as it is now; None if the store cannot tell when it changes."""
-    key = hashlib.sha256(json.dumps([VERSION, max_pixels]).encode())
+    key = hashlib.sha256(repr([VERSION, max_pixels]).encode())
     for i in range(len(store)):
         stamp = store.stamp(i)
         if not stamp:
             return None
-        key.update(json.dumps(stamp).encode())
+        key.update(repr(stamp).encode())
     return cache / "scans" / f"{key.hexdigest()[:32]}.npz"
 
 
