@@ -432,10 +432,19 @@ def test_pictures_that_arrow_names_by_path_are_read(tmp_path):
 
 
 def test_saved_data_sets_that_are_refused(saved, tmp_path):
+    import datasets
+
     with pytest.raises(ValueError, match=r"no column 'img', only \['image', 'label'\]; set --data.columns.image"):
         find_source(str(saved / "splits"), columns=Columns(image="img"), cache=tmp_path)
     with pytest.raises(ValueError, match="column 'label' is of type int64; pictures are an Image feature or binary"):
         find_source(str(saved / "splits"), columns=Columns(image="label"), cache=tmp_path)
+    gap = {"image": [png(0), None], "label": [0, 1]}
+    datasets.Dataset.from_dict(gap).save_to_disk(str(tmp_path / "gap"))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_dict(gap, features).save_to_disk(str(tmp_path / "struct gap"))
+    for name in ("gap", "struct gap"):
+        with pytest.raises(ValueError, match=f"{name}/all row 1: no picture in column 'image'"):
+            load_saved(tmp_path / name, tmp_path)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "dataset_dict.json").write_text('{"splits": ["train"]}')
     with pytest.raises(ValueError, match=r"broken: not a whole data set of Hugging Face: .*state.json"):
@@ -462,6 +471,10 @@ def test_stamp_of_a_file_tells_a_change(tmp_path):
     assert before[:2] == [str(tmp_path / "a.png"), len(png(0))]
     os.utime(tmp_path / "a.png", ns=(1, before[2] + 1))
     assert store.stamp(0) != before
+    (tmp_path / "a.png").unlink()
+    assert store.stamp(0) == [str(tmp_path / "a.png")]
+    with pytest.raises(FileNotFoundError):
+        store.read(0)
 
 
 def test_file_names_that_are_no_text_are_kept(tmp_path):

@@ -140,7 +140,9 @@ def _read_archive(path: str) -> dict[str, bytes]:
         with tarfile.open(path) as archive:
             for member in archive:
                 name = os.path.basename(member.name)
-                if name in wanted and (stream := archive.extractfile(member)) is not None:
+                if name in wanted and member.isfile():
+                    stream = archive.extractfile(member)
+                    assert stream is not None
                     files[name] = stream.read()
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error

@@ -61,7 +61,7 @@ def class_names(schema: pa.Schema, label: str) -> list[str] | None:
 
 def holds_bytes(kind: pa.DataType) -> bool:
     """Whether a column of this type holds encoded pictures: binary, or struct<bytes, path> of Hugging Face."""
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+    if pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}:
         kind = kind.field("bytes").type
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 

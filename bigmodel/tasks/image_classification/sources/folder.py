@@ -31,7 +31,7 @@ def read_folder(root: str, labelled: bool) -> Found:
     if labelled:
         folders = [entry.name for entry in _entries(root) if entry.is_dir()]
         splits = {name: finder.labelled(below) for name, below in _split_folders(root, folders).items()}
-        classes = sorted(set(splits.get("train", splits.get("all", ([], [])))[1]))
+        classes = sorted(set(splits["train" if "train" in splits else "all"][1]))
         found = {name: Split(Files(root, names), labels) for name, (names, labels) in splits.items()}
     else:
         names = sorted(finder.under(""))

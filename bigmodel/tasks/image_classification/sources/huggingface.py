@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from bigmodel.tasks.image_classification.pictures import Store
 from bigmodel.tasks.image_classification.sources.columns import Columns, class_names, holds_bytes, parts_found
@@ -84,7 +85,16 @@ def _found(where: str, files: Mapping[str, list[str]], columns: Columns, labelle
                 f"{where} {split}: column {columns.image!r} is of type {kind}; pictures are an Image feature or binary:"
                 " set --data.columns.image to such a column"
             )
-        store = Arrow(paths, columns.image, f"{os.path.basename(where.rstrip('/'))}/{split}")
+        store = Arrow(paths, columns.image, f"{os.path.basename(os.path.abspath(where))}/{split}")
+        if (row := pc.index(_gaps(table.column(columns.image)), True).as_py()) >= 0:
+            raise ValueError(f"{store.name(row)}: no picture in column {columns.image!r}")
         parts[split] = store, table.select(wanted[1:])
         classes = classes or class_names(table.schema, columns.label)
     return parts_found(where, parts, columns, labelled, classes)
+
+
+def _gaps(pictures: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Whether there are neither bytes nor a path."""
+    if not pa.types.is_struct(pictures.type):
+        return pc.is_null(pictures)
+    return pc.and_(*(pc.is_null(pc.struct_field(pictures, part)) for part in ("bytes", "path")))

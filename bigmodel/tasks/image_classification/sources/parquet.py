@@ -1,7 +1,7 @@
 """Parquet tables: labels are read from them; encoded pictures are copied once to a flat file that is read at random.
 
-A column chunk of Parquet is compressed as a whole, so a picture in it cannot be read alone. The copy is made in record
-batches, in memory that does not grow with the data::
+A page of Parquet is compressed as a whole, so a picture in it cannot be read alone. The copy is made in record batches; the
+memory it takes is a few pages, however large the files are::
 
     <cache>/tables/<hash of the files' paths, sizes, times of change, and the column>/    see `Packed`
 """

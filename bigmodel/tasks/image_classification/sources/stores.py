@@ -21,8 +21,11 @@ from bigmodel.tasks.image_classification.pictures import Store
 
 
 def file_stamp(path: str | os.PathLike[str]) -> list[str | int]:
-    """Absolute path, size in bytes, time of last change in ns."""
-    stat = os.stat(path)
+    """Absolute path, size in bytes, time of last change in ns; of a file that is not there only the path."""
+    try:
+        stat = os.stat(path)
+    except OSError:  # reading it says more
+        return [os.path.abspath(path)]
     return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
 
 
@@ -105,7 +108,7 @@ class Arrow:
 
     Args:
         files: in order.
-        column: of binary, or of struct<bytes, path>: the file at the path is read where there are no bytes.
+        column: of binary, or of struct<bytes, path>: the file at the path is read where there are no bytes. Without gaps.
         what: the data set's name, for `name`.
     """
 
@@ -128,10 +131,8 @@ class Arrow:
         """A scalar of the picture's bytes, or of its path."""
         chunk = int(np.searchsorted(self._starts, i, side="right")) - 1
         value = self._chunks[chunk][i - self._starts[chunk]]
-        if value.is_valid and pa.types.is_struct(value.type):
-            value = value["bytes"] if value["bytes"].is_valid else value["path"]
-        if not value.is_valid:
-            raise ValueError(f"{self.name(i)}: no picture in column {self.column!r}")
+        if pa.types.is_struct(value.type):
+            return value["bytes"] if value["bytes"].is_valid else value["path"]
         return value
 
     def read(self, i: int) -> bytes:
