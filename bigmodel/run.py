@@ -107,15 +107,16 @@ def find_checkpoint(directory: Path, which: str = "best") -> Path:
 def sizes(module: LightningModule) -> dict[str, int]:
     """The numbers that the data know and the net needs (vocabulary, classes, features), for `configure_model`.
 
-    They come from the data module's attribute `sizes`, and from the checkpoint when a task is loaded without data.
+    They come from the data module's attribute `sizes`; from the checkpoint when a task is loaded without data, or its data
+    do not know them (pictures without labels, to be classified).
 
     Raises:
         ValueError: if neither is there.
     """
-    found = getattr(module, "_sizes", None)
+    data = module._trainer.datamodule if module._trainer is not None else None  # type: ignore[attr-defined]
+    found = getattr(data, "sizes", None)
     if found is None:
-        data = module._trainer.datamodule if module._trainer is not None else None  # type: ignore[attr-defined]
-        found = getattr(data, "sizes", None)
+        found = getattr(module, "_sizes", None)
     if found is None:
         raise ValueError(
             f"{type(module).__name__} needs sizes that data know: give its data module an attribute `sizes`, for example"

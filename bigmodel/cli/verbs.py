@@ -6,6 +6,8 @@ import contextlib
 import json
 import logging
 import re
+import secrets
+import time
 import warnings
 from argparse import ArgumentError
 from importlib import resources
@@ -22,9 +24,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from bigmodel import run
-from bigmodel.callbacks import Gradients, Resume
+from bigmodel.callbacks import Gradients, PredictionWriter, Resume
 from bigmodel.callbacks.gradients import find
-from bigmodel.checkpoint import AtomicCheckpointIO
+from bigmodel.callbacks.predictions import check_prediction
+from bigmodel.checkpoint import AtomicCheckpointIO, read
 from bigmodel.cli import ClearError
 from bigmodel.cli import settings as layers
 from bigmodel.tracking import WandB
@@ -48,9 +51,10 @@ bigmodel test RUN [--checkpoint best|last|FILE] [--KEY VALUE ...]
 Evaluates a run's checkpoint on its test split, and writes the metrics to test.json in the run directory.
 """,
     "predict": """\
-bigmodel predict RUN [--checkpoint best|last|FILE] [--KEY VALUE ...]
+bigmodel predict RUN [--checkpoint best|last|FILE] [--output FILE] [--data.path PATH] [--KEY VALUE ...]
 
-Runs a run's checkpoint over the data module's prediction split.
+Predicts with a run's checkpoint what its data module finds to predict, in --data.path for example, and writes a Parquet
+table: to --output, or to a new file in RUN/predictions/.
 """,
 }
 _HELP_KEYS = """
@@ -147,7 +151,8 @@ def run_trainer(verb: str, argv: list[str]) -> None:
         ValueError: for whatever in the arguments can be mended by who typed them.
     """
     positional, files, flags = layers.parse_flags(argv)
-    own = {key: value for key, value in flags if key in ("resume", "checkpoint", "print_config", "help")}
+    own_keys = ["resume", "checkpoint", "print_config", "help", *(["output"] if verb == "predict" else [])]
+    own = {key: value for key, value in flags if key in own_keys}
     flags = [(key, value) for key, value in flags if key not in own]
     if "help" in own or "-h" in argv:
         print(_HELP[verb] + _HELP_KEYS, end="")
@@ -181,12 +186,21 @@ def run_trainer(verb: str, argv: list[str]) -> None:
 
     _quiet_lightning()
     record = run.RunDirectory(merged, directory, run.checkpoint_step(checkpoint) if checkpoint else 0)
-    cli = _parse(merged, [record] if verb == "fit" else [])
+    extra: list[Callback] = [record] if verb == "fit" else []
+    if verb == "predict" and directory is not None and checkpoint is not None:
+        extra.append(PredictionWriter(Path(own.get("output") or _new_predictions(directory, checkpoint))))
+    cli = _parse(merged, extra)
     record.config = cli.resolved()
     if "print_config" in own:
         print(yaml.safe_dump(record.config, sort_keys=False), end="")
         return
     _run(verb, cli, checkpoint, directory)
+
+
+def _new_predictions(directory: Path, checkpoint: Path) -> Path:
+    """A file for predictions that was not there before."""
+    name = f"{checkpoint.stem}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}.parquet"
+    return directory / "predictions" / name
 
 
 def _or_a_run(verb: str) -> str:
@@ -230,7 +244,11 @@ def _run(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | None) 
             return
         if checkpoint is None:
             raise ValueError(f"nothing to {verb}: name a run, as in `bigmodel {verb} RUN`")
-        quiet = {} if verb == "predict" else {"verbose": False}
+        if checkpoint.is_file():  # a sharded one is a folder, and its data must be there
+            task._sizes = read(checkpoint).get("bigmodel", {}).get("sizes")
+        if verb == "predict":
+            check_prediction(task, data)
+        quiet = {"return_predictions": False} if verb == "predict" else {"verbose": False}
         metrics = getattr(trainer, verb)(task, datamodule=data, ckpt_path=checkpoint, **quiet)
     except MisconfigurationException as error:  # Lightning's name for what a person can mend
         raise ClearError(str(error)) from error

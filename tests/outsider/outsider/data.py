@@ -33,7 +33,7 @@ class Table(Dataset):
 
 
 class TableData(LightningDataModule):
-    """Rows of a CSV file with a header; every fifth is for validation.
+    """Rows of a CSV file with a header; every fifth is for validation, and all are to be predicted.
 
     Args:
         path: the CSV file.
@@ -57,6 +57,9 @@ class TableData(LightningDataModule):
             raise ValueError(f"{self.path} has no column {self.target!r}; --data.target can be one of {header}")
         order = sorted(range(len(header)), key=lambda column: header[column] == self.target)  # the target last
         values = torch.tensor([[float(line[column]) for column in order] for line in lines])
+        if stage == "predict":
+            self.rows = Table(values)
+            return
         validation = torch.arange(len(values)) % 5 == 4
         self.train, self.val = Table(values[~validation]), Table(values[validation])
         self.sizes = {"num_features": len(header) - 1}
@@ -73,3 +76,6 @@ class TableData(LightningDataModule):
 
     def val_dataloader(self):
         return eval_loader(self.val, batch_size=self.batch_size, trainer=self.trainer)
+
+    def predict_dataloader(self):
+        return eval_loader(self.rows, batch_size=self.batch_size, trainer=self.trainer)

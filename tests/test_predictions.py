@@ -1,0 +1,163 @@
+"""Predictions: what the net says of each sample, once and in order, in a file that is whole or not there."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from outsider import TabularRegression
+
+import bigmodel
+from bigmodel.callbacks import predictions
+from bigmodel.callbacks.predictions import check_prediction, merge, record_batch
+from bigmodel.cli import main
+
+EXPERIMENT = str(Path(__file__).parent / "outsider" / "experiment.yaml")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, table):
+    """A folder with one finished run, under runs/."""
+    folder = tmp_path_factory.mktemp("predictions")
+    flags = ["--data.path", str(table), "--trainer.accelerator", "cpu", "--trainer.max_epochs", "1"]
+    main(["fit", "-c", EXPERIMENT, *flags, "--runs_dir", str(folder / "runs")])
+    return folder
+
+
+@pytest.fixture
+def predict(trained, monkeypatch, capsys):
+    """Type `bigmodel predict last ...`; returns what it prints, or the message it fails with."""
+    monkeypatch.chdir(trained)
+
+    def run(*flags, fails=False):
+        capsys.readouterr()
+        if not fails:
+            main(["predict", "last", *map(str, flags)])
+            return capsys.readouterr().out
+        with pytest.raises(SystemExit) as stopped:
+            main(["predict", "last", *map(str, flags)])
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    return run
+
+
+def rows_of(table):
+    return torch.tensor([[float(x) for x in line.split(",")] for line in table.read_text().split()[1:]])
+
+
+def test_every_row_is_predicted_once_and_in_order(predict, table):
+    out = predict("--data.batch_size", 32, "--output", "predicted.parquet")
+    predicted = pq.read_table("predicted.parquet")
+    x = rows_of(table)[:, :2]
+    assert predicted.column("name").to_pylist() == [f"row {i}" for i in range(100)]
+    assert predicted.column("features").to_pylist() == x.tolist()
+    with torch.no_grad():
+        expected = bigmodel.load("last").net(x)
+    assert torch.equal(torch.tensor(predicted.column("predicted").to_pylist()), expected)
+    assert str(predicted.schema.field("features").type).startswith("fixed_size_list")
+    assert predicted.schema.metadata[b"order"] == b"that of the rows in the file"
+    assert "wrote 100 predictions to predicted.parquet" in out
+    assert "row 4" in out
+    assert "row 5" not in out
+
+
+def test_new_data_may_know_no_sizes_and_no_prediction_overwrites_another(predict, tmp_path, table):
+    short = tmp_path / "short.csv"
+    short.write_text("\n".join(table.read_text().split()[:4]) + "\n")
+    predict("--data.path", short)
+    predict("--data.path", short)
+    files = list(Path("runs").glob("*/*/predictions/*"))
+    assert len(files) == 2
+    assert all(file.name.startswith("best-2-") and pq.read_table(file).num_rows == 3 for file in files)
+    before = files[0].read_bytes()
+    assert "is there already" in predict("--data.path", short, "--output", files[0], fails=True)
+    assert files[0].read_bytes() == before
+
+
+def test_a_failure_leaves_nothing(predict, tmp_path, table, monkeypatch):
+    step = TabularRegression.predict_step
+
+    def failing(self, batch):
+        if 99 in batch.index:
+            raise ValueError("this row is bad")
+        return step(self, batch)
+
+    monkeypatch.setattr(TabularRegression, "predict_step", failing)
+    with pytest.raises(ValueError, match="this row is bad"):
+        predict("--output", tmp_path / "new" / "p.parquet")
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(TabularRegression, "predict_step", step)
+
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(predictions.os, "replace", full_disk)
+    error = predict("--output", tmp_path / "new" / "p.parquet", fails=True)
+    assert "p.parquet cannot be written: [Errno 28] No space left on device; name another place" in error
+    assert not (tmp_path / "new").exists()
+
+
+def test_columns_that_change_are_refused(predict, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        TabularRegression, "predict_step", lambda self, batch: {"a" if 0 in batch.index else "b": batch.index}
+    )
+    error = predict("--output", tmp_path / "p.parquet", fails=True)
+    assert "other columns for batch 1 than before: b int64, not a int64" in error
+
+
+def write_part(path, batches):
+    first = record_batch(batches[0])
+    with predictions.pa.ipc.new_stream(str(path), first.schema) as stream:
+        for batch in batches:
+            stream.write_batch(record_batch(batch))
+    return path
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_parts_are_merged_as_the_samples_were_dealt_out(tmp_path, monkeypatch, num_processes):
+    """17 samples, 2 at once on each process, the last batches filled up; a row group holds at least 5."""
+    monkeypatch.setattr(predictions, "_ROWS_AT_ONCE", 5)
+    num_batches = -(-17 // (2 * num_processes))
+    parts = []
+    for process in range(num_processes):
+        starts = [2 * (b * num_processes + process) for b in range(num_batches)]
+        index = [torch.tensor([i for i in (start, start + 1) if i < 17], dtype=torch.int64) for start in starts]
+        batches = [{"i": i, "p": torch.stack([i, i**2], 1).half(), "s": [str(int(n)) for n in i]} for i in index]
+        parts.append(write_part(tmp_path / f"part{process}", batches))
+    assert merge(parts, tmp_path / "all.parquet", {"classes": '["a", "b"]'}) == 17
+    assert [path.name for path in tmp_path.iterdir()] == ["all.parquet"]
+    with pq.ParquetFile(tmp_path / "all.parquet") as file:
+        assert 1 < file.num_row_groups < 5
+        rows = file.read()
+    assert rows.to_pylist() == [{"i": i, "p": [i, i**2], "s": str(i)} for i in range(17)]
+    assert rows.schema.metadata[b"classes"] == b'["a", "b"]'
+
+
+def test_a_missing_part_is_refused(tmp_path):
+    part = write_part(tmp_path / "part0", [{"i": torch.arange(3)}])
+    with pytest.raises(ValueError, match=r"part1 is not there: all processes must see one folder"):
+        merge([part, tmp_path / "part1"], tmp_path / "all.parquet", {})
+    assert not (tmp_path / "all.parquet").exists()
+
+
+def test_what_is_no_column_is_refused():
+    with pytest.raises(ValueError, match="must return a dict of columns, not Tensor"):
+        record_batch(torch.ones(3))
+    with pytest.raises(ValueError, match=r"a tensor \(2, 2, 2\) as column 'x'"):
+        record_batch({"x": torch.ones(2, 2, 2)})
+    with pytest.raises(ValueError, match="a list as column 'x'"):
+        record_batch({"x": [1, 2]})
+    with pytest.raises(ValueError, match="different numbers of rows: x 2, y 3"):
+        record_batch({"x": torch.ones(2), "y": ["a", "b", None]})
+
+
+def test_who_cannot_predict_is_told_what_is_missing():
+    class Mute(LightningModule):
+        pass
+
+    with pytest.raises(ValueError, match="Mute does not predict"):
+        check_prediction(Mute(), LightningDataModule())
+    with pytest.raises(ValueError, match="LightningDataModule has nothing to predict"):
+        check_prediction(TabularRegression(), LightningDataModule())
