@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 VERSION = 1  # of this format
 
-# The kernel keeps what is read of a memory map in the process's resident memory: let go of it after so many bytes.
-RELEASE_BYTES = 2**28
+# What is read of a memory map stays in the process's resident memory, with up to ten times as much around it: let go of all
+# after so many bytes read, which bounds it to some 200 MB.
+RELEASE_BYTES = 2**24
 
 Stored = Literal["square", "whole", "no"]
 

@@ -6,7 +6,7 @@ N pictures, C channels.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,8 @@ from bigmodel.tasks.image_classification.decode import Geometry
 from bigmodel.tasks.image_classification.images import decode_from
 from bigmodel.tasks.image_classification.scan import BLOCK, load_store
 from bigmodel.workers import Workers
+
+BLOCK_BYTES = 2**24  # of pixels, about what a worker process decodes at once, if these are fewer pictures than `BLOCK`
 
 _WIDTH = 1024
 
@@ -68,31 +70,34 @@ class Decoding:
         Raises:
             ValueError: if one cannot be decoded as expected, though it could when it was checked; names it.
         """
-        channels = self.geometry.channels
+        ends = np.cumsum(shapes.astype(np.int64).prod(1)) * self.geometry.channels  # [bytes]
+        num_pictures = int(min(BLOCK, max(1, BLOCK_BYTES * len(rows) // ends[-1])))
+        starts = range(0, len(rows), num_pictures)
+        blocks = (
+            (int(ends[i - 1]) if i else 0, rows[i : i + num_pictures], shapes[i : i + num_pictures]) for i in starts
+        )
         if self.path is not None:
             self.path.touch()
         sums = []
-        for block in workers.map(partial(_decode_block, self), self._blocks(rows, shapes)):
+        for i, block in zip(starts, workers.map(partial(_decode_block, self), blocks), strict=True):
             sums.append(block)
-            advance(BLOCK if len(sums) * BLOCK <= len(rows) else len(rows) % BLOCK)
+            advance(min(num_pictures, len(rows) - i))
         if self.path is not None:
             with open(self.path, "rb") as stream:
                 os.fsync(stream.fileno())
-        num_pixels = sum(block.num_pixels for block in sums)
-        total = tuple(sum(block.total[c] for block in sums) for c in range(channels))
-        return Colours(num_pixels, total, tuple(sum(block.squares[c] for block in sums) for c in range(channels)))
-
-    def _blocks(self, rows: np.ndarray, shapes: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Where in the file a block of pictures begins [bytes], its rows and shapes."""
-        start = 0
-        for i in range(0, len(rows), BLOCK):
-            block = shapes[i : i + BLOCK]
-            yield start, rows[i : i + BLOCK], block
-            start += int(block.astype(np.int64).prod(1).sum()) * self.geometry.channels
+        num_pixels, totals, squares = zip(*sums, strict=True)
+        return Colours(
+            sum(num_pixels), tuple(map(sum, zip(*totals, strict=True))), tuple(map(sum, zip(*squares, strict=True)))
+        )
 
 
 def _decode_block(how: Decoding, block: tuple[int, np.ndarray, np.ndarray]) -> Colours:
-    """Decode some pictures and write them where they belong in the file; run in a worker process."""
+    """Decode some pictures and write them where they belong in the file; run in a worker process.
+
+    Args:
+        how: see there.
+        block: where in the file they begin [bytes], their rows and shapes.
+    """
     start, rows, shapes = block
     store = load_store(how.store_file)
     pictures = []

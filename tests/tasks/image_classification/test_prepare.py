@@ -162,8 +162,10 @@ def test_std_is_never_0(cache):
     assert run(source, cache, size=4, split=None).std == [1 / 255]
 
 
-def test_several_processes_equal_one(folder, cache, tmp_path):
-    one, several = (run(folder, tmp_path / str(n), whole=True, num_processes=n) for n in (1, 3))
+def test_several_processes_and_smaller_blocks_equal_one(folder, cache, tmp_path, monkeypatch):
+    one = run(folder, cache, whole=True)
+    monkeypatch.setattr(pixels, "BLOCK_BYTES", 3000)
+    several = run(folder, tmp_path / "other", whole=True, num_processes=3)
     assert (one.mean, one.std, one.fingerprint) == (several.mean, several.std, several.fingerprint)
     for path in one.folder.iterdir():
         assert path.read_bytes() == (several.folder / path.name).read_bytes()
