@@ -48,7 +48,7 @@ def rows_of(table):
 
 
 def test_every_row_is_predicted_once_and_in_order(predict, table):
-    out = predict("--data.batch_size", 32, "--output", "predicted.parquet")
+    out = predict("--data.batch_size", 32, "--output", "predicted.parquet", "--callbacks.progress.every_seconds", 0)
     predicted = pq.read_table("predicted.parquet")
     x = rows_of(table)[:, :2]
     assert predicted.column("name").to_pylist() == [f"row {i}" for i in range(100)]
@@ -61,6 +61,7 @@ def test_every_row_is_predicted_once_and_in_order(predict, table):
     assert "wrote 100 predictions to predicted.parquet" in out
     assert "row 4" in out
     assert "row 5" not in out
+    assert "predicting  4 of 4 batches" in out
 
 
 def test_new_data_may_know_no_sizes_and_no_prediction_overwrites_another(predict, tmp_path, table):

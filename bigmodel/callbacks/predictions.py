@@ -45,6 +45,7 @@ class PredictionWriter(Callback):
         self.path = path
         self._part: Path | None = None
         self._stream: Any = None
+        self._num_rows: int | None = None  # when all is written
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.path.exists():
@@ -58,6 +59,9 @@ class PredictionWriter(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         data: Any = getattr(trainer, "datamodule", None) or pl_module
         data.__dict__.pop("predict_dataloader", None)
+        if self._num_rows is not None:  # only now: a progress bar is gone
+            print(f"wrote {self._num_rows:,} predictions to {self.path}")
+            print(_head(self.path), flush=True)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.path = Path(trainer.strategy.broadcast(str(self.path)))
@@ -98,9 +102,7 @@ class PredictionWriter(Callback):
         describe = getattr(pl_module, "prediction_metadata", dict)
         parts = [self._part_of(process) for process in range(trainer.world_size)]
         with _disk_errors(self.path):
-            num_rows = merge(parts, self.path, describe())
-        print(f"wrote {num_rows:,} predictions to {self.path}")
-        print(_head(self.path), flush=True)
+            self._num_rows = merge(parts, self.path, describe())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()

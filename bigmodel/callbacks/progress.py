@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -17,7 +18,8 @@ from bigmodel.optim import num_steps
 
 
 class ProgressLine(ProgressBar):
-    """Shows step, loss, speed and time left while training, and the metrics of each validation on a line that stays.
+    """Shows step, loss, speed and time left while training, and the metrics of each validation on a line that stays; batches
+    done while `bigmodel validate`, `test` and `predict` run.
 
     Args:
         every_seconds: seconds between lines where the output is no terminal. A terminal's bar moves twice a second.
@@ -71,6 +73,32 @@ class ProgressLine(ProgressBar):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_bar()
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            self._start_evaluation("validating", trainer.num_val_batches)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start_evaluation("testing", trainer.num_test_batches)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start_evaluation("predicting", trainer.num_predict_batches)
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.state.fn != "fit":
+            self._show_evaluation()
+
+    def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self._show_evaluation()
+
+    def on_predict_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self._show_evaluation()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_evaluation()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_evaluation()
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop_bar()
 
@@ -79,6 +107,33 @@ class ProgressLine(ProgressBar):
             metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
             line = "  ".join(f"{name} {value:.5g}" for name, value in metrics.items())
             self.print(f"step {trainer.global_step:,}  {line}")
+        if trainer.state.fn != "fit":
+            self._end_evaluation()
+
+    def _start_evaluation(self, name: str, num_batches: Sequence[int | float]) -> None:
+        self._evaluating, self._total, self._done = name, int(sum(num_batches)), 0
+        self._next = time.monotonic() + self.every_seconds
+        if self._enabled and self._console.is_terminal:
+            self._start_bar(name, self._total, 0)
+            self._next = 0.0
+
+    def _show_evaluation(self) -> None:
+        self._done += 1
+        now = time.monotonic()
+        if now < self._next or not self._enabled:
+            return
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._done)
+            self._bar.refresh()
+            self._next = now + 0.5
+        else:
+            self._console.print(f"{self._evaluating}  {self._done:,} of {self._total:,} batches")
+            self._next = now + self.every_seconds
+
+    def _end_evaluation(self) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._done)
+        self._stop_bar()
 
     def _of_total(self, trainer: Trainer, now: float) -> str:
         done = trainer.global_step - self._start_step
