@@ -160,8 +160,8 @@ class Checkpoint(ModelCheckpoint):
         if not due:
             return
         self._saved_at = time.monotonic()
-        fetcher = trainer.fit_loop._data_fetcher
-        if fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):
+        epoch, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        if fetcher is not None and epoch._should_check_val_fx(fetcher) and not epoch.val_loop.skip:
             self._defer_save_until_validation = True  # `on_validation_end` saves
         elif not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from bigmodel.randomness import hashes, sample_keys, uniform
+from bigmodel.sampling import mix
 
 M = (1 << 64) - 1
 
@@ -20,8 +21,6 @@ def test_the_hash_is_splitmix64():
     # SplitMix64 seeded with 0 gives these numbers (reference implementation by Vigna).
     assert splitmix(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF
     keys = np.array([0, 1, -1, 2**63 - 1, -(2**63)], np.int64)
-    from bigmodel.sampling import mix
-
     for stream in (0, 7):
         found = hashes(keys, stream, 3)
         for key, row in zip(keys.tolist(), found.tolist(), strict=True):

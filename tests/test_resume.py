@@ -29,13 +29,31 @@ class Recorder(Callback):
             self.validations.append((trainer.global_step, float(trainer.callback_metrics["val/mse"])))
 
 
-def fit(table, folder, *, resume=None, micro=None, schedule=None, batch_size=12, allow_changed_data=False, **options):
+class NoValidation(TableData):
+    """Data without a split for validation."""
+
+    def val_dataloader(self):
+        return []
+
+
+def fit(
+    table,
+    folder,
+    *,
+    resume=None,
+    micro=None,
+    schedule=None,
+    batch_size=12,
+    allow_changed_data=False,
+    data=TableData,
+    **options,
+):
     task = TabularRegression(
         functools.partial(MLP, width=8, dropout=0.2),
         functools.partial(torch.optim.AdamW, lr=0.01),
         schedule or Cosine(warmup_steps=3),
     )
-    data = TableData(str(table), "y", batch_size=batch_size, micro_batch_size=micro)
+    data = data(str(table), "y", batch_size=batch_size, micro_batch_size=micro)
     recorder, average = Recorder(), EMA(0.9)
     every = Checkpoint(every_n_steps=1, keep=-1, filename="step-{step}")
     best = Checkpoint(monitor="val/mse", keep=-1, filename="best-{step}")
@@ -64,8 +82,9 @@ def fit(table, folder, *, resume=None, micro=None, schedule=None, batch_size=12,
         {"max_steps": 16, "val_check_interval": 5, "check_val_every_n_epoch": None},
         {"max_epochs": 3, "val_check_interval": 0.5},
         {"max_epochs": 4, "check_val_every_n_epoch": 2},
+        {"max_epochs": 3, "data": NoValidation},
     ],
-    ids=lambda options: ",".join(f"{key}={value}" for key, value in options.items()),
+    ids=lambda options: ",".join(f"{key}={getattr(value, '__name__', value)}" for key, value in options.items()),
 )
 @pytest.mark.parametrize("micro", [None, 4])
 def test_resuming_anywhere_is_exact(table, tmp_path, options, micro):

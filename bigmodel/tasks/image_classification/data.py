@@ -174,6 +174,7 @@ class ImageData(L.LightningDataModule):
         self.batch_size, self.micro_batch_size, self.views = batch_size, micro_batch_size, views
         self.on_bad, self.max_pixels, self.decoded, self.on_device = on_bad, max_pixels, decoded, on_device
         self.cache_dir, self.num_workers, self.seed = cache_dir, num_workers, seed
+        self._prepared: dict[bool, Prepared] = {}  # by whether it is for predicting
         self._resident: dict[str, Tensor] = {}
 
     def prepare_data(self) -> None:
@@ -198,9 +199,11 @@ class ImageData(L.LightningDataModule):
         self.fingerprint = digest([self.prepared.fingerprint, self.balance])
 
     def _prepare(self, predicting: bool) -> Prepared:
+        if predicting in self._prepared:
+            return self._prepared[predicting]
         cache = cache_folder("image_classification", self.cache_dir)
         source = find_source(self.path, columns=self.columns, cache=cache, labelled=not predicting)
-        return prepare(
+        self._prepared[predicting] = prepare(
             source,
             size=self.size,
             resize=self.resize,
@@ -212,6 +215,7 @@ class ImageData(L.LightningDataModule):
             cache=cache,
             max_pixels=self.max_pixels,
         )
+        return self._prepared[predicting]
 
     def images(self, split: str) -> Images:
         """The pictures of a split.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from bigmodel.tasks.image_classification.metrics import ImageMetrics
 from bigmodel.tasks.image_classification.pictures import ImageBatch
 from bigmodel.tasks.image_classification.report import Report
 
-Picture = Image.Image | np.ndarray | str | os.PathLike[str]
+Picture = Image.Image | np.ndarray | str | Path
 _LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow has it
 
 
@@ -74,6 +73,7 @@ class ImageClassification(LightningModule):
         self.mean: Tensor
         self.std: Tensor
         self.facts: dict[str, Any] = {}  # classes and geometry, as in the checkpoint
+        self.net_config: dict[str, Any] | None = None  # of a net made from files that need not be there any more
 
     def setup(self, stage: str) -> None:
         """Take from the data what they alone know."""
@@ -85,7 +85,8 @@ class ImageClassification(LightningModule):
         if self.net is not None:
             return
         known = sizes(self)
-        self.net = self.make_net(**known)  # type: ignore[call-arg]
+        kept = {"config": self.net_config} if self.net_config is not None else {}
+        self.net = self.make_net(**known, **kept)  # type: ignore[call-arg]
         self.net.to(memory_format=torch.channels_last)
         mean, std = self._statistics(known["in_channels"])
         self.register_buffer("mean", mean)
@@ -205,6 +206,9 @@ class ImageClassification(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["pictures"] = self.facts
+        config = getattr(self.net, "config", None)
+        if isinstance(config, dict):
+            checkpoint["net_config"] = config
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         facts = checkpoint["pictures"]
@@ -214,6 +218,7 @@ class ImageClassification(LightningModule):
                 f" ({_some(facts['classes'])})"
             )
         self.facts = facts
+        self.net_config = checkpoint.get("net_config")
 
     def forward(self, images: Tensor | Picture | Sequence[Picture]) -> Any:
         """Classify pictures.

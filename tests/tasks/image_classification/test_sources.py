@@ -39,13 +39,12 @@ def names(pictures):
 
 
 @pytest.fixture
-def find(tmp_path):
-    """Finds a source at a path below the test's folder."""
+def find(tmp_path, monkeypatch):
+    """Finds a source at a path in the test's folder."""
+    monkeypatch.chdir(tmp_path)
 
     def find(path, labelled=True, **columns):
-        return find_source(
-            str(tmp_path / path), columns=Columns(**columns), cache=tmp_path / "cache", labelled=labelled
-        )
+        return find_source(str(path), columns=Columns(**columns), cache=tmp_path / "cache", labelled=labelled)
 
     return find
 
@@ -187,8 +186,8 @@ def test_table_with_splits_and_other_column_names(find, tmp_path):
     )
     source = find("t.csv", image="file", label="kind", split="part")
     assert {name: (names(split), split.labels.tolist()) for name, split in source.splits.items()} == {
-        "train": ([f"{tmp_path.name}/3.png", f"{tmp_path.name}/2.png"], [1, 0]),
-        "val": ([f"{tmp_path.name}/1.png"], [1]),
+        "train": (["3.png", "2.png"], [1, 0]),
+        "val": (["1.png"], [1]),
     }
     assert len(find("t.csv", labelled=False, image="file", split="part").splits["all"].store) == 3
 
@@ -268,12 +267,12 @@ def test_parquet_splits_by_file_name(find, tmp_path):
     write_parquet(tmp_path / "data" / "train-00000-of-00002.parquet", [png(0), png(1)], label=["x", "y"])
     write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", [png(2)], label=["y"])
     write_parquet(tmp_path / "data" / "validation-00000-of-00001.parquet", [png(3)], label=["y"])
-    source = find("")
+    source = find(".")
     assert {name: (content(split), split.labels.tolist()) for name, split in source.splits.items()} == {
         "train": ([png(0), png(1), png(2)], [0, 1, 1]),
         "val": ([png(3)], [1]),
     }
-    assert len(find("", labelled=False).splits["all"].store) == 4
+    assert len(find(".", labelled=False).splits["all"].store) == 4
 
 
 def test_parquet_splits_by_column_and_dictionaries(find, tmp_path):

@@ -106,14 +106,13 @@ def _files(paths: list[str], column: str) -> Files:
     """The files named in a column of paths, absolute or below their table's folder."""
     names = []
     for path in paths:
-        folder = os.path.dirname(os.path.abspath(path))
+        folder = os.path.dirname(path)
         for row, name in enumerate(_read(path, [column]).column(column).to_pylist()):
             image = os.path.join(folder, name or "")
             if not os.path.isfile(image):
                 raise ValueError(f"{path} row {row}: there is no file {image}")
             names.append(image)
-    root = os.path.dirname(os.path.abspath(paths[0]))
-    return Files(root, [os.path.relpath(image, root) if image.startswith(f"{root}/") else image for image in names])
+    return Files("", names)
 
 
 def _packed(paths: list[str], column: str, cache: Path) -> Packed:

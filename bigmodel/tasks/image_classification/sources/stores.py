@@ -38,7 +38,7 @@ class Files:
     """
 
     def __init__(self, root: str, names: Sequence[str]) -> None:
-        self.root = os.path.abspath(root)
+        self.given, self.root = root, os.path.abspath(root)
         encoded = [os.fsencode(name) for name in names]
         self._text = b"".join(encoded)
         self._ends = np.cumsum([0, *map(len, encoded)])
@@ -53,7 +53,7 @@ class Files:
         return os.path.join(self.root, self._below(i))
 
     def name(self, i: int) -> str:
-        return os.path.join(os.path.basename(self.root), self._below(i))
+        return os.path.join(self.given, self._below(i))
 
     def read(self, i: int) -> bytes:
         with open(self.path(i), "rb") as stream:

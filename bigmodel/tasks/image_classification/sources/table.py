@@ -19,7 +19,7 @@ def read_table(path: str, columns: Columns, labelled: bool) -> Found:
     Raises:
         ValueError: if a column is missing or a cell is empty, or a picture is not there; names the line.
     """
-    folder = os.path.dirname(os.path.abspath(path))
+    folder = os.path.dirname(path)
     wanted = columns.wanted(labelled)
     cells: dict[str, list[str]] = {column: [] for column in wanted}
     for line, row in _rows(path, columns, wanted):
