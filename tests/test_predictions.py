@@ -89,6 +89,10 @@ def test_a_failure_leaves_nothing(predict, tmp_path, table, monkeypatch):
     with pytest.raises(ValueError, match="this row is bad"):
         predict("--output", tmp_path / "new" / "p.parquet")
     assert not (tmp_path / "new").exists()
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError, match="this row is bad"):
+        predict("--output", tmp_path / "there" / "p.parquet")
+    assert not list((tmp_path / "there").iterdir())
     monkeypatch.setattr(TabularRegression, "predict_step", step)
 
     def full_disk(*args):

@@ -168,7 +168,8 @@ class ImageData(L.LightningDataModule):
                 "--data.on_device true keeps decoded pictures of one size: leave out --data.crop (RandomResizedCrop among"
                 " --data.augment does it on the device) and --data.decoded false"
             )
-        self.path, self.size, self.resize, self.channels = path, size, resize or size, channels
+        self.path, self.size, self.channels = path, size, channels
+        self.resize = size if resize is None else resize
         self.split, self.columns, self.crop = split or Split(), columns or Columns(), crop
         self.augment, self.mix, self.balance = augment or [], mix, balance
         self.batch_size, self.micro_batch_size, self.views = batch_size, micro_batch_size, views

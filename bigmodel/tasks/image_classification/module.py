@@ -7,7 +7,6 @@ B pictures, C channels, S pixels of the square's side, D width of the features, 
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 from bigmodel import optim
@@ -25,7 +24,7 @@ from bigmodel.callbacks import Gradients
 from bigmodel.callbacks.gradients import find
 from bigmodel.nn import ResNet
 from bigmodel.run import sizes
-from bigmodel.tasks.image_classification.decode import Geometry
+from bigmodel.tasks.image_classification.decode import decode
 from bigmodel.tasks.image_classification.metrics import ImageMetrics
 from bigmodel.tasks.image_classification.pictures import ImageBatch
 from bigmodel.tasks.image_classification.report import Report
@@ -242,28 +241,14 @@ class ImageClassification(LightningModule):
     def _classify(self, pictures: Sequence[Picture]) -> list[dict[str, float]]:
         if "classes" not in self.facts:
             raise ValueError("this task has no classes yet: load it from a run with bigmodel.load")
-        geometry, classes = Geometry(len(self.mean), self.facts["size"], self.facts["resize"]), self.facts["classes"]
-        pixels = [geometry.decode(_content(picture)) for picture in pictures]
+        size, resize, classes = self.facts["size"], self.facts["resize"], self.facts["classes"]
+        pixels = [decode(picture, channels=len(self.mean), size=size, resize=resize) for picture in pictures]
         batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(self.device)  # [B, S, S, C] -> [B, C, S, S]
         answers = []
         for row in self.forward(batch).float().softmax(-1):
             probabilities, order = row.sort(descending=True)
             answers.append({classes[i]: p for i, p in zip(order.tolist(), probabilities.tolist(), strict=True)})
         return answers
-
-
-def _content(picture: Picture) -> bytes | np.ndarray:
-    """What a file with this picture would hold."""
-    if isinstance(picture, np.ndarray):
-        return picture
-    if not isinstance(picture, Image.Image):
-        return Path(picture).read_bytes()
-    upright = ImageOps.exif_transpose(picture)
-    if "transparency" in upright.info:
-        upright = upright.convert("RGBA")
-    file = io.BytesIO()
-    upright.save(file, "TIFF")  # holds every mode, without loss
-    return file.getvalue()
 
 
 def _some(names: Sequence[str]) -> str:

@@ -6,10 +6,12 @@ B pictures in a batch, C channels, H and W pixels, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
-from torch import Tensor
+
+if TYPE_CHECKING:  # the processes that decode pictures do without torch
+    from torch import Tensor
 
 UNKNOWN = -1  # the class number of a picture without a label
 

@@ -11,14 +11,15 @@ from collections import Counter
 from PIL import Image
 
 from bigmodel.cache import say
+from bigmodel.tasks.image_classification.decode import FORMATS
 from bigmodel.tasks.image_classification.sources.found import KINDS, SPLIT_WORDS, Found, Split, split_name
 from bigmodel.tasks.image_classification.sources.stores import Files
 
 
 def picture_suffixes() -> set[str]:
-    """The suffixes, in lower case with their dot, of what Pillow can open."""
+    """The suffixes, in lower case with their dot, of the formats that are decoded."""
     Image.init()
-    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS and kind in Image.OPEN}
 
 
 def read_folder(root: str, labelled: bool) -> Found:
