@@ -65,6 +65,7 @@ class PredictionWriter(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.path = Path(trainer.strategy.broadcast(str(self.path)))
+        self._made_folder = not self.path.parent.exists()
         with _disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
         self._part = self._part_of(trainer.global_rank)
@@ -105,11 +106,13 @@ class PredictionWriter(Callback):
             self._num_rows = merge(parts, self.path, describe())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close()
+        with contextlib.suppress(OSError):  # of a full disk, which has been told
+            self._close()
         if self._part is not None:
             self._part.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # other predictions are in it
-                self.path.parent.rmdir()
+            if self._made_folder:
+                with contextlib.suppress(OSError):  # another process's part is in it
+                    self.path.parent.rmdir()
 
     def _close(self) -> None:
         if self._stream is not None:
@@ -218,28 +221,35 @@ def merge(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -> int
             f"{missing[0]} is not there: all processes must see one folder; set --output to a file on a shared disk"
         )
     partial = path.with_name(f".{path.name}.partial")
-    num_rows, waiting = 0, 0
-    tables: list[pa.RecordBatch] = []
+    num_rows = 0
     try:
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(pa.memory_map(str(part))) for part in parts]
             streams = [stack.enter_context(pa.ipc.open_stream(file)) for file in files]
             schema = streams[0].schema.with_metadata(dict(metadata))
             writer = stack.enter_context(pq.ParquetWriter(partial, schema))
-            for batch in (batch for batches in zip_longest(*streams) for batch in batches if batch is not None):
-                tables.append(batch)
-                waiting += len(batch)
-                if waiting >= _ROWS_AT_ONCE:
-                    writer.write_table(pa.Table.from_batches(tables).replace_schema_metadata(schema.metadata))
-                    num_rows, waiting, tables = num_rows + waiting, 0, []
-            if waiting:
-                writer.write_table(pa.Table.from_batches(tables).replace_schema_metadata(schema.metadata))
+            dealt = (batch for batches in zip_longest(*streams) for batch in batches if batch is not None)
+            for table in _row_groups(dealt):
+                writer.write_table(table.replace_schema_metadata(schema.metadata))
+                num_rows += len(table)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
         for part in parts:
             part.unlink(missing_ok=True)
-    return num_rows + waiting
+    return num_rows
+
+
+def _row_groups(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """The batches put together, some thousand rows at once."""
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(map(len, waiting)) >= _ROWS_AT_ONCE:
+            yield pa.Table.from_batches(waiting)
+            waiting = []
+    if waiting:
+        yield pa.Table.from_batches(waiting)
 
 
 def _columns(schema: pa.Schema) -> str:
