@@ -31,6 +31,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from bigmodel.callbacks import EMA, SWA
+from bigmodel.callbacks.gradients import find as find_callback
 from bigmodel.checkpoint import load_weights, read
 from bigmodel.optim import num_steps
 from bigmodel.tracking import MetricsCSV, WandB, WandBRun
@@ -176,8 +177,15 @@ def _instantiate(kind: type, block: dict[str, Any]) -> Any:
     return parser.instantiate(parser.parse_object({"block": block})).block
 
 
+def directory(trainer: Trainer) -> Path | None:
+    """The directory of the run that is trained or evaluated; None outside the command."""
+    record = find_callback(trainer, RunDirectory)
+    return record.directory if record is not None else None
+
+
 class RunDirectory(Callback):
-    """Makes the run directory when a fit is about to start, keeps its record, and points loggers and checkpoints to it.
+    """Makes the run directory when a fit is about to start, keeps its record, and points loggers and checkpoints to it. In an
+    evaluation, it says which directory that is.
 
     Args:
         config: the resolved configuration, plain values.
@@ -215,11 +223,21 @@ class RunDirectory(Callback):
             self._start_loggers(trainer, self.directory)
             self._say_what_runs(trainer, pl_module)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.started = True
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.started = True
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.started = True
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # What is there now stays. Left to the garbage collector, a million objects of imported packages are walked through
         # again and again while training: 3 % of the time of a small model's steps.
         gc.collect()
         gc.freeze()
+        _leave_out_empty_hooks(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         gc.unfreeze()
@@ -318,6 +336,15 @@ class RunDirectory(Callback):
                 score = float(callback.best_model_score)
                 news["best"] = {"metric": callback.monitor, "value": score, "checkpoint": callback.best_model_path}
         self._write_record(self.record, **news)
+
+
+def _leave_out_empty_hooks(trainer: Any) -> None:
+    """Six times a step Lightning calls every callback, with much ado about each; it passes over what cannot be called."""
+    step = ("train_batch_start", "before_zero_grad", "before_backward", "after_backward", "before_optimizer_step")
+    for hook in (*(f"on_{name}" for name in step), "on_train_batch_end"):
+        for callback in trainer.callbacks:
+            if getattr(type(callback), hook) is getattr(Callback, hook):
+                setattr(callback, hook, None)
 
 
 def _git_revision() -> str | None:

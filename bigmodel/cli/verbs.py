@@ -64,7 +64,7 @@ _HELP_KEYS = """
   --model ..., --data ...    the task and its data: class_path and init_args
   --trainer.KEY VALUE        Lightning's trainer: max_steps, precision, devices, strategy, val_check_interval (in optimizer
                              steps when it is an integer), ...
-  --callbacks.NAME.KEY VALUE log, progress, ema, last, best, and your own; `--callbacks.NAME null` switches one off
+  --callbacks.NAME.KEY VALUE log, progress, ema, swa, last, best, and your own; `--callbacks.NAME null` switches one off
   --wandb.KEY VALUE          mode (auto, online, offline, disabled), project, entity, tags, log_checkpoint
   --allow_changed_data true  resume although the data differ from those of the checkpoint
   --print_config             print the resolved configuration, and do nothing
@@ -130,18 +130,7 @@ class _CLI(LightningCLI):
             options["plugins"] = [*(options.get("plugins") or []), AtomicCheckpointIO()]
         if not any(isinstance(callback, ProgressBar) for callback in named):
             options["enable_progress_bar"] = False
-        trainer = Trainer(**options)
-        _leave_out_empty_hooks(trainer)
-        return trainer
-
-
-def _leave_out_empty_hooks(trainer: Any) -> None:
-    """Six times a step Lightning calls every callback, with much ado about each; it passes over what cannot be called."""
-    step = ("train_batch_start", "before_zero_grad", "before_backward", "after_backward", "before_optimizer_step")
-    for hook in (*(f"on_{name}" for name in step), "on_train_batch_end"):
-        for callback in trainer.callbacks:
-            if getattr(type(callback), hook) is getattr(Callback, hook):
-                setattr(callback, hook, None)
+        return Trainer(**options)
 
 
 def run_trainer(verb: str, argv: list[str]) -> None:
@@ -186,7 +175,7 @@ def run_trainer(verb: str, argv: list[str]) -> None:
 
     _quiet_lightning()
     record = run.RunDirectory(merged, directory, run.checkpoint_step(checkpoint) if checkpoint else 0)
-    extra: list[Callback] = [record] if verb == "fit" else []
+    extra: list[Callback] = [record]
     if verb == "predict" and directory is not None and checkpoint is not None:
         extra.append(PredictionWriter(Path(own.get("output") or _new_predictions(directory, checkpoint))))
     cli = _parse(merged, extra)
@@ -238,6 +227,7 @@ def _readable(message: str) -> str:
 def _run(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | None) -> None:
     trainer, task, data = cli.trainer, cli.model, cli.datamodule
     record = find(trainer, run.RunDirectory)
+    assert record is not None
     try:
         if verb == "fit":
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
@@ -253,7 +243,7 @@ def _run(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | None) 
     except MisconfigurationException as error:  # Lightning's name for what a person can mend
         raise ClearError(str(error)) from error
     except (ValueError, OSError) as error:
-        if record is None or record.started:
+        if record.started:
             raise
         raise ClearError(str(error)) from error  # data, sizes, configuration: nothing has begun
     except RuntimeError as error:
@@ -296,6 +286,7 @@ def _quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers which may be a bottleneck.*",  # batches are read from memory maps
+        ".*Total length of `list` across ranks is zero.*",  # no split for validation
         ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run's own
         ".*module\\(s\\) in eval mode at the start of training.*",  # frozen parts are meant
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",

@@ -168,9 +168,9 @@ class ImageClassification(LightningModule):
         outputs = self.validation_step(batch)
         if self.flip_metrics is not None:
             both = [self.logits(self.features(b)) for b in (batch, batch._replace(images=batch.images.flip(-1)))]
-            mean = torch.stack([logits.float().softmax(-1) for logits in both]).mean(0)  # [B, K]
+            logs = torch.stack([logits.float().log_softmax(-1) for logits in both])  # [2, B, K]
             real = batch.weight > 0
-            self.flip_metrics.update(mean[real].log(), batch.targets[real])
+            self.flip_metrics.update(logs.logsumexp(0)[real], batch.targets[real])  # logits of the mean probability
         return outputs
 
     def on_test_epoch_end(self) -> None:
