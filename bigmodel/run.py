@@ -184,8 +184,8 @@ def directory(trainer: Trainer) -> Path | None:
 
 
 class RunDirectory(Callback):
-    """Makes the run directory when a fit is about to start, keeps its record, and points loggers and checkpoints to it. In an
-    evaluation, it says which directory that is.
+    """Makes the run directory when a fit is about to start, keeps its record, and points loggers and checkpoints to it. In
+    an evaluation, it says which directory that is.
 
     Args:
         config: the resolved configuration, plain values.

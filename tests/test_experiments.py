@@ -31,7 +31,8 @@ def test_an_experiment_parses_and_says_what_it_is(path, capsys):
 @pytest.mark.parametrize("path", HARDWARE, ids=names(HARDWARE))
 def test_hardware_files_hold_trainer_keys_only_and_parse(path, capsys):
     assert set(yaml.safe_load(path.read_text())) == {"trainer"}
-    main(["fit", "-c", str(EXPERIMENTS / "language_modeling" / "stdlib.yaml"), "-c", str(path), "--print_config", "--trainer.accelerator", "cpu"])
+    experiment = str(EXPERIMENTS / "language_modeling" / "stdlib.yaml")
+    main(["fit", "-c", experiment, "-c", str(path), "--print_config", "--trainer.accelerator", "cpu"])
     assert yaml.safe_load(capsys.readouterr().out)["trainer"]["max_steps"] > 0
 
 

@@ -54,7 +54,7 @@ def main() -> None:
         settings = TrainingArguments(
             folder, max_steps=options.steps, per_device_train_batch_size=size.batch_size, use_cpu=True, bf16=True,
             optim="sgd", optim_args="momentum=0.9,nesterov=True,fused=True", learning_rate=0.05, weight_decay=5e-4,
-            max_grad_norm=1.0,
+            max_grad_norm=1.0, save_strategy="no",
         )  # fmt: skip
         timer = [Timer(clock)]
         Trainer(Classifier(size), settings, data_collator=collate, train_dataset=data, callbacks=timer).train()
