@@ -43,5 +43,5 @@ clean:  ## remove .venv and caches; runs and prepared data stay
 	@touch $@
 
 .venv/bench: .venv/core
-	$(PIP) --editable '.[bench]'
+	$(PIP) --editable '.[bench,examples]'
 	@touch $@

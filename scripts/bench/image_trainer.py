@@ -1,14 +1,16 @@
-"""Hugging Face's Trainer with the same net, pictures, optimizer and precision, and all else at its defaults."""
+"""Hugging Face's Trainer with the same net, pictures, optimizer and precision, and all else at its defaults.
+
+Its memory format is one of these: the net and its pictures are contiguous.
+"""
 
 from __future__ import annotations
 
 import tempfile
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from bench.common import BENCH, IMAGE_SIZES, Clock, ImageSize, arguments, digits
@@ -21,11 +23,25 @@ class Classifier(nn.Module):
     def __init__(self, size: ImageSize) -> None:
         super().__init__()
         self.net = ResNet(10, size.channels, size.pixels, depth=size.depth, widths=size.widths)
-        self.net.to(memory_format=torch.channels_last)
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.net(pixel_values.to(memory_format=torch.channels_last))
+        logits = self.net(pixel_values)
         return {"loss": F.cross_entropy(logits.float(), labels), "logits": logits}
+
+
+class Digits(Dataset):
+    """The pictures, normalized as they are read."""
+
+    def __init__(self, size: ImageSize) -> None:
+        images, self.labels = digits(size)
+        self.images = images.contiguous()
+        self.mean, self.std = (images / 255).mean(), (images / 255).std()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"pixel_values": (self.images[i] / 255 - self.mean) / self.std, "labels": self.labels[i]}
 
 
 class Timer(TrainerCallback):
@@ -38,26 +54,16 @@ class Timer(TrainerCallback):
         self.clock.tick()
 
 
-def collate(rows: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Rows of a data set to a batch by Trainer's names."""
-    pixels, labels = zip(*rows, strict=True)
-    return {"pixel_values": torch.stack(pixels), "labels": torch.stack(labels)}
-
-
 def main() -> None:
     options = arguments(__doc__)
     size, clock = IMAGE_SIZES[options.size], Clock(options.steps, options.warmup)
-    images, labels = digits(size)
-    pixels = images.float() / 255
-    data = TensorDataset((pixels - pixels.mean()) / pixels.std(), labels)
     with tempfile.TemporaryDirectory(dir=BENCH) as folder:
         settings = TrainingArguments(
             folder, max_steps=options.steps, per_device_train_batch_size=size.batch_size, use_cpu=True, bf16=True,
             optim="sgd", optim_args="momentum=0.9,nesterov=True,fused=True", learning_rate=0.05, weight_decay=5e-4,
             max_grad_norm=1.0, save_strategy="no",
         )  # fmt: skip
-        timer = [Timer(clock)]
-        Trainer(Classifier(size), settings, data_collator=collate, train_dataset=data, callbacks=timer).train()
+        Trainer(Classifier(size), settings, train_dataset=Digits(size), callbacks=[Timer(clock)]).train()
     clock.report(size.batch_size)
 
 

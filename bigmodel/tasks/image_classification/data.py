@@ -5,6 +5,7 @@ B pictures, C channels, S pixels of the side of the square that the net reads, K
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from bigmodel.cache import available_cores, cache_folder, digest
 from bigmodel.randomness import sample_keys
@@ -71,14 +72,15 @@ class Samples(Dataset[ImageBatch]):
         """The samples of these numbers in an epoch, as one batch."""
         samples = np.asarray(numbers, np.int64)
         rows, keys = self._rows(samples, epoch), sample_keys(self.seed, epoch, samples)
-        pixels = np.empty((len(rows), 0, 0, 0), np.uint8)
+        pixels = torch.empty((len(rows), 0, 0, 0), dtype=torch.uint8)
         if self.read:
             boxes = self.crop.boxes(self.images.shapes[rows], keys) if self.crop is not None else None
-            pixels = self.images.read(rows, boxes)  # [B, S, S, C]
+            pixels = _empty(len(rows), *self.images.shape)  # [B, S, S, C]
+            self.images.read(rows, boxes, out=pixels.numpy())
         labels = self.images.labels[rows]
         weight = np.ones(len(rows), np.float32) if self.class_weights is None else self.class_weights[labels]
         return ImageBatch(
-            torch.from_numpy(pixels).permute(0, 3, 1, 2),  # channels_last, without copying
+            pixels.permute(0, 3, 1, 2),  # channels_last, without copying
             torch.from_numpy(labels),
             torch.from_numpy(rows),
             torch.from_numpy(weight),
@@ -94,6 +96,14 @@ class Samples(Dataset[ImageBatch]):
         members = (turns + epoch * self._counts.max()) % self._counts[classes]
         rows: np.ndarray = self._by_class[self._starts[classes] + members]
         return rows
+
+
+def _empty(*shape: int) -> Tensor:
+    """Memory for pixels; in a worker process it is shared with the training process, so that nothing is copied there."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 class ImageData(L.LightningDataModule):
@@ -278,6 +288,13 @@ class ImageData(L.LightningDataModule):
         if self.num_workers is not None:
             return self.num_workers
         return 0 if self.on_device or samples.images.in_memory else min(available_cores(), _MOST_WORKERS)
+
+    def transfer_batch_to_device(self, batch: ImageBatch, device: torch.device, dataloader_idx: int) -> ImageBatch:
+        """The batch on the device."""
+        if device.type == "cpu":  # where Lightning takes a tenth of a millisecond to find that it is there
+            return batch
+        moved: ImageBatch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return moved
 
     def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
         """What Lightning calls on the device with each batch; see `finish`."""

@@ -45,10 +45,8 @@ class RandomCrop(Transform):
         columns = shifts[:, 1:] + torch.arange(width, device=images.device)  # [B, W]
         cropped = _take(images, self._inside(rows, height), self._inside(columns, width))
         if self.mode == "zero":
-            present = (rows == rows.clamp(0, height - 1))[:, :, None] & (columns == columns.clamp(0, width - 1))[
-                :, None
-            ]
-            cropped *= present[:, None]
+            row_there, column_there = rows == rows.clamp(0, height - 1), columns == columns.clamp(0, width - 1)
+            cropped *= (row_there[:, :, None] & column_there[:, None])[:, None]
         return cropped
 
     def _inside(self, places: Tensor, side: int) -> Tensor:
@@ -65,9 +63,8 @@ def _take(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     if images.is_contiguous():
         flat = images.reshape(batch, channels, -1)  # [B, C, H, W] -> [B, C, HW]
         return flat.gather(2, places[:, None].expand(-1, channels, -1)).reshape(images.shape)
-    flat = images.permute(0, 2, 3, 1).reshape(
-        batch, -1, channels
-    )  # [B, C, H, W] -> [B, HW, C], a view if channels last
+    # [B, C, H, W] -> [B, HW, C], a view if channels last
+    flat = images.permute(0, 2, 3, 1).reshape(batch, -1, channels)
     taken = flat.gather(1, places[:, :, None].expand(-1, -1, channels))
     return taken.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
 

@@ -120,6 +120,7 @@ class Images:
         shapes: [N, 2] int32, height and width of each picture, in the pixels that boxes are given in.
         in_memory: whether reading is no more than a look into mapped memory, so that worker processes gain nothing.
         takes_boxes: whether `read` can cut out a part of each picture.
+        shape: (S, S, C), of what `read` gives for a picture.
 
     Raises:
         ValueError: if the folder is damaged.
@@ -132,6 +133,7 @@ class Images:
         self.shapes: np.ndarray = np.load(folder / f"{split}-shapes.npy")
         self._rows = np.load(folder / f"{split}-rows.npy")
         self._geometry = meta.geometry
+        self.shape = (meta.size, meta.size, meta.channels)
         stored = meta.splits[split].stored
         self.in_memory, self.takes_boxes = stored == "square", stored != "square"
         self._map = None if stored == "no" else _mapped(folder, split, self._sizes.sum())
@@ -151,13 +153,16 @@ class Images:
         """What a person calls picture i."""
         return self.store.name(int(self._rows[i]))
 
-    def read(self, numbers: Sequence[int] | np.ndarray, boxes: np.ndarray | None = None) -> np.ndarray:
+    def read(
+        self, numbers: Sequence[int] | np.ndarray, boxes: np.ndarray | None = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """Pictures [B, S, S, C] uint8.
 
         Args:
             numbers: [B], which pictures of the split.
             boxes: [B, 4] left, top, right, bottom: the part of each that becomes S x S pixels; only where `takes_boxes`.
                 None: the geometry of evaluation.
+            out: [B, S, S, C] uint8, where to put them; None: a new array.
 
         Raises:
             ValueError: if a picture cannot be read any more; names it.
@@ -167,12 +172,13 @@ class Images:
             raise ValueError(
                 f"pictures of the {self.split} split are stored as squares: no boxes can be cut out of them"
             )
+        images = np.empty((len(numbers), *self.shape), np.uint8) if out is None else out
         if self.in_memory:
-            size, channels = self._geometry.size, self._geometry.channels
-            images = self._pixels.reshape(-1, size, size, channels)[numbers]
+            np.take(self._pixels.reshape(-1, *self.shape), numbers, axis=0, out=images)
         else:
             parts = [None] * len(numbers) if boxes is None else [(x, y, z, w) for x, y, z, w in boxes.tolist()]
-            images = np.stack([self._read(i, box) for i, box in zip(numbers.tolist(), parts, strict=True)])
+            for image, i, box in zip(images, numbers.tolist(), parts, strict=True):
+                image[:] = self._read(i, box)
         self._release(images.nbytes)
         return images
 

@@ -125,7 +125,7 @@ class ImageClassification(LightningModule):
         """[B, C, S, S] in 0 to 255 (uint8) or 0 to 1 (float) -> float32 as the net reads it.
 
         Grey pictures are given the net's three channels, coloured ones made grey for a net of one."""
-        images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        images = images.float().div_(255) if images.dtype == torch.uint8 else images.float()
         if images.shape[1] == 3 and len(self.mean) == 1:
             images = (images * images.new_tensor(_LUMINANCE)[:, None, None]).sum(1, keepdim=True)
         return (images - self.mean) / self.std
