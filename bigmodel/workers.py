@@ -7,6 +7,7 @@ its standard input and answers on its standard output. It ends when its parent d
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -53,7 +54,8 @@ class Workers:
             process.wait()
             for stream in (process.stdin, process.stdout):
                 if stream is not None:
-                    stream.close()
+                    with contextlib.suppress(BrokenPipeError):  # a call that was being sent
+                        stream.close()
 
     def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """The function's result, from one worker. What it raises is raised here."""

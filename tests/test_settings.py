@@ -42,7 +42,17 @@ def test_later_layers_win_and_null_switches_off():
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-3", 1e-3), ("3", 3), ("-1", -1), ("null", None), ("true", True), ("[1, 2]", [1, 2]), ("a: b: c", "a: b: c")],
+    [
+        ("1e-3", 1e-3),
+        ("3", 3),
+        ("-1", -1),
+        ("null", None),
+        ("true", True),
+        ("[1, 2]", [1, 2]),
+        ("a: b: c", "a: b: c"),
+        ("{x}", "{x}"),
+        ("{x: 1}", {"x": 1}),
+    ],
 )
 def test_flag_values_mean_what_they_say(text, value):
     assert flag_value("x", text) == value

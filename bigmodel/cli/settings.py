@@ -104,7 +104,9 @@ def parse_flags(argv: Sequence[str]) -> tuple[list[str], list[str], list[tuple[s
 
 
 def flag_value(key: str, text: str) -> Any:
-    """What a flag's text means: YAML, and text as it stands where that is none."""
+    """What a flag's text means: YAML, and text as it stands where that is none, or a name in braces such as {stdlib}."""
+    if re.fullmatch(r"\{\w+\}", text):  # in YAML, a mapping without values
+        return text
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError:

@@ -26,7 +26,7 @@ def main() -> None:
         command = [BIGMODEL, "fit", *experiment, *runs, "--seed_everything", seed, "--data.seed", seed]
         output = run_in_terminal(command)
         times.append(time.perf_counter() - start)
-        (directory,) = re.findall(r"^run +(\S+)", output, re.MULTILINE)
+        directory, *_ = re.findall(r"run +(\S+/mnist5k/\S+)", output)
         run_in_terminal([BIGMODEL, "test", directory])
         accuracies.append(json.loads((Path(directory) / "test.json").read_text())["test/accuracy"])
         print(f"seed {seed}: {times[-1]:.1f} s, test accuracy {accuracies[-1]:.4f}", flush=True)

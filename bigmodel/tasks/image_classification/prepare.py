@@ -292,7 +292,8 @@ def _make(prepared: Prepared, parts: dict[str, _Part], num_processes: int) -> No
         prepared.save(folder)
     counts = ", ".join(f"{name} {split.num_pictures:,}" for name, split in prepared.splits.items())
     say(f"prepared pictures in {time.monotonic() - began:,.1f} s in {prepared.folder}")
-    say(f"{counts}; {len(prepared.classes):,} classes, {prepared.channels} channel{'s' * (prepared.channels > 1)}")
+    classes = f"{len(prepared.classes):,} classes, " if prepared.classes else ""
+    say(f"{counts}; {classes}{prepared.channels} channel{'s' * (prepared.channels > 1)}")
 
 
 def _save(path: Path, array: np.ndarray, dtype: str) -> None:
