@@ -6,12 +6,13 @@ Sources: GPT-2, Radford et al. 2019 (pre-norm blocks, initialisation, tied head)
 B batch, T tokens, D width, M width of the MLP, V vocabulary.
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigmodel.nn.arguments import check_choice, check_sizes
 from bigmodel.nn.attention import NORM_EPS, AttentionKind, KVCache, LayerCache, Rotation, SelfAttention, rotary_angles
 
 NormKind = Literal["layer", "rms"]
@@ -114,14 +115,14 @@ class GPT(nn.Module):
             num_kv_heads = num_heads
         if mlp_width is None:
             mlp_width = -(-8 * width // (3 * 64)) * 64 if activation == "swiglu" else 4 * width
-        _check_sizes(
+        check_sizes(
             vocab_size=vocab_size, context_length=context_length, width=width, depth=depth, num_heads=num_heads,
             num_kv_heads=num_kv_heads, mlp_width=mlp_width,
         )  # fmt: skip
-        _check_choice("norm", norm, NormKind)
-        _check_choice("positions", positions, PositionKind)
-        _check_choice("activation", activation, Activation)
-        _check_choice("attention", attention, AttentionKind)
+        check_choice("norm", norm, NormKind)
+        check_choice("positions", positions, PositionKind)
+        check_choice("activation", activation, Activation)
+        check_choice("attention", attention, AttentionKind)
         if width % num_heads:
             raise ValueError(
                 f"width {width} is not divisible by num_heads {num_heads}; choose --model.net.width or "
@@ -234,14 +235,3 @@ class GPT(nn.Module):
             )
         if cache is not None and tokens.shape[0] != cache.batch_size:
             raise ValueError(f"{tokens.shape[0]} sequences for a cache of {cache.batch_size}; make one of that size")
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}, but must be at least 1; choose --model.net.{name}")
-
-
-def _check_choice(name: str, value: str, choices: object) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"{name} {value!r} is none of {', '.join(get_args(choices))}; choose --model.net.{name}")

@@ -50,16 +50,8 @@ class Report(Callback):
         rows[:, 0].masked_fill_(right, -1)  # a loss is never negative: these stand behind
         self._worst = self._largest(rows if self._worst is None else torch.cat([self._worst, rows]))
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self.on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.on_validation_batch_end(*args, **kwargs)
 
     def _largest(self, rows: Tensor) -> Tensor:
         order = rows[:, 0].argsort(descending=True, stable=True)
