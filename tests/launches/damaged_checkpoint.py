@@ -1,0 +1,33 @@
+"""What two processes do with a damaged checkpoint: `torchrun --nproc-per-node 2 damaged_checkpoint.py RUN TABLE`.
+
+Run by test_checkpoint.py, where RUN is the directory of a run of which the newest checkpoint is damaged.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+import bigmodel.run
+from bigmodel.checkpoint import damage, files
+from bigmodel.cli import main
+
+
+def counted(path):
+    """`damage`, noted as asked for by this process."""
+    with open(f"verified.{os.environ['RANK']}", "a") as file:
+        file.write(Path(path).name + "\n")
+    return damage(path)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run, table = sys.argv[1:]
+    files.damage = bigmodel.run.damage = counted
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.path", table]
+    main(["validate", run, "--checkpoint", "last", *two])
+    if os.environ["RANK"] == "0":
+        Path("validated.json").write_text(json.dumps(json.loads((Path(run) / "validate.json").read_text())))
+    main(["fit", "--resume", run, "--trainer.max_steps", "12", *two])
