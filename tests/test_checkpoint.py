@@ -358,7 +358,7 @@ def test_of_two_processes_one_verifies_and_the_other_follows(bm, table, tmp_path
     assert not (tmp_path / "verified.1").exists()
     assert set((tmp_path / "verified.0").read_text().split()) == {"last-10.ckpt", "last-9.ckpt"}
     assert result.stderr.count("last-9.ckpt is used instead; optimizer steps lost: 1") == 2, "once for each command"
-    assert json.loads(Path("validated.json").read_text())["checkpoint"].endswith("last-9.ckpt")
+    assert json.loads((two / "validate.json").read_text())["checkpoint"].endswith("last-9.ckpt")
     sessions = json.loads((two / "run.json").read_text())["sessions"]
     assert [session["step"] for session in sessions] == [0, 9]
     bm("fit", "--resume", run, "--trainer.max_steps", 12)

@@ -138,9 +138,14 @@ class Checkpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         writer = trainer.strategy.checkpoint_io
-        if isinstance(writer, AtomicCheckpointIO):
-            writer.asynchronous = self.asynchronous
-        super()._save_checkpoint(trainer, filepath)
+        if not self.asynchronous or not isinstance(writer, AtomicCheckpointIO):
+            super()._save_checkpoint(trainer, filepath)
+            return
+        before, writer.asynchronous = writer.asynchronous, True
+        try:
+            super()._save_checkpoint(trainer, filepath)
+        finally:
+            writer.asynchronous = before  # for whoever else calls trainer.save_checkpoint
 
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
         """Of what this callback wrote, also the one that the run was resumed from: else each resume would leave one."""

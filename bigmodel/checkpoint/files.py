@@ -42,7 +42,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     Args:
         asynchronous: a save copies the checkpoint into memory, and a thread writes the file while training goes on. The next
             save, a load, and the end of the run, by an exception too, wait for the thread and raise what it has raised.
-            `Checkpoint` sets this anew for each of its saves.
+            `Checkpoint` sets this for its own saves.
     """
 
     def __init__(self, asynchronous: bool = False) -> None:
@@ -106,7 +106,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class _HashedFile:
-    """A file that is open for writing, hashed as it is written."""
+    """A file that is open for writing and reading, hashed as it is written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._sha256 = file, hashlib.sha256()
@@ -121,6 +121,10 @@ class _HashedFile:
     def seal(self) -> None:
         """Write the digest as the comment of the archive, which is complete."""
         comment = _MARK + self._sha256.hexdigest().encode()
+        self._file.seek(-_END_SIZE, os.SEEK_END)
+        end = self._file.read(_END_SIZE)
+        assert end.startswith(_END), end
+        assert end.endswith(b"\0\0"), end
         self._file.seek(-2, os.SEEK_END)
         self._file.write(len(comment).to_bytes(2, "little") + comment)
 
@@ -130,7 +134,7 @@ def _write(target: Path, fill: Callable[[Any], object]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "w+b") as file:
             hashed = _HashedFile(file)
             fill(hashed)
             hashed.seal()
