@@ -18,9 +18,17 @@ from outsider import MLP, TableData, TabularRegression
 
 import bigmodel
 from bigmodel.callbacks import Gradients, Resume
-from bigmodel.checkpoint import AtomicCheckpointIO, Checkpoint, callback, damage, files, read
+from bigmodel.checkpoint import (
+    AtomicCheckpointIO,
+    Checkpoint,
+    callback,
+    checkpoint_step,
+    damage,
+    files,
+    find_checkpoint,
+    read,
+)
 from bigmodel.cli import main
-from bigmodel.run import checkpoint_step, find_checkpoint
 
 EXPERIMENT = str(Path(__file__).parent / "outsider" / "experiment.yaml")
 

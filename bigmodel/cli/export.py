@@ -45,9 +45,10 @@ def run_export(argv: list[str]) -> None:
         raise ValueError(f"--format {kind} is not known; choose {' or '.join(_FORMATS)}")
 
     from bigmodel import run
+    from bigmodel.checkpoint import find_checkpoint
 
     directory = run.find(positional[0], flags.get("runs_dir", "runs"))
-    checkpoint = run.find_checkpoint(directory, flags.get("checkpoint", "best"))
+    checkpoint = find_checkpoint(directory, flags.get("checkpoint", "best"))
     output = Path(flags.get("output") or directory / f"{checkpoint.stem}.{kind}")
     if output.exists():
         raise ValueError(f"{output} is there already: no export overwrites another; name a new file by --output")

@@ -28,7 +28,7 @@ from bigmodel import run
 from bigmodel.callbacks import Gradients, PredictionWriter, Resume
 from bigmodel.callbacks.gradients import find
 from bigmodel.callbacks.predictions import check_prediction
-from bigmodel.checkpoint import AtomicCheckpointIO
+from bigmodel.checkpoint import AtomicCheckpointIO, find_checkpoint
 from bigmodel.cli import ClearError
 from bigmodel.cli import settings as layers
 from bigmodel.tracking import WandB
@@ -161,7 +161,7 @@ def run_trainer(verb: str, argv: list[str]) -> None:
     which = "last" if verb == "fit" else own.get("checkpoint", "best")
     # The first process verifies the file, and the others follow it (`run.RunDirectory`, `AtomicCheckpointIO`).
     verify = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-    checkpoint = run.find_checkpoint(directory, which, verify) if directory is not None else None
+    checkpoint = find_checkpoint(directory, which, verify) if directory is not None else None
     if directory is None and not files and not any(key.endswith("help") for key, _ in flags):
         raise ValueError(f"nothing to {verb}: give an experiment with -c FILE.yaml" + _or_a_run(verb))
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-import bigmodel.run
-from bigmodel.checkpoint import damage, files
+from bigmodel.checkpoint import choose, damage, files
 from bigmodel.cli import main
 
 
@@ -24,7 +23,7 @@ def counted(path):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run, table = sys.argv[1:]
-    files.damage = bigmodel.run.damage = counted
+    files.damage = choose.damage = counted
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.path", table]
     main(["validate", run, "--checkpoint", "last", *two])
     main(["fit", "--resume", run, "--trainer.max_steps", "12", "--callbacks.last.asynchronous", "true", *two])
