@@ -15,7 +15,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import secrets
 import shlex
 import subprocess
@@ -29,10 +28,11 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 from bigmodel.callbacks import EMA, SWA
 from bigmodel.callbacks.gradients import find as find_callback
-from bigmodel.checkpoint import load_weights, read
+from bigmodel.checkpoint import checkpoint_step, find_checkpoint, load_weights, read
 from bigmodel.optim import num_steps
 from bigmodel.tracking import MetricsCSV, WandB, WandBRun
 
@@ -80,31 +80,6 @@ def _created(record: Path) -> str:
     return str(json.loads(record.read_text())["created"])
 
 
-def checkpoint_step(path: Path) -> int:
-    """The optimizer step in a checkpoint's name, as in `last-<step>.ckpt`; -1 if it has none."""
-    match = re.search(r"-(\d+)\.ckpt$", path.name)
-    return int(match[1]) if match else -1
-
-
-def find_checkpoint(directory: Path, which: str = "best") -> Path:
-    """A run's checkpoint: `best` (by its monitored metric; the newest, if none was kept so), `last`, or a file's name.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    checkpoints = sorted((directory / "checkpoints").glob("*.ckpt"), key=checkpoint_step)
-    if not checkpoints:
-        raise ValueError(f"{directory} has no checkpoint: the run was stopped before it wrote its first")
-    if which in ("best", "last"):
-        record = json.loads((directory / "run.json").read_text()) if (directory / "run.json").exists() else {}
-        best = [path for path in checkpoints if path.name == Path(record.get("best", {}).get("checkpoint", "")).name]
-        return best[0] if which == "best" and best else checkpoints[-1]
-    named = [path for path in checkpoints if path.name == which or path.stem == which]
-    if not named:
-        raise ValueError(f"{directory} has no checkpoint {which}; there are {', '.join(p.name for p in checkpoints)}")
-    return named[0]
-
-
 def sizes(module: LightningModule) -> dict[str, int]:
     """The numbers that the data know and the net needs (vocabulary, classes, features), for `configure_model`.
 
@@ -138,7 +113,8 @@ def load(
         runs_dir: where runs are looked for by name.
 
     Raises:
-        ValueError: if there is no such run, or its weights do not fit the model that its configuration describes.
+        ValueError: if there is no such run, its checkpoint is damaged (a named one, or all), or its weights do not fit the
+            model that its configuration describes.
     """
     path = Path(run) if str(run).endswith(".ckpt") else find_checkpoint(find(run, runs_dir), checkpoint)
     content = read(path)
@@ -149,12 +125,16 @@ def load(
     task.on_load_checkpoint(content)
     task.configure_model()
     load_weights(task, content["state_dict"])
-    average = next(
-        (state["average"] for key, state in content["callbacks"].items() if key in (EMA.__name__, SWA.__name__)), None
-    )
-    if ema and average:
-        task.load_state_dict(average, strict=False)  # tied weights stand in it once
+    average = find_average(content)
+    if ema and average is not None:
+        task.load_state_dict(average[1], strict=False)  # tied weights stand in it once
     return task.eval()
+
+
+def find_average(checkpoint: dict[str, Any]) -> tuple[str, dict[str, Tensor]] | None:
+    """The averaged weights in a checkpoint's content, with the name of the callback that formed them; None without any."""
+    states = ((name, checkpoint["callbacks"].get(name, {})) for name in (EMA.__name__, SWA.__name__))
+    return next(((name, state["average"]) for name, state in states if state.get("average")), None)
 
 
 def load_data(run: str | Path, *, runs_dir: str | Path = "runs") -> LightningDataModule:
@@ -190,18 +170,30 @@ class RunDirectory(Callback):
     Args:
         config: the resolved configuration, plain values.
         resumed: the directory to go on in; None: a new one.
+        checkpoint: what is resumed or evaluated; None: nothing. On several processes that of the first counts, which alone
+            has verified it.
+
+    Attributes:
         restart_step: the optimizer step at which a resumed run goes on.
     """
 
-    def __init__(self, config: dict[str, Any], resumed: Path | None = None, restart_step: int = 0) -> None:
-        self.config, self.directory, self.restart_step = config, resumed, restart_step
+    def __init__(self, config: dict[str, Any], resumed: Path | None = None, checkpoint: Path | None = None) -> None:
+        self.config, self.directory, self.checkpoint = config, resumed, checkpoint
+        self.restart_step = 0
         self.resumed = resumed is not None
         self.started = False  # data, sizes and weights are in place
         self.record: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and self.directory is not None:  # for the checkpoint that is read next
-            self._place_checkpoints(trainer, self.directory)
+        if self.checkpoint is not None:
+            self.checkpoint = Path(trainer.strategy.broadcast(str(self.checkpoint)))
+            self.restart_step = checkpoint_step(self.checkpoint)
+        if stage == "fit":
+            if self.directory is not None:  # for the checkpoint that is read next
+                self._place_checkpoints(trainer, self.directory)
+        elif self.checkpoint is not None and self.checkpoint.is_file():  # a sharded one is a folder: data must be there
+            content: dict[str, Any] = read(self.checkpoint, verify=False).get("bigmodel", {})
+            pl_module._sizes = content.get("sizes")  # type: ignore[assignment]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Only now: whatever is wrong with configuration, data, sizes or weights has shown, and leaves nothing behind.

@@ -17,6 +17,7 @@ bigmodel {__version__}: a research framework on Lightning, with plug-in tasks
   bigmodel fit --resume RUN [--KEY VALUE ...]                             go on with a run that was stopped
   bigmodel validate|test|predict RUN [--KEY VALUE ...]                    evaluate a run's best checkpoint
   bigmodel generate RUN --prompt TEXT                                     let a trained model go on with a text
+  bigmodel export RUN                                                     write a trained net's weights as safetensors
   bigmodel list                                                           tasks, experiments, runs
 
 A RUN is a run directory, the end of its name, or `last`. `bigmodel VERB --help` says more.
@@ -43,8 +44,12 @@ def main(argv: list[str] | None = None) -> None:
         from bigmodel.cli.generate import run_generate
 
         _with_clear_errors(run_generate, rest)
+    elif verb == "export":
+        from bigmodel.cli.export import run_export
+
+        _with_clear_errors(run_export, rest)
     else:
-        _fail(f"there is no verb {verb!r}; choose fit, validate, test, predict, generate or list")
+        _fail(f"there is no verb {verb!r}; choose fit, validate, test, predict, generate, export or list")
 
 
 class ClearError(ValueError):

@@ -21,13 +21,14 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from bigmodel import run
 from bigmodel.callbacks import Gradients, PredictionWriter, Resume
 from bigmodel.callbacks.gradients import find
 from bigmodel.callbacks.predictions import check_prediction
-from bigmodel.checkpoint import AtomicCheckpointIO, read
+from bigmodel.checkpoint import AtomicCheckpointIO, find_checkpoint
 from bigmodel.cli import ClearError
 from bigmodel.cli import settings as layers
 from bigmodel.tracking import WandB
@@ -158,7 +159,9 @@ def run_trainer(verb: str, argv: list[str]) -> None:
     source = own.get("resume") if verb == "fit" else next(iter(positional), None)
     directory = run.find(source, runs_dir) if source is not None else None
     which = "last" if verb == "fit" else own.get("checkpoint", "best")
-    checkpoint = run.find_checkpoint(directory, which) if directory is not None else None
+    # The first process verifies the file, and the others follow it (`run.RunDirectory`, `AtomicCheckpointIO`).
+    verify = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    checkpoint = find_checkpoint(directory, which, verify) if directory is not None else None
     if directory is None and not files and not any(key.endswith("help") for key, _ in flags):
         raise ValueError(f"nothing to {verb}: give an experiment with -c FILE.yaml" + _or_a_run(verb))
 
@@ -174,7 +177,7 @@ def run_trainer(verb: str, argv: list[str]) -> None:
             return
 
     _quiet_lightning()
-    record = run.RunDirectory(merged, directory, run.checkpoint_step(checkpoint) if checkpoint else 0)
+    record = run.RunDirectory(merged, directory, checkpoint)
     extra: list[Callback] = [record]
     if verb == "predict" and directory is not None and checkpoint is not None:
         extra.append(PredictionWriter(Path(own.get("output") or _new_predictions(directory, checkpoint))))
@@ -234,8 +237,6 @@ def _run(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | None) 
             return
         if checkpoint is None:
             raise ValueError(f"nothing to {verb}: name a run, as in `bigmodel {verb} RUN`")
-        if checkpoint.is_file():  # a sharded one is a folder, and its data must be there
-            task._sizes = read(checkpoint).get("bigmodel", {}).get("sizes")
         if verb == "predict":
             check_prediction(task, data)
         quiet = {"return_predictions": False} if verb == "predict" else {"verbose": False}

@@ -1,0 +1,106 @@
+"""`bigmodel export RUN`: the trained net's weights in a file that other programs read."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigmodel.cli.settings import parse_flags
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_FORMATS = ("safetensors",)
+_FLAGS = ("checkpoint", "format", "output", "runs_dir")
+_HELP = """\
+bigmodel export RUN [--checkpoint best|last|FILE] [--format safetensors] [--output FILE]
+
+Writes the weights of a run's net, the average where the run kept one, into one safetensors file. Each tensor is contiguous;
+of tied ones the first stands in the file. Its metadata, each value as JSON: class_path and sizes of the net, model (the
+whole block of the configuration), version of bigmodel, checkpoint, average (which, or null), and tied (name: the name whose
+tensor it shares).
+
+  --checkpoint NAME      best (default), last, or a file in the run's checkpoints/
+  --format NAME          safetensors (default)
+  --output FILE          default: RUN/<checkpoint>.safetensors; a file that is there already is not overwritten
+"""
+
+
+def run_export(argv: list[str]) -> None:
+    """Write the weights, and say what was written."""
+    if {"-h", "--help"} & set(argv):
+        print(_HELP, end="")
+        return
+    positional, files, pairs = parse_flags(argv)
+    flags = dict(pairs)
+    if len(positional) != 1 or files:
+        raise ValueError("name one run, as in `bigmodel export RUN`; `bigmodel list` shows the runs")
+    unknown = flags.keys() - set(_FLAGS)
+    if unknown:
+        raise ValueError(f"no flag --{sorted(unknown)[0]}; export takes {', '.join('--' + name for name in _FLAGS)}")
+    kind = flags.get("format", _FORMATS[0])
+    if kind not in _FORMATS:
+        raise ValueError(f"--format {kind} is not known; choose {' or '.join(_FORMATS)}")
+
+    from bigmodel import run
+    from bigmodel.checkpoint import find_checkpoint
+
+    directory = run.find(positional[0], flags.get("runs_dir", "runs"))
+    checkpoint = find_checkpoint(directory, flags.get("checkpoint", "best"))
+    output = Path(flags.get("output") or directory / f"{checkpoint.stem}.{kind}")
+    if output.exists():
+        raise ValueError(f"{output} is there already: no export overwrites another; name a new file by --output")
+    if not output.parent.is_dir():
+        raise ValueError(f"--output {output}: there is no folder {output.parent}")
+    _write_safetensors(checkpoint, output)
+
+
+def _write_safetensors(checkpoint: Path, output: Path) -> None:
+    from safetensors.torch import save_file
+
+    from bigmodel.checkpoint import read
+    from bigmodel.run import find_average, load
+
+    task = load(checkpoint)
+    net: Any = getattr(task, "net", None)
+    if net is None:
+        raise ValueError(f"{type(task).__name__} has no net to export: it should be in its attribute `net`")
+    tensors, tied = _each_once(net)
+    content = read(checkpoint)
+    average = find_average(content)
+    metadata = {
+        "class_path": f"{type(net).__module__}.{type(net).__qualname__}",
+        "average": average[0] if average is not None else None,
+        "checkpoint": checkpoint.name,
+        "tied": tied,
+        **content["bigmodel"],
+    }
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        save_file(tensors, partial, {"format": "pt"} | {key: json.dumps(value) for key, value in metadata.items()})
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+    count = sum(parameter.numel() for parameter in net.parameters())
+    weights = f"{average[0]} of the weights" if average is not None else "weights"
+    print(
+        f"wrote {output}: {weights} of {checkpoint.name}, {count:,} parameters, {output.stat().st_size / 1e6:,.1f} MB"
+    )
+
+
+def _each_once(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The net's tensors, contiguous, none in the memory of another; and the names of those that are tied to one of them."""
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in net.state_dict().items():
+        same = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and same in first:
+            tied[name] = first[same]
+            continue
+        first[same] = name
+        whole = tensor.untyped_storage().nbytes() == tensor.nbytes  # else a part of another's memory, or of a buffer
+        tensors[name] = tensor.contiguous() if whole else tensor.clone().contiguous()
+    return tensors, tied

@@ -1,0 +1,29 @@
+"""What two processes do with a damaged checkpoint: `torchrun --nproc-per-node 2 damaged_checkpoint.py RUN TABLE`.
+
+Run by test_checkpoint.py, where RUN is the directory of a run of which the newest checkpoint is damaged.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from bigmodel.checkpoint import choose, damage, files
+from bigmodel.cli import main
+
+
+def counted(path):
+    """`damage`, noted as asked for by this process."""
+    with open(f"verified.{os.environ['RANK']}", "a") as file:
+        file.write(Path(path).name + "\n")
+    return damage(path)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run, table = sys.argv[1:]
+    files.damage = choose.damage = counted
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.path", table]
+    main(["validate", run, "--checkpoint", "last", *two])
+    main(["fit", "--resume", run, "--trainer.max_steps", "12", "--callbacks.last.asynchronous", "true", *two])
