@@ -96,7 +96,8 @@ def find_checkpoint(directory: Path, which: str = "best") -> Path:
     Raises:
         ValueError: if there is none.
     """
-    checkpoints = sorted((directory / "checkpoints").glob("*.ckpt"), key=checkpoint_step)
+    paths = (directory / "checkpoints").glob("*.ckpt")
+    checkpoints = sorted(paths, key=lambda path: (checkpoint_step(path), path.stat().st_mtime_ns))
     if not checkpoints:
         raise ValueError(f"{directory} has no checkpoint: the run was stopped before it wrote its first")
     if which in ("best", "last"):

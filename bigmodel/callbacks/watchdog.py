@@ -65,8 +65,7 @@ class Watchdog(Callback):
             if alive != told:
                 where = f"process {trainer.global_rank} of {trainer.world_size}, optimizer step {trainer.global_step:,}"
                 head = f"no batch has ended for {silent / 60:.3g} minutes: {where}; its threads stand here:"
-                os.write(
-                    2, f"\nbigmodel: {head}\n".encode()
-                )  # below Python's buffers, of which a hanging thread may hold the lock
+                # Below Python's buffers: a thread that hangs may hold their lock.
+                os.write(2, f"\nbigmodel: {head}\n".encode())
                 faulthandler.dump_traceback(file=2, all_threads=True)
             told, wait = alive, limit

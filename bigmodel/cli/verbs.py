@@ -249,10 +249,8 @@ def _run(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | None) 
     except Stopped as stopped:
         trainer.strategy.barrier()  # the first process has told its loggers: a launcher ends all when one has gone
         # Lightning's own launcher kills the rest, unless the processes that it started end with 0.
-        started_here = (
-            isinstance(trainer.strategy.cluster_environment, LightningEnvironment) and trainer.global_rank > 0
-        )
-        sys.exit(0 if started_here else stopped.exit_code)
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        sys.exit(0 if trainer.global_rank > 0 and isinstance(environment, LightningEnvironment) else stopped.exit_code)
     except SystemExit as error:  # what Lightning makes of Ctrl-C
         if isinstance(error.__context__, KeyboardInterrupt):
             raise error.__context__ from None
