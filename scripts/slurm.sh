@@ -37,17 +37,15 @@ if [[ -s $remembered ]]; then
   fi
 fi
 
-# torchrun passes SIGUSR1 on to its processes, and gives them nearly the two minutes to save.
-export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
 export BIGMODEL_RUN_FILE=$remembered
 
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 readonly head_node
 readonly port=$((20000 + SLURM_JOB_ID % 10000))
 
-# In the background: a trap waits until what runs in the foreground has ended.
-srun --kill-on-bad-exit=1 torchrun \
+# SIGUSR1, for srun takes SIGTERM for its own end; torchrun passes it on to its processes and leaves them nearly the two
+# minutes to save. In the background: a trap waits until what runs in the foreground has ended.
+srun --kill-on-bad-exit=1 torchrun --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=110 \
   --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${SLURM_GPUS_ON_NODE:-1}" \
   --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" --rdzv-backend=c10d --rdzv-endpoint="$head_node:$port" \
   -m bigmodel fit "${arguments[@]}" --trainer.num_nodes "$SLURM_JOB_NUM_NODES" &

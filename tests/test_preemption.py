@@ -2,7 +2,6 @@
 
 import csv
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -158,6 +157,8 @@ def test_lightning_handles_signals_again_afterwards(table, tmp_path, monkeypatch
 def two(tmp_path_factory, table):
     """What two processes did of which only the second was told to stop, in the eighth of 60 micro-batches."""
     folder = tmp_path_factory.mktemp("two")
+    lines = table.read_text().splitlines()
+    (folder / "spoiled.csv").write_text("\n".join([*lines[:6], "nan,0.5,0.5", *lines[7:]]))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", stopping.__file__]
     result = subprocess.run(
         [*launch, table], cwd=folder, capture_output=True, text=True, check=False, timeout=300, env={**os.environ}
@@ -175,6 +176,19 @@ def test_two_processes_stop_at_the_same_step_though_one_was_told(two):
     assert_same(run, only_run(two / "straight"))
 
 
+def test_two_processes_skip_the_same_steps_as_one(two, monkeypatch):
+    """The bad sample is in a micro-batch of one of them."""
+    monkeypatch.chdir(two)
+    words = [*experiment("spoiled.csv", "alone"), "--trainer.limit_val_batches", "0", "--model.net.dropout", "0"]
+    main(["fit", *words, "--callbacks.anomalies.on_nan", "skip"])
+    alone, together = content(only_run("alone")), content(only_run("skipping"))
+    for name, tensor in alone.items():
+        torch.testing.assert_close(tensor, together[name], rtol=0, atol=1e-6)
+    counts = [[row.get("train/anomalies") for row in metrics(only_run(runs_dir))] for runs_dir in ("alone", "skipping")]
+    assert counts[0] == counts[1]
+    assert [count for count in counts[0] if count] == ["1", "2", "3", "4"], "in five epochs, of which one leaves it out"
+
+
 class Squares(torch.utils.data.Dataset):
     def __len__(self):
         return 64
@@ -187,7 +201,7 @@ def test_readers_go_on_until_the_training_process_ends_them():
     loader = train_loader(Squares(), batch_size=4, num_workers=1, shuffle=False)
     batches = iter(loader)
     seen = [next(batches)]
-    (reader,) = multiprocessing.active_children()
+    (reader,) = batches._workers
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
         os.kill(reader.pid, number)
     seen += list(batches)

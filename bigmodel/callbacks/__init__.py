@@ -1,6 +1,7 @@
-"""Callbacks for any task. `Gradients`, `Resume` and `Preemption` are always on, the others by name in the configuration."""
+"""Callbacks for any task. Gradients, Resume, DiskSpace and Preemption are always on, others by name in the configuration."""
 
 from bigmodel.callbacks.anomalies import Anomalies
+from bigmodel.callbacks.disk import DiskSpace
 from bigmodel.callbacks.ema import EMA
 from bigmodel.callbacks.gradients import Gradients
 from bigmodel.callbacks.predictions import PredictionWriter
@@ -16,6 +17,7 @@ __all__ = [
     "EMA",
     "SWA",
     "Anomalies",
+    "DiskSpace",
     "Gradients",
     "PredictionWriter",
     "Preemption",

@@ -26,7 +26,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from bigmodel import run
-from bigmodel.callbacks import Gradients, PredictionWriter, Preemption, Resume, Stopped
+from bigmodel.callbacks import DiskSpace, Gradients, PredictionWriter, Preemption, Resume, Stopped
 from bigmodel.callbacks.gradients import find
 from bigmodel.callbacks.predictions import check_prediction
 from bigmodel.checkpoint import AtomicCheckpointIO, read
@@ -126,6 +126,7 @@ class _CLI(LightningCLI):
             Gradients(),
             Resume(int(self.config.seed_everything), self.config.allow_changed_data),
             *self.extra_callbacks,
+            DiskSpace(),
         ]
         options = dict(self.config_init["trainer"])
         options["profiler"] = options.get("profiler") or _NoProfiler()
