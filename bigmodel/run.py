@@ -2,10 +2,14 @@
 
 runs/<experiment>/<time>-<id>/
     config.yaml      the resolved configuration; `bigmodel fit -c` on it is the same run again, in a directory of its own
-    run.json         command, git revision, package versions, status, step, best metric, W&B id
+    run.json         command, git revision, package versions, step, best metric, W&B id, and the status: running, finished,
+                     preempted (told to stop), interrupted (by hand) or failed
     metrics.csv      every metric by optimizer step
     checkpoints/     last-<step>.ckpt and best-<step>.ckpt
     wandb/           what Weights & Biases keeps
+
+Where the environment variable BIGMODEL_RUN_FILE names a file, a fit writes its run directory there when it begins: that is
+how a script that launched it knows what to resume.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from bigmodel.callbacks import EMA, SWA
+from bigmodel.callbacks import EMA, SWA, Stopped
 from bigmodel.callbacks.gradients import find as find_callback
 from bigmodel.checkpoint import checkpoint_step, find_checkpoint, load_weights, read
 from bigmodel.optim import num_steps
@@ -209,6 +213,8 @@ class RunDirectory(Callback):
                 self.directory = new_directory(self.config["runs_dir"], self.config["experiment"])
             self._write_config(self.directory)
             self.record = self._begin_record(self.directory)
+            if file := os.environ.get("BIGMODEL_RUN_FILE"):
+                Path(file).write_text(f"{self.directory.resolve()}\n")
         self.directory = Path(trainer.strategy.broadcast(str(self.directory)))
         self._place_checkpoints(trainer, self.directory)
         if trainer.is_global_zero:
@@ -314,10 +320,20 @@ class RunDirectory(Callback):
         self._report(trainer, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._report(trainer, "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed")
-        if self.record:
-            where = f"`bigmodel fit --resume {self.directory}` goes on from the last checkpoint"
-            print(f"stopped at step {trainer.global_step:,}; {where}", flush=True)
+        stopped = exception if isinstance(exception, Stopped) else None
+        by_hand = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
+        self._report(trainer, stopped.status if stopped else by_hand)
+        if not self.record:
+            return
+        for logger in trainer.loggers:
+            if stopped and isinstance(logger, WandBRun):
+                logger.experiment.mark_preempting()  # so that W&B does not call it crashed
+        where = "there" if stopped and stopped.saved else "the last checkpoint"
+        how = f"stopped by {stopped.signal.name}" if stopped else "stopped"
+        print(
+            f"{how} at step {trainer.global_step:,}; `bigmodel fit --resume {self.directory}` goes on from {where}",
+            flush=True,
+        )
 
     def _report(self, trainer: Trainer, status: str) -> None:
         if not self.record:  # not the first process, or stopped before the run began

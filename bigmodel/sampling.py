@@ -16,6 +16,7 @@ holds N, with cycle walking (Black and Rogaway 2002).
 from __future__ import annotations
 
 import inspect
+import signal
 from collections.abc import Iterator, Sized
 from typing import Any, cast
 
@@ -211,6 +212,7 @@ class Loader(DataLoader[Any]):
             batch_sampler=cast(Any, order),  # it gives the epoch beside the list
             num_workers=num_workers,
             collate_fn=_as_is,
+            worker_init_fn=_outlast_signals,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=num_workers > 0,
         )
@@ -237,6 +239,14 @@ class Loader(DataLoader[Any]):
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+def _outlast_signals(worker: int) -> None:
+    """Signals that tell a run to stop often reach all of its processes; the readers are needed until its step has ended, and
+    end with it. A second SIGTERM ends a reader."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def _num_samples(dataset: Dataset[Any], split: str) -> int:

@@ -28,13 +28,16 @@ class Gradients(Callback):
 
     Attributes:
         total_count: what was predicted so far over all processes, int64 on the device; 0 if the task returns no count.
+        loss: of the last step, the mean over what was predicted on all processes, on the device; None before the first.
         grad_norm: 2-norm of the scaled gradients of the last step before clipping; None unless clipping is on.
     """
 
     def __init__(self) -> None:
         self.total_count: Tensor | None = None
+        self.loss: Tensor | None = None
         self.grad_norm: Tensor | None = None
         self._count: Tensor | None = None
+        self._loss: Tensor | None = None  # summed over micro-batches
         self._restored = 0
         self._clip: float | None = None
 
@@ -53,6 +56,10 @@ class Gradients(Callback):
                 count = torch.as_tensor(output["count"], device=output["loss"].device)
                 # A tensor of our own: summing over processes is done in place.
                 self._count = count.detach().clone() if self._count is None else self._count + count
+            loss: Any = output.get("loss") if isinstance(output, dict) else output
+            if loss is not None:
+                loss = loss.detach().float()
+                self._loss = loss if self._loss is None else self._loss + loss
             return output
 
         pl_module.training_step = counting_step  # type: ignore[method-assign]
@@ -72,13 +79,23 @@ class Gradients(Callback):
             )
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        count, loss = self._count, self._loss
+        self._count = self._loss = None
+        if trainer.world_size > 1 and loss is not None:
+            sums = torch.stack(
+                [loss.double(), loss.new_zeros((), dtype=torch.double) if count is None else count.double()]
+            )
+            torch.distributed.all_reduce(sums)  # the strategy's own waits at a barrier first, each time
+            loss, count = sums[0], None if count is None else sums[1].long()
+        micro_batches = trainer.accumulate_grad_batches * trainer.world_size
+        predicted: Tensor | int = micro_batches
         scale: Tensor | None = None
-        if self._count is not None:
+        if count is not None:
             assert self.total_count is not None
-            count = trainer.strategy.reduce(self._count, reduce_op="sum") if trainer.world_size > 1 else self._count
             self.total_count += count
-            self._count = None
-            scale = trainer.accumulate_grad_batches * trainer.world_size / count.clamp(min=1)
+            predicted = count.clamp(min=1)
+            scale = micro_batches / predicted
+        self.loss = None if loss is None else loss / predicted
         if scale is None and self._clip is None:
             return
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -119,10 +119,14 @@ class Checkpoint(ModelCheckpoint):
         if not due:
             return
         self._saved_at = time.monotonic()
-        epoch, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-        if fetcher is not None and epoch._should_check_val_fx(fetcher) and not epoch.val_loop.skip:
+        if validation_due(trainer):
             self._defer_save_until_validation = True  # `on_validation_end` saves
-        elif not self._should_skip_saving_checkpoint(trainer):
+        else:
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Save now, unless this step is saved. To resume exactly, not where `validation_due`."""
+        if not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _save_none_monitor_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
@@ -150,3 +154,9 @@ class Checkpoint(ModelCheckpoint):
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
         """Of what this callback wrote, also the one that the run was resumed from: else each resume would leave one."""
         return previous != current and Path(str(self.dirpath)).absolute() in Path(previous).absolute().parents
+
+
+def validation_due(trainer: Trainer) -> bool:
+    """Whether validation comes next, after the optimizer step just taken."""
+    epoch, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+    return fetcher is not None and epoch._should_check_val_fx(fetcher) and not epoch.val_loop.skip

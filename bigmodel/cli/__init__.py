@@ -59,14 +59,14 @@ class ClearError(ValueError):
 def _with_clear_errors(function: Callable[..., None], *args: Any) -> None:
     """Say what a person can mend in a line, without a traceback; let everything else through as it is.
 
-    A ValueError or OSError is of the first kind when bigmodel itself raised it, for then it was written to be read, or
-    when a task or its data did before the run began. BIGMODEL_TRACEBACK=1 shows the traceback of these as well.
+    A ValueError, OSError or FloatingPointError is of the first kind when bigmodel itself raised it, for then it was written
+    to be read, or when a task or its data did before the run began. BIGMODEL_TRACEBACK=1 shows the traceback of these too.
     """
     try:
         function(*args)
     except KeyboardInterrupt:
         sys.exit(130)  # a fit has said how to go on (`bigmodel.run.RunDirectory`)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import secrets
+import sys
 import time
 import warnings
 from argparse import ArgumentError
@@ -19,13 +20,14 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from bigmodel import run
-from bigmodel.callbacks import Gradients, PredictionWriter, Resume
+from bigmodel.callbacks import DiskSpace, Gradients, PredictionWriter, Preemption, Resume, Stopped
 from bigmodel.callbacks.gradients import find
 from bigmodel.callbacks.predictions import check_prediction
 from bigmodel.checkpoint import AtomicCheckpointIO, find_checkpoint
@@ -40,6 +42,9 @@ bigmodel fit --resume RUN [--KEY VALUE ...]
 
 Trains what the YAML files describe, in a new directory under runs/, or goes on with a run that was stopped, with its own
 configuration. Later files go on top of earlier ones, and flags on top of all: --model.net.width 512.
+
+SIGTERM, SIGUSR1 and Ctrl-C end the optimizer step, save a checkpoint and stop; a second Ctrl-C stops at once. Exit status:
+0 finished, 85 preempted by a signal, 130 stopped by Ctrl-C, 2 an error that can be mended.
 """,
     "validate": """\
 bigmodel validate RUN [--checkpoint best|last|FILE] [--KEY VALUE ...]
@@ -65,7 +70,8 @@ _HELP_KEYS = """
   --model ..., --data ...    the task and its data: class_path and init_args
   --trainer.KEY VALUE        Lightning's trainer: max_steps, precision, devices, strategy, val_check_interval (in optimizer
                              steps when it is an integer), ...
-  --callbacks.NAME.KEY VALUE log, progress, ema, swa, last, best, and your own; `--callbacks.NAME null` switches one off
+  --callbacks.NAME.KEY VALUE log, progress, ema, swa, anomalies, watchdog, best, last, and your own; `--callbacks.NAME null`
+                             switches one off
   --wandb.KEY VALUE          mode (auto, online, offline, disabled), project, entity, tags, log_checkpoint
   --allow_changed_data true  resume although the data differ from those of the checkpoint
   --print_config             print the resolved configuration, and do nothing
@@ -121,10 +127,11 @@ class _CLI(LightningCLI):
             Gradients(),
             Resume(int(self.config.seed_everything), self.config.allow_changed_data),
             *self.extra_callbacks,
+            DiskSpace(),
         ]
         options = dict(self.config_init["trainer"])
         options["profiler"] = options.get("profiler") or _NoProfiler()
-        options["callbacks"] = [*always, *named, *(options.get("callbacks") or [])]
+        options["callbacks"] = [*always, *named, *(options.get("callbacks") or []), Preemption()]
         if options.get("logger") in (None, True):  # the run directory has its own
             options["logger"] = False
         if not isinstance(options.get("strategy"), ModelParallelStrategy):  # which writes sharded checkpoints itself
@@ -241,6 +248,15 @@ def _run(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | None) 
             check_prediction(task, data)
         quiet = {"return_predictions": False} if verb == "predict" else {"verbose": False}
         metrics = getattr(trainer, verb)(task, datamodule=data, ckpt_path=checkpoint, **quiet)
+    except Stopped as stopped:
+        trainer.strategy.barrier()  # the first process has told its loggers: a launcher ends all when one has gone
+        # Lightning's own launcher kills the rest, unless the processes that it started end with 0.
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        sys.exit(0 if trainer.global_rank > 0 and isinstance(environment, LightningEnvironment) else stopped.exit_code)
+    except SystemExit as error:  # what Lightning makes of Ctrl-C
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
+        raise
     except MisconfigurationException as error:  # Lightning's name for what a person can mend
         raise ClearError(str(error)) from error
     except (ValueError, OSError) as error:

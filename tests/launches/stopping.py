@@ -1,0 +1,103 @@
+"""Runs that are told to stop, on two processes: `torchrun --nproc-per-node 2 stopping.py TABLE`, in an empty folder.
+
+Run by test_preemption.py. What the processes were told reaches the second of them only.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+
+from bigmodel.cli import main
+
+
+class Tell(Callback):
+    """Sends its own process a signal after so many batches of a kind, once.
+
+    Args:
+        batches: 1 is the first batch of this session.
+        number: the signal's name.
+        during: `train`: within the step, before its backward pass; `validation`: within it.
+        rank: the process that is told.
+        times: how often, at once.
+    """
+
+    def __init__(
+        self, batches: int, number: str = "SIGTERM", during: str = "train", rank: int = 0, times: int = 1
+    ) -> None:
+        self.left, self.number, self.during, self.rank, self.times = batches, number, during, rank, times
+
+    def _count(self, trainer):
+        self.left -= 1
+        if self.left == 0 and trainer.global_rank == self.rank:
+            for _ in range(self.times):
+                os.kill(os.getpid(), getattr(signal, self.number))
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.during == "train":
+            self._count(trainer)
+
+    def on_validation_batch_start(self, trainer, *args):
+        if self.during == "validation" and not trainer.sanity_checking:
+            self._count(trainer)
+
+
+class TellParent(Tell):
+    """Tells the process that launched it, which is to pass it on."""
+
+    def _count(self, trainer):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getppid(), getattr(signal, self.number))
+            time.sleep(0.5)
+
+
+def experiment(table, runs_dir, *flags):
+    """Words for `bigmodel fit`: 30 steps of 12 rows, with dropout and average, validated now and then."""
+    words = [
+        "-c",
+        Path(__file__).parents[1] / "outsider" / "experiment.yaml",
+        "--data.path",
+        table,
+        "--runs_dir",
+        runs_dir,
+    ]
+    settings = {
+        "data.batch_size": 12, "model.net.dropout": 0.2, "trainer.accelerator": "cpu", "trainer.max_epochs": "null",
+        "trainer.max_steps": 30, "trainer.val_check_interval": 3, "trainer.log_every_n_steps": 1,
+        "callbacks.ema": "bigmodel.callbacks.EMA", "callbacks.ema.decay": 0.9,
+    }  # fmt: skip
+    words += [word for key, value in settings.items() for word in (f"--{key}", value)]
+    return [str(word) for word in (*words, *flags)]
+
+
+def tell(**arguments):
+    """Flags that add a `Tell`."""
+    words = ["--callbacks.tell", "stopping.Tell"]
+    return [*words, *(str(word) for key, value in arguments.items() for word in (f"--callbacks.tell.{key}", value))]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    (table,) = sys.argv[1:]
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.micro_batch_size", "3"]
+    main(["fit", *experiment(table, "straight", *two)])
+    try:
+        main(["fit", *experiment(table, "stopped", *two, *tell(batches=8, number="SIGUSR1", rank=1))])
+    except SystemExit as stopped:
+        Path(f"exit.{os.environ['RANK']}").write_text(str(stopped.code))
+    main(["fit", "--runs_dir", "stopped", "--resume", "last", "--callbacks.tell", "null"])
+    words = [
+        *experiment("spoiled.csv", "skipping", *two),
+        "--trainer.limit_val_batches",
+        "0",
+        "--model.net.dropout",
+        "0",
+    ]
+    main(["fit", *words, "--callbacks.anomalies.on_nan", "skip"])
+    if os.environ["RANK"] == "0":
+        Path("done").touch()

@@ -1,0 +1,55 @@
+"""A hang is told once, with the stacks of all threads; a slow run that lives is left alone."""
+
+import threading
+import time
+
+import pytest
+from lightning.pytorch import Callback, Trainer
+from outsider import TableData, TabularRegression
+
+from bigmodel.callbacks import Gradients, Resume, Watchdog
+
+
+class Slow(Callback):
+    """Takes its time in one training step, or in each validation batch."""
+
+    def __init__(self, step=0.0, validation=0.0):
+        self.step, self.validation = step, validation
+
+    def take_a_nap(self, seconds):
+        time.sleep(seconds)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 1:
+            self.take_a_nap(self.step)
+
+    def on_validation_batch_start(self, *args):
+        self.take_a_nap(self.validation)
+
+
+def fit(table, slow, minutes):
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_steps=3,
+        enable_checkpointing=False, callbacks=[Gradients(), Resume(), slow, Watchdog(minutes)],
+    )  # fmt: skip
+    trainer.fit(TabularRegression(), TableData(str(table), "y", batch_size=4))
+
+
+def test_a_hang_is_told_once_with_all_stacks(table, capfd):
+    fit(table, Slow(step=1.0), 0.3 / 60)
+    told = capfd.readouterr().err
+    assert told.count("no batch has ended for 0.005 minutes: process 0 of 1, optimizer step 1; its threads") == 1
+    assert "take_a_nap" in told
+    assert "_watch" in told, "all threads, the watching one included"
+
+
+def test_validation_counts_as_life_and_the_watch_ends_with_the_fit(table, capfd):
+    fit(table, Slow(step=0.0, validation=0.05), 0.4 / 60)  # five batches, twice
+    time.sleep(0.5)
+    assert capfd.readouterr().err == ""
+    assert not [thread for thread in threading.enumerate() if thread.name == "watchdog"]
+
+
+def test_no_time_at_all_is_refused():
+    with pytest.raises(ValueError, match=r"watchdog.minutes 0 must be above 0"):
+        Watchdog(0)
