@@ -39,8 +39,8 @@ fi
 
 export BIGMODEL_RUN_FILE=$remembered
 
-head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-readonly head_node
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+readonly head_node=${nodes%%$'\n'*}
 readonly port=$((20000 + SLURM_JOB_ID % 10000))
 
 # SIGUSR1, for srun takes SIGTERM for its own end; torchrun passes it on to its processes and leaves them nearly the two

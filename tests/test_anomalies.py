@@ -37,10 +37,19 @@ class Bad(TabularRegression):
         return output
 
 
+class AsOnAGPU(Anomalies):
+    """Does not look at a step's figures before the next one, as where nothing may wait for the device."""
+
+    def on_before_optimizer_step(self, *args):
+        self._stop_if_spoiled = lambda trainer: None
+        super().on_before_optimizer_step(*args)
+        del self._stop_if_spoiled
+
+
 def fit(table, folder=None, *, steps=(), micro=6, resume=None, clip=1.0, max_steps=12, factor=math.nan, gradient=False,
-        optimizer=ADAMW, **settings):  # fmt: skip
+        optimizer=ADAMW, kind=Anomalies, **settings):  # fmt: skip
     task = Bad(steps, factor, gradient, optimizer=optimizer)
-    anomalies = Anomalies(**settings)
+    anomalies = kind(**settings)
     saving = []
     if folder is not None:
         saving = [Checkpoint(every_n_steps=1, keep=-1, filename="step-{step}")]
@@ -73,6 +82,14 @@ def test_a_step_that_is_not_finite_stops_the_run_before_it_spoils_anything(table
     assert message.split("samples ")[1].startswith(", ".join(map(str, samples_of(table, 8))))
     assert "--callbacks.anomalies.on_nan skip" in message
     assert {path.stem for path in tmp_path.iterdir()} == {f"step-{step}" for step in range(1, 8)}
+
+
+def test_where_figures_come_late_no_spoiled_checkpoint_is_written_either(table, tmp_path):
+    with pytest.raises(FloatingPointError, match="optimizer step 8: loss nan"):
+        fit(table, tmp_path, steps=[8], kind=AsOnAGPU)
+    assert {path.stem for path in tmp_path.iterdir()} == {f"step-{step}" for step in range(1, 8)}
+    with pytest.raises(FloatingPointError, match="optimizer step 12: loss nan"):  # the last, and nothing saves
+        fit(table, steps=[12], kind=AsOnAGPU)
 
 
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW, *FUSED])

@@ -108,7 +108,8 @@ class Preemption(callbacks.Checkpoint):
         return int(told)
 
     def _stop(self, trainer: Any, told: int) -> None:
-        if self._step == self._last_step:  # the run is about to end by itself
+        ends = trainer.should_stop and trainer.fit_loop._can_stop_early
+        if ends or self._step == self._last_step:  # the run is about to end by itself
             return
         last = next((c for c in trainer.callbacks if isinstance(c, Checkpoint) and c.monitor is None), None)
         if last is not None:
