@@ -47,7 +47,7 @@ class TrainingLog(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._gradients = find(trainer, Gradients)
         self._counts = str(getattr(pl_module, "counts", "samples"))
-        self._batch_size = _batch_size(trainer)
+        self._batch_size = samples_per_step(trainer)
         settings: Any = trainer
         self._every = settings.log_every_n_steps
         self._peak = peak_flops(pl_module.device, _compute_dtype(trainer)) if self.mfu else None
@@ -102,14 +102,19 @@ class TrainingLog(Callback):
             row["speed/samples_per_s"] = steps * self._batch_size / seconds
             if count and self._counts != "samples":
                 row[f"speed/{self._counts}_per_s"] = (count - self._count) * steps / (step - self._step) / seconds
-            if self._flops and self._peak:
-                row["speed/mfu"] = self._flops * accumulation * steps / seconds / self._peak
+            mfu = self.mfu_of(accumulation * steps, seconds)
+            if mfu is not None:
+                row["speed/mfu"] = mfu
         row |= self.seen(trainer)
         self.latest = row
         for logger in trainer.loggers:
             logger.log_metrics(row, step=step)
         self._step, self._count, self._loss, self._micro_batches = step, count, None, 0
         self._start_clock()
+
+    def mfu_of(self, micro_batches: int, seconds: float) -> float | None:
+        """MFU (0 to 1) of one device that takes so many micro-batches in so many seconds; None where it is not known."""
+        return self._flops * micro_batches / seconds / self._peak if self._flops and self._peak else None
 
     def seen(self, trainer: Trainer) -> dict[str, float]:
         """What the optimizer has consumed so far: samples, and what the task counts. Reads from the device."""
@@ -133,7 +138,7 @@ class TrainingLog(Callback):
             self._paused += time.perf_counter() - self._pause_start
 
 
-def _batch_size(trainer: Trainer) -> int:
+def samples_per_step(trainer: Trainer) -> int:
     """Samples per optimizer step over all processes; 0 where neither the data module nor the loader says."""
     loader: Any = trainer.train_dataloader
     if isinstance(loader, Loader):
