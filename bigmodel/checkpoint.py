@@ -122,6 +122,7 @@ class Checkpoint(ModelCheckpoint):
         )
         self._last_step = self._step = -1
         self._saved_at = 0.0
+        self._on_disk: list[str] = []  # names; for a moment one more than is kept
         self._enable_version_counter = False  # a step taken again after a resume writes the same file again
 
     @functools.cached_property
@@ -140,8 +141,29 @@ class Checkpoint(ModelCheckpoint):
         best = {here(path): score for path, score in state_dict["best_k_models"].items() if here(path)}
         paths = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
         super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})
+        self._on_disk = list(state_dict.get("on_disk", []))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "on_disk": self._on_disk}
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        self._on_disk = [*dict.fromkeys([*self._on_disk, Path(filepath).name])]
+        super()._save_checkpoint(trainer, filepath)
+
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        super()._remove_checkpoint(trainer, filepath)
+        self._on_disk = [name for name in self._on_disk if name != Path(filepath).name]
+
+    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
+        """Lightning keeps what it was resumed from, so that every resume leaves a file more. Here that goes like any other
+        when a newer one is whole."""
+        return Path(previous).name != Path(current).name
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.save_top_k > 0:  # a run killed between a write and the removal that follows left one too many
+            kept = {Path(path).name for path in (*self.best_k_models, self.best_model_path)}
+            for name in set(self._on_disk) - kept:
+                self._remove_checkpoint(trainer, str(Path(str(self.dirpath)) / name))
         self._last_step, self._step, self._saved_at = num_steps(trainer), trainer.global_step, time.monotonic()
 
     def on_train_batch_end(
