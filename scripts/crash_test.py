@@ -254,7 +254,7 @@ def compare(straight: Path, crashed: Path, killed_at_end: bool) -> tuple[int, li
     """How many tensors and columns were compared, and the names of those that differ. A run that is killed while its last
     checkpoint is being written has that in part, for nothing is left to resume; else it has the same files."""
     from bigmodel.checkpoint import read
-    from bigmodel.cli.check import different
+    from bigmodel.cli.figures import different
     from bigmodel.run import find_checkpoint
 
     both: list[dict[str, Any]] = []

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigmodel.cli import check, main
-from bigmodel.cli.check import amount, describe, different, differing, num_validations
+from bigmodel.cli import main, probe
+from bigmodel.cli.figures import amount, describe, different, differing, num_validations
 
 EXPERIMENT = str(Path(__file__).parent / "outsider" / "experiment.yaml")
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -120,13 +120,13 @@ def test_what_would_stop_the_run_later_is_found(checked, monkeypatch):
         assert "FAIL disk: checkpoints need" in out
         assert "1 kB are free" in out
 
-    def damaged(path, read=check.read):
+    def damaged(path, read=probe.read):
         content = read(path)
         content["state_dict"]["net.layers.0.bias"] = content["state_dict"]["net.layers.0.bias"] + 1e-7
         return content
 
     with monkeypatch.context() as patch:
-        patch.setattr(check, "read", damaged)
+        patch.setattr(probe, "read", damaged)
         assert "FAIL checkpoint: state_dict/net.layers.0.bias came back changed" in checked(status=1)
 
 
