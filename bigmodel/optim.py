@@ -179,7 +179,7 @@ class _StepSchedule(LambdaLR):
     """Restores only where it stands: base rates and shape are those of the configuration, so explicit flags win."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.last_epoch = state_dict["last_epoch"]
+        self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
         rates = [base * factor(self.last_epoch) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate

@@ -21,6 +21,7 @@ import os
 import platform
 import secrets
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -212,6 +213,8 @@ class RunDirectory(Callback):
             if self.directory is None:
                 self.directory = new_directory(self.config["runs_dir"], self.config["experiment"])
             self._write_config(self.directory)
+            for partial in self.directory.glob("checkpoints/.*.partial"):  # being written when the run was killed
+                partial.unlink()
             self.record = self._begin_record(self.directory)
             if file := os.environ.get("BIGMODEL_RUN_FILE"):
                 Path(file).write_text(f"{self.directory.resolve()}\n")
@@ -248,9 +251,13 @@ class RunDirectory(Callback):
 
     def _write_config(self, directory: Path) -> None:
         path, text = directory / "config.yaml", yaml.safe_dump(self.config, sort_keys=False)
-        if path.exists() and path.read_text() != text:
-            path.rename(directory / f"config.until-step-{self.restart_step}.yaml")
-        path.write_text(text)
+        if path.exists():
+            if path.read_text() == text:
+                return
+            shutil.copyfile(path, directory / f"config.until-step-{self.restart_step}.yaml")
+        partial = directory / ".config.yaml.partial"  # a run killed now keeps a whole one, and can be resumed
+        partial.write_text(text)
+        os.replace(partial, path)
 
     def _begin_record(self, directory: Path) -> dict[str, Any]:
         path = directory / "run.json"
@@ -305,6 +312,9 @@ class RunDirectory(Callback):
         )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.flush()  # before the checkpoint is there: a run resumed from it does not log these rows again
         data = getattr(trainer, "datamodule", None)
         checkpoint["bigmodel"] = {
             "version": importlib.metadata.version("bigmodel"),

@@ -20,7 +20,8 @@ from bigmodel.callbacks.gradients import find
 class MetricsCSV(Logger):
     """Rows of metrics by optimizer step in one CSV file; a metric that appears later becomes a further column.
 
-    Rows are kept and written together, every few seconds and whenever Lightning asks at an end.
+    Rows are kept and written together: every few seconds, before each checkpoint (`bigmodel.run.RunDirectory` sees to
+    that), and at the end.
 
     Args:
         path: the file.
@@ -38,7 +39,8 @@ class MetricsCSV(Logger):
         self._next = time.monotonic() + every_seconds
         if keep_until is not None and path.exists():
             with open(path, newline="") as file:
-                reader = csv.DictReader(file)
+                whole = [line for line in file if line.endswith("\n")]  # a last one may have been cut off by a kill
+                reader = csv.DictReader(whole)
                 self._columns = list(reader.fieldnames or ["step"])
                 kept = [row for row in reader if int(row["step"]) <= keep_until]
             self._rewrite(kept)
@@ -64,13 +66,10 @@ class MetricsCSV(Logger):
             self.flush()
 
     @rank_zero_only
-    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        self.flush()  # a run that is killed now is resumed from here
-
-    @rank_zero_only
     def finalize(self, status: str) -> None:
         self.flush()
 
+    @rank_zero_only
     def flush(self) -> None:
         """Write the rows that are kept back."""
         self._next = time.monotonic() + self.every_seconds

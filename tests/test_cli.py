@@ -129,6 +129,21 @@ def test_resuming_goes_on_in_the_same_directory_and_flags_win(bm):
     assert len(list(stopped.glob("config.until-step-*.yaml"))) == 1
 
 
+def test_what_a_kill_leaves_is_cleared_away_and_rows_between_are_whole(bm):
+    flags = ["--trainer.max_epochs", "null", "--trainer.log_every_n_steps", 4]
+    bm("fit", *flags, "--trainer.max_steps", 8)
+    (straight,) = runs()
+    bm("fit", *flags, "--trainer.max_steps", 3)
+    stopped = next(run for run in runs() if run != straight)
+    (stopped / "checkpoints" / ".last-4.ckpt.123.partial").touch()
+    with open(stopped / "metrics.csv", "a") as file:
+        file.write("1")  # of a row of step 10, say
+    bm("fit", "--resume", stopped, "--trainer.max_steps", 8)
+    assert metrics(stopped) == metrics(straight), "the loss of step 4's row is over steps 1 to 4"
+    files = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (straight, stopped)]
+    assert files[0] == files[1], "what it was resumed from goes when a newer one is there"
+
+
 def test_a_moved_run_resumes_and_validates(bm, tmp_path):
     bm("fit")
     runs()[0].rename(tmp_path / "moved")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,7 @@ def launched(tmp_path_factory, table):
             [*launch, script, table, stopped], capture_output=True, text=True, check=False, timeout=300
         )
         assert (folder / "done").exists(), result.stdout + result.stderr
+        (folder / "printed").write_text(result.stdout)
         yield folder
 
 
@@ -115,3 +117,14 @@ def test_the_launch_left_one_run_directory_each(launched):
     assert len(list(launched.glob("**/run.json"))) == 6
     sessions = json.loads((launched / "stopped" / "run.json").read_text())["sessions"]
     assert [session["step"] for session in sessions] == [0, 3]
+
+
+def test_two_processes_are_checked(launched):
+    printed = (launched / "printed").read_text()
+    assert "FAIL" not in printed
+    lines = [line for line in printed.splitlines() if line.startswith("ok   ")]
+    assert len(lines) == len({line.split("  ")[1] for line in lines}), "the first process alone speaks"
+    assert re.search(r"processes    2 on 1 node; summing 5\d+ bytes over them is right, in [\d.]+ ms", printed)
+    assert "10 steps take" in printed
+    assert not (launched / "checked").exists()
+    assert not list(launched.glob(".bigmodel-check-*"))

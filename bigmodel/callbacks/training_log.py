@@ -43,11 +43,13 @@ class TrainingLog(Callback):
         self._flops: int | None = None  # of one micro-batch on one device, forward and backward
         self._counter: _FlopCounter | None = None
         self._paused = self._pause_start = 0.0
+        self._trainer: Trainer | None = None
+        self._restored: dict[str, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._gradients = find(trainer, Gradients)
         self._counts = str(getattr(pl_module, "counts", "samples"))
-        self._batch_size = _batch_size(trainer)
+        self._batch_size = samples_per_step(trainer)
         settings: Any = trainer
         self._every = settings.log_every_n_steps
         self._peak = peak_flops(pl_module.device, _compute_dtype(trainer)) if self.mfu else None
@@ -55,7 +57,30 @@ class TrainingLog(Callback):
         self._step, self._count = trainer.global_step, self._total_count()
         self._loss: Tensor | None = None
         self._micro_batches = 0
+        self._trainer = trainer
+        if self._restored:
+            self._restore(trainer, pl_module.device)
         self._start_clock()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loss since the last row, [W] on W processes: the first row after a resume is that of a run never stopped."""
+        if self._trainer is None:
+            return self._restored
+        losses = None if self._loss is None else self._trainer.strategy.all_gather(self._loss).reshape(-1)
+        accumulation = self._trainer.accumulate_grad_batches
+        return {"step": self._step, "count": self._count, "losses": losses, "accumulation": accumulation}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
+    def _restore(self, trainer: Trainer, device: torch.device) -> None:
+        state, self._restored = self._restored, {}
+        self._step, self._count = state["step"], state["count"]
+        losses = state["losses"]
+        if losses is not None:
+            same = len(losses) == trainer.world_size  # else each process takes an equal share
+            loss = losses[trainer.global_rank] if same else losses.sum() / trainer.world_size
+            self._loss = loss.to(device) * (state["accumulation"] / trainer.accumulate_grad_batches)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.mfu and self._flops is None:
@@ -92,7 +117,7 @@ class TrainingLog(Callback):
         if self._loss is not None:  # Lightning has divided it by the accumulation
             loss = trainer.strategy.reduce(self._loss * accumulation, reduce_op="sum")
             predicted = count - self._count
-            row["train/loss"] = float(loss) / (predicted or self._micro_batches * trainer.world_size)
+            row["train/loss"] = float(loss) / (predicted or (step - self._step) * accumulation * trainer.world_size)
         row["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         if self._gradients is not None and self._gradients.grad_norm is not None:
             row["train/grad_norm"] = float(self._gradients.grad_norm)
@@ -102,14 +127,19 @@ class TrainingLog(Callback):
             row["speed/samples_per_s"] = steps * self._batch_size / seconds
             if count and self._counts != "samples":
                 row[f"speed/{self._counts}_per_s"] = (count - self._count) * steps / (step - self._step) / seconds
-            if self._flops and self._peak:
-                row["speed/mfu"] = self._flops * accumulation * steps / seconds / self._peak
+            mfu = self.mfu_of(accumulation * steps, seconds)
+            if mfu is not None:
+                row["speed/mfu"] = mfu
         row |= self.seen(trainer)
         self.latest = row
         for logger in trainer.loggers:
             logger.log_metrics(row, step=step)
         self._step, self._count, self._loss, self._micro_batches = step, count, None, 0
         self._start_clock()
+
+    def mfu_of(self, micro_batches: int, seconds: float) -> float | None:
+        """MFU (0 to 1) of one device that takes so many micro-batches in so many seconds; None where it is not known."""
+        return self._flops * micro_batches / seconds / self._peak if self._flops and self._peak else None
 
     def seen(self, trainer: Trainer) -> dict[str, float]:
         """What the optimizer has consumed so far: samples, and what the task counts. Reads from the device."""
@@ -133,7 +163,7 @@ class TrainingLog(Callback):
             self._paused += time.perf_counter() - self._pause_start
 
 
-def _batch_size(trainer: Trainer) -> int:
+def samples_per_step(trainer: Trainer) -> int:
     """Samples per optimizer step over all processes; 0 where neither the data module nor the loader says."""
     loader: Any = trainer.train_dataloader
     if isinstance(loader, Loader):

@@ -63,6 +63,7 @@ class Checkpoint(ModelCheckpoint):
         )
         self.keep, self.asynchronous = keep, asynchronous
         self._latest: list[str] = []  # without a metric, what is kept, the newest last
+        self._on_disk: list[str] = []  # names; for a moment one more than is kept
         self._last_step = self._step = -1
         self._saved_at = 0.0
         self._elapsed = 0.0  # seconds from the last save to the checkpoint that is resumed from
@@ -74,7 +75,8 @@ class Checkpoint(ModelCheckpoint):
         return super().state_key
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "latest": self._latest, "elapsed": time.monotonic() - self._saved_at}
+        elapsed = time.monotonic() - self._saved_at
+        return {**super().state_dict(), "latest": self._latest, "on_disk": self._on_disk, "elapsed": elapsed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Also where the run directory was moved meanwhile; checkpoints that are no longer there are forgotten."""
@@ -89,6 +91,7 @@ class Checkpoint(ModelCheckpoint):
         super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})
         latest = state_dict.get("latest", [state_dict["best_model_path"]])  # earlier versions kept the newest or all
         self._latest = [here(path) for path in latest if here(path)]
+        self._on_disk = list(state_dict.get("on_disk", []))
         self._elapsed = state_dict.get("elapsed", 0.0)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -100,6 +103,10 @@ class Checkpoint(ModelCheckpoint):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.keep > 0:  # a run killed between a write and the removal that follows left one too many
+            kept = {Path(path).name for path in (*self.best_k_models, self.best_model_path, *self._latest)}
+            for name in sorted(set(self._on_disk) - kept):
+                self._remove_checkpoint(trainer, str(Path(str(self.dirpath)) / name))
         self._last_step, self._step = num_steps(trainer), trainer.global_step
         self._saved_at = time.monotonic() - self._elapsed
 
@@ -140,7 +147,12 @@ class Checkpoint(ModelCheckpoint):
             if self._should_remove_checkpoint(trainer, earlier, path):
                 self._remove_checkpoint(trainer, earlier)
 
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        super()._remove_checkpoint(trainer, filepath)
+        self._on_disk = [name for name in self._on_disk if name != Path(filepath).name]
+
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        self._on_disk = [*dict.fromkeys([*self._on_disk, Path(filepath).name])]
         writer = trainer.strategy.checkpoint_io
         if not self.asynchronous or not isinstance(writer, AtomicCheckpointIO):
             super()._save_checkpoint(trainer, filepath)

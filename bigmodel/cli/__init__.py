@@ -15,6 +15,7 @@ bigmodel {__version__}: a research framework on Lightning, with plug-in tasks
 
   bigmodel fit -c EXPERIMENT.yaml [-c HARDWARE.yaml] [--KEY VALUE ...]    train
   bigmodel fit --resume RUN [--KEY VALUE ...]                             go on with a run that was stopped
+  bigmodel check -c EXPERIMENT.yaml [--KEY VALUE ...]                     a minute of it, before a long job
   bigmodel validate|test|predict RUN [--KEY VALUE ...]                    evaluate a run's best checkpoint
   bigmodel generate RUN --prompt TEXT                                     let a trained model go on with a text
   bigmodel export RUN                                                     write a trained net's weights as safetensors
@@ -40,6 +41,10 @@ def main(argv: list[str] | None = None) -> None:
         from bigmodel.cli.verbs import run_trainer
 
         _with_clear_errors(run_trainer, verb, rest)
+    elif verb == "check":
+        from bigmodel.cli.check import run_check
+
+        _with_clear_errors(run_check, rest)
     elif verb == "generate":
         from bigmodel.cli.generate import run_generate
 
@@ -49,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 
         _with_clear_errors(run_export, rest)
     else:
-        _fail(f"there is no verb {verb!r}; choose fit, validate, test, predict, generate, export or list")
+        _fail(f"there is no verb {verb!r}; choose fit, check, validate, test, predict, generate, export or list")
 
 
 class ClearError(ValueError):

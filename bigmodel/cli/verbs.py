@@ -172,28 +172,32 @@ def run_trainer(verb: str, argv: list[str]) -> None:
     if directory is None and not files and not any(key.endswith("help") for key, _ in flags):
         raise ValueError(f"nothing to {verb}: give an experiment with -c FILE.yaml" + _or_a_run(verb))
 
+    merged = merge_settings(files, flags, directory)
+    if print_class_help(flags, merged):
+        return
+
+    quiet_lightning()
+    record = run.RunDirectory(merged, directory, checkpoint)
+    extra: list[Callback] = [record]
+    if verb == "predict" and directory is not None and checkpoint is not None:
+        extra.append(PredictionWriter(Path(own.get("output") or _new_predictions(directory, checkpoint))))
+    cli = parse(merged, extra)
+    record.config = cli.resolved()
+    if "print_config" in own:
+        print(yaml.safe_dump(record.config, sort_keys=False), end="")
+        return
+    run_parsed(verb, cli, checkpoint, directory)
+
+
+def merge_settings(files: list[str], flags: list[tuple[str, Any]], directory: Path | None = None) -> layers.Settings:
+    """The defaults, a run's own configuration, files and flags, the later on top; and what the run is called."""
     stack = [yaml.safe_load((resources.files("bigmodel") / "defaults.yaml").read_text())]
     if directory is not None:
         stack.append(layers.read_yaml(directory / "config.yaml"))
     stack += [layers.read_yaml(file) for file in files]
     merged = layers.layered(stack, [(key, value) for key, value in flags if not key.endswith(".help")])
     merged["experiment"] = merged.get("experiment") or layers.experiment_name(files)
-    for key, value in flags:
-        if key.endswith(".help"):
-            _print_class_help(key.removesuffix(".help"), value, merged)
-            return
-
-    _quiet_lightning()
-    record = run.RunDirectory(merged, directory, checkpoint)
-    extra: list[Callback] = [record]
-    if verb == "predict" and directory is not None and checkpoint is not None:
-        extra.append(PredictionWriter(Path(own.get("output") or _new_predictions(directory, checkpoint))))
-    cli = _parse(merged, extra)
-    record.config = cli.resolved()
-    if "print_config" in own:
-        print(yaml.safe_dump(record.config, sort_keys=False), end="")
-        return
-    _run(verb, cli, checkpoint, directory)
+    return merged
 
 
 def _new_predictions(directory: Path, checkpoint: Path) -> Path:
@@ -206,7 +210,12 @@ def _or_a_run(verb: str) -> str:
     return ", or go on with a run by --resume RUN" if verb == "fit" else ", or name a run"
 
 
-def _parse(merged: layers.Settings, extra_callbacks: list[Callback]) -> _CLI:
+def parse(merged: layers.Settings, extra_callbacks: list[Callback]) -> _CLI:
+    """Trainer, task and data, made from settings.
+
+    Raises:
+        ClearError: for what does not parse.
+    """
     try:
         return _CLI(merged, extra_callbacks)
     except (ArgumentError, ValueError) as error:
@@ -234,7 +243,8 @@ def _readable(message: str) -> str:
     return "\n  ".join(dict.fromkeys(problems)) or message
 
 
-def _run(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | None) -> None:
+def run_parsed(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | None) -> None:
+    """Let the trainer do what the verb says. What a person can mend becomes a ClearError until the run has begun."""
     trainer, task, data = cli.trainer, cli.model, cli.datamodule
     record = find(trainer, run.RunDirectory)
     assert record is not None
@@ -277,6 +287,15 @@ def _run(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | None) 
         (directory / f"{verb}.json").write_text(text + "\n")
 
 
+def print_class_help(flags: list[tuple[str, Any]], merged: layers.Settings) -> bool:
+    """Answer a flag such as --model.net.help, if there is one; whether there was."""
+    for key, value in flags:
+        if key.endswith(".help"):
+            _print_class_help(key.removesuffix(".help"), value, merged)
+            return True
+    return False
+
+
 def _print_class_help(key: str, class_path: str, merged: layers.Settings) -> None:
     """What the class at a key takes: the one named, or the one configured there."""
     if class_path == "true":
@@ -297,7 +316,7 @@ def _print_class_help(key: str, class_path: str, merged: layers.Settings) -> Non
     parser.print_help()
 
 
-def _quiet_lightning() -> None:
+def quiet_lightning() -> None:
     """Leave out what Lightning says of itself; its warnings of real trouble stay."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

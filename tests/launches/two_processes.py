@@ -88,5 +88,6 @@ if __name__ == "__main__":
         ]
     )
     main(["fit", *pictures("pictures-two", "--data.micro_batch_size", 8, *two)])
+    main(["check", *experiment(table, "checked", "--data.micro_batch_size", 3, *two)])
     if os.environ["RANK"] == "0":
         Path("done").touch()

@@ -1,0 +1,157 @@
+"""`bigmodel check`: a few steps of a run, to find before a long job what would stop it, and how long it will take.
+
+It is a `fit` like any other, of the same configuration, whose run directory is a temporary folder and which stops itself
+after some steps, a checkpoint and a few batches of validation. What it finds is printed a line each.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import ProgressBar
+
+from bigmodel.cli import ClearError, verbs
+from bigmodel.cli import settings as layers
+from bigmodel.cli.figures import amount, num_saves, num_validations
+from bigmodel.cli.probe import Findings, Probe
+
+_HELP = """\
+bigmodel check -c EXPERIMENT.yaml [-c MORE.yaml ...] [--KEY VALUE ...]
+
+Takes a few steps of what `bigmodel fit` would do with the same words, in about a minute, and prints a line for each finding:
+
+  ok   what          a figure
+  FAIL what: why, and what to do
+
+It opens the data, makes the net, takes up to 20 optimizer steps, writes a checkpoint and reads it back, runs a few batches
+of validation; on several processes it compares versions and sums known numbers. Then it says how long the whole run will
+take at this speed, and how much disk its checkpoints need. The exit status is 1 if anything failed, and 2 for a
+configuration that fit would refuse.
+
+It leaves no run directory and no run in W&B behind. Data that it prepared stay in the cache, for fit to use.
+"""
+
+_VALIDATION_BATCHES = 4
+
+
+def run_check(argv: list[str]) -> None:
+    """Check what `bigmodel fit` would run with these words.
+
+    Raises:
+        ValueError: for whatever `fit` would refuse.
+        SystemExit: with status 1, if a finding is a failure.
+    """
+    positional, files, flags = layers.parse_flags(argv)
+    if "help" in dict(flags) or "-h" in argv:
+        print(_HELP, end="")
+        return
+    if positional:
+        raise ValueError(f"unexpected argument {positional[-1]!r} (a YAML file is given with -c)")
+    if not files and not any(key.endswith(".help") for key, _ in flags):
+        raise ValueError("nothing to check: give an experiment with -c FILE.yaml")
+    merged = verbs.merge_settings(files, flags)
+    if verbs.print_class_help(flags, merged):
+        return
+    verbs.quiet_lightning()
+    probe = Probe(merged)
+    cli = verbs.parse(merged, [probe])
+    runs_dir = Path(cli.config.runs_dir).absolute()
+    probe.findings = findings = Findings(cli.trainer.is_global_zero)
+    # On the disk that the checkpoints will go to, whose speed and space are what counts.
+    with _temporary_folder(runs_dir) as folder:
+        probe.config = {**cli.resolved(), "runs_dir": folder}
+        _shorten(cli.trainer, probe)
+        try:
+            verbs.run_parsed("fit", cli, None, None)
+        except ClearError:  # the configuration: nothing has begun
+            raise
+        except Exception as error:
+            if not _out_of_memory(error):
+                findings.fail(probe.stage, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+                raise
+            findings.fail("memory", "it does not suffice: set a smaller --data.micro_batch_size, or a smaller net")
+        else:
+            _conclude(cli.trainer, probe, shutil.disk_usage(folder).free, runs_dir)
+    if findings.failed:
+        sys.exit(1)
+
+
+def _temporary_folder(runs_dir: Path) -> tempfile.TemporaryDirectory[str]:
+    there = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
+    try:
+        return tempfile.TemporaryDirectory(prefix=".bigmodel-check-", dir=there)
+    except OSError as error:
+        raise ValueError(
+            f"--runs_dir {runs_dir}: runs are kept there, and nothing can be written to {there} ({error.strerror});"
+            " choose another folder"
+        ) from error
+
+
+def _shorten(trainer: Any, probe: Probe) -> None:
+    """Leave away what would be left behind, or get between the lines."""
+    trainer.loggers = []
+    trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, ProgressBar)]
+    trainer.num_sanity_val_steps = 0
+    probe.limit_val = limit = trainer.limit_val_batches
+    if limit:
+        trainer.limit_val_batches = min(limit, _VALIDATION_BATCHES) if isinstance(limit, int) else _VALIDATION_BATCHES
+    trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _conclude(trainer: Any, probe: Probe, free: int, runs_dir: Path) -> None:
+    """How long the whole run takes, and what its checkpoints need."""
+    findings, steps, step_seconds = probe.findings, probe.total, probe.step_seconds
+    if step_seconds is None:
+        findings.ok("whole run", "one step: too short for a figure")
+        return
+    if steps < 0:
+        findings.ok(
+            "whole run", f"without an end; 1,000 steps take {_clock(1000 * step_seconds)}, validation not included"
+        )
+        return
+    seconds, included, validations = steps * step_seconds, [], 0
+    if probe.batch_seconds is not None and trainer.val_check_batch is not None:
+        batches = steps * probe.accumulation
+        validations = num_validations(
+            batches, trainer.num_training_batches, trainer.val_check_batch, probe.every_n_epoch
+        )
+        lengths = [len(loader) for loader in _loaders(trainer.val_dataloaders)]
+        limit = probe.limit_val
+        num_batches = sum(min(n, limit) if isinstance(limit, int) else int(n * limit) for n in lengths)
+        seconds += validations * num_batches * probe.batch_seconds
+        included.append(f"{validations:,} validation(s) of {num_batches:,} batch(es)")
+    saves = [num_saves(callback, steps, seconds, validations) for callback in probe.checkpoints]
+    seconds += sum(saves) * probe.save_seconds
+    included.append(f"{sum(saves):,} checkpoint(s)")
+    findings.ok("whole run", f"{steps:,} steps take {_clock(seconds)} at this speed, with {' and '.join(included)}")
+    # The next one is written before the one that it replaces is deleted.
+    kept = [n if c.save_top_k < 0 else min(n, c.save_top_k + 1) for c, n in zip(probe.checkpoints, saves, strict=True)]
+    need = sum(kept) * probe.size
+    if need > free:
+        findings.fail(
+            "disk",
+            f"checkpoints need {amount(need)}, {amount(free)} are free in {runs_dir}: free some, choose another"
+            " --runs_dir, or keep fewer (--callbacks.NAME.keep)",
+        )
+    else:
+        findings.ok("disk", f"checkpoints need {amount(need)}, {amount(free)} are free in {runs_dir}")
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=max(1, round(seconds))))
+
+
+def _loaders(loaders: Any) -> list[Any]:
+    if isinstance(loaders, dict):
+        return list(loaders.values())
+    return list(loaders) if isinstance(loaders, list | tuple) else [loaders]
