@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
+
+from bigmodel.callbacks.gradients import find
 
 
 class Samples(Callback):
@@ -33,7 +36,7 @@ class Samples(Callback):
             return
         task: Any = pl_module
         texts = [prompt + task.generate(prompt, **self.options) for prompt in self.prompts]
-        checkpoint: Any = trainer.checkpoint_callback
+        checkpoint = find(trainer, ModelCheckpoint)
         if checkpoint is not None and checkpoint.dirpath:
             with open(Path(checkpoint.dirpath).parent / "samples.md", "a", encoding="utf-8") as file:
                 for text in texts:
