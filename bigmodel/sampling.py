@@ -177,9 +177,19 @@ class _EvaluationOrder(Sampler[_Numbers]):
 
 
 def _place(trainer: Trainer | None) -> tuple[int, int]:
-    """Which share of the data this process takes, and of how many: processes that share a model share its data."""
+    """Which share of the data this process takes, and of how many; processes that share a model share its data."""
     share = trainer.distributed_sampler_kwargs if trainer is not None else None
     return (share["rank"], share["num_replicas"]) if share else (0, 1)
+
+
+def num_replicas(trainer: Trainer) -> int:
+    """How many processes take different samples; with tensor parallelism, how many groups that share a model."""
+    return _place(trainer)[1]
+
+
+def replica(trainer: Trainer) -> int:
+    """Which of the `num_replicas` this process is, or is part of."""
+    return _place(trainer)[0] if trainer.distributed_sampler_kwargs else trainer.global_rank
 
 
 class _Rows(Dataset[Any]):

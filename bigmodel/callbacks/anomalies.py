@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bigmodel.callbacks.gradients import Gradients, find
+from bigmodel.parallel.tensors import total_norm
 
 Action = Literal["stop", "skip", "ignore"]
 _SAMPLES_SHOWN = 32
@@ -128,7 +129,7 @@ class Anomalies(Callback):
         if self._gradients.grad_norm is not None:
             return self._gradients.grad_norm.float()
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        return torch.nn.utils.get_total_norm(grads, foreach=True).float()
+        return total_norm(grads).float()
 
     def _limit(self) -> float:
         n = len(self._losses)

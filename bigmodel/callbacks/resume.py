@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data.distributed import DistributedSampler
 
-from bigmodel.sampling import Loader, micro_batches, mix
+from bigmodel.sampling import Loader, micro_batches, mix, replica
 
 
 class Resume(Callback):
@@ -68,7 +68,7 @@ class Resume(Callback):
             trainer.val_check_batch = max(1, round(every / accumulation)) * accumulation
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        seed = mix(self.seed, trainer.global_step, batch_idx % trainer.accumulate_grad_batches, trainer.global_rank)
+        seed = mix(self.seed, trainer.global_step, batch_idx % trainer.accumulate_grad_batches, replica(trainer))
         torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a hundred times as long
         if pl_module.device.type != "cpu":
             torch.get_device_module(pl_module.device).manual_seed(seed)

@@ -33,6 +33,7 @@ from bigmodel.callbacks.predictions import check_prediction
 from bigmodel.checkpoint import AtomicCheckpointIO, find_checkpoint
 from bigmodel.cli import ClearError
 from bigmodel.cli import settings as layers
+from bigmodel.parallel import ShardedStrategy
 from bigmodel.tracking import WandB
 
 _HELP = {
@@ -134,7 +135,7 @@ class _CLI(LightningCLI):
         options["callbacks"] = [*always, *named, *(options.get("callbacks") or []), Preemption()]
         if options.get("logger") in (None, True):  # the run directory has its own
             options["logger"] = False
-        if not isinstance(options.get("strategy"), ModelParallelStrategy):  # which writes sharded checkpoints itself
+        if not isinstance(options.get("strategy"), ModelParallelStrategy) or isinstance(options["strategy"], ShardedStrategy):
             options["plugins"] = [*(options.get("plugins") or []), AtomicCheckpointIO()]
         if not any(isinstance(callback, ProgressBar) for callback in named):
             options["enable_progress_bar"] = False

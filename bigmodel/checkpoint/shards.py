@@ -1,0 +1,1 @@
+def place(leaf, like): return leaf
