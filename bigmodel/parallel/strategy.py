@@ -38,13 +38,13 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from bigmodel.checkpoint import AtomicCheckpointIO
-from bigmodel.checkpoint.shards import place
+from bigmodel.checkpoint import AtomicCheckpointIO, Sharded, place
 from bigmodel.parallel.blocks import find_blocks
-from bigmodel.parallel.deferred import Deferred, deferred
+from bigmodel.parallel.deferred import Initialization, deferred
 from bigmodel.parallel.tensor_parallel import tensor_parallel
 
 _Result = TypeVar("_Result")
@@ -55,7 +55,7 @@ class ShardedStrategy(ModelParallelStrategy):
     """FSDP2 block by block, tensor parallelism where asked for; for any task that makes its net in `configure_model`.
 
     Each of the net's blocks (`bigmodel.parallel.find_blocks`) is sharded as a unit; what is in no block is gathered once a
-    step. With `bf16-mixed`, parameters are gathered in bfloat16 and gradients reduced in float32; the sharded parameters and
+    step. With `bf16-mixed`, parameters are gathered in bfloat16 (float32 where there is BatchNorm) and gradients reduced in float32; the sharded parameters and
     the optimizer's state stay float32. A step of one process and of many agree up to rounding, and initial weights bitwise.
 
     Args:
@@ -102,7 +102,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self.reduce_each_micro_batch = reduce_each_micro_batch
         self.deferred_init = deferred_init
         self.sharded_checkpoints = sharded_checkpoints
-        self._deferred: Deferred | None = None
+        self._initial: Initialization | None = None
         self._loss_parallel: AbstractContextManager[None] = nullcontext()
 
     # Processes
@@ -144,7 +144,7 @@ class ShardedStrategy(ModelParallelStrategy):
         assert self.lightning_module is not None
         # The weights of a checkpoint come in place of drawn ones, but for those that it may lack.
         draw = self.lightning_module.trainer.ckpt_path is None or not self.lightning_module.strict_loading
-        with deferred(draw=draw) as self._deferred:
+        with deferred(draw=draw) as self._initial:
             yield
 
     def setup(self, trainer: Trainer) -> None:
@@ -154,9 +154,9 @@ class ShardedStrategy(ModelParallelStrategy):
         self.accelerator.setup(trainer)
         if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):  # a task may shard by itself
             self._share_out(module)
-        if self._deferred is not None:
-            self._deferred.materialize(module, self._storage_device)
-            self._deferred = None
+        if self._initial is not None:
+            self._initial.materialize(module, self._storage_device)
+            self._initial = None
         self.model = self.precision_plugin.convert_module(module)
         self.model_to_device()
         self.barrier()
@@ -180,10 +180,13 @@ class ShardedStrategy(ModelParallelStrategy):
             self._loss_parallel.__enter__()
         options: dict[str, Any] = {
             "mesh": mesh["replicas", "data_parallel"] if mesh["replicas"].size() > 1 else mesh["data_parallel"],
-            "mp_policy": self._precision_policy(),
+            "mp_policy": self._precision_policy(module),
         }
         if self.cpu_offload:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda")
+        for parameter in module.parameters():  # FSDP2 takes no other memory format, such as channels_last
+            if not parameter.is_contiguous():
+                parameter.data = parameter.data.contiguous()
         blocks = find_blocks(module)
         for i, (_, block) in enumerate(blocks):
             # The last block's backward pass comes right after its forward pass.
@@ -202,9 +205,11 @@ class ShardedStrategy(ModelParallelStrategy):
             if isinstance(part, Metric) and part.process_group is None:
                 part.process_group = group  # of those that took different samples
 
-    def _precision_policy(self) -> MixedPrecisionPolicy:
-        # Inputs are left to autocast, which knows what must stay float32 (labels, weights of rows, losses).
-        if isinstance(self.precision_plugin, MixedPrecision):
+    def _precision_policy(self, module: LightningModule) -> MixedPrecisionPolicy:
+        # Inputs are left to autocast, which knows what must stay float32 (labels, weights of rows, losses). BatchNorm's
+        # weights must be of its statistics' type: such nets, which are small, are gathered in float32.
+        whole = any(isinstance(part, _BatchNorm) for part in module.modules())
+        if isinstance(self.precision_plugin, MixedPrecision) and not whole:
             return MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         if isinstance(self.precision_plugin, HalfPrecision):
             return MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -312,12 +317,7 @@ class ShardedStrategy(ModelParallelStrategy):
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             state = {
-                number: {
-                    key: place(leaf, parameters[number] if leaf.shape == parameters[number].shape else _ON_CPU)
-                    if hasattr(leaf, "shape")
-                    else leaf
-                    for key, leaf in values.items()
-                }
+                number: {key: _placed(leaf, parameters[number]) for key, leaf in values.items()}
                 for number, values in saved["state"].items()
             }
             optimizer.load_state_dict({**saved, "state": state})
@@ -345,9 +345,6 @@ def _nets(module: LightningModule) -> list[nn.Module]:
     return [child for child in module.children() if any(True for _ in child.parameters())]
 
 
-_ON_CPU = torch.empty(0)
-
-
 def _map(tree: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(tree, dict):
         return {key: _map(value, function) for key, value in tree.items()}
@@ -361,15 +358,21 @@ def _gathered(leaf: Any) -> Any:
     return leaf.full_tensor().cpu() if isinstance(leaf, DTensor) else leaf
 
 
+def _placed(leaf: Any, like: Tensor | None) -> Any:
+    """What belongs to a parameter, laid out as it is; anything else that was sharded, whole."""
+    if not isinstance(leaf, Tensor | Sharded):
+        return leaf
+    if like is not None and like.shape == leaf.shape:
+        return place(leaf, like)
+    return leaf.whole() if isinstance(leaf, Sharded) else leaf
+
+
 def _placed_by_name(tree: Any, own: Mapping[str, Tensor]) -> Any:
     if not isinstance(tree, dict):
         return tree
-    placed = {}
-    for key, value in tree.items():
-        like = own.get(key) if isinstance(key, str) else None
-        if hasattr(value, "shape"):
-            same = like is not None and like.shape == value.shape
-            placed[key] = place(value, like if same else _ON_CPU)  # type: ignore[arg-type]
-        else:
-            placed[key] = _placed_by_name(value, own)
-    return placed
+    return {
+        key: _placed_by_name(value, own)
+        if isinstance(value, dict)
+        else _placed(value, own.get(key) if isinstance(key, str) else None)
+        for key, value in tree.items()
+    }

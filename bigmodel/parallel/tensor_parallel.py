@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -43,8 +43,9 @@ def tensor_parallel(net: nn.Module, mesh: DeviceMesh, sequence_parallel: bool = 
     Args:
         net: has a `tensor_plan`, see above. May be on the meta device.
         mesh: the processes that share the net.
-        sequence_parallel: hold the residual stream between blocks in parts of the sequence: activations that are kept for
-            the backward pass become smaller, communication stays the same. Needs `blocks` that map [B, T, D] to [B, T, D].
+        sequence_parallel: while training, hold the residual stream between blocks in parts of the sequence: activations
+            that are kept for the backward pass become smaller, communication stays the same. Needs `blocks` that map
+            [B, T, D] to [B, T, D], and T divisible by the processes.
 
     Raises:
         ValueError: for a net without a plan, parameters that no plan can place, outputs or heads that cannot be dealt out,
@@ -77,19 +78,19 @@ def tensor_parallel(net: nn.Module, mesh: DeviceMesh, sequence_parallel: bool = 
                 " --model.net.dropout 0 or --trainer.strategy.sequence_parallel false"
             )
     roles = {path: _role(path, plan) for path, module in net.named_modules() if path}
-    between: Placement = Shard(1) if sequence_parallel else Replicate()  # where the residual stream is
+    stream = _Stream(mesh)
     for path, role in roles.items():
         module = net.get_submodule(path)
         if role is not None:
             _check(path, role, module, mesh.size())
-            parallelize_module(module, mesh, _style(role, module, between))
+            parallelize_module(module, mesh, _style(role, module, stream))
         elif any(True for _ in module.parameters(recurse=False)):
             parallelize_module(module, mesh, _Whole())
     for path in {path.rpartition(".")[0] for path, role in roles.items() if role == "column"}:
-        parallelize_module(net.get_submodule(path), mesh, _Enter(between))
+        net.get_submodule(path).register_forward_pre_hook(stream.whole)
     if sequence_parallel:
-        parallelize_module(blocks[0], mesh, _Move(before=(Replicate(), Shard(1))))
-        parallelize_module(blocks[-1], mesh, _Move(after=(Shard(1), Replicate())))
+        blocks[0].register_forward_pre_hook(stream.cut)
+        blocks[-1].register_forward_hook(stream.gather)
     if "vocabulary" in roles.values() and hasattr(net, "logits"):
         _cut_logits(net, mesh)
 
@@ -112,11 +113,11 @@ def _check(path: str, role: str, module: nn.Module, size: int) -> None:
         )
 
 
-def _style(role: str, module: nn.Module, between: Placement) -> ParallelStyle:
+def _style(role: str, module: nn.Module, stream: _Stream) -> ParallelStyle:
     if role == "column":
         return ColwiseParallel()
     if role == "row":
-        return RowwiseParallel(output_layouts=between)
+        return _Row(stream)
     if role == "vocabulary" and isinstance(module, nn.Embedding):
         return RowwiseParallel(input_layouts=Replicate())
     if role == "vocabulary":  # the head, whose output stays in parts
@@ -124,55 +125,70 @@ def _style(role: str, module: nn.Module, between: Placement) -> ParallelStyle:
     if role == "heads":
         return SequenceParallel(sequence_dim=1, use_local_output=True)  # the dimension that is cut is that of the heads
     if role == "norm":
-        return _Whole() if between.is_replicate() else SequenceParallel(use_local_output=True)
+        return _Whole(stream)
     raise ValueError(f"tensor_plan: {role!r} is none of column, row, vocabulary, heads, norm")
 
 
+class _Stream:
+    """The residual stream [B, T, D] between attention and MLP: whole, or in equal parts of the sequence."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+        self.placement: Placement = Replicate()
+
+    def cut(self, module: nn.Module, inputs: Any) -> Any:
+        """Before the first block. Without gradients no activations are kept, and one token at a time may be asked for."""
+        self.placement = Shard(1) if torch.is_grad_enabled() else Replicate()
+        length, size = inputs[0].shape[1], self.mesh.size()
+        if self.placement.is_shard() and length % size:
+            raise ValueError(
+                f"with sequence parallelism, sequences of {length} tokens cannot be dealt out to {size} processes: set"
+                " --data.context_length to a multiple, or --trainer.strategy.sequence_parallel false"
+            )
+        return (self.laid_out(inputs[0], Replicate(), self.placement).to_local(), *inputs[1:])
+
+    def whole(self, module: nn.Module, inputs: Any) -> Any:
+        """Before attention or MLP: as one DTensor, so that gradients of all that read it are summed once."""
+        return (self.laid_out(inputs[0], self.placement, Replicate()), *inputs[1:])
+
+    def gather(self, module: nn.Module, inputs: Any, output: Tensor) -> Any:
+        """After the last block."""
+        return self.laid_out(output, self.placement, Replicate()).to_local()
+
+    def laid_out(self, x: Tensor, source: Placement, target: Placement) -> Any:
+        return _wrap(x, self.mesh, source).redistribute(placements=[target])
+
+
+class _Row(RowwiseParallel):
+    """A linear layer cut by its inputs, whose sum goes into the residual stream as that is laid out."""
+
+    def __init__(self, stream: _Stream) -> None:
+        super().__init__(output_layouts=Partial(), use_local_output=False)
+        self.stream = stream
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module = super()._apply(module, device_mesh)
+        module.register_forward_hook(
+            lambda _, __, output: output.redistribute(placements=[self.stream.placement]).to_local()
+        )
+        return module
+
+
 class _Whole(ParallelStyle):
-    """A module whose parameters and activations are the same on every process."""
+    """A module whose parameters are whole on every process, and its activations as the stream's, or whole."""
+
+    def __init__(self, stream: _Stream | None = None) -> None:
+        self.stream = stream
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def enter(_: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
-            return tuple(_wrap(x, mesh, Replicate()) for x in inputs)
+            placement = Replicate() if self.stream is None else self.stream.placement
+            return tuple(_wrap(x, mesh, placement) for x in inputs)
 
         def leave(_: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
             return output.to_local()
 
         return distribute_module(module, device_mesh, None, enter, leave)
-
-
-class _Enter(ParallelStyle):
-    """The tensor that a module's `column` layers read, made whole once for all of them: one sum of its gradients."""
-
-    def __init__(self, source: Placement) -> None:
-        self.source = source
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def enter(_: nn.Module, inputs: Any) -> Any:
-            first = _wrap(inputs[0], device_mesh, self.source).redistribute(placements=[Replicate()])
-            return (first, *inputs[1:])
-
-        module.register_forward_pre_hook(enter)
-        return module
-
-
-class _Move(ParallelStyle):
-    """A module's first input, or its output, laid out anew: from one placement to another."""
-
-    def __init__(
-        self, before: tuple[Placement, Placement] | None = None, after: tuple[Placement, Placement] | None = None
-    ) -> None:
-        self.before, self.after = before, after
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def move(x: Tensor, way: tuple[Placement, Placement]) -> Tensor:
-            return _wrap(x, device_mesh, way[0]).redistribute(placements=[way[1]]).to_local()
-
-        if before := self.before:
-            module.register_forward_pre_hook(lambda _, inputs: (move(inputs[0], before), *inputs[1:]))
-        if after := self.after:
-            module.register_forward_hook(lambda _, __, output: move(output, after))
-        return module
 
 
 def _wrap(x: Any, mesh: DeviceMesh, placement: Placement) -> Any:
