@@ -1,1 +1,0 @@
-def place(leaf, like): return leaf
