@@ -5,7 +5,7 @@ runs/<experiment>/<time>-<id>/
     run.json         command, git revision, package versions, step, best metric, W&B id, and the status: running, finished,
                      preempted (told to stop), interrupted (by hand) or failed
     metrics.csv      every metric by optimizer step
-    checkpoints/     last-<step>.ckpt and best-<step>.ckpt
+    checkpoints/     last-<step>.ckpt and best-<step>.ckpt: files, or folders where tensors are sharded
     wandb/           what Weights & Biases keeps
 
 Where the environment variable BIGMODEL_RUN_FILE names a file, a fit writes its run directory there when it begins: that is
@@ -121,7 +121,7 @@ def load(
         ValueError: if there is no such run, its checkpoint is damaged (a named one, or all), or its weights do not fit the
             model that its configuration describes.
     """
-    path = Path(run) if str(run).endswith(".ckpt") else find_checkpoint(find(run, runs_dir), checkpoint)
+    path = Path(run) if Path(run).suffix == ".ckpt" else find_checkpoint(find(run, runs_dir), checkpoint)
     content = read(path, whole=False)
     content.pop("optimizer_states", None)  # most of a sharded checkpoint, which would be put together in memory
     content = assembled(content)

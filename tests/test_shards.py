@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -131,7 +132,7 @@ def test_a_process_that_fails_is_named_and_nothing_is_left(launched):
     )
     assert said["odd.ckpt.said.3"].startswith("ValueError: odd: a process holds [1, 3]")
     assert said["last-1.ckpt.said.0"].startswith("TimeoutError: last-1.ckpt is not complete")
-    assert "what these processes hold: 2. Were they killed" in said["last-1.ckpt.said.0"]
+    assert re.search(r"what these processes hold: (1, )?2(, 3)?\. Were they killed", said["last-1.ckpt.said.0"])
     assert sorted(launched.glob("done.*")) == [launched / f"done.{rank}" for rank in (0, 1, 3)]
 
 
@@ -148,10 +149,11 @@ def test_damage_is_found_and_named(launched, checkpoint, name):
     assert damage(checkpoint) is None
     path = checkpoint / name
     content = path.read_bytes()
+    moments = itertools.count()
 
-    def write(changed, time=itertools.count()):
+    def write(changed):
         path.write_bytes(changed)
-        os.utime(path, ns=(0, next(time)))  # the clock of files is coarse: else it might look unchanged
+        os.utime(path, ns=(0, next(moments)))  # the clock of files is coarse: else it might look unchanged
 
     for position in range(0, len(content), 1 + len(content) // 40):
         write(content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :])

@@ -22,9 +22,10 @@ def shard_name(rank: int, num_processes: int) -> str:
 
 def file_facts(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file, which is on the disk when this returns."""
-    with open(path, "rb") as file:
+    with ThreadPoolExecutor(1) as thread, open(path, "rb") as file:
+        digest = thread.submit(_sha256, path)  # while the disk writes
         os.fsync(file.fileno())
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+        return {"size": path.stat().st_size, "sha256": digest.result()}
 
 
 def _sha256(path: Path) -> str:

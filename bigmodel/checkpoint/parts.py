@@ -94,7 +94,7 @@ def own_parts(tensors: dict[Keys, DTensor], copied: bool) -> tuple[list[dict[str
         record: dict[str, Any] = {"keys": keys, "name": name, "shape": list(tensor.shape), "dtype": dtype}
         records.append(record)
         own = local_part(tensor, name)
-        local = tensor.detach().to_local()  # type: ignore[attr-defined]
+        local = tensor.to_local().detach()
         if type(local) is not Tensor:
             raise ValueError(f"{name}: a sharded {type(local).__name__} cannot be stored; plain tensors can")
         if own is None or not local.numel() or not _is_first_copy(tensor):

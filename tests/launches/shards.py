@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from bigmodel.checkpoint import AtomicCheckpointIO, read, shards
 from bigmodel.checkpoint.parts import rebuilt
 from bigmodel.checkpoint.sharded import Sharded, place
+from bigmodel.cli.figures import different
 
 NUM_PROCESSES = 4
 
@@ -135,6 +136,8 @@ def work(rank, run):
 
     content = AtomicCheckpointIO().load_checkpoint("at-once.ckpt", whole=False)
     assert isinstance(content["state_dict"]["0.weight"], Sharded)
+    assert different(tree, content) == []
+    assert different(change(tree, lambda leaf: leaf + (rank == 3)), content) or rank < 3
     places_right(content, tree, row, square)
     places_right(AtomicCheckpointIO().load_checkpoint("file.ckpt"), tree, row, square)
     to_folders(run, row)
@@ -156,7 +159,7 @@ def work(rank, run):
     expect_failure(tree, "full.ckpt", rank)
     safetensors.torch.save_file = save_file
     expect_failure({**tree, "odd": row_of_other_sizes(row, rank)}, "odd.ckpt", rank)
-    shards._PATIENCE = 1.0
+    shards._PATIENCE = 1.5
     safetensors.torch.save_file = killed
     change(tree, lambda leaf: leaf.to_local().zero_())
     expect_failure(tree, "last-1.ckpt", rank)  # in place of one that is there
