@@ -5,7 +5,7 @@ runs/<experiment>/<time>-<id>/
     run.json         command, git revision, package versions, step, best metric, W&B id, and the status: running, finished,
                      preempted (told to stop), interrupted (by hand) or failed
     metrics.csv      every metric by optimizer step
-    checkpoints/     last-<step>.ckpt and best-<step>.ckpt
+    checkpoints/     last-<step>.ckpt and best-<step>.ckpt: files, or folders where tensors are sharded
     wandb/           what Weights & Biases keeps
 
 Where the environment variable BIGMODEL_RUN_FILE names a file, a fit writes its run directory there when it begins: that is
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from bigmodel.callbacks import EMA, SWA, Stopped
 from bigmodel.callbacks.gradients import find as find_callback
-from bigmodel.checkpoint import checkpoint_step, find_checkpoint, load_weights, read
+from bigmodel.checkpoint import assembled, checkpoint_step, clear_hidden, find_checkpoint, load_weights, read
 from bigmodel.optim import num_steps
 from bigmodel.tracking import MetricsCSV, WandB, WandBRun
 
@@ -112,7 +112,7 @@ def load(
     """The trained task of a run, in evaluation mode, ready to use; no data needed.
 
     Args:
-        run: a run directory, `last`, the end of a run's name, or a checkpoint file.
+        run: a run directory, `last`, the end of a run's name, or a checkpoint, a file or a folder.
         checkpoint: `best`, `last`, or the name of a file in the run's `checkpoints/`.
         ema: take the averaged weights where the run kept them.
         runs_dir: where runs are looked for by name.
@@ -121,8 +121,10 @@ def load(
         ValueError: if there is no such run, its checkpoint is damaged (a named one, or all), or its weights do not fit the
             model that its configuration describes.
     """
-    path = Path(run) if str(run).endswith(".ckpt") else find_checkpoint(find(run, runs_dir), checkpoint)
-    content = read(path)
+    path = Path(run) if Path(run).suffix == ".ckpt" else find_checkpoint(find(run, runs_dir), checkpoint)
+    content = read(path, whole=False)
+    content.pop("optimizer_states", None)  # most of a sharded checkpoint, which would be put together in memory
+    content = assembled(content)
     if "model" not in content.get("bigmodel", {}):
         raise ValueError(f"{path} says nothing of the task it belongs to: it was not written by `bigmodel fit`")
     task: LightningModule = _instantiate(LightningModule, content["bigmodel"]["model"])
@@ -196,8 +198,10 @@ class RunDirectory(Callback):
         if stage == "fit":
             if self.directory is not None:  # for the checkpoint that is read next
                 self._place_checkpoints(trainer, self.directory)
-        elif self.checkpoint is not None and self.checkpoint.is_file():  # a sharded one is a folder: data must be there
-            content: dict[str, Any] = read(self.checkpoint, verify=False).get("bigmodel", {})
+        elif (
+            self.checkpoint is not None and not (self.checkpoint / ".metadata").exists()
+        ):  # a folder of Lightning's own
+            content: dict[str, Any] = read(self.checkpoint, verify=False, whole=False).get("bigmodel", {})
             pl_module._sizes = content.get("sizes")  # type: ignore[assignment]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -213,8 +217,7 @@ class RunDirectory(Callback):
             if self.directory is None:
                 self.directory = new_directory(self.config["runs_dir"], self.config["experiment"])
             self._write_config(self.directory)
-            for partial in self.directory.glob("checkpoints/.*.partial"):  # being written when the run was killed
-                partial.unlink()
+            clear_hidden(self.directory / "checkpoints")
             self.record = self._begin_record(self.directory)
             if file := os.environ.get("BIGMODEL_RUN_FILE"):
                 Path(file).write_text(f"{self.directory.resolve()}\n")

@@ -21,7 +21,7 @@ from bigmodel import run
 from bigmodel.callbacks import Gradients, TrainingLog
 from bigmodel.callbacks.gradients import find
 from bigmodel.callbacks.training_log import samples_per_step
-from bigmodel.checkpoint import read
+from bigmodel.checkpoint import read, size_on_disk
 from bigmodel.cli.figures import amount, describe, different, differing
 from bigmodel.optim import num_steps
 from bigmodel.tracking import MetricsCSV
@@ -261,14 +261,8 @@ class Probe(run.RunDirectory):
         self.save_seconds = time.perf_counter() - start
         if not trainer.is_global_zero:
             return
-        if path.is_dir():
-            self.size = sum(file.stat().st_size for file in path.glob("**/*") if file.is_file())
-            self.findings.ok(
-                "checkpoint", f"{amount(self.size)}, written in {self.save_seconds:.2f} s (sharded: not read)"
-            )
-            return
-        self.size = path.stat().st_size
-        wrong = different(self.written, read(path))
+        self.size = size_on_disk(path)
+        wrong = different(self.written, read(path, whole=False))  # of sharded tensors, what this process holds
         self.written = {}
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
