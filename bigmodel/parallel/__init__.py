@@ -5,24 +5,25 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from bigmodel.parallel.deferred import Initialization, deferred
+
 if TYPE_CHECKING:
     from bigmodel.parallel.blocks import ActivationCheckpointing, find_blocks
     from bigmodel.parallel.compilation import Compile
-    from bigmodel.parallel.deferred import Initialization, deferred
+    from bigmodel.parallel.float8 import Float8
 
-__all__ = ["ActivationCheckpointing", "Compile", "Initialization", "deferred", "find_blocks"]
+__all__ = ["ActivationCheckpointing", "Compile", "Float8", "Initialization", "deferred", "find_blocks"]
 
 _MODULES = {
     "ActivationCheckpointing": "blocks",
     "Compile": "compilation",
-    "Initialization": "deferred",
-    "deferred": "deferred",
+    "Float8": "float8",
     "find_blocks": "blocks",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """What is not a callback does without Lightning, which takes seconds to import."""
+    """These import Lightning, which takes seconds: that waits until they are used."""
     if name in _MODULES:
         return getattr(importlib.import_module(f"bigmodel.parallel.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'bigmodel.parallel' has no attribute {name!r}")

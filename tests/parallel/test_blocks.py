@@ -226,7 +226,9 @@ def test_what_cannot_be_checkpointed_is_refused():
         ActivationCheckpointing(every=0)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo looks there
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # dynamo looks there
 def test_compiled_blocks_compute_the_same(monkeypatch, capsys):
     """With checkpointing too; by a backend that compiles quickly. How often and why is said at the end."""
     compile_block = nn.Module.compile
