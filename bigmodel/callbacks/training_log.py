@@ -1,7 +1,8 @@
 """What is known of training, for any task and with no line of its code: loss, rates, speed, use of the hardware.
 
 MFU is model FLOPs utilisation (Chowdhery et al. 2022, PaLM): FLOPs per second over the device's peak. The FLOPs are
-counted on the first micro-batch, forward and backward, not declared.
+counted on the first micro-batch, forward and backward, not declared; what checkpointed activations cost a second time is
+not counted.
 """
 
 from __future__ import annotations
@@ -218,6 +219,10 @@ class _FlopCounter(TorchDispatchMode):
             return NotImplemented  # DTensor calls on this process's parts, which come here
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        # Gradients on in a backward pass: activations that were checkpointed are computed again. MFU counts what the model
+        # needs, not what is done for it (PaLM, appendix B).
+        if torch.is_grad_enabled() and torch._C._current_graph_task_id() >= 0:
+            return out
         formula: Any = _CPU_ATTENTION.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=out)

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from bigmodel.cli import main
 from bigmodel.nn import GPT, ViT
-from bigmodel.parallel import tensor_parallel
+from bigmodel.parallel.tensor_parallel import tensor_parallel
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SHARDED = ("--trainer.devices", "4", "--trainer.strategy", "bigmodel.parallel.ShardedStrategy")
