@@ -107,7 +107,19 @@ def test_runs_go_on_in_any_layout(launched):
     shutil.copytree(only_run("fsdp"), shards)
     stop_at(shards, 4)
     assert (shards / "checkpoints" / "last-4.ckpt").is_dir()
-    main(["fit", "--resume", str(shards), "--callbacks.look", "null", "--trainer.devices", "1", "--trainer.strategy", "auto"])
+    main(
+        [
+            "fit",
+            "--resume",
+            str(shards),
+            "--callbacks.look",
+            "null",
+            "--trainer.devices",
+            "1",
+            "--trainer.strategy",
+            "auto",
+        ]
+    )
     assert (shards / "checkpoints" / "last-6.ckpt").is_file()
     same(reference["state_dict"], last(shards)["state_dict"])
     same(reference["callbacks"]["EMA"]["average"], last(shards)["callbacks"]["EMA"]["average"])

@@ -135,7 +135,9 @@ class _CLI(LightningCLI):
         options["callbacks"] = [*always, *named, *(options.get("callbacks") or []), Preemption()]
         if options.get("logger") in (None, True):  # the run directory has its own
             options["logger"] = False
-        if not isinstance(options.get("strategy"), ModelParallelStrategy) or isinstance(options["strategy"], ShardedStrategy):
+        if not isinstance(options.get("strategy"), ModelParallelStrategy) or isinstance(
+            options["strategy"], ShardedStrategy
+        ):
             options["plugins"] = [*(options.get("plugins") or []), AtomicCheckpointIO()]
         if not any(isinstance(callback, ProgressBar) for callback in named):
             options["enable_progress_bar"] = False
@@ -198,10 +200,17 @@ def merge_settings(files: list[str], flags: list[tuple[str, Any]], directory: Pa
     stack += [layers.read_yaml(file) for file in files]
     merged = layers.layered(stack, [(key, value) for key, value in flags if not key.endswith(".help")])
     merged["experiment"] = merged.get("experiment") or layers.experiment_name(files)
-    trainer = merged.get("trainer") or {}
-    if isinstance(strategy := trainer.get("strategy"), str) and "." in strategy:  # a class, not one of Lightning's names
-        trainer["strategy"] = {"class_path": strategy}
+    _tell_class_from_name(merged.get("trainer") or {})
     return merged
+
+
+def _tell_class_from_name(trainer: layers.Settings) -> None:
+    """A strategy is a class with arguments, or one of Lightning's names, which have none; both are typed as a word."""
+    strategy = trainer.get("strategy")
+    if isinstance(strategy, str) and "." in strategy:
+        trainer["strategy"] = {"class_path": strategy}
+    elif isinstance(strategy, dict) and "." not in strategy.get("class_path", "."):
+        trainer["strategy"] = strategy["class_path"]
 
 
 def _new_predictions(directory: Path, checkpoint: Path) -> Path:

@@ -22,6 +22,9 @@ from bigmodel.nn import GPT, ViT
 from bigmodel.parallel.tensor_parallel import tensor_parallel
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+REDUCE = (
+    "reduce_scatter_single" if hasattr(distributed, "reduce_scatter_single") else "reduce_scatter_tensor"
+)  # FSDP2's
 SHARDED = ("--trainer.devices", "4", "--trainer.strategy", "bigmodel.parallel.ShardedStrategy")
 
 
@@ -39,16 +42,16 @@ class Look(Callback):
         if trainer.is_global_zero:
             self.folder.mkdir()
             torch.save({name: p.detach().clone() for name, p in whole.items()}, self.folder / "initial.pt")
-        self.reduce = distributed.reduce_scatter_tensor
+        self.reduce = getattr(distributed, REDUCE)
 
         def counted(*args, **kwargs):
             self.seen["reduced"] += 1
             return self.reduce(*args, **kwargs)
 
-        distributed.reduce_scatter_tensor = counted
+        setattr(distributed, REDUCE, counted)
 
     def on_train_end(self, trainer, pl_module):
-        distributed.reduce_scatter_tensor = self.reduce
+        setattr(distributed, REDUCE, self.reduce)
         if trainer.is_global_zero:
             (self.folder / "seen.json").write_text(json.dumps(self.seen))
 
@@ -129,9 +132,12 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     table, single = sys.argv[1:]
     main(["fit", *text("fsdp", *strategy())])
-    main(["fit", *text("hybrid", *strategy(num_replicas=2, sharded_checkpoints=False, reduce_each_micro_batch=True))])
+    again = ("--callbacks.activation_checkpointing", "bigmodel.parallel.ActivationCheckpointing")
+    hybrid = strategy(num_replicas=2, sharded_checkpoints=False, reduce_each_micro_batch=True)
+    main(["fit", *text("hybrid", *hybrid, *again)])
     main(["fit", *text("tensor", *strategy(tensor_parallel_size=2))])
-    main(["fit", *text("sequence", *strategy(tensor_parallel_size=2, sequence_parallel=True, cpu_offload=True))])
+    sequence = strategy(tensor_parallel_size=2, sequence_parallel=True, cpu_offload=True)
+    main(["fit", *text("sequence", *sequence, *again)])
     main(["fit", *text("mixed", *strategy(tensor_parallel_size=2), "--trainer.precision", "bf16-mixed")])
     main(["fit", "--resume", single, "--callbacks.look.folder", "seen-file-to-shards", *strategy()])
     copy_stopped(only_run("fsdp"), Path("shards-to-mesh"), 2)
