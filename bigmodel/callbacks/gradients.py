@@ -1,7 +1,8 @@
 """One scaling of the gradients per optimizer step: to the mean over everything that was predicted, then clipped.
 
 A loss is a sum and a count. With A micro-batches on each of W processes (with tensor parallelism, groups of processes that
-share a model), Lightning and DDP or FSDP2 leave in `.grad` the sum of all gradients divided by A W; what is wanted is the sum divided by the global count N (tokens, samples, ...). A mean of the
+share a model), Lightning and DDP or FSDP2 leave in `.grad` the sum of all gradients divided by A W; what is wanted is the
+sum divided by the global count N (tokens, samples, ...). A mean of the
 micro-batches' means differs from it whenever their counts differ.
 """
 

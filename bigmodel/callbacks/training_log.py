@@ -65,7 +65,8 @@ class TrainingLog(Callback):
         self._start_clock()
 
     def state_dict(self) -> dict[str, Any]:
-        """The loss since the last row, [W] on W processes that take different samples: the first row after a resume is that of a run never stopped."""
+        """The loss since the last row, [W] on W processes that take different samples: so the first row after a resume is
+        that of a run never stopped."""
         if self._trainer is None:
             return self._restored
         losses = None if self._loss is None else self._trainer.strategy.all_gather(self._loss).reshape(-1)

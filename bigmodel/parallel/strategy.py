@@ -55,8 +55,9 @@ class ShardedStrategy(ModelParallelStrategy):
     """FSDP2 block by block, tensor parallelism where asked for; for any task that makes its net in `configure_model`.
 
     Each of the net's blocks (`bigmodel.parallel.find_blocks`) is sharded as a unit; what is in no block is gathered once a
-    step. With `bf16-mixed`, parameters are gathered in bfloat16 (float32 where there is BatchNorm) and gradients reduced in float32; the sharded parameters and
-    the optimizer's state stay float32. A step of one process and of many agree up to rounding, and initial weights bitwise.
+    step. With `bf16-mixed`, parameters are gathered in bfloat16 (in float32 where there is BatchNorm) and gradients reduced
+    in float32; the sharded parameters and the optimizer's state stay float32. A step of one process and of many agree up to
+    rounding, and initial weights bitwise.
 
     Args:
         num_replicas: whole copies of the sharded model (hybrid sharding); `nodes`: one on each machine; 1: sharded over all.
@@ -336,7 +337,7 @@ def _as_forward(step: Callable[..., Any], run: Callable[[Callable[[], Any]], Any
     def in_forward(*args: Any, **kwargs: Any) -> Any:
         return run(lambda: step(*args, **kwargs))
 
-    in_forward.__wrapped__ = inspect.unwrap(step)  # type: ignore[attr-defined]  # whose arguments Lightning looks at
+    in_forward.__wrapped__ = inspect.unwrap(step)  # whose arguments Lightning looks at
     return in_forward
 
 

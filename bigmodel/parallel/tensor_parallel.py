@@ -6,7 +6,7 @@ the two, norms and residuals are held in parts of the sequence, and the sum beco
 
 How a net is cut it says itself, by a class attribute `tensor_plan`, names of modules (with `*`) to one of:
 
-    column      a linear layer cut by its outputs, inside a module that reads its one tensor [B, T, D] through such layers only
+    column      a linear layer cut by its outputs; the module around it reads its one tensor [B, T, D] by such layers only
     row         a linear layer cut by its inputs; its output is the sum over the processes
     vocabulary  an embedding cut by its rows. The net's `logits(features)`, which multiplies by it or by a `head`, gives each
                 process its part of the vocabulary while training, and cross-entropy is computed from the parts
@@ -68,7 +68,7 @@ def tensor_parallel(net: nn.Module, mesh: DeviceMesh, sequence_parallel: bool = 
             f"{heads} key/value heads cannot be dealt out to {mesh.size()} processes: set"
             f" --trainer.strategy.tensor_parallel_size to a divisor of {heads}, or another --model.net.num_kv_heads"
         )
-    blocks = getattr(net, "blocks", None)
+    blocks: Any = getattr(net, "blocks", None)
     if sequence_parallel:
         if not isinstance(blocks, nn.ModuleList):
             raise ValueError(f"{name} has no `blocks`, which sequence parallelism needs")

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 
@@ -24,21 +25,22 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     Returns:
         A scalar, the same on every process; float32 for tensors of lower precision.
     """
-    groups: dict[tuple[object, tuple[int, ...]], list[Tensor]] = {}
+    groups: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = {}
     for tensor in tensors:
-        mesh, sharded = None, ()
+        mesh: DeviceMesh | None = None
+        sharded: tuple[int, ...] = ()
         if isinstance(tensor, DTensor):
             assert not any(placement.is_partial() for placement in tensor.placements), tensor.placements
             mesh = tensor.device_mesh
             sharded = tuple(i for i, placement in enumerate(tensor.placements) if not placement.is_replicate())
         groups.setdefault((mesh, sharded), []).append(local(tensor))
-    if len(groups) == 1 and None in {mesh for mesh, _ in groups}:
-        (plain,) = groups.values()
-        return torch.nn.utils.get_total_norm(plain, foreach=True)
+    if groups.keys() == {(None, ())}:
+        return torch.nn.utils.get_total_norm(groups[None, ()], foreach=True)
     squares: list[Tensor] = []
-    for (mesh, sharded), parts in groups.items():
+    for (among, dimensions), parts in groups.items():
         square = torch.stack(torch._foreach_norm(parts, dtype=torch.float32)).square().sum()
-        for dimension in sharded:
-            distributed.all_reduce(square, group=mesh.get_group(dimension))  # type: ignore[attr-defined]
+        if among is not None:
+            for dimension in dimensions:
+                distributed.all_reduce(square, group=among.get_group(dimension))
         squares.append(square)
     return torch.stack(squares).sum().sqrt()

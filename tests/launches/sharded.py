@@ -80,7 +80,8 @@ def text(name: str, *flags: object) -> list[str]:
 def pictures(name: str, *flags: object) -> list[str]:
     """Words for `bigmodel fit` on digits with a ResNet, which has BatchNorm, three steps."""
     settings = {
-        "model.net": "bigmodel.nn.ResNet", "model.net.blocks": "[1, 1]", "model.net.widths": "[16, 32]", "data.cache_dir": "cache", "data.batch_size": 32, "trainer.accelerator": "cpu",
+        "model.net": "bigmodel.nn.ResNet", "model.net.blocks": "[1, 1]", "model.net.widths": "[16, 32]",
+        "data.cache_dir": "cache", "data.batch_size": 32, "trainer.accelerator": "cpu",
         "trainer.max_epochs": "null", "trainer.max_steps": 3, "trainer.val_check_interval": 3,
         "trainer.check_val_every_n_epoch": "null", "runs_dir": name, "wandb.mode": "disabled",
     }  # fmt: skip
