@@ -35,7 +35,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from bigmodel.callbacks import EMA, SWA, Stopped
+from bigmodel.callbacks import EMA, SWA, Stopped, Times
 from bigmodel.callbacks.gradients import find as find_callback
 from bigmodel.checkpoint import checkpoint_step, find_checkpoint, load_weights, read
 from bigmodel.optim import num_steps
@@ -353,6 +353,10 @@ class RunDirectory(Callback):
             if isinstance(callback, ModelCheckpoint) and callback.best_model_score is not None:
                 score = float(callback.best_model_score)
                 news["best"] = {"metric": callback.monitor, "value": score, "checkpoint": callback.best_model_path}
+        times = find_callback(trainer, Times)
+        if times is not None and status not in ("running", "failed"):
+            news["sessions"] = self.record["sessions"]
+            news["sessions"][-1]["times"] = {part: round(spent, 3) for part, spent in times.finish().items()}
         self._write_record(self.record, **news)
 
 

@@ -10,6 +10,7 @@ from bigmodel.callbacks.progress import ProgressLine
 from bigmodel.callbacks.resume import Resume
 from bigmodel.callbacks.samples import Samples
 from bigmodel.callbacks.swa import SWA
+from bigmodel.callbacks.times import Times
 from bigmodel.callbacks.training_log import TrainingLog
 from bigmodel.callbacks.watchdog import Watchdog
 
@@ -25,6 +26,7 @@ __all__ = [
     "Resume",
     "Samples",
     "Stopped",
+    "Times",
     "TrainingLog",
     "Watchdog",
 ]

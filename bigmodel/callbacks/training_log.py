@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,11 +35,16 @@ class TrainingLog(Callback):
     Args:
         mfu: count FLOPs on the first micro-batch and log `speed/mfu`. On a GPU the peak is the maker's figure, on
             another device that of a large matrix product measured at the start.
+
+    Attributes:
+        latest: the last row.
+        further: what others add to each row; called on all processes.
     """
 
     def __init__(self, mfu: bool = True) -> None:
         self.mfu = mfu
         self.latest: dict[str, float] = {}
+        self.further: list[Callable[[Trainer], dict[str, float]]] = []
         self._peak: float | None = None  # FLOP/s
         self._flops: int | None = None  # of one micro-batch on one device, forward and backward
         self._counter: _FlopCounter | None = None
@@ -130,6 +136,8 @@ class TrainingLog(Callback):
             mfu = self.mfu_of(accumulation * steps, seconds)
             if mfu is not None:
                 row["speed/mfu"] = mfu
+        for measure in self.further:
+            row |= measure(trainer)
         row |= self.seen(trainer)
         self.latest = row
         for logger in trainer.loggers:

@@ -56,6 +56,22 @@ class TellParent(Tell):
             time.sleep(0.5)
 
 
+class Slow(Callback):
+    """One process sleeps in the forward pass of each step.
+
+    Args:
+        seconds: how long.
+        rank: the process.
+    """
+
+    def __init__(self, seconds: float, rank: int) -> None:
+        self.seconds, self.rank = seconds, rank
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_rank == self.rank:
+            time.sleep(self.seconds)
+
+
 def experiment(table, runs_dir, *flags):
     """Words for `bigmodel fit`: 30 steps of 12 rows, with dropout and average, validated now and then."""
     words = [
@@ -99,5 +115,7 @@ if __name__ == "__main__":
         "0",
     ]
     main(["fit", *words, "--callbacks.anomalies.on_nan", "skip"])
+    slow = ["--callbacks.slow", "stopping.Slow", "--callbacks.slow.seconds", "0.04", "--callbacks.slow.rank", "1"]
+    main(["fit", *experiment(table, "slow", *two), *slow, "--trainer.log_every_n_steps", "5"])
     if os.environ["RANK"] == "0":
         Path("done").touch()
