@@ -151,7 +151,9 @@ class TrainingLog(Callback):
 
     def seen(self, trainer: Trainer) -> dict[str, float]:
         """What the optimizer has consumed so far: samples, and what the task counts. Reads from the device."""
-        seen: dict[str, float] = {"seen/samples": trainer.global_step * self._batch_size}
+        loader, step = trainer.train_dataloader, trainer.global_step
+        course = loader.course if isinstance(loader, Loader) else None
+        seen: dict[str, float] = {"seen/samples": course.at(step).seen if course else step * self._batch_size}
         if self._counts != "samples" and (count := self._total_count()):
             seen[f"seen/{self._counts}"] = count
         return seen

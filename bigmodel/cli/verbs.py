@@ -74,6 +74,7 @@ _HELP_KEYS = """
                              switches one off
   --wandb.KEY VALUE          mode (auto, online, offline, disabled), project, entity, tags, log_checkpoint
   --allow_changed_data true  resume although the data differ from those of the checkpoint
+  --allow_changed_batch true resume with another --data.batch_size, from the first sample not yet seen
   --print_config             print the resolved configuration, and do nothing
 
   --model.help [CLASS], --model.net.help [CLASS], --trainer.help, ...: what a class takes (default: the one configured)
@@ -108,6 +109,7 @@ class _CLI(LightningCLI):
         parser.add_argument("--experiment", type=str, default="unnamed")
         parser.add_argument("--runs_dir", type=str, default="runs")
         parser.add_argument("--allow_changed_data", type=bool, default=False)
+        parser.add_argument("--allow_changed_batch", type=bool, default=False)
         parser.add_argument("--callbacks", type=dict[str, Callback | None], default={})
         parser.add_argument("--wandb", type=WandB, default=WandB())
 
@@ -125,7 +127,7 @@ class _CLI(LightningCLI):
         # Gradients are scaled first, and what records a step comes before what saves it.
         always: list[Callback] = [
             Gradients(),
-            Resume(int(self.config.seed_everything), self.config.allow_changed_data),
+            Resume(int(self.config.seed_everything), self.config.allow_changed_data, self.config.allow_changed_batch),
             *self.extra_callbacks,
             DiskSpace(),
         ]
