@@ -35,7 +35,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from bigmodel.callbacks import EMA, SWA, Stopped, Times
+from bigmodel.callbacks import EMA, SWA, GoBack, Resume, Stopped, Times
 from bigmodel.callbacks.gradients import find as find_callback
 from bigmodel.checkpoint import checkpoint_step, find_checkpoint, load_weights, read
 from bigmodel.optim import num_steps
@@ -196,6 +196,9 @@ class RunDirectory(Callback):
         if stage == "fit":
             if self.directory is not None:  # for the checkpoint that is read next
                 self._place_checkpoints(trainer, self.directory)
+                resume = find_callback(trainer, Resume)
+                if resume is not None:
+                    resume.returns = trainer.strategy.broadcast(_read_record(self.directory).get("returns", []))
         elif self.checkpoint is not None and self.checkpoint.is_file():  # a sharded one is a folder: data must be there
             content: dict[str, Any] = read(self.checkpoint, verify=False).get("bigmodel", {})
             pl_module._sizes = content.get("sizes")  # type: ignore[assignment]
@@ -260,8 +263,7 @@ class RunDirectory(Callback):
         os.replace(partial, path)
 
     def _begin_record(self, directory: Path) -> dict[str, Any]:
-        path = directory / "run.json"
-        record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        record = _read_record(directory)
         now = datetime.now(UTC).isoformat()
         record.setdefault("created", now)
         record.setdefault("wandb_id", secrets.token_hex(4))
@@ -330,6 +332,13 @@ class RunDirectory(Callback):
         self._report(trainer, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        gc.unfreeze()
+        if isinstance(exception, GoBack):
+            self._report(trainer, "running")
+            for logger in trainer.loggers:
+                if isinstance(logger, WandBRun):
+                    logger.experiment.mark_preempting()
+            return
         stopped = exception if isinstance(exception, Stopped) else None
         by_hand = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
         self._report(trainer, stopped.status if stopped else by_hand)
@@ -345,6 +354,28 @@ class RunDirectory(Callback):
             flush=True,
         )
 
+    def go_back(self, cause: GoBack) -> Path:
+        """The checkpoint to go on from after this has ended the fit; recorded for this and any later session.
+
+        Raises:
+            FloatingPointError: if there is none.
+        """
+        if self.directory is None or not any(self.directory.glob("checkpoints/*.ckpt")):
+            if self.record:
+                self._write_record(self.record, status="failed")
+            raise FloatingPointError(f"{cause}. There is no checkpoint yet to go back to")
+        if not self.record:  # not the first process, which will tell
+            return find_checkpoint(self.directory, "last", verify=False)
+        checkpoint = find_checkpoint(self.directory, "last")
+        step, beyond = checkpoint_step(checkpoint), cause.beyond
+        entry = {"step": cause.step, "to": step, "epoch": beyond.epoch, "samples": beyond.samples, "why": str(cause)}
+        returns = self.record.get("returns", [])
+        if entry not in returns:  # it was, where an older checkpoint had to be resumed from
+            self._write_record(self.record, returns=[*returns, entry])
+        passed_over = f"the samples of optimizer steps {step + 1:,} to {cause.step:,} are passed over"
+        print(f"{cause}; back to {checkpoint.name}: {passed_over}", flush=True)
+        return checkpoint
+
     def _report(self, trainer: Trainer, status: str) -> None:
         if not self.record:  # not the first process, or stopped before the run began
             return
@@ -358,6 +389,12 @@ class RunDirectory(Callback):
             news["sessions"] = self.record["sessions"]
             news["sessions"][-1]["times"] = {part: round(spent, 3) for part, spent in times.finish().items()}
         self._write_record(self.record, **news)
+
+
+def _read_record(directory: Path) -> dict[str, Any]:
+    path = directory / "run.json"
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return record
 
 
 def _leave_out_empty_hooks(trainer: Any) -> None:

@@ -16,7 +16,7 @@ import pytest
 import stopping
 import torch
 from lightning.pytorch import Trainer
-from stopping import experiment, tell
+from stopping import experiment, returning, tell
 
 from bigmodel.cli import main
 from bigmodel.run import find_checkpoint
@@ -190,6 +190,20 @@ def test_two_processes_skip_the_same_steps_as_one(two, monkeypatch):
     counts = [[row.get("train/anomalies") for row in metrics(only_run(runs_dir))] for runs_dir in ("alone", "skipping")]
     assert counts[0] == counts[1]
     assert [count for count in counts[0] if count] == ["1", "2", "3", "4"], "in five epochs, of which one leaves it out"
+
+
+def test_two_processes_go_back_as_one_does(two, monkeypatch):
+    monkeypatch.chdir(two)
+    words = experiment("spoiled.csv", "alone-returning", *returning(4), "--trainer.max_steps", 14)
+    main(["fit", *words, "--trainer.limit_val_batches", "0", "--model.net.dropout", "0"])
+    alone, together = only_run("alone-returning"), only_run("returning")
+    places = [
+        [(r["step"], r["to"], r["epoch"], r["samples"]) for r in record(run)["returns"]] for run in (alone, together)
+    ]
+    assert len(places[0]) >= 2
+    assert places[0] == places[1]
+    for name, tensor in content(alone).items():
+        torch.testing.assert_close(tensor, content(together)[name], rtol=0, atol=1e-6)
 
 
 def test_two_processes_tell_which_of_them_the_other_waits_for(two):

@@ -1,6 +1,6 @@
 """Callbacks for any task. Gradients, Resume, DiskSpace and Preemption are always on, others by name in the configuration."""
 
-from bigmodel.callbacks.anomalies import Anomalies
+from bigmodel.callbacks.anomalies import Anomalies, GoBack
 from bigmodel.callbacks.disk import DiskSpace
 from bigmodel.callbacks.ema import EMA
 from bigmodel.callbacks.gradients import Gradients
@@ -19,6 +19,7 @@ __all__ = [
     "SWA",
     "Anomalies",
     "DiskSpace",
+    "GoBack",
     "Gradients",
     "PredictionWriter",
     "Preemption",

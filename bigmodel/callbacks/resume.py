@@ -33,11 +33,19 @@ class Resume(Callback):
         allow_changed_batch: go on although the batch size is not that of the checkpoint, with the first sample that was not
             yet seen. Optimizer steps, and with them the schedule, are counted on; a run bounded by epochs has as many more
             or fewer of them.
+
+    Attributes:
+        returns: of the run so far, as in `run.json` (see `Anomalies`): `to` which step it went back, and the `epoch` and the
+            number of its `samples` behind which it went on. Set before a checkpoint is loaded.
+        num_returns: returns in the past of the weights that are trained.
+        new_returns: those of them that the checkpoint does not know of.
     """
 
     def __init__(self, seed: int = 0, allow_changed_data: bool = False, allow_changed_batch: bool = False) -> None:
         self.seed = seed
         self.allow_changed_data, self.allow_changed_batch = allow_changed_data, allow_changed_batch
+        self.returns: list[dict[str, Any]] = []
+        self.num_returns = self.new_returns = 0
         self._course: Course | None = None  # through these data with this batch size, from the start
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -89,6 +97,7 @@ class Resume(Callback):
             "fingerprint": getattr(data, "fingerprint", None),
             "num_samples": loader.course.num_samples if isinstance(loader, Loader) and loader.course else None,
             "origin": asdict(get_origin(trainer)),
+            "returns": self.num_returns,
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -100,9 +109,14 @@ class Resume(Callback):
             return  # another's loader
         before, now = _course_of(saved, self._course), self._course
         here = before.at(step)
+        from_here = [entry for entry in self.returns if entry["to"] == step]
+        self.new_returns = len(from_here)
+        self.num_returns = saved.get("returns", 0) + self.new_returns
+        if from_here:
+            here = replace(here, epoch=from_here[-1]["epoch"], samples=from_here[-1]["samples"])
         if before.num_samples != now.num_samples and here.samples:  # another order: what was seen cannot be told
             here = replace(here, epoch=here.epoch + 1, samples=0)
-        now = replace(now, origin=here if changed else before.origin)
+        now = replace(now, origin=here if changed or from_here else before.origin)
         set_origin(trainer, now.origin)
         if changed and trainer.is_global_zero:
             print(f"{changed}, on purpose. {_goes_on(now, step)}", flush=True)

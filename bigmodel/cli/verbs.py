@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import re
@@ -27,7 +28,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from bigmodel import run
-from bigmodel.callbacks import DiskSpace, Gradients, PredictionWriter, Preemption, Resume, Stopped
+from bigmodel.callbacks import DiskSpace, GoBack, Gradients, PredictionWriter, Preemption, Resume, Stopped
 from bigmodel.callbacks.gradients import find
 from bigmodel.callbacks.predictions import check_prediction
 from bigmodel.checkpoint import AtomicCheckpointIO, find_checkpoint
@@ -179,16 +180,31 @@ def run_trainer(verb: str, argv: list[str]) -> None:
         return
 
     quiet_lightning()
+    while True:
+        cli, record = _assemble(verb, merged, directory, checkpoint, own)
+        if "print_config" in own:
+            print(yaml.safe_dump(record.config, sort_keys=False), end="")
+            return
+        earlier = run_parsed(verb, cli, checkpoint, directory)
+        if earlier is None:
+            return
+        directory, checkpoint = record.directory, earlier
+        merged = merge_settings(files, flags, directory)
+        del cli, record
+        gc.collect()  # the net that is left behind has gone before another is made
+
+
+def _assemble(
+    verb: str, merged: layers.Settings, directory: Path | None, checkpoint: Path | None, own: dict[str, Any]
+) -> tuple[_CLI, run.RunDirectory]:
+    """Trainer, task and data, and the record of the run that they are to be."""
     record = run.RunDirectory(merged, directory, checkpoint)
     extra: list[Callback] = [record]
     if verb == "predict" and directory is not None and checkpoint is not None:
         extra.append(PredictionWriter(Path(own.get("output") or _new_predictions(directory, checkpoint))))
     cli = parse(merged, extra)
     record.config = cli.resolved()
-    if "print_config" in own:
-        print(yaml.safe_dump(record.config, sort_keys=False), end="")
-        return
-    run_parsed(verb, cli, checkpoint, directory)
+    return cli, record
 
 
 def merge_settings(files: list[str], flags: list[tuple[str, Any]], directory: Path | None = None) -> layers.Settings:
@@ -245,21 +261,28 @@ def _readable(message: str) -> str:
     return "\n  ".join(dict.fromkeys(problems)) or message
 
 
-def run_parsed(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | None) -> None:
-    """Let the trainer do what the verb says. What a person can mend becomes a ClearError until the run has begun."""
+def run_parsed(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | None) -> Path | None:
+    """Let the trainer do what the verb says. What a person can mend becomes a ClearError until the run has begun.
+
+    Returns:
+        The checkpoint from which the fit is to go on, if it has to go back (see `Anomalies`); None: it is done.
+    """
     trainer, task, data = cli.trainer, cli.model, cli.datamodule
     record = find(trainer, run.RunDirectory)
     assert record is not None
     try:
         if verb == "fit":
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
-            return
+            return None
         if checkpoint is None:
             raise ValueError(f"nothing to {verb}: name a run, as in `bigmodel {verb} RUN`")
         if verb == "predict":
             check_prediction(task, data)
         quiet = {"return_predictions": False} if verb == "predict" else {"verbose": False}
         metrics = getattr(trainer, verb)(task, datamodule=data, ckpt_path=checkpoint, **quiet)
+    except GoBack as cause:
+        trainer.strategy.barrier()  # the first process has written what it had to write
+        return record.go_back(cause)
     except Stopped as stopped:
         trainer.strategy.barrier()  # the first process has told its loggers: a launcher ends all when one has gone
         # Lightning's own launcher kills the rest, unless the processes that it started end with 0.
@@ -287,6 +310,7 @@ def run_parsed(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | 
             print(f"{name:32} {value:.6g}")
         text = json.dumps({"checkpoint": str(checkpoint), **values}, indent=2)
         (directory / f"{verb}.json").write_text(text + "\n")
+    return None
 
 
 def print_class_help(flags: list[tuple[str, Any]], merged: layers.Settings) -> bool:
