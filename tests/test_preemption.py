@@ -194,13 +194,13 @@ def test_two_processes_skip_the_same_steps_as_one(two, monkeypatch):
 
 def test_two_processes_go_back_as_one_does(two, monkeypatch):
     monkeypatch.chdir(two)
-    words = experiment("spoiled.csv", "alone-returning", *returning(4), "--trainer.max_steps", 14)
+    words = experiment("spoiled.csv", "alone-returning", *returning(1), "--trainer.max_steps", 14)
     main(["fit", *words, "--trainer.limit_val_batches", "0", "--model.net.dropout", "0"])
     alone, together = only_run("alone-returning"), only_run("returning")
     places = [
         [(r["step"], r["to"], r["epoch"], r["samples"]) for r in record(run)["returns"]] for run in (alone, together)
     ]
-    assert len(places[0]) >= 2
+    assert places[0]
     assert places[0] == places[1]
     for name, tensor in content(alone).items():
         torch.testing.assert_close(tensor, content(together)[name], rtol=0, atol=1e-6)

@@ -20,6 +20,7 @@ from bigmodel.callbacks.training_log import TrainingLog, samples_per_step
 
 _OWN = ("data", "forward", "backward")  # what a process does by itself, without waiting for another
 _SLOW = 1.5  # times the median
+_WORTH = 0.1  # seconds between two rows; that the others wait for less is not told
 
 
 class Times(Callback):
@@ -42,8 +43,8 @@ class Times(Callback):
     compilation, counting of FLOPs).
 
     On several processes under DDP, each row of `TrainingLog` has `speed/slowest_over_median`: the longest time of a process
-    in `data`, `forward` and `backward` since the last row, over the median of all. Above
-    1.5 in two rows running, a line names process and host. A net with buffers (BatchNorm) waits for the first process in
+    in `data`, `forward` and `backward` since the last row, over the median of all. Where
+    it is above 1.5 in two rows running, and more than a tenth of a second, a line names process and host. A net with buffers (BatchNorm) waits for the first process in
     `forward`, which hides that this one is the slowest.
     """
 
@@ -222,7 +223,7 @@ class Times(Callback):
             return {}
         slowest = max(range(len(each)), key=each.__getitem__)
         ratio = each[slowest] / median
-        suspect = slowest if ratio > _SLOW else None
+        suspect = slowest if ratio > _SLOW and each[slowest] - median > _WORTH else None
         if suspect is None or suspect == self._suspect:
             if suspect is not None and suspect != self._told:
                 self._tell(trainer, suspect, ratio)

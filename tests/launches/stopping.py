@@ -128,7 +128,7 @@ if __name__ == "__main__":
     main(["fit", "--runs_dir", "stopped", "--resume", "last", "--callbacks.tell", "null"])
     without = ["--trainer.limit_val_batches", "0", "--model.net.dropout", "0"]
     main(["fit", *experiment("spoiled.csv", "skipping", *two, *without), "--callbacks.anomalies.on_nan", "skip"])
-    main(["fit", *experiment("spoiled.csv", "returning", *two, *without, *returning(4), "--trainer.max_steps", 14)])
+    main(["fit", *experiment("spoiled.csv", "returning", *two, *without, *returning(1), "--trainer.max_steps", 14)])
     slow = ["--callbacks.slow", "stopping.Slow", "--callbacks.slow.seconds", "0.04", "--callbacks.slow.rank", "1"]
     main(["fit", *experiment(table, "slow", *two), *slow, "--trainer.log_every_n_steps", "5"])
     if os.environ["RANK"] == "0":
