@@ -33,6 +33,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor
 
 from bigmodel.callbacks import EMA, SWA, GoBack, Resume, Stopped, Times
@@ -193,6 +194,8 @@ class RunDirectory(Callback):
         if self.checkpoint is not None:
             self.checkpoint = Path(trainer.strategy.broadcast(str(self.checkpoint)))
             self.restart_step = checkpoint_step(self.checkpoint)
+        if self.directory is not None:
+            self._place_profile(trainer, self.directory)
         if stage == "fit":
             if self.directory is not None:  # for the checkpoint that is read next
                 self._place_checkpoints(trainer, self.directory)
@@ -223,6 +226,7 @@ class RunDirectory(Callback):
                 Path(file).write_text(f"{self.directory.resolve()}\n")
         self.directory = Path(trainer.strategy.broadcast(str(self.directory)))
         self._place_checkpoints(trainer, self.directory)
+        self._place_profile(trainer, self.directory)
         if trainer.is_global_zero:
             self._start_loggers(trainer, self.directory)
             self._say_what_runs(trainer, pl_module)
@@ -251,6 +255,14 @@ class RunDirectory(Callback):
         for callback in trainer.callbacks:
             if isinstance(callback, ModelCheckpoint):
                 callback.dirpath = str((directory / "checkpoints").resolve())
+
+    @staticmethod
+    def _place_profile(trainer: Any, directory: Path) -> None:
+        """Have the profiler, if there is one, write into the directory, unless it was told another."""
+        profiler = trainer.profiler
+        if profiler.dirpath == trainer.log_dir:  # what Lightning has made of nothing
+            profiler.dirpath = str(directory / "profile")
+            profiler.filename = profiler.filename or "profile"  # else it writes nowhere
 
     def _write_config(self, directory: Path) -> None:
         path, text = directory / "config.yaml", yaml.safe_dump(self.config, sort_keys=False)
@@ -312,6 +324,9 @@ class RunDirectory(Callback):
             f" {trainer.accumulate_grad_batches} micro-batch(es) a step",
             flush=True,
         )
+        profiler: Any = trainer.profiler  # type: ignore[attr-defined]
+        if not isinstance(profiler, PassThroughProfiler):
+            print(f"profile    {profiler.dirpath}: a table at the end", flush=True)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         for logger in trainer.loggers:

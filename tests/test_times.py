@@ -99,7 +99,7 @@ def test_each_part_is_found_to_take_what_it_takes(slow, part):
     if part == "other":
         often += 1  # what follows the first step's end
     least = SLEPT[part] / 1e3 * often
-    assert least <= seconds[part] < least * 1.4 + 0.05
+    assert least <= seconds[part] < least * 1.5 + 0.2, "and what the part itself takes, on a busy machine"
 
 
 def test_the_parts_are_the_whole(slow):
@@ -152,6 +152,27 @@ def test_a_fit_leaves_the_trainer_as_it_was(table, tmp_path):
     assert "save_checkpoint" not in vars(trainer)
     assert "run" not in vars(loop.val_loop)
     assert "_on_before_fetch" not in vars(loop)
+
+
+@pytest.mark.parametrize("name", ["pytorch", "simple", "advanced"])
+def test_a_profile_lands_in_the_run_directory(table, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    words = ["fit", "-c", str(Path(__file__).parent / "outsider" / "experiment.yaml"), "--data.path", str(table)]
+    words += ["--trainer.accelerator", "cpu", "--trainer.max_steps", "20", "--data.batch_size", "8"]
+    main([*words, "--trainer.profiler", name, "--trainer.max_epochs", "null"])
+    (record,) = Path("runs").glob("**/run.json")
+    folder = record.parent / "profile"
+    assert not list(tmp_path.glob("*profile*"))
+    assert f"profile    {folder}: a table at the end" in capsys.readouterr().out
+    assert "training_step" in (folder / "fit-profile.txt").read_text()
+    if name == "pytorch":
+        assert {path.name for path in folder.iterdir()} == {"fit-profile.txt", "trace-0.json"}
+        events = json.loads((folder / "trace-0.json").read_text())["traceEvents"]
+        steps = [event for event in events if re.fullmatch(r"Optimizer\.step#AdamW\.step", event.get("name", ""))]
+        assert len(steps) == 3, "of 20"
+        assert {"aten::addmm", "[pl][module]torch.nn.modules.linear.Linear: net.layers.0"} <= {
+            e.get("name") for e in events
+        }
 
 
 class Event:

@@ -44,8 +44,8 @@ class Times(Callback):
 
     On several processes under DDP, each row of `TrainingLog` has `speed/slowest_over_median`: the longest time of a process
     in `data`, `forward` and `backward` since the last row, over the median of all. Where
-    it is above 1.5 in two rows running, and more than a tenth of a second, a line names process and host. A net with buffers (BatchNorm) waits for the first process in
-    `forward`, which hides that this one is the slowest.
+    it is above 1.5 in two rows running, and by more than a tenth of a second, a line names process and host. A net with
+    buffers (BatchNorm) waits for the first process in `forward`, which hides that this one is the slowest.
     """
 
     def __init__(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import logging
@@ -22,7 +21,6 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -34,6 +32,7 @@ from bigmodel.callbacks.predictions import check_prediction
 from bigmodel.checkpoint import AtomicCheckpointIO, find_checkpoint
 from bigmodel.cli import ClearError
 from bigmodel.cli import settings as layers
+from bigmodel.cli.profiling import make_profiler
 from bigmodel.tracking import WandB
 
 _HELP = {
@@ -70,8 +69,8 @@ _HELP_KEYS = """
   --seed_everything N        seed of weights, dropout and other draws (default: 0)
   --model ..., --data ...    the task and its data: class_path and init_args
   --trainer.KEY VALUE        Lightning's trainer: max_steps, precision, devices, strategy, val_check_interval (in optimizer
-                             steps when it is an integer), ...
-  --callbacks.NAME.KEY VALUE log, progress, ema, swa, anomalies, watchdog, best, last, and your own; `--callbacks.NAME null`
+                             steps when it is an integer), profiler (pytorch: a trace of three micro-batches), ...
+  --callbacks.NAME.KEY VALUE times, log, progress, ema, swa, anomalies, watchdog, best, last, and your own; `--callbacks.NAME null`
                              switches one off
   --wandb.KEY VALUE          mode (auto, online, offline, disabled), project, entity, tags, log_checkpoint
   --allow_changed_data true  resume although the data differ from those of the checkpoint
@@ -80,15 +79,6 @@ _HELP_KEYS = """
 
   --model.help [CLASS], --model.net.help [CLASS], --trainer.help, ...: what a class takes (default: the one configured)
 """
-
-
-class _NoProfiler(PassThroughProfiler):
-    """Lightning's own, which does nothing either, makes a generator each of the hundred times it is asked in a step."""
-
-    _nothing = contextlib.nullcontext()
-
-    def profile(self, action_name: str) -> contextlib.nullcontext[None]:  # type: ignore[override]
-        return self._nothing
 
 
 class _CLI(LightningCLI):
@@ -133,7 +123,7 @@ class _CLI(LightningCLI):
             DiskSpace(),
         ]
         options = dict(self.config_init["trainer"])
-        options["profiler"] = options.get("profiler") or _NoProfiler()
+        options["profiler"] = make_profiler(options.get("profiler"))
         options["callbacks"] = [*always, *named, *(options.get("callbacks") or []), Preemption()]
         if options.get("logger") in (None, True):  # the run directory has its own
             options["logger"] = False
