@@ -33,9 +33,10 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor
 
-from bigmodel.callbacks import EMA, SWA, Stopped
+from bigmodel.callbacks import EMA, SWA, GoBack, Resume, Stopped, Times
 from bigmodel.callbacks.gradients import find as find_callback
 from bigmodel.checkpoint import assembled, checkpoint_step, clear_hidden, find_checkpoint, load_weights, read
 from bigmodel.optim import num_steps
@@ -195,12 +196,15 @@ class RunDirectory(Callback):
         if self.checkpoint is not None:
             self.checkpoint = Path(trainer.strategy.broadcast(str(self.checkpoint)))
             self.restart_step = checkpoint_step(self.checkpoint)
+        if self.directory is not None:
+            self._place_profile(trainer, self.directory)
         if stage == "fit":
             if self.directory is not None:  # for the checkpoint that is read next
                 self._place_checkpoints(trainer, self.directory)
-        elif (
-            self.checkpoint is not None and not (self.checkpoint / ".metadata").exists()
-        ):  # a folder of Lightning's own
+                resume = find_callback(trainer, Resume)
+                if resume is not None:
+                    resume.returns = trainer.strategy.broadcast(_read_record(self.directory).get("returns", []))
+        elif self.checkpoint is not None and not (self.checkpoint / ".metadata").exists():  # not a folder of Lightning's own
             content: dict[str, Any] = read(self.checkpoint, verify=False, whole=False).get("bigmodel", {})
             pl_module._sizes = content.get("sizes")  # type: ignore[assignment]
 
@@ -223,6 +227,7 @@ class RunDirectory(Callback):
                 Path(file).write_text(f"{self.directory.resolve()}\n")
         self.directory = Path(trainer.strategy.broadcast(str(self.directory)))
         self._place_checkpoints(trainer, self.directory)
+        self._place_profile(trainer, self.directory)
         if trainer.is_global_zero:
             self._start_loggers(trainer, self.directory)
             self._say_what_runs(trainer, pl_module)
@@ -252,6 +257,14 @@ class RunDirectory(Callback):
             if isinstance(callback, ModelCheckpoint):
                 callback.dirpath = str((directory / "checkpoints").resolve())
 
+    @staticmethod
+    def _place_profile(trainer: Any, directory: Path) -> None:
+        """Have the profiler, if there is one, write into the directory, unless it was told another."""
+        profiler = trainer.profiler
+        if profiler.dirpath == trainer.log_dir:  # what Lightning has made of nothing
+            profiler.dirpath = str(directory / "profile")
+            profiler.filename = profiler.filename or "profile"  # else it writes nowhere
+
     def _write_config(self, directory: Path) -> None:
         path, text = directory / "config.yaml", yaml.safe_dump(self.config, sort_keys=False)
         if path.exists():
@@ -263,8 +276,7 @@ class RunDirectory(Callback):
         os.replace(partial, path)
 
     def _begin_record(self, directory: Path) -> dict[str, Any]:
-        path = directory / "run.json"
-        record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        record = _read_record(directory)
         now = datetime.now(UTC).isoformat()
         record.setdefault("created", now)
         record.setdefault("wandb_id", secrets.token_hex(4))
@@ -313,6 +325,9 @@ class RunDirectory(Callback):
             f" {trainer.accumulate_grad_batches} micro-batch(es) a step",
             flush=True,
         )
+        profiler: Any = trainer.profiler  # type: ignore[attr-defined]
+        if not isinstance(profiler, PassThroughProfiler):
+            print(f"profile    {profiler.dirpath}: a table at the end", flush=True)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         for logger in trainer.loggers:
@@ -333,6 +348,13 @@ class RunDirectory(Callback):
         self._report(trainer, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        gc.unfreeze()
+        if isinstance(exception, GoBack):
+            self._report(trainer, "running")
+            for logger in trainer.loggers:
+                if isinstance(logger, WandBRun):
+                    logger.experiment.mark_preempting()
+            return
         stopped = exception if isinstance(exception, Stopped) else None
         by_hand = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
         self._report(trainer, stopped.status if stopped else by_hand)
@@ -348,6 +370,28 @@ class RunDirectory(Callback):
             flush=True,
         )
 
+    def go_back(self, cause: GoBack) -> Path:
+        """The checkpoint to go on from after this has ended the fit; recorded for this and any later session.
+
+        Raises:
+            FloatingPointError: if there is none.
+        """
+        if self.directory is None or not any(self.directory.glob("checkpoints/*.ckpt")):
+            if self.record:
+                self._write_record(self.record, status="failed")
+            raise FloatingPointError(f"{cause}. There is no checkpoint yet to go back to")
+        if not self.record:  # not the first process, which will tell
+            return find_checkpoint(self.directory, "last", verify=False)
+        checkpoint = find_checkpoint(self.directory, "last")
+        step, beyond = checkpoint_step(checkpoint), cause.beyond
+        entry = {"step": cause.step, "to": step, "epoch": beyond.epoch, "samples": beyond.samples, "why": str(cause)}
+        returns = self.record.get("returns", [])
+        if entry not in returns:  # it was, where an older checkpoint had to be resumed from
+            self._write_record(self.record, returns=[*returns, entry])
+        passed_over = f"the samples of optimizer steps {step + 1:,} to {cause.step:,} are passed over"
+        print(f"{cause}; back to {checkpoint.name}: {passed_over}", flush=True)
+        return checkpoint
+
     def _report(self, trainer: Trainer, status: str) -> None:
         if not self.record:  # not the first process, or stopped before the run began
             return
@@ -356,7 +400,17 @@ class RunDirectory(Callback):
             if isinstance(callback, ModelCheckpoint) and callback.best_model_score is not None:
                 score = float(callback.best_model_score)
                 news["best"] = {"metric": callback.monitor, "value": score, "checkpoint": callback.best_model_path}
+        times = find_callback(trainer, Times)
+        if times is not None and status not in ("running", "failed"):
+            news["sessions"] = self.record["sessions"]
+            news["sessions"][-1]["times"] = {part: round(spent, 3) for part, spent in times.finish().items()}
         self._write_record(self.record, **news)
+
+
+def _read_record(directory: Path) -> dict[str, Any]:
+    path = directory / "run.json"
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return record
 
 
 def _leave_out_empty_hooks(trainer: Any) -> None:

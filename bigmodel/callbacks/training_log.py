@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,11 +37,16 @@ class TrainingLog(Callback):
     Args:
         mfu: count FLOPs on the first micro-batch and log `speed/mfu`. On a GPU the peak is the maker's figure, on
             another device that of a large matrix product measured at the start.
+
+    Attributes:
+        latest: the last row.
+        further: what others add to each row; called on all processes.
     """
 
     def __init__(self, mfu: bool = True) -> None:
         self.mfu = mfu
         self.latest: dict[str, float] = {}
+        self.further: list[Callable[[Trainer], dict[str, float]]] = []
         self._peak: float | None = None  # FLOP/s
         self._flops: int | None = None  # of one micro-batch on one device, forward and backward
         self._counter: _FlopCounter | None = None
@@ -136,6 +142,8 @@ class TrainingLog(Callback):
             mfu = self.mfu_of(accumulation * steps, seconds)
             if mfu is not None:
                 row["speed/mfu"] = mfu
+        for measure in self.further:
+            row |= measure(trainer)
         row |= self.seen(trainer)
         self.latest = row
         for logger in trainer.loggers:
@@ -149,7 +157,9 @@ class TrainingLog(Callback):
 
     def seen(self, trainer: Trainer) -> dict[str, float]:
         """What the optimizer has consumed so far: samples, and what the task counts. Reads from the device."""
-        seen: dict[str, float] = {"seen/samples": trainer.global_step * self._batch_size}
+        loader, step = trainer.train_dataloader, trainer.global_step
+        course = loader.course if isinstance(loader, Loader) else None
+        seen: dict[str, float] = {"seen/samples": course.at(step).seen if course else step * self._batch_size}
         if self._counts != "samples" and (count := self._total_count()):
             seen[f"seen/{self._counts}"] = count
         return seen
