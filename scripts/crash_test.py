@@ -54,9 +54,6 @@ ENVIRONMENT = {
 MODULES = (
     "torch",
     "bigmodel.cli.verbs",
-    "bigmodel.tasks.language_modeling",
-    "bigmodel.tasks.image_classification",
-    "outsider",
     "crash_samples",
 )
 STEPS = 60  # optimizer steps of each run
@@ -331,7 +328,8 @@ def main() -> int:
         write_table()
         straight = {task: run_straight(task, layouts[0], given.layouts) for task in given.tasks}
         sys.path[:0] = map(str, PATHS)
-        for module in MODULES:
+        own = ["outsider" if task == "outsider" else f"bigmodel.tasks.{task}" for task in given.tasks]
+        for module in (*MODULES, *own):
             importlib.import_module(module)
         num_threads = len(os.listdir("/proc/self/task"))
         if num_threads > 1:
