@@ -25,7 +25,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from bigmodel import run
+from bigmodel import launch, run
 from bigmodel.callbacks import DiskSpace, GoBack, Gradients, PredictionWriter, Preemption, Resume, Stopped
 from bigmodel.callbacks.gradients import find
 from bigmodel.callbacks.predictions import check_prediction
@@ -134,7 +134,23 @@ class _CLI(LightningCLI):
             options["plugins"] = [*(options.get("plugins") or []), AtomicCheckpointIO()]
         if not any(isinstance(callback, ProgressBar) for callback in named):
             options["enable_progress_bar"] = False
-        return Trainer(**options)
+        launch.check_strategy(options.get("strategy"))
+        try:
+            return Trainer(**options)
+        except (
+            MisconfigurationException,
+            ValueError,
+            ImportError,
+        ) as error:  # devices, accelerator, strategy, precision
+            names = ("accelerator", "devices", "num_nodes", "strategy", "precision")
+            given = " ".join(
+                f"--trainer.{name} {_name(options[name])}" for name in names if options.get(name) is not None
+            )
+            raise ValueError(f"the trainer cannot be made with {given}: {error}") from error
+
+
+def _name(value: Any) -> Any:
+    return value if isinstance(value, str | int | list) else type(value).__name__
 
 
 def run_trainer(verb: str, argv: list[str]) -> None:
@@ -273,6 +289,9 @@ def run_parsed(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | 
     trainer, task, data = cli.trainer, cli.model, cli.datamodule
     record = find(trainer, run.RunDirectory)
     assert record is not None
+    launch.check_world_size(trainer)
+    if trainer.world_size > 1:
+        launch.attend(trainer, cli.resolved())
     try:
         if verb == "fit":
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
