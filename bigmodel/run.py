@@ -204,7 +204,9 @@ class RunDirectory(Callback):
                 resume = find_callback(trainer, Resume)
                 if resume is not None:
                     resume.returns = trainer.strategy.broadcast(_read_record(self.directory).get("returns", []))
-        elif self.checkpoint is not None and not (self.checkpoint / ".metadata").exists():  # not a folder of Lightning's own
+        elif (
+            self.checkpoint is not None and not (self.checkpoint / ".metadata").exists()
+        ):  # not a folder of Lightning's own
             content: dict[str, Any] = read(self.checkpoint, verify=False, whole=False).get("bigmodel", {})
             pl_module._sizes = content.get("sizes")  # type: ignore[assignment]
 

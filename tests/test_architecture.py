@@ -6,7 +6,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "bigmodel"
-LOWER = ["optim", "parallel", "checkpoint", "sampling", "callbacks", "cache", "randomness", "workers", "launch", "course"]
+LOWER = [
+    "optim",
+    "parallel",
+    "checkpoint",
+    "sampling",
+    "callbacks",
+    "cache",
+    "randomness",
+    "workers",
+    "launch",
+    "course",
+]
 TASKS = sorted(path.name for path in (ROOT / "tasks").iterdir() if path.is_dir() and path.name != "__pycache__")
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bigmodel.callbacks.gradients import Gradients, find
-from bigmodel.parallel.tensors import total_norm
 from bigmodel.callbacks.resume import Resume
 from bigmodel.course import Position
+from bigmodel.parallel.tensors import total_norm
 from bigmodel.sampling import Loader
 
 Action = Literal["stop", "skip", "back", "ignore"]

@@ -32,8 +32,8 @@ from bigmodel.callbacks.predictions import check_prediction
 from bigmodel.checkpoint import AtomicCheckpointIO, find_checkpoint
 from bigmodel.cli import ClearError
 from bigmodel.cli import settings as layers
-from bigmodel.parallel import ShardedStrategy
 from bigmodel.cli.profiling import make_profiler
+from bigmodel.parallel import ShardedStrategy
 from bigmodel.tracking import WandB
 
 _HELP = {

@@ -36,7 +36,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """These import Lightning, which takes seconds: that waits until they are used."""
+    """Imported when used: callbacks and strategy import from parts of this package that callbacks themselves need."""
     if name in _MODULES:
         return getattr(importlib.import_module(f"bigmodel.parallel.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'bigmodel.parallel' has no attribute {name!r}")

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from bigmodel.checkpoint.parts import local_part
 from bigmodel.parallel.recording import ADVICE, Guard, Part, Recorder
 
 
@@ -160,9 +160,9 @@ def _like(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
 def _fill(parameter: Tensor, whole: Tensor) -> None:
     """Copy what this process holds of the whole into a parameter; rounds where the dtype was changed."""
     if isinstance(parameter, DTensor):
-        size, offset = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
-        whole = whole[tuple(slice(start, start + length) for start, length in zip(offset, size, strict=True))]
+        part = local_part(parameter)
+        if part is None:  # this process is not in its mesh
+            return
+        whole = whole[tuple(slice(start, start + length) for start, length in zip(*part, strict=True))]
         parameter = parameter.to_local()
     parameter.copy_(whole)
