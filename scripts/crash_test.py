@@ -74,7 +74,8 @@ def several(processes: int) -> Layout:
     return Layout(str(processes), processes, ("--trainer.devices", str(processes), "--trainer.strategy", strategy))
 
 
-LAYOUTS = (several(1), several(2))  # the first is that of the straight run
+SHARDED = ("--trainer.devices", "2", "--trainer.strategy", "bigmodel.parallel.ShardedStrategy")
+LAYOUTS = (several(1), several(2), Layout("2 sharded", 2, SHARDED))  # the first is that of the straight run
 COMMON = {
     "experiment": "crash", "callbacks.progress": "null", "callbacks.ema": "bigmodel.callbacks.EMA",
     "callbacks.ema.decay": 0.9, "callbacks.last.every_n_steps": 3, "callbacks.last.every_n_minutes": "null",
