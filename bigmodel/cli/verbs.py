@@ -70,8 +70,8 @@ _HELP_KEYS = """
   --model ..., --data ...    the task and its data: class_path and init_args
   --trainer.KEY VALUE        Lightning's trainer: max_steps, precision, devices, strategy, val_check_interval (in optimizer
                              steps when it is an integer), profiler (pytorch: a trace of three micro-batches), ...
-  --callbacks.NAME.KEY VALUE times, log, progress, ema, swa, anomalies, watchdog, best, last, and your own; `--callbacks.NAME null`
-                             switches one off
+  --callbacks.NAME.KEY VALUE times, log, progress, ema, swa, anomalies, watchdog, best, last, and your own;
+                             `--callbacks.NAME null` switches one off
   --wandb.KEY VALUE          mode (auto, online, offline, disabled), project, entity, tags, log_checkpoint
   --allow_changed_data true  resume although the data differ from those of the checkpoint
   --allow_changed_batch true resume with another --data.batch_size, from the first sample not yet seen
