@@ -3,7 +3,7 @@
 PyTorch waits half an hour for a process that does not come, and does not say which. Here the first process serves a store
 of keys at MASTER_ADDR:MASTER_PORT (under torchrun, its agent does), where all announce themselves with what must be the
 same for all of them: versions, kind of device, resolved configuration. Only then does the strategy connect them, at the same
-address. It happens once per fit, validate, test or predict, and costs some milliseconds.
+address. It happens once per fit, validate, test or predict, and takes a fraction of a second.
 
 Whoever waits gives up when nobody new has come for BIGMODEL_RENDEZVOUS_SECONDS (an environment variable; 60): set more where
 nodes start slowly. The agents of torchrun meet before that, at --rdzv-endpoint, by a limit of their own
