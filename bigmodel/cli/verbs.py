@@ -225,7 +225,9 @@ def merge_settings(files: list[str], flags: list[tuple[str, Any]], directory: Pa
     merged = layers.layered(stack, [(key, value) for key, value in flags if not key.endswith(".help")])
     merged["experiment"] = merged.get("experiment") or layers.experiment_name(files)
     trainer = merged.get("trainer") or {}
-    if isinstance(strategy := trainer.get("strategy"), str) and "." in strategy:  # a class, not one of Lightning's names
+    if (
+        isinstance(strategy := trainer.get("strategy"), str) and "." in strategy
+    ):  # a class, not one of Lightning's names
         trainer["strategy"] = {"class_path": strategy}
     return merged
 
