@@ -106,9 +106,10 @@ def after_configure_model(pl_module: LightningModule, act: Callable[[LightningMo
 class ActivationCheckpointing(Callback):
     """Forgets what blocks compute in training, and computes it again in the backward pass.
 
-    In memory stay the inputs of these blocks, and what one of them computes; a step takes about a third longer. Losses and
-    gradients are bitwise the same: dropout is drawn again alike, and batch normalisation counts a batch once. Which
-    modules are blocks: `bigmodel.parallel.find_blocks`. Names in the state dict stay as they are.
+    In memory stay the inputs of these blocks, and what one of them computes; it costs one more forward pass, about a third
+    of a step's work, which `speed/mfu` does not count. Losses and gradients are bitwise the same: dropout is drawn again
+    alike, and batch normalisation counts a batch once. Which modules are blocks: `bigmodel.parallel.find_blocks`. Names in
+    the state dict stay as they are.
 
     Args:
         every: of the blocks, every n-th, from the first: 2 saves half of it at half of the cost.
