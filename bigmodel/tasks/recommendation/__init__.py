@@ -1,0 +1,42 @@
+"""Recommendation: who chose what and when in, what they will choose next out."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bigmodel.tasks.recommendation.batches import EvalBatch, PairBatch, SequenceBatch, UserBatch
+    from bigmodel.tasks.recommendation.data import InteractionData
+    from bigmodel.tasks.recommendation.filters import Filters
+    from bigmodel.tasks.recommendation.interactions import Interactions, SparseMatrix
+    from bigmodel.tasks.recommendation.splits import GlobalTime, LeaveOneOut, Ratio
+
+__all__ = [
+    "EvalBatch",
+    "Filters",
+    "GlobalTime",
+    "InteractionData",
+    "Interactions",
+    "LeaveOneOut",
+    "PairBatch",
+    "Ratio",
+    "SequenceBatch",
+    "SparseMatrix",
+    "UserBatch",
+]
+_WHERE = {
+    "batches": ("EvalBatch", "PairBatch", "SequenceBatch", "UserBatch"),
+    "data": ("InteractionData",),
+    "filters": ("Filters",),
+    "interactions": ("Interactions", "SparseMatrix"),
+    "splits": ("GlobalTime", "LeaveOneOut", "Ratio"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for and no more: reading tables needs neither torch nor Lightning."""
+    for module, names in _WHERE.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,296 @@
+"""Batches of this task, and the data sets that make them from flat arrays; no loop over rows.
+
+B rows, T positions of a window, H events of the longest history in a batch, K of the most targets, I items, U users.
+Items are numbered from 1; 0 is padding, on the left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from bigmodel.randomness import sample_keys
+from bigmodel.tasks.recommendation.interactions import Interactions
+from bigmodel.tasks.recommendation.splits import Parts
+
+
+class SequenceBatch(NamedTuple):
+    """Windows of users' training events, to predict each next item.
+
+    Attributes:
+        items: [B, T] int64.
+        targets: [B, T] int64, the item after each; 0 where `items` is.
+        times: [B, T] int64, seconds since 1970, 0 at padding; None if the data have none.
+        users: [B] int64.
+        index: [B] int64, which window.
+        weight: [B] float32, 0 for rows that only fill up a batch.
+        key: [B] int64, what all of a sample's randomness (negatives, masks) is drawn from, see `bigmodel.randomness`.
+    """
+
+    items: Tensor
+    targets: Tensor
+    times: Tensor | None
+    users: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs
+    weight: Tensor
+    key: Tensor
+
+
+class PairBatch(NamedTuple):
+    """Training events one by one.
+
+    Attributes:
+        users: [B] int64.
+        items: [B] int64.
+        ratings: [B] float32; None if the data have none.
+        index: [B] int64, which training event.
+        weight: [B] float32, 0 for rows that only fill up a batch.
+        key: [B] int64, what all of a sample's randomness (negatives, masks) is drawn from, see `bigmodel.randomness`.
+    """
+
+    users: Tensor
+    items: Tensor
+    ratings: Tensor | None
+    index: Tensor  # type: ignore[assignment]
+    weight: Tensor
+    key: Tensor
+
+
+class UserBatch(NamedTuple):
+    """Users with all their training events.
+
+    Attributes:
+        users: [B] int64.
+        items: [B, H] int64.
+        ratings: [B, H] float32, 0 at padding; None if the data have none.
+        index: [B] int64, which of the users who have training events.
+        weight: [B] float32, 0 for rows that only fill up a batch.
+        key: [B] int64, what all of a sample's randomness (negatives, masks) is drawn from, see `bigmodel.randomness`.
+    """
+
+    users: Tensor
+    items: Tensor
+    ratings: Tensor | None
+    index: Tensor  # type: ignore[assignment]
+    weight: Tensor
+    key: Tensor
+
+
+class EvalBatch(NamedTuple):
+    """Users with what is known of them before their targets.
+
+    Attributes:
+        users: [B] int64.
+        items: [B, T] int64, the last T items of the history: what a net reads.
+        times: [B, T] int64, seconds since 1970, 0 at padding; None if the data have none.
+        history: [B, H] int64, the whole history: what is not recommended again.
+        targets: [B, K] int64; K is 0 in prediction.
+        ratings: [B, K] float32, of the targets, 0 at padding; None if the data have none.
+        index: [B] int64, which of the users who are evaluated.
+        weight: [B] float32, 0 for rows that only fill up a batch.
+    """
+
+    users: Tensor
+    items: Tensor
+    times: Tensor | None
+    history: Tensor
+    targets: Tensor
+    ratings: Tensor | None
+    index: Tensor  # type: ignore[assignment]
+    weight: Tensor
+
+
+def padded(array: np.ndarray, starts: np.ndarray, stops: np.ndarray, width: int | None = None) -> np.ndarray:
+    """The last `width` values of each range of a flat array, 0 on the left where there are fewer.
+
+    Args:
+        array: [N].
+        starts: [B], where the ranges start.
+        stops: [B], where they end.
+        width: by default the length of the longest.
+
+    Returns:
+        [B, width], of the array's type.
+    """
+    if width is None:
+        width = int((stops - starts).max(initial=0))
+    numbers = stops[:, None] - np.arange(width, 0, -1)  # [B, width]
+    there = numbers >= starts[:, None]
+    return np.where(there, array[np.where(there, numbers, 0)], array.dtype.type(0))
+
+
+def _tensor(array: np.ndarray | None, dtype: torch.dtype = torch.int64) -> Any:
+    return None if array is None else torch.from_numpy(array).to(dtype)
+
+
+class Windows(Dataset[SequenceBatch]):
+    """Users' training events in windows of T + 1, counted back from each user's last, so that this is always in one.
+
+    A window begins `step` events after the one before it. With a step of T each event but a user's first is a target once,
+    with a smaller one several times, each with more of its past; a user's first window may be shorter than the others. A
+    user with fewer than two events has none.
+
+    Args:
+        parts: the events, dealt out.
+        max_length: T.
+        step: 1 to T.
+        seed: with epoch and sample, determines a sample's key.
+    """
+
+    def __init__(self, parts: Parts, max_length: int, step: int, seed: int) -> None:
+        self.events, self.max_length, self.step, self.seed = parts.events, max_length, step, seed
+        self.starts, self.stops = parts.borders("train")
+        num_targets = self.stops - self.starts - 1
+        # ceil of what a first window of T targets leaves, over the step
+        counts = np.where(num_targets > 0, 1 - np.minimum(max_length - num_targets, 0) // step, 0)
+        self._last = np.cumsum(counts)  # [U], one past the last window of each user
+
+    def __len__(self) -> int:
+        return int(self._last[-1])
+
+    def __getitem__(self, number: int) -> SequenceBatch:
+        """One window, without the batch dimension."""
+        return SequenceBatch(*_first_rows(self.__getitems__([number])))
+
+    def __getitems__(self, numbers: Sequence[int], epoch: int = 0) -> SequenceBatch:
+        """The windows of these numbers, in an epoch, as one batch."""
+        index = np.asarray(numbers, np.int64)
+        users = np.searchsorted(self._last, index, side="right")
+        stops = self.stops[users] - (self._last[users] - 1 - index) * self.step  # a user's windows in the order of time
+        starts = self.starts[users]
+        T = self.max_length
+        items = padded(self.events.items, starts, stops, T + 1)
+        targets = np.where(items[:, :-1] > 0, items[:, 1:], 0)
+        times = self.events.times
+        return SequenceBatch(
+            _tensor(items[:, :-1]),
+            _tensor(targets),
+            None if times is None else _tensor(padded(times, starts, stops, T + 1)[:, :-1]),
+            _tensor(users),
+            _tensor(index),
+            torch.ones(len(index)),
+            _tensor(sample_keys(self.seed, epoch, index)),
+        )
+
+
+class Pairs(Dataset[PairBatch]):
+    """Training events one by one, those of a user one after the other.
+
+    Args:
+        parts: the events, dealt out.
+        seed: with epoch and sample, determines a sample's key.
+    """
+
+    def __init__(self, parts: Parts, seed: int) -> None:
+        self.events, self.seed = parts.events, seed
+        starts, stops = parts.borders("train")
+        self._last = np.cumsum(stops - starts)  # [U], one past the last training event of each user
+        self._shift = stops - self._last  # [U], from the number of a training event to that of the event
+
+    def __len__(self) -> int:
+        return int(self._last[-1])
+
+    def __getitem__(self, number: int) -> PairBatch:
+        """One event, without the batch dimension."""
+        return PairBatch(*_first_rows(self.__getitems__([number])))
+
+    def __getitems__(self, numbers: Sequence[int], epoch: int = 0) -> PairBatch:
+        """The events of these numbers, in an epoch, as one batch."""
+        index = np.asarray(numbers, np.int64)
+        users = np.searchsorted(self._last, index, side="right")
+        events = index + self._shift[users]
+        ratings = self.events.ratings
+        return PairBatch(
+            _tensor(users),
+            _tensor(self.events.items[events]),
+            None if ratings is None else _tensor(ratings[events], torch.float32),
+            _tensor(index),
+            torch.ones(len(index)),
+            _tensor(sample_keys(self.seed, epoch, index)),
+        )
+
+
+class Users(Dataset[UserBatch]):
+    """Users with all their training events; those who have any.
+
+    Args:
+        parts: the events, dealt out.
+        seed: with epoch and sample, determines a sample's key.
+    """
+
+    def __init__(self, parts: Parts, seed: int) -> None:
+        self.events, self.seed = parts.events, seed
+        self.starts, self.stops = parts.borders("train")
+        self.users = np.flatnonzero(self.stops > self.starts)
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def __getitem__(self, number: int) -> UserBatch:
+        """One user, without the batch dimension."""
+        return UserBatch(*_first_rows(self.__getitems__([number])))
+
+    def __getitems__(self, numbers: Sequence[int], epoch: int = 0) -> UserBatch:
+        """The users of these numbers, in an epoch, as one batch."""
+        index = np.asarray(numbers, np.int64)
+        users = self.users[index]
+        starts, stops = self.starts[users], self.stops[users]
+        ratings = self.events.ratings
+        return UserBatch(
+            _tensor(users),
+            _tensor(padded(self.events.items, starts, stops)),
+            None if ratings is None else _tensor(padded(ratings, starts, stops), torch.float32),
+            _tensor(index),
+            torch.ones(len(users)),
+            _tensor(sample_keys(self.seed, epoch, index)),
+        )
+
+
+class Histories(Dataset[EvalBatch]):
+    """Users with their histories and targets.
+
+    Args:
+        events: all of them.
+        users: [n], which of the users are evaluated.
+        starts: [U], where the targets of each user start; the history is what lies before.
+        stops: [U], where they end.
+        max_length: T.
+    """
+
+    def __init__(
+        self, events: Interactions, users: np.ndarray, starts: np.ndarray, stops: np.ndarray, max_length: int
+    ) -> None:
+        self.events, self.users, self.starts, self.stops = events, users, starts, stops
+        self.max_length = max_length
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def __getitem__(self, number: int) -> EvalBatch:
+        """One user, without the batch dimension."""
+        return EvalBatch(*_first_rows(self.__getitems__([number])))
+
+    def __getitems__(self, numbers: Sequence[int]) -> EvalBatch:
+        """The users of these numbers, as one batch."""
+        users = self.users[np.asarray(numbers, np.int64)]
+        firsts, starts, stops = self.events.offsets[users], self.starts[users], self.stops[users]
+        events, T = self.events, self.max_length
+        return EvalBatch(
+            _tensor(users),
+            _tensor(padded(events.items, firsts, starts, T)),
+            None if events.times is None else _tensor(padded(events.times, firsts, starts, T)),
+            _tensor(padded(events.items, firsts, starts)),
+            _tensor(padded(events.items, starts, stops)),
+            None if events.ratings is None else _tensor(padded(events.ratings, starts, stops), torch.float32),
+            torch.tensor(numbers),
+            torch.ones(len(users)),
+        )
+
+
+def _first_rows(batch: tuple[Tensor | None, ...]) -> list[Any]:
+    return [None if field is None else field[0] for field in batch]

@@ -1,0 +1,231 @@
+"""Events as batches for the net: the data module.
+
+B rows, T positions of a window, I items, U users, N events.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import DataLoader, Dataset
+
+from bigmodel.cache import cache_folder, digest, say
+from bigmodel.sampling import eval_loader, num_replicas, train_loader
+from bigmodel.tasks.recommendation.batches import EvalBatch, Histories, Pairs, Users, Windows
+from bigmodel.tasks.recommendation.filters import Filters
+from bigmodel.tasks.recommendation.interactions import SparseMatrix
+from bigmodel.tasks.recommendation.prepare import Prepared, prepare
+from bigmodel.tasks.recommendation.sources import Columns, find_source
+from bigmodel.tasks.recommendation.splits import LeaveOneOut, Parts, Split
+
+Examples = Literal["sequences", "pairs", "users"]
+
+
+class InteractionData(L.LightningDataModule):
+    """Who chose what and when, from tables or a public data set, sorted and numbered once into a cache.
+
+    What training batches are is the task's choice: its attribute `examples`, unless `examples` is given here.
+
+    Args:
+        path: tables of events (CSV, TSV, Parquet; files, a folder or a glob), MovieLens as published (a folder with u.data,
+            ratings.dat or ratings.csv), RecBole's .inter files, hf://owner/name, or {movielens}.
+        user_column: ids of users, whole numbers or text; by default user_id or userId.
+        item_column: ids of items, likewise; by default item_id or movieId.
+        rating_column: numbers; by default rating, if there is such a column.
+        time_column: seconds, milliseconds, microseconds or nanoseconds since 1970 (told apart by their size), text in ISO
+            format, or timestamps; by default timestamp, if there is such a column. Without times, the order of the source
+            counts.
+        filters: which events are left out; by default none.
+        split: LeaveOneOut (by default), GlobalTime or Ratio, all of bigmodel.tasks.recommendation.
+        examples: what is trained on: `sequences` (windows of a user's events), `pairs` (one event each), or `users` (each
+            with all events).
+        max_length: T, events that a net reads at once.
+        step: events from one training window to the next; by default T.
+        batch_size: windows, events or users per optimizer step over all processes.
+        micro_batch_size: of those, what one process takes at once; by default its whole share of the batch.
+        cache_dir: where prepared events are kept; by default $BIGMODEL_CACHE or ~/.cache/bigmodel.
+        num_workers: processes that read batches ahead; 0 reads them in the training process, which takes microseconds a
+            row.
+        seed: with the epoch, determines the order of the samples, and their keys.
+
+    Attributes:
+        sizes: what a net must know: num_items, max_length; num_users too if examples are pairs or users. After `setup`,
+            like all that follows.
+        fingerprint: hash of the events and how they are dealt out.
+        prepared: the events, and what users and items are called.
+        parts: how events are dealt out.
+    """
+
+    sizes: dict[str, int]
+    fingerprint: str
+    prepared: Prepared
+    parts: Parts
+
+    def __init__(
+        self,
+        path: str | list[str],
+        user_column: str | None = None,
+        item_column: str | None = None,
+        rating_column: str | None = None,
+        time_column: str | None = None,
+        filters: Filters | None = None,
+        split: Split | None = None,
+        examples: Examples | None = None,
+        max_length: int = 50,
+        step: int | None = None,
+        batch_size: int = 128,
+        micro_batch_size: int | None = None,
+        cache_dir: str | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if max_length < 1:
+            raise ValueError(f"--data.max_length {max_length}: at least 1 event is needed")
+        if step is not None and not 1 <= step <= max_length:
+            raise ValueError(
+                f"--data.step {step}: 1 to --data.max_length {max_length} is accepted; from windows that lie further apart"
+                " events would be missing"
+            )
+        if examples not in (None, "sequences", "pairs", "users"):
+            raise ValueError(f"--data.examples {examples}: sequences, pairs or users is accepted")
+        self.path, self.filters, self.split = path, filters or Filters(), split or LeaveOneOut()
+        self.columns = Columns(user_column, item_column, rating_column, time_column)
+        self._examples, self.max_length, self.step = examples, max_length, max_length if step is None else step
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.cache_dir, self.num_workers, self.seed = cache_dir, num_workers, seed
+        self._prepared: Prepared | None = None
+
+    @property
+    def examples(self) -> str:
+        """What is trained on.
+
+        Raises:
+            ValueError: if the task asks for something unknown.
+        """
+        if self._examples is not None:
+            return self._examples
+        asked = getattr(getattr(self.trainer, "lightning_module", None), "examples", "sequences")
+        if asked not in ("sequences", "pairs", "users"):
+            raise ValueError(f"the task's `examples` is {asked!r}; sequences, pairs or users is accepted")
+        return str(asked)
+
+    def prepare_data(self) -> None:
+        """Read, filter, sort and number the events, unless that was done before with these settings.
+
+        Raises:
+            ValueError: if the input cannot be used as asked; says which file or row, and what to do.
+        """
+        self._prepare()
+
+    def _prepare(self) -> Prepared:
+        if self._prepared is None:
+            cache = cache_folder("recommendation", self.cache_dir)
+            source = find_source(self.path, columns=self.columns, cache=cache)
+            self._prepared = prepare(source, self.columns, self.filters, cache)
+        return self._prepared
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the prepared events, and deal them out.
+
+        Raises:
+            ValueError: if a split gets nothing.
+        """
+        if not hasattr(self, "parts"):
+            self.prepared = self._prepare()
+            self.parts = self.split.divide(self.prepared.events)
+            if self.trainer is None or self.trainer.is_global_zero:
+                say(self.parts.line)
+        self.sizes = {"num_items": self.prepared.events.num_items, "max_length": self.max_length}
+        if self.examples != "sequences":
+            self.sizes["num_users"] = self.prepared.events.num_users
+        dealing = [repr(self.split), self.examples, self.max_length, self.step]
+        self.fingerprint = digest([self.prepared.fingerprint, *dealing])
+
+    def train_matrix(self, values: Literal["ones", "ratings"] = "ones") -> SparseMatrix:
+        """The training events as a matrix of users by items, for models that are solved for.
+
+        Args:
+            values: 1 where there is an event; or the rating, of several events the last.
+
+        Raises:
+            ValueError: if there are no ratings.
+        """
+        events, numbers = self.parts.events, self.parts.numbers("train")
+        if values == "ratings" and events.ratings is None:
+            raise ValueError("the data have no ratings; set --data.rating_column")
+        width = events.num_items + 1
+        starts, stops = self.parts.borders("train")
+        users = np.repeat(np.arange(events.num_users), stops - starts)
+        places = users * width + events.items[numbers]
+        order = np.argsort(places, kind="stable")
+        last = np.flatnonzero(np.diff(places[order], append=-1))  # of each pair
+        order = order[last]
+        counts = np.bincount(users[order], minlength=events.num_users)
+        ratings = None if values == "ones" else events.ratings
+        return SparseMatrix(
+            np.concatenate([[0], np.cumsum(counts)]),
+            np.asarray(events.items[numbers[order]]),
+            np.ones(len(order), np.float32) if ratings is None else np.asarray(ratings[numbers[order]]),
+            (events.num_users, width),
+        )
+
+    def item_counts(self) -> np.ndarray:
+        """[I + 1] int64, how many training events each item has."""
+        events = self.parts.events
+        return np.bincount(events.items[self.parts.numbers("train")], minlength=events.num_items + 1)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        samples: Windows | Pairs | Users
+        if self.examples == "sequences":
+            samples = Windows(self.parts, self.max_length, self.step, self.seed)
+        else:
+            samples = Pairs(self.parts, self.seed) if self.examples == "pairs" else Users(self.parts, self.seed)
+        return train_loader(
+            samples,
+            batch_size=self.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            seed=self.seed,
+            trainer=self.trainer,
+            num_workers=self.num_workers,
+        )
+
+    def val_dataloader(self) -> DataLoader[EvalBatch] | list[DataLoader[EvalBatch]]:
+        fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if "val" not in self.split.wanted and fitting:
+            return []  # asked for none
+        return self._eval_loader(self.histories("val"))
+
+    def test_dataloader(self) -> DataLoader[EvalBatch]:
+        return self._eval_loader(self.histories("test"))
+
+    def predict_dataloader(self) -> DataLoader[EvalBatch]:
+        """All users with all their events, and no targets."""
+        events = self.parts.events
+        ends = events.offsets[1:]
+        return self._eval_loader(Histories(events, np.arange(events.num_users), ends, ends, self.max_length))
+
+    def histories(self, split: str) -> Histories:
+        """The users who are evaluated in a split (val, test), with their histories and targets.
+
+        Raises:
+            ValueError: if there is no such split.
+        """
+        if split not in self.split.wanted:
+            raise ValueError(f"there is no {split} split: set --data.split.{split} to a share")
+        return Histories(self.parts.events, self.parts.evaluated(split), *self.parts.borders(split), self.max_length)
+
+    def _eval_loader(self, samples: Dataset[EvalBatch]) -> DataLoader[EvalBatch]:
+        replicas = num_replicas(self.trainer) if self.trainer is not None else 1
+        at_once = (self.micro_batch_size or 0) * replicas or self.batch_size
+        return eval_loader(samples, batch_size=at_once, trainer=self.trainer, num_workers=self.num_workers)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """The batch on the device."""
+        if device.type == "cpu":  # where Lightning takes a tenth of a millisecond to find that it is there
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)

@@ -1,0 +1,139 @@
+"""Who chose what and when, as flat arrays: the events of each user one after the other, in the order of time.
+
+Items have the numbers 1 to I (0 is padding), users 0 to U - 1.
+
+N events, U users, I items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """Events of all users; the arrays may be mapped into memory.
+
+    Attributes:
+        offsets: [U + 1] int64; the events of user u are `offsets[u]` to `offsets[u + 1]`, in the order of time, those of
+            equal time in the order of the source.
+        items: [N] int32, 1 to I.
+        times: [N] int64, whole seconds since 1970; None: the source has none, and the order is its own.
+        ratings: [N] float32, or None.
+        num_items: I, the largest number that an item may have.
+    """
+
+    offsets: np.ndarray
+    items: np.ndarray
+    times: np.ndarray | None
+    ratings: np.ndarray | None
+    num_items: int
+
+    @property
+    def num_users(self) -> int:
+        """U"""
+        return len(self.offsets) - 1
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[U] int64, how many events each user has."""
+        return np.diff(self.offsets)
+
+    def reordered(self, order: np.ndarray) -> Interactions:
+        """The events in another order [N], within each user."""
+        return Interactions(
+            self.offsets,
+            self.items[order],
+            None if self.times is None else self.times[order],
+            None if self.ratings is None else self.ratings[order],
+            self.num_items,
+        )
+
+
+def ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """The numbers [sum of stops - starts] int64 of all ranges from `starts` [M] to `stops` [M], one after the other."""
+    counts = stops - starts
+    numbers = np.arange(counts.sum(), dtype=np.int64)
+    numbers += np.repeat(starts - (np.cumsum(counts) - counts), counts)
+    return numbers
+
+
+class SparseMatrix(NamedTuple):
+    """A matrix of users by items in compressed rows (CSR); `scipy.sparse.csr_array((values, indices, indptr), shape)`.
+
+    Attributes:
+        indptr: [U + 1] int64; row u is `indptr[u]` to `indptr[u + 1]` of the other two.
+        indices: [n] int32, item numbers, ascending and each once in a row.
+        values: [n] float32.
+        shape: U, I + 1 (column 0 is padding, and empty).
+    """
+
+    indptr: np.ndarray
+    indices: np.ndarray
+    values: np.ndarray
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Ids:
+    """What users or items are called in the source.
+
+    Args:
+        table: column `id` (int64 or string), ascending; of items also `title` and `genres` where the source has them.
+        first: the number of the first row.
+        what: user or item, for messages.
+    """
+
+    table: pa.Table
+    first: int
+    what: str
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @cached_property
+    def _ids(self) -> pa.Array:
+        return self.table.column("id").combine_chunks()
+
+    def ids(self, numbers: np.ndarray) -> list[int] | list[str]:
+        """The ids of these numbers [M]."""
+        found: list[int] | list[str] = self._ids.take(pa.array(np.asarray(numbers) - self.first)).to_pylist()
+        return found
+
+    def titles(self, numbers: np.ndarray) -> list[str | None]:
+        """The titles of these numbers [M]; None where the source has none."""
+        if "title" not in self.table.column_names:
+            return [None] * len(numbers)
+        titles: list[str | None] = (
+            self.table.column("title").take(pa.array(np.asarray(numbers) - self.first)).to_pylist()
+        )
+        return titles
+
+    def numbers(self, ids: Iterable[int | str]) -> np.ndarray:
+        """The numbers [M] int64 of these ids. Text that spells a whole number will do for an integer.
+
+        Raises:
+            ValueError: if an id is unknown.
+        """
+        given = list(ids)
+        found = np.empty(len(given), np.int64)
+        for i, one in enumerate(given):
+            try:
+                row = pc.index(self._ids, pa.scalar(one).cast(self._ids.type)).as_py()
+            except (pa.ArrowInvalid, OverflowError):
+                row = -1
+            if row < 0:
+                some = ", ".join(map(repr, self._ids.slice(0, 3).to_pylist()))
+                raise ValueError(f"there is no {self.what} {one!r}; there are {len(self):,}, such as {some}")
+            found[i] = row + self.first
+        return found

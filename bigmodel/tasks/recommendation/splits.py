@@ -1,0 +1,249 @@
+"""Dealing each user's events out to training, validation and test.
+
+However it is done, the events of a user lie in the order training, validation, test, so that two numbers a user say all::
+
+    offsets[u] .. train_stops[u] .. val_stops[u] .. offsets[u + 1]
+
+What is known before a target is what lies before its split: the training events for validation, those and the validation
+events for test.
+
+N events, U users.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+
+from bigmodel.randomness import sample_keys
+from bigmodel.tasks.recommendation.interactions import Interactions, ranges
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Events dealt out to train, val and test.
+
+    Attributes:
+        events: all of them, each user's in the order train, val, test.
+        train_stops: [U] int64, where the training events of each user end.
+        val_stops: [U] int64, where the validation events end and the test events begin.
+        line: what was done, for people to read.
+    """
+
+    events: Interactions
+    train_stops: np.ndarray
+    val_stops: np.ndarray
+    line: str
+
+    def borders(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Where the events of each user in a split (train, val, test) start and stop, [U] int64 each."""
+        starts, stops = self.events.offsets[:-1], self.events.offsets[1:]
+        return {
+            "train": (starts, self.train_stops),
+            "val": (self.train_stops, self.val_stops),
+            "test": (self.val_stops, stops),
+        }[split]
+
+    def numbers(self, split: str) -> np.ndarray:
+        """The numbers [n] int64 of the events of a split, ascending."""
+        return ranges(*self.borders(split))
+
+    def evaluated(self, split: str) -> np.ndarray:
+        """The users [n] int64 who have a target in a split, and something before it."""
+        starts, stops = self.borders(split)
+        return np.flatnonzero((stops > starts) & (starts > self.events.offsets[:-1]))
+
+
+class Split(ABC):
+    """How events are dealt out. Its `repr` says all that determines it (a dataclass's does)."""
+
+    def divide(self, events: Interactions) -> Parts:
+        """Deal them out.
+
+        Raises:
+            ValueError: if nothing is left to train on, or a split that is wanted gets nobody who can be evaluated.
+        """
+        parts = self._divide(events)
+        counts = {name: int(np.subtract(*parts.borders(name)[::-1]).sum()) for name in ("train", "val", "test")}
+        if counts["train"] == 0:
+            raise ValueError(
+                f"--data.split leaves no event to train on ({parts.line}); give more data, or another split"
+            )
+        for name in self.wanted:
+            if len(parts.evaluated(name)) == 0:
+                raise ValueError(
+                    f"--data.split leaves nobody to evaluate in {name}: no user has an event there and one before it"
+                    f" ({parts.line}); give users more events, or another split"
+                )
+        strangers = {
+            name: int(np.count_nonzero(np.subtract(*parts.borders(name)[::-1]))) - len(parts.evaluated(name))
+            for name in self.wanted
+        }
+        unknown = [f"{count:,} in {name}" for name, count in strangers.items() if count]
+        said = f"; users without earlier events are not evaluated: {', '.join(unknown)}" if unknown else ""
+        shown = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        return Parts(parts.events, parts.train_stops, parts.val_stops, f"events: {shown} ({parts.line}){said}")
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The splits beside train that are made."""
+        return ("val", "test")
+
+    @abstractmethod
+    def _divide(self, events: Interactions) -> Parts:
+        """Deal them out, unchecked."""
+
+
+@dataclass(frozen=True)
+class LeaveOneOut(Split):
+    """Each user's last event is for test, the one before it for validation, the rest for training (Kang and McAuley 2018,
+    and most that followed).
+
+    Users with fewer than `min_events` events are trained on with all they have, and not evaluated.
+
+    Args:
+        min_events: at least 3.
+    """
+
+    min_events: int = 3
+
+    def __post_init__(self) -> None:
+        if self.min_events < 3:
+            raise ValueError(
+                f"--data.split.min_events {self.min_events}: one to train on, one for validation, one for test"
+            )
+
+    def _divide(self, events: Interactions) -> Parts:
+        stops, enough = events.offsets[1:], events.lengths >= self.min_events
+        few = int(np.count_nonzero(~enough))
+        line = f"each user's last for test, the one before for val; {few:,} users with fewer than {self.min_events} in train"
+        return Parts(events, stops - 2 * enough, stops - enough, line)
+
+
+@dataclass(frozen=True)
+class GlobalTime(Split):
+    """All that happened from one instant on is for validation, from a later one on for test: as a recommender is met in use.
+
+    No training event is as late as any validation event, and so on. A user may have several targets, or none; a user without
+    earlier events is not evaluated.
+
+    Args:
+        val: share of the events, at least 0 (no such split), those of equal time on the same side; or the instant from which
+            on, in ISO format (UTC if it does not say).
+        test: the same.
+    """
+
+    val: float | str = 0.1
+    test: float | str = 0.1
+
+    def __post_init__(self) -> None:
+        instants = [isinstance(value, str) for value in (self.val, self.test)]
+        for name, value in (("val", self.val), ("test", self.test)):
+            if isinstance(value, str):
+                _instant(name, value)
+        if not any(instants):
+            _check_shares(float(self.val), float(self.test))
+        elif not all(instants):
+            raise ValueError(f"--data.split.val {self.val}, --data.split.test {self.test}: two shares, or two instants")
+        elif _instant("val", str(self.val)) >= _instant("test", str(self.test)):
+            raise ValueError(f"--data.split.val {self.val} is not before --data.split.test {self.test}")
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        return tuple(name for name, value in (("val", self.val), ("test", self.test)) if value)
+
+    def _divide(self, events: Interactions) -> Parts:
+        if events.times is None:
+            raise ValueError(
+                "--data.split GlobalTime: the data have no times; set --data.time_column, or another split"
+            )
+        times = np.asarray(events.times)
+        if isinstance(self.val, str) or isinstance(self.test, str):
+            val, test = _instant("val", str(self.val)), _instant("test", str(self.test))
+        else:
+            val, test = (_share_from(times, share) for share in (self.val + self.test, self.test))
+        train_stops, val_stops = (_first_from(events.offsets, times, instant) for instant in (val, test))
+        days = [datetime.fromtimestamp(min(t, int(times.max()) + 1), UTC).isoformat() for t in (val, test)]
+        return Parts(events, train_stops, val_stops, f"val from {days[0]} on, test from {days[1]} on")
+
+
+@dataclass(frozen=True)
+class Ratio(Split):
+    """Of each user's events the last share is for test, the share before it for validation; or shares drawn at random.
+
+    Counts are rounded to the nearest; each user keeps an event to train on. Drawn at random, later events may be used to
+    predict earlier ones: for models that know no order.
+
+    Args:
+        val: share of each user's events for validation, at least 0 (no such split) and below 1.
+        test: share for test, likewise.
+        random: draw them.
+        seed: with the event's number, determines what is drawn.
+    """
+
+    val: float = 0.1
+    test: float = 0.1
+    random: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_shares(self.val, self.test)
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        return tuple(name for name, value in (("val", self.val), ("test", self.test)) if value)
+
+    def _divide(self, events: Interactions) -> Parts:
+        lengths = events.lengths
+        num_test = np.minimum((lengths * self.test + 0.5).astype(np.int64), np.maximum(lengths - 1, 0))
+        num_val = np.minimum((lengths * self.val + 0.5).astype(np.int64), np.maximum(lengths - num_test - 1, 0))
+        val_stops = events.offsets[1:] - num_test
+        train_stops = val_stops - num_val
+        if not self.random:
+            return Parts(
+                events, train_stops, val_stops, f"each user's last {self.test:g} for test, {self.val:g} for val"
+            )
+        users = np.repeat(np.arange(events.num_users), lengths)
+        drawn = np.lexsort((sample_keys(self.seed, 0, np.arange(len(events))), users))  # shuffled within each user
+        split = np.empty(len(events), np.int8)
+        split[drawn] = np.repeat(
+            np.tile(np.arange(3, dtype=np.int8), events.num_users),
+            np.stack([lengths - num_val - num_test, num_val, num_test], 1).ravel(),
+        )
+        order = np.lexsort((split, users))  # stable: the order of time within a split
+        line = f"{self.test:g} of each user's for test, {self.val:g} for val, drawn with seed {self.seed}"
+        return Parts(events.reordered(order), train_stops, val_stops, line)
+
+
+def _check_shares(val: float, test: float) -> None:
+    if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
+        raise ValueError(f"--data.split.val {val}, --data.split.test {test}: shares from 0, together below 1")
+
+
+def _instant(name: str, text: str) -> int:
+    """Seconds since 1970."""
+    try:
+        instant = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(
+            f"--data.split.{name} {text!r} is neither a share nor an instant in ISO format, such as 2016-07-01"
+        ) from None
+    return int((instant if instant.tzinfo else instant.replace(tzinfo=UTC)).timestamp())
+
+
+def _share_from(times: np.ndarray, share: float) -> int:
+    """The instant [s] from which on this share of the events lies, those of equal time all on the later side."""
+    if share == 0:
+        return int(np.iinfo(np.int64).max)
+    place = min(len(times) - round(len(times) * share), len(times) - 1)
+    return int(np.partition(times, place)[place])
+
+
+def _first_from(offsets: np.ndarray, times: np.ndarray, instant: int) -> np.ndarray:
+    """[U] int64, the first event of each user at this instant or later, or where the user's events end."""
+    before = np.concatenate([[0], np.cumsum(times < instant)])
+    stops: np.ndarray = offsets[:-1] + before[offsets[1:]] - before[offsets[:-1]]
+    return stops
