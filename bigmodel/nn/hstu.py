@@ -22,14 +22,14 @@ def time_buckets(times: Tensor, num_buckets: int) -> Tensor:
 
     Args:
         times: [B, T], int64, seconds.
-        num_buckets: buckets G; 72 reach over a century.
+        num_buckets: buckets G; 72 tell times apart that lie up to 60 years apart.
 
     Returns:
         [B, T, T], int64, from 0 to G - 1.
     """
     elapsed = (times[:, :, None] - times[:, None, :]).abs().clamp(min=1)  # [B, T, T]
-    # In float64, lest the edges of buckets be those of rounding; taken apart while still integers, to be exact.
-    return (elapsed.double().log() / _LOG_BUCKET).long().clamp(max=num_buckets - 1)
+    # Subtracted as integers: float32 knows times of today to two minutes only.
+    return (elapsed.float().log() / _LOG_BUCKET).long().clamp(max=num_buckets - 1)
 
 
 class HSTUBlock(nn.Module):
@@ -42,8 +42,9 @@ class HSTUBlock(nn.Module):
         super().__init__()
         self.width, self.num_heads, self.max_length = width, num_heads, max_length
         self.uvqk = nn.Linear(width, 4 * width, bias=False)
-        self.position_bias = nn.Embedding(max_length, 1)  # by distance, from 0
-        self.time_bias = nn.Embedding(num_buckets, 1) if num_buckets else None
+        # Plain vectors: the gradient of an embedding takes 100 times as long for a table that is read so often.
+        self.position_bias = nn.Parameter(torch.empty(max_length))  # by distance, from 0
+        self.time_bias = nn.Parameter(torch.empty(num_buckets)) if num_buckets else None
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(width, width)
 
@@ -52,9 +53,9 @@ class HSTUBlock(nn.Module):
         projected = F.silu(self.uvqk(F.layer_norm(x, [self.width], eps=_NORM_EPS)))  # [B, T, 4 D]
         gate, *heads = projected.chunk(4, dim=-1)
         value, query, key = (h.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for h in heads)  # [B, H, T, K]
-        bias = self.position_bias(distances).squeeze(-1)  # [T, T]
+        bias = self.position_bias[distances]  # [T, T]
         if self.time_bias is not None and buckets is not None:
-            bias = (bias + self.time_bias(buckets).squeeze(-1)).unsqueeze(1)  # [B, 1, T, T]
+            bias = (bias + self.time_bias[buckets]).unsqueeze(1)  # [B, 1, T, T]
         weights = F.silu(query @ key.mT + bias) / self.max_length  # [B, H, T, T]
         mixed = weights.masked_fill(~mask, 0.0).to(value.dtype) @ value  # [B, H, T, K]
         mixed = F.layer_norm(mixed.transpose(1, 2).flatten(2), [self.width], eps=_NORM_EPS)  # [B, T, D]
@@ -112,6 +113,11 @@ class HSTU(ItemScorer):
     def reset_parameters(self) -> None:
         """Draw all weights as for a new net, from torch's random state."""
         draw_weights(self, self.init_std)
+        for module in self.modules():
+            if isinstance(module, HSTUBlock):
+                nn.init.normal_(module.position_bias, std=self.init_std)
+                if module.time_bias is not None:
+                    nn.init.normal_(module.time_bias, std=self.init_std)
 
     def features(self, items: Tensor, times: Tensor | None = None) -> Tensor:
         """What scores the item after each position.

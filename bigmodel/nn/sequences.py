@@ -230,7 +230,6 @@ class Block(nn.Module):
         return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
 
-@torch.no_grad()
 def draw_weights(net: nn.Module, std: float) -> None:
     """As for a new net, from torch's random state: tables and matrices normal with this deviation, biases 0, norms 1."""
     for module in net.modules():
