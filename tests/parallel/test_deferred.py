@@ -12,7 +12,7 @@ from outsider import MLP as OutsiderMLP
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from bigmodel.nn import GPT, VGG, ConvNeXt, ResNet, ViT
+from bigmodel.nn import GPT, HSTU, VGG, BERT4Rec, ConvNeXt, GRU4Rec, ResNet, SASRec, ViT
 from bigmodel.parallel import deferred
 
 
@@ -88,6 +88,10 @@ NETS = {
     "resnet": lambda: ResNet(10, 3, 32, depth=8),
     "convnext": lambda: ConvNeXt(10, 3, 32, depths=(1, 2), widths=(8, 16)),
     "vgg": lambda: VGG(10, 3, 32, depth=11),
+    "sasrec": lambda: SASRec(20, 8, width=16),
+    "bert4rec": lambda: BERT4Rec(20, 8, width=16),
+    "gru4rec": lambda: GRU4Rec(20, 8, width=16, hidden=24),
+    "hstu": lambda: HSTU(20, 8, width=16),
     "outsider": lambda: OutsiderMLP(4),
     "llama": llama,
     "bert": bert,

@@ -1,0 +1,62 @@
+"""Matrix factorisation: a vector for each user and each item, whose product is the score.
+
+Source: Koren et al. 2009 (doi 10.1109/MC.2009.263), eq. 1 and 4, without what is the same for all items of a user (the
+user's bias, the mean): it changes neither a ranking nor a softmax.
+
+B users, U all users, I items, D width.
+"""
+
+from torch import Tensor, nn
+
+from bigmodel.nn.arguments import check_sizes
+from bigmodel.nn.sequences import ItemScorer
+
+
+class MatrixFactorization(ItemScorer):
+    """Users [B], 0..U-1, in; scores [B, I + 1] of all items out.
+
+    Args:
+        num_users: users U.
+        num_items: items I.
+        width: channels D of a user and of an item.
+        bias: add to an item's score what it has for all users, its popularity.
+        init_std: standard deviation of vectors at the start.
+
+    Raises:
+        ValueError: a size below one.
+    """
+
+    def __init__(
+        self, num_users: int, num_items: int, *, width: int = 64, bias: bool = True, init_std: float = 0.1
+    ) -> None:
+        super().__init__(num_items, width, bias=bias)
+        check_sizes(num_users=num_users)
+        self.num_users = num_users
+        self.init_std = init_std
+        self.embed_users = nn.Embedding(num_users, width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights as for a new net, from torch's random state; biases start at zero."""
+        nn.init.normal_(self.embed_users.weight, std=self.init_std)
+        self.embed.reset_parameters(self.init_std)
+        if self.item_bias is not None:
+            nn.init.zeros_(self.item_bias)
+
+    def features(self, users: Tensor) -> Tensor:
+        """Vectors [..., D] of users [...], int64.
+
+        Raises:
+            ValueError: a user outside of the table (on a CPU; an accelerator reports it as a failed device assertion).
+        """
+        try:
+            return self.embed_users(users)
+        except IndexError as error:
+            raise ValueError(
+                f"users go from {int(users.min())} to {int(users.max())}, but this net has vectors for 0 to "
+                f"{self.num_users - 1} only; for a new user take a net that reads histories"
+            ) from error
+
+    def forward(self, users: Tensor) -> Tensor:
+        """Scores [B, I + 1] of all items for users [B]."""
+        return self.logits(self.features(users))
