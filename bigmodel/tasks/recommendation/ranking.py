@@ -121,9 +121,7 @@ class _Blocks:
         elif block_size < 1:
             raise ValueError(f"block_size is {block_size}, but must be at least 1 or None")
         self.score_block, self.num_items, self.history = score_block, num_items, history
-        self.bounds = [
-            (first, min(first + block_size, num_items + 1)) for first in range(1, num_items + 1, block_size)
-        ]
+        self.bounds = [(first, min(first + block_size, num_items + 1)) for first in range(1, num_items + 1, block_size)]
         self._kept: Tensor | None = None  # the only block
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
