@@ -4,9 +4,8 @@ A loss of positions is an object made from its options alone; what the data know
 
     loss, count = self.loss(self.net, features, targets, DrawKeys.of(seed, step, batch.index, num_positions))
 
-Sources: sampled softmax by importance sampling (Bengio and Senécal 2008, "Adaptive importance sampling to accelerate training
-of a neural probabilistic language model"); binary cross-entropy as in SASRec (arXiv 1808.09781); gBCE (gSASRec, arXiv
-2308.07192); BPR (arXiv 1205.2618).
+Sources: sampled softmax by importance sampling (Bengio and Senécal 2008, IEEE Transactions on Neural Networks 19); binary
+cross-entropy as in SASRec (arXiv 1808.09781); gBCE (gSASRec, arXiv 2308.07192); BPR (arXiv 1205.2618).
 
 M positions (or pairs), D width, I items (numbered 1 to I; 0 is padding), n negatives.
 """
@@ -112,7 +111,7 @@ class _Drawing(nn.Module):
         keys: DrawKeys,
         loss_of: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
-        """Sum and count by `loss_of(positive [m], negative [m, n], hits [m, n], counted [m])`; each position draws its own."""
+        """Sum and count by `loss_of(positive [m], negative [m, n], hits [m, n], counted [m])`; a position has its own n."""
         if keys.positions.shape != targets.shape:
             raise ValueError(
                 f"keys {list(keys.positions.shape)} and targets {list(targets.shape)} do not belong together"
@@ -166,7 +165,7 @@ class BCE(_Drawing):
 
 
 class GBCE(_Drawing):
-    """Generalised binary cross-entropy: that of the target weighs less, so that few negatives do not make for overconfidence.
+    """Generalised binary cross-entropy: the target's part weighs less, so that few negatives do not make overconfident.
 
     Args:
         num_negatives: n, drawn uniformly with replacement.
@@ -258,7 +257,7 @@ def gbce_beta(num_negatives: int, num_items: int, t: float) -> float:
 def bpr_sum(
     positive: Tensor, negative: Tensor, hits: Tensor | None = None, counted: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum and count of -log sigma(positive - negative_j), the mean over the negatives of each position; arguments as for `bce_sum`.
+    """Sum and count of -log sigma(positive - negative_j), the mean over n of them; arguments as for `bce_sum`.
 
     For a model of pairs (user, item): positive [P] and negative [P, n] scores of a user's items and of drawn ones.
     """

@@ -1,7 +1,7 @@
 """Items drawn as negatives: on the device, as a function of (seed, optimizer step, sample) and of nothing else.
 
-A step's draws are the same on any number of processes, in micro-batches of any size, and after a resume, since a sample is in
-the same step in all of them. A task asks for `DrawKeys` in each step, which costs a few small kernels and no synchronisation::
+A step's draws are the same on any number of processes, in micro-batches of any size, and after a resume, since a sample is
+in the same step in all of them. A task asks for `DrawKeys` in each step: a few small kernels and no synchronisation::
 
     keys = DrawKeys.of(seed, self.trainer.global_step, batch.index, num_positions)
 
@@ -88,7 +88,7 @@ class Negatives(nn.Module):
         return 1 + (numbers if self.upper is None else torch.searchsorted(self.upper, numbers, right=True))
 
     def log_probability(self, items: Tensor) -> Tensor:
-        """Logarithm of the probability that a draw gives an item, float32, of the items' shape; -inf for those never drawn."""
+        """Logarithm of each item's probability in a draw, float32, of the items' shape; -inf for those never drawn."""
         if self.upper is None:
             return torch.full(items.shape, -math.log(self.num_items), device=items.device)
         return self.log_shares[items - 1]
@@ -99,8 +99,8 @@ def evaluation_negatives(
 ) -> Tensor:
     """Items to rank a target among, for sampled metrics: drawn without replacement, the same for a user in any batch.
 
-    Each item that is not excluded gets a random number, and the highest are taken; by popularity, log(u) / count, which takes
-    items one after the other in proportion to their counts (Efraimidis and Spirakis 2006).
+    Each item that is not excluded gets a random number u, and the highest are taken; by popularity, log(u) / count, which
+    takes items one after the other in proportion to their counts (Efraimidis and Spirakis 2006).
 
     Args:
         seed: of the evaluation, the same throughout a run.

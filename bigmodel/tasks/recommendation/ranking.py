@@ -108,6 +108,32 @@ def rank_and_top_k(
     return counter.ranks(), best.lists()[0]
 
 
+@torch.no_grad()
+def sampled_rank(
+    score_block: ScoreBlock, num_items: int, targets: Tensor, negatives: Tensor, block_size: int | None = None
+) -> Tensor:
+    """Ranks of the targets, each among the negatives of its user only: for metrics that say so (`sampled_...`).
+
+    They order models otherwise than ranks among all items do (Krichene and Rendle 2020), and can only be compared with others
+    of as many negatives, drawn alike.
+
+    Args:
+        score_block, num_items, targets, block_size: as for `rank`.
+        negatives: [B, n] int64, other items than the targets, padded with 0 (`negatives.evaluation_negatives`).
+
+    Returns:
+        [B, K] int64, 0 where there is no target; ties count against the target.
+    """
+    _check_items("targets", targets, num_items)
+    picked = _Blocks(score_block, num_items, negatives, block_size).pick(torch.cat([targets, negatives], 1))
+    if not picked.isfinite().all():
+        raise ValueError("a score is not finite: training has diverged. Lower --model.optimizer.lr")
+    values, others = picked[:, : targets.shape[1]], picked[:, targets.shape[1] :]
+    others = others.masked_fill(negatives == 0, -torch.inf)
+    ranks = 1 + (others[:, None, :] >= values[:, :, None]).sum(2)  # [B, K, n] -> [B, K]
+    return ranks.masked_fill_(targets == 0, 0)
+
+
 class _Blocks:
     """The scores of all items, a block at a time."""
 

@@ -1,4 +1,4 @@
-"""Losses against constants, torch's own, loops over positions, and each other; what is in memory; a net that learns by them."""
+"""Losses against constants, torch's own, and loops over positions; what is in memory; a net that learns by each."""
 
 import math
 from typing import Any
@@ -25,8 +25,8 @@ from bigmodel.tasks.recommendation.losses import (
 from bigmodel.tasks.recommendation.negatives import DrawKeys
 from bigmodel.tasks.recommendation.ranking import dot_products, rank_and_top_k
 
-B, T, D, I = 4, 6, 5, 30
-COUNTS = torch.arange(I + 1) % 7  # some items are never met
+B, T, D, N = 4, 6, 5, 30
+COUNTS = torch.arange(N + 1) % 7  # some items are never met
 LOSSES = {
     "full": FullSoftmax(),
     "sampled": SampledSoftmax(16),
@@ -63,15 +63,15 @@ class Net(nn.Module):
 def problem() -> tuple[Net, Tensor, Tensor, DrawKeys]:
     """A net, features [B, T, D] of leaves, targets [B, T], some of them 0, and keys."""
     torch.manual_seed(0)
-    net, features = Net(I, T), torch.randn(B, T, D, requires_grad=True)
-    targets = torch.randint(1, I + 1, (B, T))
+    net, features = Net(N, T), torch.randn(B, T, D, requires_grad=True)
+    targets = torch.randint(1, N + 1, (B, T))
     targets[0, :4] = targets[2] = 0
     return net, features, targets, DrawKeys.of(1, 2, torch.arange(B), T)
 
 
 def outcome(loss: Any, net: Net, features: Tensor, targets: Tensor, keys: DrawKeys) -> tuple[Tensor, ...]:
     """Sum, count, and gradients of features and table."""
-    loss.prepare(I, COUNTS)
+    loss.prepare(N, COUNTS)
     total, count = loss(net, features, targets, keys)
     return total.detach(), count, *torch.autograd.grad(total, (features, net.embed.weight))
 
@@ -91,7 +91,7 @@ def test_full_softmax_leaves_padding_out() -> None:
 
 def test_sampled_softmax_over_all_items_is_the_full_one() -> None:
     net, features, targets, keys = problem()
-    total, count = sampled_softmax_sum(net, features, targets, torch.arange(1, I + 1), torch.zeros(I))
+    total, count = sampled_softmax_sum(net, features, targets, torch.arange(1, N + 1), torch.zeros(N))
     found = total.detach(), count, *torch.autograd.grad(total, (features, net.embed.weight))
     torch.testing.assert_close(found, outcome(FullSoftmax(), net, features, targets, keys))
 
@@ -101,7 +101,7 @@ def test_sampled_softmax_estimates_the_sum_over_all_items(popularity: bool) -> N
     net, features, targets, _ = problem()
     loss = SampledSoftmax(2000, popularity)
     counts = COUNTS.clamp(min=1)
-    loss.prepare(I, counts)
+    loss.prepare(N, counts)
     full = FullSoftmax()(net, features, targets, DrawKeys.of(0, 0, torch.arange(B), T))[0].item()
     found = [loss(net, features, targets, DrawKeys.of(0, step, torch.arange(B), T))[0].item() for step in range(50)]
     assert abs(sum(found) / 50 - full) < 0.01 * full
@@ -131,20 +131,21 @@ def test_pairs() -> None:
 def test_negatives_of_each_position_against_a_loop(name: str) -> None:
     net, features, targets, keys = problem()
     loss = LOSSES[name]
-    loss.prepare(I, COUNTS)
+    loss.prepare(N, COUNTS)
     items = loss.negatives.draw(keys.positions.flatten(), loss.num_negatives).view(B, T, -1)
     targets[1, 1] = items[1, 1, 0]  # drawn by accident
     expected, n = 0.0, loss.num_negatives
+    vectors = net.embed.weight.detach()
     for b in range(B):
         for t in range(T):
             if targets[b, t] == 0:
                 continue
-            s = [float(features[b, t] @ net.embed.weight[i]) for i in [targets[b, t], *items[b, t]]]
+            s = [float(features[b, t].detach() @ vectors[i]) for i in [targets[b, t], *items[b, t]]]
             others = [x for x, i in zip(s[1:], items[b, t], strict=True) if i != targets[b, t]]
             if name == "bpr":
                 expected += sum(math.log1p(math.exp(x - s[0])) for x in others) / n
             else:
-                beta = gbce_beta(n, I, 0.75) if name == "gbce" else 1
+                beta = gbce_beta(n, N, 0.75) if name == "gbce" else 1
                 positive = beta * math.log1p(math.exp(-s[0]))
                 expected += (positive + sum(math.log1p(math.exp(x)) for x in others)) / (n + 1)
     total, count = loss(net, features, targets, keys)
@@ -206,19 +207,19 @@ def test_what_is_in_memory(loss: Any, elements: int, monkeypatch) -> None:
 def test_a_net_learns_cycles_by_each_of_them(name: str) -> None:
     """Users walk round cycles of items; which item comes next is then known, and is ranked first."""
     torch.manual_seed(0)
-    net, loss = Net(I, T, 32), LOSSES[name]
-    loss.prepare(I, torch.ones(I + 1, dtype=torch.int64))
-    walks = (torch.arange(T + 1) + torch.arange(I)[:, None]) % I + 1  # [I, T + 1]
+    net, loss = Net(N, T, 32), LOSSES[name]
+    loss.prepare(N, torch.ones(N + 1, dtype=torch.int64))
+    walks = (torch.arange(T + 1) + torch.arange(N)[:, None]) % N + 1  # [N, T + 1]
     optimizer = torch.optim.Adam(net.parameters(), 0.03)
     for step in range(60):
-        keys = DrawKeys.of(0, step, torch.arange(I), T)
+        keys = DrawKeys.of(0, step, torch.arange(N), T)
         total, count = loss(net, net.features(walks[:, :-1]), walks[:, 1:], keys)
         optimizer.zero_grad()
         (total / count).backward()
         optimizer.step()
     queries = net.features(walks[:, :-1])[:, -1]
     scores = dot_products(queries, net.item_vectors())
-    ranks, items = rank_and_top_k(scores, I, 3, walks[:, -1:], walks[:, :-1])
+    ranks, items = rank_and_top_k(scores, N, 3, walks[:, -1:], walks[:, :-1])
     assert (ranks == 1).all()
     assert torch.equal(items[:, 0], walks[:, -1])
 
@@ -235,6 +236,6 @@ def test_bad_options_are_refused() -> None:
             make()
     net, features, targets, keys = problem()
     loss = BCE()
-    loss.prepare(I)
+    loss.prepare(N)
     with pytest.raises(ValueError, match=r"keys \[6, 4\] and targets \[4, 6\]"):
         loss(net, features, targets, keys._replace(positions=keys.positions.T))

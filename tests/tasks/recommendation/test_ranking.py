@@ -6,25 +6,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigmodel.tasks.recommendation.ranking import dot_products, rank, rank_and_top_k, top_k
+from bigmodel.tasks.recommendation.ranking import dot_products, rank, rank_and_top_k, sampled_rank, top_k
 
-B, I, H, K = 6, 23, 9, 3
+B, N, H, K = 6, 23, 9, 3
 
 
 def block_of(scores: Tensor):
-    """A score_block of scores [B, I + 1]."""
+    """A score_block of scores [B, N + 1]."""
     return lambda first, last: scores[:, first:last].clone()
 
 
 def problem(ties: bool, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores [B, I + 1], that of padding the highest; targets [B, K] and history [B, H], with padding in odd places, repeated
-    items, and targets that were met before."""
+    """Scores [B, N + 1], that of padding the highest; targets [B, K] and history [B, H], with padding in odd places,
+    repeated items, and targets that were met before."""
     generator = torch.Generator().manual_seed(seed)
-    scores = torch.randn(B, I + 1, generator=generator)
+    scores = torch.randn(B, N + 1, generator=generator)
     if ties:
         scores = scores.round()
     scores[:, 0] = 100
-    items = torch.stack([torch.randperm(I, generator=generator) + 1 for _ in range(B)])
+    items = torch.stack([torch.randperm(N, generator=generator) + 1 for _ in range(B)])
     targets, history = items[:, :K].clone(), items[:, K : K + H].clone()
     targets[1, 0] = targets[2, 1:] = targets[4] = 0
     history[0, 3:] = history[3, 0] = 0
@@ -37,7 +37,7 @@ def brute_force(scores: Tensor, targets: Tensor, history: Tensor) -> tuple[list[
     """Ranks and whole lists, by sorting (score descending; others before targets)."""
     ranks, lists = [], []
     for s, wanted, seen in zip(scores.tolist(), targets.tolist(), history.tolist(), strict=True):
-        allowed = [i for i in range(1, I + 1) if i in wanted or i not in seen]
+        allowed = [i for i in range(1, N + 1) if i in wanted or i not in seen]
         worst = sorted(allowed, key=lambda i: (-s[i], i in wanted))
         # Of targets that tie with each other, the later one stands first.
         ranks.append([0 if t == 0 else rank_of(t, worst, s, wanted) for t in wanted])
@@ -57,18 +57,29 @@ def test_equal_brute_force(ties: bool, block_size: int | None) -> None:
     for seed in range(20):
         scores, targets, history = problem(ties, seed)
         ranks, lists = brute_force(scores, targets, history)
-        assert rank(block_of(scores), I, targets, history, block_size).tolist() == ranks
-        first = [rank(block_of(scores), I, targets[:, [j]], history, block_size)[:, 0].tolist() for j in range(K)]
+        assert rank(block_of(scores), N, targets, history, block_size).tolist() == ranks
+        first = [rank(block_of(scores), N, targets[:, [j]], history, block_size)[:, 0].tolist() for j in range(K)]
         alone = [brute_force(scores, targets[:, [j]], history)[0] for j in range(K)]
         assert first == [[row[0] for row in column] for column in alone]
 
-        both, items = rank_and_top_k(block_of(scores), I, 7, targets, history, block_size)
+        both, items = rank_and_top_k(block_of(scores), N, 7, targets, history, block_size)
         assert both.tolist() == ranks
         assert items.tolist() == [best[:7] for best in lists]
-        items, values = top_k(block_of(scores), I, 7, history, block_size)
+        items, values = top_k(block_of(scores), N, 7, history, block_size)
         _, lists = brute_force(scores, torch.zeros_like(targets), history)
         assert items.tolist() == [best[:7] for best in lists]
         assert torch.equal(values, scores.gather(1, items))
+
+
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_ranks_among_a_sample(block_size: int | None) -> None:
+    scores, targets, negatives = problem(ties=True)
+    negatives[0, 1] = negatives[5, 2] = 0  # were targets
+    expected = [
+        [0 if t == 0 else 1 + sum(s[j] >= s[t] for j in drawn if j) for t in wanted]
+        for s, wanted, drawn in zip(scores.tolist(), targets.tolist(), negatives.tolist(), strict=True)
+    ]
+    assert sampled_rank(block_of(scores), N, targets, negatives, block_size).tolist() == expected
 
 
 def test_constant_scores_rank_last() -> None:
@@ -133,14 +144,14 @@ def test_a_million_items_are_ranked_in_bounded_memory() -> None:
         ({"history": torch.full((B, 1), 24)}, "history hold items 24 to 24"),
         ({"targets": torch.zeros(B, 1)}, "targets are torch.float32"),
         ({"targets": torch.ones(B + 1, 1, dtype=torch.int64)}, r"shape \[7, 1\]"),
-        ({"scores": torch.zeros(B - 1, I + 1)}, r"have shape \[5, 23\]"),
+        ({"scores": torch.zeros(B - 1, N + 1)}, r"have shape \[5, 23\]"),
     ],
 )
 def test_bad_arguments_are_refused(change, message) -> None:
     scores, targets, history = problem(False)
     arguments = {"scores": scores, "k": 5, "targets": targets, "history": history, **change}
     with pytest.raises(ValueError, match=message):
-        rank_and_top_k(block_of(arguments.pop("scores")), I, **arguments)
+        rank_and_top_k(block_of(arguments.pop("scores")), N, **arguments)
 
 
 @pytest.mark.parametrize("value", [float("nan"), -float("nan")])
@@ -149,9 +160,9 @@ def test_scores_that_are_not_numbers_are_refused(value: float) -> None:
     targets[3] = 0
     scores[3] = value
     with pytest.raises(ValueError, match="scores are NaN"):
-        rank(block_of(scores), I, targets, history)
+        rank(block_of(scores), N, targets, history)
     with pytest.raises(ValueError, match="scores are NaN"):
-        top_k(block_of(scores), I, 3, history)
+        top_k(block_of(scores), N, 3, history)
     scores[0] = float("inf")
     with pytest.raises(ValueError, match="score of a target is not finite"):
-        rank(block_of(scores), I, targets, history)
+        rank(block_of(scores), N, targets, history)
