@@ -29,10 +29,11 @@ def _finalize(x: _Ints) -> _Ints:
     return x ^ (x >> 31 & 0x1FFFFFFFF)
 
 
-def sample_keys(seed: int, epoch: int, samples: np.ndarray) -> np.ndarray:
-    """Keys [B] int64 of samples [B] (int64 numbers) in an epoch."""
+def sample_keys(seed: int, epoch: int, samples: _Ints) -> _Ints:
+    """Keys [B] int64 of samples [B] (int64 numbers) in an epoch; on the samples' device."""
     start = mix(seed, epoch)
-    return _finalize(_finalize(samples.astype(np.int64) + np.int64(start - (start >> 63 << 64))) + _GOLDEN)
+    samples = samples.long() if isinstance(samples, Tensor) else samples.astype(np.int64)
+    return _finalize(_finalize(samples + (start - (start >> 63 << 64))) + _GOLDEN)
 
 
 def hashes(keys: _Ints, stream: int, count: int) -> _Ints:

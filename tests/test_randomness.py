@@ -35,6 +35,7 @@ def test_numpy_and_torch_give_the_same_bits_and_a_row_depends_on_its_key_alone()
     assert by_torch.dtype == torch.float32
     assert torch.equal(uniform(torch.from_numpy(keys[17:18]), 2, 4), by_torch[17:18])
     assert np.array_equal(sample_keys(3, 5, np.array([7])), keys[7:8])
+    assert np.array_equal(sample_keys(3, 5, torch.arange(1000)).numpy(), keys)
 
 
 def test_keys_differ_between_seeds_epochs_and_samples():

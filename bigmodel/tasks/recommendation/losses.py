@@ -1,0 +1,273 @@
+"""Losses of the next item, each a sum and a count: the softmax over all items, or contrasts with a few drawn ones.
+
+A loss of positions is an object made from its options alone; what the data know comes by `prepare`, and in each step::
+
+    loss, count = self.loss(self.net, features, targets, DrawKeys.of(seed, step, batch.index, num_positions))
+
+Sources: sampled softmax by importance sampling (Bengio and Senécal 2008, IEEE Transactions on Neural Networks 19); binary
+cross-entropy as in SASRec (arXiv 1808.09781); gBCE (gSASRec, arXiv 2308.07192); BPR (arXiv 1205.2618).
+
+M positions (or pairs), D width, I items (numbered 1 to I; 0 is padding), n negatives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bigmodel.nn.loss import IGNORE_INDEX, cross_entropy_sum
+from bigmodel.tasks.recommendation.negatives import DrawKeys, Negatives
+
+_NUMBERS_AT_ONCE = 1 << 24  # of the vectors of negatives: 64 MB
+
+
+class ScoresItems(Protocol):
+    """What a loss needs of a net."""
+
+    def item_vectors(self, items: Tensor | None = None) -> Tensor:
+        """Vectors [..., D] of items [...]."""
+        ...
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Scores [..., I + 1] of all items, from features [..., D]; that of padding is not looked at."""
+        ...
+
+
+class NextItemLoss(Protocol):
+    """A loss of positions, to be injected into a task."""
+
+    def prepare(self, num_items: int, counts: Tensor | None = None) -> None:
+        """Take what the data know: I, and the training events of each item [I + 1], int64.
+
+        Raises:
+            ValueError: if an option does not suit these, or counts are needed and not there.
+        """
+        ...
+
+    def __call__(self, net: ScoresItems, features: Tensor, targets: Tensor, keys: DrawKeys) -> tuple[Tensor, Tensor]:
+        """Sum over the positions that count, in nats, a float32 scalar, and how many these are, int64.
+
+        Args:
+            net: gives vectors and scores of items.
+            features: [..., D].
+            targets: items [...] int64; 0 where nothing is predicted. Leaving such positions out before saves their work.
+            keys: of the draws; `keys.positions` has the targets' shape.
+        """
+        ...
+
+
+class FullSoftmax(nn.Module):
+    """Cross-entropy of the softmax over all items.
+
+    Args:
+        chunk_size: positions whose scores of all items are in memory at once; costs one more product in the backward pass.
+            None for all of a micro-batch.
+    """
+
+    def __init__(self, chunk_size: int | None = None) -> None:
+        super().__init__()
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"--model.loss.chunk_size is {chunk_size}, but must be at least 1 or null")
+        self.chunk_size = chunk_size
+
+    def prepare(self, num_items: int, counts: Tensor | None = None) -> None:
+        pass
+
+    def forward(self, net: ScoresItems, features: Tensor, targets: Tensor, keys: DrawKeys) -> tuple[Tensor, Tensor]:
+        def logits(features: Tensor) -> Tensor:
+            scores = net.logits(features)
+            scores[..., 0] = -torch.inf  # in place: a second copy of them would be the largest tensor of all
+            return scores
+
+        return cross_entropy_sum(logits, features, targets.masked_fill(targets == 0, IGNORE_INDEX), self.chunk_size)
+
+
+class _Drawing(nn.Module):
+    """Options and draws that the sampling losses share."""
+
+    def __init__(self, num_negatives: int, popularity: bool) -> None:
+        super().__init__()
+        if num_negatives < 1:
+            raise ValueError(f"--model.loss.num_negatives is {num_negatives}, but must be at least 1")
+        self.num_negatives, self.popularity = num_negatives, popularity
+        self.negatives: Any = None
+
+    def prepare(self, num_items: int, counts: Tensor | None = None) -> None:
+        if self.popularity and counts is None:
+            raise ValueError("--model.loss.popularity true needs the events of each item, which the data do not give")
+        self.negatives = Negatives(num_items, counts if self.popularity else None)
+
+    def _contrast(
+        self,
+        net: ScoresItems,
+        features: Tensor,
+        targets: Tensor,
+        keys: DrawKeys,
+        loss_of: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        """Sum and count by `loss_of(positive [m], negative [m, n], hits [m, n], counted [m])`; a position has its own n."""
+        if keys.positions.shape != targets.shape:
+            raise ValueError(
+                f"keys {list(keys.positions.shape)} and targets {list(targets.shape)} do not belong together"
+            )
+        features, targets, places = features.flatten(0, -2), targets.flatten(), keys.positions.flatten()
+
+        def chunk(features: Tensor, targets: Tensor, places: Tensor) -> Tensor:
+            items = self.negatives.draw(places, self.num_negatives)  # [m, n]
+            vectors = net.item_vectors(torch.cat([targets[:, None], items], 1))  # [m, 1 + n, D]
+            scores = (vectors @ features[:, :, None]).squeeze(2).float()  # [m, 1 + n, 1] -> [m, 1 + n]
+            return loss_of(scores[:, 0], scores[:, 1:], items == targets[:, None], targets > 0)[0]
+
+        size = max(1, _NUMBERS_AT_ONCE // ((self.num_negatives + 1) * features.shape[1]))
+        count = (targets > 0).sum()
+        if size >= len(targets):
+            return chunk(features, targets, places), count
+        parts = zip(features.split(size), targets.split(size), places.split(size), strict=True)
+        return torch.stack([checkpoint(chunk, *part, use_reentrant=False) for part in parts]).sum(), count
+
+
+class SampledSoftmax(_Drawing):
+    """Cross-entropy of the softmax over the target and negatives that all positions of an optimizer step share.
+
+    Args:
+        num_negatives: n, drawn with replacement.
+        popularity: draw in proportion to training events instead of uniformly.
+    """
+
+    def __init__(self, num_negatives: int = 256, popularity: bool = False) -> None:
+        super().__init__(num_negatives, popularity)
+
+    def forward(self, net: ScoresItems, features: Tensor, targets: Tensor, keys: DrawKeys) -> tuple[Tensor, Tensor]:
+        items = self.negatives.draw(keys.step, self.num_negatives)[0]  # [n]
+        log_expected = self.negatives.log_probability(items) + math.log(self.num_negatives)
+        return sampled_softmax_sum(net, features, targets, items, log_expected)
+
+
+class BCE(_Drawing):
+    """Binary cross-entropy of each position's target against negatives of its own, the mean over all n + 1 of them.
+
+    Args:
+        num_negatives: n, drawn with replacement; SASRec has 1.
+        popularity: draw in proportion to training events instead of uniformly.
+    """
+
+    def __init__(self, num_negatives: int = 1, popularity: bool = False) -> None:
+        super().__init__(num_negatives, popularity)
+
+    def forward(self, net: ScoresItems, features: Tensor, targets: Tensor, keys: DrawKeys) -> tuple[Tensor, Tensor]:
+        return self._contrast(net, features, targets, keys, bce_sum)
+
+
+class GBCE(_Drawing):
+    """Generalised binary cross-entropy: the target's part weighs less, so that few negatives do not make overconfident.
+
+    Args:
+        num_negatives: n, drawn uniformly with replacement.
+        t: calibration, from 0 (binary cross-entropy) to 1 (scores as calibrated as those of the full softmax).
+    """
+
+    def __init__(self, num_negatives: int = 256, t: float = 0.75) -> None:
+        super().__init__(num_negatives, popularity=False)
+        if not 0 <= t <= 1:
+            raise ValueError(f"--model.loss.t is {t}, but must be in 0 to 1")
+        self.t, self.beta = t, 1.0
+
+    def prepare(self, num_items: int, counts: Tensor | None = None) -> None:
+        super().prepare(num_items)
+        if self.num_negatives >= num_items:
+            raise ValueError(
+                f"--model.loss.num_negatives is {self.num_negatives}, but gBCE needs fewer than the {num_items} items:"
+                " with so few, choose FullSoftmax"
+            )
+        self.beta = gbce_beta(self.num_negatives, num_items, self.t)
+
+    def forward(self, net: ScoresItems, features: Tensor, targets: Tensor, keys: DrawKeys) -> tuple[Tensor, Tensor]:
+        def loss_of(positive: Tensor, negative: Tensor, hits: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+            return bce_sum(positive, negative, hits, counted, self.beta)
+
+        return self._contrast(net, features, targets, keys, loss_of)
+
+
+class BPR(_Drawing):
+    """Bayesian personalised ranking of each position's target above negatives of its own.
+
+    Args:
+        num_negatives: n, drawn with replacement.
+        popularity: draw in proportion to training events instead of uniformly.
+    """
+
+    def __init__(self, num_negatives: int = 1, popularity: bool = False) -> None:
+        super().__init__(num_negatives, popularity)
+
+    def forward(self, net: ScoresItems, features: Tensor, targets: Tensor, keys: DrawKeys) -> tuple[Tensor, Tensor]:
+        return self._contrast(net, features, targets, keys, bpr_sum)
+
+
+def sampled_softmax_sum(
+    net: ScoresItems, features: Tensor, targets: Tensor, items: Tensor, log_expected: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sum and count of -log(exp(s_target) / (exp(s_target) + sum_j exp(s_j) / expected_j)) over negatives j.
+
+    The sum over the negatives other than the target then estimates, without bias, that over all items other than it: the
+    target is not drawn, so its score is not corrected. Each item once, with log_expected 0, is the full softmax.
+
+    Args:
+        net, features, targets: as for `NextItemLoss`.
+        items: negatives [n] that all positions share; where one is the target, it is left out.
+        log_expected: [n], logarithm of the number of times that each is expected to be drawn.
+    """
+    features, targets = features.flatten(0, -2), targets.flatten()
+    positive = (features * net.item_vectors(targets)).sum(1, keepdim=True).float()  # [M, 1]
+    negative = (features @ net.item_vectors(items).T).float() - log_expected  # [M, n]
+    scores = torch.cat([positive, negative.masked_fill(items == targets[:, None], -torch.inf)], 1)
+    return _sum_and_count(scores.logsumexp(1) - scores[:, 0], targets > 0)
+
+
+def bce_sum(
+    positive: Tensor, negative: Tensor, hits: Tensor | None = None, counted: Tensor | None = None, beta: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Sum and count of -(beta log sigma(positive) + sum_j log(1 - sigma(negative_j))) / (n + 1).
+
+    Args:
+        positive: scores [M] of targets.
+        negative: scores [M, n].
+        hits: [M, n], True for negatives that are the target itself and are left out; None: there are none.
+        counted: [M], False for positions without a target; None: all count.
+        beta: weight of the target's part.
+    """
+    contrast = F.softplus(negative)  # -log(1 - sigma(x))
+    if hits is not None:
+        contrast = contrast.masked_fill(hits, 0)
+    losses = (beta * F.softplus(-positive) + contrast.sum(1)) / (negative.shape[1] + 1)
+    return _sum_and_count(losses, counted)
+
+
+def gbce_beta(num_negatives: int, num_items: int, t: float) -> float:
+    """The weight beta that calibration t gives to the target's part, with that many negatives out of num_items - 1."""
+    share = num_negatives / (num_items - 1)
+    return share * (t * (1 - 1 / share) + 1 / share)
+
+
+def bpr_sum(
+    positive: Tensor, negative: Tensor, hits: Tensor | None = None, counted: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum and count of -log sigma(positive - negative_j), the mean over n of them; arguments as for `bce_sum`.
+
+    For a model of pairs (user, item): positive [P] and negative [P, n] scores of a user's items and of drawn ones.
+    """
+    losses = F.softplus(negative - positive[:, None])
+    if hits is not None:
+        losses = losses.masked_fill(hits, 0)
+    return _sum_and_count(losses.mean(1), counted)
+
+
+def _sum_and_count(losses: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+    if counted is None:
+        counted = torch.ones_like(losses, dtype=torch.bool)
+    return torch.where(counted, losses, 0).sum(), counted.sum()

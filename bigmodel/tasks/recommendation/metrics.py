@@ -1,0 +1,136 @@
+"""What an evaluation of a recommender measures, over all processes: sums over users, and which items were recommended.
+
+Each number is the mean over users of what their list is worth, by the ranks of their targets in it (NDCG: Järvelin and
+Kekäläinen 2002, with gain 1 per target). With r_1 < r_2 < ... the ranks of a user's n targets, and [..] 1 or 0::
+
+    hr@k        [r_1 <= k]                      whether there is any target in the list
+    recall@k    sum_i [r_i <= k] / n            hr@k, where users have one target each
+    precision@k sum_i [r_i <= k] / k
+    ndcg@k      sum_i [r_i <= k] / log2(r_i + 1)  /  sum_{i <= min(k, n)} 1 / log2(i + 1)
+    mrr@k       [r_1 <= k] / r_1,               mrr the same over the whole catalogue
+    coverage@k    share of all items that stand in the list of some user
+    popularity@k  training events of an item in a list, the mean over lists and places
+
+B users, K targets of a user, k length of a list, L lengths in all, I items (numbered 1 to I; 0 is padding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from bigmodel.tasks.recommendation.negatives import check_counts
+
+_BY_CUTOFF = ("hr", "recall", "precision", "ndcg", "mrr")
+
+
+class RankingMetrics(Metric):
+    """Means over users, in float64 until they are reported.
+
+    Args:
+        cutoffs: lengths of the lists, k.
+        counts: training events of each item [I + 1], int64: `coverage` and `popularity` are measured, and `update` needs
+            lists. None: they are not.
+        prefix: before each name: "sampled_", where targets were ranked among a sample of the items.
+
+    Raises:
+        ValueError: for cutoffs below 1, none, or one twice; counts that are none.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    lengths: Tensor
+    ideal: Tensor
+    counts: Tensor | None
+    num_users: Tensor
+    sums: Tensor
+    reciprocal: Tensor
+    places: Tensor
+    events: Tensor
+
+    def __init__(self, cutoffs: Sequence[int] = (10,), counts: Tensor | None = None, prefix: str = "") -> None:
+        super().__init__()
+        if not cutoffs or min(cutoffs) < 1 or len(set(cutoffs)) < len(cutoffs):
+            raise ValueError(
+                f"--model.cutoffs {list(cutoffs)} must be lengths of lists, each at least 1 and given once"
+            )
+        self.cutoffs, self.prefix = tuple(cutoffs), prefix
+        self.longest = max(cutoffs)
+        discounts = 1 / torch.arange(2, self.longest + 2, dtype=torch.float64).log2()
+        self.register_buffer("lengths", torch.tensor(self.cutoffs), persistent=False)
+        self.register_buffer("ideal", torch.cat([torch.zeros(1).double(), discounts.cumsum(0)]), persistent=False)
+        self.add_state("num_users", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(len(_BY_CUTOFF), len(cutoffs)).double(), dist_reduce_fx="sum")
+        self.add_state("reciprocal", torch.zeros(()).double(), dist_reduce_fx="sum")
+        self.register_buffer("counts", None, persistent=False)
+        if counts is not None:
+            self.counts = check_counts(counts, len(counts) - 1)
+            # The best place that each item had in any list; beyond all of them if it was in none.
+            self.add_state("places", torch.full_like(self.counts, self.longest + 1), dist_reduce_fx="min")
+            self.add_state("events", torch.zeros(2, len(cutoffs), dtype=torch.int64), dist_reduce_fx="sum")
+
+    @torch.no_grad()
+    def update(self, ranks: Tensor, items: Tensor | None = None) -> None:
+        """Take in a batch of users; one without any target is not counted.
+
+        Args:
+            ranks: [B, K] int64 from 1, 0 where there is no target, as `ranking.rank` gives them.
+            items: lists [B, k] int64, the best item first, 0 where it ends; as long as the largest cutoff at least.
+
+        Raises:
+            ValueError: for other shapes, or lists that are missing or too short.
+        """
+        if ranks.ndim != 2:
+            raise ValueError(f"ranks have shape {list(ranks.shape)}, but [B, K] is needed")
+        found = ranks > 0  # [B, K]
+        counted = found.any(1)
+        within = found[:, :, None] & (ranks[:, :, None] <= self.lengths)  # [B, K, L]
+        num_targets = found.sum(1)[:, None]  # [B, 1]
+        hits = within.sum(1).double()  # [B, K, L] -> [B, L]
+        gains = (within / (ranks + 1).clamp(min=2).double().log2()[:, :, None]).sum(1)
+        best = ranks.masked_fill(~found, torch.iinfo(ranks.dtype).max).amin(1) if ranks.shape[1] else ranks.sum(1)
+        reciprocal = torch.where(counted, 1 / best.double(), 0)  # [B]
+        users = (
+            (hits > 0).double(),
+            hits / num_targets.clamp(min=1),
+            hits / self.lengths,
+            gains / self.ideal[torch.minimum(num_targets, self.lengths).clamp(min=1)],
+            torch.where(hits > 0, reciprocal[:, None], 0),
+        )
+        self.num_users += counted.sum()
+        self.sums += torch.stack([values.sum(0) for values in users])
+        self.reciprocal += reciprocal.sum()
+        if self.counts is not None:
+            self._update_lists(items, counted, self.counts)
+
+    def _update_lists(self, items: Tensor | None, counted: Tensor, counts: Tensor) -> None:
+        if items is None or items.ndim != 2 or items.shape[0] != len(counted) or items.shape[1] < self.longest:
+            raise ValueError(
+                f"lists have shape {None if items is None else list(items.shape)}, but coverage and popularity at"
+                f" {self.longest} need [{len(counted)}, {self.longest}]"
+            )
+        items = items[:, : self.longest].masked_fill(~counted[:, None], 0)
+        place = torch.arange(1, self.longest + 1, device=items.device).expand_as(items)
+        self.places.scatter_reduce_(0, items.flatten(), place.flatten(), "amin")  # what is 0 goes to padding
+        listed = torch.stack([counts[items] * (items > 0), (items > 0).long()])  # [2, B, longest]
+        self.events += listed.sum(1).cumsum(1)[:, self.lengths - 1]
+
+    def compute(self) -> dict[str, Tensor]:
+        """Over all users of all processes since the last `reset`, float32 by name (`ndcg@10`); every process must call it.
+
+        Raises:
+            ValueError: if there was no user with a target.
+        """
+        if self.num_users == 0:
+            raise ValueError("no user with a target was evaluated: there is nothing to measure")
+        values = {"mrr": self.reciprocal / self.num_users}
+        means = self.sums / self.num_users
+        for j, k in enumerate(self.cutoffs):
+            values |= {f"{name}@{k}": means[i, j] for i, name in enumerate(_BY_CUTOFF)}
+            if self.counts is not None:
+                values[f"coverage@{k}"] = (self.places[1:] <= k).double().mean()
+                values[f"popularity@{k}"] = self.events[0, j].double() / self.events[1, j].clamp(min=1)
+        return {self.prefix + name: value.float() for name, value in values.items()}

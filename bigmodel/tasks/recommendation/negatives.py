@@ -1,0 +1,145 @@
+"""Items drawn as negatives: on the device, as a function of (seed, optimizer step, sample) and of nothing else.
+
+A step's draws are the same on any number of processes, in micro-batches of any size, and after a resume, since a sample is
+in the same step in all of them. A task asks for `DrawKeys` in each step: a few small kernels and no synchronisation::
+
+    keys = DrawKeys.of(seed, self.trainer.global_step, batch.index, num_positions)
+
+B sequences of T positions, M positions (or pairs), n negatives, I items.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bigmodel.randomness import hashes, sample_keys, uniform
+from bigmodel.tasks.recommendation.ranking import top_k
+
+_POSITIONS, _NEGATIVES, _EVALUATION = 1, 2, 1 << 32  # streams; of the last, one for each chunk of items
+_CHUNK = 8192
+_NO_SAMPLE = -1
+_POSITIVE = (1 << 63) - 1
+
+
+class DrawKeys(NamedTuple):
+    """Keys of random numbers.
+
+    Attributes:
+        step: [1] int64, for what all samples of an optimizer step share.
+        positions: [B, T] or [M] int64, one for each position.
+    """
+
+    step: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(cls, seed: int, step: int, index: Tensor, num_positions: int = 1) -> DrawKeys:
+        """Keys of a micro-batch: positions [B, T], or [B] if T is 1.
+
+        Args:
+            seed: of the run.
+            step: optimizer steps taken, the same in each micro-batch of a step.
+            index: [B], number of each sample.
+            num_positions: T.
+        """
+        shared = int(sample_keys(seed, step, np.array([_NO_SAMPLE]))[0])
+        keys = hashes(sample_keys(seed, step, index), _POSITIONS, num_positions)
+        # Filled in on the device: a copy would wait for it.
+        return cls(torch.full((1,), shared, device=index.device), keys if num_positions > 1 else keys[:, 0])
+
+
+class Negatives(nn.Module):
+    """Draws items with replacement, uniformly or by popularity.
+
+    Nothing is excluded: whoever draws masks what is also the target.
+
+    Args:
+        num_items: I.
+        counts: training events of each item, [I + 1] (0 of padding), to draw in proportion to; None: uniformly. An item
+            without any is then never drawn.
+
+    Raises:
+        ValueError: for counts of another shape, negative ones, or only zeros.
+    """
+
+    def __init__(self, num_items: int, counts: Tensor | None = None) -> None:
+        super().__init__()
+        self.num_items = self.total = num_items
+        upper = log_shares = None
+        if counts is not None:
+            counts = check_counts(counts, num_items)[1:]
+            self.total = int(counts.sum())
+            upper, log_shares = counts.cumsum(0), (counts.double() / self.total).log().float()
+        # Sums of the counts up to each item, and logarithms of the shares [I]; no weights, so not in checkpoints.
+        self.upper: Tensor | None
+        self.log_shares: Tensor
+        self.register_buffer("upper", upper, persistent=False)
+        self.register_buffer("log_shares", log_shares, persistent=False)
+
+    def draw(self, keys: Tensor, num_negatives: int) -> Tensor:
+        """Items [M, n] int64 from keys [M]; a row depends on its key alone."""
+        # Of 63 bits: the remainders are biased by less than 1e-9 for any total below 2^33.
+        numbers = (hashes(keys, _NEGATIVES, num_negatives) & _POSITIVE) % self.total
+        return 1 + (numbers if self.upper is None else torch.searchsorted(self.upper, numbers, right=True))
+
+    def log_probability(self, items: Tensor) -> Tensor:
+        """Logarithm of each item's probability in a draw, float32, of the items' shape; -inf for those never drawn."""
+        if self.upper is None:
+            return torch.full(items.shape, -math.log(self.num_items), device=items.device)
+        return self.log_shares[items - 1]
+
+
+def evaluation_negatives(
+    seed: int, users: Tensor, num_items: int, num_negatives: int, excluded: Tensor, counts: Tensor | None = None
+) -> Tensor:
+    """Items to rank a target among, for sampled metrics: drawn without replacement, the same for a user in any batch.
+
+    Each item that is not excluded gets a random number u, and the highest are taken; by popularity, log(u) / count, which
+    takes items one after the other in proportion to their counts (Efraimidis and Spirakis 2006).
+
+    Args:
+        seed: of the evaluation, the same throughout a run.
+        users: [B], number of each user.
+        num_items: I.
+        num_negatives: n, at most I.
+        excluded: [B, E] int64, history and targets, padded with 0.
+        counts: training events of each item [I + 1], to draw in proportion to; None: uniformly.
+
+    Returns:
+        [B, n] int64, 0 at the end where fewer are left.
+
+    Raises:
+        ValueError: for more negatives than items, or counts as in `Negatives`.
+    """
+    if not 1 <= num_negatives <= num_items:
+        raise ValueError(f"{num_negatives} negatives of {num_items} items: 1 to {num_items} can be drawn")
+    keys = sample_keys(seed, 0, users)
+    if counts is not None:
+        counts = check_counts(counts, num_items).to(users.device)
+
+    def score_block(first: int, last: int) -> Tensor:
+        u = uniform(keys, _EVALUATION + first // _CHUNK, last - first)  # [B, W]
+        # -inf for items without events: they are not drawn.
+        return u if counts is None else u.clamp(min=2.0**-25).log() / counts[first:last]
+
+    return top_k(score_block, num_items, num_negatives, excluded, block_size=_CHUNK)[0]
+
+
+def check_counts(counts: Tensor, num_items: int) -> Tensor:
+    """Counts of items [I + 1] as int64.
+
+    Raises:
+        ValueError: for another shape, negative counts, or only zeros.
+    """
+    if counts.shape != (num_items + 1,):
+        raise ValueError(
+            f"counts of items have shape {list(counts.shape)}, but {num_items} items need [{num_items + 1}]"
+        )
+    if counts.is_floating_point() or int(counts.min()) < 0 or int(counts[1:].sum()) == 0:
+        raise ValueError("counts of items must be whole numbers, none negative, and not all 0")
+    return counts.long()

@@ -1,0 +1,285 @@
+"""Where a user's targets stand among all items, and the k best items: exact, in blocks of items.
+
+A list is ordered by score. The user's history is left out of it, the targets never. Of equal scores the worst is assumed for
+the targets: every other item stands before them, so that constant scores rank last, not first. No catalogue is sorted, and
+no more scores are in memory than those of one block.
+
+B users, D width, H items of the longest history, I items (numbered 1 to I; 0 is padding), K targets of a user, k length of a
+list, W items of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+ScoreBlock = Callable[[int, int], Tensor]
+"""(first, last) -> scores [B, last - first] of the items first to last - 1; a new tensor, which is written to.
+
+Scores of any floating-point type; they are compared in float32. -inf is an item that must not be recommended.
+"""
+_SCORES_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 24}  # 16 and 64 MB, and up to ten times that to find the best
+_LOW = 0xFFFFFFFF
+_MAGNITUDE = 0x7FFFFFFF
+
+
+def dot_products(queries: Tensor, table: Tensor, bias: Tensor | None = None) -> ScoreBlock:
+    """Scores that are products of queries [B, D] and the rows of a table [I + 1, D], plus a bias [I + 1] if there is one.
+
+    In float32, whatever type the table has, also under autocast: bfloat16 would make ties of many scores.
+    """
+    queries = queries.float()
+
+    def score_block(first: int, last: int) -> Tensor:
+        with torch.autocast(queries.device.type, enabled=False):
+            scores = queries @ table[first:last].float().T
+        return scores if bias is None else scores + bias[first:last].float()
+
+    return score_block
+
+
+@torch.no_grad()
+def rank(
+    score_block: ScoreBlock, num_items: int, targets: Tensor, history: Tensor, block_size: int | None = None
+) -> Tensor:
+    """Ranks of the targets, from 1, among all items but the history.
+
+    A target's rank is the number of items that score at least as high, itself included; of two targets that tie, one stands
+    before the other. All scores are computed once, or twice if they take more than one block.
+
+    Args:
+        score_block: the scores of all B users, block by block.
+        num_items: I.
+        targets: [B, K] int64, each item at most once in a row, padded with 0 anywhere.
+        history: [B, H] int64, padded with 0; an item may stand in it more than once, or be a target.
+        block_size: W; None: as many as take 4 million scores (16 million on a GPU).
+
+    Returns:
+        [B, K] int64, 0 where there is no target.
+
+    Raises:
+        ValueError: for scores that are NaN, targets whose score is infinite, or items out of range.
+    """
+    blocks = _Blocks(score_block, num_items, history, block_size)
+    counter = _Counter(blocks, targets)
+    for first, scores in blocks.masked(counter):
+        counter.add(first, scores)
+    return counter.ranks()
+
+
+@torch.no_grad()
+def top_k(
+    score_block: ScoreBlock, num_items: int, k: int, history: Tensor, block_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k items with the highest scores that are not in the history, best first; of equals, the lower number first.
+
+    Args:
+        score_block, num_items, history, block_size: as for `rank`.
+        k: length of the list, 1 to I.
+
+    Returns:
+        Items [B, k] int64 and their scores [B, k] float32; 0 and -inf at the end where fewer items are left.
+
+    Raises:
+        ValueError: for scores that are NaN, k or items out of range.
+    """
+    blocks = _Blocks(score_block, num_items, history, block_size)
+    best = _Best(blocks, k)
+    for first, scores in blocks.masked():
+        best.add(first, scores)
+    return best.lists()
+
+
+@torch.no_grad()
+def rank_and_top_k(
+    score_block: ScoreBlock, num_items: int, k: int, targets: Tensor, history: Tensor, block_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Ranks [B, K] as `rank` gives them, and the items [B, k] of the list they stand in, from the same scores.
+
+    Differs from `top_k` where a target is in the history: it may be recommended here.
+    """
+    blocks = _Blocks(score_block, num_items, history, block_size)
+    counter, best = _Counter(blocks, targets), _Best(blocks, k)
+    for first, scores in blocks.masked(counter):
+        counter.add(first, scores)
+        best.add(first, scores)
+    return counter.ranks(), best.lists()[0]
+
+
+@torch.no_grad()
+def sampled_rank(
+    score_block: ScoreBlock, num_items: int, targets: Tensor, negatives: Tensor, block_size: int | None = None
+) -> Tensor:
+    """Ranks of the targets, each among the negatives of its user only: for metrics that say so (`sampled_...`).
+
+    They order models otherwise than ranks among all items do (Krichene and Rendle 2020), and can only be compared with others
+    of as many negatives, drawn alike.
+
+    Args:
+        score_block, num_items, targets, block_size: as for `rank`.
+        negatives: [B, n] int64, other items than the targets, padded with 0 (`negatives.evaluation_negatives`).
+
+    Returns:
+        [B, K] int64, 0 where there is no target; ties count against the target.
+    """
+    _check_items("targets", targets, num_items)
+    picked = _Blocks(score_block, num_items, negatives, block_size).pick(torch.cat([targets, negatives], 1))
+    if not picked.isfinite().all():
+        raise ValueError("a score is not finite: training has diverged. Lower --model.optimizer.lr")
+    values, others = picked[:, : targets.shape[1]], picked[:, targets.shape[1] :]
+    others = others.masked_fill(negatives == 0, -torch.inf)
+    ranks = 1 + (others[:, None, :] >= values[:, :, None]).sum(2)  # [B, K, n] -> [B, K]
+    return ranks.masked_fill_(targets == 0, 0)
+
+
+class _Blocks:
+    """The scores of all items, a block at a time."""
+
+    def __init__(self, score_block: ScoreBlock, num_items: int, history: Tensor, block_size: int | None) -> None:
+        if num_items < 1:
+            raise ValueError(f"{num_items} items: there is nothing to rank")
+        _check_items("history", history, num_items)
+        if block_size is None:
+            at_once = _SCORES_AT_ONCE.get(history.device.type, _SCORES_AT_ONCE["cpu"])
+            block_size = max(1, at_once // max(1, len(history)))
+        elif block_size < 1:
+            raise ValueError(f"block_size is {block_size}, but must be at least 1 or None")
+        self.score_block, self.num_items, self.history = score_block, num_items, history
+        self.bounds = [(first, min(first + block_size, num_items + 1)) for first in range(1, num_items + 1, block_size)]
+        self._kept: Tensor | None = None  # the only block
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        """First item and scores [B, W] float32 of each block."""
+        for first, last in self.bounds:
+            scores = self.score_block(first, last) if self._kept is None else self._kept
+            if scores.shape != (len(self.history), last - first):
+                raise ValueError(
+                    f"scores of {last - first} items for {len(self.history)} users have shape {list(scores.shape)}"
+                )
+            scores = scores.float()
+            if len(self.bounds) == 1:
+                self._kept = scores
+            yield first, scores
+
+    def pick(self, items: Tensor) -> Tensor:
+        """Scores [B, n] of items [B, n]; 0 where there is none."""
+        picked = torch.zeros(items.shape, device=items.device)
+        for first, scores in self:
+            places, inside = _places(items, first, scores)
+            picked = torch.where(inside, scores.gather(1, places), picked)
+        return picked
+
+    def masked(self, counter: _Counter | None = None) -> Iterator[tuple[int, Tensor]]:
+        """As by iteration, with -inf for the history, but not for the counter's targets."""
+        highest = torch.full((len(self.history), 1), -torch.inf, device=self.history.device)
+        for first, scores in self:
+            highest = torch.maximum(highest, scores.amax(1, keepdim=True))  # a NaN stays
+            places, inside = _places(self.history, first, scores)
+            # The minimum with +inf changes nothing; nor do several writers of one place matter.
+            scores.scatter_reduce_(1, places, _infinity(scores, places).masked_fill_(inside, -torch.inf), "amin")
+            if counter is not None:
+                places, inside = _places(counter.targets, first, scores)
+                restored = torch.where(inside, counter.values, -_infinity(scores, places))
+                scores.scatter_reduce_(1, places, restored, "amax")
+            yield first, scores
+        if highest.isnan().any():
+            raise ValueError("scores are NaN: training has diverged. Lower --model.optimizer.lr")
+
+
+class _Counter:
+    """Counts the items that score below each target."""
+
+    def __init__(self, blocks: _Blocks, targets: Tensor) -> None:
+        _check_items("targets", targets, blocks.num_items)
+        if targets.ndim != 2 or len(targets) != len(blocks.history):
+            raise ValueError(
+                f"targets have shape {list(targets.shape)}, but {len(blocks.history)} users need [B, K] of them"
+            )
+        self.num_items, self.targets = blocks.num_items, targets
+        self.values = blocks.pick(targets)
+        if not self.values.isfinite().all():
+            raise ValueError("the score of a target is not finite: training has diverged. Lower --model.optimizer.lr")
+        # Ascending; behind the last target of a row, +inf.
+        self.ascending, self.order = self.values.masked_fill(targets == 0, torch.inf).sort(dim=1, stable=True)
+        self.below = torch.zeros_like(targets)  # in the order of `ascending`
+        # Users by their number of targets, so that the j-th target is looked at for those only that have one.
+        num_targets = (targets > 0).sum(1)
+        self.users = num_targets.argsort(descending=True, stable=True) if targets.shape[1] > 1 else None
+        slots = torch.arange(targets.shape[1], device=targets.device)
+        self.num_users: list[int] = (num_targets[:, None] > slots).sum(0).tolist()
+
+    def add(self, first: int, scores: Tensor) -> None:
+        """Scores [B, W], masked."""
+        if self.users is None:
+            self.below[:, 0] += (scores < self.ascending).sum(1, dtype=torch.int32)
+            return
+        scores, ascending = scores[self.users], self.ascending[self.users]
+        for slot, n in enumerate(self.num_users):
+            below = (scores[:n] < ascending[:n, slot, None]).sum(1, dtype=torch.int32)
+            self.below[self.users[:n], slot] += below
+
+    def ranks(self) -> Tensor:
+        """[B, K], in the order of the targets."""
+        # What is masked scores below any target. Equal targets: each stands behind those before it in `ascending`.
+        equals = torch.searchsorted(self.ascending, self.ascending)
+        place = torch.arange(equals.shape[1], device=equals.device) - equals
+        ranks = self.num_items - self.below - place
+        ranks = torch.zeros_like(ranks).scatter_(1, self.order, ranks)
+        return ranks.masked_fill_(self.targets == 0, 0)
+
+
+class _Best:
+    """The k best so far, as numbers that sort by score, and then by item."""
+
+    def __init__(self, blocks: _Blocks, k: int) -> None:
+        if not 1 <= k <= blocks.num_items:
+            raise ValueError(f"k is {k}, but must be in 1 to {blocks.num_items}, the number of items")
+        self.k, self.device = k, blocks.history.device
+        self.keys = torch.empty(len(blocks.history), 0, dtype=torch.int64, device=self.device)
+
+    def add(self, first: int, scores: Tensor) -> None:
+        """Scores [B, W], masked."""
+        keys = pack(scores, torch.arange(first, first + scores.shape[1], device=self.device))
+        keys = torch.cat([self.keys, keys.topk(min(self.k, keys.shape[1])).values], 1)
+        self.keys = keys.topk(min(self.k, keys.shape[1])).values
+
+    def lists(self) -> tuple[Tensor, Tensor]:
+        scores, items = unpack(self.keys)
+        return items.masked_fill_(scores == -torch.inf, 0), scores
+
+
+def pack(scores: Tensor, items: Tensor) -> Tensor:
+    """Int64 numbers that are the greater, the higher the score (float32, not NaN), and of equal scores, the lower the item's
+    number (below 2^32). `torch.topk` of scores takes any of equals; of these there are none."""
+    bits = (scores + 0.0).view(torch.int32)  # -0 becomes 0
+    bits.bitwise_xor_((bits >> 31).bitwise_and_(_MAGNITUDE))  # negative numbers are stored by magnitude
+    return bits.long().mul_(1 << 32).bitwise_or_(_LOW - items)
+
+
+def unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores and items of `pack`."""
+    bits = (keys >> 32).int()
+    scores = (bits ^ (bits >> 31).bitwise_and_(_MAGNITUDE)).view(torch.float32)
+    return scores, _LOW - (keys & _LOW)
+
+
+def _places(items: Tensor, first: int, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns [B, n] of items [B, n] in a block of scores, and which are inside it (others: some column, False)."""
+    columns = items - first
+    inside = (columns >= 0) & (columns < scores.shape[1])
+    return columns.clamp_(0, scores.shape[1] - 1), inside
+
+
+def _infinity(scores: Tensor, places: Tensor) -> Tensor:
+    return scores.new_full(places.shape, torch.inf)
+
+
+def _check_items(name: str, items: Tensor, num_items: int) -> None:
+    if items.dtype != torch.int64:
+        raise ValueError(f"{name} are {items.dtype}, but item numbers must be int64")
+    if items.numel() and not 0 <= int(items.min()) <= int(items.max()) <= num_items:
+        raise ValueError(
+            f"{name} hold items {int(items.min())} to {int(items.max())}, but they are numbered 1 to {num_items} (0: none)"
+        )
