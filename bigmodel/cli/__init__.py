@@ -18,6 +18,7 @@ bigmodel {__version__}: a research framework on Lightning, with plug-in tasks
   bigmodel check -c EXPERIMENT.yaml [--KEY VALUE ...]                     a minute of it, before a long job
   bigmodel validate|test|predict RUN [--KEY VALUE ...]                    evaluate a run's best checkpoint
   bigmodel generate RUN --prompt TEXT                                     let a trained model go on with a text
+  bigmodel recommend RUN --user ID                                        the best items for a user
   bigmodel export RUN                                                     write a trained net's weights as safetensors
   bigmodel list                                                           tasks, experiments, runs
 
@@ -49,12 +50,16 @@ def main(argv: list[str] | None = None) -> None:
         from bigmodel.cli.generate import run_generate
 
         _with_clear_errors(run_generate, rest)
+    elif verb == "recommend":
+        from bigmodel.cli.recommend import run_recommend
+
+        _with_clear_errors(run_recommend, rest)
     elif verb == "export":
         from bigmodel.cli.export import run_export
 
         _with_clear_errors(run_export, rest)
     else:
-        _fail(f"there is no verb {verb!r}; choose fit, check, validate, test, predict, generate, export or list")
+        _fail(f"there is no verb {verb!r}; choose fit, check, validate, test, predict, generate, recommend, export or list")
 
 
 class ClearError(ValueError):

@@ -209,6 +209,17 @@ class InteractionData(L.LightningDataModule):
         ends = events.offsets[1:]
         return self._eval_loader(Histories(events, np.arange(events.num_users), ends, ends, self.max_length))
 
+    def user(self, user_id: int | str) -> EvalBatch:
+        """One user with all events, to recommend to; after `prepare_data`.
+
+        Raises:
+            ValueError: if there is no such user.
+        """
+        prepared = self._prepare()
+        ends = prepared.events.offsets[1:]
+        users = prepared.users.numbers([user_id])
+        return Histories(prepared.events, users, ends, ends, self.max_length).__getitems__([0])
+
     def histories(self, split: str) -> Histories:
         """The users who are evaluated in a split (val, test), with their histories and targets.
 

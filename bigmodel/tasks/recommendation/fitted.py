@@ -1,0 +1,172 @@
+"""Recommenders that are computed from the training events in one go, as a task: fitted, evaluated and saved once.
+
+B users, I items (numbered 1 to I; 0 is padding), U users of the training events, k length of a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from bigmodel.cache import say
+from bigmodel.run import sizes
+from bigmodel.tasks.recommendation.batches import EvalBatch, UserBatch
+from bigmodel.tasks.recommendation.catalogue import Catalogue
+from bigmodel.tasks.recommendation.closed_form import Popularity
+from bigmodel.tasks.recommendation.evaluation import Evaluation
+from bigmodel.tasks.recommendation.module import one_history
+from bigmodel.tasks.recommendation.ranking import ScoreBlock
+
+
+class FittedRecommendation(LightningModule):
+    """Fits a method in closed form on the first process, hands it to the others, evaluates it, and recommends with it.
+
+    There is nothing to optimize: the run is one step long, in which the method is fitted. Its experiments set
+    `trainer.max_steps` to 1 and leave validation before training out.
+
+    Args:
+        method: one of bigmodel.tasks.recommendation.closed_form: Popularity (by default), UserKNN, ItemKNN, EASE.
+        values: what an event is worth to the method: 1 (`ones`), or its rating (`ratings`).
+        cutoffs: lengths k of the lists that are measured.
+
+    Logs what SequenceRecommendation does.
+    """
+
+    counts = "users"
+    examples = "users"
+
+    def __init__(
+        self,
+        method: Any = None,
+        values: Literal["ones", "ratings"] = "ones",
+        cutoffs: Sequence[int] = (5, 10, 20),
+    ) -> None:
+        super().__init__()
+        self.method: Any = method if method is not None else Popularity()
+        self.values: Literal["ones", "ratings"] = values
+        self.fitted = False
+        # Lightning counts optimizer steps, and saves checkpoints by their number: this number is for it to count by.
+        self.nominal = nn.Parameter(torch.zeros(()))
+        self.num_items = 0
+        self.evaluation = Evaluation(cutoffs)
+        self.catalogue: Catalogue | None = None
+
+    def configure_model(self) -> None:
+        if self.evaluation.metrics is not None:
+            return
+        self.num_items = sizes(self)["num_items"]
+        data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        counts = torch.from_numpy(data.item_counts()) if hasattr(data, "item_counts") else None
+        self.evaluation.prepare(self.num_items, counts)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([self.nominal], lr=0.0)
+
+    def training_step(self, batch: UserBatch) -> dict[str, Tensor]:
+        if not self.fitted:
+            self._fit()
+        return {"loss": self.nominal * 0.0, "count": torch.tensor(len(batch.index), device=self.device)}
+
+    def _fit(self) -> None:
+        strategy, data = self.trainer.strategy, self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.trainer.is_global_zero:
+            matrix = data.train_matrix(self.values)
+            values = None if self.values == "ones" else matrix.values
+            self.method.fit(matrix.indptr, matrix.indices, values, self.num_items)
+            say(f"fitted {type(self.method).__name__} on {len(matrix.indices):,} events")
+        if self.trainer.world_size > 1:
+            unpack(self.method, strategy.broadcast(pack(self.method) if self.trainer.is_global_zero else None))
+        self.fitted = True
+
+    def score_block(self, batch: EvalBatch) -> ScoreBlock:
+        """The scores of all items for a batch of histories, block by block (see `ranking`)."""
+        block: ScoreBlock = self.method.score_block(batch.history, None, batch.users)
+        return block
+
+    def validation_step(self, batch: EvalBatch) -> None:
+        if self.fitted:
+            self.evaluation.update(self.score_block(batch), batch)
+
+    def on_validation_epoch_end(self) -> None:
+        if self.fitted:
+            self.log_dict(self.evaluation.compute("val"), sync_dist=True)
+
+    def test_step(self, batch: EvalBatch) -> None:
+        self.evaluation.update(self.score_block(batch), batch)
+
+    def on_test_epoch_end(self) -> None:
+        self.log_dict(self.evaluation.compute("test"), sync_dist=True)
+
+    def predict_step(self, batch: EvalBatch) -> dict[str, Any]:
+        return self._catalogue().table(self.score_block(batch), batch, max(self.evaluation.cutoffs))
+
+    def prediction_metadata(self) -> dict[str, str]:
+        return {"lists": "the items of each user, the best first; none that the user has had"}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["catalogue"] = self._catalogue().state_dict()
+        checkpoint["method"] = pack(self.method) if self.fitted else None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.catalogue = Catalogue.from_state_dict(checkpoint["catalogue"])
+        if checkpoint["method"] is not None:
+            unpack(self.method, checkpoint["method"])
+            self.fitted = True
+
+    def _catalogue(self) -> Catalogue:
+        data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        if hasattr(data, "prepared"):
+            return Catalogue.of(data.prepared)
+        assert self.catalogue is not None
+        return self.catalogue
+
+    def recommend(
+        self, history: Sequence[int | str], k: int = 10, times: Sequence[int] | None = None
+    ) -> list[dict[str, Any]]:
+        """The best items for somebody who has had these; see `SequenceRecommendation.recommend`. Times are not used."""
+        numbers = self._catalogue().numbers(history)
+        batch = one_history(numbers, None, len(numbers), self.device)
+        return self._catalogue().best(self.method.score_block(batch.history), batch, k)
+
+    def recommend_to(self, batch: EvalBatch, k: int = 10) -> list[dict[str, Any]]:
+        """The same for the one user of a batch, as the data module's `user` gives it."""
+        return self._catalogue().best(self.score_block(batch), batch, k)
+
+
+def pack(method: Any) -> dict[str, Any]:
+    """What a fitted method consists of, as plain values and tensors, which a checkpoint can hold."""
+    return {name: _packed(value) for name, value in vars(method).items()}
+
+
+def unpack(method: Any, state: dict[str, Any]) -> None:
+    """Make a method what `pack` has taken apart."""
+    for name, value in state.items():
+        setattr(method, name, _unpacked(value))
+
+
+def _packed(value: Any) -> Any:
+    from scipy import sparse
+
+    if isinstance(value, np.ndarray):
+        return {"array": torch.from_numpy(np.ascontiguousarray(value))}
+    if sparse.issparse(value):
+        parts = {name: torch.from_numpy(getattr(value, name)) for name in ("data", "indices", "indptr")}
+        return {"sparse": value.format, "shape": list(value.shape), **parts}
+    return value
+
+
+def _unpacked(value: Any) -> Any:
+    from scipy import sparse
+
+    if isinstance(value, dict) and "array" in value:
+        return value["array"].numpy()
+    if isinstance(value, dict) and "sparse" in value:
+        kind = {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix}[value["sparse"]]
+        parts = tuple(value[name].numpy() for name in ("data", "indices", "indptr"))
+        return kind(parts, shape=tuple(value["shape"]))
+    return value

@@ -1,0 +1,282 @@
+"""Recommendation: what a user chooses next, from what was chosen before.
+
+Two trained tasks, which differ in what they read: `SequenceRecommendation` the history in its order, for users never seen too;
+`PairRecommendation` the user's number, for users that it was trained on. Both are evaluated by ranking the whole catalogue.
+
+B rows, T positions, D width, I items (numbered 1 to I; 0 is padding), H items of a history, K targets, k length of a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor, nn
+
+from bigmodel import optim
+from bigmodel.callbacks import Gradients
+from bigmodel.callbacks.gradients import find
+from bigmodel.nn import MatrixFactorization, SASRec
+from bigmodel.nn.loss import IGNORE_INDEX
+from bigmodel.randomness import uniform
+from bigmodel.run import sizes
+from bigmodel.tasks.recommendation.batches import EvalBatch, PairBatch, SequenceBatch
+from bigmodel.tasks.recommendation.catalogue import Catalogue
+from bigmodel.tasks.recommendation.evaluation import Evaluation
+from bigmodel.tasks.recommendation.losses import BPR, FullSoftmax
+from bigmodel.tasks.recommendation.negatives import DrawKeys
+from bigmodel.tasks.recommendation.ranking import ScoreBlock, dot_products
+
+_MASKS, _LAST_ONLY = 1, 2  # streams of random numbers
+
+
+class SequenceRecommendation(LightningModule):
+    """Trains a net that reads histories to score each next item; evaluates it; recommends with it.
+
+    A net that has a `mask_item` (BERT4Rec) is trained to fill in masked items instead, and recommends what it puts into a
+    mask at the end.
+
+    Args:
+        net: makes the net, called with `num_items` and `max_length`, which the data know.
+        loss: of the next items, one of bigmodel.tasks.recommendation: FullSoftmax (by default), SampledSoftmax, BCE, GBCE.
+        optimizer: makes the optimizer from parameter groups.
+        schedule: the learning rate over the run's optimizer steps; null: constant.
+        cutoffs: lengths k of the lists that are measured.
+        mask_rate: share of the items that is masked; for nets with a mask only.
+        mask_last_rate: share of the windows in which only the last item is masked, as it is when recommending; likewise.
+        seed: of negatives and masks, with optimizer step and sample.
+
+    Logs `val/ndcg@k`, `hr@k`, `recall@k`, `precision@k`, `mrr@k`, `coverage@k`, `popularity@k` and `mrr`, and the same for
+    `test`.
+    """
+
+    counts = "items"  # what a step's count counts
+    examples = "sequences"  # what it is trained on
+
+    def __init__(
+        self,
+        net: Callable[[int, int], nn.Module] = SASRec,
+        loss: nn.Module | None = None,
+        optimizer: optim.OptimizerFactory = torch.optim.AdamW,
+        schedule: optim.Schedule | None = None,
+        cutoffs: Sequence[int] = (5, 10, 20),
+        mask_rate: float = 0.3,
+        mask_last_rate: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, rate in (("mask_rate", mask_rate), ("mask_last_rate", mask_last_rate)):
+            if not 0 <= rate <= 1:
+                raise ValueError(f"--model.{name} {rate} must lie in 0 to 1")
+        self.make_net, self.optimizer, self.schedule = net, optimizer, schedule
+        self.loss: Any = loss if loss is not None else FullSoftmax()
+        self.mask_rate, self.mask_last_rate, self.seed = mask_rate, mask_last_rate, seed
+        self.net: Any = None
+        self.evaluation = Evaluation(cutoffs)
+        self.catalogue: Catalogue | None = None
+
+    def configure_model(self) -> None:
+        if self.net is not None:
+            return
+        known = sizes(self)
+        self.net = self.make_net(**known)  # type: ignore[call-arg]
+        data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        counts = torch.from_numpy(data.item_counts()) if hasattr(data, "item_counts") else None
+        self.loss.prepare(known["num_items"], counts)
+        self.evaluation.prepare(known["num_items"], counts)
+
+    def configure_callbacks(self) -> list[Callback]:
+        # The loss is a sum: also a bare Trainer must divide it by the count.
+        return [] if find(self.trainer, Gradients) else [Gradients()]
+
+    def configure_optimizers(self) -> Any:
+        return optim.configure(self, self.optimizer, self.schedule)
+
+    # What distillation, evaluation and export need of a task that *Predicts*.
+
+    def features(self, batch: Any) -> Tensor:
+        """What scores items: [B, T, D] after each position of training windows; [B, D] after each history."""
+        if isinstance(batch, SequenceBatch):
+            items, _ = self._windows(batch)
+            features: Tensor = self.net.features(items, batch.times)
+            return features
+        items = self.net.mask_last(batch.items) if hasattr(self.net, "mask_item") else batch.items
+        return self.net.features(items, batch.times)[:, -1]
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[..., D] -> [..., I + 1], -inf for padding."""
+        scores: Tensor = self.net.logits(features).clone()
+        scores[..., 0] = -torch.inf
+        return scores
+
+    def targets(self, batch: Any) -> Tensor:
+        """The items to be predicted: [B, T] of training windows, -100 where there is none; the first target [B] else."""
+        targets = self._windows(batch)[1] if isinstance(batch, SequenceBatch) else batch.targets[:, 0]
+        padding = (batch.weight == 0).view(-1, *[1] * (targets.ndim - 1))
+        return targets.masked_fill((targets == 0) | padding, IGNORE_INDEX)
+
+    def _windows(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+        """What the net reads, and what it is to predict at each position, 0 where nothing; each [B, T]."""
+        if not hasattr(self.net, "mask_item"):
+            return batch.items, batch.targets
+        items = torch.cat([batch.items[:, 1:], batch.targets[:, -1:]], 1)  # the last T of the T + 1 events
+        there = items > 0
+        masked = (uniform(batch.key, _MASKS, items.shape[1]) < self.mask_rate) & there
+        last_only = uniform(batch.key, _LAST_ONLY, 1) < self.mask_last_rate  # [B, 1]
+        last = torch.zeros_like(there)
+        last[:, -1] = True
+        masked = torch.where(last_only | ~masked.any(1, keepdim=True), last & there, masked)
+        return items.masked_fill(masked, self.net.mask_item), items.masked_fill(~masked, 0)
+
+    def training_step(self, batch: Any) -> dict[str, Tensor]:
+        items, targets = self._windows(batch)
+        features = self.net.features(items, batch.times)
+        keys = DrawKeys.of(self.seed, self.trainer.global_step, batch.index, targets.shape[1])
+        places = keys.positions.view(targets.shape)
+        counted = targets > 0
+        keys = DrawKeys(keys.step, places[counted])
+        loss, count = self.loss(self.net, features[counted], targets[counted], keys)
+        return {"loss": loss, "count": count}
+
+    def score_block(self, batch: EvalBatch) -> ScoreBlock:
+        """The scores of all items for a batch of histories, block by block (see `ranking`)."""
+        return dot_products(self.features(batch), self.net.item_vectors(), self.net.item_bias)
+
+    def validation_step(self, batch: EvalBatch) -> None:
+        self.evaluation.update(self.score_block(batch), batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.evaluation.compute("val"), sync_dist=True)
+
+    def test_step(self, batch: EvalBatch) -> None:
+        self.validation_step(batch)
+
+    def on_test_epoch_end(self) -> None:
+        self.log_dict(self.evaluation.compute("test"), sync_dist=True)
+
+    # `bigmodel predict`: the best items of each user.
+
+    def predict_step(self, batch: EvalBatch) -> dict[str, Any]:
+        return self._catalogue().table(self.score_block(batch), batch, max(self.evaluation.cutoffs))
+
+    def prediction_metadata(self) -> dict[str, str]:
+        return {"lists": "the items of each user, the best first; none that the user has had"}
+
+    # What items are called travels in the checkpoint, so that a loaded task recommends with no data present.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["catalogue"] = self._catalogue().state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "catalogue" in checkpoint:
+            self.catalogue = Catalogue.from_state_dict(checkpoint["catalogue"])
+
+    def _catalogue(self) -> Catalogue:
+        data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        if hasattr(data, "prepared"):
+            return Catalogue.of(data.prepared)
+        if self.catalogue is None:
+            raise ValueError("this task does not know what its items are called: load it from a run with bigmodel.load")
+        return self.catalogue
+
+    # `bigmodel recommend`: what a task that *Ranks* offers.
+
+    def recommend(
+        self, history: Sequence[int | str], k: int = 10, times: Sequence[int] | None = None
+    ) -> list[dict[str, Any]]:
+        """The best items for somebody who has had these, whom the model need not have seen.
+
+        Args:
+            history: items as they are called in the data, in the order in which they were chosen; all are left out of the
+                list, and the net reads the last `max_length`.
+            k: length of the list.
+            times: of the history, in seconds since 1970, for a net that reads them; None: all at once.
+
+        Returns:
+            The best first, each with `item`, `title` (None where the data have none) and `score`.
+
+        Raises:
+            ValueError: for an item that the data did not have, an empty history, or k above the number of items.
+        """
+        numbers = self._catalogue().numbers(history)
+        return self.recommend_to(one_history(numbers, times, self.net.max_length, self.device), k)
+
+    @torch.no_grad()
+    def recommend_to(self, batch: EvalBatch, k: int = 10) -> list[dict[str, Any]]:
+        """The same for the one user of a batch, as the data module's `user` gives it."""
+        return self._catalogue().best(self.score_block(batch), batch, k)
+
+
+class PairRecommendation(SequenceRecommendation):
+    """Trains a net of users' and items' vectors on single events; for users that it was trained on.
+
+    Args:
+        net: makes the net, called with `num_users` and `num_items`, which the data know; `max_length` is left out.
+        loss: of the pairs: BPR (by default), BCE, SampledSoftmax, FullSoftmax.
+        optimizer: makes the optimizer from parameter groups.
+        schedule: the learning rate over the run's optimizer steps; null: constant.
+        cutoffs: lengths k of the lists that are measured.
+        seed: of negatives, with optimizer step and sample.
+    """
+
+    counts = "samples"
+    examples = "pairs"
+
+    def __init__(
+        self,
+        net: Callable[[int, int], nn.Module] = MatrixFactorization,
+        loss: nn.Module | None = None,
+        optimizer: optim.OptimizerFactory = torch.optim.AdamW,
+        schedule: optim.Schedule | None = None,
+        cutoffs: Sequence[int] = (5, 10, 20),
+        seed: int = 0,
+    ) -> None:
+        make = _without_max_length(net)
+        loss = loss if loss is not None else BPR()
+        super().__init__(make, loss, optimizer, schedule, cutoffs, seed=seed)
+
+    def features(self, batch: Any) -> Tensor:
+        """Users' vectors [B, D]."""
+        features: Tensor = self.net.features(batch.users)
+        return features
+
+    def targets(self, batch: Any) -> Tensor:
+        """The items to be predicted [B]; -100 where there is none."""
+        targets = batch.items if isinstance(batch, PairBatch) else batch.targets[:, 0]
+        return targets.masked_fill((targets == 0) | (batch.weight == 0), IGNORE_INDEX)
+
+    def training_step(self, batch: PairBatch) -> dict[str, Tensor]:
+        keys = DrawKeys.of(self.seed, self.trainer.global_step, batch.index)
+        loss, count = self.loss(self.net, self.net.features(batch.users), batch.items, keys)
+        return {"loss": loss, "count": count}
+
+    def recommend(
+        self, history: Sequence[int | str], k: int = 10, times: Sequence[int] | None = None
+    ) -> list[dict[str, Any]]:
+        raise ValueError(
+            "this net knows users by their number, and cannot recommend to somebody by a history: take a net that reads"
+            " histories (SequenceRecommendation), or name a user that it was trained on"
+        )
+
+
+def _without_max_length(net: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def make(max_length: int, **known: int) -> nn.Module:
+        return net(**known)
+
+    return make
+
+
+def one_history(numbers: Tensor, times: Sequence[int] | None, max_length: int, device: torch.device) -> EvalBatch:
+    """A batch of one history [H] of item numbers."""
+    if not len(numbers):
+        raise ValueError("the history is empty: name at least one item that was chosen")
+    if times is not None and len(times) != len(numbers):
+        raise ValueError(f"{len(times)} times for a history of {len(numbers)} items: give one for each")
+    history = numbers.to(device)[None]
+    items, stamps = history[:, -max_length:], torch.zeros_like(history) if times is None else torch.tensor([list(times)])
+    none = torch.zeros(1, 0, dtype=torch.int64, device=device)
+    zero = torch.zeros(1, dtype=torch.int64, device=device)
+    stamps = stamps.to(device)[:, -max_length:]
+    return EvalBatch(zero, items, stamps, history, none, None, zero, torch.ones(1, device=device))
