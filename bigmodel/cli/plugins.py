@@ -1,8 +1,8 @@
 """What tasks are installed, and what experiments their packages bring: from metadata and files; nothing is imported.
 
-A package with tasks names them as entry points of the group `bigmodel.tasks`, `name = "package.module:Class"`. Experiments are
-YAML files inside the package: `package/experiment.yaml`, and all below `package/experiments/`. They are called by their path
-from the package's name on, wherever that is installed; bigmodel's own also by `experiments/...`.
+A package with tasks names them as entry points of the group `bigmodel.tasks`, `name = "package.module:Class"`. Experiments
+are YAML files inside the package: `package/experiment.yaml`, and all below `package/experiments/`. They are called by their
+path from the package's name on, wherever that is installed; bigmodel's own also by `experiments/...`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def find_task(name: str) -> InstalledTask | None:
     if len({task.path for task in exact or found}) > 1:
         paths = " or ".join(task.path for task in found)
         raise ValueError(f"several packages have a task {name!r}: give the path of the one that is meant, {paths}")
-    return (exact or found or [None])[0]
+    return next(iter(exact or found), None)
 
 
 @functools.cache
