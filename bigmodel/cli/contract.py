@@ -265,8 +265,8 @@ class Contract:
         if not apart <= _LIMIT:
             raise _Failure(
                 f"{what} trains another net than one process with the whole batch: {apart:.2g} of the way apart after"
-                f" {trials.STEPS} steps (rounding: under {_LIMIT:g}). Return the loss as a sum, with the count of what it sums, and let no"
-                " sample's loss depend on others of its micro-batch"
+                f" {trials.STEPS} steps (rounding: under {_LIMIT:g}). Return the loss as a sum, with the count of what it"
+                " sums, and let no sample's loss depend on others of its micro-batch"
             )
         return f"{what} trains the net of one process with the whole batch, {apart:.1g} of the way apart"
 
