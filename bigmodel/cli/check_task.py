@@ -129,7 +129,9 @@ def check(plans: Sequence[Settings]) -> Iterator[tuple[int, Finding]]:
             (folder / "plans.json").write_text(json.dumps(names))
             with _two_processes(folder):
                 for number, contract in enumerate(contracts):
-                    yield from ((number, finding) for finding in contract.findings())
+                    yield from ((number, finding) for finding in contract.on_one_process())
+                for number, contract in enumerate(contracts):
+                    yield from ((number, finding) for finding in contract.on_two_processes())
     finally:
         torch.set_num_threads(threads)
 

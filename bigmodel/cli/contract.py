@@ -56,6 +56,10 @@ class _Skip(Exception):
     """A promise that cannot be tried; the message says why."""
 
 
+class _Blocked(_Skip):
+    """A promise that cannot be tried, because another is not kept."""
+
+
 class Contract:
     """The checks of one task, in the order in which they are printed.
 
@@ -68,12 +72,14 @@ class Contract:
         self.settings, self.folder = settings, folder
         folder.mkdir()
         (folder / "settings.json").write_text(json.dumps(settings))
+        self.kept: dict[str, bool] = {}  # promises that were tried
         self.straight: trials.Trial | None = None
-        self.reference: trials.Trial | None = None
-        self.changes = ""  # why runs cannot be compared, if so
+        self.reference: trials.Trial | None = None  # without dropout, one process takes the whole batch
+        self.whole: trials.Trial | None = None  # evaluated at once
+        self.draws = self.normed = False  # what keeps runs from being compared
 
-    def findings(self) -> Iterator[Finding]:
-        """Run all checks. What is found comes as soon as it is known."""
+    def on_one_process(self) -> Iterator[Finding]:
+        """All that one process finds out, as soon as it is known."""
         try:
             self.straight = trials.fit(self._settings(), trials.Trial(saves=True))
         except (Exception, SystemExit) as error:  # the task's own code may raise anything
@@ -93,19 +99,35 @@ class Contract:
         yield from self._try("Predicts", self._predicts)
         yield from self._try("Tabulates", self._tabulates)
         yield from self._try("Generates", self._generates)
+
+    def on_two_processes(self) -> Iterator[Finding]:
+        """What is found with two more; after `on_one_process`."""
+        if not self.kept:  # nothing runs
+            return
         yield from self._try("reload", self._reload)
         yield from self._try("two processes", self._two_processes)
         yield from self._try("sharding", self._sharding)
 
     def _try(self, what: str, check: Callable[[], str]) -> Iterator[Finding]:
         try:
-            yield Finding("ok", what, check())
+            finding = Finding("ok", what, check())
+        except _Blocked as reason:
+            self.kept[what] = False
+            finding = Finding("skip", what, str(reason))
         except _Skip as reason:
-            yield Finding("skip", what, str(reason))
+            finding = Finding("skip", what, str(reason))
         except _Failure as failure:
-            yield Finding("FAIL", what, str(failure))
+            finding = Finding("FAIL", what, str(failure))
         except (Exception, SystemExit) as error:  # of the task's own code
-            yield Finding("FAIL", what, f"{_said(error)}; mend this, or what it says")
+            finding = Finding("FAIL", what, _said(error))
+        self.kept.setdefault(what, finding.status != "FAIL")
+        yield finding
+
+    def _need(self, *promises: str) -> None:
+        """One failure is told once, not again by all that follows from it."""
+        for what in promises:
+            if not self.kept[what]:
+                raise _Blocked(f"cannot be tried before {what!r} above is mended")
 
     def _announce(self, checkpoint: Path | None) -> None:
         """Let the two processes begin."""
@@ -206,6 +228,7 @@ class Contract:
     # Comparisons of runs.
 
     def _resume(self) -> str:
+        self._need("loaders")
         straight = self._run
         stopped = next(path for path in straight.checkpoints if path.stem == f"last-{trials.STOPPED_AT}")
         again = trials.fit(self._settings(), trials.Trial(saves=True), stopped)
@@ -228,23 +251,18 @@ class Contract:
         return f"bitwise: stopped {where} after step {trials.STOPPED_AT}, equal after step {trials.STEPS}"
 
     def _loss(self) -> str:
+        self._need("batch")
         output = self._run.output
         if not isinstance(output, dict) or not {"loss", "count"} <= output.keys():
             raise _Failure(
                 'training_step must return {"loss": sum, "count": number}: the sum of the loss over what was predicted, and'
                 " how much that was; a mean of means is another gradient where the numbers differ"
             )
-        kept = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self._run.task.modules())
-        self.changes = "its BatchNorm makes a sample's loss depend on the others of its micro-batch" if kept else ""
+        self.normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self._run.task.modules())
         self.reference = trials.fit(self._settings(comparable=True), trials.Trial(dropout=False, check_sum=True))
         other = trials.fit(self._settings(comparable=True), trials.Trial(dropout=False, seed=1))
-        if different(self.reference.end, other.end):
-            self.changes = (
-                "training draws random numbers that are not called dropout: switch them off by a flag,"
-                " such as --model.net.dropout 0"
-            )
-        if self.changes:
-            raise _Skip(f"{self.changes}, so that parts of a batch do not add up")
+        self.draws = bool(different(self.reference.end, other.end))
+        self._need_comparable()
         (whole, count), *halves = self.reference.halves
         parts, counts = (sum(values) for values in zip(*halves, strict=True))
         if abs(counts - count) > 1e-6 * abs(count):
@@ -270,14 +288,18 @@ class Contract:
             )
         return f"{what} trains the net of one process with the whole batch, {apart:.1g} of the way apart"
 
-    def _need_reference(self) -> None:
-        if self.reference is None:
-            raise _Skip("needs a loss that is a sum and a count")
-        if self.changes:
-            raise _Skip(self.changes)
+    def _need_comparable(self) -> None:
+        if self.draws:
+            raise _Skip(
+                "training draws random numbers that are not called dropout: switch them off by a flag, such as"
+                " --model.net.NAME 0"
+            )
+        if self.normed:
+            raise _Skip("its BatchNorm makes a sample's loss depend on the others of its micro-batch")
 
     def _accumulation(self) -> str:
-        self._need_reference()
+        self._need("loaders", "loss")
+        self._need_comparable()
         micro = trials.batch_size(self.settings) // 4
         end = trials.fit(self._settings(comparable=True, micro_batch_size=micro), trials.Trial(dropout=False)).end
         return self._compare(end, f"accumulating micro-batches of {micro}")
@@ -287,6 +309,8 @@ class Contract:
         trial = trials.Trial(dropout=self.reference is None)
         settings = self._settings(comparable=self.reference is not None, precision="bf16-mixed")
         there, here = reference.losses[0], trials.fit(settings, trial).losses[0]
+        if self.draws and math.isfinite(here):
+            return f"bf16-mixed trains; first loss {here:.5g}"
         if not abs(here - there) <= _BF16 * max(abs(there), 1e-3):
             raise _Failure(
                 f"the first loss is {here:.5g} in bf16-mixed and {there:.5g} in float32: take exponentials, logarithms and"
@@ -299,20 +323,22 @@ class Contract:
             raise _Skip("there is no val_dataloader")
         settings, checkpoint = self._settings(), self._run.checkpoints[-1]
         at_once = trials.batch_size(self.settings) // 2
-        self.whole = trials.evaluate(settings, checkpoint, None)
+        self._need("loaders")
+        whole = self.whole = trials.evaluate(settings, checkpoint, None)
         filled = trials.evaluate(settings, checkpoint, at_once)
-        for seen in (self.whole, filled):
-            if sorted(seen.evaluated) != list(range(len(self.whole.evaluated))):
+        for seen in (whole, filled):
+            if sorted(seen.evaluated) != list(range(len(whole.evaluated))):
                 raise _Failure(
                     "validation did not meet each sample once: let the data set's index be the sample's number"
                 )
-        if not self.whole.metrics:
+        if not whole.metrics:
             raise _Failure("validation_step logs no metric: nothing tells which checkpoint is the best")
         self._same_metrics(filled.metrics, f"in batches of {at_once}, the last filled up")
-        names = ", ".join(self.whole.metrics)
+        names = ", ".join(whole.metrics)
         return f"{len(filled.evaluated)} samples once each, in one batch or filled up to several: the same {names}"
 
     def _same_metrics(self, metrics: dict[str, float], how: str) -> None:
+        assert self.whole is not None
         for name, value in self.whole.metrics.items():
             other = metrics.get(name, math.nan)
             if not math.isclose(value, other, rel_tol=1e-4, abs_tol=1e-5) and not (
@@ -403,6 +429,7 @@ class Contract:
         return "bigmodel.load makes it from the checkpoint, in another process, with no data present"
 
     def _two_processes(self) -> str:
+        self._need("loaders")
         found = self._of_two("ddp")
         taken = [sorted(step) for step in (self.reference or self._run).taken]
         if found["taken"] != taken:
@@ -410,21 +437,23 @@ class Contract:
                 "two processes took other samples in a step than one: make the loader with bigmodel.sampling"
             )
         said = []
-        if "metrics" in found and hasattr(self, "whole"):
+        if "metrics" in found and self.whole is not None and self.kept["evaluation"]:
             if found["evaluated"] != sorted(self.whole.evaluated):
                 raise _Failure(
                     "two processes did not evaluate each sample once: make the loader with bigmodel.sampling"
                 )
             self._same_metrics(found["metrics"], "on two processes")
             said.append("the same samples and metrics")
-        self._need_reference()
+        self._need("loss")
+        self._need_comparable()
         return "; ".join([self._compare(found["end"], "DDP"), *said])
 
     def _sharding(self) -> str:
         if not sharding_exists():
             raise _Skip("this version of bigmodel has no strategy for it")
+        self._need("loaders", "loss")
+        self._need_comparable()
         found = self._of_two("sharded")
-        self._need_reference()
         return self._compare(found["end"], "a net sharded over two (FSDP2)")
 
 

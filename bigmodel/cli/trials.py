@@ -84,6 +84,12 @@ class _Quiet(run.RunDirectory):
     def _say_what_runs(trainer: Trainer, pl_module: LightningModule) -> None:
         """The findings say it."""
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Too short for what makes a long run faster."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing to undo."""
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """There is no run to go on with."""
 

@@ -1,0 +1,101 @@
+"""`bigmodel new`: what it writes trains and keeps its word, under any name; what cannot be a package is refused."""
+
+import keyword
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bigmodel.cli import main
+from bigmodel.cli.new import renamed
+
+TEMPLATE = Path(__file__).parents[1] / "bigmodel" / "cli" / "template"
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["new", "bird_songs"])
+    return tmp_path / "bird_songs", capsys.readouterr().out
+
+
+def test_a_package_is_the_template_under_its_name(made):
+    folder, said = made
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    inside = {f"bird_songs/{name}" for name in ("__init__.py", "data.py", "module.py", "experiment.yaml")}
+    assert files == {"pyproject.toml", "README.md", "tests/test_bird_songs.py", *inside}
+    text = "".join((folder / file).read_text() for file in sorted(files))
+    assert "my_task" not in text
+    assert "MyTask" not in text
+    assert 'bird_songs = "bird_songs:BirdSongs"' in text
+    settings = yaml.safe_load((folder / "bird_songs" / "experiment.yaml").read_text())
+    assert settings["model"]["class_path"] == "bird_songs.BirdSongs"
+    assert "pip install -e bird_songs\n  bigmodel fit -c bird_songs/experiment.yaml" in said
+    assert renamed("my_task.MyTask", "my_task") == "my_task.MyTask"
+
+
+def test_it_can_be_read_at_a_sitting():
+    files = [TEMPLATE / "my_task" / name for name in ("data.py", "module.py", "experiment.yaml")]
+    assert sum(bool(line.strip()) for file in files for line in file.read_text().splitlines()) <= 100
+
+
+def test_its_own_tests_pass(made):
+    folder, _ = made
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"],
+        cwd=folder,
+        env={"PYTHONPATH": ":".join([str(folder), *filter(None, sys.path)]), "OMP_NUM_THREADS": "1", "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "3 passed" in result.stdout
+
+
+def test_a_folder_that_is_there_stays_as_it_is(made, capsys):
+    folder, _ = made
+    (folder / "README.md").write_text("mine")
+    with pytest.raises(SystemExit):
+        main(["new", "bird_songs"])
+    assert "bird_songs is there already, and stays as it is" in capsys.readouterr().err
+    assert (folder / "README.md").read_text() == "mine"
+    main(["new", "bird_songs", "--into", "elsewhere/deep"])
+    assert Path("elsewhere/deep/bird_songs/bird_songs/module.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["my-task"],
+            "small letters, digits and _ are accepted, a letter first, and no word of the language; my_task would",
+        ),
+        (["class"], "class_task would do"),
+        (["2nd"], "nd_task would do"),
+        (["MyTask"], "mytask would do"),
+        (["../x"], "x would do"),
+        (["numpy"], "a package 'numpy' is there already"),
+        (["json"], "a package 'json' is there already"),
+        (["language_modeling"], "a task 'language_modeling' is installed already"),
+        ([], "name one package"),
+        (["a", "b"], "name one package"),
+        (["a", "--onto", "b"], "no flag --onto"),
+        (["a_task", "--into", "file"], "nothing can be written there"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        main(["new", *words])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    if "would do" in error:
+        better = error.split("; ")[1].split(" ")[0]
+        assert better.isidentifier()
+        assert not keyword.iskeyword(better)
