@@ -111,20 +111,25 @@ def test_an_experiment_inside_a_package_is_found_by_its_name(plugged):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("good_9.Task", "no package 'good_9' is installed. Install it (`pip install good_9`"),
+        ("good_9.Nine", "no package 'good_9' is installed. Install it (`pip install good_9`"),
         ("language_modeling.LanguageModeling", "bigmodel 0.1.0 has bigmodel.tasks.language_modeling.LanguageModeling"),
-        ("folder.Task", "`pip install -e folder`"),
+        ("folder.Thing", "Install it (`pip install -e folder`)"),
         ("broken.Task", "No module named 'no_such_library'"),
         ("good_1.Tusk", "has no attribute 'Tusk'"),
     ],
 )
-def test_an_experiment_of_a_task_that_cannot_be_had_says_what_to_do(plugged, path, message, capsys):
-    Path("folder").mkdir()  # not installed
+def test_an_experiment_of_a_task_that_cannot_be_had_says_what_to_do(plugged, path, message, monkeypatch, capsys):
+    Path("folder").mkdir()  # a project that is not installed
+    Path("folder/pyproject.toml").touch()
+    monkeypatch.syspath_prepend(Path.cwd())
     Path("experiment.yaml").write_text(f"model: {{class_path: {path}}}\ndata: {{class_path: good_1.Task}}\n")
     with pytest.raises(SystemExit) as stopped:
         main(["fit", "-c", "experiment.yaml"])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", "folder/experiment.yaml"])
+    assert "is folder to be installed? `pip install -e folder`" in capsys.readouterr().err
 
 
 def test_help_of_a_task_is_had_by_its_name(plugged, capsys):

@@ -109,9 +109,15 @@ def read_experiment(name: str) -> tuple[Path, dict[str, Any]]:
     path = Path(name)
     inside = find_experiment(name) if not path.exists() else None
     if inside is None and not path.exists():
+        folder = path.parts[0] if path.parts else ""
+        hint = (
+            f" (is {folder} to be installed? `{_install(folder)}`)"
+            if (Path(folder) / "pyproject.toml").is_file()
+            else ""
+        )
         raise ValueError(
-            f"the configuration {name} cannot be read: there is no such file, and no installed package with a task has it;"
-            " `bigmodel list` shows the experiments"
+            f"the configuration {name} cannot be read: there is no such file, and no installed package with a task has"
+            f" it{hint}; `bigmodel list` shows the experiments"
         )
     return inside or path, read_yaml(inside or path)
 
@@ -136,11 +142,17 @@ def check_classes(settings: Any, key: str = "") -> None:
     if not isinstance(settings, dict):
         return
     path = settings.get("class_path")
-    if isinstance(path, str) and "." in path and importlib.util.find_spec(path.split(".")[0]) is None:
+    if isinstance(path, str) and "." in path and not _is_installed(path.split(".")[0]):
         raise ValueError(f"--{key} {path}: no package {path.split('.')[0]!r} is installed. {_where_is(path)}")
     for name, value in settings.items():
         inner = key if name == "init_args" else f"{key}.{name}".lstrip(".")
         check_classes(value, inner)
+
+
+def _is_installed(package: str) -> bool:
+    """A folder of that name somewhere on the path, without an __init__.py, is none: a project's own, most likely."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and (spec.origin is not None or not spec.submodule_search_locations)
 
 
 def _where_is(class_path: str) -> str:
@@ -149,4 +161,9 @@ def _where_is(class_path: str) -> str:
     if there:
         return f"{there[0].package} has {there[0].path}: set --model.class_path to it, if that is meant"
     known = ", ".join(dict.fromkeys(task.name for task in installed_tasks()))
-    return f"Install it (`pip install {package}`, or `pip install -e FOLDER`); tasks that are installed: {known}"
+    return f"Install it (`{_install(package)}`); tasks that are installed: {known}"
+
+
+def _install(package: str) -> str:
+    """How to install a package: from a folder, where there is one of that name."""
+    return f"pip install {'-e ' if (Path(package) / 'pyproject.toml').is_file() else ''}{package}"
