@@ -1,6 +1,7 @@
 """`bigmodel new`: what it writes trains and keeps its word, under any name; what cannot be a package is refused."""
 
 import keyword
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bigmodel.cli import main
+from bigmodel.cli import check_task, main, plugins
+from bigmodel.cli.contract import Finding
 from bigmodel.cli.new import renamed
 
 TEMPLATE = Path(__file__).parents[1] / "bigmodel" / "cli" / "template"
+PAGE = Path(__file__).parents[1] / "bigmodel" / "tasks" / "README.md"
 
 
 @pytest.fixture
@@ -29,9 +32,9 @@ def test_a_package_is_the_template_under_its_name(made):
     text = "".join((folder / file).read_text() for file in sorted(files))
     assert "my_task" not in text
     assert "MyTask" not in text
-    assert 'bird_songs = "bird_songs:BirdSongs"' in text
+    assert 'bird_songs = "bird_songs.module:BirdSongs"' in text
     settings = yaml.safe_load((folder / "bird_songs" / "experiment.yaml").read_text())
-    assert settings["model"]["class_path"] == "bird_songs.BirdSongs"
+    assert settings["model"]["class_path"] == "bird_songs.module.BirdSongs"
     assert "pip install -e bird_songs\n  bigmodel fit -c bird_songs/experiment.yaml" in said
     assert renamed("my_task.MyTask", "my_task") == "my_task.MyTask"
 
@@ -64,6 +67,57 @@ def test_a_folder_that_is_there_stays_as_it_is(made, capsys):
     assert (folder / "README.md").read_text() == "mine"
     main(["new", "bird_songs", "--into", "elsewhere/deep"])
     assert Path("elsewhere/deep/bird_songs/bird_songs/module.py").is_file()
+
+
+def blocks(language):
+    """The page's fenced blocks in a language, each as it stands."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_the_page_shows_the_template_as_it_is():
+    listings = {}
+    for listing in blocks("python") + blocks("yaml"):
+        first, _, rest = listing.partition("\n")
+        if first.startswith("# my_task/"):
+            listings[first.removeprefix("# my_task/my_task/")] = rest
+    files = ("data.py", "module.py", "experiment.yaml")
+    assert listings == {name: (TEMPLATE / "my_task" / name).read_text() for name in files}
+    links = re.findall(r"\]\(([^)#]+)\)", PAGE.read_text())
+    assert links
+    assert all((PAGE.parent / link).exists() for link in links)
+
+
+@pytest.fixture
+def fresh_metadata():
+    """What is installed is looked up anew, before and after."""
+    for function in (plugins.installed_tasks, plugins.package_folder):
+        function.cache_clear()
+    yield
+    for function in (plugins.installed_tasks, plugins.package_folder):
+        function.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_metadata")
+def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tried = Finding("ok", "task", "in test_check_task")
+    monkeypatch.setattr(check_task, "check", lambda plans: iter([(0, tried)]))
+    typed = [line.split(" #")[0].split() for block in blocks("bash") for line in block.splitlines()]
+    for words in typed:
+        if words[:2] == ["pip", "install"]:  # as pip does it, without a network
+            install = ["install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "--target", "site"]
+            subprocess.run([sys.executable, "-m", "pip", *install, f"./{words[-1]}"], check=True)
+            monkeypatch.syspath_prepend(tmp_path / "site")
+        elif words[0] == "bigmodel":
+            main(words[1:])
+        else:
+            assert words == ["python", "-m", "pytest", "my_task/tests"], "which runs in test_its_own_tests_pass"
+    printed = capsys.readouterr().out
+    accuracies = [float(value) for value in re.findall(r"val/accuracy +(\d\.\d+)$", printed, re.MULTILINE)]
+    assert len(accuracies) == 6, "three epochs, list, one epoch, validate"
+    assert max(accuracies) > 0.7
+    (use,) = (block for block in blocks("python") if "bigmodel.load" in block)
+    exec(use, {})
 
 
 @pytest.mark.parametrize(

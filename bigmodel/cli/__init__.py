@@ -82,6 +82,9 @@ def _with_clear_errors(function: Callable[..., None], *args: Any) -> None:
     """
     try:
         function(*args)
+    except BrokenPipeError:  # what reads the output has read enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)  # a fit has said how to go on (`bigmodel.run.RunDirectory`)
     except (ValueError, OSError, FloatingPointError) as error:

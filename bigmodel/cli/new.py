@@ -52,7 +52,7 @@ def run_new(argv: list[str]) -> None:
     _check_free(name)
     write_package(name, folder)
     print(f"wrote {folder}/\n  pip install -e {folder}\n  bigmodel fit -c {name}/experiment.yaml")
-    print(f"then change {name}/data.py, {name}/module.py and {name}/experiment.yaml, and")
+    print(f"then change data.py, module.py and experiment.yaml in {folder / name}/ one by one, and after each")
     print(f"  bigmodel check-task {name}")
 
 

@@ -7,7 +7,7 @@ import torch
 
 import bigmodel
 from bigmodel.cli import main
-from my_task import MyTaskData
+from my_task.data import MyTaskData
 
 
 def test_a_short_run_is_better_than_chance(tmp_path, monkeypatch):
