@@ -221,7 +221,7 @@ class Contract:
                     f"{name} gives a {type(one).__name__}, which several processes would all read the same of, and which is"
                     f" not resumed in mid-epoch: make it with bigmodel.sampling.{maker}"
                 )
-        steps = self._run.trainer.train_dataloader.steps_per_epoch
+        steps = len(self._run.trainer.train_dataloader)  # without accumulation, a batch is a step
         missing = "" if "val_dataloader" in loaders else "; none for validation"
         return f"made by bigmodel.sampling, {steps:,} steps of {trials.batch_size(self.settings)} an epoch{missing}"
 
@@ -245,9 +245,7 @@ class Contract:
                 f" {trials.STOPPED_AT}: draw random numbers from torch alone, which is seeded at each step (Python's and"
                 " NumPy's are not), and save what training changes as buffers or in on_save_checkpoint"
             )
-        loader = straight.trainer.train_dataloader
-        steps = loader.steps_per_epoch if isinstance(loader, Loader) else 0
-        where = "in mid-epoch" if steps and trials.STOPPED_AT % steps else "between epochs"
+        where = "in mid-epoch" if trials.STOPPED_AT % len(straight.trainer.train_dataloader) else "between epochs"
         return f"bitwise: stopped {where} after step {trials.STOPPED_AT}, equal after step {trials.STEPS}"
 
     def _loss(self) -> str:
