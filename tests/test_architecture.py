@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "bigmodel"
-LOWER = ["optim", "checkpoint", "sampling", "callbacks", "cache", "randomness", "workers"]
+LOWER = ["optim", "checkpoint", "sampling", "callbacks", "cache", "randomness", "workers", "protocols"]
 TASKS = sorted(path.name for path in (ROOT / "tasks").iterdir() if path.is_dir() and path.name != "__pycache__")
 
 

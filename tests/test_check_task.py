@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from bigmodel.cli import check_task, main, verbs
-from bigmodel.cli.contract import Finding
 from bigmodel.cli.new import write_package
+from bigmodel.cli.promises import Finding
+from bigmodel.protocols import PROTOCOL_VERSION
 
 OUTSIDER = str(Path(__file__).parent / "outsider" / "experiment.yaml")
 PROMISES = ["task", "data", "batch", "loaders", "resume", "loss", "accumulation", "bf16", "evaluation", "Predicts"]
@@ -37,6 +38,7 @@ DEFECTS = {  # which class, and what is found
     },
     "model: NoCount": {"loss": 'must return {"loss": sum, "count": number}'},
     "model: Crashes": {"training": "RuntimeError: size mismatch.* Mend this first"},
+    "data: Unsized": {"data": "takes no micro_batch_size: add to its __init__"},
     "data: Plain": {"loaders": "make it with bigmodel.sampling.train_loader"},
     "data: Nameless": {"data": "plain int"},
     "data: Bare": {"batch": r"lacks index \[B\]", "evaluation": "did not meet each sample once"},
@@ -99,7 +101,7 @@ def test_the_command_prints_a_line_each_and_fails_with_a_failure(monkeypatch, ca
         main(["check-task", "tabular_regression", "-c", OUTSIDER])
     assert stopped.value.code == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"outsider.TabularRegression, as in {OUTSIDER}"
+    assert lines[0] == f"outsider.TabularRegression, as in {OUTSIDER}; contract version {PROTOCOL_VERSION}"
     assert lines[1:3] == ["ok   task          is one", "FAIL loss          is none"]
     found.pop()
     main(["check-task", "outsider.TabularRegression", "-c", OUTSIDER])

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from bigmodel.cli import check_task, main, plugins
-from bigmodel.cli.contract import Finding
 from bigmodel.cli.new import renamed
+from bigmodel.cli.promises import Finding
+from bigmodel.protocols import PROTOCOL_VERSION
 
 TEMPLATE = Path(__file__).parents[1] / "bigmodel" / "cli" / "template"
 PAGE = Path(__file__).parents[1] / "bigmodel" / "tasks" / "README.md"
@@ -82,6 +83,7 @@ def test_the_page_shows_the_template_as_it_is():
             listings[first.removeprefix("# my_task/my_task/")] = rest
     files = ("data.py", "module.py", "experiment.yaml")
     assert listings == {name: (TEMPLATE / "my_task" / name).read_text() for name in files}
+    assert f"(version {PROTOCOL_VERSION})" in PAGE.read_text()
     links = re.findall(r"\]\(([^)#]+)\)", PAGE.read_text())
     assert links
     assert all((PAGE.parent / link).exists() for link in links)

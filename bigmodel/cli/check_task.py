@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -13,13 +12,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bigmodel.cli import plugins
 from bigmodel.cli.settings import Settings, parse_flags
 
 if TYPE_CHECKING:
-    from bigmodel.cli.contract import Finding
+    from bigmodel.cli.promises import Finding
 
 _HELP = """\
 bigmodel check-task TASK [-c EXPERIMENT.yaml ...] [--KEY VALUE ...]
@@ -60,18 +59,19 @@ def run_check_task(argv: list[str]) -> None:
     path, files = _task_and_experiment(positional[0], files)
     start = time.monotonic()
     try:
-        task = _imported(path)
+        task = plugins.import_class(path)
     except (Exception, SystemExit) as error:  # whatever the package's own code does
         _print("FAIL", "import", f"{path}: {type(error).__name__}: {error}. Mend it, or install what it needs")
         sys.exit(1)
 
     from bigmodel.cli import verbs
+    from bigmodel.protocols import PROTOCOL_VERSION
 
     settings = verbs.merge_settings(files, flags)
     configured = str((settings.get("model") or {}).get("class_path"))
-    if _imported(configured) is not task:
+    if plugins.import_class(configured) is not task:
         raise ValueError(f"{files[-1]} is an experiment with {configured}, not with {path}: name another with -c")
-    print(f"{path}, as in {files[-1]}")
+    print(f"{path}, as in {files[-1]}; contract version {PROTOCOL_VERSION}")
     failed = False
     for _, finding in check([settings]):
         failed |= finding.status == "FAIL"
@@ -93,11 +93,6 @@ def _task_and_experiment(name: str, files: list[str]) -> tuple[str, list[str]]:
     if not files and shipped is None:
         raise ValueError(f"the package of {name} ships no experiment to check it by: name one with -c EXPERIMENT.yaml")
     return (task.path if task is not None else name), files or [str(shipped)]
-
-
-def _imported(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
 
 
 def _print(status: str, what: str, text: str) -> None:

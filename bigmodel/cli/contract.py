@@ -6,58 +6,25 @@ accumulated, two processes, and a sharded net equal one process that takes the b
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import pyarrow.parquet as pq
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from bigmodel.cli import ClearError, trials
-from bigmodel.cli.figures import describe, different
+from bigmodel.cli import ClearError, promises, trials
+from bigmodel.cli.figures import different
+from bigmodel.cli.promises import Blocked, Failure, Finding, Skip
 from bigmodel.cli.settings import Settings
 from bigmodel.cli.two_processes import sharding_exists
-from bigmodel.protocols import Batch, Generates, Predicts, TaskData
-from bigmodel.sampling import Loader
 
 _LIMIT = 1e-3  # of `trials.distance`; rounding alone leaves 1e-6 to 1e-4
 _BF16 = 0.05  # of the loss
 _PATIENCE = 120.0  # seconds for what two processes do
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the answer.
-
-    Attributes:
-        status: skip: this promise could not be tried, or is not made.
-        what: the promise.
-        text: what was found; for a failure, what to do as well.
-    """
-
-    status: Literal["ok", "FAIL", "skip"]
-    what: str
-    text: str
-
-
-class _Failure(Exception):
-    """A promise that is not kept; the message says what to do."""
-
-
-class _Skip(Exception):
-    """A promise that cannot be tried; the message says why."""
-
-
-class _Blocked(_Skip):
-    """A promise that cannot be tried, because another is not kept."""
 
 
 class Contract:
@@ -80,25 +47,29 @@ class Contract:
 
     def on_one_process(self) -> Iterator[Finding]:
         """All that one process finds out, as soon as it is known."""
+        if (missing := promises.arguments(self.settings)) is not None:
+            self._announce(None)
+            yield Finding("FAIL", *missing)
+            return
         try:
-            self.straight = trials.fit(self._settings(), trials.Trial(saves=True))
+            run = self.straight = trials.fit(self._settings(), trials.Trial(saves=True))
         except (Exception, SystemExit) as error:  # the task's own code may raise anything
             self._announce(None)
             yield Finding("FAIL", "training", f"{_said(error)}. Mend this first: all else needs a run that trains")
             return
-        self._announce(self.straight.checkpoints[-1])
-        yield from self._try("task", self._task)
-        yield from self._try("data", self._data)
-        yield from self._try("batch", self._batch)
-        yield from self._try("loaders", self._loaders)
+        self._announce(run.checkpoints[-1])
+        yield from self._try("task", lambda: promises.task(run))
+        yield from self._try("data", lambda: promises.data(run))
+        yield from self._try("batch", lambda: promises.batch(run))
+        yield from self._try("loaders", lambda: promises.loaders(run))
         yield from self._try("resume", self._resume)
         yield from self._try("loss", self._loss)
         yield from self._try("accumulation", self._accumulation)
         yield from self._try("bf16", self._bf16)
         yield from self._try("evaluation", self._evaluation)
-        yield from self._try("Predicts", self._predicts)
-        yield from self._try("Tabulates", self._tabulates)
-        yield from self._try("Generates", self._generates)
+        yield from self._try("Predicts", lambda: promises.predicts(run))
+        yield from self._try("Tabulates", lambda: promises.tabulates(run))
+        yield from self._try("Generates", lambda: promises.generates(run))
 
     def on_two_processes(self) -> Iterator[Finding]:
         """What is found with two more; after `on_one_process`."""
@@ -111,12 +82,12 @@ class Contract:
     def _try(self, what: str, check: Callable[[], str]) -> Iterator[Finding]:
         try:
             finding = Finding("ok", what, check())
-        except _Blocked as reason:
+        except Blocked as reason:
             self.kept[what] = False
             finding = Finding("skip", what, str(reason))
-        except _Skip as reason:
+        except Skip as reason:
             finding = Finding("skip", what, str(reason))
-        except _Failure as failure:
+        except Failure as failure:
             finding = Finding("FAIL", what, str(failure))
         except (Exception, SystemExit) as error:  # of the task's own code
             finding = Finding("FAIL", what, _said(error))
@@ -127,7 +98,7 @@ class Contract:
         """One failure is told once, not again by all that follows from it."""
         for what in promises:
             if not self.kept[what]:
-                raise _Blocked(f"cannot be tried before {what!r} above is mended")
+                raise Blocked(f"cannot be tried before {what!r} above is mended")
 
     def _announce(self, checkpoint: Path | None) -> None:
         """Let the two processes begin."""
@@ -143,88 +114,6 @@ class Contract:
         assert self.straight is not None
         return self.straight
 
-    # What can be seen.
-
-    def _task(self) -> str:
-        task, name = self._run.task, type(self._run.task).__name__
-        taken = inspect.signature(type(task).__init__).parameters
-        missing = [word for word in ("net", "optimizer", "schedule") if word not in taken]
-        if missing:
-            raise _Failure(
-                f"{name} takes no {' and no '.join(missing)}: add to __init__ what makes them, to be configured"
-            )
-        if self._run.had_parameters:
-            raise _Failure(
-                f"{name} has parameters as soon as it is made, so it cannot be sharded, and its sizes were typed by hand:"
-                " make the net in configure_model, from bigmodel.sizes(self)"
-            )
-        net = getattr(task, "net", None)
-        if not isinstance(net, nn.Module):
-            raise _Failure(
-                f"{name}.net is {net!r} after configure_model: put the net there, for export and others to find"
-            )
-        task.configure_model()
-        if task.net is not net:
-            raise _Failure(
-                "configure_model made a second net when it was called again: begin it with `if self.net is None:`"
-            )
-        count = sum(p.numel() for p in net.parameters())
-        return f"{name} makes {type(net).__name__} ({count:,} parameters) in configure_model, once"
-
-    def _data(self) -> str:
-        data, name = self._run.data, type(self._run.data).__name__
-        missing = [word for word in TaskData.__annotations__ if not hasattr(data, word)]
-        if missing or not isinstance(data, TaskData):
-            raise _Failure(
-                f"{name} has no {', no '.join(missing)} after setup; bigmodel.protocols.TaskData says what they are"
-            )
-        wrong = {key: size for key, size in data.sizes.items() if type(key) is not str or type(size) is not int}
-        if wrong:
-            raise _Failure(f"{name}.sizes has {wrong}: names and plain int are needed, as they go into the checkpoint")
-        if not isinstance(data.fingerprint, str) or not data.fingerprint:
-            raise _Failure(
-                f"{name}.fingerprint is {data.fingerprint!r}: a text is needed, such as a hash of the samples"
-            )
-        sizes = ", ".join(f"{key} {size:,}" for key, size in data.sizes.items())
-        return f"{name} knows {sizes}; fingerprint {data.fingerprint[:8]}"
-
-    def _batch(self) -> str:
-        batch: Any = self._run.batch
-        if not (isinstance(batch, tuple) and hasattr(batch, "_fields")):
-            raise _Failure(
-                f"a batch is a {type(batch).__name__}; a NamedTuple of tensors is needed, with index and weight"
-            )
-        if not isinstance(batch, Batch) or not {"index", "weight"} <= set(batch._fields):
-            raise _Failure(
-                f"{describe(batch)} lacks index [B] (which sample) or weight [B] (0 in rows that only fill up)"
-            )
-        other = [name for name, part in zip(batch._fields, batch, strict=True) if not isinstance(part, Tensor)]
-        if other:
-            raise _Failure(f"the batch's {', '.join(other)} is no tensor: a batch must go to a device as it is")
-        index: Any = batch.index
-        weight: Any = batch.weight
-        rows = {name: part.shape[0] if part.ndim else None for name, part in zip(batch._fields, batch, strict=True)}
-        if len(set(rows.values())) > 1 or index.ndim != 1 or weight.ndim != 1:
-            raise _Failure(f"{describe(batch)}: all need the same first dimension, index and weight no other")
-        if index.is_floating_point() or not weight.is_floating_point() or not (weight > 0).all():
-            raise _Failure(f"{describe(batch)}: index must be integers, and weight floats above 0 while training")
-        return describe(batch)
-
-    def _loaders(self) -> str:
-        loaders = {name: getattr(self._run.data, name)() for name in ("train_dataloader", "val_dataloader")
-                   if trials.has_split(self._run.data, name)}  # fmt: skip
-        for name, loader in loaders.items():
-            one = loader[0] if isinstance(loader, list | tuple) else loader
-            if not isinstance(one, Loader):
-                maker = "train_loader" if name == "train_dataloader" else "eval_loader"
-                raise _Failure(
-                    f"{name} gives a {type(one).__name__}, which several processes would all read the same of, and which is"
-                    f" not resumed in mid-epoch: make it with bigmodel.sampling.{maker}"
-                )
-        steps = len(self._run.trainer.train_dataloader)  # without accumulation, a batch is a step
-        missing = "" if "val_dataloader" in loaders else "; none for validation"
-        return f"made by bigmodel.sampling, {steps:,} steps of {trials.batch_size(self.settings)} an epoch{missing}"
-
     # Comparisons of runs.
 
     def _resume(self) -> str:
@@ -233,14 +122,14 @@ class Contract:
         stopped = next(path for path in straight.checkpoints if path.stem == f"last-{trials.STOPPED_AT}")
         again = trials.fit(self._settings(), trials.Trial(saves=True), stopped)
         if again.taken != straight.taken[trials.STOPPED_AT :]:
-            raise _Failure(
+            raise Failure(
                 f"resumed after step {trials.STOPPED_AT}, the run took other samples than the one left alone: make the order"
                 " a function of seed and epoch (bigmodel.sampling.train_loader is)"
             )
         wrong = different(trials.state(straight.checkpoints[-1]), trials.state(again.checkpoints[-1]))
         if wrong:
             more = f" and {len(wrong) - 2} more" if len(wrong) > 2 else ""
-            raise _Failure(
+            raise Failure(
                 f"{', '.join(wrong[:2])}{more} differ after step {trials.STEPS} in a run that was resumed after step"
                 f" {trials.STOPPED_AT}: draw random numbers from torch alone, which is seeded at each step (Python's and"
                 " NumPy's are not), and save what training changes as buffers or in on_save_checkpoint"
@@ -252,7 +141,7 @@ class Contract:
         self._need("batch")
         output = self._run.output
         if not isinstance(output, dict) or not {"loss", "count"} <= output.keys():
-            raise _Failure(
+            raise Failure(
                 'training_step must return {"loss": sum, "count": number}: the sum of the loss over what was predicted, and'
                 " how much that was; a mean of means is another gradient where the numbers differ"
             )
@@ -264,12 +153,12 @@ class Contract:
         (whole, count), *halves = self.reference.halves
         parts, counts = (sum(values) for values in zip(*halves, strict=True))
         if abs(counts - count) > 1e-6 * abs(count):
-            raise _Failure(
+            raise Failure(
                 f"the count is {count:g} for a batch and {counts:g} for its halves together: count what is summed"
             )
         if not math.isclose(whole, parts, rel_tol=1e-4, abs_tol=1e-6):
             mean = math.isclose(2 * whole, parts, rel_tol=0.3)
-            raise _Failure(
+            raise Failure(
                 f"the loss is {whole:.5g} for a batch and {parts:.5g} for its halves together: "
                 + ('it is a mean; take the sum (reduction="sum")' if mean else "it is no sum over samples")
             )
@@ -279,7 +168,7 @@ class Contract:
         assert self.reference is not None
         apart = trials.distance(self.reference.end, end, self.reference.start)
         if not apart <= _LIMIT:
-            raise _Failure(
+            raise Failure(
                 f"{what} trains another net than one process with the whole batch: {apart:.2g} of the way apart after"
                 f" {trials.STEPS} steps (rounding: under {_LIMIT:g}). Return the loss as a sum, with the count of what it"
                 " sums, and let no sample's loss depend on others of its micro-batch"
@@ -288,12 +177,12 @@ class Contract:
 
     def _need_comparable(self) -> None:
         if self.draws:
-            raise _Skip(
+            raise Skip(
                 "training draws random numbers that are not called dropout: switch them off by a flag, such as"
                 " --model.net.NAME 0"
             )
         if self.normed:
-            raise _Skip("its BatchNorm makes a sample's loss depend on the others of its micro-batch")
+            raise Skip("its BatchNorm makes a sample's loss depend on the others of its micro-batch")
 
     def _accumulation(self) -> str:
         self._need("loaders", "loss")
@@ -310,7 +199,7 @@ class Contract:
         if self.draws and math.isfinite(here):
             return f"bf16-mixed trains; first loss {here:.5g}"
         if not abs(here - there) <= _BF16 * max(abs(there), 1e-3):
-            raise _Failure(
+            raise Failure(
                 f"the first loss is {here:.5g} in bf16-mixed and {there:.5g} in float32: take exponentials, logarithms and"
                 " sums in float32 (`logits.float()`)"
             )
@@ -318,7 +207,7 @@ class Contract:
 
     def _evaluation(self) -> str:
         if not trials.has_split(self._run.data, "val_dataloader"):
-            raise _Skip("there is no val_dataloader")
+            raise Skip("there is no val_dataloader")
         settings, checkpoint = self._settings(), self._run.checkpoints[-1]
         at_once = trials.batch_size(self.settings) // 2
         self._need("loaders")
@@ -326,11 +215,11 @@ class Contract:
         filled = trials.evaluate(settings, checkpoint, at_once)
         for seen in (whole, filled):
             if sorted(seen.evaluated) != list(range(len(whole.evaluated))):
-                raise _Failure(
+                raise Failure(
                     "validation did not meet each sample once: let the data set's index be the sample's number"
                 )
         if not whole.metrics:
-            raise _Failure("validation_step logs no metric: nothing tells which checkpoint is the best")
+            raise Failure("validation_step logs no metric: nothing tells which checkpoint is the best")
         self._same_metrics(filled.metrics, f"in batches of {at_once}, the last filled up")
         names = ", ".join(whole.metrics)
         return f"{len(filled.evaluated)} samples once each, in one batch or filled up to several: the same {names}"
@@ -342,63 +231,10 @@ class Contract:
             if not math.isclose(value, other, rel_tol=1e-4, abs_tol=1e-5) and not (
                 math.isnan(value) and math.isnan(other)
             ):
-                raise _Failure(
+                raise Failure(
                     f"{name} is {value:.6g} over the samples in one batch, and {other:.6g} {how}: leave out rows of weight"
                     " 0, and give each sample's value with its weight to a torchmetrics metric, which you log itself"
                 )
-
-    # What it offers besides.
-
-    def _predicts(self) -> str:
-        task = self._run.task
-        methods = ("features", "logits", "targets")
-        there = [name for name in methods if callable(getattr(task, name, None))]
-        if not there:
-            raise _Skip("not offered (features, logits, targets): it cannot be distilled")
-        if not isinstance(task, Predicts):
-            raise _Failure(
-                f"it has {', '.join(there)}, and not all of {', '.join(methods)}: bigmodel.protocols.Predicts"
-            )
-        batch = self._run.batch
-        self._run.task.eval()
-        with torch.no_grad():
-            features = task.features(batch)
-            logits, targets = task.logits(features), task.targets(batch)
-            half = len(features) // 2
-            parts = torch.cat([task.logits(features[:half]), task.logits(features[half:])])
-        if logits.shape[:-1] != targets.shape and logits.shape != targets.shape:
-            raise _Failure(f"logits {list(logits.shape)} do not go with targets {list(targets.shape)}")
-        if not torch.allclose(parts, logits, rtol=1e-3, atol=1e-5):
-            raise _Failure("logits of parts of the features are not parts of the logits: no row may depend on others")
-        return f"features {list(features.shape)}, logits {list(logits.shape)}, targets {list(targets.shape)}"
-
-    def _tabulates(self) -> str:
-        task, data = self._run.task, self._run.data
-        if not is_overridden("predict_step", task, LightningModule):
-            raise _Skip("not offered (predict_step): `bigmodel predict` has nothing to write")
-        if not is_overridden("predict_dataloader", data, LightningDataModule):
-            raise _Failure(f"{type(data).__name__} has no predict_dataloader, which predict_step needs")
-        output = self.folder / "predictions.parquet"
-        count = trials.predict(self._settings(), self._run.checkpoints[-1], output)
-        table = pq.read_table(output)
-        if len(table) != count:
-            raise _Failure(
-                f"predict_step wrote {len(table)} rows for {count} samples: one each, without those of weight 0"
-            )
-        return f"{count} rows of {', '.join(table.column_names)}"
-
-    def _generates(self) -> str:
-        task: Any = self._run.task
-        if not isinstance(task, Generates):
-            raise _Skip("not offered (stream, generate)")
-        options = {"max_new_tokens": 4, "seed": 0}
-        self._run.task.eval()
-        pieces, text = list(task.stream("a", **options)), task.generate("a", **options)
-        if not all(isinstance(piece, str) for piece in pieces) or "".join(pieces) != text:
-            raise _Failure(
-                f"stream gave {pieces!r} and generate {text!r} with the same seed: pieces of the same text are due"
-            )
-        return "stream and generate give the same text for a seed"
 
     # On two processes.
 
@@ -408,13 +244,11 @@ class Contract:
         path = self.folder / f"{name}.pt"
         while not path.exists():
             if (error := path.with_suffix(".error")).exists():
-                raise _Failure(error.read_text())
+                raise Failure(error.read_text())
             if (self.folder.parent / "ended").exists() and not path.exists():
-                raise _Failure(f"the processes ended without an answer: {(self.folder.parent / 'ended').read_text()}")
+                raise Failure(f"the processes ended without an answer: {(self.folder.parent / 'ended').read_text()}")
             if time.monotonic() > deadline:
-                raise _Failure(
-                    f"no answer after {_PATIENCE:.0f} s: do both processes take part in every sum over them?"
-                )
+                raise Failure(f"no answer after {_PATIENCE:.0f} s: do both processes take part in every sum over them?")
             time.sleep(0.05)
         found: dict[str, Any] = torch.load(path, weights_only=True)
         return found
@@ -423,7 +257,7 @@ class Contract:
         found = self._of_two("reload")
         wrong = different(found["written"], found["state_dict"])
         if wrong:
-            raise _Failure(f"bigmodel.load gives other values for {', '.join(wrong[:3])} than the checkpoint has")
+            raise Failure(f"bigmodel.load gives other values for {', '.join(wrong[:3])} than the checkpoint has")
         return "bigmodel.load makes it from the checkpoint, in another process, with no data present"
 
     def _two_processes(self) -> str:
@@ -431,15 +265,11 @@ class Contract:
         found = self._of_two("ddp")
         taken = [sorted(step) for step in (self.reference or self._run).taken]
         if found["taken"] != taken:
-            raise _Failure(
-                "two processes took other samples in a step than one: make the loader with bigmodel.sampling"
-            )
+            raise Failure("two processes took other samples in a step than one: make the loader with bigmodel.sampling")
         said = []
         if "metrics" in found and self.whole is not None and self.kept["evaluation"]:
             if found["evaluated"] != sorted(self.whole.evaluated):
-                raise _Failure(
-                    "two processes did not evaluate each sample once: make the loader with bigmodel.sampling"
-                )
+                raise Failure("two processes did not evaluate each sample once: make the loader with bigmodel.sampling")
             self._same_metrics(found["metrics"], "on two processes")
             said.append("the same samples and metrics")
         self._need("loss")
@@ -448,7 +278,7 @@ class Contract:
 
     def _sharding(self) -> str:
         if not sharding_exists():
-            raise _Skip("this version of bigmodel has no strategy for it")
+            raise Skip("this version of bigmodel has no strategy for it")
         self._need("loaders", "loss")
         self._need_comparable()
         found = self._of_two("sharded")

@@ -1,4 +1,4 @@
-"""What tasks are installed, and what experiments their packages bring: from metadata and files; nothing is imported.
+"""What tasks are installed, and what experiments their packages bring: from metadata and files alone.
 
 A package with tasks names them as entry points of the group `bigmodel.tasks`, `name = "package.module:Class"`. Experiments
 are YAML files inside the package: `package/experiment.yaml`, and all below `package/experiments/`. They are called by their
@@ -8,6 +8,7 @@ path from the package's name on, wherever that is installed; bigmodel's own also
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
@@ -131,6 +132,12 @@ def experiment_of(task: InstalledTask) -> Path | None:
     module = task.path.split(".")[1:-1]
     inside = [folder.joinpath(*module[:depth], "experiment.yaml") for depth in range(len(module), -1, -1)]
     return next((p for p in (*inside, folder / "experiments" / task.name / "check.yaml") if p.is_file()), None)
+
+
+def import_class(path: str) -> Any:
+    """What stands at `package.module.Class`; whatever the package's own code raises goes through."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def check_classes(settings: Any, key: str = "") -> None:

@@ -129,6 +129,7 @@ class Trial(Callback):
     trainer: Any = None
     task: Any = None
     data: Any = None
+    settings: Settings = field(default_factory=dict)
     had_parameters: bool = False  # before configure_model
 
     def __hash__(self) -> int:
@@ -194,7 +195,7 @@ class Trial(Callback):
 
 def fit(settings: Settings, trial: Trial, resume: Path | None = None) -> Trial:
     """Train, from the beginning or from a checkpoint."""
-    record = _Quiet(settings)
+    trial.settings, record = settings, _Quiet(settings)
     cli = verbs.parse(settings, [record])
     record.config = cli.resolved()
     trial.trainer, trial.task, trial.data = cli.trainer, cli.model, cli.datamodule

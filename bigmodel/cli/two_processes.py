@@ -82,7 +82,7 @@ def _reload(checkpoint: Path) -> dict[str, Any]:
 
 
 class _Doors:
-    """Keeps what runs behind it from the data: from files that their settings name, and from their class."""
+    """Keeps what runs behind it from the files that the data's settings name."""
 
     def __init__(self) -> None:
         self._shut: tuple[Path, ...] = ()

@@ -87,6 +87,13 @@ class Normed(nn.Module):
         return self.layers(features)
 
 
+class Unsized(TableData):
+    """It cannot be told how much one process takes at once."""
+
+    def __init__(self, path: str, target: str, batch_size: int = 32) -> None:
+        super().__init__(path, target, batch_size)
+
+
 class Plain(TableData):
     """Its training loader is torch's own."""
 
