@@ -18,6 +18,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from bigmodel.sampling import Loader
+
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 
 
@@ -168,17 +170,29 @@ def num_steps(trainer: Trainer) -> int:
     bounds = [trainer.max_steps] if trainer.max_steps > 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
         source: Any = getattr(trainer, "datamodule", None) or trainer.lightning_module
-        batches = len(source.train_dataloader())
-        limit = trainer.limit_train_batches
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        bounds.append(trainer.max_epochs * -(-batches // trainer.accumulate_grad_batches))
+        loader = source.train_dataloader()
+        batches, limit = len(loader), trainer.limit_train_batches
+        taken = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        course = loader.course if isinstance(loader, Loader) else None
+        if course is not None and taken == batches:
+            bounds.append(course.steps_until(trainer.max_epochs))
+        else:
+            bounds.append(trainer.max_epochs * -(-taken // trainer.accumulate_grad_batches))
     return min(bounds, default=-1)
 
 
 class _StepSchedule(LambdaLR):
     """Restores only where it stands: base rates and shape are those of the configuration, so explicit flags win."""
 
+    def __init__(self, optimizer: Optimizer, schedule: Schedule, trainer: Trainer) -> None:
+        self.trainer, self.total = trainer, num_steps(trainer)
+        super().__init__(optimizer, lambda step: schedule(step, self.total))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().state_dict().items() if key not in ("trainer", "total")}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.total = num_steps(self.trainer)  # where it was resumed with another batch size
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
         rates = [base * factor(self.last_epoch) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -221,5 +235,5 @@ def configure(module: LightningModule, optimizer: OptimizerFactory, schedule: Sc
             f"{type(schedule).__name__} ends with the run, and the run has no end: set --trainer.max_steps or"
             " --trainer.max_epochs"
         )
-    scheduler = _StepSchedule(built, lambda step: schedule(step, total))
+    scheduler = _StepSchedule(built, schedule, module.trainer)
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

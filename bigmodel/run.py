@@ -5,7 +5,7 @@ runs/<experiment>/<time>-<id>/
     run.json         command, git revision, package versions, step, best metric, W&B id, and the status: running, finished,
                      preempted (told to stop), interrupted (by hand) or failed
     metrics.csv      every metric by optimizer step
-    checkpoints/     last-<step>.ckpt and best-<step>.ckpt
+    checkpoints/     last-<step>.ckpt and best-<step>.ckpt: files, or folders where tensors are sharded
     wandb/           what Weights & Biases keeps
 
 Where the environment variable BIGMODEL_RUN_FILE names a file, a fit writes its run directory there when it begins: that is
@@ -33,11 +33,12 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor
 
-from bigmodel.callbacks import EMA, SWA, Stopped
+from bigmodel.callbacks import EMA, SWA, GoBack, Resume, Stopped, Times
 from bigmodel.callbacks.gradients import find as find_callback
-from bigmodel.checkpoint import checkpoint_step, find_checkpoint, load_weights, read
+from bigmodel.checkpoint import assembled, checkpoint_step, clear_hidden, find_checkpoint, load_weights, read
 from bigmodel.optim import num_steps
 from bigmodel.tracking import MetricsCSV, WandB, WandBRun
 
@@ -112,7 +113,7 @@ def load(
     """The trained task of a run, in evaluation mode, ready to use; no data needed.
 
     Args:
-        run: a run directory, `last`, the end of a run's name, or a checkpoint file.
+        run: a run directory, `last`, the end of a run's name, or a checkpoint, a file or a folder.
         checkpoint: `best`, `last`, or the name of a file in the run's `checkpoints/`.
         ema: take the averaged weights where the run kept them.
         runs_dir: where runs are looked for by name.
@@ -121,8 +122,10 @@ def load(
         ValueError: if there is no such run, its checkpoint is damaged (a named one, or all), or its weights do not fit the
             model that its configuration describes.
     """
-    path = Path(run) if str(run).endswith(".ckpt") else find_checkpoint(find(run, runs_dir), checkpoint)
-    content = read(path)
+    path = Path(run) if Path(run).suffix == ".ckpt" else find_checkpoint(find(run, runs_dir), checkpoint)
+    content = read(path, whole=False)
+    content.pop("optimizer_states", None)  # most of a sharded checkpoint, which would be put together in memory
+    content = assembled(content)
     if "model" not in content.get("bigmodel", {}):
         raise ValueError(f"{path} says nothing of the task it belongs to: it was not written by `bigmodel fit`")
     task: LightningModule = _instantiate(LightningModule, content["bigmodel"]["model"])
@@ -193,11 +196,18 @@ class RunDirectory(Callback):
         if self.checkpoint is not None:
             self.checkpoint = Path(trainer.strategy.broadcast(str(self.checkpoint)))
             self.restart_step = checkpoint_step(self.checkpoint)
+        if self.directory is not None:
+            self._place_profile(trainer, self.directory)
         if stage == "fit":
             if self.directory is not None:  # for the checkpoint that is read next
                 self._place_checkpoints(trainer, self.directory)
-        elif self.checkpoint is not None and self.checkpoint.is_file():  # a sharded one is a folder: data must be there
-            content: dict[str, Any] = read(self.checkpoint, verify=False).get("bigmodel", {})
+                resume = find_callback(trainer, Resume)
+                if resume is not None:
+                    resume.returns = trainer.strategy.broadcast(_read_record(self.directory).get("returns", []))
+        elif (
+            self.checkpoint is not None and not (self.checkpoint / ".metadata").exists()
+        ):  # not a folder of Lightning's own
+            content: dict[str, Any] = read(self.checkpoint, verify=False, whole=False).get("bigmodel", {})
             pl_module._sizes = content.get("sizes")  # type: ignore[assignment]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -213,13 +223,13 @@ class RunDirectory(Callback):
             if self.directory is None:
                 self.directory = new_directory(self.config["runs_dir"], self.config["experiment"])
             self._write_config(self.directory)
-            for partial in self.directory.glob("checkpoints/.*.partial"):  # being written when the run was killed
-                partial.unlink()
+            clear_hidden(self.directory / "checkpoints")
             self.record = self._begin_record(self.directory)
             if file := os.environ.get("BIGMODEL_RUN_FILE"):
                 Path(file).write_text(f"{self.directory.resolve()}\n")
         self.directory = Path(trainer.strategy.broadcast(str(self.directory)))
         self._place_checkpoints(trainer, self.directory)
+        self._place_profile(trainer, self.directory)
         if trainer.is_global_zero:
             self._start_loggers(trainer, self.directory)
             self._say_what_runs(trainer, pl_module)
@@ -249,6 +259,14 @@ class RunDirectory(Callback):
             if isinstance(callback, ModelCheckpoint):
                 callback.dirpath = str((directory / "checkpoints").resolve())
 
+    @staticmethod
+    def _place_profile(trainer: Any, directory: Path) -> None:
+        """Have the profiler, if there is one, write into the directory, unless it was told another."""
+        profiler = trainer.profiler
+        if profiler.dirpath == trainer.log_dir:  # what Lightning has made of nothing
+            profiler.dirpath = str(directory / "profile")
+            profiler.filename = profiler.filename or "profile"  # else it writes nowhere
+
     def _write_config(self, directory: Path) -> None:
         path, text = directory / "config.yaml", yaml.safe_dump(self.config, sort_keys=False)
         if path.exists():
@@ -260,8 +278,7 @@ class RunDirectory(Callback):
         os.replace(partial, path)
 
     def _begin_record(self, directory: Path) -> dict[str, Any]:
-        path = directory / "run.json"
-        record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        record = _read_record(directory)
         now = datetime.now(UTC).isoformat()
         record.setdefault("created", now)
         record.setdefault("wandb_id", secrets.token_hex(4))
@@ -310,6 +327,9 @@ class RunDirectory(Callback):
             f" {trainer.accumulate_grad_batches} micro-batch(es) a step",
             flush=True,
         )
+        profiler: Any = trainer.profiler  # type: ignore[attr-defined]
+        if not isinstance(profiler, PassThroughProfiler):
+            print(f"profile    {profiler.dirpath}: a table at the end", flush=True)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         for logger in trainer.loggers:
@@ -330,6 +350,13 @@ class RunDirectory(Callback):
         self._report(trainer, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        gc.unfreeze()
+        if isinstance(exception, GoBack):
+            self._report(trainer, "running")
+            for logger in trainer.loggers:
+                if isinstance(logger, WandBRun):
+                    logger.experiment.mark_preempting()
+            return
         stopped = exception if isinstance(exception, Stopped) else None
         by_hand = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
         self._report(trainer, stopped.status if stopped else by_hand)
@@ -345,6 +372,28 @@ class RunDirectory(Callback):
             flush=True,
         )
 
+    def go_back(self, cause: GoBack) -> Path:
+        """The checkpoint to go on from after this has ended the fit; recorded for this and any later session.
+
+        Raises:
+            FloatingPointError: if there is none.
+        """
+        if self.directory is None or not any(self.directory.glob("checkpoints/*.ckpt")):
+            if self.record:
+                self._write_record(self.record, status="failed")
+            raise FloatingPointError(f"{cause}. There is no checkpoint yet to go back to")
+        if not self.record:  # not the first process, which will tell
+            return find_checkpoint(self.directory, "last", verify=False)
+        checkpoint = find_checkpoint(self.directory, "last")
+        step, beyond = checkpoint_step(checkpoint), cause.beyond
+        entry = {"step": cause.step, "to": step, "epoch": beyond.epoch, "samples": beyond.samples, "why": str(cause)}
+        returns = self.record.get("returns", [])
+        if entry not in returns:  # it was, where an older checkpoint had to be resumed from
+            self._write_record(self.record, returns=[*returns, entry])
+        passed_over = f"the samples of optimizer steps {step + 1:,} to {cause.step:,} are passed over"
+        print(f"{cause}; back to {checkpoint.name}: {passed_over}", flush=True)
+        return checkpoint
+
     def _report(self, trainer: Trainer, status: str) -> None:
         if not self.record:  # not the first process, or stopped before the run began
             return
@@ -353,7 +402,17 @@ class RunDirectory(Callback):
             if isinstance(callback, ModelCheckpoint) and callback.best_model_score is not None:
                 score = float(callback.best_model_score)
                 news["best"] = {"metric": callback.monitor, "value": score, "checkpoint": callback.best_model_path}
+        times = find_callback(trainer, Times)
+        if times is not None and status not in ("running", "failed"):
+            news["sessions"] = self.record["sessions"]
+            news["sessions"][-1]["times"] = {part: round(spent, 3) for part, spent in times.finish().items()}
         self._write_record(self.record, **news)
+
+
+def _read_record(directory: Path) -> dict[str, Any]:
+    path = directory / "run.json"
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return record
 
 
 def _leave_out_empty_hooks(trainer: Any) -> None:

@@ -7,7 +7,8 @@ of M::
     position of row i in micro-batch a of process r in step s  =  s S + (a W + r) M + i,      S = A W M
 
 so the samples of a step do not depend on W or M, and where a run stands in the epoch follows from the number of
-optimizer steps taken and nothing else. A last, incomplete step of an epoch is dropped (other epochs meet its samples).
+optimizer steps taken and nothing else (`bigmodel.course`; s S becomes the samples taken so far, where the batch size was
+changed). A last, incomplete step of an epoch is dropped (other epochs meet its samples).
 
 Source of the permutation: a balanced Feistel network (Luby and Rackoff 1988) over the smallest even number of bits that
 holds N, with cycle walking (Black and Rogaway 2002).
@@ -24,6 +25,8 @@ import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from bigmodel.course import Course, Position, get_origin
 
 _ROUNDS = 6
 _WORD = 0xFFFFFFFFFFFFFFFF
@@ -132,27 +135,34 @@ class _TrainOrder(Sampler[_Numbers]):
                 f"--data.views {views}: at least 1 is needed; leave it out for new randomness in every epoch"
             )
         self.n, self.batch_size, self.seed, self.shuffle, self.views = n, batch_size, seed, shuffle, views
-        self.steps_per_epoch = n // batch_size
         self.trainer = trainer
         self.epoch = 0  # for use without a trainer
 
+    @property
+    def course(self) -> Course:
+        """The trainer's way through these samples."""
+        return Course(self.n, self.batch_size, Position() if self.trainer is None else get_origin(self.trainer))
+
     def __len__(self) -> int:
-        return self.steps_per_epoch * self.accumulation
+        return self.course.steps_per_epoch * self.accumulation
 
     def __iter__(self) -> Iterator[_Numbers]:
         # Computed here and not at the first next(): by then a loader's workers have run ahead.
         if self.trainer is None:
             return self._from(self.epoch, 0)
-        return self._from(*divmod(self.trainer.global_step, self.steps_per_epoch))
+        here = self.course.at(self.trainer.global_step)
+        return self._from(here.epoch, here.samples)
 
-    def _from(self, epoch: int, first_step: int) -> Iterator[_Numbers]:
+    def _from(self, epoch: int, start: int) -> Iterator[_Numbers]:
+        """The rest of an epoch of which `start` samples have been taken."""
+        num_steps = (self.n - start) // self.batch_size
         if self.views is not None:
             epoch %= self.views
         order = Permutation(self.n, self.seed, epoch)
         in_batch = np.arange(self.batch_size).reshape(self.accumulation, self.num_processes, self.micro)[:, self.rank]
-        for block in range(first_step, self.steps_per_epoch, _STEPS_AT_ONCE):
-            steps = np.arange(block, min(block + _STEPS_AT_ONCE, self.steps_per_epoch))
-            positions = steps[:, None, None] * self.batch_size + in_batch  # [steps, A, M]
+        for block in range(0, num_steps, _STEPS_AT_ONCE):
+            steps = np.arange(block, min(block + _STEPS_AT_ONCE, num_steps))
+            positions = start + steps[:, None, None] * self.batch_size + in_batch  # [steps, A, M]
             numbers = order(positions.ravel()) if self.shuffle else positions.ravel()
             yield from ((epoch, batch) for batch in numbers.reshape(-1, self.micro).tolist())
 
@@ -177,9 +187,19 @@ class _EvaluationOrder(Sampler[_Numbers]):
 
 
 def _place(trainer: Trainer | None) -> tuple[int, int]:
-    """Which share of the data this process takes, and of how many: processes that share a model share its data."""
+    """Which share of the data this process takes, and of how many; processes that share a model share its data."""
     share = trainer.distributed_sampler_kwargs if trainer is not None else None
     return (share["rank"], share["num_replicas"]) if share else (0, 1)
+
+
+def num_replicas(trainer: Trainer) -> int:
+    """How many processes take different samples; with tensor parallelism, how many groups that share a model."""
+    return _place(trainer)[1]
+
+
+def replica(trainer: Trainer) -> int:
+    """Which of the `num_replicas` this process is, or is part of."""
+    return _place(trainer)[0] if trainer.distributed_sampler_kwargs else trainer.global_rank
 
 
 class _Rows(Dataset[Any]):
@@ -218,7 +238,11 @@ class Loader(DataLoader[Any]):
         )
         self.order = order
         self.samples_per_step = order.batch_size  # over all processes
-        self.steps_per_epoch = order.steps_per_epoch if isinstance(order, _TrainOrder) else None
+
+    @property
+    def course(self) -> Course | None:
+        """The trainer's way through the samples; None if they are for evaluation."""
+        return self.order.course if isinstance(self.order, _TrainOrder) else None
 
     def set_epoch(self, epoch: int) -> None:
         """Which epoch the next pass takes, where there is no trainer to say."""
@@ -227,11 +251,11 @@ class Loader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, int]:
         """How many samples the optimizer has consumed. Its presence tells Lightning that the loader is resumable; the
-        position itself is read from the trainer's optimizer step, which the checkpoint restores."""
+        position itself follows from the trainer's optimizer step, which the checkpoint restores, and from `get_origin`."""
         order = self.order
         if isinstance(order, _EvaluationOrder) or order.trainer is None:
             return {}
-        return {"samples": order.trainer.global_step * order.batch_size}
+        return {"samples": order.course.at(order.trainer.global_step).seen}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Nothing to restore, see `state_dict`."""

@@ -179,6 +179,6 @@ class WandBRun(WandbLogger):
             import wandb
 
             artifact = wandb.Artifact(f"checkpoint-{self.experiment.id}", type="model")
-            artifact.add_file(best)
+            (artifact.add_dir if Path(best).is_dir() else artifact.add_file)(best)
             self.experiment.log_artifact(artifact, aliases=["best"])
         self.experiment.finish(exit_code=0 if status == "success" else 1)

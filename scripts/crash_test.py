@@ -1,7 +1,7 @@
-"""Kill training with SIGKILL again and again, resume it each time, and compare the end bitwise with a run left alone.
+"""Kill training with SIGKILL again and again, resume it each time, and compare the end with a run left alone.
 
     python scripts/crash_test.py [--kills 100] [--tasks language_modeling image_classification outsider]
-                                 [--processes 1] [--seed 0]
+                                 [--processes 1 | --layouts] [--seed 0]
 
 Each task is a tiny experiment of some seconds with dropout, EMA, accumulation, validation in mid-epoch and a checkpoint
 every few steps. It is run once straight, by the command in a process of its own; then it is started, killed and resumed
@@ -9,6 +9,12 @@ until it is finished, and that again until the task has had its share of kills. 
 being written, one in ten while the command starts, the rest anywhere. Weights, average and optimizer state of the last
 checkpoint, weights of the best one, and all of metrics.csv but the speeds must then be those of the straight run, bit by
 bit. The exit status is 1 if anything differs.
+
+With --layouts, each session has another layout than the one before, drawn at random: one process or several (`LAYOUTS`).
+The straight run has the first of them. Each optimizer step must take the same samples as there; weights and average must
+be the same within 2e-6, and cannot be so bit by bit: another number of processes adds the same gradients in another order.
+For that, training is in float32, by SGD (Adam makes much of a rounding error where a gradient is nearly 0), and without
+dropout, which each process draws for itself.
 
 Importing Lightning takes longer than the training here, so the sessions that are killed are forked from this process, which
 has imported everything and started no thread; that the straight run is not shows that forking changes no bit.
@@ -28,13 +34,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from crash_compare import compare_bitwise, compare_layouts
+
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDER = ROOT / "tests" / "outsider"
+PATHS = (ROOT, OUTSIDER, ROOT / "scripts")
 # Set before numpy and torch are imported: a process that has threads cannot be forked safely.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -46,12 +54,28 @@ ENVIRONMENT = {
 MODULES = (
     "torch",
     "bigmodel.cli.verbs",
-    "bigmodel.tasks.language_modeling",
-    "bigmodel.tasks.image_classification",
-    "outsider",
+    "crash_samples",
 )
 STEPS = 60  # optimizer steps of each run
 TASKS = ("language_modeling", "image_classification", "outsider")
+
+
+class Layout(NamedTuple):
+    """How a session is spread out: words for `bigmodel fit`, which must undo those of any other layout."""
+
+    name: str
+    processes: int
+    flags: tuple[str, ...]
+
+
+def several(processes: int) -> Layout:
+    """So many processes, each with a whole copy of the net."""
+    strategy = "ddp" if processes > 1 else "auto"
+    return Layout(str(processes), processes, ("--trainer.devices", str(processes), "--trainer.strategy", strategy))
+
+
+SHARDED = ("--trainer.devices", "2", "--trainer.strategy", "bigmodel.parallel.ShardedStrategy")
+LAYOUTS = (several(1), several(2), Layout("2 sharded", 2, SHARDED))  # the first is that of the straight run
 COMMON = {
     "experiment": "crash", "callbacks.progress": "null", "callbacks.ema": "bigmodel.callbacks.EMA",
     "callbacks.ema.decay": 0.9, "callbacks.last.every_n_steps": 3, "callbacks.last.every_n_minutes": "null",
@@ -86,14 +110,21 @@ OWN: dict[str, tuple[Path, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def words(task: str, runs_dir: str, processes: int) -> list[str]:
-    """What follows `bigmodel fit`."""
+# What a comparison of layouts needs besides.
+ROUNDING_ONLY: dict[str, Any] = {
+    "trainer.precision": "32-true", "model.optimizer": "torch.optim.SGD", "model.optimizer.lr": 0.05,
+    "model.net.dropout": 0.0,
+}  # fmt: skip
+
+
+def words(task: str, runs_dir: str, across_layouts: bool) -> list[str]:
+    """What follows `bigmodel fit`, but for the layout."""
     path, own = OWN[task]
     settings = {**COMMON, **own, "runs_dir": runs_dir}
+    if across_layouts:
+        settings |= ROUNDING_ONLY | ({"model.net.drop_path": 0.0} if "model.net.drop_path" in own else {})
     if task != "outsider":
         settings["data.cache_dir"] = "cache"
-    if processes > 1:
-        settings |= {"trainer.devices": processes, "trainer.strategy": "ddp"}
     flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     return ["-c", str(path), *flags]
 
@@ -118,11 +149,18 @@ def rank_variables(processes: int) -> list[dict[str, str]]:
     return [{**common, "LOCAL_RANK": str(rank), "RANK": str(rank)} for rank in range(processes)]
 
 
-def run_straight(task: str, processes: int) -> list[subprocess.Popen[bytes]]:
+def record(runs_dir: str, session: int) -> list[str]:
+    """Flags that write down a session's samples."""
+    return ["--callbacks.taken", "crash_samples.Samples", "--callbacks.taken.path", f"{runs_dir}.samples/{session}"]
+
+
+def run_straight(task: str, layout: Layout, across_layouts: bool) -> list[subprocess.Popen[bytes]]:
     """Start a run in fresh processes that nobody will kill."""
-    command = [sys.executable, "-m", "bigmodel", "fit", *words(task, f"{task}/straight", processes)]
-    environments = rank_variables(processes) if processes > 1 else [{}]
-    path = os.pathsep.join([str(ROOT), str(OUTSIDER), os.environ.get("PYTHONPATH", "")])
+    runs_dir = f"{task}/straight"
+    command = [sys.executable, "-m", "bigmodel", "fit", *words(task, runs_dir, across_layouts), *layout.flags]
+    command += record(runs_dir, 1) if across_layouts else []
+    environments = rank_variables(layout.processes) if layout.processes > 1 else [{}]
+    path = os.pathsep.join([*map(str, PATHS), os.environ.get("PYTHONPATH", "")])
     Path(task).mkdir(exist_ok=True)
     with open(f"{task}/straight.log", "ab") as log:
         return [
@@ -194,36 +232,46 @@ def wait_for_death(leader: int, runs_dir: Path, draw: random.Random) -> int | No
 
 
 class Tally(NamedTuple):
-    """What a task went through."""
+    """What a task went through; `changes`: resumes on another layout; `largest`: difference of a weight."""
 
     task: str
     runs: int
     kills: int
     in_a_write: int
     resumes: int
+    changes: int
     compared: int
     differing: int
+    largest: float
     seconds: float
 
 
-def torture(task: str, kills: int, processes: int, draw: random.Random) -> Tally:
+def torture(task: str, kills: int, layouts: tuple[Layout, ...], draw: random.Random) -> Tally:
     """Kill and resume runs of a task until it had so many kills, and compare each with the straight one."""
     from bigmodel.run import checkpoint_step
 
-    start, runs, killed, torn, resumes, compared, differing = time.monotonic(), 0, 0, 0, 0, 0, 0
+    start, across = time.monotonic(), len(layouts) > 1
+    runs = killed = torn = resumes = changes = compared = differing = 0
+    largest = 0.0
     while killed < kills:
         runs += 1
         runs_dir = Path(task, f"crashed-{runs}")
         log = Path(task, f"crashed-{runs}.log")
+        layout: Layout | None = None
+        session = 0
         while True:
             (directory,) = [path.parent for path in runs_dir.glob("crash/*/run.json")] or [None]
             resumable = directory is not None and any(directory.glob("checkpoints/*.ckpt"))
             if not resumable:  # killed before its first checkpoint: to be started anew
                 shutil.rmtree(runs_dir, ignore_errors=True)
+            before, session = layout, session + 1
+            layout = draw.choice([one for one in layouts if one != before] or layouts)
             resumes += resumable
-            argv = ["--resume", str(directory)] if resumable else words(task, str(runs_dir), processes)
-            before = names(runs_dir)
-            leader = fork_session(["fit", *argv], log, processes)
+            changes += resumable and layout != before
+            argv = ["--resume", str(directory)] if resumable else words(task, str(runs_dir), across)
+            argv += [*layout.flags, *(record(str(runs_dir), session) if across else [])]
+            names_before = names(runs_dir)
+            leader = fork_session(["fit", *argv], log, layout.processes)
             if killed >= kills:
                 status: int | None = os.waitstatus_to_exitcode(os.waitpid(leader, 0)[1])
             else:
@@ -234,82 +282,55 @@ def torture(task: str, kills: int, processes: int, draw: random.Random) -> Tally
                 raise SystemExit(f"a session ended with status {status}:\n{log.read_text()[-3000:]}")
             killed += 1
             written = names(runs_dir)
-            partial = any(name.endswith(".partial") for name in written - before)
+            partial = any(name.endswith(".partial") for name in written - names_before)
             torn += partial
             step = max((checkpoint_step(Path(name)) for name in written if name.endswith(".ckpt")), default=-1)
             reached = f"checkpoint of step {step}" if step >= 0 else "no checkpoint yet"
-            print(f"{task}  kill {killed}  {reached}{', while one was being written' if partial else ''}", flush=True)
+            reached += ", while one was being written" if partial else ""
+            print(f"{task}  kill {killed}  {reached}{f'; layout {layout.name}' if across else ''}", flush=True)
             if step == STEPS:  # all steps are taken, and a resume would be refused
                 break
         (directory,) = [path.parent for path in runs_dir.glob("crash/*/run.json")]
         (straight,) = [path.parent for path in Path(task, "straight").glob("crash/*/run.json")]
-        number, wrong = compare(straight, directory, killed_at_end=status is None)
-        compared, differing = compared + number, differing + len(wrong)
-        for name in wrong[:20]:
+        compare = compare_layouts if across else compare_bitwise
+        found = compare(straight, directory, killed_at_end=status is None)
+        compared, differing = compared + found.compared, differing + len(found.differing)
+        largest = max(largest, found.largest)
+        for name in found.differing[:20]:
             print(f"{task}  run {runs}  DIFFERS: {name}", flush=True)
-    return Tally(task, runs, killed, torn, resumes, compared, differing, time.monotonic() - start)
+    seconds = time.monotonic() - start
+    return Tally(task, runs, killed, torn, resumes, changes, compared, differing, largest, seconds)
 
 
-def compare(straight: Path, crashed: Path, killed_at_end: bool) -> tuple[int, list[str]]:
-    """How many tensors and columns were compared, and the names of those that differ. A run that is killed while its last
-    checkpoint is being written has that in part, for nothing is left to resume; else it has the same files."""
-    from bigmodel.checkpoint import read
-    from bigmodel.cli.figures import different
-    from bigmodel.run import find_checkpoint
-
-    both: list[dict[str, Any]] = []
-    for directory in (straight, crashed):
-        last, best = (read(find_checkpoint(directory, which)) for which in ("last", "best"))
-        content = {
-            "last": {key: last[key] for key in ("global_step", "state_dict", "optimizer_states", "lr_schedulers")},
-            "average": last["callbacks"]["EMA"]["average"],
-            "best": {key: best[key] for key in ("global_step", "state_dict")},
-            "metrics.csv": metrics(directory),
-            "files": "" if killed_at_end else sorted(path.name for path in (directory / "checkpoints").iterdir()),
-        }
-        both.append(content)
-    return sum(1 for _ in leaves(both[0])), different(*both)
-
-
-def leaves(content: Any) -> Iterator[Any]:
-    """Tensors, and columns of metrics."""
-    from torch import Tensor
-
-    if isinstance(content, Tensor):
-        yield content
-    elif isinstance(content, dict):
-        for key, value in content.items():
-            yield from value.items() if key == "metrics.csv" else leaves(value)
-    elif isinstance(content, list | tuple):
-        for value in content:
-            yield from leaves(value)
-
-
-def metrics(directory: Path) -> dict[str, str]:
-    """The columns of metrics.csv, each with its steps in one text; without speeds, which are those of the machine."""
-    columns: dict[str, list[str]] = {}
-    with open(directory / "metrics.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            for name, value in row.items():
-                if value and not name.startswith("speed/"):
-                    columns.setdefault(name, []).append(f"{row['step']}: {value}")
-    return {name: "\n".join(values) for name, values in columns.items()}
+def print_table(tallies: list[Tally]) -> None:
+    """A line for each task."""
+    heads = [name.replace("_", " ") for name in Tally._fields]
+    widths = [20, *(len(head) + 2 for head in heads[1:])]
+    print("\n" + "".join(f"{head:{'<' if i == 0 else '>'}{widths[i]}}" for i, head in enumerate(heads)))
+    for tally in tallies:
+        texts = [f"{value:.1g}" if isinstance(value, float) else str(value) for value in tally[1:-1]]
+        texts = [tally.task, *texts, f"{tally.seconds:.0f}"]
+        print("".join(f"{text:{'<' if i == 0 else '>'}{widths[i]}}" for i, text in enumerate(texts)))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="in all, dealt out to the tasks")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--processes", type=int, default=1, help="of each run (gloo)")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--processes", type=int, default=1, help="of each run (gloo)")
+    how.add_argument("--layouts", action="store_true", help="resume on another number of processes each time")
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which runs are killed")
     given = parser.parse_args()
+    layouts = LAYOUTS if given.layouts else (several(given.processes),)
     os.environ.update(ENVIRONMENT)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         write_table()
-        straight = {task: run_straight(task, given.processes) for task in given.tasks}
-        sys.path[:0] = [str(ROOT), str(OUTSIDER)]
-        for module in MODULES:
+        straight = {task: run_straight(task, layouts[0], given.layouts) for task in given.tasks}
+        sys.path[:0] = map(str, PATHS)
+        own = ["outsider" if task == "outsider" else f"bigmodel.tasks.{task}" for task in given.tasks]
+        for module in (*MODULES, *own):
             importlib.import_module(module)
         num_threads = len(os.listdir("/proc/self/task"))
         if num_threads > 1:
@@ -320,15 +341,9 @@ def main() -> int:
         tallies = []
         for i, task in enumerate(given.tasks):
             share = given.kills * (i + 1) // len(given.tasks) - given.kills * i // len(given.tasks)
-            tallies.append(torture(task, share, given.processes, random.Random(f"{given.seed} {task}")))
+            tallies.append(torture(task, share, layouts, random.Random(f"{given.seed} {task}")))
         os.chdir(ROOT)
-    print(
-        f"\n{'task':22}{'runs':>6}{'kills':>7}{'in a write':>12}{'resumes':>9}{'compared':>10}{'differing':>11}{'s':>6}"
-    )
-    for t in tallies:
-        print(
-            f"{t.task:22}{t.runs:6}{t.kills:7}{t.in_a_write:12}{t.resumes:9}{t.compared:10,}{t.differing:11}{t.seconds:6.0f}"
-        )
+    print_table(tallies)
     return 1 if any(tally.differing for tally in tallies) else 0
 
 

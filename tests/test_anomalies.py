@@ -2,18 +2,24 @@
 
 import csv
 import functools
+import json
 import math
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from outsider import MLP, TableData, TabularRegression
+from stopping import experiment, returning
 
-from bigmodel.callbacks import Anomalies, Gradients, Resume
-from bigmodel.checkpoint import AtomicCheckpointIO, Checkpoint
+from bigmodel.callbacks import Anomalies, GoBack, Gradients, Resume
+from bigmodel.checkpoint import AtomicCheckpointIO, Checkpoint, find_checkpoint
 from bigmodel.cli import main
-from bigmodel.sampling import train_loader
+from bigmodel.course import Position
+from bigmodel.optim import configure
+from bigmodel.sampling import Permutation, mix, train_loader
 
 SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.01)
 ADAMW = functools.partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
@@ -169,8 +175,170 @@ def test_the_command_says_it_in_a_line_and_metrics_have_it(table, tmp_path, monk
     assert counted == [1, 2, 3, 4, 5], "once an epoch, five epochs"
 
 
+def order(epoch, seed=0):
+    return Permutation(80, seed, epoch)(np.arange(80)).tolist()
+
+
+def spoil(table, path, numbers, value="nan"):
+    lines = table.read_text().splitlines()
+    for number in numbers:  # rows of the training split
+        line = 1 + number // 4 * 5 + number % 4
+        lines[line] = f"0.5,0.5,{value}"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def command(*words):
+    main(["fit", *map(str, words)])
+
+
+def the_run(runs_dir):
+    (found,) = Path(runs_dir).glob("**/run.json")
+    return found.parent, json.loads(found.read_text())
+
+
+def last(run):
+    return torch.load(find_checkpoint(run, "last"), weights_only=True)
+
+
+def rows(run):
+    with open(run / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if v and not k.startswith("speed/")} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def returned(table, tmp_path_factory):
+    """A run of ten steps that goes back twice from a bad sample; its words, where it is, and its record."""
+    folder = tmp_path_factory.mktemp("returned")
+    # In the fifth step of the first two epochs.
+    shared = ((s, set(order(0, s)[48:60]) & set(order(1, s)[48:60]) - set(order(2, s)[:36])) for s in range(99))
+    seed, bad = next((s, min(found)) for s, found in shared if found)
+    words = [*experiment(spoil(table, folder / "spoiled.csv", [bad]), folder / "runs", *returning(3))]
+    words += ["--trainer.max_steps", "10", "--trainer.limit_val_batches", "0", "--data.seed", str(seed)]
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        command(*words)
+    return words, *the_run(folder / "runs")
+
+
+def test_a_run_goes_back_and_passes_over_what_was_bad(returned, table):
+    _, run, record = returned
+    assert (record["status"], record["step"]) == ("finished", 10)
+    # Steps 1 to 5, back to 3, step 4 on the rest of the epoch; steps 5 to 9, back to 6, and so on.
+    places = [(entry["step"], entry["to"], entry["epoch"], entry["samples"]) for entry in record["returns"]]
+    assert places == [(5, 3, 0, 60), (9, 6, 1, 60)]
+    assert record["returns"][0]["why"].startswith("optimizer step 5: loss nan")
+    assert [session["step"] for session in record["sessions"]] == [0, 3, 6]
+    assert [int(row["train/anomalies"]) for row in rows(run) if "train/anomalies" in row] == [1, 2]
+    seen = {int(row["step"]): int(row["seen/samples"]) for row in rows(run)}
+    assert seen == {step: 12 * step for step in range(1, 11)}, "what was passed over was not seen"
+    assert all(tensor.isfinite().all() for tensor in last(run)["state_dict"].values())
+
+
+def test_passing_over_is_training_on_the_rest(returned):
+    """In a plain loop over the same samples."""
+    words, run, _ = returned
+    first, second, third = (order(epoch, int(words[-1])) for epoch in range(3))
+    jumped = first[:36] + first[60:72] + second[:24] + second[60:72] + third
+    task, data = TabularRegression(functools.partial(MLP, width=32, dropout=0.2)), TableData(words[3], "y", 12)
+    data.setup("fit")
+    torch.manual_seed(0)
+    task.net = task.make_net(num_features=2)
+    optimizer = configure(task, functools.partial(torch.optim.AdamW, lr=0.01))["optimizer"]
+    for step in range(10):
+        batch = torch.utils.data.default_collate([data.train[i] for i in jumped[12 * step : 12 * step + 12]])
+        torch.manual_seed(mix(0, step, 0, 0))
+        optimizer.zero_grad()
+        (task.training_step(batch)["loss"] / 12).backward()
+        torch.nn.utils.clip_grad_norm_(task.parameters(), 1.0)
+        optimizer.step()
+    weights = last(run)["state_dict"]
+    for name, tensor in task.state_dict().items():
+        if name.startswith("net"):
+            torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("step", [5, 8])
+def test_a_run_that_went_back_and_is_killed_goes_on_exactly(returned, tmp_path, monkeypatch, step):
+    """When no checkpoint knows of the return yet, and after the next checkpoint."""
+    words, straight, record = returned
+    monkeypatch.chdir(tmp_path)
+    die = ["--callbacks.die", "stopping.Die", "--callbacks.die.step", step, "--callbacks.die.returns", 1]
+    with pytest.raises(RuntimeError, match="killed"):
+        command(*words, "--runs_dir", "runs", *die)
+    command("--resume", the_run("runs")[0], "--callbacks.die", "null")
+    run, resumed = the_run("runs")
+    assert [r["to"] for r in resumed["returns"]] == [r["to"] for r in record["returns"]]
+    a, b = last(straight), last(run)
+    assert a["data"] == b["data"]
+    assert all(torch.equal(a["state_dict"][name], b["state_dict"][name]) for name in a["state_dict"])
+    average = [saved["callbacks"]["EMA"]["average"] for saved in (a, b)]
+    assert all(torch.equal(average[0][name], average[1][name]) for name in average[0])
+    assert rows(straight) == rows(run)
+
+
+def test_a_run_goes_back_from_a_leap(table, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    places = {sample: order(1).index(sample) for sample in order(0)[72:]}  # not met in epoch 0
+    sample, place = next((sample, place) for sample, place in places.items() if 24 <= place < 72)
+    spoiled = spoil(table, tmp_path / "spoiled.csv", [sample], "1e4")
+    words = [*experiment(spoiled, "runs", *returning(4)), "--callbacks.anomalies.window", "6"]
+    command(
+        *words,
+        "--callbacks.anomalies.on_spike",
+        "back",
+        "--trainer.max_steps",
+        "14",
+        "--trainer.limit_val_batches",
+        "0",
+    )
+    run, record = the_run("runs")
+    (entry,) = record["returns"]
+    step = 6 + place // 12 + 1
+    to = (step - 1) // 4 * 4
+    assert (entry["step"], entry["to"]) == (step, to)
+    assert (entry["epoch"], entry["samples"]) == ((1, (step - 6) * 12) if step < 12 else (2, 0))
+    said = capsys.readouterr().out
+    passed_over = f"back to last-{to}.ckpt: the samples of optimizer steps {to + 1} to {step} are passed over"
+    assert re.search(rf"optimizer step {step}: loss .* is above .*; samples .*; {passed_over}", said)
+    assert max(float(row["train/loss"]) for row in rows(run) if "train/loss" in row) < 10
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--callbacks.anomalies.most_returns", "1"],
+            "The run went back 1 times before; --callbacks.anomalies.most_returns",
+        ),
+        (
+            ["--callbacks.last.every_n_steps", "9", "--trainer.limit_val_batches", "0"],
+            "There is no checkpoint yet to go",
+        ),
+    ],
+)
+def test_where_a_run_cannot_go_back_it_stops(returned, tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as failed:
+        command(*returned[0], "--runs_dir", "runs", *flags)
+    assert failed.value.code == 2
+    assert message in capsys.readouterr().err
+    assert the_run("runs")[1]["status"] == "failed"
+
+
+@pytest.mark.parametrize("kind", [Anomalies, AsOnAGPU])
+def test_outside_the_command_the_fit_ends_with_what_is_to_be_done(table, tmp_path, kind):
+    with pytest.raises(GoBack, match="optimizer step 8: loss nan") as back:
+        fit(table, tmp_path, steps=[8], kind=kind, on_nan="back")
+    assert (back.value.step, back.value.beyond) == (8, Position(8, 1, 24, 96))
+    assert {path.stem for path in tmp_path.iterdir()} == {f"step-{step}" for step in range(1, 8)}, "nothing spoiled"
+
+
 def test_what_makes_no_sense_is_refused():
     with pytest.raises(ValueError, match=r"anomalies.deviations 0 must be above 0"):
         Anomalies(deviations=0)
     with pytest.raises(ValueError, match=r"anomalies.window 1 must be at least 2"):
         Anomalies(window=1)
+    with pytest.raises(ValueError, match=r"anomalies.most_returns 0 must be at least 1"):
+        Anomalies(most_returns=0)

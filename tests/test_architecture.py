@@ -6,7 +6,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "bigmodel"
-LOWER = ["optim", "checkpoint", "sampling", "callbacks", "cache", "randomness", "workers", "protocols"]
+LOWER = [
+    "optim",
+    "parallel",
+    "checkpoint",
+    "sampling",
+    "callbacks",
+    "cache",
+    "randomness",
+    "workers",
+    "launch",
+    "course",
+    "protocols",
+]
 TASKS = sorted(path.name for path in (ROOT / "tasks").iterdir() if path.is_dir() and path.name != "__pycache__")
 
 
@@ -39,7 +51,8 @@ def test_nets_are_plain_torch():
 
 
 @pytest.mark.parametrize(
-    "part", ["optim", "checkpoint", "sampling", "callbacks", "cache", "workers", "run", "tracking", "cli"]
+    "part",
+    ["optim", "parallel", "checkpoint", "sampling", "callbacks", "cache", "workers", "run", "tracking", "cli"],
 )
 def test_the_spine_knows_no_task_and_no_net(part):
     for path in files(part):

@@ -120,8 +120,8 @@ def test_what_would_stop_the_run_later_is_found(checked, monkeypatch):
         assert "FAIL disk: checkpoints need" in out
         assert "1 kB are free" in out
 
-    def damaged(path, read=probe.read):
-        content = read(path)
+    def damaged(path, whole, read=probe.read):
+        content = read(path, whole=whole)
         content["state_dict"]["net.layers.0.bias"] = content["state_dict"]["net.layers.0.bias"] + 1e-7
         return content
 

@@ -1,18 +1,27 @@
-"""A small round of scripts/crash_test.py: killed three times, while it writes checkpoints too, and bitwise the same."""
+"""A small round of scripts/crash_test.py: killed while it writes checkpoints too, and the same as one left alone."""
 
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
-def test_a_run_that_is_killed_and_resumed_ends_bitwise_as_one_left_alone():
-    command = [sys.executable, "scripts/crash_test.py", "--kills", "3", "--tasks", "outsider"]
+@pytest.mark.parametrize(
+    ("how", "kills"),
+    [([], 3), (["--layouts"], 3)],
+    ids=["one process, bitwise", "one process and two in turns, the same samples"],
+)
+def test_a_run_that_is_killed_and_resumed_ends_as_one_left_alone(how, kills):
+    command = [sys.executable, "scripts/crash_test.py", "--kills", str(kills), "--tasks", "outsider", *how]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert sum("  kill " in line for line in result.stdout.splitlines()) == 3
-    task, _, kills, _, resumes, compared, differing, _ = result.stdout.splitlines()[-1].split()
-    assert (task, kills, differing) == ("outsider", "3", "0")
+    assert sum("  kill " in line for line in result.stdout.splitlines()) == kills
+    row = result.stdout.splitlines()[-1].split()
+    task, _, killed, _, resumes, changes, compared, differing, _, _ = row
+    assert (task, killed, differing) == ("outsider", str(kills), "0")
     assert int(resumes) > 0
+    assert int(changes) == (int(resumes) if how else 0)
     assert int(compared) > 20

@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import platform
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import pytest
 import stopping
 import torch
 from lightning.pytorch import Trainer
-from stopping import experiment, tell
+from stopping import experiment, returning, tell
 
 from bigmodel.cli import main
 from bigmodel.run import find_checkpoint
@@ -164,6 +166,7 @@ def two(tmp_path_factory, table):
         [*launch, table], cwd=folder, capture_output=True, text=True, check=False, timeout=300, env={**os.environ}
     )
     assert (folder / "done").exists(), result.stdout + result.stderr
+    (folder / "printed").write_text(result.stdout)
     return folder
 
 
@@ -187,6 +190,38 @@ def test_two_processes_skip_the_same_steps_as_one(two, monkeypatch):
     counts = [[row.get("train/anomalies") for row in metrics(only_run(runs_dir))] for runs_dir in ("alone", "skipping")]
     assert counts[0] == counts[1]
     assert [count for count in counts[0] if count] == ["1", "2", "3", "4"], "in five epochs, of which one leaves it out"
+
+
+def test_two_processes_go_back_as_one_does(two, monkeypatch):
+    monkeypatch.chdir(two)
+    words = experiment("spoiled.csv", "alone-returning", *returning(1), "--trainer.max_steps", 14)
+    main(["fit", *words, "--trainer.limit_val_batches", "0", "--model.net.dropout", "0"])
+    alone, together = only_run("alone-returning"), only_run("returning")
+    places = [
+        [(r["step"], r["to"], r["epoch"], r["samples"]) for r in record(run)["returns"]] for run in (alone, together)
+    ]
+    assert places[0]
+    assert places[0] == places[1]
+    for name, tensor in content(alone).items():
+        torch.testing.assert_close(tensor, content(together)[name], rtol=0, atol=1e-6)
+
+
+def test_two_processes_tell_which_of_them_the_other_waits_for(two):
+    run = only_run(two / "slow")
+    with open(run / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    ratios = {int(row["step"]): float(row["speed/slowest_over_median"] or 0) for row in rows if row["train/loss"]}
+    assert list(ratios) == [5, 10, 15, 20, 25, 30]
+    assert min(ratios.values()) > 1.5
+    printed = (two / "printed").read_text()
+    assert re.search(
+        rf"^step 10: process 1 on {platform.node()} takes [\d.]+ times as long .* as the median", printed, re.M
+    )
+    assert printed.count("process 1 on") == 1, "told once, where it is so in two rows running"
+    times = record(run)["sessions"][0]["times"]
+    steps, slept = 29, 0.04 * 2  # two micro-batches
+    assert times["communication"] == pytest.approx(steps * slept, rel=0.35), "the first process waits for the second"
+    assert times["forward"] + times["backward"] < 0.4 * times["communication"]
 
 
 class Squares(torch.utils.data.Dataset):

@@ -4,6 +4,7 @@ bitwise; dropout, clipping, accumulation and validation in mid-epoch included (s
 import functools
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -12,6 +13,7 @@ from outsider import MLP, TableData, TabularRegression
 from bigmodel.callbacks import EMA, Gradients, Resume
 from bigmodel.checkpoint import AtomicCheckpointIO, Checkpoint, read
 from bigmodel.optim import Constant, Cosine
+from bigmodel.sampling import Permutation
 
 
 @dataclass
@@ -44,7 +46,7 @@ def fit(
     micro=None,
     schedule=None,
     batch_size=12,
-    allow_changed_data=False,
+    allow=(),
     data=TableData,
     **options,
 ):
@@ -66,7 +68,7 @@ def fit(
         use_distributed_sampler=False,
         gradient_clip_val=1.0,
         plugins=[AtomicCheckpointIO()],
-        callbacks=[Gradients(), Resume(0, allow_changed_data), average, recorder, every, best],
+        callbacks=[Gradients(), Resume(0, "data" in allow, "batch" in allow), average, recorder, every, best],
         **options,
     )
     trainer.fit(task, data, ckpt_path=resume)
@@ -123,18 +125,89 @@ def test_a_finished_run_can_be_made_longer(table, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(task.parameters(), again.parameters(), strict=True))
 
 
+def order(epoch, n=80):
+    return Permutation(n, 0, epoch)(np.arange(n)).tolist()
+
+
 def test_changed_data_or_batch_is_refused(table, tmp_path):
     fit(table, tmp_path / "a", max_steps=3)
     changed = tmp_path / "changed.csv"
     changed.write_text(table.read_text().replace("0.", "0.0", 1))
     with pytest.raises(ValueError, match=r"not those that the checkpoint was trained on .* --allow_changed_data"):
         fit(changed, tmp_path / "b", resume=tmp_path / "a" / "step-2.ckpt", max_steps=4)
-    task, _, _ = fit(
-        changed, tmp_path / "b", resume=tmp_path / "a" / "step-2.ckpt", max_steps=4, allow_changed_data=True
-    )
-    assert task.trainer.global_step == 4
-    with pytest.raises(ValueError, match=r"batch_size 8 is not the checkpoint's 12"):
+    with pytest.raises(ValueError, match=r"batch_size 8 is not the checkpoint's 12: .* --allow_changed_batch true"):
         fit(table, tmp_path / "c", resume=tmp_path / "a" / "step-2.ckpt", max_steps=4, batch_size=8)
+
+
+@pytest.mark.parametrize("size", [6, 20])
+def test_another_batch_size_on_purpose_sees_each_sample_once(table, tmp_path, capsys, size):
+    """In mid-epoch; the new session can be resumed anywhere, bitwise; and be changed again."""
+    options = {"max_epochs": 2}
+    _, before, _ = fit(table, tmp_path / "a", **options)
+    changed = {"resume": tmp_path / "a" / "step-3.ckpt", "batch_size": size, "micro": size // 2, "allow": ["batch"]}
+    task, after, average = fit(table, tmp_path / "b", **changed, **options)
+    left, whole = (80 - 36) // size, 80 // size
+    assert before.samples[:36] + after.samples[: left * size] == order(0)[: 36 + left * size]
+    assert after.samples[left * size :] == order(1)[: whole * size]
+    assert task.trainer.global_step == 3 + left + whole
+    assert [step for step, _ in after.validations] == [3 + left, 3 + left + whole], "at the epochs' ends"
+    rate = task.trainer.optimizers[0].param_groups[0]["lr"]
+    assert rate == pytest.approx(0, abs=1e-9), "the schedule ends with the run, which has more or fewer steps now"
+    said = capsys.readouterr().out
+    assert (
+        f"batch_size {size} is not the checkpoint's 12, on purpose. 36 samples were seen in 3 optimizer steps;" in said
+    )
+    assert f"epoch 0 goes on after 36 of its 80 samples, with {left} steps of {size} (the last" in said
+    for path in sorted((tmp_path / "b").iterdir()):
+        step = int(path.stem.split("-")[1])
+        again, resumed, resumed_average = fit(
+            table, tmp_path / "c", resume=path, batch_size=size, micro=size // 2, **options
+        )
+        assert resumed.samples == after.samples[(step - 3) * size :], path
+        assert resumed.validations == [row for row in after.validations if row[0] > step], path
+        assert all(torch.equal(a, b) for a, b in zip(task.parameters(), again.parameters(), strict=True)), path
+        assert all(torch.equal(resumed_average.average[k], average.average[k]) for k in average.average), path
+    step = 3 + left + 2
+    _, last, _ = fit(
+        table, tmp_path / "d", resume=tmp_path / "b" / f"step-{step}.ckpt", batch_size=8, allow=["batch"], **options
+    )
+    assert last.samples == order(1)[2 * size : 2 * size + (80 - 2 * size) // 8 * 8]
+    if size == 20:
+        assert sorted(after.samples[left * size : (left + 2) * size] + last.samples) == list(range(80)), (
+            "20 20 8 8 8 8 8"
+        )
+
+
+def test_where_the_rest_of_an_epoch_makes_no_step_the_next_begins(table, tmp_path, capsys):
+    fit(table, tmp_path / "a", max_epochs=2)
+    changed = {"resume": tmp_path / "a" / "step-5.ckpt", "batch_size": 40, "allow": ["batch"]}
+    _, after, _ = fit(table, tmp_path / "b", max_epochs=2, **changed)
+    assert after.samples == order(1)
+    assert [step for step, _ in after.validations] == [7]
+    assert "the 20 samples left make no step and are left out, and so is its last validation" in capsys.readouterr().out
+    _, ended, _ = fit(
+        table, tmp_path / "c", max_epochs=2, resume=tmp_path / "a" / "step-6.ckpt", batch_size=40, allow=["batch"]
+    )
+    assert ended.samples == order(1), "at an epoch's end, after its validation"
+
+
+def test_other_data_on_purpose(table, tmp_path, capsys):
+    """As many samples: from the same place in their order. More: a new epoch, in which each is seen once."""
+    fit(table, tmp_path / "a", max_epochs=2)
+    changed, longer = tmp_path / "changed.csv", tmp_path / "longer.csv"
+    changed.write_text(table.read_text().replace("0.", "0.0", 1))
+    resume = {"resume": tmp_path / "a" / "step-2.ckpt", "max_epochs": 2, "allow": ["data"]}
+    _, after, _ = fit(changed, tmp_path / "b", **resume)
+    assert after.samples == order(0)[24:72] + order(1)[:72]
+    assert "epoch 0 goes on after 24 of its 80 samples, with 4 steps of 12" in capsys.readouterr().out
+    lines = table.read_text().splitlines()
+    longer.write_text("\n".join([*lines, *lines[1:21]]))  # 96 for training
+    task, after, _ = fit(longer, tmp_path / "c", **resume)
+    assert after.samples == order(1, 96)
+    assert task.trainer.global_step == 10
+    assert "epoch 1 goes on after 0 of its 96 samples, with 8 steps of 12" in capsys.readouterr().out
+    _, resumed, _ = fit(longer, tmp_path / "d", resume=tmp_path / "c" / "step-5.ckpt", max_epochs=2)
+    assert resumed.samples == order(1, 96)[36:]
 
 
 def test_accumulation_is_derived_not_typed(table, tmp_path):

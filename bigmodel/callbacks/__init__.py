@@ -1,6 +1,6 @@
 """Callbacks for any task. Gradients, Resume, DiskSpace and Preemption are always on, others by name in the configuration."""
 
-from bigmodel.callbacks.anomalies import Anomalies
+from bigmodel.callbacks.anomalies import Anomalies, GoBack
 from bigmodel.callbacks.disk import DiskSpace
 from bigmodel.callbacks.ema import EMA
 from bigmodel.callbacks.gradients import Gradients
@@ -10,6 +10,7 @@ from bigmodel.callbacks.progress import ProgressLine
 from bigmodel.callbacks.resume import Resume
 from bigmodel.callbacks.samples import Samples
 from bigmodel.callbacks.swa import SWA
+from bigmodel.callbacks.times import Times
 from bigmodel.callbacks.training_log import TrainingLog
 from bigmodel.callbacks.watchdog import Watchdog
 
@@ -18,6 +19,7 @@ __all__ = [
     "SWA",
     "Anomalies",
     "DiskSpace",
+    "GoBack",
     "Gradients",
     "PredictionWriter",
     "Preemption",
@@ -25,6 +27,7 @@ __all__ = [
     "Resume",
     "Samples",
     "Stopped",
+    "Times",
     "TrainingLog",
     "Watchdog",
 ]

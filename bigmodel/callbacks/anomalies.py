@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite, and losses that leap: recorded, and the run stopped or the step skipped."""
+"""Losses and gradients that are not finite, and losses that leap: recorded, and what is done about them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,26 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bigmodel.callbacks.gradients import Gradients, find
+from bigmodel.callbacks.resume import Resume
+from bigmodel.course import Position
+from bigmodel.parallel.tensors import total_norm
+from bigmodel.sampling import Loader
 
-Action = Literal["stop", "skip", "ignore"]
+Action = Literal["stop", "skip", "back", "ignore"]
 _SAMPLES_SHOWN = 32
+
+
+class GoBack(BaseException):
+    """What ends `Trainer.fit` for the run to go back. Not an Exception: the command goes on by itself.
+
+    Attributes:
+        step: the optimizer step that was bad.
+        beyond: the place in the data behind it.
+    """
+
+    def __init__(self, message: str, step: int, beyond: Position) -> None:
+        super().__init__(message)
+        self.step, self.beyond = step, beyond
 
 
 @dataclass
@@ -50,6 +67,13 @@ class Anomalies(Callback):
     * `stop`: `FloatingPointError`, which names step and samples. No checkpoint is written of weights that it spoiled.
     * `skip`: the optimizer does not step: weights and its state stay as they are, bitwise, weight decay included. Position
       in the data, step number and schedule move on as if it had. Running statistics of BatchNorm have seen the batch.
+    * `back`: the run returns to the newest checkpoint before that step, which `bigmodel fit` does by itself, and passes over
+      the samples between there and the step's end: step number, schedule and optimizer go on from the checkpoint, the data
+      from behind the step (as Chowdhery et al. 2022, PaLM, section 5.1: a loss that leapt did not leap again from an earlier
+      state with other samples). It costs the steps since that checkpoint; how far back it is, the `last` callback's interval
+      says. `run.json` has each return under `returns`, and a run that is killed after one resumes to the same result,
+      bitwise. A run bounded by epochs gets as many steps fewer; validations due among the steps passed over are not made up
+      for. After `most_returns`, or with nothing to go back to, it is `stop`.
     * `ignore`: nothing.
 
     On a GPU nothing waits for the step being computed: it is judged when the next one has been queued, and a fused
@@ -62,20 +86,32 @@ class Anomalies(Callback):
         on_spike: what a leap of the loss leads to.
         deviations: standard deviations above the mean that make a spike.
         window: optimizer steps over which these are taken; nothing is a spike before there are as many.
+        most_returns: how many times in all a run goes `back`.
 
     Attributes:
         count: anomalies so far.
     """
 
     def __init__(
-        self, on_nan: Action = "stop", on_spike: Action = "ignore", deviations: float = 6.0, window: int = 100
+        self,
+        on_nan: Action = "stop",
+        on_spike: Action = "ignore",
+        deviations: float = 6.0,
+        window: int = 100,
+        most_returns: int = 3,
     ) -> None:
         if deviations <= 0:
             raise ValueError(f"--callbacks.anomalies.deviations {deviations} must be above 0")
         if window < 2:
             raise ValueError(f"--callbacks.anomalies.window {window} must be at least 2 optimizer steps")
+        if most_returns < 1:
+            raise ValueError(
+                f"--callbacks.anomalies.most_returns {most_returns} must be at least 1; to go back never, choose `stop`"
+            )
         self.on_nan, self.on_spike, self.deviations = on_nan, on_spike, deviations
+        self.most_returns = most_returns
         self.count = 0
+        self._logged = 0
         self._losses: deque[float] = deque(maxlen=window)
         self._latest: _Step | None = None  # not yet judged
         self._samples: list[Tensor] = []
@@ -88,6 +124,14 @@ class Anomalies(Callback):
         plugin = trainer.precision_plugin
         self._scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
         self._samples = []
+        if "back" in (self.on_nan, self.on_spike):
+            self._resume = find(trainer, Resume)
+            if self._resume is None or not isinstance(trainer.train_dataloader, Loader):
+                raise ValueError(
+                    "to go back from an anomaly, the training loader must be one of bigmodel.sampling.train_loader, which"
+                    " can pass over samples; else set --callbacks.anomalies.on_nan and on_spike to stop, skip or ignore"
+                )
+            self.count += self._resume.new_returns  # the checkpoint does not know of what came after it
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if (index := getattr(batch, "index", None)) is not None:
@@ -112,6 +156,13 @@ class Anomalies(Callback):
         if step.arrived is None:
             self._stop_if_spoiled(trainer)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Not when it is judged: a run resumed from the checkpoint before would find its row and write it again.
+        if self.count > self._logged:
+            self._log_count(trainer)
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_if_spoiled(trainer)
 
@@ -120,6 +171,13 @@ class Anomalies(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._judge(trainer)
+        if self.count > self._logged:
+            self._log_count(trainer)
+
+    def _log_count(self, trainer: Trainer) -> None:
+        self._logged = self.count
+        for logger in trainer.loggers:
+            logger.log_metrics({"train/anomalies": self.count}, step=trainer.global_step)
 
     def _norm(self, optimizer: Optimizer, device: torch.device) -> Tensor:
         """2-norm of the gradient, where it says anything; Gradients has it where it clips."""
@@ -128,7 +186,7 @@ class Anomalies(Callback):
         if self._gradients.grad_norm is not None:
             return self._gradients.grad_norm.float()
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        return torch.nn.utils.get_total_norm(grads, foreach=True).float()
+        return total_norm(grads).float()
 
     def _limit(self) -> float:
         n = len(self._losses)
@@ -152,8 +210,8 @@ class Anomalies(Callback):
         return self.on_spike if loss > step.limit else None
 
     def _stop_if_spoiled(self, trainer: Trainer) -> None:
-        """A step that stops the run does so now; any other waits for its turn."""
-        if self._latest is not None and self._action(self._latest) == "stop":
+        """A step that ends this fit does so now; any other waits for its turn."""
+        if self._latest is not None and self._action(self._latest) in ("stop", "back"):
             self._judge(trainer)
 
     def _judge(self, trainer: Trainer) -> None:
@@ -165,22 +223,35 @@ class Anomalies(Callback):
         mean = sum(self._losses) / max(1, len(self._losses))
         if math.isfinite(loss):
             self._losses.append(loss)
+        self.count += action is not None
         if action is None:
             return
-        self.count += 1
         what = f"loss {loss:.4g}, gradient norm {norm:.4g}: not finite"
         if math.isfinite(loss) and math.isfinite(norm):
             what = (
                 f"loss {loss:.4g} is above {step.limit:.4g} (mean {mean:.4g} of the last {self._losses.maxlen} steps)"
             )
         message = f"optimizer step {step.number:,}: {what}{_named(trainer, step.samples)}"
-        for logger in trainer.loggers:
-            logger.log_metrics({"train/anomalies": self.count}, step=trainer.global_step)
+        if action == "back":
+            self._go_back(trainer, step, message)
         if action == "stop":
+            self._log_count(trainer)
             flag = "on_spike" if math.isfinite(loss) and math.isfinite(norm) else "on_nan"
             raise FloatingPointError(f"{message}. `--callbacks.anomalies.{flag} skip` passes over such steps")
         if trainer.is_global_zero:
             print(f"{message}{'; skipped' if action == 'skip' else ''}", flush=True)
+
+    def _go_back(self, trainer: Trainer, step: _Step, message: str) -> None:
+        loader = trainer.train_dataloader
+        assert self._resume is not None
+        assert isinstance(loader, Loader)
+        assert loader.course is not None
+        if self._resume.num_returns >= self.most_returns:
+            raise FloatingPointError(
+                f"{message}. The run went back {self._resume.num_returns} times before;"
+                " --callbacks.anomalies.most_returns allows no more"
+            )
+        raise GoBack(message, step.number, loader.course.at(step.number))
 
     def state_dict(self) -> dict[str, Any]:
         step = self._latest
@@ -188,10 +259,11 @@ class Anomalies(Callback):
         if step is not None:
             samples = [index.tolist() for index in step.samples]
             latest = {"number": step.number, "values": step.numbers(), "limit": step.limit, "samples": samples}
-        return {"count": self.count, "losses": list(self._losses), "latest": latest}
+        return {"count": self.count, "logged": self._logged, "losses": list(self._losses), "latest": latest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.count = state_dict["count"]
+        self._logged = state_dict.get("logged", self.count)
         self._losses.extend(state_dict["losses"])
         if (latest := state_dict["latest"]) is not None:
             samples = [torch.tensor(index) for index in latest["samples"]]

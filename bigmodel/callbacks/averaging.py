@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from bigmodel.parallel.tensors import local
+
 
 class WeightAverage(Callback):
     """Keeps `average`, which a subclass forms in `on_train_batch_end`, and evaluates it in place of the live weights.
@@ -59,18 +61,20 @@ class WeightAverage(Callback):
         if not self.average:
             return
         for name, tensor in tensors(pl_module).items():
-            kept = tensor.clone()
-            tensor.copy_(self.average[name])
-            self.average[name].copy_(kept)
+            live, average = local(tensor), local(self.average[name])
+            kept = live.clone()
+            live.copy_(average)
+            average.copy_(kept)
 
     @torch.no_grad()
     def _move(self, pl_module: LightningModule, weight: float) -> None:
         """average += weight (live - average); buffers that are no floating-point numbers are copied."""
-        live = tensors(pl_module)
+        live = {name: local(tensor) for name, tensor in tensors(pl_module).items()}
         averaged = [name for name, tensor in live.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([self.average[name] for name in averaged], [live[name] for name in averaged], weight)
+        averages = [local(self.average[name]) for name in averaged]
+        torch._foreach_lerp_(averages, [live[name] for name in averaged], weight)
         for name in live.keys() - set(averaged):
-            self.average[name].copy_(live[name])
+            local(self.average[name]).copy_(live[name])
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self.average}

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from bigmodel.checkpoint import Checkpoint
+from bigmodel.checkpoint import Checkpoint, size_on_disk
 
 _COPIES = 3  # of the trainable weights, before the first checkpoint: they, and two moments as of Adam
 
@@ -26,11 +26,9 @@ class DiskSpace(Callback):
         folder = self._folder(trainer)
         if folder is None:
             return
-        earlier = sorted(
-            (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.glob("*.ckpt") if path.is_file()
-        )
+        earlier = max(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, default=None)
         trained = sum(p.nbytes for p in pl_module.parameters() if p.requires_grad)
-        self._check(trainer, folder, earlier[-1][1] if earlier else _COPIES * trained)
+        self._check(trainer, folder, size_on_disk(earlier) if earlier is not None else _COPIES * trained)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         folder = self._folder(trainer)

@@ -1,7 +1,8 @@
 """One scaling of the gradients per optimizer step: to the mean over everything that was predicted, then clipped.
 
-A loss is a sum and a count. With A micro-batches on each of W processes, Lightning and DDP leave in `.grad` the sum of all
-gradients divided by A W; what is wanted is the sum divided by the global count N (tokens, samples, ...). A mean of the
+A loss is a sum and a count. With A micro-batches on each of W processes (with tensor parallelism, groups of processes that
+share a model), Lightning and DDP or FSDP2 leave in `.grad` the sum of all gradients divided by A W; what is wanted is the
+sum divided by the global count N (tokens, samples, ...). A mean of the
 micro-batches' means differs from it whenever their counts differ.
 """
 
@@ -15,6 +16,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.optim import Optimizer
+
+from bigmodel.parallel.tensors import local, total_norm
+from bigmodel.sampling import num_replicas
 
 _Kind = TypeVar("_Kind", bound=Callback)
 
@@ -81,13 +85,15 @@ class Gradients(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         count, loss = self._count, self._loss
         self._count = self._loss = None
+        replicas = num_replicas(trainer)
         if trainer.world_size > 1 and loss is not None:
             sums = torch.stack(
                 [loss.double(), loss.new_zeros((), dtype=torch.double) if count is None else count.double()]
             )
             torch.distributed.all_reduce(sums)  # the strategy's own waits at a barrier first, each time
+            sums /= trainer.world_size // replicas  # processes that share a model have counted the same samples
             loss, count = sums[0], None if count is None else sums[1].long()
-        micro_batches = trainer.accumulate_grad_batches * trainer.world_size
+        micro_batches = trainer.accumulate_grad_batches * replicas
         predicted: Tensor | int = micro_batches
         scale: Tensor | None = None
         if count is not None:
@@ -102,13 +108,14 @@ class Gradients(Callback):
         if not grads:
             return
         if self._clip is not None:
-            norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+            norm = total_norm(grads)
             norm = norm if scale is None else norm * scale
             self.grad_norm = norm
             shrink = (self._clip / (norm + 1e-6)).clamp(max=1.0)
             scale = shrink if scale is None else scale * shrink
         assert scale is not None
-        torch._foreach_mul_(grads, scale)
+        parts = [local(grad) for grad in grads]
+        torch._foreach_mul_(parts, scale.to(parts[0].device))
 
     def state_dict(self) -> dict[str, Any]:
         return {"total_count": int(self.total_count) if self.total_count is not None else self._restored}

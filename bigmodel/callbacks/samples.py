@@ -32,10 +32,19 @@ class Samples(Callback):
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit" or not trainer.is_global_zero:
+        run_as_step = getattr(
+            trainer.strategy, "run_as_step", None
+        )  # where no process has the whole net, all take part
+        if trainer.sanity_checking or trainer.state.fn != "fit" or not (trainer.is_global_zero or run_as_step):
             return
         task: Any = pl_module
-        texts = [prompt + task.generate(prompt, **self.options) for prompt in self.prompts]
+
+        def generate() -> list[str]:
+            return [prompt + task.generate(prompt, **self.options) for prompt in self.prompts]
+
+        texts = run_as_step(generate) if run_as_step else generate()
+        if not trainer.is_global_zero:
+            return
         checkpoint = find(trainer, ModelCheckpoint)
         if checkpoint is not None and checkpoint.dirpath:
             with open(Path(checkpoint.dirpath).parent / "samples.md", "a", encoding="utf-8") as file:

@@ -130,13 +130,14 @@ class SWA(WeightAverage):
             return
         momenta = [norm.momentum for norm in norms]
         task: Any = pl_module
+        run_as_step = getattr(trainer.strategy, "run_as_step", lambda function: function())
         with self._as_in_training(trainer, pl_module):
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None
             for batch in _first_batches(trainer, pl_module, self.bn_batches):
                 with trainer.precision_plugin.train_step_context():
-                    task.logits(task.features(batch))
+                    run_as_step(lambda batch=batch: task.logits(task.features(batch)))
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
                 if trainer.world_size > 1:

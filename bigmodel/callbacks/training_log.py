@@ -1,23 +1,26 @@
 """What is known of training, for any task and with no line of its code: loss, rates, speed, use of the hardware.
 
 MFU is model FLOPs utilisation (Chowdhery et al. 2022, PaLM): FLOPs per second over the device's peak. The FLOPs are
-counted on the first micro-batch, forward and backward, not declared.
+counted on the first micro-batch, forward and backward, not declared; what checkpointed activations cost a second time is
+not counted.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from bigmodel.callbacks.gradients import Gradients, find
-from bigmodel.sampling import Loader
+from bigmodel.sampling import Loader, num_replicas, replica
 
 # Dense TFLOP/s with bf16 or fp16 inputs, from the makers' data sheets (without sparsity).
 _PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "A10": 125}
@@ -34,11 +37,16 @@ class TrainingLog(Callback):
     Args:
         mfu: count FLOPs on the first micro-batch and log `speed/mfu`. On a GPU the peak is the maker's figure, on
             another device that of a large matrix product measured at the start.
+
+    Attributes:
+        latest: the last row.
+        further: what others add to each row; called on all processes.
     """
 
     def __init__(self, mfu: bool = True) -> None:
         self.mfu = mfu
         self.latest: dict[str, float] = {}
+        self.further: list[Callable[[Trainer], dict[str, float]]] = []
         self._peak: float | None = None  # FLOP/s
         self._flops: int | None = None  # of one micro-batch on one device, forward and backward
         self._counter: _FlopCounter | None = None
@@ -63,10 +71,13 @@ class TrainingLog(Callback):
         self._start_clock()
 
     def state_dict(self) -> dict[str, Any]:
-        """The loss since the last row, [W] on W processes: the first row after a resume is that of a run never stopped."""
+        """The loss since the last row, [W] on W processes that take different samples: so the first row after a resume is
+        that of a run never stopped."""
         if self._trainer is None:
             return self._restored
         losses = None if self._loss is None else self._trainer.strategy.all_gather(self._loss).reshape(-1)
+        if losses is not None:
+            losses = losses[:: self._trainer.world_size // num_replicas(self._trainer)]
         accumulation = self._trainer.accumulate_grad_batches
         return {"step": self._step, "count": self._count, "losses": losses, "accumulation": accumulation}
 
@@ -78,8 +89,8 @@ class TrainingLog(Callback):
         self._step, self._count = state["step"], state["count"]
         losses = state["losses"]
         if losses is not None:
-            same = len(losses) == trainer.world_size  # else each process takes an equal share
-            loss = losses[trainer.global_rank] if same else losses.sum() / trainer.world_size
+            same = len(losses) == num_replicas(trainer)  # else each process takes an equal share
+            loss = losses[replica(trainer)] if same else losses.sum() / num_replicas(trainer)
             self._loss = loss.to(device) * (state["accumulation"] / trainer.accumulate_grad_batches)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -116,8 +127,9 @@ class TrainingLog(Callback):
         accumulation, count = trainer.accumulate_grad_batches, self._total_count()
         if self._loss is not None:  # Lightning has divided it by the accumulation
             loss = trainer.strategy.reduce(self._loss * accumulation, reduce_op="sum")
+            loss = float(loss) * num_replicas(trainer) / trainer.world_size  # those that share a model have the same
             predicted = count - self._count
-            row["train/loss"] = float(loss) / (predicted or (step - self._step) * accumulation * trainer.world_size)
+            row["train/loss"] = loss / (predicted or (step - self._step) * accumulation * num_replicas(trainer))
         row["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         if self._gradients is not None and self._gradients.grad_norm is not None:
             row["train/grad_norm"] = float(self._gradients.grad_norm)
@@ -130,6 +142,8 @@ class TrainingLog(Callback):
             mfu = self.mfu_of(accumulation * steps, seconds)
             if mfu is not None:
                 row["speed/mfu"] = mfu
+        for measure in self.further:
+            row |= measure(trainer)
         row |= self.seen(trainer)
         self.latest = row
         for logger in trainer.loggers:
@@ -143,7 +157,9 @@ class TrainingLog(Callback):
 
     def seen(self, trainer: Trainer) -> dict[str, float]:
         """What the optimizer has consumed so far: samples, and what the task counts. Reads from the device."""
-        seen: dict[str, float] = {"seen/samples": trainer.global_step * self._batch_size}
+        loader, step = trainer.train_dataloader, trainer.global_step
+        course = loader.course if isinstance(loader, Loader) else None
+        seen: dict[str, float] = {"seen/samples": course.at(step).seen if course else step * self._batch_size}
         if self._counts != "samples" and (count := self._total_count()):
             seen[f"seen/{self._counts}"] = count
         return seen
@@ -169,7 +185,7 @@ def samples_per_step(trainer: Trainer) -> int:
     if isinstance(loader, Loader):
         return loader.samples_per_step
     size = getattr(loader, "batch_size", None)
-    return size * trainer.world_size * trainer.accumulate_grad_batches if isinstance(size, int) else 0
+    return size * num_replicas(trainer) * trainer.accumulate_grad_batches if isinstance(size, int) else 0
 
 
 def _compute_dtype(trainer: Trainer) -> torch.dtype:
@@ -210,8 +226,14 @@ class _FlopCounter(TorchDispatchMode):
         self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # DTensor calls on this process's parts, which come here
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        # Gradients on in a backward pass: activations that were checkpointed are computed again. MFU counts what the model
+        # needs, not what is done for it (PaLM, appendix B).
+        if torch.is_grad_enabled() and torch._C._current_graph_task_id() >= 0:
+            return out
         formula: Any = _CPU_ATTENTION.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=out)

@@ -46,7 +46,7 @@ def find_checkpoint(directory: Path, which: str = "best", verify: bool = True) -
     named = [path for path in checkpoints if path.name == which or path.stem == which]
     if not named:
         raise ValueError(f"{directory} has no checkpoint {which}; there are {', '.join(p.name for p in checkpoints)}")
-    problem = _damage(named[0]) if verify else None
+    problem = damage(named[0]) if verify else None
     if problem:
         raise ValueError(f"{named[0]} cannot be read as a checkpoint: {problem}. --checkpoint last takes one that can")
     return named[0]
@@ -57,15 +57,11 @@ def _kind(path: Path) -> str:
     return path.stem.rpartition("-")[0]
 
 
-def _damage(path: Path) -> str | None:
-    return damage(path) if path.is_file() else None  # a sharded checkpoint is a folder, without a checksum of ours
-
-
 def _first_whole(choices: list[Path]) -> Path:
     """The first checkpoint that is not damaged; says which were, and what taking another means."""
     damaged: list[tuple[Path, str]] = []
     for path in choices:
-        problem = _damage(path)
+        problem = damage(path)
         if problem is not None:
             damaged.append((path, problem))
             continue

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import ProgressBar
 
-from bigmodel.callbacks import Anomalies
+from bigmodel.callbacks import Anomalies, Times
 from bigmodel.cli import ClearError, verbs
 from bigmodel.cli import settings as layers
 from bigmodel.cli.class_help import print_class_help
@@ -99,7 +99,7 @@ def _shorten(trainer: Any, probe: Probe) -> None:
     """Leave away what would be left behind, or get between the lines."""
     trainer.loggers = []
     # The probe speaks instead of the bar, and looks at the loss itself.
-    trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, ProgressBar | Anomalies)]
+    trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, ProgressBar | Anomalies | Times)]
     trainer.num_sanity_val_steps = 0
     probe.limit_val = limit = trainer.limit_val_batches
     if limit:

@@ -68,7 +68,7 @@ def _write_safetensors(checkpoint: Path, output: Path) -> None:
     if net is None:
         raise ValueError(f"{type(task).__name__} has no net to export: it should be in its attribute `net`")
     tensors, tied = _each_once(net)
-    content = read(checkpoint)
+    content = read(checkpoint, whole=False)
     average = find_average(content)
     metadata = {
         "class_path": f"{type(net).__module__}.{type(net).__qualname__}",

@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from bigmodel.checkpoint import Sharded, place
+
 
 def num_validations(batches: float, per_epoch: float, every: float, every_n_epoch: int | None) -> int:
     """How often a run validates.
@@ -53,6 +55,8 @@ def differing(everywhere: list[tuple[str, dict[str, str]]]) -> list[str]:
 
 def different(a: Any, b: Any, name: str = "") -> list[str]:
     """Names of what is not bitwise the same in two checkpoints, such as `state_dict/net.weight`."""
+    if isinstance(b, Sharded) and isinstance(a, Tensor) and a.shape == b.shape:  # a sharded tensor: what is held here
+        a, b = (tensor.to_local() for tensor in (a, place(b, a)))  # type: ignore[attr-defined]
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         same = a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
         return [] if same else [name]

@@ -21,9 +21,11 @@ from bigmodel import run
 from bigmodel.callbacks import Gradients, TrainingLog
 from bigmodel.callbacks.gradients import find
 from bigmodel.callbacks.training_log import samples_per_step
-from bigmodel.checkpoint import read
+from bigmodel.checkpoint import read, size_on_disk
 from bigmodel.cli.figures import amount, describe, different, differing
 from bigmodel.optim import num_steps
+from bigmodel.parallel.tensors import local
+from bigmodel.sampling import num_replicas
 from bigmodel.tracking import MetricsCSV
 
 _MOST_STEPS, _SECONDS = 20, 15.0  # optimizer steps: at most so many, and about so long
@@ -189,7 +191,7 @@ class Probe(run.RunDirectory):
             _wait_for(pl_module.device)
             if self._step > 1:
                 self._say_speed(trainer, pl_module, time.perf_counter() - self._start)
-            self._say_loss(trainer.world_size)
+            self._say_loss(num_replicas(trainer))
             self.stage = "checkpoint"
             self._check_checkpoint(trainer)
             self.stage = "validation"
@@ -208,7 +210,7 @@ class Probe(run.RunDirectory):
         ]
         held: dict[str, list[Any]] = {"weights": parameters, "gradients": gradients, "optimizer state": state}
         parts = [f"{name} {amount(_bytes(tensors))}" for name, tensors in held.items()]
-        self.findings.ok("memory", ", ".join(parts))
+        self.findings.ok("memory", ", ".join(parts) + (" in each process" if trainer.world_size > 1 else ""))
 
     def _say_speed(self, trainer: Trainer, pl_module: LightningModule, seconds: float) -> None:
         steps = self._step - 1
@@ -227,14 +229,17 @@ class Probe(run.RunDirectory):
         parts.append(f"{self._waited / seconds:.0%} of the time between batches (data, callbacks)")
         self.findings.ok("speed", ", ".join(parts))
 
-    def _say_loss(self, world_size: int) -> None:
+    def _say_loss(self, replicas: int) -> None:
         """Lightning has divided a micro-batch's loss by the accumulation."""
         mine = [float(loss) * self.accumulation if loss is not None else None for loss in self._losses]
         counts = [int(count) if count is not None else 0 for count in self._counts]
         values = []
         for step, losses in enumerate(zip(*_gather(mine), strict=True)):
-            count = counts[step + 1] - counts[step] or self.accumulation * world_size
-            values.append(sum(loss for loss in losses if loss is not None) / count)
+            count = counts[step + 1] - counts[step] or self.accumulation * replicas
+            total = (
+                sum(loss for loss in losses if loss is not None) * replicas / len(losses)
+            )  # those that share a model agree
+            values.append(total / count)
         bad = next((step for step, value in enumerate(values) if not math.isfinite(value)), None)
         if bad is not None:
             self.findings.fail(
@@ -261,14 +266,8 @@ class Probe(run.RunDirectory):
         self.save_seconds = time.perf_counter() - start
         if not trainer.is_global_zero:
             return
-        if path.is_dir():
-            self.size = sum(file.stat().st_size for file in path.glob("**/*") if file.is_file())
-            self.findings.ok(
-                "checkpoint", f"{amount(self.size)}, written in {self.save_seconds:.2f} s (sharded: not read)"
-            )
-            return
-        self.size = path.stat().st_size
-        wrong = different(self.written, read(path))
+        self.size = size_on_disk(path)
+        wrong = different(self.written, read(path, whole=False))  # of sharded tensors, what this process holds
         self.written = {}
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -339,7 +338,7 @@ class Probe(run.RunDirectory):
 
 
 def _bytes(tensors: list[Any]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
 
 
 def _gather(value: Any) -> list[Any]:

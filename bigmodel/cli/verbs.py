@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import gc
 import json
 import logging
 import re
@@ -20,19 +20,20 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from bigmodel import run
-from bigmodel.callbacks import DiskSpace, Gradients, PredictionWriter, Preemption, Resume, Stopped
+from bigmodel import launch, run
+from bigmodel.callbacks import DiskSpace, GoBack, Gradients, PredictionWriter, Preemption, Resume, Stopped
 from bigmodel.callbacks.gradients import find
 from bigmodel.callbacks.predictions import check_prediction
 from bigmodel.checkpoint import AtomicCheckpointIO, find_checkpoint
 from bigmodel.cli import ClearError, plugins
 from bigmodel.cli import settings as layers
 from bigmodel.cli.class_help import print_class_help
+from bigmodel.cli.profiling import make_profiler
+from bigmodel.parallel import ShardedStrategy
 from bigmodel.tracking import WandB
 
 _HELP = {
@@ -69,25 +70,17 @@ _HELP_KEYS = """
   --seed_everything N        seed of weights, dropout and other draws (default: 0)
   --model ..., --data ...    the task and its data: class_path and init_args
   --trainer.KEY VALUE        Lightning's trainer: max_steps, precision, devices, strategy, val_check_interval (in optimizer
-                             steps when it is an integer), ...
-  --callbacks.NAME.KEY VALUE log, progress, ema, swa, anomalies, watchdog, best, last, and your own; `--callbacks.NAME null`
-                             switches one off
+                             steps when it is an integer), profiler (pytorch: a trace of three micro-batches), ...
+  --callbacks.NAME.KEY VALUE times, log, progress, ema, swa, compile, activation_checkpointing, anomalies, watchdog, best,
+                             last, and your own; `--callbacks.NAME null` switches one off
   --wandb.KEY VALUE          mode (auto, online, offline, disabled), project, entity, tags, log_checkpoint
   --allow_changed_data true  resume although the data differ from those of the checkpoint
+  --allow_changed_batch true resume with another --data.batch_size, from the first sample not yet seen
   --print_config             print the resolved configuration, and do nothing
 
   --model.help [TASK], --data.help [TASK]           what a task and its data take (default: the configured one, or a list)
   --model.net.help [CLASS], --trainer.help, ...     what any class takes (default: the one configured)
 """
-
-
-class _NoProfiler(PassThroughProfiler):
-    """Lightning's own, which does nothing either, makes a generator each of the hundred times it is asked in a step."""
-
-    _nothing = contextlib.nullcontext()
-
-    def profile(self, action_name: str) -> contextlib.nullcontext[None]:  # type: ignore[override]
-        return self._nothing
 
 
 class _CLI(LightningCLI):
@@ -109,6 +102,7 @@ class _CLI(LightningCLI):
         parser.add_argument("--experiment", type=str, default="unnamed")
         parser.add_argument("--runs_dir", type=str, default="runs")
         parser.add_argument("--allow_changed_data", type=bool, default=False)
+        parser.add_argument("--allow_changed_batch", type=bool, default=False)
         parser.add_argument("--callbacks", type=dict[str, Callback | None], default={})
         parser.add_argument("--wandb", type=WandB, default=WandB())
 
@@ -126,20 +120,38 @@ class _CLI(LightningCLI):
         # Gradients are scaled first, and what records a step comes before what saves it.
         always: list[Callback] = [
             Gradients(),
-            Resume(int(self.config.seed_everything), self.config.allow_changed_data),
+            Resume(int(self.config.seed_everything), self.config.allow_changed_data, self.config.allow_changed_batch),
             *self.extra_callbacks,
             DiskSpace(),
         ]
         options = dict(self.config_init["trainer"])
-        options["profiler"] = options.get("profiler") or _NoProfiler()
+        options["profiler"] = make_profiler(options.get("profiler"))
         options["callbacks"] = [*always, *named, *(options.get("callbacks") or []), Preemption()]
         if options.get("logger") in (None, True):  # the run directory has its own
             options["logger"] = False
-        if not isinstance(options.get("strategy"), ModelParallelStrategy):  # which writes sharded checkpoints itself
+        if not isinstance(options.get("strategy"), ModelParallelStrategy) or isinstance(
+            options["strategy"], ShardedStrategy
+        ):
             options["plugins"] = [*(options.get("plugins") or []), AtomicCheckpointIO()]
         if not any(isinstance(callback, ProgressBar) for callback in named):
             options["enable_progress_bar"] = False
-        return Trainer(**options)
+        launch.check_strategy(options.get("strategy"))
+        try:
+            return Trainer(**options)
+        except (
+            MisconfigurationException,
+            ValueError,
+            ImportError,
+        ) as error:  # devices, accelerator, strategy, precision
+            names = ("accelerator", "devices", "num_nodes", "strategy", "precision")
+            given = " ".join(
+                f"--trainer.{name} {_name(options[name])}" for name in names if options.get(name) is not None
+            )
+            raise ValueError(f"the trainer cannot be made with {given}: {error}") from error
+
+
+def _name(value: Any) -> Any:
+    return value if isinstance(value, str | int | list) else type(value).__name__
 
 
 def run_trainer(verb: str, argv: list[str]) -> None:
@@ -178,16 +190,31 @@ def run_trainer(verb: str, argv: list[str]) -> None:
         return
 
     quiet_lightning()
+    while True:
+        cli, record = _assemble(verb, merged, directory, checkpoint, own)
+        if "print_config" in own:
+            print(yaml.safe_dump(record.config, sort_keys=False), end="")
+            return
+        earlier = run_parsed(verb, cli, checkpoint, directory)
+        if earlier is None:
+            return
+        directory, checkpoint = record.directory, earlier
+        merged = merge_settings(files, flags, directory)
+        del cli, record
+        gc.collect()  # the net that is left behind has gone before another is made
+
+
+def _assemble(
+    verb: str, merged: layers.Settings, directory: Path | None, checkpoint: Path | None, own: dict[str, Any]
+) -> tuple[_CLI, run.RunDirectory]:
+    """Trainer, task and data, and the record of the run that they are to be."""
     record = run.RunDirectory(merged, directory, checkpoint)
     extra: list[Callback] = [record]
     if verb == "predict" and directory is not None and checkpoint is not None:
         extra.append(PredictionWriter(Path(own.get("output") or _new_predictions(directory, checkpoint))))
     cli = parse(merged, extra)
     record.config = cli.resolved()
-    if "print_config" in own:
-        print(yaml.safe_dump(record.config, sort_keys=False), end="")
-        return
-    run_parsed(verb, cli, checkpoint, directory)
+    return cli, record
 
 
 def merge_settings(files: list[str], flags: list[tuple[str, Any]], directory: Path | None = None) -> layers.Settings:
@@ -199,7 +226,17 @@ def merge_settings(files: list[str], flags: list[tuple[str, Any]], directory: Pa
     stack += [content for _, content in experiments]
     merged = layers.layered(stack, [(key, value) for key, value in flags if not key.endswith(".help")])
     merged["experiment"] = merged.get("experiment") or layers.experiment_name([str(path) for path, _ in experiments])
+    _tell_class_from_name(merged.get("trainer") or {})
     return merged
+
+
+def _tell_class_from_name(trainer: layers.Settings) -> None:
+    """A strategy is a class with arguments, or one of Lightning's names, which have none; both are typed as a word."""
+    strategy = trainer.get("strategy")
+    if isinstance(strategy, str) and "." in strategy:
+        trainer["strategy"] = {"class_path": strategy}
+    elif isinstance(strategy, dict) and "." not in strategy.get("class_path", "."):
+        trainer["strategy"] = strategy["class_path"]
 
 
 def _new_predictions(directory: Path, checkpoint: Path) -> Path:
@@ -246,21 +283,31 @@ def _readable(message: str) -> str:
     return "\n  ".join(dict.fromkeys(problems)) or message
 
 
-def run_parsed(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | None) -> None:
-    """Let the trainer do what the verb says. What a person can mend becomes a ClearError until the run has begun."""
+def run_parsed(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | None) -> Path | None:
+    """Let the trainer do what the verb says. What a person can mend becomes a ClearError until the run has begun.
+
+    Returns:
+        The checkpoint from which the fit is to go on, if it has to go back (see `Anomalies`); None: it is done.
+    """
     trainer, task, data = cli.trainer, cli.model, cli.datamodule
     record = find(trainer, run.RunDirectory)
     assert record is not None
+    launch.check_world_size(trainer)
+    if trainer.world_size > 1:
+        launch.attend(trainer, cli.resolved())
     try:
         if verb == "fit":
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
-            return
+            return None
         if checkpoint is None:
             raise ValueError(f"nothing to {verb}: name a run, as in `bigmodel {verb} RUN`")
         if verb == "predict":
             check_prediction(task, data)
         quiet = {"return_predictions": False} if verb == "predict" else {"verbose": False}
         metrics = getattr(trainer, verb)(task, datamodule=data, ckpt_path=checkpoint, **quiet)
+    except GoBack as cause:
+        trainer.strategy.barrier()  # the first process has written what it had to write
+        return record.go_back(cause)
     except Stopped as stopped:
         trainer.strategy.barrier()  # the first process has told its loggers: a launcher ends all when one has gone
         # Lightning's own launcher kills the rest, unless the processes that it started end with 0.
@@ -288,6 +335,7 @@ def run_parsed(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | 
             print(f"{name:32} {value:.6g}")
         text = json.dumps({"checkpoint": str(checkpoint), **values}, indent=2)
         (directory / f"{verb}.json").write_text(text + "\n")
+    return None
 
 
 def quiet_lightning() -> None:

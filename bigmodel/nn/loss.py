@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
@@ -49,7 +50,9 @@ def cross_entropy_sum(
     def loss_of(features: Tensor, targets: Tensor) -> Tensor:
         logits = logits_fn(features)  # [n, V]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        # Of logits that are in parts of the vocabulary (tensor parallelism) it is a DTensor, the same on each process.
+        return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
     if chunk_size is None or chunk_size >= len(targets):
         return loss_of(features, targets), count

@@ -6,7 +6,7 @@ Sources: GPT-2, Radford et al. 2019 (pre-norm blocks, initialisation, tied head)
 B batch, T tokens, D width, M width of the MLP, V vocabulary.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +89,21 @@ class GPT(nn.Module):
         ValueError: sizes that do not fit together, or a choice that does not exist.
     """
 
+    # How tensor parallelism cuts it, see `bigmodel.parallel.tensor_parallel`.
+    tensor_plan: ClassVar[dict[str, str]] = {
+        "embed": "vocabulary",
+        "head": "vocabulary",
+        "blocks.*.attention_norm": "norm",
+        "blocks.*.attention.qkv": "column",
+        "blocks.*.attention.query_norm": "heads",
+        "blocks.*.attention.key_norm": "heads",
+        "blocks.*.attention.out": "row",
+        "blocks.*.mlp_norm": "norm",
+        "blocks.*.mlp.gate": "column",
+        "blocks.*.mlp.up": "column",
+        "blocks.*.mlp.down": "row",
+    }
+
     def __init__(
         self,
         vocab_size: int,
@@ -144,6 +159,7 @@ class GPT(nn.Module):
 
         self.vocab_size = vocab_size
         self.context_length = context_length
+        self.num_kv_heads = num_kv_heads
         self.head_size = head_size
         self.rotary_base = rotary_base
         self.init_std = init_std

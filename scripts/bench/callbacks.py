@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import statistics
+import time
+from pathlib import Path
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -28,6 +31,48 @@ class Timer(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.clock.report(self.per_step)
+
+
+class Writes(Callback):
+    """Reports what an asynchronous checkpoint costs the steps. Stands behind the callback that saves.
+
+    Args:
+        warmup: optimizer steps before the clock starts.
+        every: optimizer steps between checkpoints.
+        what: `ratio`: mean time of a step while one is being written, over that of a step while none is; `wait`: seconds
+            by which the step that saves takes longer, for it waits until everything is copied.
+    """
+
+    def __init__(self, warmup: int, every: int, what: Literal["ratio", "wait"]) -> None:
+        self.warmup, self.every, self.what = warmup, every, what
+        self.saving: list[float] = []
+        self.writing: list[float] = []
+        self.alone: list[float] = []
+
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        self.folder = Path(trainer.checkpoint_callback.dirpath)
+        self.written_at_start, self.start = False, time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        now, step = time.perf_counter(), trainer.global_step
+        written = any(self.folder.glob(".*.partial"))
+        if step > self.warmup:
+            if step % self.every == 0:
+                self.saving.append(now - self.start)
+            elif self.written_at_start and written:
+                self.writing.append(now - self.start)
+            elif not self.written_at_start and not written:
+                self.alone.append(now - self.start)
+        self.written_at_start, self.start = written, time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.saving or not self.writing:
+            raise ValueError(f"{len(self.saving)} saves and {len(self.writing)} steps beside them: too few to compare")
+        alone = statistics.mean(self.alone)
+        if self.what == "ratio":
+            report(statistics.mean(self.writing) / alone)
+        else:
+            report(statistics.mean(self.saving) - alone)
 
 
 class Losses(Callback):

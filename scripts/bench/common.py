@@ -43,7 +43,11 @@ class Size(NamedTuple):
         return self.batch_size * self.context_length
 
 
-SIZES = {"large": Size(6, 6, 384, 256, 16), "small": Size(4, 4, 128, 64, 12)}
+SIZES = {
+    "large": Size(6, 6, 384, 256, 16),
+    "small": Size(4, 4, 128, 64, 12),
+    "deep": Size(12, 8, 512, 64, 4),  # 38 M parameters
+}
 
 
 class ImageSize(NamedTuple):
@@ -70,6 +74,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps in all")
     parser.add_argument("--warmup", type=int, default=20, help="of these, steps before the clock starts")
     parser.add_argument("--losses", action="store_true", help="float32, and the loss of each step instead of the speed")
+    parser.add_argument("--sharded", action="store_true", help="FSDP2 where the way is of several processes, for DDP")
     return parser.parse_args()
 
 

@@ -73,6 +73,44 @@ def gpt(name: str, size: str, steps: int, warmup: int, limits: tuple[float, floa
     )
 
 
+def parallel(name: str, hardware: str, plain_flags: list[str], steps: int, warmup: int) -> Row:
+    """Training speed of two processes on one core each. Lightning launches those of bigmodel, torchrun those of the loop."""
+    s = SIZES["large"]
+    timer = f"--callbacks.timer bench.callbacks.Timer --callbacks.timer.warmup {warmup}"
+    two = f"-c experiments/hardware/{hardware}.yaml --trainer.accelerator cpu --trainer.devices 2"
+    flags = ["--size", "large", "--steps", str(steps), "--warmup", str(warmup), *plain_flags]
+    one_thread = ["env", "OMP_NUM_THREADS=1"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return Row(
+        name,
+        f"GPT of {s.depth} layers, {s.num_heads} heads, width {s.width}, context {s.context_length}, batch"
+        f" {s.batch_size}, bf16, on two processes ({name.upper()}): training, tokens/s",
+        {
+            "bigmodel fit": [
+                *one_thread,
+                *fit_gpt("large", steps, f"{two} {timer} --callbacks.timer.per_step {s.tokens_per_step}"),
+            ],
+            "plain loop": [*one_thread, *launch, "-m", "bench.gpt_parallel", *flags],
+        },
+        [Bound("bigmodel fit", "plain loop", "at least", 0.97)],
+    )
+
+
+def asynchronous_checkpoint(steps: int, warmup: int, every: int) -> Row:
+    """What a checkpoint of 38 M parameters, half a gigabyte, costs while a thread writes it. Training has one core, and
+    writing another, as there are cores to spare where a GPU trains."""
+    save = f"--callbacks.last.asynchronous true --callbacks.last.every_n_steps {every}"
+    save += " --callbacks.last.every_n_minutes null --callbacks.writes bench.callbacks.Writes"
+    save += f" --callbacks.writes.warmup {warmup} --callbacks.writes.every {every} --callbacks.writes.what"
+    ways = {"step while written / step": "ratio", "seconds to copy it": "wait"}
+    return Row(
+        "checkpoint",
+        "An asynchronous checkpoint of a GPT of 38 M parameters, one thread for training: what it adds to the steps",
+        {way: ["env", "OMP_NUM_THREADS=1", *fit_gpt("deep", steps, f"{save} {what}")] for way, what in ways.items()},
+        [Bound("step while written / step", None, "at most", 1.05)],
+    )
+
+
 def resnet(name: str, steps: int, warmup: int, limits: tuple[float, float]) -> Row:
     """Training speed of a ResNet on decoded pictures, without augmentation."""
     s = IMAGE_SIZES[name]
@@ -141,6 +179,9 @@ def rows(quick: bool) -> list[Row]:
     return [
         gpt("large", "large", *((14, 11) if quick else (31, 11)), limits=(0.98, 1.25, 1.1)),
         gpt("small", "small", *((60, 20) if quick else (700, 100)), limits=(0.93, 1.8, 1.6)),
+        parallel("ddp", "ddp", [], *((14, 11) if quick else (31, 11))),
+        parallel("fsdp", "fsdp", ["--sharded"], *((14, 11) if quick else (31, 11))),
+        asynchronous_checkpoint(*((24, 4, 8) if quick else (100, 10, 20))),
         resnet("resnet_small", *((40, 20) if quick else (400, 60)), limits=(0.93, 1.3)),
         resnet("resnet18", *((14, 11) if quick else (41, 11)), limits=(0.98, 1.1)),
         Row(

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
+from bigmodel.callbacks import Resume
 from bigmodel.cli import main
 
 
@@ -56,6 +57,34 @@ class TellParent(Tell):
             time.sleep(0.5)
 
 
+class Die(Callback):
+    """Fails, as a process that is killed, at the start of an optimizer step once the run has gone back so many times."""
+
+    def __init__(self, step: int, returns: int) -> None:
+        self.step, self.returns = step, returns
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        returns = next(callback.num_returns for callback in trainer.callbacks if isinstance(callback, Resume))
+        if (trainer.global_step + 1, returns) == (self.step, self.returns):
+            raise RuntimeError("killed")
+
+
+class Slow(Callback):
+    """One process sleeps in the forward pass of each step.
+
+    Args:
+        seconds: how long.
+        rank: the process.
+    """
+
+    def __init__(self, seconds: float, rank: int) -> None:
+        self.seconds, self.rank = seconds, rank
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_rank == self.rank:
+            time.sleep(self.seconds)
+
+
 def experiment(table, runs_dir, *flags):
     """Words for `bigmodel fit`: 30 steps of 12 rows, with dropout and average, validated now and then."""
     words = [
@@ -81,6 +110,12 @@ def tell(**arguments):
     return [*words, *(str(word) for key, value in arguments.items() for word in (f"--callbacks.tell.{key}", value))]
 
 
+def returning(every):
+    """Flags for a run that goes back from a loss that is not finite, and saves after so many steps."""
+    words = ["--callbacks.anomalies.on_nan", "back", "--callbacks.last.every_n_minutes", "null"]
+    return [*words, "--callbacks.last.every_n_steps", str(every)]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     (table,) = sys.argv[1:]
@@ -91,13 +126,10 @@ if __name__ == "__main__":
     except SystemExit as stopped:
         Path(f"exit.{os.environ['RANK']}").write_text(str(stopped.code))
     main(["fit", "--runs_dir", "stopped", "--resume", "last", "--callbacks.tell", "null"])
-    words = [
-        *experiment("spoiled.csv", "skipping", *two),
-        "--trainer.limit_val_batches",
-        "0",
-        "--model.net.dropout",
-        "0",
-    ]
-    main(["fit", *words, "--callbacks.anomalies.on_nan", "skip"])
+    without = ["--trainer.limit_val_batches", "0", "--model.net.dropout", "0"]
+    main(["fit", *experiment("spoiled.csv", "skipping", *two, *without), "--callbacks.anomalies.on_nan", "skip"])
+    main(["fit", *experiment("spoiled.csv", "returning", *two, *without, *returning(1), "--trainer.max_steps", 14)])
+    slow = ["--callbacks.slow", "stopping.Slow", "--callbacks.slow.seconds", "0.04", "--callbacks.slow.rank", "1"]
+    main(["fit", *experiment(table, "slow", *two), *slow, "--trainer.log_every_n_steps", "5"])
     if os.environ["RANK"] == "0":
         Path("done").touch()

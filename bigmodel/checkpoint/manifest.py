@@ -1,0 +1,108 @@
+"""The manifest of a sharded checkpoint: what belongs to it, and whether all of it is as it was written."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+STATE, _MANIFEST = "state.ckpt", "manifest.json"
+_HASHING_THREADS = 8
+
+
+def shard_name(rank: int, num_processes: int) -> str:
+    return f"shard-{rank}-of-{num_processes}.safetensors"
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, which is on the disk when this returns."""
+    with ThreadPoolExecutor(1) as thread, open(path, "rb") as file:
+        digest = thread.submit(_sha256, path)  # while the disk writes
+        os.fsync(file.fileno())
+        return {"size": path.stat().st_size, "sha256": digest.result()}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write all of a text, to the disk, or nothing."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def listing(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, bytes and time of change (ns) of each file."""
+    found = []
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+            found.append((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns))
+    return sorted(found)
+
+
+def _seal(text: str) -> str:
+    """What stands before the text of a manifest."""
+    return f'{{"sha256": "{hashlib.sha256(text.encode()).hexdigest()}", '
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content)[1:]
+    write_text(folder / _MANIFEST, _seal(text) + text)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a sharded checkpoint.
+
+    Raises:
+        ValueError: if it is missing or damaged, and says which.
+    """
+    if not (folder / _MANIFEST).is_file():
+        raise ValueError(f"{_MANIFEST} is missing")
+    text = (folder / _MANIFEST).read_bytes().decode(errors="replace")
+    start = len(_seal(""))
+    if text[:start] != _seal(text[start:]):
+        raise ValueError(f"{_MANIFEST} is not as it was written")
+    content: dict[str, Any] = json.loads("{" + text[start:])
+    return content
+
+
+def folder_damage(folder: Path) -> str | None:
+    """What is wrong with a sharded checkpoint, by the checksums of its files; None if it is as it was written.
+
+    Reads all of it, once in a process as long as no file of it changes.
+    """
+    return _folder_damage(folder, tuple(listing(folder)))
+
+
+@functools.cache
+def _folder_damage(folder: Path, listing: tuple[tuple[str, int, int], ...]) -> str | None:
+    found = {name: size for name, size, _ in listing}
+    if _MANIFEST not in found and ".metadata" in found:
+        print(f"{folder} has no checksum to verify it by: Lightning wrote it", file=sys.stderr)
+        return None
+    try:
+        written = read_manifest(folder)["files"]
+    except ValueError as error:
+        return str(error)
+    for name, facts in written.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != facts["size"]:
+            return f"{name} has {found[name]:,} bytes, not {facts['size']:,}"
+    with ThreadPoolExecutor(min(_HASHING_THREADS, os.cpu_count() or 1)) as threads:  # hashing releases the GIL
+        for name, digest in zip(written, threads.map(_sha256, (folder / name for name in written)), strict=True):
+            if digest != written[name]["sha256"]:
+                return f"{name} is not as it was written: SHA-256 {digest[:8]}..., not {written[name]['sha256'][:8]}..."
+    return None

@@ -1,0 +1,132 @@
+"""Tensors of a sharded checkpoint: read whole or in part, and placed onto whatever mesh there is now."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigmodel.checkpoint.archive import read_archive
+from bigmodel.checkpoint.manifest import STATE, read_manifest, shard_name
+from bigmodel.checkpoint.parts import Keys, local_part, rebuilt
+
+
+class Sharded:
+    """A tensor of a sharded checkpoint that has not been read.
+
+    Attributes:
+        shape: that of the whole tensor.
+        dtype: its type.
+    """
+
+    def __init__(self, name: str, entry: dict[str, Any], open_shard: Callable[[int], Any]) -> None:
+        self.shape = torch.Size(entry["shape"])
+        self.dtype: torch.dtype = getattr(torch, entry["dtype"])
+        self._name, self._parts, self._open_shard = name, entry["parts"], open_shard
+
+    def __repr__(self) -> str:
+        return f"Sharded({self._name}, {list(self.shape)}, {self.dtype})"
+
+    def whole(self) -> Tensor:
+        """All of it, on the CPU."""
+        return self.part([0] * len(self.shape), self.shape)
+
+    def part(self, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """What begins at `offsets` and has `sizes`, on the CPU. Only what overlaps is read.
+
+        What lies in one file stays memory-mapped, and may be a view that is not contiguous.
+
+        Raises:
+            ValueError: if a file cannot be read.
+        """
+        made = None
+        for rank, starts, lengths in self._parts:
+            begins = [max(pair) for pair in zip(offsets, starts, strict=True)]
+            ends = [min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, starts, lengths, strict=True)]
+            if any(begin >= end for begin, end in zip(begins, ends, strict=True)):
+                continue
+            piece = self._open_shard(rank).get_tensor(self._name)[_slices(begins, ends, starts)]
+            if piece.shape == torch.Size(sizes):
+                return piece
+            made = torch.empty(tuple(sizes), dtype=self.dtype) if made is None else made
+            made[_slices(begins, ends, offsets)] = piece
+        assert made is not None or not math.prod(sizes), (self, offsets, sizes)
+        return torch.empty(tuple(sizes), dtype=self.dtype) if made is None else made
+
+
+def _slices(begins: Sequence[int], ends: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(begin - at, end - at) for begin, end, at in zip(begins, ends, origin, strict=True))
+
+
+def read_folder(folder: Path) -> Any:
+    """The checkpoint in a folder, with a `Sharded` for each sharded tensor.
+
+    Raises:
+        ValueError: if it cannot be read, or holds more than tensors and plain values.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        manifest = read_manifest(folder)
+    except ValueError as error:
+        raise ValueError(f"{folder} cannot be read as a checkpoint: {error}") from None
+
+    @functools.cache
+    def open_shard(rank: int) -> Any:
+        path = folder / shard_name(rank, manifest["processes"])
+        try:
+            return safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read as a part of a checkpoint: {error}") from error
+
+    leaves: dict[Keys, Sharded] = {}
+    for name, entry in manifest["tensors"].items():
+        sharded = Sharded(name, entry, open_shard)
+        leaves |= {tuple(keys): sharded for keys in entry["paths"]}
+    return rebuilt(read_archive(folder / STATE), lambda keys, leaf: leaves.get(keys, leaf))
+
+
+def assembled(checkpoint: Any) -> Any:
+    """The same with each `Sharded` read whole; tied ones stay tied."""
+    read: dict[Sharded, Tensor] = {}
+
+    def whole(_: Keys, leaf: Any) -> Any:
+        if not isinstance(leaf, Sharded):
+            return leaf
+        if leaf not in read:
+            read[leaf] = leaf.whole()
+        return read[leaf]
+
+    return rebuilt(checkpoint, whole)
+
+
+def place(leaf: Tensor | Sharded, like: Tensor) -> Tensor:
+    """A tensor laid out as `like`, on its device; the values and their type are the leaf's.
+
+    Where `like` is a DTensor, each process takes (and of a `Sharded` reads) only what it holds, and none communicates.
+
+    Raises:
+        ValueError: if the shapes differ, or a file cannot be read.
+    """
+    from torch.distributed.tensor import DTensor
+
+    if leaf.shape != like.shape:
+        raise ValueError(f"a tensor of shape {list(leaf.shape)} cannot be placed as one of {list(like.shape)}")
+    assert not like.is_meta, "there is no memory to place it in"
+    if not isinstance(like, DTensor):
+        return (leaf.whole() if isinstance(leaf, Sharded) else leaf).to(like.device)
+    placed = torch.empty_like(like, dtype=leaf.dtype)  # from_local would move what FSDP2 keeps on the CPU to the GPU
+    own = local_part(like)
+    if own is not None:
+        offsets, sizes = own
+        if isinstance(leaf, Sharded):
+            part = leaf.part(offsets, sizes)
+        else:
+            part = leaf[_slices(offsets, [a + n for a, n in zip(offsets, sizes, strict=True)], [0] * leaf.ndim)]
+        placed.to_local().copy_(part)  # type: ignore[attr-defined]
+    return placed

@@ -1,0 +1,182 @@
+"""A checkpoint of sharded tensors: a folder into which each process writes what it holds, and nothing is read as code.
+
+    last-<step>.ckpt/
+        state.ckpt                       the checkpoint with None in place of each DTensor (`archive`)
+        shard-<rank>-of-<n>.safetensors  the parts of DTensors that one process holds, by name
+        manifest.json                    what belongs together:
+            sha256     of the text that follows it
+            files      name: size in bytes, SHA-256
+            processes  n
+            tensors    name: paths (keys from the checkpoint's root; several for tied weights), shape, dtype, and parts:
+                       [rank of its file, offsets, sizes]
+
+All is written into a hidden folder, which gets its name when every process has written: a kill at any moment leaves the
+earlier checkpoints whole. Processes do not communicate meanwhile: the first sees from the files that the others are done,
+so a thread can do it while training goes on. (torch.distributed.checkpoint has no checksums, overwrites in place, and keeps
+its metadata as a pickle.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import distributed
+
+from bigmodel.checkpoint.archive import full_disk_explained, put_in_place, write_archive
+from bigmodel.checkpoint.manifest import STATE, file_facts, listing, shard_name, write_manifest, write_text
+from bigmodel.checkpoint.parts import Keys, own_parts
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+_PATIENCE = 600.0  # seconds for which no process writes anything, before the first gives up
+
+
+class FolderWriter:
+    """What one process does to write a sharded checkpoint. All processes make one, and call it.
+
+    Args:
+        target: the folder, on a file system that all processes share.
+        tensors: the DTensors, from `split`; the same on all processes, but for what they hold.
+        fill: writes the rest into a file; used by the first process.
+        copied: hold copies, so that training may go on before it is called.
+
+    Raises:
+        ValueError: for a tensor that cannot be stored.
+    """
+
+    def __init__(self, target: Path, tensors: dict[Keys, DTensor], fill: Callable[[Any], object], copied: bool) -> None:
+        self.target, self.fill = target, fill
+        self.rank, self.num_processes = distributed.get_rank(), distributed.get_world_size()
+        attempt = [secrets.token_hex(4)]  # what is left of an earlier attempt never mixes with this
+        distributed.broadcast_object_list(attempt)
+        self._partial = target.with_name(f".{target.name}.{attempt[0]}.partial")
+        self._partial.mkdir(parents=True, exist_ok=True)
+        with self._failure_told():
+            self._records, self._parts = own_parts(tensors, copied)
+
+    def __call__(self) -> None:
+        """Write; the first process returns when the whole checkpoint is in place, another when its own part is.
+
+        Raises:
+            OSError: if the disk is full, or a process fails or falls silent (TimeoutError).
+        """
+        with self._failure_told(), full_disk_explained(self.target):
+            self._write_shard()
+            if self.rank == 0:
+                self._complete()
+
+    @contextlib.contextmanager
+    def _failure_told(self) -> Iterator[None]:
+        """What goes wrong here is told to the first process, which waits for this one."""
+        try:
+            yield
+        except BaseException as error:
+            if self.rank == 0:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            elif self._partial.is_dir():
+                with contextlib.suppress(OSError):  # the error itself is raised in any case
+                    write_text(self._record_of(self.rank), json.dumps({"error": str(error)}))
+            else:
+                raise RuntimeError(f"the first process gave up writing {self.target}: its message says why") from error
+            raise
+
+    def _record_of(self, rank: int) -> Path:
+        """What a process writes last."""
+        return self._partial / f"shard-{rank}.json"
+
+    def _write_shard(self) -> None:
+        from safetensors.torch import save_file
+
+        path = self._partial / shard_name(self.rank, self.num_processes)
+        save_file(self._parts, path)
+        self._parts = {}
+        record = {"file": file_facts(path), "tensors": self._records}
+        write_text(self._record_of(self.rank), json.dumps(record))
+
+    def _complete(self) -> None:
+        write_archive(self._partial / STATE, self.fill)
+        records = self._others()
+        files = {shard_name(rank, self.num_processes): record["file"] for rank, record in enumerate(records)}
+        content = {
+            "files": {STATE: file_facts(self._partial / STATE), **files},
+            "processes": self.num_processes,
+            "tensors": _merged([record["tensors"] for record in records]),
+        }
+        write_manifest(self._partial, content)
+        for rank in range(self.num_processes):
+            self._record_of(rank).unlink()
+        _sync_folder(self._partial)
+        put_in_place(self._partial, self.target)
+        _sync_folder(self.target.parent)
+
+    def _others(self) -> list[dict[str, Any]]:
+        """What each process has written, as soon as all have."""
+        records: dict[int, dict[str, Any]] = {}
+        seen: list[Any] = []
+        pause, since = 0.001, time.monotonic()
+        while True:
+            for rank in set(range(self.num_processes)) - records.keys():
+                path = self._record_of(rank)
+                if path.exists():
+                    records[rank] = json.loads(path.read_text())
+                    if "error" in records[rank]:
+                        raise OSError(f"process {rank} could not write {self.target}: {records[rank]['error']}")
+            if len(records) == self.num_processes:
+                return [records[rank] for rank in range(self.num_processes)]
+            now = listing(self._partial)
+            if now != seen:  # somebody is writing
+                seen, since = now, time.monotonic()
+            elif time.monotonic() - since > _PATIENCE:
+                missing = ", ".join(str(rank) for rank in range(self.num_processes) if rank not in records)
+                raise TimeoutError(
+                    f"{self.target} is not complete, and nothing was written for {_PATIENCE:g} s: missing is what these"
+                    f" processes hold: {missing}. Were they killed, or is {self.target.parent} not on a file system that"
+                    " all processes share? Earlier checkpoints are intact"
+                )
+            time.sleep(pause)
+            pause = min(0.2, 1.2 * pause)
+
+
+def _merged(records: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """The manifest's `tensors`, from the records of each process.
+
+    Raises:
+        ValueError: if the parts of a tensor are not all of it.
+    """
+    by_keys: dict[Keys, dict[str, Any]] = {}
+    for rank, own in enumerate(records):
+        for record in own:
+            tensor = by_keys.setdefault(tuple(record["keys"]), {**record, "parts": []})
+            if "part" in record:
+                tensor["name"] = record["name"]
+                tensor["parts"].append([rank, *record["part"]])
+    tensors: dict[str, Any] = {}
+    for keys, tensor in by_keys.items():
+        found = sum(math.prod(sizes) for _, _, sizes in tensor["parts"])
+        if found != math.prod(tensor["shape"]):
+            raise ValueError(
+                f"{tensor['name']} is not the same tensor on all processes: they hold {found:,} numbers, its shape"
+                f" {tensor['shape']} has {math.prod(tensor['shape']):,}"
+            )
+        entry = {"paths": [], **{key: tensor[key] for key in ("shape", "dtype", "parts")}}
+        tensors.setdefault(tensor["name"], entry)["paths"].append(keys)
+    return tensors
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every file system can
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,97 @@
+"""Compilation of a net's blocks, with a count of how often they were compiled and why.
+
+In blocks, because they are alike: one graph serves all, and compiling it takes as long as one block does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from bigmodel.parallel.blocks import after_configure_model, blocks_of
+
+_MANY = 8  # recompilations that are told at once; then at each doubling
+
+
+class Compile(Callback):
+    """Compiles each block of the net with torch.compile, in place, for training and its validations.
+
+    Names in the state dict stay as they are. Which modules are blocks: `bigmodel.parallel.find_blocks`. The first steps
+    are slow, and so is each that brings something new: another shape, another number, the first validation. At the end of
+    the run, and meanwhile where they are many, a line says how many graphs were compiled, and why the last one anew.
+
+    Args:
+        mode: torch.compile's: `default`, `reduce-overhead` (CUDA graphs), `max-autotune`; null: its default.
+        dynamic: graphs for any shape (true), for each shape its own (false), or for any from the second on (null).
+        fullgraph: refuse code that cannot be compiled as one graph, instead of running a part of it as it is.
+
+    Raises:
+        ValueError: a net without blocks.
+    """
+
+    def __init__(self, mode: str | None = None, dynamic: bool | None = None, fullgraph: bool = False) -> None:
+        self.mode, self.dynamic, self.fullgraph = mode, dynamic, fullgraph
+        self._compiled: list[nn.Module] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            after_configure_model(pl_module, self._install)
+
+    def _install(self, pl_module: LightningModule) -> None:
+        import torch._dynamo  # takes a second
+
+        self._counters = torch._dynamo.utils.counters
+        blocks = [block for _, block in blocks_of(pl_module, "--callbacks.compile")]
+        for block in blocks:
+            if block._compiled_call_impl is None:
+                block.compile(mode=self.mode, dynamic=self.dynamic, fullgraph=self.fullgraph)
+                self._compiled.append(block)
+        # Blocks share the code, and with it the limit: where each has a number of its own (a layer's index, a rate of
+        # stochastic depth), it has its own graph, for training and for evaluation, or would run uncompiled.
+        limit = max(torch._dynamo.config.recompile_limit, _MANY + 2 * len(blocks))
+        torch._dynamo.config.recompile_limit = limit
+        torch._dynamo.utils.set_compilation_metrics_limit(1_000)
+        torch._dynamo.utils.clear_compilation_metrics()
+        self._graphs, self._told = self._num_graphs(), _MANY
+
+    def _num_graphs(self) -> int:
+        return int(self._counters["stats"]["unique_graphs"])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        graphs = self._num_graphs()
+        if graphs - self._graphs > self._told:
+            self._told = 2 * (graphs - self._graphs)
+            self._say(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._say(trainer)
+
+    def _say(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero:
+            print(describe(), flush=True)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pl_module.__dict__.pop("configure_model", None)
+        for block in self._compiled:
+            block._compiled_call_impl = None
+        self._compiled = []
+
+
+def describe() -> str:
+    """How much was compiled in this process since the net was made, in a line."""
+    known = torch._dynamo.utils.get_compilation_metrics()
+    graphs = [frame for frame in known if frame.co_name is not None and not frame.fail_type]
+    failed = [frame for frame in known if frame.fail_type]
+    reasons = [frame.recompile_reason for frame in graphs if frame.recompile_reason]
+    line = f"compiled {len(graphs)} graphs in {sum(graph.entire_frame_compile_time_s or 0 for graph in graphs):.1f} s"
+    if reasons:  # as in "0/1: GLOBAL_STATE changed: grad_mode", with the source behind a # and in more lines
+        last = reasons[-1].splitlines()[0].partition(": ")[2].partition("  #")[0].strip()
+        line += f", {len(reasons)} of them anew, the last because this no longer held: {last}"
+    if failed:
+        line += f"; {len(failed)} could not be and run as they are: {str(failed[-1].fail_reason).splitlines()[0]}"
+    return line

@@ -1,0 +1,125 @@
+"""Matrix products of the blocks' linear layers in 8-bit floating point, by torchao.
+
+Source: Micikevicius et al. 2022 (arXiv 2209.05433). Inputs, weights and gradients are scaled to the range of the format and
+rounded anew for each product; weights, their gradients and everything between the products keep their precision.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from bigmodel.parallel.blocks import after_configure_model, blocks_of
+
+_FLAG = "--callbacks.float8"
+_MULTIPLE = 16  # of the sizes that the hardware multiplies
+_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
+
+
+class Float8(Callback):
+    """Trains with the matrix products of the blocks' `nn.Linear` in float8.
+
+    It is for large layers, and faster than bf16 only with `--callbacks.compile`. The optimizer sees the same parameters
+    under the same names as without, so checkpoints are the same, and nothing but training needs torchao. After training the
+    layers are ordinary ones again. Layers whose sizes are not multiples of 16 stay as they are, and a line says so; tokens
+    of a micro-batch on a process must be such a multiple too.
+
+    Args:
+        recipe: how values are scaled: `tensorwise`, by one number for a tensor (faster), or `rowwise`, by one for each row
+            (more accurate).
+        only: patterns of names of linear layers to choose from, `["net.blocks.*.mlp.*"]`; null: all in blocks.
+        skip: patterns of those to leave out, for example the first and last block.
+        emulate: compute in higher precision what float8 would give, on any device and slowly, to try things out.
+
+    Raises:
+        ValueError: torchao is missing, the device has no float8 products, or no layer is left to convert.
+    """
+
+    def __init__(
+        self,
+        recipe: Literal["tensorwise", "rowwise"] = "tensorwise",
+        only: list[str] | None = None,
+        skip: list[str] | None = None,
+        emulate: bool = False,
+    ) -> None:
+        if recipe not in ("tensorwise", "rowwise"):
+            raise ValueError(f"{_FLAG}.recipe {recipe!r} is not one of tensorwise, rowwise")
+        if importlib.util.find_spec("torchao") is None:
+            raise ValueError(f"float8 needs torchao: pip install 'bigmodel[float8]', or set {_FLAG} null")
+        self.recipe, self.only, self.skip, self.emulate = recipe, only, skip, emulate
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        device = trainer.strategy.root_device
+        if not self.emulate:
+            _check(device)
+        after_configure_model(pl_module, lambda task: self._convert(task, trainer.is_global_zero))
+
+    def _convert(self, pl_module: LightningModule, speaks: bool) -> None:
+        # Imported here: it takes seconds.
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+        from torchao.float8.float8_linear import Float8Linear
+
+        linears = {
+            f"{name}.{inner}" if inner else name: module
+            for name, block in blocks_of(pl_module, _FLAG)
+            for inner, module in block.named_modules()
+            if type(module) in (nn.Linear, Float8Linear)  # another subclass may compute something else
+        }
+        for flag, patterns in (("only", self.only), ("skip", self.skip)):
+            for pattern in patterns or ():
+                if not any(fnmatchcase(name, pattern) for name in linears):
+                    raise ValueError(f"{_FLAG}.{flag}: {pattern!r} matches none of {', '.join(linears) or 'no layers'}")
+        wanted = {
+            name: module
+            for name, module in linears.items()
+            if (self.only is None or any(fnmatchcase(name, pattern) for pattern in self.only))
+            and not any(fnmatchcase(name, pattern) for pattern in self.skip or ())
+        }
+        fitting = {
+            name: module
+            for name, module in wanted.items()
+            if module.in_features % _MULTIPLE == 0 and module.out_features % _MULTIPLE == 0
+        }
+        if not fitting:
+            raise ValueError(
+                f"none of the {len(linears)} linear layers in the blocks of {type(pl_module).__name__} can use float8: their"
+                f" sizes must be multiples of {_MULTIPLE}; set {_FLAG} null"
+            )
+        if all(isinstance(module, Float8Linear) for module in fitting.values()):
+            return  # the net was kept since an earlier fit that failed
+        config = dataclasses.replace(Float8LinearConfig.from_recipe_name(self.recipe), emulate=self.emulate)
+        convert_to_float8_training(
+            pl_module,
+            config=config,
+            module_filter_fn=lambda module, name: type(module) is nn.Linear and name in fitting,
+        )
+        if speaks:
+            left = f"; sizes are no multiples of {_MULTIPLE}: {', '.join(sorted(wanted.keys() - fitting.keys()))}"
+            print(f"float8: {len(fitting)} linear layers{left if len(fitting) < len(wanted) else ''}", flush=True)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pl_module.__dict__.pop("configure_model", None)
+        if stage == "fit":
+            from torchao.float8.float8_linear import Float8Linear
+
+            for module in pl_module.modules():
+                if type(module) is Float8Linear:
+                    module.__class__ = nn.Linear
+
+
+def _check(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= _CAPABILITY:
+        return
+    what = f"{torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"a device of type {device.type}"
+    raise ValueError(
+        f"float8 products need an NVIDIA GPU of compute capability 8.9 or more (L4, L40S, RTX 4090, H100 and later), not"
+        f" {what}: set {_FLAG} null, or {_FLAG}.emulate true to try it slowly"
+    )

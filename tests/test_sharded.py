@@ -1,0 +1,155 @@
+"""Nets that are shared out over four processes (FSDP2, hybrid, tensor and sequence parallelism) against one. One launch."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sharded
+import torch
+from safetensors.torch import load_file
+from sharded import only_run, pictures, stop_at, text
+
+import bigmodel
+from bigmodel.checkpoint import read
+from bigmodel.cli import main
+
+LAYOUTS = ["fsdp", "hybrid", "tensor", "sequence"]
+
+
+def column(directory, name):
+    with open(directory / "metrics.csv", newline="") as file:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row[name]}
+
+
+def last(directory, step=6):
+    return read(directory / "checkpoints" / f"last-{step}.ckpt")
+
+
+def same(a, b, tolerance=2e-6):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory, table):
+    """The straight run of one process, and what four processes did."""
+    folder = tmp_path_factory.mktemp("sharded")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        torch.set_num_threads(1)
+        Path("text.txt").write_text("".join(f"The square of {i} is {i * i}, its half {i / 2}.\n" for i in range(2000)))
+        main(["fit", *text("one")])
+        main(["fit", *text("one-mixed", "--trainer.precision", "bf16-mixed")])
+        main(["fit", *pictures("pictures-one", "--trainer.precision", "bf16-mixed")])
+        stopped = folder / "stopped"
+        shutil.copytree(only_run("one"), stopped)
+        stop_at(stopped, 2)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+        result = subprocess.run(
+            [*launch, sharded.__file__, table, stopped], capture_output=True, text=True, check=False, timeout=400
+        )
+        assert (folder / "messages.json").exists(), result.stdout + result.stderr
+        (folder / "printed").write_text(result.stdout + result.stderr)
+        yield folder
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sharded_run_is_that_of_one_process(launched, layout):
+    one, many = only_run("one"), only_run(layout)
+    a, b = last(one), last(many)
+    same(a["state_dict"], b["state_dict"])
+    same(a["callbacks"]["EMA"]["average"], b["callbacks"]["EMA"]["average"])
+    for number, state in a["optimizer_states"][0]["state"].items():
+        same(state, b["optimizer_states"][0]["state"][number])
+    for name in ("train/loss", "train/grad_norm", "val/loss", "seen/tokens"):
+        assert column(one, name) == pytest.approx(column(many, name), rel=1e-5), name
+    assert max(column(one, "train/grad_norm").values()) > 0.3, "nothing was clipped"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_initial_weights_are_drawn_as_on_one_process(launched, layout):
+    same(torch.load("seen-one/initial.pt"), torch.load(f"seen-{layout}/initial.pt"), tolerance=0)
+
+
+def test_a_process_holds_its_share_and_reduces_gradients_once_a_step(launched):
+    seen = {layout: json.loads(Path(f"seen-{layout}/seen.json").read_text()) for layout in LAYOUTS}
+    assert seen["fsdp"]["share"] == pytest.approx(1 / 4, rel=0.05)
+    assert seen["hybrid"]["share"] == pytest.approx(1 / 2, rel=0.05)
+    assert seen["tensor"]["share"] == pytest.approx(1 / 4, rel=0.1)
+    units, steps = 3, 6  # two blocks and the rest
+    assert seen["fsdp"]["reduced"] == units * steps
+    assert seen["hybrid"]["reduced"] == 2 * units * steps  # two micro-batches, each reduced as asked for
+
+
+def test_autocast_and_shards_in_bfloat16(launched):
+    one, many = only_run("one-mixed"), only_run("mixed")
+    assert column(one, "train/loss") == pytest.approx(column(many, "train/loss"), rel=2e-3)
+    assert {tensor.dtype for tensor in last(many)["state_dict"].values()} == {torch.float32}
+    one, many = only_run("pictures-one"), only_run("pictures")  # BatchNorm takes each process's own statistics
+    assert column(one, "val/loss") == pytest.approx(column(many, "val/loss"), rel=0.5)
+
+
+def test_runs_go_on_in_any_layout(launched):
+    reference = last(only_run("one"))
+    for resumed in ("stopped", "shards-to-mesh"):
+        found = last(Path(resumed))
+        same(reference["state_dict"], found["state_dict"])
+        same(reference["callbacks"]["EMA"]["average"], found["callbacks"]["EMA"]["average"])
+        sessions = json.loads((Path(resumed) / "run.json").read_text())["sessions"]
+        assert [session["step"] for session in sessions] == [0, 2]
+    shards = launched / "shards-to-one"
+    shutil.copytree(only_run("fsdp"), shards)
+    stop_at(shards, 4)
+    assert (shards / "checkpoints" / "last-4.ckpt").is_dir()
+    main(
+        [
+            "fit",
+            "--resume",
+            str(shards),
+            "--callbacks.look",
+            "null",
+            "--trainer.devices",
+            "1",
+            "--trainer.strategy",
+            "auto",
+        ]
+    )
+    assert (shards / "checkpoints" / "last-6.ckpt").is_file()
+    same(reference["state_dict"], last(shards)["state_dict"])
+    same(reference["callbacks"]["EMA"]["average"], last(shards)["callbacks"]["EMA"]["average"])
+
+
+def test_a_sharded_run_is_used_like_any_other(launched):
+    directory, reference = only_run("fsdp"), only_run("one")
+    task = bigmodel.load(directory)
+    same(dict(task.named_parameters()), dict(bigmodel.load(reference).named_parameters()))
+    assert task.generate("The square", max_new_tokens=8, temperature=0)
+    main(["export", str(directory), "--output", "weights.safetensors"])
+    assert len(load_file("weights.safetensors")) == len(list(task.parameters()))
+    main(["validate", str(directory), "--trainer.devices", "1", "--trainer.strategy", "auto"])
+    assert json.loads((directory / "validate.json").read_text())["val/loss"] == pytest.approx(
+        column(reference, "val/loss")[6], rel=1e-5
+    )
+
+
+def test_samples_are_generated_by_all_processes_together(launched):
+    expected = (only_run("one") / "samples.md").read_text()
+    for layout in LAYOUTS:
+        assert (only_run(layout) / "samples.md").read_text() == expected, layout
+
+
+def test_what_cannot_be_shared_out_is_refused(launched):
+    said = json.loads((launched / "messages.json").read_text())
+    assert re.search(r"4 process\(es\) cannot form 3 replica.*--trainer.strategy.num_replicas", said["replicas"])
+    assert "16-mixed" in said["half"]
+    assert "3 key/value heads cannot be dealt out to 4 processes" in said["heads"]
+    assert "class_token" in said["own"] or "tensor_plan" in said["own"]
+    assert "--model.net.dropout 0" in said["dropout"]
+    assert "has no attribute `tensor_plan`" in said["plan"]
+    assert not (launched / "refused").exists()
