@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,7 @@ from bigmodel.checkpoint import read
 from bigmodel.cli import trials, verbs
 from bigmodel.cli.settings import Settings
 
-SHARDED = "bigmodel.parallel.ShardedStrategy"
-
-
-def sharding_exists() -> bool:
-    """Whether this version has a strategy for sharded training, without importing it."""
-    return find_spec("bigmodel.parallel") is not None and find_spec("bigmodel.parallel.strategy") is not None
+_SHARDED = {"class_path": "bigmodel.parallel.ShardedStrategy"}
 
 
 def main(folder: Path) -> None:
@@ -46,8 +40,7 @@ def main(folder: Path) -> None:
         if os.environ["RANK"] == "0":  # first, in a process that has not seen any data
             _try(plan / "reload", lambda: doors.closed(settings, lambda: _reload(checkpoint)))  # noqa: B023
         _try(plan / "ddp", lambda: _train(settings, plan, "ddp", checkpoint))  # noqa: B023
-        if sharding_exists():
-            _try(plan / "sharded", lambda: _train(settings, plan, {"class_path": SHARDED}, None))  # noqa: B023
+        _try(plan / "sharded", lambda: _train(settings, plan, _SHARDED, None))  # noqa: B023
 
 
 def _try(path: Path, work: Callable[[], Any]) -> None:
