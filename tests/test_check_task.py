@@ -132,6 +132,9 @@ def test_the_command_prints_a_line_each_and_fails_with_a_failure(monkeypatch, ca
             "FAIL import        fails.Task: ZeroDivisionError: division by zero. Mend it",
         ),
         (["nowhere.Task", "-c", OUTSIDER], 1, "No module named 'nowhere'"),
+        (["tabular_regression", "-c", OUTSIDER, "--data", "fails.Data"], 1, "ZeroDivisionError"),
+        (["tabular_regression", "-c", OUTSIDER, "--data", "null"], 2, "names no class for data"),
+        (["tabular_regression", "-c", OUTSIDER, "--data", "nowhere.Data"], 2, "no package 'nowhere' is installed"),
     ],
 )
 def test_what_cannot_be_checked_is_refused(words, code, message, tmp_path, monkeypatch, capsys):

@@ -58,19 +58,22 @@ def run_check_task(argv: list[str]) -> None:
         raise ValueError("name one task, as in `bigmodel check-task my_task`; `bigmodel list` shows the tasks")
     path, files = _task_and_experiment(positional[0], files)
     start = time.monotonic()
-    try:
-        task = plugins.import_class(path)
-    except (Exception, SystemExit) as error:  # whatever the package's own code does
-        _print("FAIL", "import", f"{path}: {type(error).__name__}: {error}. Mend it, or install what it needs")
-        sys.exit(1)
 
     from bigmodel.cli import verbs
     from bigmodel.protocols import PROTOCOL_VERSION
 
     settings = verbs.merge_settings(files, flags)
-    configured = str((settings.get("model") or {}).get("class_path"))
-    if plugins.import_class(configured) is not task:
-        raise ValueError(f"{files[-1]} is an experiment with {configured}, not with {path}: name another with -c")
+    configured = {key: _class_path(settings, key, files[-1]) for key in ("model", "data")}
+    plugins.check_classes(settings)
+    try:
+        task, same, _ = (plugins.import_class(name) for name in (path, configured["model"], configured["data"]))
+    except (Exception, SystemExit) as error:  # whatever the package's own code does
+        _print("FAIL", "import", f"{path}: {type(error).__name__}: {error}. Mend it, or install what it needs")
+        sys.exit(1)
+    if same is not task:
+        raise ValueError(
+            f"{files[-1]} is an experiment with {configured['model']}, not with {path}: name another by -c"
+        )
     print(f"{path}, as in {files[-1]}; contract version {PROTOCOL_VERSION}")
     failed = False
     for _, finding in check([settings]):
@@ -93,6 +96,15 @@ def _task_and_experiment(name: str, files: list[str]) -> tuple[str, list[str]]:
     if not files and shipped is None:
         raise ValueError(f"the package of {name} ships no experiment to check it by: name one with -c EXPERIMENT.yaml")
     return (task.path if task is not None else name), files or [str(shipped)]
+
+
+def _class_path(settings: Settings, key: str, file: str) -> str:
+    block = settings.get(key)
+    if isinstance(block, str):
+        block = settings[key] = {"class_path": block}
+    if not isinstance(block, dict) or "class_path" not in block:
+        raise ValueError(f"{file} names no class for {key}: add {key}: {{class_path: package.module.Class}}")
+    return str(block["class_path"])
 
 
 def _print(status: str, what: str, text: str) -> None:
