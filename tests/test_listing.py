@@ -61,6 +61,16 @@ def test_help_and_list_answer_at_once_whatever_is_installed(plugged):
         assert "good_5" in out or words != ["list"]
 
 
+def test_who_reads_the_list_may_stop_early():
+    listing = subprocess.Popen(
+        [sys.executable, "-m", "bigmodel", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    listing.stdout.close()
+    with listing.stderr as errors:
+        assert errors.read() == b""
+    assert listing.wait() == 1
+
+
 def test_list_shows_tasks_and_experiments_of_all_packages(plugged, capsys):
     main(["list"])
     out = capsys.readouterr().out

@@ -82,6 +82,7 @@ def _with_clear_errors(function: Callable[..., None], *args: Any) -> None:
     """
     try:
         function(*args)
+        sys.stdout.flush()
     except BrokenPipeError:  # what reads the output has read enough, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
