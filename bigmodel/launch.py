@@ -3,7 +3,7 @@
 PyTorch waits half an hour for a process that does not come, and does not say which. Here the first process serves a store
 of keys at MASTER_ADDR:MASTER_PORT (under torchrun, its agent does), where all announce themselves with what must be the
 same for all of them: versions, kind of device, resolved configuration. Only then does the strategy connect them, at the same
-address. It happens once per fit, validate, test or predict, and costs some milliseconds.
+address. It happens once per fit, validate, test or predict, and takes a fraction of a second.
 
 Whoever waits gives up when nobody new has come for BIGMODEL_RENDEZVOUS_SECONDS (an environment variable; 60): set more where
 nodes start slowly. The agents of torchrun meet before that, at --rdzv-endpoint, by a limit of their own
@@ -12,6 +12,7 @@ nodes start slowly. The agents of torchrun meet before that, at --rdzv-endpoint,
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -40,16 +41,21 @@ _meetings = itertools.count()  # processes that run several verbs meet once for 
 
 
 def check_strategy(strategy: Any) -> None:
-    """Refuse strategies that cannot do what the trainer is asked for.
+    """Refuse strategies that no run can use.
 
     Raises:
-        ValueError: for FSDP1, which needs CUDA and cannot clip by norm.
+        ValueError: for FSDP1, which needs CUDA and cannot clip by norm, and for processes that are spawned.
     """
-    if isinstance(strategy, FSDPStrategy) or (isinstance(strategy, str) and strategy.lower().startswith("fsdp")):
-        name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    name = strategy.lower() if isinstance(strategy, str) else type(strategy).__name__
+    if isinstance(strategy, FSDPStrategy) or name.startswith("fsdp"):
         raise ValueError(
             f"--trainer.strategy {name}: this is FSDP1, which cannot clip gradients by their norm nor run on a CPU; shard"
             " with FSDP2: -c experiments/hardware/fsdp.yaml"
+        )
+    if "spawn" in name or getattr(strategy, "_start_method", "popen") in ("spawn", "forkserver"):
+        raise ValueError(
+            f"--trainer.strategy {name}: a run that was set up here cannot be handed over to processes that are spawned;"
+            " set --trainer.strategy ddp, which starts the command again for each process"
         )
 
 
@@ -145,15 +151,16 @@ def meet(
     name = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_meetings)}" if name is None else name
     store = PrefixStore(f"bigmodel/{name}", _connect(host, port, rank, world_size, seconds))
     me = json.dumps({"node": platform.node(), **facts})
+    alike = "alike/" + hashlib.sha256(json.dumps(dict(facts)).encode()).hexdigest()
     try:
         if store.add(f"taken/{rank}", 1) > 1:
             raise ValueError(
                 f"there is another process {rank} at {where}: does another run use this address? Set another MASTER_PORT"
             )
         store.set(f"facts/{rank}", me)
-        store.add(f"alike/{json.dumps(dict(facts))}", 1)
+        store.add(alike, 1)
         came = _wait_for_all(store, where, rank, world_size, seconds)
-        if len(came) == world_size and store.add(f"alike/{json.dumps(dict(facts))}", 0) == world_size:
+        if len(came) == world_size and store.add(alike, 0) == world_size:
             return store
         everybody = [{"rank": r, **json.loads(store.get(f"facts/{r}"))} for r in came]
         _take_leave(store, rank == came[0], len(came))

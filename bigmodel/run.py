@@ -263,6 +263,8 @@ class RunDirectory(Callback):
     def _place_profile(trainer: Any, directory: Path) -> None:
         """Have the profiler, if there is one, write into the directory, unless it was told another."""
         profiler = trainer.profiler
+        if isinstance(profiler, PassThroughProfiler):  # none
+            return
         if profiler.dirpath == trainer.log_dir:  # what Lightning has made of nothing
             profiler.dirpath = str(directory / "profile")
             profiler.filename = profiler.filename or "profile"  # else it writes nowhere

@@ -63,9 +63,8 @@ class Net(NamedTuple):
         in bfloat16, without dropout, and without the attention weights, which a fused attention does not keep."""
         kv = self.num_kv_heads / self.num_heads
         norms, attention = 4, 2 + 2 + 4 * kv + 2  # inputs of two norms; of q, k, v; q; k and v; of the projection
-        attention += (
-            2 + 2 * kv
-        ) * self.rotary  # q and k once more: before their rotation they lie in one tensor with v
+        if self.rotary:
+            attention += 2 + 2 * kv  # q and k once more: before their rotation they lie in one tensor with v
         mlp = 2 + (8 if self.gated else 4) * self.mlp_width / self.width  # input; what lies between its matrices
         return self.width * (norms + attention + mlp)
 
@@ -135,24 +134,21 @@ class Layout(NamedTuple):
 
     def flags(self) -> str:
         """What to type."""
-        words = [f"--data.micro_batch_size {self.micro_batch}", f"--model.loss_chunk_size {LOSS_CHUNK}"]
+        hardware = "ddp" if self.is_ddp else "tensor_parallel" if self.tensor > 1 else "fsdp"
+        words = [f"-c experiments/hardware/{hardware}.yaml"] if self.replicas * self.shards * self.tensor > 1 else []
         if self.is_ddp:
-            words.insert(0, "-c experiments/hardware/ddp.yaml --trainer.precision bf16-mixed")
-        elif self.tensor > 1:
-            words.insert(
-                0, f"-c experiments/hardware/tensor_parallel.yaml --trainer.strategy.tensor_parallel_size {self.tensor}"
-            )
-        elif self.shards > 1:
-            words.insert(0, "-c experiments/hardware/fsdp.yaml")
-        if self.replicas > 1 and self.shards > 1:
+            words.append("--trainer.precision bf16-mixed")
+        elif self.replicas > 1:
             words.append(f"--trainer.strategy.num_replicas {self.replicas}")
+        if self.tensor > 1:
+            words.append(f"--trainer.strategy.tensor_parallel_size {self.tensor}")
         if self.reduce_each:
             words.append("--trainer.strategy.reduce_each_micro_batch true")
+        words += [f"--data.micro_batch_size {self.micro_batch}", f"--model.loss_chunk_size {LOSS_CHUNK}"]
         if self.checkpointed:
             words.append("--callbacks.activation_checkpointing bigmodel.parallel.ActivationCheckpointing")
-            words += [f"--callbacks.activation_checkpointing.every {round(1 / self.checkpointed)}"] * (
-                self.checkpointed < 1
-            )
+        if 0 < self.checkpointed < 1:
+            words.append(f"--callbacks.activation_checkpointing.every {round(1 / self.checkpointed)}")
         return " ".join(words)
 
 

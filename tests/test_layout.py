@@ -109,6 +109,27 @@ def test_published_marks(gpus, published):
     assert found.tokens_per_second / gpus == pytest.approx(published, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("spread", "words_of_it"),
+    [
+        ((8, 1, 1, 4, 1, 0.0, False), "-c experiments/hardware/ddp.yaml --trainer.precision bf16-mixed"),
+        (
+            (2, 8, 1, 4, 2, 0.0, True),
+            "hardware/fsdp.yaml --trainer.strategy.num_replicas 2 --trainer.strategy.reduce_each",
+        ),
+        (
+            (2, 1, 8, 4, 1, 0.25, False),
+            "hardware/tensor_parallel.yaml --trainer.strategy.num_replicas 2 --trainer.strategy.t",
+        ),
+        ((1, 8, 1, 4, 1, 0.25, False), "ActivationCheckpointing --callbacks.activation_checkpointing.every 4"),
+    ],
+)
+def test_what_to_type(spread, words_of_it):
+    flags = layout.Layout(*spread).flags()
+    assert words_of_it in flags
+    assert "--data.micro_batch_size 4" in flags
+
+
 def test_ones_own_net():
     net = ["--depth", 12, "--width", 768, "--num_heads", 12, "--vocab_size", 50304, "--gelu", "--tied_head"]
     printed = words(*net, "--gpus", 1, "--batch_size", 8, "--context_length", 1024).stdout

@@ -158,7 +158,7 @@ def test_another_batch_size_on_purpose_sees_each_sample_once(table, tmp_path, ca
         f"batch_size {size} is not the checkpoint's 12, on purpose. 36 samples were seen in 3 optimizer steps;" in said
     )
     assert f"epoch 0 goes on after 36 of its 80 samples, with {left} steps of {size} (the last" in said
-    for path in sorted((tmp_path / "b").iterdir()):
+    for path in sorted((tmp_path / "b").iterdir())[::3]:
         step = int(path.stem.split("-")[1])
         again, resumed, resumed_average = fit(
             table, tmp_path / "c", resume=path, batch_size=size, micro=size // 2, **options

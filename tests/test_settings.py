@@ -14,6 +14,7 @@ def test_another_class_replaces_the_block():
         "lr": 0.1,
         "weight_decay": 0.01,
     }
+    assert merge({"class_path": "strategies.DDPStrategy", "init_args": {"static_graph": True}}, "auto") == "auto"
 
 
 def test_flags_reach_into_nested_classes():

@@ -129,6 +129,7 @@ def test_the_command_tells_it_in_a_table_and_in_the_record(table, tmp_path, monk
     speed, mfu = re.fullmatch(r"  ([\d,]+) samples/s over all of it, MFU ([\d.]+)%", table_of_times[-1]).groups()
     assert float(speed.replace(",", "")) == pytest.approx(9 * 32 / session["times"]["total"], rel=0.02)
     assert 0 <= float(mfu) < 100
+    assert not (record.parent / "profile").exists(), "without a profiler"
     main([*words, "--trainer.max_steps", "1", "--runs_dir", "short"])
     assert "where the time" not in capsys.readouterr().out, "one step is only warm-up"
 

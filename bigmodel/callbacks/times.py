@@ -43,9 +43,9 @@ class Times(Callback):
     compilation, counting of FLOPs).
 
     On several processes under DDP, each row of `TrainingLog` has `speed/slowest_over_median`: the longest time of a process
-    in `data`, `forward` and `backward` since the last row, over the median of all. Where
-    it is above 1.5 in two rows running, and by more than a tenth of a second, a line names process and host. A net with
-    buffers (BatchNorm) waits for the first process in `forward`, which hides that this one is the slowest.
+    in `data`, `forward` and `backward` since the last row, over the median of all. Where it
+    is above 1.5 in two rows running, and by more than a tenth of a second, a line names process and host. A net with buffers
+    (BatchNorm) waits for the first process in `forward`, which hides that this one is the slowest.
     """
 
     def __init__(self) -> None:
@@ -142,11 +142,15 @@ class Times(Callback):
         self._count = None if counted is None else counted.clone()
         self._remove_hooks()
         if self._tells_apart and self._last is not None:
-            self._hooks = [self._last.register_post_accumulate_grad_hook(lambda _: self._mark("communication"))]
+            self._hooks = [self._last.register_post_accumulate_grad_hook(self._have_gradients)]
         self._own = 0.0  # until the last row
         self._suspect: int | None = None  # the slowest in the last row, if too slow
         self._told: int | None = None
         self._clock.reset()
+
+    def _have_gradients(self, parameter: Tensor) -> None:
+        if self._steps:  # while accumulating, nothing is sent
+            self._mark("communication")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end(trainer)

@@ -61,7 +61,7 @@ def merge(base: Any, over: Any) -> Any:
     if not isinstance(base, dict) or over is None:
         return copy.deepcopy(over)
     if "class_path" in base:
-        if isinstance(over, str):
+        if isinstance(over, str) and ("." in over or over == base["class_path"]):  # else a name, such as strategy auto
             over = {"class_path": over}
         if isinstance(over, dict):
             if over.get("class_path", base["class_path"]) != base["class_path"]:

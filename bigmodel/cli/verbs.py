@@ -226,17 +226,12 @@ def merge_settings(files: list[str], flags: list[tuple[str, Any]], directory: Pa
     stack += [content for _, content in experiments]
     merged = layers.layered(stack, [(key, value) for key, value in flags if not key.endswith(".help")])
     merged["experiment"] = merged.get("experiment") or layers.experiment_name([str(path) for path, _ in experiments])
-    _tell_class_from_name(merged.get("trainer") or {})
-    return merged
-
-
-def _tell_class_from_name(trainer: layers.Settings) -> None:
-    """A strategy is a class with arguments, or one of Lightning's names, which have none; both are typed as a word."""
-    strategy = trainer.get("strategy")
-    if isinstance(strategy, str) and "." in strategy:
+    trainer = merged.get("trainer") or {}
+    if (
+        isinstance(strategy := trainer.get("strategy"), str) and "." in strategy
+    ):  # a class, not one of Lightning's names
         trainer["strategy"] = {"class_path": strategy}
-    elif isinstance(strategy, dict) and "." not in strategy.get("class_path", "."):
-        trainer["strategy"] = strategy["class_path"]
+    return merged
 
 
 def _new_predictions(directory: Path, checkpoint: Path) -> Path:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import MethodType
 from typing import Any
@@ -105,9 +106,10 @@ def after_configure_model(pl_module: LightningModule, act: Callable[[LightningMo
 class ActivationCheckpointing(Callback):
     """Forgets what blocks compute in training, and computes it again in the backward pass.
 
-    In memory stay the inputs of these blocks, and what one of them computes; a step takes about a third longer. Losses and
-    gradients are bitwise the same: dropout is drawn again alike, and batch normalisation counts a batch once. Which
-    modules are blocks: `bigmodel.parallel.find_blocks`. Names in the state dict stay as they are.
+    In memory stay the inputs of these blocks, and what one of them computes; it costs one more forward pass, about a third
+    of a step's work, which `speed/mfu` does not count. Losses and gradients are bitwise the same: dropout is drawn again
+    alike, and batch normalisation counts a batch once. Which modules are blocks: `bigmodel.parallel.find_blocks`. Names in
+    the state dict stay as they are.
 
     Args:
         every: of the blocks, every n-th, from the first: 2 saves half of it at half of the cost.
@@ -133,80 +135,89 @@ class ActivationCheckpointing(Callback):
     def _install(self, pl_module: LightningModule) -> None:
         blocks = blocks_of(pl_module, "--callbacks.activation_checkpointing", self.only)
         for _, block in blocks[:: self.every]:
-            if not _installed(block):
-                plain = block.__dict__.get("forward")
+            if _KEY not in block.__dict__:
+                block.__dict__[_KEY] = _Checkpointed.of(block)
                 # A method, not a function that knows this block: a copy of the block is to call its own forward.
-                block.forward = MethodType(_forward_with_buffers if list(block.buffers()) else _forward, block)
-                block.__dict__["_plain_forward"] = plain
+                block.forward = MethodType(_forward, block)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         pl_module.__dict__.pop("configure_model", None)
         for module in pl_module.modules():
-            if _installed(module):
-                plain = module.__dict__.pop("_plain_forward")
+            checkpointed = module.__dict__.pop(_KEY, None)
+            if checkpointed is not None:
                 del module.forward
-                if plain is not None:
-                    module.forward = plain
+                if checkpointed.forward is not None:
+                    module.forward = checkpointed.forward
 
 
-def _installed(module: nn.Module) -> bool:
-    return "_plain_forward" in module.__dict__
+_KEY = "_checkpointed"
 
 
-def _plain(block: nn.Module) -> Callable[..., Any]:
-    return block.__dict__["_plain_forward"] or functools.partial(type(block).forward, block)
+@dataclass
+class _Checkpointed:
+    """What a block remembers while its activations are checkpointed.
 
+    Attributes:
+        forward: the method it had of its own, if any.
+        norms: modules that count batches in their buffers; their output in training does not depend on these.
+        others: other modules with buffers.
+    """
 
-def _apply(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return forward(*args, **kwargs)
+    forward: Callable[..., Any] | None
+    norms: list[nn.Module]
+    others: list[nn.Module]
+
+    @classmethod
+    def of(cls, block: nn.Module) -> _Checkpointed:
+        holders = [
+            module for module in block.modules() if any(buffer is not None for buffer in module._buffers.values())
+        ]
+        norms: list[nn.Module] = [module for module in holders if isinstance(module, nn.modules.batchnorm._NormBase)]
+        return cls(block.__dict__.get("forward"), norms, [module for module in holders if module not in norms])
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """The forward pass: buffers that it changes would be changed again by the second."""
+        before = [
+            (module, name, buffer, buffer._version)
+            for module in self.others
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        yield
+        for module, name, buffer, version in before:
+            if buffer._version != version:
+                raise ValueError(
+                    f"{type(module).__name__} changes its buffer {name} in the forward pass, which therefore cannot be"
+                    " repeated: choose other blocks with --callbacks.activation_checkpointing.only"
+                )
+
+    @contextmanager
+    def second(self) -> Iterator[None]:
+        """In the backward pass: running statistics are updated in copies."""
+        kept = [(norm, dict(norm._buffers)) for norm in self.norms]
+        try:
+            for norm, buffers in kept:
+                norm._buffers.update({name: buffer.clone() for name, buffer in buffers.items() if buffer is not None})
+            yield
+        finally:
+            for norm, buffers in kept:
+                norm._buffers.update(buffers)
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What a checkpointed block's `forward` is."""
+    checkpointed: _Checkpointed = self.__dict__[_KEY]
+    forward = checkpointed.forward or functools.partial(type(self).forward, self)
     if not torch.is_grad_enabled():
-        return _plain(self)(*args, **kwargs)
-    # With the keywords among the arguments, their devices' random states are kept too.
-    return checkpoint(_apply, _plain(self), args, kwargs, use_reentrant=False)
+        return forward(*args, **kwargs)
+    options: dict[str, Any] = {"use_reentrant": False}
+    # A compiled graph changes buffers once, whatever it computes again.
+    if (checkpointed.norms or checkpointed.others) and not torch.compiler.is_compiling():
+        options["context_fn"] = lambda: (checkpointed.first(), checkpointed.second())
+    # With the keywords among the arguments, the random states of their devices are kept too.
+    return checkpoint(_call, forward, args, kwargs, **options)
 
 
-def _forward_with_buffers(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return _plain(self)(*args, **kwargs)
-    if torch.compiler.is_compiling():  # a graph changes buffers once
-        return checkpoint(_apply, _plain(self), args, kwargs, use_reentrant=False)
-
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return _buffers_stay(self), _statistics_put_aside(self)
-
-    return checkpoint(_apply, _plain(self), args, kwargs, use_reentrant=False, context_fn=contexts)
-
-
-def _norms(block: nn.Module) -> Iterator[nn.Module]:
-    """Modules that count batches in their buffers, of which their output in training does not depend."""
-    return (module for module in block.modules() if isinstance(module, nn.modules.batchnorm._NormBase))
-
-
-@contextmanager
-def _buffers_stay(block: nn.Module) -> Iterator[None]:
-    """The first time: no other buffers may change, for a second forward pass would change them again."""
-    known = {id(buffer) for norm in _norms(block) for buffer in norm.buffers()}
-    others = [(name, buffer, buffer._version) for name, buffer in block.named_buffers() if id(buffer) not in known]
-    yield
-    for name, buffer, version in others:
-        if buffer._version != version:
-            raise ValueError(
-                f"{type(block).__name__} changes its buffer {name} in the forward pass, which therefore cannot be repeated:"
-                " choose other blocks with --callbacks.activation_checkpointing.only"
-            )
-
-
-@contextmanager
-def _statistics_put_aside(block: nn.Module) -> Iterator[None]:
-    """The second time: running statistics are updated in copies."""
-    kept = [(norm, dict(norm._buffers)) for norm in _norms(block)]
-    try:
-        for norm, buffers in kept:
-            norm._buffers.update({name: buffer.clone() for name, buffer in buffers.items() if buffer is not None})
-        yield
-    finally:
-        for norm, buffers in kept:
-            norm._buffers.update(buffers)
+def _call(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return forward(*args, **kwargs)

@@ -5,7 +5,7 @@ In blocks, because they are alike: one graph serves all, and compiling it takes 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,6 +13,7 @@ from torch import nn
 
 from bigmodel.parallel.blocks import after_configure_model, blocks_of
 
+Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 _MANY = 8  # recompilations that are told at once; then at each doubling
 
 
@@ -24,7 +25,7 @@ class Compile(Callback):
     the run, and meanwhile where they are many, a line says how many graphs were compiled, and why the last one anew.
 
     Args:
-        mode: torch.compile's: `default`, `reduce-overhead` (CUDA graphs), `max-autotune`; null: its default.
+        mode: torch.compile's: `reduce-overhead` uses CUDA graphs, `max-autotune` tries kernels; null: its default.
         dynamic: graphs for any shape (true), for each shape its own (false), or for any from the second on (null).
         fullgraph: refuse code that cannot be compiled as one graph, instead of running a part of it as it is.
 
@@ -32,7 +33,7 @@ class Compile(Callback):
         ValueError: a net without blocks.
     """
 
-    def __init__(self, mode: str | None = None, dynamic: bool | None = None, fullgraph: bool = False) -> None:
+    def __init__(self, mode: Mode | None = None, dynamic: bool | None = None, fullgraph: bool = False) -> None:
         self.mode, self.dynamic, self.fullgraph = mode, dynamic, fullgraph
         self._compiled: list[nn.Module] = []
 

@@ -28,7 +28,8 @@ class Float8(Callback):
     It is for large layers, and faster than bf16 only with `--callbacks.compile`. The optimizer sees the same parameters
     under the same names as without, so checkpoints are the same, and nothing but training needs torchao. After training the
     layers are ordinary ones again. Layers whose sizes are not multiples of 16 stay as they are, and a line says so; tokens
-    of a micro-batch on a process must be such a multiple too.
+    of a micro-batch on a process must be such a multiple too. In a list of callbacks it comes before the
+    other two of blocks, because it puts other layers into them.
 
     Args:
         recipe: how values are scaled: `tensorwise`, by one number for a tensor (faster), or `rowwise`, by one for each row

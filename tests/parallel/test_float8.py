@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from bigmodel.callbacks import Gradients
+from bigmodel.callbacks import Gradients, TrainingLog
 from bigmodel.nn import GPT
 from bigmodel.nn.loss import cross_entropy_sum
 from bigmodel.parallel import ActivationCheckpointing, Float8, deferred
@@ -54,8 +54,10 @@ def fit(*callbacks, task=None, precision="32-true", **options):
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
 def test_it_trains_like_bf16(recipe, capsys):
-    bf16 = fit(precision="bf16-mixed")
-    task = fit(Float8(recipe, emulate=True))
+    logs = TrainingLog(), TrainingLog()
+    bf16 = fit(logs[0], precision="bf16-mixed")
+    task = fit(Float8(recipe, emulate=True), logs[1])
+    assert logs[0]._flops == logs[1]._flops, "the products are as many"
     assert "float8: 8 linear layers\n" in capsys.readouterr().out
     assert "Float8Linear" in task.kinds
     assert not torch.equal(torch.stack(task.losses), torch.stack(fit().losses)), "it does round"

@@ -1,0 +1,37 @@
+"""Where a run stands in its data, against a run that is walked through step by step."""
+
+import random
+
+import pytest
+
+from bigmodel.course import Course, Position
+
+
+def walk(course, steps):
+    """Position after each step, as a loop over epochs finds it."""
+    step, epoch, taken, seen = (getattr(course.origin, name) for name in ("step", "epoch", "samples", "seen"))
+    positions, starts = [], {epoch: step}
+    while len(positions) <= steps:
+        while taken + course.batch_size > course.num_samples:  # what does not make a step is dropped
+            epoch, taken = epoch + 1, 0
+            starts[epoch] = step
+        positions.append(Position(step, epoch, taken, seen))
+        step, taken, seen = step + 1, taken + course.batch_size, seen + course.batch_size
+    return positions, starts
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_course_is_that_of_a_loop(seed):
+    """Changed again and again: each course begins where another was left."""
+    draw = random.Random(seed)
+    n, origin = draw.randrange(8, 60), Position()
+    for _ in range(4):
+        course = Course(n, draw.randrange(1, 9), origin)
+        positions, starts = walk(course, 50)
+        assert [course.at(origin.step + i) for i in range(51)] == positions
+        for epoch, step in starts.items():
+            assert course.steps_until(epoch) == step, epoch
+        assert course.steps_until(0) <= origin.step
+        left = draw.randrange(1, 50)
+        assert course.steps_left(positions[left]) >= 1
+        origin = positions[left]
