@@ -11,11 +11,12 @@ help:  ## list the targets
 demo: .venv/core  ## train a small language model on Python's own source, compare it with gzip and xz, and let it write
 	$(BIN)/python scripts/demo.py
 
-test: .venv/test  ## lint, check types, run the tests
+test: .venv/test  ## lint, check types, run the tests, and try the package as installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+	scripts/check_package.sh $(BIN)/python
 
 check: .venv/test  ## the quick part of `test`: lint and types
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ LOWER = [
     "workers",
     "launch",
     "course",
+    "protocols",
 ]
 TASKS = sorted(path.name for path in (ROOT / "tasks").iterdir() if path.is_dir() and path.name != "__pycache__")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +21,14 @@ bigmodel {__version__}: a research framework on Lightning, with plug-in tasks
   bigmodel generate RUN --prompt TEXT                                     let a trained model go on with a text
   bigmodel recommend RUN --user ID                                        the best items for a user
   bigmodel export RUN                                                     write a trained net's weights as safetensors
-  bigmodel list                                                           tasks, experiments, runs
+  bigmodel list [--check]                                                 tasks, experiments, runs
+  bigmodel new NAME                                                       a package with a task that trains, to start from
+  bigmodel check-task TASK                                                does a task keep its word?
 
 A RUN is a run directory, the end of its name, or `last`. `bigmodel VERB --help` says more.
 """
+
+_VERBS = re.findall(r"^  bigmodel ([\w|-]+)", _HELP, re.MULTILINE)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,6 +43,14 @@ def main(argv: list[str] | None = None) -> None:
         from bigmodel.cli.listing import run_list
 
         _with_clear_errors(run_list, rest)
+    elif verb == "new":
+        from bigmodel.cli.new import run_new
+
+        _with_clear_errors(run_new, rest)
+    elif verb == "check-task":
+        from bigmodel.cli.check_task import run_check_task
+
+        _with_clear_errors(run_check_task, rest)
     elif verb in ("fit", "validate", "test", "predict"):
         from bigmodel.cli.verbs import run_trainer
 
@@ -59,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
 
         _with_clear_errors(run_export, rest)
     else:
-        _fail(f"there is no verb {verb!r}; choose fit, check, validate, test, predict, generate, recommend, export or list")
+        _fail(f"there is no verb {verb!r}; choose one of {', '.join(_VERBS)}")
 
 
 class ClearError(ValueError):
@@ -74,6 +87,10 @@ def _with_clear_errors(function: Callable[..., None], *args: Any) -> None:
     """
     try:
         function(*args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # what reads the output has read enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)  # a fit has said how to go on (`bigmodel.run.RunDirectory`)
     except (ValueError, OSError, FloatingPointError) as error:

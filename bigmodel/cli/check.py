@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from bigmodel.callbacks import Anomalies, Times
 from bigmodel.cli import ClearError, verbs
 from bigmodel.cli import settings as layers
+from bigmodel.cli.class_help import print_class_help
 from bigmodel.cli.figures import amount, num_saves, num_validations
 from bigmodel.cli.probe import Findings, Probe
 
@@ -57,7 +58,7 @@ def run_check(argv: list[str]) -> None:
     if not files and not any(key.endswith(".help") for key, _ in flags):
         raise ValueError("nothing to check: give an experiment with -c FILE.yaml")
     merged = verbs.merge_settings(files, flags)
-    if verbs.print_class_help(flags, merged):
+    if print_class_help(flags, merged):
         return
     verbs.quiet_lightning()
     probe = Probe(merged)

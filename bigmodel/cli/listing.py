@@ -1,41 +1,82 @@
-"""`bigmodel list`: tasks, experiments and runs, from metadata and files alone; no task is imported."""
+"""`bigmodel list`: tasks, experiments and runs, from metadata and files alone; no task is imported, unless that is asked."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
+import sys
 from pathlib import Path
 
+from bigmodel.cli import plugins
 from bigmodel.cli.settings import parse_flags
 
 _HELP = """\
-bigmodel list [--runs_dir DIR] [--experiments DIR]
+bigmodel list [--check] [--runs_dir DIR] [--experiments DIR]
 
-Shows the tasks that are installed, the experiments in a folder (experiments/), and the runs in another (runs/), the newest
-last, each with its status, optimizer step and best metric.
+Shows the tasks that are installed, the experiments in their packages and in a folder (experiments/), and the runs in another
+(runs/), the newest last, each with its status, optimizer step and best metric.
+
+  --check     import each task as well, and say which cannot be imported, and why; the exit status is 1 then
 """
 
 
 def run_list(argv: list[str]) -> None:
-    """Print the three lists."""
+    """Print the three lists.
+
+    Raises:
+        SystemExit: with status 1, if a task that was to be imported cannot be.
+    """
     if {"-h", "--help"} & set(argv):
         print(_HELP, end="")
         return
     flags = dict(parse_flags(argv)[2])
-    unknown = flags.keys() - {"runs_dir", "experiments"}
+    unknown = flags.keys() - {"runs_dir", "experiments", "check"}
     if unknown:
-        raise ValueError(f"`bigmodel list` has no flag --{unknown.pop()}; it has --runs_dir and --experiments")
+        raise ValueError(f"`bigmodel list` has no flag --{unknown.pop()}; it has --check, --runs_dir and --experiments")
+    whole = _list_tasks("check" in flags)
+    _list_experiments(Path(flags.get("experiments", "experiments")))
+    _list_runs(Path(flags.get("runs_dir", "runs")))
+    if not whole:
+        sys.exit(1)
+
+
+def _list_tasks(check: bool) -> bool:
+    """Whether all can be imported, if that is asked."""
     print("tasks")
-    for task in sorted(importlib.metadata.entry_points(group="bigmodel.tasks"), key=lambda task: task.name):
-        package = f" ({task.dist.name} {task.dist.version})" if task.dist is not None else ""
-        print(f"  {task.name:24} {task.value.replace(':', '.')}{package}")
-    experiments = Path(flags.get("experiments", "experiments"))
-    print(f"\nexperiments in {experiments}/")
-    for path in sorted(experiments.glob("**/*.yaml")):
-        print(f"  {path!s:50} {_first_comment(path)}")
-    runs_dir = Path(flags.get("runs_dir", "runs"))
-    print(f"\nruns in {runs_dir}/")
-    records = [(path, json.loads(path.read_text())) for path in runs_dir.glob("**/run.json")]
+    tasks, broken = plugins.installed_tasks(), False
+    names = [task.name for task in tasks]
+    for task in tasks:
+        problem = _problem(task) if check else None
+        broken |= problem is not None
+        found = ("FAIL " if problem else "ok   ") if check else ""
+        package = f" ({task.package})" if task.package else ""
+        twice = "; there are several of this name: give the path" if names.count(task.name) > 1 else ""
+        print(f"  {found}{task.name:24} {task.path}{package}{twice}")
+        if problem:
+            print(f"       {problem}")
+    return not broken
+
+
+def _problem(task: plugins.InstalledTask) -> str | None:
+    """Why a task cannot be imported; None if it can."""
+    try:
+        task.entry_point.load()
+    except (Exception, SystemExit) as error:  # whatever the package's own code does, the others are listed
+        return f"{type(error).__name__}: {error}; mend {task.package or 'its package'}, or uninstall it"
+    return None
+
+
+def _list_experiments(folder: Path) -> None:
+    print(f"\nexperiments in {folder}/ and in packages")
+    here = sorted(folder.glob("**/*.yaml"))
+    known = {path.resolve() for path in here}
+    inside = [(name, path) for name, path in plugins.installed_experiments() if path.resolve() not in known]
+    for name, path in [*((str(path), path) for path in here), *inside]:
+        print(f"  {name:50} {_first_comment(path)}")
+
+
+def _list_runs(folder: Path) -> None:
+    print(f"\nruns in {folder}/")
+    records = [(path, json.loads(path.read_text())) for path in folder.glob("**/run.json")]
     for path, record in sorted(records, key=lambda pair: pair[1]["created"]):
         best = record.get("best")
         metric = f"{best['metric']} {best['value']:.5g}" if best else ""
@@ -43,6 +84,6 @@ def run_list(argv: list[str]) -> None:
 
 
 def _first_comment(path: Path) -> str:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         first = file.readline().strip()
     return first.lstrip("# ") if first.startswith("#") else ""

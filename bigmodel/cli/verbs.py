@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -30,8 +29,9 @@ from bigmodel.callbacks import DiskSpace, GoBack, Gradients, PredictionWriter, P
 from bigmodel.callbacks.gradients import find
 from bigmodel.callbacks.predictions import check_prediction
 from bigmodel.checkpoint import AtomicCheckpointIO, find_checkpoint
-from bigmodel.cli import ClearError
+from bigmodel.cli import ClearError, plugins
 from bigmodel.cli import settings as layers
+from bigmodel.cli.class_help import print_class_help
 from bigmodel.cli.profiling import make_profiler
 from bigmodel.parallel import ShardedStrategy
 from bigmodel.tracking import WandB
@@ -78,7 +78,8 @@ _HELP_KEYS = """
   --allow_changed_batch true resume with another --data.batch_size, from the first sample not yet seen
   --print_config             print the resolved configuration, and do nothing
 
-  --model.help [CLASS], --model.net.help [CLASS], --trainer.help, ...: what a class takes (default: the one configured)
+  --model.help [TASK], --data.help [TASK]           what a task and its data take (default: the configured one, or a list)
+  --model.net.help [CLASS], --trainer.help, ...     what any class takes (default: the one configured)
 """
 
 
@@ -221,9 +222,10 @@ def merge_settings(files: list[str], flags: list[tuple[str, Any]], directory: Pa
     stack = [yaml.safe_load((resources.files("bigmodel") / "defaults.yaml").read_text())]
     if directory is not None:
         stack.append(layers.read_yaml(directory / "config.yaml"))
-    stack += [layers.read_yaml(file) for file in files]
+    experiments = [plugins.read_experiment(file) for file in files]
+    stack += [content for _, content in experiments]
     merged = layers.layered(stack, [(key, value) for key, value in flags if not key.endswith(".help")])
-    merged["experiment"] = merged.get("experiment") or layers.experiment_name(files)
+    merged["experiment"] = merged.get("experiment") or layers.experiment_name([str(path) for path, _ in experiments])
     trainer = merged.get("trainer") or {}
     if (
         isinstance(strategy := trainer.get("strategy"), str) and "." in strategy
@@ -248,6 +250,7 @@ def parse(merged: layers.Settings, extra_callbacks: list[Callback]) -> _CLI:
     Raises:
         ClearError: for what does not parse.
     """
+    plugins.check_classes(merged)
     try:
         return _CLI(merged, extra_callbacks)
     except (ArgumentError, ValueError) as error:
@@ -328,35 +331,6 @@ def run_parsed(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | 
         text = json.dumps({"checkpoint": str(checkpoint), **values}, indent=2)
         (directory / f"{verb}.json").write_text(text + "\n")
     return None
-
-
-def print_class_help(flags: list[tuple[str, Any]], merged: layers.Settings) -> bool:
-    """Answer a flag such as --model.net.help, if there is one; whether there was."""
-    for key, value in flags:
-        if key.endswith(".help"):
-            _print_class_help(key.removesuffix(".help"), value, merged)
-            return True
-    return False
-
-
-def _print_class_help(key: str, class_path: str, merged: layers.Settings) -> None:
-    """What the class at a key takes: the one named, or the one configured there."""
-    if class_path == "true":
-        if key == "trainer":
-            class_path = "lightning.pytorch.Trainer"
-        else:
-            block: Any = merged
-            for part in key.split("."):
-                block = block.get("init_args", block) if isinstance(block, dict) and part not in block else block
-                block = block.get(part) if isinstance(block, dict) else None
-            if not isinstance(block, dict) or "class_path" not in block:
-                raise ValueError(f"no class is configured at {key}; name one: --{key}.help CLASS")
-            class_path = block["class_path"]
-    from jsonargparse._util import import_object
-
-    parser = ArgumentParser(prog=f"--{key} {class_path}", usage=f"--{key} {class_path} --{key}.ARGUMENT VALUE ...")
-    parser.add_class_arguments(import_object(class_path), key, fail_untyped=False)
-    parser.print_help()
 
 
 def quiet_lightning() -> None:

@@ -1,0 +1,121 @@
+"""`--model.help`, `--model.net.help` and the like: what a class takes, with our classes among those that can stand there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import textwrap
+from typing import Any
+from unittest import mock
+
+from bigmodel.cli import plugins
+from bigmodel.cli.settings import Settings, read_yaml
+
+
+def print_class_help(flags: list[tuple[str, Any]], merged: Settings) -> bool:
+    """Answer a flag such as --model.net.help, if there is one; whether there was.
+
+    Raises:
+        ValueError: if no class is named and none configured, or it cannot be imported.
+    """
+    for flag, value in flags:
+        if flag.endswith(".help"):
+            key = flag.removesuffix(".help")
+            class_path = _configured(key, merged) if value == "true" else _named(key, value)
+            if class_path is None and key in ("model", "data"):
+                _list_tasks(key)
+            elif class_path is None:
+                raise ValueError(f"no class is configured at {key}; name one: --{key}.help CLASS")
+            else:
+                _print_help(key, class_path)
+            return True
+    return False
+
+
+def _configured(key: str, merged: Settings) -> str | None:
+    if key == "trainer":
+        return "lightning.pytorch.Trainer"
+    block: Any = merged
+    for part in key.split("."):
+        block = block.get("init_args", block) if isinstance(block, dict) and part not in block else block
+        block = block.get(part) if isinstance(block, dict) else None
+    return block.get("class_path") if isinstance(block, dict) else block if isinstance(block, str) else None
+
+
+def _named(key: str, name: str) -> str:
+    """A class path as it stands; for a task's name, its class, or that of the data in its own experiment."""
+    task = plugins.find_task(name) if key in ("model", "data") else None
+    if task is None or (key == "data" and task.path == name):
+        if "." not in name:
+            raise ValueError(f"--{key}.help {name}: no such task is installed; `bigmodel list` shows those that are")
+        return name
+    if key == "model":
+        return task.path
+    experiment = plugins.experiment_of(task)
+    class_path = _configured(key, read_yaml(experiment)) if experiment is not None else None
+    if class_path is None:
+        raise ValueError(f"--data.help {name}: the task has no experiment that names its data; name a class")
+    return class_path
+
+
+def _list_tasks(key: str) -> None:
+    print(f"--{key}.help TASK shows what a task's {'class' if key == 'model' else 'data'} takes. Installed tasks:")
+    for task in plugins.installed_tasks():
+        print(f"  {task.name:24} {task.path}")
+
+
+def _print_help(key: str, class_path: str) -> None:
+    from jsonargparse import ArgumentParser
+    from jsonargparse._util import import_object
+
+    try:
+        found = import_object(class_path)
+    except Exception as error:  # whatever a package's own code does when it is imported
+        raise ValueError(
+            f"--{key}.help {class_path}: it cannot be imported ({type(error).__name__}: {error}); `bigmodel list --check`"
+            " shows which tasks can"
+        ) from error
+    parser = ArgumentParser(prog=f"--{key} {class_path}", usage=f"--{key} {class_path} --{key}.ARGUMENT VALUE ...")
+    parser.add_class_arguments(found, key, fail_untyped=False)
+    with mock.patch.dict(os.environ, {"COLUMNS": "100000"}):  # a line each, to be shortened and wrapped here
+        text = parser.format_help()
+    print(_readable(text, key))
+
+
+def _readable(text: str, key: str) -> str:
+    """The parser's own help without what it says of itself, and without the hundreds of classes of other libraries."""
+    width = min(shutil.get_terminal_size().columns, 120)
+    lines: list[str] = []
+    flag = ""
+    for line in text.splitlines():
+        words = line.strip()
+        if not line.startswith("  "):  # a heading
+            flag = ""
+            lines += [words] if words != "options:" else []
+            continue
+        if not line.startswith("   "):  # an argument, and what it means if there is room behind it
+            usage, _, words = words.partition("  ")
+            flag = re.split(r"[ ,]", usage)[0]
+            lines += [f"  {flag}"] if flag.startswith(f"--{key}.") and not flag.endswith(".help") else []
+        if words and lines[-1].startswith(" ") and not flag.endswith(".help"):
+            wrapped = textwrap.wrap(_ours(words.strip(), flag), width - 8, break_long_words=False)
+            lines += [f"      {part}" for part in wrapped]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
+
+
+def _ours(text: str, flag: str) -> str:
+    """Of the classes that may stand here, those of packages with tasks; and how to see what one takes."""
+    known = re.search(r", known subclasses: ([^()]*)\)$", text)
+    if known is None:
+        return text
+    packages = {"bigmodel", *(task.top for task in plugins.installed_tasks())}
+    tasks = {task.path for task in plugins.installed_tasks()}  # which are modules, and no net
+    ours = [name for name in set(known[1].split(", ")) - tasks if name.split(".")[0] in packages and not _is_part(name)]
+    choice = f"; among others: {', '.join(sorted(ours))}" if ours else ""
+    return f"{text[: known.start()]}){choice}; {flag}.help CLASS shows what one takes"
+
+
+def _is_part(name: str) -> bool:
+    """A class that its package does not offer by a short name, such as bigmodel.nn.vit.Block, is a part of another."""
+    return name.startswith("bigmodel.nn.") and name.count(".") > 2

@@ -1,0 +1,176 @@
+"""What tasks are installed, and what experiments their packages bring: from metadata and files alone.
+
+A package with tasks names them as entry points of the group `bigmodel.tasks`, `name = "package.module:Class"`. Experiments
+are YAML files inside the package: `package/experiment.yaml`, and all below `package/experiments/`. They are called by their
+path from the package's name on, wherever that is installed; bigmodel's own also by `experiments/...`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+from bigmodel.cli.settings import read_yaml
+
+GROUP = "bigmodel.tasks"
+
+
+@dataclass(frozen=True)
+class InstalledTask:
+    """A task that some package names.
+
+    Attributes:
+        name: what the package calls it.
+        path: where it is imported from, `package.module.Class`.
+        package: name and version of the distribution, as in `my_task 0.1.0`; empty if unknown.
+        entry_point: which imports it.
+    """
+
+    name: str
+    path: str
+    package: str
+    entry_point: EntryPoint
+
+    @property
+    def top(self) -> str:
+        """The package that it is imported from, without what follows a dot."""
+        return self.path.split(".")[0]
+
+
+@functools.cache
+def installed_tasks() -> tuple[InstalledTask, ...]:
+    """All of them, by name; two may have the same."""
+    found = []
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        package = f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else ""
+        found.append(InstalledTask(entry.name, entry.value.split("[")[0].strip().replace(":", "."), package, entry))
+    return tuple(sorted(found, key=lambda task: (task.name, task.path)))
+
+
+def find_task(name: str) -> InstalledTask | None:
+    """The task of this name, or of this import path; None if no package names it.
+
+    Raises:
+        ValueError: if several packages have one of this name.
+    """
+    found = [task for task in installed_tasks() if name in (task.name, task.path)]
+    exact = [task for task in found if task.path == name]
+    if len({task.path for task in exact or found}) > 1:
+        paths = " or ".join(task.path for task in found)
+        raise ValueError(f"several packages have a task {name!r}: give the path of the one that is meant, {paths}")
+    return next(iter(exact or found), None)
+
+
+@functools.cache
+def package_folder(package: str) -> Path | None:
+    """Where a package without dots in its name is; None if it is not installed, or no folder."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # of a module that was put together by hand
+        return None
+    places = list(spec.submodule_search_locations or []) if spec is not None else []
+    return Path(places[0]) if places else None
+
+
+def installed_experiments() -> list[tuple[str, Path]]:
+    """Experiments of all packages with tasks: what `-c` takes, and the file."""
+    found = []
+    for package in sorted({"bigmodel", *(task.top for task in installed_tasks())}):
+        folder = package_folder(package)
+        if folder is not None:
+            paths = [*sorted(folder.glob("experiment.yaml")), *sorted(folder.glob("experiments/**/*.yaml"))]
+            above = folder if package == "bigmodel" else folder.parent  # its own are called experiments/...
+            found += [(str(path.relative_to(above)), path) for path in paths]
+    return found
+
+
+def find_experiment(name: str) -> Path | None:
+    """The file that `-c name` means where there is no such file: one inside a package; None if there is none."""
+    first, *rest = Path(name).parts or ("",)
+    packages = {"bigmodel", *(task.top for task in installed_tasks())}
+    if first == "experiments":
+        first, rest = "bigmodel", [first, *rest]
+    folder = package_folder(first) if first in packages else None
+    path = folder.joinpath(*rest) if folder is not None and ".." not in rest else None
+    return path if path is not None and path.is_file() else None
+
+
+def read_experiment(name: str) -> tuple[Path, dict[str, Any]]:
+    """The file that `-c name` means, and its content: a path, or an experiment inside a package.
+
+    Raises:
+        ValueError: if it is neither, or cannot be read.
+    """
+    path = Path(name)
+    inside = find_experiment(name) if not path.exists() else None
+    if inside is None and not path.exists():
+        folder = path.parts[0] if path.parts else ""
+        hint = (
+            f" (is {folder} to be installed? `{_install(folder)}`)"
+            if (Path(folder) / "pyproject.toml").is_file()
+            else ""
+        )
+        raise ValueError(
+            f"the configuration {name} cannot be read: there is no such file, and no installed package with a task has"
+            f" it{hint}; `bigmodel list` shows the experiments"
+        )
+    return inside or path, read_yaml(inside or path)
+
+
+def experiment_of(task: InstalledTask) -> Path | None:
+    """The experiment that shows a task: `experiment.yaml` beside its module, or `experiments/<name>/check.yaml` in its
+    package; None without any."""
+    folder = package_folder(task.top)
+    if folder is None:
+        return None
+    module = task.path.split(".")[1:-1]
+    inside = [folder.joinpath(*module[:depth], "experiment.yaml") for depth in range(len(module), -1, -1)]
+    return next((p for p in (*inside, folder / "experiments" / task.name / "check.yaml") if p.is_file()), None)
+
+
+def import_class(path: str) -> Any:
+    """What stands at `package.module.Class`; whatever the package's own code raises goes through."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def check_classes(settings: Any, key: str = "") -> None:
+    """See that the packages of all configured classes are there, without importing them.
+
+    Raises:
+        ValueError: if one is not; it says which package has such a task, if that is known.
+    """
+    if not isinstance(settings, dict):
+        return
+    path = settings.get("class_path")
+    if isinstance(path, str) and "." in path and not _is_installed(path.split(".")[0]):
+        raise ValueError(f"--{key} {path}: no package {path.split('.')[0]!r} is installed. {_where_is(path)}")
+    for name, value in settings.items():
+        inner = key if name == "init_args" else f"{key}.{name}".lstrip(".")
+        check_classes(value, inner)
+
+
+def _is_installed(package: str) -> bool:
+    """A folder of that name somewhere on the path, without an __init__.py, is none: a project's own, most likely."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and (spec.origin is not None or not spec.submodule_search_locations)
+
+
+def _where_is(class_path: str) -> str:
+    package, *_, name = class_path.split(".")
+    there = [task for task in installed_tasks() if task.name == package or task.path.split(".")[-1] == name]
+    if there:
+        return f"{there[0].package} has {there[0].path}: set --model.class_path to it, if that is meant"
+    known = ", ".join(dict.fromkeys(task.name for task in installed_tasks()))
+    return f"Install it (`{_install(package)}`); tasks that are installed: {known}"
+
+
+def _install(package: str) -> str:
+    """How to install a package: from a folder, where there is one of that name."""
+    return f"pip install {'-e ' if (Path(package) / 'pyproject.toml').is_file() else ''}{package}"

@@ -1,0 +1,192 @@
+"""What a task promises that one run of it shows: each function says what it found, or raises why it is not as promised."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow.parquet as pq
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+
+from bigmodel.cli import plugins, trials
+from bigmodel.cli.figures import describe
+from bigmodel.cli.settings import Settings
+from bigmodel.cli.trials import Trial
+from bigmodel.protocols import Batch, Generates, Predicts, TaskData
+from bigmodel.sampling import Loader
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the answer.
+
+    Attributes:
+        status: skip: this promise could not be tried, or is not made.
+        what: the promise.
+        text: what was found; for a failure, what to do as well.
+    """
+
+    status: Literal["ok", "FAIL", "skip"]
+    what: str
+    text: str
+
+
+class Failure(Exception):
+    """A promise that is not kept; the message says what to do."""
+
+
+class Skip(Exception):
+    """A promise that cannot be tried; the message says why."""
+
+
+class Blocked(Skip):
+    """A promise that cannot be tried, because another is not kept."""
+
+
+def arguments(settings: Settings) -> tuple[str, str] | None:
+    """What stands in the way of a first run: the promise, and what to do; None if the classes take what they should."""
+    for what, key, needed in (
+        ("task", "model", ("net", "optimizer", "schedule")),
+        ("data", "data", ("batch_size", "micro_batch_size")),
+    ):
+        class_path = settings[key]["class_path"]
+        taken = inspect.signature(plugins.import_class(class_path)).parameters
+        missing = [word for word in needed if word not in taken]
+        if missing:
+            protocol = "Task" if what == "task" else "TaskData"
+            return what, (
+                f"{class_path} takes no {' and no '.join(missing)}: add to its __init__; bigmodel.protocols.{protocol} says"
+                " what they are. Mend this first: all else needs a run"
+            )
+    return None
+
+
+def task(run: Trial) -> str:
+    """The net is made in configure_model, from what is configured, and once."""
+    task, name = run.task, type(run.task).__name__
+    if run.had_parameters:
+        raise Failure(
+            f"{name} has parameters as soon as it is made, so it cannot be sharded, and its sizes were typed by hand:"
+            " make the net in configure_model, from bigmodel.sizes(self)"
+        )
+    net = getattr(task, "net", None)
+    if not isinstance(net, nn.Module):
+        raise Failure(f"{name}.net is {net!r} after configure_model: put the net there, for export and others to find")
+    task.configure_model()
+    if task.net is not net:
+        raise Failure(
+            "configure_model made a second net when it was called again: begin it with `if self.net is None:`"
+        )
+    count = sum(p.numel() for p in net.parameters())
+    return f"{name} makes {type(net).__name__} ({count:,} parameters) in configure_model, once"
+
+
+def data(run: Trial) -> str:
+    """Sizes and fingerprint."""
+    data, name = run.data, type(run.data).__name__
+    missing = [word for word in TaskData.__annotations__ if not hasattr(data, word)]
+    if missing or not isinstance(data, TaskData):
+        raise Failure(
+            f"{name} has no {', no '.join(missing)} after setup; bigmodel.protocols.TaskData says what they are"
+        )
+    wrong = {key: size for key, size in data.sizes.items() if type(key) is not str or type(size) is not int}
+    if wrong:
+        raise Failure(f"{name}.sizes has {wrong}: names and plain int are needed, as they go into the checkpoint")
+    if not isinstance(data.fingerprint, str) or not data.fingerprint:
+        raise Failure(f"{name}.fingerprint is {data.fingerprint!r}: a text is needed, such as a hash of the samples")
+    sizes = ", ".join(f"{key} {size:,}" for key, size in data.sizes.items())
+    return f"{name} knows {sizes}; fingerprint {data.fingerprint[:8]}"
+
+
+def batch(run: Trial) -> str:
+    """A NamedTuple of tensors, with index and weight."""
+    batch: Any = run.batch
+    if not (isinstance(batch, tuple) and hasattr(batch, "_fields")):
+        raise Failure(f"a batch is a {type(batch).__name__}; a NamedTuple of tensors is needed, with index and weight")
+    if not isinstance(batch, Batch) or not {"index", "weight"} <= set(batch._fields):
+        raise Failure(f"{describe(batch)} lacks index [B] (which sample) or weight [B] (0 in rows that only fill up)")
+    other = [name for name, part in zip(batch._fields, batch, strict=True) if not isinstance(part, Tensor)]
+    if other:
+        raise Failure(f"the batch's {', '.join(other)} is no tensor: a batch must go to a device as it is")
+    index: Any = batch.index
+    weight: Any = batch.weight
+    rows = {name: part.shape[0] if part.ndim else None for name, part in zip(batch._fields, batch, strict=True)}
+    if len(set(rows.values())) > 1 or index.ndim != 1 or weight.ndim != 1:
+        raise Failure(f"{describe(batch)}: all need the same first dimension, index and weight no other")
+    if index.is_floating_point() or not weight.is_floating_point() or not (weight > 0).all():
+        raise Failure(f"{describe(batch)}: index must be integers, and weight floats above 0 while training")
+    return describe(batch)
+
+
+def loaders(run: Trial) -> str:
+    """Those of bigmodel.sampling."""
+    loaders = {name: getattr(run.data, name)() for name in ("train_dataloader", "val_dataloader")
+               if trials.has_split(run.data, name)}  # fmt: skip
+    for name, loader in loaders.items():
+        one = loader[0] if isinstance(loader, list | tuple) else loader
+        if not isinstance(one, Loader):
+            maker = "train_loader" if name == "train_dataloader" else "eval_loader"
+            raise Failure(
+                f"{name} gives a {type(one).__name__}, which several processes would all read the same of, and which is"
+                f" not resumed in mid-epoch: make it with bigmodel.sampling.{maker}"
+            )
+    steps = len(run.trainer.train_dataloader)  # without accumulation, a batch is a step
+    missing = "" if "val_dataloader" in loaders else "; none for validation"
+    return f"made by bigmodel.sampling, {steps:,} steps of {run.data.batch_size} an epoch{missing}"
+
+
+def predicts(run: Trial) -> str:
+    """Its prediction in two parts."""
+    task = run.task
+    methods = ("features", "logits", "targets")
+    there = [name for name in methods if callable(getattr(task, name, None))]
+    if not there:
+        raise Skip("not offered (features, logits, targets): it cannot be distilled")
+    if not isinstance(task, Predicts):
+        raise Failure(f"it has {', '.join(there)}, and not all of {', '.join(methods)}: bigmodel.protocols.Predicts")
+    batch = run.batch
+    run.task.eval()
+    with torch.no_grad():
+        features = task.features(batch)
+        logits, targets = task.logits(features), task.targets(batch)
+        half = len(features) // 2
+        parts = torch.cat([task.logits(features[:half]), task.logits(features[half:])])
+    if logits.shape[:-1] != targets.shape and logits.shape != targets.shape:
+        raise Failure(f"logits {list(logits.shape)} do not go with targets {list(targets.shape)}")
+    if not torch.allclose(parts, logits, rtol=1e-3, atol=1e-5):
+        raise Failure("logits of parts of the features are not parts of the logits: no row may depend on others")
+    return f"features {list(features.shape)}, logits {list(logits.shape)}, targets {list(targets.shape)}"
+
+
+def tabulates(run: Trial) -> str:
+    """A table with a row for each sample."""
+    task, data = run.task, run.data
+    if not is_overridden("predict_step", task, LightningModule):
+        raise Skip("not offered (predict_step): `bigmodel predict` has nothing to write")
+    if not is_overridden("predict_dataloader", data, LightningDataModule):
+        raise Failure(f"{type(data).__name__} has no predict_dataloader, which predict_step needs")
+    output = run.checkpoints[-1].with_suffix(".parquet")
+    count = trials.predict(run.settings, run.checkpoints[-1], output)
+    table = pq.read_table(output)
+    if len(table) != count:
+        raise Failure(f"predict_step wrote {len(table)} rows for {count} samples: one each, without those of weight 0")
+    return f"{count} rows of {', '.join(table.column_names)}"
+
+
+def generates(run: Trial) -> str:
+    """Pieces of text, and the whole."""
+    task: Any = run.task
+    if not isinstance(task, Generates):
+        raise Skip("not offered (stream, generate)")
+    options = {"max_new_tokens": 4, "seed": 0}
+    run.task.eval()
+    pieces, text = list(task.stream("a", **options)), task.generate("a", **options)
+    if not all(isinstance(piece, str) for piece in pieces) or "".join(pieces) != text:
+        raise Failure(
+            f"stream gave {pieces!r} and generate {text!r} with the same seed: pieces of the same text are due"
+        )
+    return "stream and generate give the same text for a seed"

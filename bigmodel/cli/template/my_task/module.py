@@ -1,0 +1,56 @@
+"""Packages told apart by the trigrams of their source. B pieces, T bytes in each, K packages, D width."""
+
+from collections.abc import Callable
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric
+
+import bigmodel
+from bigmodel import optim
+
+
+class NGrams(nn.Module):
+    """The mean of the vectors of all trigrams, hashed into buckets; then a linear layer. [B, T] uint8 -> [B, K]."""
+
+    def __init__(self, num_classes: int, width: int = 32, num_buckets: int = 8192) -> None:
+        super().__init__()
+        self.vectors, self.head = nn.Embedding(num_buckets, width), nn.Linear(width, num_classes)
+
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
+        first, second, third = (text.long()[:, i : text.shape[1] - 2 + i] for i in range(3))  # [B, T - 2] each
+        buckets = (first * 7919 + second * 104729 + third) % self.vectors.num_embeddings
+        return self.head(self.vectors(buckets).mean(1))  # [B, T - 2, D] -> [B, D] -> [B, K]
+
+
+class MyTask(LightningModule):
+    """Logs `val/loss` (nats per piece) and `val/accuracy`."""
+
+    # The YAML file and flags say which net and which optimizer, and their arguments; what the data know is added below.
+    def __init__(
+        self,
+        net: Callable[[int], nn.Module] = NGrams,
+        optimizer: optim.OptimizerFactory = torch.optim.AdamW,
+        schedule: optim.Schedule | None = None,
+    ) -> None:
+        super().__init__()
+        self.make_net, self.optimizer, self.schedule, self.net = net, optimizer, schedule, None
+        self.loss, self.accuracy = MeanMetric(), MeanMetric()
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = self.make_net(**bigmodel.sizes(self))  # {"num_classes": K}, from the data or the checkpoint
+
+    def configure_optimizers(self):
+        return optim.configure(self, self.optimizer, self.schedule)
+
+    def training_step(self, batch):  # a sum and a count: bigmodel takes the mean over all micro-batches and processes
+        return {"loss": cross_entropy(self.net(batch.text), batch.target, reduction="sum"), "count": len(batch.target)}
+
+    def validation_step(self, batch):  # torchmetrics adds up over processes; the weight leaves out what only fills up
+        logits = self.net(batch.text)
+        self.loss.update(cross_entropy(logits, batch.target, reduction="none"), batch.weight)
+        self.accuracy.update((logits.argmax(1) == batch.target).float(), batch.weight)
+        self.log_dict({"val/loss": self.loss, "val/accuracy": self.accuracy})

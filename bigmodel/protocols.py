@@ -1,0 +1,113 @@
+"""What a task and its data offer: the contract, as protocols that `isinstance` and type checkers understand.
+
+A task needs `Task` and `TaskData`; each other protocol is needed only by who wants what it gives. `bigmodel check-task` runs
+them all against a task. A change of what is asked here raises `PROTOCOL_VERSION`, and stands in the changelog.
+
+B samples in a batch, D width of the features, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+PROTOCOL_VERSION = 1
+
+
+@runtime_checkable
+class Batch(Protocol):
+    """A `NamedTuple` of tensors, each with B rows, and these two among them.
+
+    Attributes:
+        index: [B] int64, which sample of its split each row is.
+        weight: [B] float32, 1; 0 in rows that only fill up a last batch, which must not count in any metric.
+    """
+
+    @property
+    def index(self) -> Any: ...
+    @property
+    def weight(self) -> Any: ...
+
+
+@runtime_checkable
+class TaskData(Protocol):
+    """What a `LightningDataModule` has besides its loaders, which `bigmodel.sampling` makes.
+
+    Attributes:
+        batch_size: samples per optimizer step, over all processes.
+        micro_batch_size: samples one process takes at once; None: its whole share of the batch.
+        sizes: the numbers that the data know and the net needs, such as `{"num_classes": 10}`, set in `setup`; handed to
+            the net by name, and kept in the checkpoint, so that a run is loaded with no data present.
+        fingerprint: of the samples and their order, set in `setup`; a resume on data of another is refused.
+    """
+
+    batch_size: int
+    micro_batch_size: int | None
+    sizes: Mapping[str, int]
+    fingerprint: str
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What a `LightningModule` has: it takes `net`, `optimizer` and `schedule`, the first two as what makes them.
+
+    `configure_model` makes the net from `bigmodel.sizes(self)`, once, however often it is called. `training_step` returns
+    `{"loss": sum, "count": number}`: the sum of the loss over what was predicted, and how much that was. Metrics are
+    torchmetrics, given the batch's weight. An attribute `counts` says what the count counts, "samples" if there is none.
+
+    Attributes:
+        net: the net; None until `configure_model`.
+    """
+
+    net: Any
+
+    def configure_model(self) -> None: ...
+    def configure_optimizers(self) -> Any: ...
+    def training_step(self, batch: Any) -> Mapping[str, Any]: ...
+    def validation_step(self, batch: Any) -> None: ...
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """Its prediction in two parts, for distillation, evaluation and export."""
+
+    def features(self, batch: Any) -> Tensor:
+        """[B, ..., D], what the head reads; the logits themselves, if the net does not part the two."""
+        ...
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[..., D] -> [..., K]; it may be called on chunks."""
+        ...
+
+    def targets(self, batch: Any) -> Tensor:
+        """What the logits are compared with: class numbers [B, ...] (-100 where nothing is predicted), distributions
+        [B, ..., K], or numbers [B, ...]."""
+        ...
+
+
+@runtime_checkable
+class Tabulates(Protocol):
+    """Rows of a table for each batch: what `bigmodel predict` writes. The data module has a `predict_dataloader`.
+
+    A method `prediction_metadata() -> dict[str, str]`, if there is one, says what stands in the file beside the table.
+    """
+
+    def predict_step(self, batch: Any) -> Mapping[str, Any]:
+        """A column by name: a list of str, or a tensor [n] or [n, K]; n rows of the batch, those of weight 0 left out.
+        Every LightningModule has such a method; the contract is kept by one that has its own."""
+        ...
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """Goes on with a prompt: `bigmodel generate`, and `bigmodel.callbacks.Samples`."""
+
+    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
+        """The continuation in pieces; of its options, `max_new_tokens` and `seed` are known everywhere."""
+        ...
+
+    def generate(self, prompt: str, **options: Any) -> str:
+        """All pieces at once."""
+        ...

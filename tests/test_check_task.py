@@ -1,0 +1,147 @@
+"""Every task keeps every promise, and a task that breaks one is told which, and what to do."""
+
+import re
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from bigmodel.cli import check_task, main, verbs
+from bigmodel.cli.new import write_package
+from bigmodel.cli.promises import Finding
+from bigmodel.protocols import PROTOCOL_VERSION
+
+OUTSIDER = str(Path(__file__).parent / "outsider" / "experiment.yaml")
+PROMISES = ["task", "data", "batch", "loaders", "resume", "loss", "accumulation", "bf16", "evaluation", "Predicts"]
+PROMISES += ["Tabulates", "Generates", "reload", "two processes", "sharding"]
+GOOD = {  # and what is skipped
+    "language_modeling": {"Tabulates"},
+    "image_classification": {"Generates"},
+    "outsider": {"Predicts", "Generates"},
+    "new": {"Predicts", "Tabulates", "Generates"},
+    "batch norm": {"Predicts", "Generates", "loss", "accumulation", "two processes", "sharding"},
+}
+DEFECTS = {  # which class, and what is found
+    "model: MeanLoss": {
+        "loss": "it is a mean; take the sum",
+        "evaluation": "leave out rows of weight 0",
+        "Predicts": "it has features, and not all of features, logits, targets",
+    },
+    "model: EachForItself": {
+        "task": "make the net in configure_model",
+        "two processes": r"val/mse is [\d.]+ over the samples .* on two processes",
+    },
+    "model: DrawsElsewhere": {
+        "resume": r"state_dict/net.* differ .* draw random numbers from torch alone",
+        "reload": "not attached to a `Trainer`",
+        "Tabulates": "no attribute 'train'",
+    },
+    "model: NoCount": {"loss": 'must return {"loss": sum, "count": number}'},
+    "model: Crashes": {"training": "RuntimeError: size mismatch.* Mend this first"},
+    "data: Unsized": {"data": "takes no micro_batch_size: add to its __init__"},
+    "data: Plain": {"loaders": "make it with bigmodel.sampling.train_loader"},
+    "data: Nameless": {"data": "plain int"},
+    "data: Bare": {"batch": r"lacks index \[B\]", "evaluation": "did not meet each sample once"},
+}
+
+
+def outsider(table, *flags):
+    return verbs.merge_settings([OUTSIDER], [("data.path", str(table)), *flags])
+
+
+@pytest.fixture(scope="module")
+def found(table, tmp_path_factory):
+    """All findings: {name: {promise: finding}}. All tasks share one pair of processes."""
+    folder = tmp_path_factory.mktemp("tasks")
+    write_package("new_task", folder / "new_task")
+    cache = [("data.cache_dir", str(folder / "cache"))]
+    experiments = resources.files("bigmodel") / "experiments"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder / "new_task")
+        new = str(folder / "new_task" / "new_task" / "experiment.yaml")
+        plans = {
+            "language_modeling": verbs.merge_settings([str(experiments / "language_modeling" / "check.yaml")], cache),
+            "image_classification": verbs.merge_settings([str(experiments / "image_classification/check.yaml")], cache),
+            "outsider": outsider(table, ("model.net.dropout", "0.2")),
+            "new": verbs.merge_settings([new], [("data.packages", "[email, asyncio]")]),
+            "batch norm": outsider(table, ("model.net", "broken_tasks.Normed")),
+        }
+        for name in DEFECTS:
+            key, defect = name.split(": ")
+            plans[name] = outsider(table)
+            plans[name][key]["class_path"] = f"broken_tasks.{defect}"
+        findings = {name: {} for name in plans}
+        for number, finding in check_task.check(list(plans.values())):
+            findings[list(plans)[number]][finding.what] = finding
+    return findings
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_task_keeps_every_promise(found, name):
+    assert list(found[name]) == PROMISES
+    assert not [finding for finding in found[name].values() if finding.status == "FAIL"]
+    skipped = {what for what, finding in found[name].items() if finding.status == "skip"}
+    assert skipped == GOOD[name]
+    assert "bitwise: stopped in mid-epoch" in found[name]["resume"].text
+
+
+def test_the_page_shows_what_is_found(found):
+    page = (Path(__file__).parents[1] / "bigmodel" / "tasks" / "README.md").read_text()
+    shown = re.findall(r"^(ok|skip) +(two processes|\w+) +(.*)$", page, re.MULTILINE)
+
+    def without_numbers(text):
+        return re.sub(r"fingerprint \w+|\d[\d.,]*(e-\d+)?", "#", text.replace("NewTask", "MyTask"))
+
+    here = [(one.status, one.what, without_numbers(one.text)) for one in found["new"].values()]
+    assert here == [(status, what, without_numbers(text)) for status, what, text in shown]
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_a_broken_promise_is_found_and_named(found, name):
+    failures = {what: finding.text for what, finding in found[name].items() if finding.status == "FAIL"}
+    expected = DEFECTS[name]
+    assert failures.keys() == expected.keys(), failures
+    for what, pattern in expected.items():
+        assert re.search(pattern, failures[what]), (what, failures[what])
+
+
+def test_the_command_prints_a_line_each_and_fails_with_a_failure(monkeypatch, capsys):
+    found = [Finding("ok", "task", "is one"), Finding("FAIL", "loss", "is none")]
+    monkeypatch.setattr(check_task, "check", lambda plans: ((0, finding) for finding in found))
+    with pytest.raises(SystemExit) as stopped:
+        main(["check-task", "tabular_regression", "-c", OUTSIDER])
+    assert stopped.value.code == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"outsider.TabularRegression, as in {OUTSIDER}; contract version {PROTOCOL_VERSION}"
+    assert lines[1:3] == ["ok   task          is one", "FAIL loss          is none"]
+    found.pop()
+    main(["check-task", "outsider.TabularRegression", "-c", OUTSIDER])
+    assert "every promise is kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["no_such_task"], 2, "no task 'no_such_task' is installed; there are"),
+        ([], 2, "name one task"),
+        (["tabular_regression"], 2, "ships no experiment to check it by: name one with -c"),
+        (["language_modeling", "-c", OUTSIDER], 2, "is an experiment with outsider.TabularRegression, not with"),
+        (
+            ["fails.Task", "-c", OUTSIDER],
+            1,
+            "FAIL import        fails.Task: ZeroDivisionError: division by zero. Mend it",
+        ),
+        (["nowhere.Task", "-c", OUTSIDER], 1, "No module named 'nowhere'"),
+        (["tabular_regression", "-c", OUTSIDER, "--data", "fails.Data"], 1, "ZeroDivisionError"),
+        (["tabular_regression", "-c", OUTSIDER, "--data", "null"], 2, "names no class for data"),
+        (["tabular_regression", "-c", OUTSIDER, "--data", "nowhere.Data"], 2, "no package 'nowhere' is installed"),
+    ],
+)
+def test_what_cannot_be_checked_is_refused(words, code, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "fails.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["check-task", *words])
+    assert stopped.value.code == code
+    printed = capsys.readouterr()
+    assert message in printed.out + printed.err

@@ -1,0 +1,157 @@
+"""`bigmodel new`: what it writes trains and keeps its word, under any name; what cannot be a package is refused."""
+
+import keyword
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bigmodel.cli import check_task, main, plugins
+from bigmodel.cli.new import renamed
+from bigmodel.cli.promises import Finding
+from bigmodel.protocols import PROTOCOL_VERSION
+
+TEMPLATE = Path(__file__).parents[1] / "bigmodel" / "cli" / "template"
+PAGE = Path(__file__).parents[1] / "bigmodel" / "tasks" / "README.md"
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["new", "bird_songs"])
+    return tmp_path / "bird_songs", capsys.readouterr().out
+
+
+def test_a_package_is_the_template_under_its_name(made):
+    folder, said = made
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    inside = {f"bird_songs/{name}" for name in ("__init__.py", "data.py", "module.py", "experiment.yaml")}
+    assert files == {"pyproject.toml", "README.md", "tests/test_bird_songs.py", *inside}
+    text = "".join((folder / file).read_text() for file in sorted(files))
+    assert "my_task" not in text
+    assert "MyTask" not in text
+    assert 'bird_songs = "bird_songs.module:BirdSongs"' in text
+    settings = yaml.safe_load((folder / "bird_songs" / "experiment.yaml").read_text())
+    assert settings["model"]["class_path"] == "bird_songs.module.BirdSongs"
+    assert "pip install -e bird_songs\n  bigmodel fit -c bird_songs/experiment.yaml" in said
+    assert renamed("my_task.MyTask", "my_task") == "my_task.MyTask"
+
+
+def test_it_can_be_read_at_a_sitting():
+    files = [TEMPLATE / "my_task" / name for name in ("data.py", "module.py", "experiment.yaml")]
+    assert sum(bool(line.strip()) for file in files for line in file.read_text().splitlines()) <= 100
+
+
+def test_its_own_tests_pass(made):
+    folder, _ = made
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"],
+        cwd=folder,
+        env={"PYTHONPATH": ":".join([str(folder), *filter(None, sys.path)]), "OMP_NUM_THREADS": "1", "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "3 passed" in result.stdout
+
+
+def test_a_folder_that_is_there_stays_as_it_is(made, capsys):
+    folder, _ = made
+    (folder / "README.md").write_text("mine")
+    with pytest.raises(SystemExit):
+        main(["new", "bird_songs"])
+    assert "bird_songs is there already, and stays as it is" in capsys.readouterr().err
+    assert (folder / "README.md").read_text() == "mine"
+    main(["new", "bird_songs", "--into", "elsewhere/deep"])
+    assert Path("elsewhere/deep/bird_songs/bird_songs/module.py").is_file()
+
+
+def blocks(language):
+    """The page's fenced blocks in a language, each as it stands."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_the_page_shows_the_template_as_it_is():
+    listings = {}
+    for listing in blocks("python") + blocks("yaml"):
+        first, _, rest = listing.partition("\n")
+        if first.startswith("# my_task/"):
+            listings[first.removeprefix("# my_task/my_task/")] = rest
+    files = ("data.py", "module.py", "experiment.yaml")
+    assert listings == {name: (TEMPLATE / "my_task" / name).read_text() for name in files}
+    assert f"(version {PROTOCOL_VERSION})" in PAGE.read_text()
+    links = re.findall(r"\]\(([^)#]+)\)", PAGE.read_text())
+    assert links
+    assert all((PAGE.parent / link).exists() for link in links)
+
+
+@pytest.fixture
+def fresh_metadata():
+    """What is installed is looked up anew, before and after."""
+    for function in (plugins.installed_tasks, plugins.package_folder):
+        function.cache_clear()
+    yield
+    for function in (plugins.installed_tasks, plugins.package_folder):
+        function.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_metadata")
+def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tried = Finding("ok", "task", "in test_check_task")
+    monkeypatch.setattr(check_task, "check", lambda plans: iter([(0, tried)]))
+    typed = [line.split(" #")[0].split() for block in blocks("bash") for line in block.splitlines()]
+    for words in typed:
+        if words[:2] == ["pip", "install"]:  # as pip does it, without a network
+            install = ["install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "--target", "site"]
+            subprocess.run([sys.executable, "-m", "pip", *install, f"./{words[-1]}"], check=True)
+            monkeypatch.syspath_prepend(tmp_path / "site")
+        elif words[0] == "bigmodel":
+            main(words[1:])
+        else:
+            assert words == ["python", "-m", "pytest", "my_task/tests"], "which runs in test_its_own_tests_pass"
+    printed = capsys.readouterr().out
+    accuracies = [float(value) for value in re.findall(r"val/accuracy +(\d\.\d+)$", printed, re.MULTILINE)]
+    assert len(accuracies) == 6, "three epochs, list, one epoch, validate"
+    assert max(accuracies) > 0.7
+    (use,) = (block for block in blocks("python") if "bigmodel.load" in block)
+    exec(use, {})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["my-task"],
+            "small letters, digits and _ are accepted, a letter first, and no word of the language; my_task would",
+        ),
+        (["class"], "class_task would do"),
+        (["2nd"], "nd_task would do"),
+        (["MyTask"], "mytask would do"),
+        (["../x"], "x would do"),
+        (["numpy"], "a package 'numpy' is there already"),
+        (["json"], "a package 'json' is there already"),
+        (["language_modeling"], "a task 'language_modeling' is installed already"),
+        ([], "name one package"),
+        (["a", "b"], "name one package"),
+        (["a", "--onto", "b"], "no flag --onto"),
+        (["a_task", "--into", "file"], "nothing can be written there"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        main(["new", *words])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    if "would do" in error:
+        better = error.split("; ")[1].split(" ")[0]
+        assert better.isidentifier()
+        assert not keyword.iskeyword(better)
