@@ -60,7 +60,7 @@ class FittedRecommendation(LightningModule):
         if self.evaluation.metrics is not None:
             return
         self.num_items = sizes(self)["num_items"]
-        data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        data: Any = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
         counts = torch.from_numpy(data.item_counts()) if hasattr(data, "item_counts") else None
         self.evaluation.prepare(self.num_items, counts)
 
@@ -80,7 +80,7 @@ class FittedRecommendation(LightningModule):
             self.method.fit(matrix.indptr, matrix.indices, values, self.num_items)
             say(f"fitted {type(self.method).__name__} on {len(matrix.indices):,} events")
         if self.trainer.world_size > 1:
-            unpack(self.method, strategy.broadcast(pack(self.method) if self.trainer.is_global_zero else None))
+            unpack(self.method, strategy.broadcast(pack(self.method) if self.trainer.is_global_zero else {}))
         self.fitted = True
 
     def score_block(self, batch: EvalBatch) -> ScoreBlock:
@@ -119,7 +119,7 @@ class FittedRecommendation(LightningModule):
             self.fitted = True
 
     def _catalogue(self) -> Catalogue:
-        data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        data: Any = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
         if hasattr(data, "prepared"):
             return Catalogue.of(data.prepared)
         assert self.catalogue is not None

@@ -1,7 +1,7 @@
 """Recommendation: what a user chooses next, from what was chosen before.
 
-Two trained tasks, which differ in what they read: `SequenceRecommendation` the history in its order, for users never seen too;
-`PairRecommendation` the user's number, for users that it was trained on. Both are evaluated by ranking the whole catalogue.
+Two trained tasks, which differ in what they read: `SequenceRecommendation` the history in its order, also of users never seen;
+`PairRecommendation` the number of a user that it was trained on. Both are evaluated by ranking the whole catalogue.
 
 B rows, T positions, D width, I items (numbered 1 to I; 0 is padding), H items of a history, K targets, k length of a list.
 """
@@ -82,7 +82,7 @@ class SequenceRecommendation(LightningModule):
             return
         known = sizes(self)
         self.net = self.make_net(**known)  # type: ignore[call-arg]
-        data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        data: Any = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
         counts = torch.from_numpy(data.item_counts()) if hasattr(data, "item_counts") else None
         self.loss.prepare(known["num_items"], counts)
         self.evaluation.prepare(known["num_items"], counts)
@@ -174,7 +174,7 @@ class SequenceRecommendation(LightningModule):
             self.catalogue = Catalogue.from_state_dict(checkpoint["catalogue"])
 
     def _catalogue(self) -> Catalogue:
-        data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        data: Any = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
         if hasattr(data, "prepared"):
             return Catalogue.of(data.prepared)
         if self.catalogue is None:

@@ -1,16 +1,4 @@
-"""The run directory: make one, find one, resume one, load a finished one.
-
-runs/<experiment>/<time>-<id>/
-    config.yaml      the resolved configuration; `bigmodel fit -c` on it is the same run again, in a directory of its own
-    run.json         command, git revision, package versions, step, best metric, W&B id, and the status: running, finished,
-                     preempted (told to stop), interrupted (by hand) or failed
-    metrics.csv      every metric by optimizer step
-    checkpoints/     last-<step>.ckpt and best-<step>.ckpt: files, or folders where tensors are sharded
-    wandb/           what Weights & Biases keeps
-
-Where the environment variable BIGMODEL_RUN_FILE names a file, a fit writes its run directory there when it begins: that is
-how a script that launched it knows what to resume.
-"""
+"""What a run leaves: a callback makes its directory, keeps the record of it, and points loggers and checkpoints to it."""
 
 from __future__ import annotations
 
@@ -24,145 +12,24 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.profilers import PassThroughProfiler
-from torch import Tensor
 
-from bigmodel.callbacks import EMA, SWA, GoBack, Resume, Stopped, Times
+from bigmodel.callbacks import GoBack, Resume, Stopped, Times
 from bigmodel.callbacks.gradients import find as find_callback
-from bigmodel.checkpoint import assembled, checkpoint_step, clear_hidden, find_checkpoint, load_weights, read
+from bigmodel.checkpoint import checkpoint_step, clear_hidden, find_checkpoint, read
 from bigmodel.optim import num_steps
+from bigmodel.run.places import new_directory
 from bigmodel.tracking import MetricsCSV, WandB, WandBRun
 
 _PACKAGES = ("bigmodel", "torch", "lightning", "torchmetrics", "transformers", "tokenizers", "wandb", "numpy")
-
-
-def new_directory(runs_dir: str | Path, experiment: str) -> Path:
-    """Make `runs_dir/experiment/<time>-<id>`, which did not exist before; two runs in the same second get two."""
-    while True:
-        directory = Path(runs_dir) / experiment / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-        try:
-            directory.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return directory
-
-
-def find(run: str | Path, runs_dir: str | Path = "runs") -> Path:
-    """The directory of a run, from its path, from `last` (the newest under `runs_dir`), or from the end of its name.
-
-    Raises:
-        ValueError: if there is none, or more than one.
-    """
-    directory = Path(run)
-    if (directory / "config.yaml").is_file():
-        return directory
-    runs = [path.parent for path in sorted(Path(runs_dir).glob("**/run.json"), key=_created)]
-    if str(run) == "last":
-        if not runs:
-            raise ValueError(f"there is no run under {runs_dir}/ (--runs_dir says where runs are)")
-        return runs[-1]
-    matches = [path for path in runs if str(path).endswith(str(run))]
-    if len(matches) != 1:
-        what = (
-            "no run directory (it has no config.yaml)"
-            if not matches
-            else f"more than one: {', '.join(map(str, matches))}"
-        )
-        raise ValueError(f"{run} is {what}; `bigmodel list` shows the runs under {runs_dir}/")
-    return matches[0]
-
-
-def _created(record: Path) -> str:
-    """When the run of this run.json was made; names tell no more than the second."""
-    return str(json.loads(record.read_text())["created"])
-
-
-def sizes(module: LightningModule) -> dict[str, int]:
-    """The numbers that the data know and the net needs (vocabulary, classes, features), for `configure_model`.
-
-    They come from the data module's attribute `sizes`; from the checkpoint when a task is loaded without data, or its data
-    do not know them (pictures without labels, to be classified).
-
-    Raises:
-        ValueError: if neither is there.
-    """
-    data = module._trainer.datamodule if module._trainer is not None else None  # type: ignore[attr-defined]
-    found = getattr(data, "sizes", None)
-    if found is None:
-        found = getattr(module, "_sizes", None)
-    if found is None:
-        raise ValueError(
-            f"{type(module).__name__} needs sizes that data know: give its data module an attribute `sizes`, for example"
-            " {'num_features': 8}, set in `setup`"
-        )
-    return dict(found)
-
-
-def load(
-    run: str | Path, checkpoint: str = "best", *, ema: bool = True, runs_dir: str | Path = "runs"
-) -> LightningModule:
-    """The trained task of a run, in evaluation mode, ready to use; no data needed.
-
-    Args:
-        run: a run directory, `last`, the end of a run's name, or a checkpoint, a file or a folder.
-        checkpoint: `best`, `last`, or the name of a file in the run's `checkpoints/`.
-        ema: take the averaged weights where the run kept them.
-        runs_dir: where runs are looked for by name.
-
-    Raises:
-        ValueError: if there is no such run, its checkpoint is damaged (a named one, or all), or its weights do not fit the
-            model that its configuration describes.
-    """
-    path = Path(run) if Path(run).suffix == ".ckpt" else find_checkpoint(find(run, runs_dir), checkpoint)
-    content = read(path, whole=False)
-    content.pop("optimizer_states", None)  # most of a sharded checkpoint, which would be put together in memory
-    content = assembled(content)
-    if "model" not in content.get("bigmodel", {}):
-        raise ValueError(f"{path} says nothing of the task it belongs to: it was not written by `bigmodel fit`")
-    task: LightningModule = _instantiate(LightningModule, content["bigmodel"]["model"])
-    task._sizes = content["bigmodel"]["sizes"]
-    task.on_load_checkpoint(content)
-    task.configure_model()
-    load_weights(task, content["state_dict"])
-    average = find_average(content)
-    if ema and average is not None:
-        task.load_state_dict(average[1], strict=False)  # tied weights stand in it once
-    return task.eval()
-
-
-def find_average(checkpoint: dict[str, Any]) -> tuple[str, dict[str, Tensor]] | None:
-    """The averaged weights in a checkpoint's content, with the name of the callback that formed them; None without any."""
-    states = ((name, checkpoint["callbacks"].get(name, {})) for name in (EMA.__name__, SWA.__name__))
-    return next(((name, state["average"]) for name, state in states if state.get("average")), None)
-
-
-def load_data(run: str | Path, *, runs_dir: str | Path = "runs") -> LightningDataModule:
-    """The data module of a run as it was configured, not yet prepared or set up.
-
-    Raises:
-        ValueError: if there is no such run.
-    """
-    config = yaml.safe_load((find(run, runs_dir) / "config.yaml").read_text())
-    data: LightningDataModule = _instantiate(LightningDataModule, config["data"])
-    return data
-
-
-def _instantiate(kind: type, block: dict[str, Any]) -> Any:
-    """What a block of class_path and init_args describes."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(kind, "block", fail_untyped=False)
-    return parser.instantiate(parser.parse_object({"block": block})).block
 
 
 def directory(trainer: Trainer) -> Path | None:

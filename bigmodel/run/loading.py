@@ -1,0 +1,93 @@
+"""A finished run in use: its trained task, its data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor
+
+from bigmodel.callbacks import EMA, SWA
+from bigmodel.checkpoint import assembled, find_checkpoint, load_weights, read
+from bigmodel.run.places import find
+
+
+def sizes(module: LightningModule) -> dict[str, int]:
+    """The numbers that the data know and the net needs (vocabulary, classes, features), for `configure_model`.
+
+    They come from the data module's attribute `sizes`; from the checkpoint when a task is loaded without data, or its data
+    do not know them (pictures without labels, to be classified).
+
+    Raises:
+        ValueError: if neither is there.
+    """
+    data = module._trainer.datamodule if module._trainer is not None else None  # type: ignore[attr-defined]
+    found = getattr(data, "sizes", None)
+    if found is None:
+        found = getattr(module, "_sizes", None)
+    if found is None:
+        raise ValueError(
+            f"{type(module).__name__} needs sizes that data know: give its data module an attribute `sizes`, for example"
+            " {'num_features': 8}, set in `setup`"
+        )
+    return dict(found)
+
+
+def load(
+    run: str | Path, checkpoint: str = "best", *, ema: bool = True, runs_dir: str | Path = "runs"
+) -> LightningModule:
+    """The trained task of a run, in evaluation mode, ready to use; no data needed.
+
+    Args:
+        run: a run directory, `last`, the end of a run's name, or a checkpoint, a file or a folder.
+        checkpoint: `best`, `last`, or the name of a file in the run's `checkpoints/`.
+        ema: take the averaged weights where the run kept them.
+        runs_dir: where runs are looked for by name.
+
+    Raises:
+        ValueError: if there is no such run, its checkpoint is damaged (a named one, or all), or its weights do not fit the
+            model that its configuration describes.
+    """
+    path = Path(run) if Path(run).suffix == ".ckpt" else find_checkpoint(find(run, runs_dir), checkpoint)
+    content = read(path, whole=False)
+    content.pop("optimizer_states", None)  # most of a sharded checkpoint, which would be put together in memory
+    content = assembled(content)
+    if "model" not in content.get("bigmodel", {}):
+        raise ValueError(f"{path} says nothing of the task it belongs to: it was not written by `bigmodel fit`")
+    task: LightningModule = _instantiate(LightningModule, content["bigmodel"]["model"])
+    task._sizes = content["bigmodel"]["sizes"]
+    task.on_load_checkpoint(content)
+    task.configure_model()
+    load_weights(task, content["state_dict"])
+    average = find_average(content)
+    if ema and average is not None:
+        task.load_state_dict(average[1], strict=False)  # tied weights stand in it once
+    return task.eval()
+
+
+def find_average(checkpoint: dict[str, Any]) -> tuple[str, dict[str, Tensor]] | None:
+    """The averaged weights in a checkpoint's content, with the name of the callback that formed them; None without any."""
+    states = ((name, checkpoint["callbacks"].get(name, {})) for name in (EMA.__name__, SWA.__name__))
+    return next(((name, state["average"]) for name, state in states if state.get("average")), None)
+
+
+def load_data(run: str | Path, *, runs_dir: str | Path = "runs") -> LightningDataModule:
+    """The data module of a run as it was configured, not yet prepared or set up.
+
+    Raises:
+        ValueError: if there is no such run.
+    """
+    config = yaml.safe_load((find(run, runs_dir) / "config.yaml").read_text())
+    data: LightningDataModule = _instantiate(LightningDataModule, config["data"])
+    return data
+
+
+def _instantiate(kind: type, block: dict[str, Any]) -> Any:
+    """What a block of class_path and init_args describes."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(kind, "block", fail_untyped=False)
+    return parser.instantiate(parser.parse_object({"block": block})).block
