@@ -53,6 +53,7 @@ def test_later_layers_win_and_null_switches_off():
         ("a: b: c", "a: b: c"),
         ("{x}", "{x}"),
         ("{x: 1}", {"x": 1}),
+        ("2016-07-01", "2016-07-01"),
     ],
 )
 def test_flag_values_mean_what_they_say(text, value):

@@ -20,7 +20,7 @@ _CLASS_KEYS = {"class_path", "init_args", "dict_kwargs"}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, and a key given twice is refused."""
+    """YAML in which 1e-3 is a number, a date is text, and a key given twice is refused."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -35,6 +35,7 @@ _Loader.add_implicit_resolver(
     re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: node.value)
 
 
 def read_yaml(path: str | Path) -> Settings:

@@ -28,7 +28,10 @@ Examples = Literal["sequences", "pairs", "users"]
 class InteractionData(L.LightningDataModule):
     """Who chose what and when, from tables or a public data set, sorted and numbered once into a cache.
 
-    What training batches are is the task's choice: its attribute `examples`, unless `examples` is given here.
+    What training batches are is the task's choice: its attribute `examples`, unless `examples` is given here. A task that
+    keeps what its items are called, in a list `item_ids` (see `Ids.ids`; item 1 first), can predict for the users of other
+    data: their events then have the task's item numbers, and those with unknown items are left out. In other data that are
+    to be evaluated, other items are refused.
 
     Args:
         path: tables of events (CSV, TSV, Parquet; files, a folder or a glob), MovieLens as published (a folder with u.data,
@@ -54,10 +57,10 @@ class InteractionData(L.LightningDataModule):
 
     Attributes:
         sizes: what a net must know: num_items, max_length; num_users too if examples are pairs or users. After `setup`,
-            like all that follows.
+            like all that follows, and not when predicting.
         fingerprint: hash of the events and how they are dealt out.
-        prepared: the events, and what users and items are called.
         parts: how events are dealt out.
+        prepared: the events, and what users and items are called; when predicting too.
     """
 
     sizes: dict[str, int]
@@ -135,8 +138,10 @@ class InteractionData(L.LightningDataModule):
         Raises:
             ValueError: if a split gets nothing.
         """
+        self.prepared = self._prepare()
+        if stage == "predict":
+            return
         if not hasattr(self, "parts"):
-            self.prepared = self._prepare()
             self.parts = self.split.divide(self.prepared.events)
             if self.trainer is None or self.trainer.is_global_zero:
                 say(self.parts.line)
@@ -204,8 +209,25 @@ class InteractionData(L.LightningDataModule):
         return self._eval_loader(self.histories("test"))
 
     def predict_dataloader(self) -> DataLoader[EvalBatch]:
-        """All users with all their events, and no targets."""
-        events = self.parts.events
+        """All users with all their events, and no targets.
+
+        Raises:
+            ValueError: if the task knows none of the items.
+        """
+        events, known = self.prepared.events, self._known_items()
+        if known is not None and not self.prepared.items.same(known):
+            numbers = self.prepared.items.numbers_in(known)
+            num_unknown = int(np.count_nonzero(numbers[1:] == 0))
+            num_events, events = len(events), events.renumbered(numbers, len(known))
+            if len(events) == 0:
+                raise ValueError(
+                    f"--data.path {self.path}: the task was trained on other items and knows none of these"
+                )
+            if num_unknown:
+                say(
+                    f"left out {num_events - len(events):,} of {num_events:,} events: those with {num_unknown:,} items that"
+                    " the task was not trained on"
+                )
         ends = events.offsets[1:]
         return self._eval_loader(Histories(events, np.arange(events.num_users), ends, ends, self.max_length))
 
@@ -224,11 +246,22 @@ class InteractionData(L.LightningDataModule):
         """The users who are evaluated in a split (val, test), with their histories and targets.
 
         Raises:
-            ValueError: if there is no such split.
+            ValueError: if there is no such split, or the task was trained on other items.
         """
+        known = self._known_items()
+        if known is not None and not self.prepared.items.same(known):
+            raise ValueError(
+                f"--data.path {self.path} with --data.filters has other items than those that the task was trained on: it"
+                " can predict for such data, but is not evaluated by them"
+            )
         if split not in self.split.wanted:
             raise ValueError(f"there is no {split} split: set --data.split.{split} to a share")
         return Histories(self.parts.events, self.parts.evaluated(split), *self.parts.borders(split), self.max_length)
+
+    def _known_items(self) -> list[int] | list[str] | None:
+        """The ids of the task's items, if it says."""
+        known: list[int] | list[str] | None = getattr(getattr(self.trainer, "lightning_module", None), "item_ids", None)
+        return known
 
     def _eval_loader(self, samples: Dataset[EvalBatch]) -> DataLoader[EvalBatch]:
         replicas = num_replicas(self.trainer) if self.trainer is not None else 1

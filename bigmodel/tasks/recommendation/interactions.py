@@ -7,7 +7,7 @@ N events, U users, I items.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -59,6 +59,24 @@ class Interactions:
             self.num_items,
         )
 
+    def renumbered(self, numbers: np.ndarray, num_items: int) -> Interactions:
+        """The events with other item numbers; those of items without one are left out.
+
+        Args:
+            numbers: [I + 1] int32, the new number of each item, or 0.
+            num_items: the new I.
+        """
+        items = numbers[self.items]
+        kept = np.flatnonzero(items)
+        before = np.concatenate([[0], np.cumsum(items > 0)])
+        return Interactions(
+            before[self.offsets],
+            items[kept],
+            None if self.times is None else self.times[kept],
+            None if self.ratings is None else self.ratings[kept],
+            num_items,
+        )
+
 
 def ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
     """The numbers [sum of stops - starts] int64 of all ranges from `starts` [M] to `stops` [M], one after the other."""
@@ -105,6 +123,22 @@ class Ids:
     def _ids(self) -> pa.Array:
         return self.table.column("id").combine_chunks()
 
+    def same(self, ids: Sequence[int] | Sequence[str]) -> bool:
+        """Whether these are the ids, in this order."""
+        return len(ids) == len(self) and bool(self._ids.equals(_ids(ids)))
+
+    def numbers_in(self, ids: Sequence[int] | Sequence[str]) -> np.ndarray:
+        """Where each of these stands in a list of ids, counted from `first`: [first + len(self)], 0 for those that do not.
+
+        Args:
+            ids: of another table; the first has the number `first` there.
+        """
+        own, other = self._ids, _ids(ids)
+        if own.type != other.type:
+            own, other = own.cast(pa.string()), other.cast(pa.string())
+        found = pc.fill_null(pc.add(pc.index_in(own, value_set=other), self.first), 0).to_numpy()
+        return np.concatenate([np.zeros(self.first, np.int32), found])
+
     def ids(self, numbers: np.ndarray) -> list[int] | list[str]:
         """The ids of these numbers [M]."""
         found: list[int] | list[str] = self._ids.take(pa.array(np.asarray(numbers) - self.first)).to_pylist()
@@ -137,3 +171,7 @@ class Ids:
                 raise ValueError(f"there is no {self.what} {one!r}; there are {len(self):,}, such as {some}")
             found[i] = row + self.first
         return found
+
+
+def _ids(ids: Sequence[int] | Sequence[str]) -> pa.Array:
+    return pa.array(ids, pa.string() if ids and isinstance(ids[0], str) else pa.int64())

@@ -215,6 +215,35 @@ def test_the_task_says_what_it_trains_on(table, tmp_path):
         _ = made.examples
 
 
+def test_a_task_predicts_for_other_users_of_its_items(tmp_path, capsys):
+    path = tmp_path / "new.csv"
+    path.write_text("user_id,item_id\nx,8\nx,5\ny,9\nz,5\nz,7\nz,8\n")
+    made = InteractionData(str(path), cache_dir=str(tmp_path), batch_size=4)
+    made.setup("predict")
+    task = SimpleNamespace(item_ids=[3, 5, 6, 8])
+    made.trainer = SimpleNamespace(lightning_module=task, distributed_sampler_kwargs=None, global_rank=0)
+    (batch,) = made.predict_dataloader()
+    assert batch.history.tolist() == [[4, 2], [0, 0], [2, 4]]
+    assert made.prepared.users.ids(batch.users) == ["x", "y", "z"]
+    assert "left out 2 of 6 events: those with 2 items" in capsys.readouterr().err
+    assert not hasattr(made, "sizes")  # those of the task count
+    task.item_ids = ["5", "nine"]  # numbers or text, as the source had it
+    (batch,) = made.predict_dataloader()
+    assert batch.history.tolist() == [[1], [0], [1]]
+    task.item_ids = [1, 2]
+    with pytest.raises(ValueError, match="trained on other items and knows none of these"):
+        made.predict_dataloader()
+
+    path.write_text("user_id,item_id\n" + "".join(f"{user},{item}\n" for user in "xy" for item in (5, 7, 8, 9)))
+    made = InteractionData(str(path), cache_dir=str(tmp_path))
+    made.trainer = SimpleNamespace(lightning_module=task, distributed_sampler_kwargs=None, is_global_zero=True)
+    made.setup("test")
+    with pytest.raises(ValueError, match="has other items than those that the task was trained on"):
+        made.test_dataloader()
+    task.item_ids = made.prepared.items.ids(np.arange(1, 5))
+    assert len(made.test_dataloader().dataset.dataset) == 2
+
+
 def test_data_without_times_and_ratings(tmp_path):
     path = tmp_path / "plain.csv"
     path.write_text("user_id,item_id\n" + "".join(f"{user},{item}\n" for user in range(9) for item in range(user, 13)))
