@@ -130,7 +130,8 @@ class HSTU(ItemScorer):
             [B, T, D]; undefined but finite where there is padding.
 
         Raises:
-            ValueError: too many positions, an item that the net does not know, or no times for a net that uses them.
+            ValueError: too many positions, an item that the net does not know, or times that are missing or of another
+                shape.
         """
         check_items(items, self.max_length)
         buckets = None
@@ -139,6 +140,8 @@ class HSTU(ItemScorer):
                 raise ValueError(
                     "HSTU uses the times of items, but got none; give them, or train with --model.net.num_time_buckets 0"
                 )
+            if times.shape != items.shape:
+                raise ValueError(f"times have shape {list(times.shape)}, but items have {list(items.shape)}")
             buckets = time_buckets(times, self.num_time_buckets)
         positions = torch.arange(items.shape[1], device=items.device)
         distances = positions[:, None] - positions  # [T, T]

@@ -269,10 +269,12 @@ def test_gradients_of_the_buckets_of_time_and_distance() -> None:
     assert block.position_bias.grad.nonzero().flatten().tolist() == [0, 1, 2, 3]
 
 
-def test_hstu_without_times_is_asked_for_them() -> None:
+def test_hstu_asks_for_the_times_of_all_items() -> None:
     net = HSTU(**SIZES)
-    with pytest.raises(ValueError, match="got none; give them, or train with --model.net.num_time_buckets"):
+    with pytest.raises(ValueError, match="got none; give them, or train"):
         net(padded(HISTORIES))
+    with pytest.raises(ValueError, match=r"times have shape \[3, 8\], but items have \[3, 9\]"):
+        net(padded(HISTORIES), torch.zeros(3, 8, dtype=torch.long))
 
 
 @pytest.mark.parametrize("bias", [True, False])
