@@ -114,7 +114,7 @@ def sampled_rank(
 ) -> Tensor:
     """Ranks of the targets, each among the negatives of its user only: for metrics that say so (`sampled_...`).
 
-    They order models otherwise than ranks among all items do (Krichene and Rendle 2020), and can only be compared with others
+    They order models otherwise than ranks among all items do (Krichene and Rendle 2020), and compare only with others
     of as many negatives, drawn alike.
 
     Args:

@@ -1,0 +1,17 @@
+"""Recommenders that are computed from the training events in one go: the marks that a trained net has to beat.
+
+Each is made from its options, then fitted; it scores the items for any history, of users that it was fitted on or not::
+
+    method = EASE(l2=500.0).fit(indptr, indices, None, num_items)
+    items, scores = top_k(method.score_block(history), num_items, 10, history)
+
+They work in main memory, on a CPU, and need scipy (`pip install 'bigmodel[recommendation]'`).
+"""
+
+from bigmodel.tasks.recommendation.closed_form.ease import EASE
+from bigmodel.tasks.recommendation.closed_form.item_knn import ItemKNN
+from bigmodel.tasks.recommendation.closed_form.matrix import ClosedForm
+from bigmodel.tasks.recommendation.closed_form.popularity import Popularity
+from bigmodel.tasks.recommendation.closed_form.user_knn import UserKNN
+
+__all__ = ["EASE", "ClosedForm", "ItemKNN", "Popularity", "UserKNN"]

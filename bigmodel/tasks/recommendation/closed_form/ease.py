@@ -1,0 +1,117 @@
+"""EASE, the linear autoencoder without self-similarity (Steck 2019, arXiv 1905.03375).
+
+With X [U, I] the event matrix (1 where a user has an item) and lambda the weight of the squared penalty::
+
+    P = (X'X + lambda 1)^-1,      B_ij = -P_ij / P_jj off the diagonal, 0 on it,      scores x B
+
+Where there are fewer users than items, P follows from a matrix of users by users instead (Woodbury), and B is never made::
+
+    P = (1 - X' C X) / lambda,    C = (X X' + lambda 1)^-1
+
+U users, I items (numbered 1 to I).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from scipy.linalg import lapack
+from torch import Tensor
+
+from bigmodel.tasks.recommendation.closed_form.matrix import event_matrix, history_matrix, require_memory
+from bigmodel.tasks.recommendation.ranking import ScoreBlock
+
+_NUMBERS_AT_ONCE = 1 << 22
+
+
+class EASE:
+    """Recommends by a regression of each item on all others, solved exactly by a Cholesky factor, in place.
+
+    Args:
+        l2: lambda, above 0; about 50 for thousands of users, 500 for hundreds of thousands.
+        dtype: of the matrix that is inverted.
+    """
+
+    def __init__(self, l2: float = 250.0, dtype: Literal["float32", "float64"] = "float64") -> None:
+        if not 0 < l2 < float("inf"):
+            raise ValueError(f"l2 is {l2}, but must be above 0")
+        if dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype is {dtype!r}, but must be float32 or float64")
+        self.l2, self.dtype = l2, dtype
+        self.num_items = 0
+        self.weights: Any = None  # B [I + 1, I + 1], where there are no fewer users than items
+        self.by_item: Any = None  # else X' [I + 1, U],
+        self.inverse: Any = None  # C [U, U],
+        self.kept: Any = None  # and lambda P_jj [I + 1]
+
+    def fit(self, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None, num_items: int) -> EASE:
+        """As `ClosedForm.fit`; values make no difference. Memory: one square matrix of the smaller of U and I."""
+        matrix = event_matrix(indptr, indices, None, num_items)
+        self.num_items = num_items
+        by_users = matrix.shape[0] < num_items
+        side, what = (matrix.shape[0], "users") if by_users else (num_items + 1, "items")
+        require_memory(
+            side**2 * np.dtype(self.dtype).itemsize + 24.0 * _NUMBERS_AT_ONCE,
+            f"EASE in {self.dtype} over {side:,} {what}",
+            ("dtype float32 takes half, " if self.dtype == "float64" else "") + "ItemKNN far less",
+        )
+        matrix = matrix.astype(self.dtype)
+        by_item = matrix.T.tocsr()  # [I + 1, U]
+        if by_users:
+            self.inverse, self.by_item = _inverse_of_gram(matrix, by_item, self.l2), by_item
+            self.kept = np.ones(num_items + 1)
+            size = max(1, _NUMBERS_AT_ONCE // side)
+            for first in range(0, num_items + 1, size):
+                x = by_item[first : first + size]
+                self.kept[first : first + size] -= x.multiply(x @ self.inverse).sum(1).A1
+        else:
+            self.by_item = None
+            self.weights = _inverse_of_gram(by_item, matrix, self.l2)
+            self.weights /= -self.weights.diagonal()  # each column by its own
+            np.fill_diagonal(self.weights, 0)
+        return self
+
+    def score_block(self, history: Tensor, values: Tensor | None = None, users: Tensor | None = None) -> ScoreBlock:
+        """As `ClosedForm.score_block`; an item of the history is worth its value."""
+        given = history_matrix(history, values, self.num_items).astype(self.dtype)
+        if self.by_item is None:
+            scores = given @ self.weights  # [B, I + 1]: less than the weights, as long as B is less than I
+            return lambda first, last: _tensor(scores[:, first:last], history.device)
+        projected = ((given @ self.by_item) @ self.inverse).T  # [U, B]
+        by_column = given.tocsc()
+
+        def score_block(first: int, last: int) -> Tensor:
+            x = by_column[:, first:last].toarray()
+            # x B_j = x_j - x P_j / P_jj, as the diagonal of B is 0.
+            return _tensor(x - (x - (self.by_item[first:last] @ projected).T) / self.kept[first:last], history.device)
+
+        return score_block
+
+
+def _tensor(scores: np.ndarray, device: torch.device) -> Tensor:
+    return torch.tensor(scores, dtype=torch.float32, device=device)
+
+
+def _inverse_of_gram(matrix: Any, transposed: Any, l2: float) -> np.ndarray:
+    """(A A' + l2 1)^-1 of a sparse matrix A [n, m]: [n, n], with no second matrix of that size beside it."""
+    side, dtype = matrix.shape[0], matrix.dtype
+    gram = np.empty((side, side), dtype, order="F")
+    size = max(1, _NUMBERS_AT_ONCE // side)
+    for first in range(0, side, size):
+        gram[:, first : first + size] = (matrix[first : first + size] @ transposed).toarray().T
+    gram[np.arange(side), np.arange(side)] += l2
+    factorize, invert = (lapack.dpotrf, lapack.dpotri) if dtype == "float64" else (lapack.spotrf, lapack.spotri)
+    factor, failed = factorize(gram, lower=True, overwrite_a=True, clean=False)
+    if failed:
+        raise ValueError(
+            f"X'X + l2 is not positive definite in {dtype}: choose a larger l2 than {l2}, or dtype float64"
+        )
+    inverse, _ = invert(factor, lower=True, overwrite_c=True)
+    for first in range(0, side, size):  # the upper triangle from the lower one
+        last = min(first + size, side)
+        inverse[first:last, last:] = inverse[last:, first:last].T
+        square = np.tril(inverse[first:last, first:last])
+        inverse[first:last, first:last] = square + np.tril(square, -1).T
+    return inverse.T  # the same, in rows

@@ -1,0 +1,96 @@
+"""Items like those in the history (Deshpande and Karypis 2004, "Item-based top-N recommendation algorithms").
+
+The similarity of two items is the cosine of their columns x_i of the event matrix, shrunk where these are short (Ferrari
+Dacrema et al. 2019, arXiv 1907.06902); each item keeps its K most similar ones, and the items of a history vote for theirs::
+
+    w_ij = x_i . x_j / (|x_i| |x_j| + shrinkage),      score_j = sum_{i in history} w_ij  over the K largest of each i
+
+U users, I items (numbered 1 to I), K neighbours of an item.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from bigmodel.tasks.recommendation.closed_form.matrix import (
+    blocks,
+    event_matrix,
+    history_matrix,
+    require_memory,
+    sparse_scores,
+)
+from bigmodel.tasks.recommendation.ranking import ScoreBlock, pack, unpack
+
+_SIMILARITIES_AT_ONCE = 1 << 22  # of a block of items with all that they share users with
+
+
+class ItemKNN:
+    """Recommends neighbours of the history's items.
+
+    Args:
+        num_neighbors: K.
+        shrinkage: in units of |x_i| |x_j|, at least 0.
+
+    Attributes:
+        similarity: sparse [I + 1, I + 1] float32, once fitted; row i has the neighbours of item i, of equally similar ones
+            the lower numbers.
+    """
+
+    similarity: Any
+
+    def __init__(self, num_neighbors: int = 100, shrinkage: float = 0.0) -> None:
+        if num_neighbors < 1:
+            raise ValueError(f"num_neighbors is {num_neighbors}, but must be at least 1")
+        if not 0 <= shrinkage < float("inf"):
+            raise ValueError(f"shrinkage is {shrinkage}, but must be 0 or above")
+        self.num_neighbors, self.shrinkage = num_neighbors, shrinkage
+
+    def fit(self, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None, num_items: int) -> ItemKNN:
+        """As `ClosedForm.fit`. Memory: 24 bytes for each neighbour, and a block of similarities at a time."""
+        by_user = event_matrix(indptr, indices, values, num_items)
+        by_user.eliminate_zeros()
+        by_item = by_user.T.tocsr()  # [I + 1, U]
+        num_users = np.diff(by_item.indptr)
+        # How many items each can at most share a user with.
+        sharing = np.minimum(by_item.astype(bool) @ np.diff(by_user.indptr), num_items)
+        require_memory(
+            24.0 * np.minimum(sharing, self.num_neighbors).sum() + 64.0 * _SIMILARITIES_AT_ONCE,
+            f"ItemKNN with {self.num_neighbors} neighbours of {num_items:,} items",
+            "choose a smaller num_neighbors",
+        )
+        norms = np.sqrt(by_item.multiply(by_item).sum(1)).A1
+        order = sharing.argsort(kind="stable")
+        order = order[num_users[order] > 0]
+        parts = [
+            self._neighbors(order[start:stop], by_item, by_user, norms)
+            for start, stop in blocks(sharing[order], _SIMILARITIES_AT_ONCE)
+        ]
+        rows, columns, similarities = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        self.similarity = sp.csr_matrix((similarities, (rows, columns)), (num_items + 1, num_items + 1))
+        return self
+
+    def _neighbors(self, items: np.ndarray, by_item: Any, by_user: Any, norms: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Rows, columns and values of the similarities that a block of items keeps."""
+        products = by_item[items] @ by_user  # [n, I + 1]
+        lengths = np.diff(products.indptr)
+        row = np.repeat(np.arange(len(items)), lengths)
+        similarity = products.data / (norms[items[row]] * norms[products.indices] + self.shrinkage)
+        keys = pack(torch.from_numpy(similarity).float(), torch.from_numpy(products.indices).long())
+        nothing = int(pack(torch.zeros(1), torch.zeros(1, dtype=torch.int64)))  # sorts above no similarity but 0
+        padded = torch.full((len(items), int(lengths.max())), nothing)
+        place = torch.from_numpy(np.arange(len(row)) - products.indptr[row])
+        other = products.indices != items[row]
+        padded[torch.from_numpy(row), place] = torch.where(torch.from_numpy(other), keys, nothing)
+        best, columns = unpack(padded.topk(min(self.num_neighbors, padded.shape[1])).values)
+        n, slot = (best > 0).numpy().nonzero()
+        return items[n], columns.numpy()[n, slot], best.numpy()[n, slot]
+
+    def score_block(self, history: Tensor, values: Tensor | None = None, users: Tensor | None = None) -> ScoreBlock:
+        """As `ClosedForm.score_block`; an item of the history is worth its value."""
+        given = history_matrix(history, values, self.similarity.shape[0] - 1)
+        return sparse_scores(given @ self.similarity, history.device)

@@ -1,0 +1,132 @@
+"""Events and histories as sparse matrices, and the memory that a method needs.
+
+U users, B users to score for, H items of the longest history, I items (numbered 1 to I; column 0 is padding).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from bigmodel.tasks.recommendation.ranking import ScoreBlock
+
+
+class ClosedForm(Protocol):
+    """A recommender without training steps."""
+
+    def fit(self, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None, num_items: int) -> ClosedForm:
+        """Learn from training events.
+
+        Args:
+            indptr: [U + 1], where each user's events begin.
+            indices: [N] items of the events, each user's in the order of time.
+            values: [N], what an event is worth, such as a rating; None: 1. Of a user's events with the same item, the last
+                counts.
+            num_items: I.
+
+        Raises:
+            ValueError: for arrays that do not fit together, or if memory does not suffice.
+        """
+        ...
+
+    def score_block(self, history: Tensor, values: Tensor | None = None, users: Tensor | None = None) -> ScoreBlock:
+        """Scores of all items for B users, as `ranking` takes them, on the history's device.
+
+        Args:
+            history: items [B, H] int64, padded with 0.
+            values: [B, H], what each is worth; None: 1.
+            users: [B], the row of each in the training events, -1 for one who is not in them; None: nobody is.
+        """
+        ...
+
+
+def event_matrix(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None, num_items: int) -> Any:
+    """Events as a sparse matrix [U, I + 1] in rows, float64, sorted, each item at most once in a row."""
+    indptr, indices = np.asarray(indptr, np.int64), np.asarray(indices)
+    if len(indptr) < 2 or indptr[0] != 0 or indptr[-1] != len(indices) or (np.diff(indptr) < 0).any():
+        raise ValueError(f"indptr must ascend from 0 to the number of events, {len(indices)}, one step for each user")
+    if values is not None and (len(values) != len(indices) or not np.isfinite(values).all()):
+        raise ValueError(f"{len(indices)} events need as many finite values; there are {len(values)}")
+    if len(indices) == 0:
+        raise ValueError("there are no training events")
+    if not 1 <= indices.min() <= indices.max() <= num_items:
+        raise ValueError(
+            f"events have items {indices.min()} to {indices.max()}, but they are numbered 1 to {num_items}"
+        )
+    users = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+    return _matrix(users, indices, values, (len(indptr) - 1, num_items + 1))
+
+
+def history_matrix(history: Tensor, values: Tensor | None, num_items: int) -> Any:
+    """Histories as such a matrix [B, I + 1]."""
+    items = history.cpu().numpy()
+    if items.size and not 0 <= items.min() <= items.max() <= num_items:
+        raise ValueError(
+            f"histories have items {items.min()} to {items.max()}, but they are numbered 1 to {num_items} (0: none)"
+        )
+    rows, places = items.nonzero()
+    given = None if values is None else values.cpu().numpy()[rows, places]
+    return _matrix(rows, items[rows, places], given, (len(items), num_items + 1))
+
+
+def _matrix(rows: np.ndarray, columns: np.ndarray, values: np.ndarray | None, shape: tuple[int, int]) -> Any:
+    cells = rows.astype(np.int64) * shape[1] + columns
+    # The last of equals is the first in reverse.
+    cells, last = np.unique(cells[::-1], return_index=True)
+    data = np.ones(len(cells)) if values is None else np.asarray(values, np.float64)[::-1][last]
+    return sp.csr_matrix((data, (cells // shape[1], cells % shape[1])), shape)
+
+
+def sparse_scores(scores: Any, device: torch.device) -> ScoreBlock:
+    """Scores that are a sparse matrix [B, I + 1]."""
+    by_column = scores.tocsc()
+
+    def score_block(first: int, last: int) -> Tensor:
+        return torch.from_numpy(by_column[:, first:last].toarray(order="C")).to(device, torch.float32)
+
+    return score_block
+
+
+def blocks(sizes: np.ndarray, budget: int) -> list[tuple[int, int]]:
+    """Parts of an ascending array of sizes, such that its length times its largest size is at most the budget (or it has one
+    element)."""
+    parts, start = [], 0
+    while start < len(sizes):
+        length = max(1, budget // max(1, int(sizes[start])))
+        ahead = sizes[start : start + length]
+        fits = np.arange(1, len(ahead) + 1) * ahead <= budget
+        stop = start + max(1, int(fits.sum()))
+        parts.append((start, stop))
+        start = stop
+    return parts
+
+
+def require_memory(needed: float, purpose: str, instead: str) -> None:
+    """Raise a ValueError, before anything is allocated, if that many bytes are not there."""
+    there = available_memory()
+    if needed > there:
+        raise ValueError(
+            f"{purpose} needs {needed / 1e9:,.1f} GB of main memory, and {there / 1e9:,.1f} GB are available: {instead}"
+        )
+
+
+def available_memory() -> float:
+    """Bytes of main memory that this process can still take: of the machine, and of its control group."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        there = next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: what there is in all
+        there = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())  # "max" if there is none
+        there = min(there, limit - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return there

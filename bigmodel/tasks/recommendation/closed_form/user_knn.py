@@ -1,0 +1,113 @@
+"""What similar users have (Resnick et al. 1994, "GroupLens"; Herlocker et al. 1999).
+
+The similarity of two users is the cosine of their rows of the event matrix, or Pearson's correlation over the items that
+both have. Of the k most similar users (above 0 only), with ratings r_j of those that have an item, its score is::
+
+    mean:  sum_j w_j r_j / sum_j w_j              a rating, as the neighbours would give it
+    norm:  sum_j r_j / sqrt(sum_j r_j^2)          grows with how many have it: for ranking
+
+and 0 where none has it. Where events have no values, r_j is 1: `mean` is then 1 or 0, and `norm` the root of a count.
+
+U users, B users to score for, I items (numbered 1 to I), k neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from bigmodel.tasks.recommendation.closed_form.matrix import event_matrix, history_matrix, sparse_scores
+from bigmodel.tasks.recommendation.ranking import ScoreBlock, pack, unpack
+
+_SIMILARITIES_AT_ONCE = 1 << 22
+
+
+class UserKNN:
+    """Recommends what neighbours have; nothing is learned beforehand.
+
+    Args:
+        num_neighbors: k.
+        similarity: `cosine` or `pearson` (needs ratings: it is 0 among equal ones).
+        prediction: `norm` or `mean`, as above.
+    """
+
+    matrix: Any  # [U, I + 1], once fitted
+
+    def __init__(
+        self,
+        num_neighbors: int = 100,
+        similarity: Literal["cosine", "pearson"] = "cosine",
+        prediction: Literal["norm", "mean"] = "norm",
+    ) -> None:
+        if num_neighbors < 1:
+            raise ValueError(f"num_neighbors is {num_neighbors}, but must be at least 1")
+        if similarity not in ("cosine", "pearson"):
+            raise ValueError(f"similarity is {similarity!r}, but must be cosine or pearson")
+        if prediction not in ("norm", "mean"):
+            raise ValueError(f"prediction is {prediction!r}, but must be norm or mean")
+        self.num_neighbors, self.similarity, self.prediction = num_neighbors, similarity, prediction
+
+    def fit(self, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None, num_items: int) -> UserKNN:
+        """As `ClosedForm.fit`."""
+        if self.similarity == "pearson" and values is None:
+            raise ValueError("similarity pearson needs ratings, and the events have none: choose cosine")
+        self.matrix = event_matrix(indptr, indices, values, num_items)
+        return self
+
+    def score_block(self, history: Tensor, values: Tensor | None = None, users: Tensor | None = None) -> ScoreBlock:
+        """As `ClosedForm.score_block`; nobody is a neighbour of himself."""
+        given = history_matrix(history, values, self.matrix.shape[1] - 1)
+        rows = np.full(len(history), -1) if users is None else users.cpu().numpy()
+        size = max(1, _SIMILARITIES_AT_ONCE // self.matrix.shape[0])
+        parts = [self._neighbors(given[i : i + size], rows[i : i + size]) for i in range(0, len(rows), size)]
+        weights = sp.vstack(parts, "csr")  # [B, U]
+        if self.prediction == "mean":
+            sums, scale = weights @ self.matrix, weights @ _ones(self.matrix)
+        else:
+            weights = _ones(weights)
+            sums, scale = weights @ self.matrix, (weights @ self.matrix.power(2)).sqrt()
+        scale.data[scale.data > 0] = 1 / scale.data[scale.data > 0]
+        return sparse_scores(sums.multiply(scale), history.device)
+
+    def _neighbors(self, given: Any, rows: np.ndarray) -> Any:
+        """Similarities [b, U] of the neighbours that users [b, I + 1] have, sparse."""
+        similarity = torch.from_numpy(self._pearson(given) if self.similarity == "pearson" else self._cosine(given))
+        known = (rows >= 0).nonzero()[0]
+        similarity[known, rows[known]] = 0
+        keys = pack(similarity.float(), torch.arange(similarity.shape[1]))
+        best, neighbors = unpack(keys.topk(min(self.num_neighbors, keys.shape[1])).values)
+        row, slot = (best > 0).numpy().nonzero()
+        cells = (row, neighbors.numpy()[row, slot])
+        return sp.csr_matrix((best.numpy()[row, slot].astype(np.float64), cells), tuple(similarity.shape))
+
+    def _cosine(self, given: Any) -> np.ndarray:
+        own, others = (np.sqrt(matrix.power(2).sum(1).A1) for matrix in (given, self.matrix))
+        scale = own[:, None] * others
+        return _divide((given @ self.matrix.T).toarray(), scale, scale > 0)
+
+    def _pearson(self, given: Any) -> np.ndarray:
+        """Sums over the items that both have, of which there must be two."""
+        both, others = _ones(given), _ones(self.matrix).T
+        n = np.maximum((both @ others).toarray(), 1)
+        mean_own, mean_other = (given @ others).toarray() / n, (both @ self.matrix.T).toarray() / n
+        square_own = (given.power(2) @ others).toarray() / n
+        square_other = (both @ self.matrix.power(2).T).toarray() / n
+        product = (given @ self.matrix.T).toarray() / n
+        variances = square_own - mean_own**2, square_other - mean_other**2
+        # Rounding leaves a little where all ratings are equal.
+        vary = (variances[0] > 1e-12 * square_own) & (variances[1] > 1e-12 * square_other)
+        return _divide(product - mean_own * mean_other, np.sqrt(np.maximum(variances[0] * variances[1], 0)), vary)
+
+
+def _ones(matrix: Any) -> Any:
+    """1 where something is stored."""
+    return sp.csr_matrix((np.ones_like(matrix.data), matrix.indices, matrix.indptr), matrix.shape)
+
+
+def _divide(above: np.ndarray, below: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """Quotients, and 0 elsewhere."""
+    return np.divide(above, below, out=np.zeros_like(above), where=where)
