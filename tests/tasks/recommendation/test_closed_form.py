@@ -14,6 +14,7 @@ from bigmodel.tasks.recommendation.closed_form import (
     ease,
     item_knn,
     matrix,
+    recency,
     user_knn,
 )
 from bigmodel.tasks.recommendation.ranking import rank
@@ -176,6 +177,24 @@ def test_user_knn_against_a_loop(similarity, prediction, monkeypatch) -> None:
     rows = np.array([0, 1, 2, 3, -1, -1, -1, -1])
     found = all_scores(method, histories(own), values=values_of(own), users=torch.from_numpy(rows))
     np.testing.assert_allclose(found, loop_over_users(x, rows, own, similarity, prediction, 25), rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [Popularity, EASE, lambda: EASE(dtype="float32"), ItemKNN, UserKNN])
+@pytest.mark.parametrize("shape", [(40, 15), (15, 40)])
+def test_what_was_fitted_is_saved(make, shape, tmp_path) -> None:
+    x = ratings(*shape)
+    method, again = make().fit(*arrays(x), shape[1]), make()
+    torch.save(method.state_dict(), tmp_path / "state.pt")
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    np.testing.assert_array_equal(all_scores(again, histories(x)), all_scores(method, histories(x)))
+    assert all_scores(method, histories(x)).any()
+
+
+def test_recency() -> None:
+    values = recency(torch.tensor([[0, 3, 5, 2], [4, 1, 0, 0]]), 0.5)
+    assert values.tolist() == [[0, 0.25, 0.5, 1], [0.5, 1, 0, 0]]
+    with pytest.raises(ValueError, match="decay is 0, but"):
+        recency(torch.zeros(1, 1), 0)
 
 
 def test_the_last_of_repeated_events_counts_and_scores_are_ranked() -> None:
