@@ -1,6 +1,7 @@
 """Methods in closed form against constants, loops from their definitions, and each other."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -177,6 +178,17 @@ def test_user_knn_against_a_loop(similarity, prediction, monkeypatch) -> None:
     rows = np.array([0, 1, 2, 3, -1, -1, -1, -1])
     found = all_scores(method, histories(own), values=values_of(own), users=torch.from_numpy(rows))
     np.testing.assert_allclose(found, loop_over_users(x, rows, own, similarity, prediction, 25), rtol=1e-5)
+
+
+def test_ease_takes_one_matrix(monkeypatch) -> None:
+    monkeypatch.setattr(ease, "_NUMBERS_AT_ONCE", 20_000)
+    events = arrays((ratings(1000, 900) > 4).astype(float))
+    tracemalloc.start()
+    EASE().fit(*events[:2], None, 900)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    sparse = 4 * 16 * len(events[1])  # the events themselves, by rows and by columns, and while they are sorted
+    assert peak < 1.2 * 901**2 * 8 + sparse
 
 
 @pytest.mark.parametrize("make", [Popularity, EASE, lambda: EASE(dtype="float32"), ItemKNN, UserKNN])
