@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from bigmodel.cache import say
 from bigmodel.run import sizes
 from bigmodel.tasks.recommendation.batches import EvalBatch, UserBatch
 from bigmodel.tasks.recommendation.catalogue import Catalogue
-from bigmodel.tasks.recommendation.closed_form import Popularity
+from bigmodel.tasks.recommendation.closed_form import Popularity, recency
 from bigmodel.tasks.recommendation.evaluation import Evaluation
 from bigmodel.tasks.recommendation.module import one_history
 from bigmodel.tasks.recommendation.ranking import ScoreBlock
@@ -32,6 +31,7 @@ class FittedRecommendation(LightningModule):
     Args:
         method: one of bigmodel.tasks.recommendation.closed_form: Popularity (by default), UserKNN, ItemKNN, EASE.
         values: what an event is worth to the method: 1 (`ones`), or its rating (`ratings`).
+        decay: what an item of a history counts less, by this factor, for each that was chosen after it; 1: all alike.
         cutoffs: lengths k of the lists that are measured.
 
     Logs what SequenceRecommendation does.
@@ -44,11 +44,14 @@ class FittedRecommendation(LightningModule):
         self,
         method: Any = None,
         values: Literal["ones", "ratings"] = "ones",
+        decay: float = 1.0,
         cutoffs: Sequence[int] = (5, 10, 20),
     ) -> None:
         super().__init__()
         self.method: Any = method if method is not None else Popularity()
         self.values: Literal["ones", "ratings"] = values
+        self.decay = decay
+        recency(torch.zeros(1, 1, dtype=torch.int64), decay)  # refuses what cannot be
         self.fitted = False
         # Lightning counts optimizer steps, and saves checkpoints by their number: this number is for it to count by.
         self.nominal = nn.Parameter(torch.zeros(()))
@@ -80,12 +83,15 @@ class FittedRecommendation(LightningModule):
             self.method.fit(matrix.indptr, matrix.indices, values, self.num_items)
             say(f"fitted {type(self.method).__name__} on {len(matrix.indices):,} events")
         if self.trainer.world_size > 1:
-            unpack(self.method, strategy.broadcast(pack(self.method) if self.trainer.is_global_zero else {}))
+            state = strategy.broadcast(self.method.state_dict() if self.trainer.is_global_zero else {})
+            if not self.trainer.is_global_zero:
+                self.method.load_state_dict(state)
         self.fitted = True
 
     def score_block(self, batch: EvalBatch) -> ScoreBlock:
         """The scores of all items for a batch of histories, block by block (see `ranking`)."""
-        block: ScoreBlock = self.method.score_block(batch.history, None, batch.users)
+        values = None if self.decay == 1 else recency(batch.history, self.decay)
+        block: ScoreBlock = self.method.score_block(batch.history, values, batch.users)
         return block
 
     def validation_step(self, batch: EvalBatch) -> None:
@@ -110,12 +116,12 @@ class FittedRecommendation(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["catalogue"] = self._catalogue().state_dict()
-        checkpoint["method"] = pack(self.method) if self.fitted else None
+        checkpoint["method"] = self.method.state_dict() if self.fitted else None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.catalogue = Catalogue.from_state_dict(checkpoint["catalogue"])
         if checkpoint["method"] is not None:
-            unpack(self.method, checkpoint["method"])
+            self.method.load_state_dict(checkpoint["method"])
             self.fitted = True
 
     def _catalogue(self) -> Catalogue:
@@ -131,42 +137,8 @@ class FittedRecommendation(LightningModule):
         """The best items for somebody who has had these; see `SequenceRecommendation.recommend`. Times are not used."""
         numbers = self._catalogue().numbers(history)
         batch = one_history(numbers, None, len(numbers), self.device)
-        return self._catalogue().best(self.method.score_block(batch.history), batch, k)
+        return self.recommend_to(batch._replace(users=batch.users - 1), k)  # -1: nobody that it was fitted on
 
     def recommend_to(self, batch: EvalBatch, k: int = 10) -> list[dict[str, Any]]:
         """The same for the one user of a batch, as the data module's `user` gives it."""
         return self._catalogue().best(self.score_block(batch), batch, k)
-
-
-def pack(method: Any) -> dict[str, Any]:
-    """What a fitted method consists of, as plain values and tensors, which a checkpoint can hold."""
-    return {name: _packed(value) for name, value in vars(method).items()}
-
-
-def unpack(method: Any, state: dict[str, Any]) -> None:
-    """Make a method what `pack` has taken apart."""
-    for name, value in state.items():
-        setattr(method, name, _unpacked(value))
-
-
-def _packed(value: Any) -> Any:
-    from scipy import sparse
-
-    if isinstance(value, np.ndarray):
-        return {"array": torch.from_numpy(np.ascontiguousarray(value))}
-    if sparse.issparse(value):
-        parts = {name: torch.from_numpy(getattr(value, name)) for name in ("data", "indices", "indptr")}
-        return {"sparse": value.format, "shape": list(value.shape), **parts}
-    return value
-
-
-def _unpacked(value: Any) -> Any:
-    from scipy import sparse
-
-    if isinstance(value, dict) and "array" in value:
-        return value["array"].numpy()
-    if isinstance(value, dict) and "sparse" in value:
-        kind = {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix}[value["sparse"]]
-        parts = tuple(value[name].numpy() for name in ("data", "indices", "indptr"))
-        return kind(parts, shape=tuple(value["shape"]))
-    return value

@@ -167,6 +167,8 @@ class BCE(_Drawing):
 class GBCE(_Drawing):
     """Generalised binary cross-entropy: the target's part weighs less, so that few negatives do not make overconfident.
 
+    Reads n vectors for each position: below some ten thousand items `FullSoftmax` costs no more on a CPU.
+
     Args:
         num_negatives: n, drawn uniformly with replacement.
         t: calibration, from 0 (binary cross-entropy) to 1 (scores as calibrated as those of the full softmax).

@@ -16,10 +16,11 @@ B users, K targets of a user, k length of a list, L lengths in all, I items (num
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from bigmodel.tasks.recommendation.negatives import check_counts
@@ -71,6 +72,10 @@ class RankingMetrics(Metric):
             # The best place that each item had in any list; beyond all of them if it was in none.
             self.add_state("places", torch.full_like(self.counts, self.longest + 1), dist_reduce_fx="min")
             self.add_state("events", torch.zeros(2, len(cutoffs), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
+        """Go along to a device, but stay in float64 where the task around becomes bfloat16."""
+        return super()._apply(lambda x: x.to(fn(x).device), *args, **kwargs)
 
     @torch.no_grad()
     def update(self, ranks: Tensor, items: Tensor | None = None) -> None:

@@ -109,12 +109,21 @@ def rank_and_top_k(
 
 
 @torch.no_grad()
+def scores_of(score_block: ScoreBlock, num_items: int, items: Tensor, block_size: int | None = None) -> Tensor:
+    """Scores [B, n] float32 of items [B, n] int64, picked from their blocks; 0 where there is none (0).
+
+    For a model that predicts ratings: these are its predictions (torchmetrics has what measures their errors).
+    """
+    return _Blocks(score_block, num_items, items, block_size).pick(items)
+
+
+@torch.no_grad()
 def sampled_rank(
     score_block: ScoreBlock, num_items: int, targets: Tensor, negatives: Tensor, block_size: int | None = None
 ) -> Tensor:
     """Ranks of the targets, each among the negatives of its user only: for metrics that say so (`sampled_...`).
 
-    They order models otherwise than ranks among all items do (Krichene and Rendle 2020), and can only be compared with others
+    They order models otherwise than ranks among all items do (Krichene and Rendle 2020), and compare only with others
     of as many negatives, drawn alike.
 
     Args:
@@ -124,8 +133,7 @@ def sampled_rank(
     Returns:
         [B, K] int64, 0 where there is no target; ties count against the target.
     """
-    _check_items("targets", targets, num_items)
-    picked = _Blocks(score_block, num_items, negatives, block_size).pick(torch.cat([targets, negatives], 1))
+    picked = scores_of(score_block, num_items, torch.cat([targets, negatives], 1), block_size)
     if not picked.isfinite().all():
         raise ValueError("a score is not finite: training has diverged. Lower --model.optimizer.lr")
     values, others = picked[:, : targets.shape[1]], picked[:, targets.shape[1] :]
@@ -140,7 +148,7 @@ class _Blocks:
     def __init__(self, score_block: ScoreBlock, num_items: int, history: Tensor, block_size: int | None) -> None:
         if num_items < 1:
             raise ValueError(f"{num_items} items: there is nothing to rank")
-        _check_items("history", history, num_items)
+        _check_items("histories", history, num_items)
         if block_size is None:
             at_once = _SCORES_AT_ONCE.get(history.device.type, _SCORES_AT_ONCE["cpu"])
             block_size = max(1, at_once // max(1, len(history)))

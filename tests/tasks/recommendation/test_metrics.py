@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import retrieval
 
 from bigmodel.tasks.recommendation.metrics import RankingMetrics
@@ -104,6 +104,7 @@ def test_one_process_and_three_measure_the_same_over_ten_users(num_targets: int)
     scores, targets, counts = evaluation(10, num_targets, seed=2)
     ranks, items = lists(scores, targets, 10)
     alone = RankingMetrics([5, 10], counts)
+    nn.ModuleList([alone]).to(torch.bfloat16)  # as a task is, whose parameters are
     alone.update(ranks, items)
     processes = [RankingMetrics([5, 10], counts) for _ in range(3)]
     for metrics, users in zip(processes, (slice(0, 4), slice(4, 8), slice(8, 10)), strict=True):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigmodel.tasks.recommendation.ranking import dot_products, rank, rank_and_top_k, sampled_rank, top_k
+from bigmodel.tasks.recommendation.ranking import dot_products, rank, rank_and_top_k, sampled_rank, scores_of, top_k
 
 B, N, H, K = 6, 23, 9, 3
 
@@ -80,6 +80,8 @@ def test_ranks_among_a_sample(block_size: int | None) -> None:
         for s, wanted, drawn in zip(scores.tolist(), targets.tolist(), negatives.tolist(), strict=True)
     ]
     assert sampled_rank(block_of(scores), N, targets, negatives, block_size).tolist() == expected
+    picked = scores_of(block_of(scores), N, targets, block_size)
+    assert torch.equal(picked, torch.where(targets > 0, scores.gather(1, targets), 0))
 
 
 def test_constant_scores_rank_last() -> None:
@@ -141,7 +143,7 @@ def test_a_million_items_are_ranked_in_bounded_memory() -> None:
         ({"k": 0}, "k is 0, but must be in 1 to 23"),
         ({"k": 24}, "k is 24"),
         ({"block_size": 0}, "block_size is 0"),
-        ({"history": torch.full((B, 1), 24)}, "history hold items 24 to 24"),
+        ({"history": torch.full((B, 1), 24)}, "histories hold items 24 to 24"),
         ({"targets": torch.zeros(B, 1)}, "targets are torch.float32"),
         ({"targets": torch.ones(B + 1, 1, dtype=torch.int64)}, r"shape \[7, 1\]"),
         ({"scores": torch.zeros(B - 1, N + 1)}, r"have shape \[5, 23\]"),

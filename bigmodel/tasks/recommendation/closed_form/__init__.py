@@ -2,16 +2,21 @@
 
 Each is made from its options, then fitted; it scores the items for any history, of users that it was fitted on or not::
 
-    method = EASE(l2=500.0).fit(indptr, indices, None, num_items)
-    items, scores = top_k(method.score_block(history), num_items, 10, history)
+    method = EASE().fit(indptr, indices, None, num_items)
+    items, scores = top_k(method.score_block(history, recency(history, 0.8)), num_items, 10, history)
 
-They work in main memory, on a CPU, and need scipy (`pip install 'bigmodel[recommendation]'`).
+They work in main memory, on a CPU, and need scipy.
 """
+
+try:
+    import scipy  # noqa: F401
+except ImportError as error:
+    raise ImportError("recommenders in closed form need scipy: pip install 'bigmodel[recommendation]'") from error
 
 from bigmodel.tasks.recommendation.closed_form.ease import EASE
 from bigmodel.tasks.recommendation.closed_form.item_knn import ItemKNN
-from bigmodel.tasks.recommendation.closed_form.matrix import ClosedForm
+from bigmodel.tasks.recommendation.closed_form.matrix import ClosedForm, recency
 from bigmodel.tasks.recommendation.closed_form.popularity import Popularity
 from bigmodel.tasks.recommendation.closed_form.user_knn import UserKNN
 
-__all__ = ["EASE", "ClosedForm", "ItemKNN", "Popularity", "UserKNN"]
+__all__ = ["EASE", "ClosedForm", "ItemKNN", "Popularity", "UserKNN", "recency"]

@@ -20,7 +20,13 @@ import torch
 from scipy.linalg import lapack
 from torch import Tensor
 
-from bigmodel.tasks.recommendation.closed_form.matrix import event_matrix, history_matrix, require_memory
+from bigmodel.tasks.recommendation.closed_form.matrix import (
+    event_matrix,
+    history_matrix,
+    load_matrix,
+    require_memory,
+    save_matrix,
+)
 from bigmodel.tasks.recommendation.ranking import ScoreBlock
 
 _NUMBERS_AT_ONCE = 1 << 22
@@ -30,7 +36,7 @@ class EASE:
     """Recommends by a regression of each item on all others, solved exactly by a Cholesky factor, in place.
 
     Args:
-        l2: lambda, above 0; about 50 for thousands of users, 500 for hundreds of thousands.
+        l2: lambda, above 0; more for more users (the paper has 200 to 1,000 for hundreds of thousands).
         dtype: of the matrix that is inverted.
     """
 
@@ -88,6 +94,21 @@ class EASE:
             return _tensor(x - (x - (self.by_item[first:last] @ projected).T) / self.kept[first:last], history.device)
 
         return score_block
+
+    def state_dict(self) -> dict[str, Tensor]:
+        if self.by_item is None:
+            return {"weights": torch.from_numpy(self.weights)}
+        parts = {"inverse": torch.from_numpy(self.inverse), "kept": torch.from_numpy(self.kept)}
+        return parts | save_matrix("by_item", self.by_item)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if "weights" in state:
+            self.by_item, self.weights = None, state["weights"].numpy()
+            self.num_items = len(self.weights) - 1
+        else:
+            self.by_item = load_matrix("by_item", state)
+            self.inverse, self.kept = state["inverse"].numpy(), state["kept"].numpy()
+            self.num_items = len(self.kept) - 1
 
 
 def _tensor(scores: np.ndarray, device: torch.device) -> Tensor:

@@ -21,7 +21,9 @@ from bigmodel.tasks.recommendation.closed_form.matrix import (
     blocks,
     event_matrix,
     history_matrix,
+    load_matrix,
     require_memory,
+    save_matrix,
     sparse_scores,
 )
 from bigmodel.tasks.recommendation.ranking import ScoreBlock, pack, unpack
@@ -94,3 +96,9 @@ class ItemKNN:
         """As `ClosedForm.score_block`; an item of the history is worth its value."""
         given = history_matrix(history, values, self.similarity.shape[0] - 1)
         return sparse_scores(given @ self.similarity, history.device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return save_matrix("similarity", self.similarity)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.similarity = load_matrix("similarity", state)

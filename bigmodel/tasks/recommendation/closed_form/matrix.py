@@ -45,6 +45,29 @@ class ClosedForm(Protocol):
         """
         ...
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was fitted, for a checkpoint."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take it back, into an object with the same options."""
+        ...
+
+
+def recency(history: Tensor, decay: float) -> Tensor:
+    """Values [B, H] float32 of histories [B, H] that are in the order of time: decay^a for the item that a others follow.
+
+    The closed forms know no order; counted like this they follow what a user does now, as a net of sequences does.
+
+    Raises:
+        ValueError: for a decay that is not in 0 to 1.
+    """
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay is {decay}, but must be above 0 and at most 1 (1: all items of a history count alike)")
+    there = history > 0
+    age = there.sum(1, keepdim=True) - there.cumsum(1)
+    return torch.where(there, decay ** age.float(), 0)
+
 
 def event_matrix(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None, num_items: int) -> Any:
     """Events as a sparse matrix [U, I + 1] in rows, float64, sorted, each item at most once in a row."""
@@ -91,6 +114,18 @@ def sparse_scores(scores: Any, device: torch.device) -> ScoreBlock:
         return torch.from_numpy(by_column[:, first:last].toarray(order="C")).to(device, torch.float32)
 
     return score_block
+
+
+def save_matrix(name: str, matrix: Any) -> dict[str, Tensor]:
+    """A sparse matrix in rows as tensors, for a state."""
+    parts = {"data": matrix.data, "indices": matrix.indices, "indptr": matrix.indptr, "shape": np.array(matrix.shape)}
+    return {f"{name}.{part}": torch.from_numpy(array) for part, array in parts.items()}
+
+
+def load_matrix(name: str, state: dict[str, Tensor]) -> Any:
+    """The matrix that `save_matrix` gave."""
+    data, indices, indptr, shape = (state[f"{name}.{part}"].numpy() for part in ("data", "indices", "indptr", "shape"))
+    return sp.csr_matrix((data, indices, indptr), tuple(shape.tolist()))
 
 
 def blocks(sizes: np.ndarray, budget: int) -> list[tuple[int, int]]:

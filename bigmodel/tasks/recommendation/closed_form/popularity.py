@@ -29,3 +29,9 @@ class Popularity:
         """As `ClosedForm.score_block`; the history makes no difference."""
         counts = self.counts.to(history.device)
         return lambda first, last: counts[first:last].repeat(len(history), 1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.counts = state["counts"]

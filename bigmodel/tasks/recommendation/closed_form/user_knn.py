@@ -20,7 +20,13 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from bigmodel.tasks.recommendation.closed_form.matrix import event_matrix, history_matrix, sparse_scores
+from bigmodel.tasks.recommendation.closed_form.matrix import (
+    event_matrix,
+    history_matrix,
+    load_matrix,
+    save_matrix,
+    sparse_scores,
+)
 from bigmodel.tasks.recommendation.ranking import ScoreBlock, pack, unpack
 
 _SIMILARITIES_AT_ONCE = 1 << 22
@@ -72,6 +78,12 @@ class UserKNN:
             sums, scale = weights @ self.matrix, (weights @ self.matrix.power(2)).sqrt()
         scale.data[scale.data > 0] = 1 / scale.data[scale.data > 0]
         return sparse_scores(sums.multiply(scale), history.device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return save_matrix("matrix", self.matrix)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.matrix = load_matrix("matrix", state)
 
     def _neighbors(self, given: Any, rows: np.ndarray) -> Any:
         """Similarities [b, U] of the neighbours that users [b, I + 1] have, sparse."""
