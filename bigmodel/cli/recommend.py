@@ -30,7 +30,9 @@ def run_recommend(argv: list[str]) -> None:
         print(_HELP, end="")
         return
     if len(positional) != 1 or ("user" in given) == ("history" in given):
-        raise ValueError("name one run, and either --user ID or --history ID,ID,...; `bigmodel recommend --help` says more")
+        raise ValueError(
+            "name one run, and either --user ID or --history ID,ID,...; `bigmodel recommend --help` says more"
+        )
     if unknown := given.keys() - _FLAGS:
         raise ValueError(f"`bigmodel recommend` has no flag --{unknown.pop()}; it has --{', --'.join(sorted(_FLAGS))}")
     k = flag_value("k", given.get("k", "10"))

@@ -13,9 +13,9 @@ how a script that launched it knows what to resume.
 """
 
 from bigmodel.checkpoint import checkpoint_step, find_checkpoint
-from bigmodel.run.record import RunDirectory, directory
-from bigmodel.run.places import find, new_directory
 from bigmodel.run.loading import find_average, load, load_data, sizes
+from bigmodel.run.places import find, new_directory
+from bigmodel.run.record import RunDirectory, directory
 
 __all__ = [
     "RunDirectory",

@@ -1,6 +1,6 @@
 """Recommendation: what a user chooses next, from what was chosen before.
 
-Two trained tasks, which differ in what they read: `SequenceRecommendation` the history in its order, also of users never seen;
+Two trained tasks, which differ in what they read: `SequenceRecommendation` histories in their order, also of users never seen;
 `PairRecommendation` the number of a user that it was trained on. Both are evaluated by ranking the whole catalogue.
 
 B rows, T positions, D width, I items (numbered 1 to I; 0 is padding), H items of a history, K targets, k length of a list.
@@ -275,7 +275,10 @@ def one_history(numbers: Tensor, times: Sequence[int] | None, max_length: int, d
     if times is not None and len(times) != len(numbers):
         raise ValueError(f"{len(times)} times for a history of {len(numbers)} items: give one for each")
     history = numbers.to(device)[None]
-    items, stamps = history[:, -max_length:], torch.zeros_like(history) if times is None else torch.tensor([list(times)])
+    items, stamps = (
+        history[:, -max_length:],
+        torch.zeros_like(history) if times is None else torch.tensor([list(times)]),
+    )
     none = torch.zeros(1, 0, dtype=torch.int64, device=device)
     zero = torch.zeros(1, dtype=torch.int64, device=device)
     stamps = stamps.to(device)[:, -max_length:]
