@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 ScoreBlock = Callable[[int, int], Tensor]
-"""(first, last) -> scores [B, last - first] of the items first to last - 1; a new tensor, which is written to.
+"""(first, last) -> scores [B, last - first] of the items first to last - 1, the same whenever it is called.
 
-Scores of any floating-point type; they are compared in float32. -inf is an item that must not be recommended.
+Scores are of any floating-point type and compared in float32. -inf is an item that must not be recommended.
 """
 _SCORES_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 24}  # 16 and 64 MB, and up to ten times that to find the best
 _LOW = 0xFFFFFFFF
@@ -186,7 +186,8 @@ class _Blocks:
             highest = torch.maximum(highest, scores.amax(1, keepdim=True))  # a NaN stays
             places, inside = _places(self.history, first, scores)
             # The minimum with +inf changes nothing; nor do several writers of one place matter.
-            scores.scatter_reduce_(1, places, _infinity(scores, places).masked_fill_(inside, -torch.inf), "amin")
+            mask = _infinity(scores, places).masked_fill_(inside, -torch.inf)
+            scores = scores.scatter_reduce(1, places, mask, "amin")  # a copy: the scores may be kept elsewhere
             if counter is not None:
                 places, inside = _places(counter.targets, first, scores)
                 restored = torch.where(inside, counter.values, -_infinity(scores, places))
@@ -201,7 +202,7 @@ class _Counter:
 
     def __init__(self, blocks: _Blocks, targets: Tensor) -> None:
         _check_items("targets", targets, blocks.num_items)
-        if targets.ndim != 2 or len(targets) != len(blocks.history):
+        if targets.ndim != 2 or len(targets) != len(blocks.history) or not targets.shape[1]:
             raise ValueError(
                 f"targets have shape {list(targets.shape)}, but {len(blocks.history)} users need [B, K] of them"
             )

@@ -112,7 +112,7 @@ class EASE:
 
 
 def _tensor(scores: np.ndarray, device: torch.device) -> Tensor:
-    return torch.tensor(scores, dtype=torch.float32, device=device)
+    return torch.from_numpy(scores).to(device, torch.float32)
 
 
 def _inverse_of_gram(matrix: Any, transposed: Any, l2: float) -> np.ndarray:

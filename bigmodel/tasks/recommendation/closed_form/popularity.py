@@ -28,7 +28,7 @@ class Popularity:
     def score_block(self, history: Tensor, values: Tensor | None = None, users: Tensor | None = None) -> ScoreBlock:
         """As `ClosedForm.score_block`; the history makes no difference."""
         counts = self.counts.to(history.device)
-        return lambda first, last: counts[first:last].repeat(len(history), 1)
+        return lambda first, last: counts[first:last].expand(len(history), -1)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"counts": self.counts}
