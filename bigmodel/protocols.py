@@ -95,8 +95,9 @@ class Tabulates(Protocol):
     """
 
     def predict_step(self, batch: Any) -> Mapping[str, Any]:
-        """A column by name: a list of str, or a tensor [n] or [n, K]; n rows of the batch, those of weight 0 left out.
-        Every LightningModule has such a method; the contract is kept by one that has its own."""
+        """A column by name: a list of str, a tensor [n] or [n, K], or for anything else a pyarrow Array; a row for each of
+        the batch, those of weight 0 left out. Every LightningModule has such a method; the contract is kept by one that has
+        its own."""
         ...
 
 

@@ -33,8 +33,8 @@ _ROWS_SHOWN = 5
 class PredictionWriter(Callback):
     """Writes what the task's `predict_step` returns for each batch: a dict of columns, without the rows that only fill up.
 
-    A column is a list of str (or None), a tensor [n] of numbers, or a tensor [n, K], which becomes a list of K numbers in
-    each row. A task may have a method `prediction_metadata() -> dict[str, str]`: what stands in the file beside the table,
+    A column is a list of str (or None), a tensor [n] of numbers, a tensor [n, K], which becomes a list of K numbers in
+    each row, or for anything else a pyarrow Array. A task may have a method `prediction_metadata() -> dict[str, str]`: what stands in the file beside the table,
     such as the names of the classes.
 
     Args:
@@ -186,12 +186,15 @@ def record_batch(columns: Mapping[str, Any]) -> pa.RecordBatch:
 
 
 def _array(name: str, column: Any) -> pa.Array:
+    if isinstance(column, pa.Array):
+        return column
     if isinstance(column, list) and all(value is None or isinstance(value, str) for value in column):
         return pa.array(column, pa.string())
     if not isinstance(column, Tensor) or column.ndim not in (1, 2):
         what = f"a tensor {tuple(column.shape)}" if isinstance(column, Tensor) else f"a {type(column).__name__}"
         raise ValueError(
-            f"predict_step returned {what} as column {name!r}; a list of str or a tensor [n] or [n, K] is needed"
+            f"predict_step returned {what} as column {name!r}; a list of str, a tensor [n] or [n, K], or a pyarrow Array is"
+            " needed"
         )
     column = column.detach().cpu()
     if column.dtype in (torch.bfloat16, torch.float16):

@@ -54,9 +54,8 @@ def run_recommend(argv: list[str]) -> None:
         data: Any = run.load_data(positional[0], runs_dir=runs_dir)
         if "data.path" in given:
             data.path = given["data.path"]
-        data.prepare_data()
         try:
-            batch = data.user(given["user"])
+            batch = data.user(given["user"], task.item_ids)
         except ValueError as error:
             raise ValueError(f"{error}; for somebody the data do not have: --history ID,ID,...") from error
         entries = task.recommend_to(batch, k)

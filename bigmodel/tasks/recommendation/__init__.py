@@ -9,19 +9,30 @@ if TYPE_CHECKING:
     from bigmodel.tasks.recommendation.batches import EvalBatch, PairBatch, SequenceBatch, UserBatch
     from bigmodel.tasks.recommendation.data import InteractionData
     from bigmodel.tasks.recommendation.filters import Filters
+    from bigmodel.tasks.recommendation.fitted import FittedRecommendation
     from bigmodel.tasks.recommendation.interactions import Interactions, SparseMatrix
+    from bigmodel.tasks.recommendation.losses import BCE, BPR, GBCE, FullSoftmax, SampledSoftmax
+    from bigmodel.tasks.recommendation.module import PairRecommendation, SequenceRecommendation
     from bigmodel.tasks.recommendation.splits import GlobalTime, LeaveOneOut, Ratio
 
 __all__ = [
+    "BCE",
+    "BPR",
+    "GBCE",
     "EvalBatch",
     "Filters",
+    "FittedRecommendation",
+    "FullSoftmax",
     "GlobalTime",
     "InteractionData",
     "Interactions",
     "LeaveOneOut",
     "PairBatch",
+    "PairRecommendation",
     "Ratio",
+    "SampledSoftmax",
     "SequenceBatch",
+    "SequenceRecommendation",
     "SparseMatrix",
     "UserBatch",
 ]
@@ -29,7 +40,10 @@ _WHERE = {
     "batches": ("EvalBatch", "PairBatch", "SequenceBatch", "UserBatch"),
     "data": ("InteractionData",),
     "filters": ("Filters",),
+    "fitted": ("FittedRecommendation",),
     "interactions": ("Interactions", "SparseMatrix"),
+    "losses": ("BCE", "BPR", "GBCE", "FullSoftmax", "SampledSoftmax"),
+    "module": ("PairRecommendation", "SequenceRecommendation"),
     "splits": ("GlobalTime", "LeaveOneOut", "Ratio"),
 }
 

@@ -31,16 +31,29 @@ class Catalogue:
         self.items, self.users = items, users
 
     @classmethod
-    def of(cls, prepared: Prepared) -> Catalogue:
-        """That of prepared data."""
-        return cls(prepared.items, prepared.users)
+    def known_to(cls, loaded: Catalogue | None, data: Any) -> Catalogue:
+        """That of a task: its items are those of its checkpoint, if it comes from one, and users those of its data.
+
+        Raises:
+            ValueError: if it has neither.
+        """
+        prepared: Prepared | None = getattr(data, "prepared", None)
+        if loaded is None and prepared is None:
+            raise ValueError("this task does not know what its items are called: load it from a run with bigmodel.load")
+        items = loaded.items if loaded is not None else prepared.items  # type: ignore[union-attr]
+        return cls(items, prepared.users if prepared is not None else None)
+
+    @property
+    def item_ids(self) -> list[int] | list[str]:
+        """In the order of their numbers."""
+        return self.items.ids(np.arange(1, len(self) + 1))
 
     def __len__(self) -> int:
         return len(self.items)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors, for a checkpoint."""
-        ids = self.items.ids(np.arange(1, len(self) + 1))
+        ids = self.item_ids
         whole = all(isinstance(one, int) for one in ids)
         titles = self.items.titles(np.arange(1, len(self) + 1))
         return {
@@ -80,24 +93,20 @@ class Catalogue:
         return [{"item": one, "title": title, "score": score} for one, title, score in rows]
 
     def table(self, score_block: ScoreBlock, batch: EvalBatch, k: int) -> dict[str, Any]:
-        """The best k items of each user of a batch as columns, a row for each: user, place, item, title, score."""
+        """A row for each user of a batch: `user`, and the lists `items`, `scores` and, where there are any, `titles`."""
         assert self.users is not None
         items, scores = top_k(score_block, len(self), k, batch.history)
-        real = (batch.weight > 0)[:, None] & (items > 0)  # [B, k]
-        places = torch.arange(1, k + 1, device=items.device).expand_as(items)
-        users = batch.users[:, None].expand_as(items)[real].cpu().numpy()
-        numbers = items[real].cpu().numpy()
+        real = batch.weight > 0
+        items, scores = items[real].cpu(), scores[real].cpu()
+        there = items > 0  # where all others are in the history, lists are shorter
+        numbers = items[there].numpy()
+        ends = pa.array(np.concatenate([[0], there.sum(1).cumsum(0).numpy()]), pa.int32())
         columns: dict[str, Any] = {
-            "user": _column(self.users.ids(users)),
-            "place": places[real],
-            "item": _column(self.items.ids(numbers)),
-            "score": scores[real],
+            "user": pa.array(self.users.ids(batch.users[real].cpu().numpy())),
+            "items": pa.ListArray.from_arrays(ends, pa.array(self.items.ids(numbers))),
+            "scores": pa.ListArray.from_arrays(ends, pa.array(scores[there].numpy())),
         }
         titles = self.items.titles(numbers)
         if any(titles):
-            columns["title"] = titles
+            columns["titles"] = pa.ListArray.from_arrays(ends, pa.array(titles, pa.string()))
         return columns
-
-
-def _column(ids: list[int] | list[str]) -> Any:
-    return torch.tensor(ids) if ids and isinstance(ids[0], int) else list(ids)

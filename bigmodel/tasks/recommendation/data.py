@@ -17,7 +17,7 @@ from bigmodel.cache import cache_folder, digest, say
 from bigmodel.sampling import eval_loader, num_replicas, train_loader
 from bigmodel.tasks.recommendation.batches import EvalBatch, Histories, Pairs, Users, Windows
 from bigmodel.tasks.recommendation.filters import Filters
-from bigmodel.tasks.recommendation.interactions import SparseMatrix
+from bigmodel.tasks.recommendation.interactions import Interactions, SparseMatrix
 from bigmodel.tasks.recommendation.prepare import Prepared, prepare
 from bigmodel.tasks.recommendation.sources import Columns, find_source
 from bigmodel.tasks.recommendation.splits import LeaveOneOut, Parts, Split
@@ -214,33 +214,40 @@ class InteractionData(L.LightningDataModule):
         Raises:
             ValueError: if the task knows none of the items.
         """
-        events, known = self.prepared.events, self._known_items()
-        if known is not None and not self.prepared.items.same(known):
-            numbers = self.prepared.items.numbers_in(known)
-            num_unknown = int(np.count_nonzero(numbers[1:] == 0))
-            num_events, events = len(events), events.renumbered(numbers, len(known))
-            if len(events) == 0:
-                raise ValueError(
-                    f"--data.path {self.path}: the task was trained on other items and knows none of these"
-                )
-            if num_unknown:
-                say(
-                    f"left out {num_events - len(events):,} of {num_events:,} events: those with {num_unknown:,} items that"
-                    " the task was not trained on"
-                )
+        events = self._events_for(self._known_items())
         ends = events.offsets[1:]
         return self._eval_loader(Histories(events, np.arange(events.num_users), ends, ends, self.max_length))
 
-    def user(self, user_id: int | str) -> EvalBatch:
-        """One user with all events, to recommend to; after `prepare_data`.
+    def _events_for(self, known: list[int] | list[str] | None) -> Interactions:
+        """All events, with the items' numbers that they have for a task that knows these ids; of other items none."""
+        prepared = self._prepare()
+        if known is None or prepared.items.same(known):
+            return prepared.events
+        numbers = prepared.items.numbers_in(known)
+        events = prepared.events.renumbered(numbers, len(known))
+        if len(events) == 0:
+            raise ValueError(f"--data.path {self.path}: the task was trained on other items and knows none of these")
+        if num_unknown := int(np.count_nonzero(numbers[1:] == 0)):
+            num_events = len(prepared.events)
+            say(
+                f"left out {num_events - len(events):,} of {num_events:,} events: those with {num_unknown:,} items that the"
+                " task was not trained on"
+            )
+        return events
+
+    def user(self, user_id: int | str, item_ids: list[int] | list[str] | None = None) -> EvalBatch:
+        """One user with all events, to recommend to; no `setup` needed.
+
+        Args:
+            user_id: as in the data.
+            item_ids: of the items that the task knows, in the order of its numbers; None: those of these data.
 
         Raises:
-            ValueError: if there is no such user.
+            ValueError: if there is no such user, or the task knows none of the items.
         """
-        prepared = self._prepare()
-        ends = prepared.events.offsets[1:]
-        users = prepared.users.numbers([user_id])
-        return Histories(prepared.events, users, ends, ends, self.max_length).__getitems__([0])
+        events, users = self._events_for(item_ids), self._prepare().users.numbers([user_id])
+        ends = events.offsets[1:]
+        return Histories(events, users, ends, ends, self.max_length).__getitems__([0])
 
     def histories(self, split: str) -> Histories:
         """The users who are evaluated in a split (val, test), with their histories and targets.

@@ -16,7 +16,7 @@ from bigmodel.cache import say
 from bigmodel.run import sizes
 from bigmodel.tasks.recommendation.batches import EvalBatch, UserBatch
 from bigmodel.tasks.recommendation.catalogue import Catalogue
-from bigmodel.tasks.recommendation.closed_form import Popularity, recency
+from bigmodel.tasks.recommendation.closed_form import ClosedForm, Popularity, recency
 from bigmodel.tasks.recommendation.evaluation import Evaluation
 from bigmodel.tasks.recommendation.module import one_history
 from bigmodel.tasks.recommendation.ranking import ScoreBlock
@@ -42,13 +42,13 @@ class FittedRecommendation(LightningModule):
 
     def __init__(
         self,
-        method: Any = None,
+        method: ClosedForm | None = None,
         values: Literal["ones", "ratings"] = "ones",
         decay: float = 1.0,
         cutoffs: Sequence[int] = (5, 10, 20),
     ) -> None:
         super().__init__()
-        self.method: Any = method if method is not None else Popularity()
+        self.method: ClosedForm = method if method is not None else Popularity()
         self.values: Literal["ones", "ratings"] = values
         self.decay = decay
         recency(torch.zeros(1, 1, dtype=torch.int64), decay)  # refuses what cannot be
@@ -64,7 +64,7 @@ class FittedRecommendation(LightningModule):
             return
         self.num_items = sizes(self)["num_items"]
         data: Any = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
-        counts = torch.from_numpy(data.item_counts()) if hasattr(data, "item_counts") else None
+        counts = torch.from_numpy(data.item_counts()) if hasattr(data, "parts") else None
         self.evaluation.prepare(self.num_items, counts)
 
     def configure_optimizers(self) -> Any:
@@ -124,12 +124,13 @@ class FittedRecommendation(LightningModule):
             self.method.load_state_dict(checkpoint["method"])
             self.fitted = True
 
+    @property
+    def item_ids(self) -> list[int] | list[str] | None:
+        """The ids of the items that it was trained on, in the order of their numbers; None before it is loaded."""
+        return None if self.catalogue is None else self.catalogue.item_ids
+
     def _catalogue(self) -> Catalogue:
-        data: Any = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
-        if hasattr(data, "prepared"):
-            return Catalogue.of(data.prepared)
-        assert self.catalogue is not None
-        return self.catalogue
+        return Catalogue.known_to(self.catalogue, getattr(self._trainer, "datamodule", None))
 
     def recommend(
         self, history: Sequence[int | str], k: int = 10, times: Sequence[int] | None = None

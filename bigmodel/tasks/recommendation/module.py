@@ -1,6 +1,6 @@
 """Recommendation: what a user chooses next, from what was chosen before.
 
-Two trained tasks, which differ in what they read: `SequenceRecommendation` histories in their order, also of users never seen;
+Two trained tasks, which differ in what they read: `SequenceRecommendation` histories in their order, also of new users;
 `PairRecommendation` the number of a user that it was trained on. Both are evaluated by ranking the whole catalogue.
 
 B rows, T positions, D width, I items (numbered 1 to I; 0 is padding), H items of a history, K targets, k length of a list.
@@ -83,7 +83,7 @@ class SequenceRecommendation(LightningModule):
         known = sizes(self)
         self.net = self.make_net(**known)  # type: ignore[call-arg]
         data: Any = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
-        counts = torch.from_numpy(data.item_counts()) if hasattr(data, "item_counts") else None
+        counts = torch.from_numpy(data.item_counts()) if hasattr(data, "parts") else None
         self.loss.prepare(known["num_items"], counts)
         self.evaluation.prepare(known["num_items"], counts)
 
@@ -173,13 +173,13 @@ class SequenceRecommendation(LightningModule):
         if "catalogue" in checkpoint:
             self.catalogue = Catalogue.from_state_dict(checkpoint["catalogue"])
 
+    @property
+    def item_ids(self) -> list[int] | list[str] | None:
+        """The ids of the items that it was trained on, in the order of their numbers; None before it is loaded."""
+        return None if self.catalogue is None else self.catalogue.item_ids
+
     def _catalogue(self) -> Catalogue:
-        data: Any = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
-        if hasattr(data, "prepared"):
-            return Catalogue.of(data.prepared)
-        if self.catalogue is None:
-            raise ValueError("this task does not know what its items are called: load it from a run with bigmodel.load")
-        return self.catalogue
+        return Catalogue.known_to(self.catalogue, getattr(self._trainer, "datamodule", None))
 
     # `bigmodel recommend`: what a task that *Ranks* offers.
 

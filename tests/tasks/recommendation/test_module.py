@@ -1,0 +1,161 @@
+"""The tasks of recommendation: they learn, agree with what they promise, and are used with no data present."""
+
+import csv
+import json
+import random
+import re
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import bigmodel
+from bigmodel.cli import main
+from bigmodel.run import find
+from bigmodel.tasks.recommendation import InteractionData
+from bigmodel.tasks.recommendation.batches import SequenceBatch
+from bigmodel.tasks.recommendation.module import SequenceRecommendation
+
+TASK = "bigmodel.tasks.recommendation.SequenceRecommendation"
+PAIRS = "bigmodel.tasks.recommendation.PairRecommendation"
+FITTED = "bigmodel.tasks.recommendation.FittedRecommendation"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Eighty users who walk round a ring of twelve items from where they are: the next item is certain, and new."""
+    folder = tmp_path_factory.mktemp("recommendation")
+    draw = random.Random(0)
+    with open(folder / "ring.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["user_id", "item_id", "timestamp", "rating"])
+        for user in range(80):
+            start = draw.randrange(12)
+            for t in range(draw.randint(5, 9)):
+                writer.writerow([f"u{user}", f"item {(start + t) % 12}", 1_000_000_000 + 100 * t + user, 1 + t % 5])
+    (folder / "experiment.yaml").write_text("trainer: {accelerator: cpu, max_epochs: 12}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
+
+
+def words(task, *flags):
+    common = {
+        "model": task, "data": "bigmodel.tasks.recommendation.InteractionData", "data.path": "ring.csv",
+        "data.max_length": 8, "data.batch_size": 16, "data.cache_dir": "cache", "callbacks.best.monitor": "val/ndcg@5",
+        "callbacks.best.mode": "max", "callbacks.progress": "null", "model.cutoffs": "[1, 5]",
+    }  # fmt: skip
+    given = (str(word) for key, value in common.items() for word in (f"--{key}", value))
+    return ["fit", "-c", "experiment.yaml", *given, *map(str, flags)]
+
+
+def measured():
+    main(["test", "last"])
+    return json.loads((find("last") / "test.json").read_text())
+
+
+def trained(task, *flags):
+    main(words(task, "--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", 0.01, *flags))
+    return measured()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--model.net", "bigmodel.nn.SASRec"),
+        ("--model.net", "bigmodel.nn.SASRec", "--model.loss", "bigmodel.tasks.recommendation.SampledSoftmax",
+         "--model.loss.num_negatives", 8),
+        ("--model.net", "bigmodel.nn.BERT4Rec", "--trainer.max_epochs", 40),
+        ("--model.net", "bigmodel.nn.GRU4Rec"),
+        ("--model.net", "bigmodel.nn.HSTU"),
+    ],
+    ids=["SASRec", "SASRec, sampled", "BERT4Rec", "GRU4Rec", "HSTU"],
+)  # fmt: skip
+def test_a_net_of_sequences_finds_the_certain_next_item(folder, flags):
+    metrics = trained(TASK, "--model.net.width", 32, *flags)
+    assert metrics["test/ndcg@1"] > 0.9
+    assert metrics["test/hr@1"] == metrics["test/ndcg@1"]
+    assert metrics["test/coverage@5"] == 1
+
+
+def test_users_vectors_learn_who_goes_where(folder):
+    metrics = trained(PAIRS, "--model.net.width", 16, "--data.batch_size", 64)
+    assert metrics["test/hr@5"] > 5 / 8, "better than chance among the items that a user has not had"
+
+
+@pytest.mark.parametrize("method", ["Popularity", "UserKNN", "ItemKNN", "EASE"])
+def test_what_is_fitted_is_saved_and_measured_the_same(folder, method):
+    one_step = ("--trainer.max_epochs", "null", "--trainer.max_steps", 1, "--trainer.num_sanity_val_steps", 0)
+    main(words(FITTED, *one_step, "--model.method", f"bigmodel.tasks.recommendation.closed_form.{method}"))
+    metrics = measured()
+    task, data = bigmodel.load("last"), bigmodel.load_data("last")
+    data.prepare_data()
+    data.setup("test")
+    matrix = data.train_matrix()
+    again = type(task.method)().fit(matrix.indptr, matrix.indices, None, data.sizes["num_items"])
+    batch = next(iter(data.test_dataloader()))
+    saved, fitted = (m.score_block(batch.history, None, batch.users)(1, 13) for m in (task.method, again))
+    torch.testing.assert_close(saved, fitted)
+    assert 0 <= metrics["test/ndcg@5"] <= 1
+    assert set(metrics) > {"test/mrr", "test/precision@1", "test/popularity@5"}
+
+
+def test_a_trained_run_recommends_to_known_and_unknown_people(folder, capsys):
+    trained(TASK, "--model.net.width", 32)
+    task = bigmodel.load("last")
+    (first, *others) = task.recommend(["item 3", "item 4", "item 5"], k=4)
+    assert first["item"] == "item 6"
+    assert first["title"] is None
+    assert len({entry["item"] for entry in others} | {"item 3", "item 4", "item 5", "item 6"}) == 7, "none again"
+    capsys.readouterr()
+    main(["recommend", "last", "--history", "item 3,item 4,item 5", "--k", "1"])
+    assert "item 6" in capsys.readouterr().out
+    main(["recommend", "last", "--user", "u7", "--k", "2"])
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    for flags, problem in (
+        (["--user", "nobody"], "no user 'nobody'.*--history"),
+        (["--history", "item 99"], "no item 'item 99'"),
+        (["--history", "item 3", "--k", "13"], "--k 13: a list has 1 to 12 items"),
+        (["--k", "3"], "--user ID or --history"),
+        (["--user", "u1", "--size", "3"], "no flag --size"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["recommend", "last", *flags])
+        assert re.search(problem, capsys.readouterr().err), flags
+
+
+def test_predictions_are_a_list_for_each_user(folder):
+    trained(TASK, "--model.net.width", 32)
+    main(["predict", "last", "--output", "lists.parquet"])
+    rows = pq.read_table("lists.parquet").to_pylist()
+    assert {row["user"] for row in rows} == {f"u{number}" for number in range(80)}
+    data = InteractionData("ring.csv", cache_dir="cache")
+    data.prepare_data()
+    data.setup("fit")
+    events = data.prepared.events
+    for row in rows:
+        user = int(data.prepared.users.numbers([row["user"]])[0])
+        had = set(data.prepared.items.ids(events.items[events.offsets[user] : events.offsets[user + 1]]))
+        assert not had & set(row["items"])
+        assert row["scores"] == sorted(row["scores"], reverse=True)
+        assert len(row["items"]) == min(5, 12 - len(had))
+
+
+def test_masks_of_a_cloze_depend_on_the_sample_alone_and_hide_its_target(folder):
+    task = SequenceRecommendation(net=lambda **known: None, mask_rate=0.5, mask_last_rate=0.25)
+    task.net = type("Net", (), {"mask_item": 99})()
+    items = torch.randint(1, 50, (400, 8))
+    items[:, :3] = 0
+    targets = torch.cat([items[:, 1:], torch.randint(1, 50, (400, 1))], 1) * (items > 0)
+    key = torch.arange(400) * 7919
+    batch = SequenceBatch(items, targets, None, key, key, torch.ones(400), key)
+    read, hidden = task._windows(batch)
+    whole = torch.cat([items[:, 1:], targets[:, -1:]], 1)
+    assert torch.equal(torch.where(hidden > 0, hidden, read), whole)
+    assert torch.equal(hidden > 0, read == 99)
+    assert (hidden > 0).any(1).all(), "each window predicts something"
+    only_last = ((hidden > 0).sum(1) == 1) & (hidden[:, -1] > 0)
+    assert 0.2 < only_last.float().mean() < 0.4
+    some = torch.tensor([5, 17])
+    part = task._windows(SequenceBatch(*(None if x is None else x[some] for x in batch)))
+    assert torch.equal(part[0], read[some])
