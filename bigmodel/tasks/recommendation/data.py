@@ -143,8 +143,7 @@ class InteractionData(L.LightningDataModule):
             return
         if not hasattr(self, "parts"):
             self.parts = self.split.divide(self.prepared.events)
-            if self.trainer is None or self.trainer.is_global_zero:
-                say(self.parts.line)
+            self._say(self.parts.line)
         self.sizes = {"num_items": self.prepared.events.num_items, "max_length": self.max_length}
         if self.examples != "sequences":
             self.sizes["num_users"] = self.prepared.events.num_users
@@ -229,7 +228,7 @@ class InteractionData(L.LightningDataModule):
             raise ValueError(f"--data.path {self.path}: the task was trained on other items and knows none of these")
         if num_unknown := int(np.count_nonzero(numbers[1:] == 0)):
             num_events = len(prepared.events)
-            say(
+            self._say(
                 f"left out {num_events - len(events):,} of {num_events:,} events: those with {num_unknown:,} items that the"
                 " task was not trained on"
             )
@@ -264,6 +263,11 @@ class InteractionData(L.LightningDataModule):
         if split not in self.split.wanted:
             raise ValueError(f"there is no {split} split: set --data.split.{split} to a share")
         return Histories(self.parts.events, self.parts.evaluated(split), *self.parts.borders(split), self.max_length)
+
+    def _say(self, line: str) -> None:
+        """A line for the person at the terminal, from one process."""
+        if self.trainer is None or self.trainer.is_global_zero:
+            say(line)
 
     def _known_items(self) -> list[int] | list[str] | None:
         """The ids of the task's items, if it says."""

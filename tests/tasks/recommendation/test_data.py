@@ -221,7 +221,7 @@ def test_a_task_predicts_for_other_users_of_its_items(tmp_path, capsys):
     made = InteractionData(str(path), cache_dir=str(tmp_path), batch_size=4)
     made.setup("predict")
     task = SimpleNamespace(item_ids=[3, 5, 6, 8])
-    made.trainer = SimpleNamespace(lightning_module=task, distributed_sampler_kwargs=None, global_rank=0)
+    made.trainer = SimpleNamespace(lightning_module=task, distributed_sampler_kwargs=None, is_global_zero=True)
     (batch,) = made.predict_dataloader()
     assert batch.history.tolist() == [[4, 2], [0, 0], [2, 4]]
     assert made.prepared.users.ids(batch.users) == ["x", "y", "z"]

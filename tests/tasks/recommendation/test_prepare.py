@@ -111,11 +111,12 @@ def test_times_order_events_more_finely_than_they_are_kept(tmp_path):
 
 
 def test_titles_and_ids_are_found_again(tmp_path):
-    pq.write_table(
-        pa.table({"user_id": ["b", "a", "b"], "item_id": [20, 10, 30], "title": ["Twenty", None, "Thirty"]}),
-        tmp_path / "titled.parquet",
-    )
-    found = prepared(tmp_path / "titled.parquet", tmp_path)
+    folder = tmp_path / "titled"
+    folder.mkdir()
+    first = {"user_id": ["b", "a", "b"], "item_id": [20, 10, 30], "title": ["Twenty", None, "Thirty"]}
+    pq.write_table(pa.table(first), folder / "a.parquet")
+    pq.write_table(pa.table({"user_id": ["a"], "item_id": [20], "title": ["Another title"]}), folder / "b.parquet")
+    found = prepared(folder, tmp_path)
     assert found.items.titles(np.array([2, 1, 3])) == ["Twenty", None, "Thirty"]
     assert found.items.numbers([30, "10"]).tolist() == [3, 1]
     assert found.users.numbers(["b", "a"]).tolist() == [1, 0]

@@ -237,12 +237,16 @@ def test_a_path_to_nothing_is_refused(tmp_path):
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "a.csv").write_text(HEADER)
     (tmp_path / "two" / "a.tsv").write_text(HEADER)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "ratings.csv").write_text(HEADER + GOOD)
+    (tmp_path / "mine" / "more.csv").write_text("a,b\n")  # no titles beside it: not MovieLens, all files are meant
     (tmp_path / "zip").write_bytes(b"PK\0\0")
     for path, message in [
         (tmp_path / "none.csv", "no such file or folder"),
         (tmp_path / "*.nothing", "no file matches"),
         (tmp_path / "empty", "no file of events in the folder"),
         (tmp_path / "two", "tables of several kinds"),
+        (tmp_path / "mine", r"more.csv: there is no column 'user_id'"),
         (tmp_path / "zip", "a file of no known kind"),
         ("{netflix}", "no data set of this name; known is {movielens}"),
         ([], "nothing is given"),

@@ -21,6 +21,7 @@ from scipy.linalg import lapack
 from torch import Tensor
 
 from bigmodel.tasks.recommendation.closed_form.matrix import (
+    ClosedForm,
     event_matrix,
     history_matrix,
     load_matrix,
@@ -32,7 +33,7 @@ from bigmodel.tasks.recommendation.ranking import ScoreBlock
 _NUMBERS_AT_ONCE = 1 << 22
 
 
-class EASE:
+class EASE(ClosedForm):
     """Recommends by a regression of each item on all others, solved exactly by a Cholesky factor, in place.
 
     Args:

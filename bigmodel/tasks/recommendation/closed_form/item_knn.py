@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bigmodel.tasks.recommendation.closed_form.matrix import (
+    ClosedForm,
     blocks,
     event_matrix,
     history_matrix,
@@ -31,7 +32,7 @@ from bigmodel.tasks.recommendation.ranking import ScoreBlock, pack, unpack
 _SIMILARITIES_AT_ONCE = 1 << 22  # of a block of items with all that they share users with
 
 
-class ItemKNN:
+class ItemKNN(ClosedForm):
     """Recommends neighbours of the history's items.
 
     Args:

@@ -6,8 +6,9 @@ U users, B users to score for, H items of the longest history, I items (numbered
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -17,9 +18,10 @@ from torch import Tensor
 from bigmodel.tasks.recommendation.ranking import ScoreBlock
 
 
-class ClosedForm(Protocol):
+class ClosedForm(ABC):
     """A recommender without training steps."""
 
+    @abstractmethod
     def fit(self, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None, num_items: int) -> ClosedForm:
         """Learn from training events.
 
@@ -33,8 +35,8 @@ class ClosedForm(Protocol):
         Raises:
             ValueError: for arrays that do not fit together, or if memory does not suffice.
         """
-        ...
 
+    @abstractmethod
     def score_block(self, history: Tensor, values: Tensor | None = None, users: Tensor | None = None) -> ScoreBlock:
         """Scores of all items for B users, as `ranking` takes them, on the history's device.
 
@@ -43,15 +45,14 @@ class ClosedForm(Protocol):
             values: [B, H], what each is worth; None: 1.
             users: [B], the row of each in the training events, -1 for one who is not in them; None: nobody is.
         """
-        ...
 
+    @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
         """What was fitted, for a checkpoint."""
-        ...
 
+    @abstractmethod
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take it back, into an object with the same options."""
-        ...
 
 
 def recency(history: Tensor, decay: float) -> Tensor:

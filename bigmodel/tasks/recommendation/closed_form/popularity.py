@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigmodel.tasks.recommendation.closed_form.matrix import event_matrix
+from bigmodel.tasks.recommendation.closed_form.matrix import ClosedForm, event_matrix
 from bigmodel.tasks.recommendation.ranking import ScoreBlock
 
 
-class Popularity:
+class Popularity(ClosedForm):
     """Scores an item by the number of users that have it.
 
     Attributes:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bigmodel.tasks.recommendation.closed_form.matrix import (
+    ClosedForm,
     event_matrix,
     history_matrix,
     load_matrix,
@@ -32,7 +33,7 @@ from bigmodel.tasks.recommendation.ranking import ScoreBlock, pack, unpack
 _SIMILARITIES_AT_ONCE = 1 << 22
 
 
-class UserKNN:
+class UserKNN(ClosedForm):
     """Recommends what neighbours have; nothing is learned beforehand.
 
     Args:

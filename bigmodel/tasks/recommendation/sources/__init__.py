@@ -25,7 +25,7 @@ KINDS = (
     "tables of events (CSV, TSV, Parquet; files, a folder or a glob); MovieLens as published (a folder with u.data,"
     " ratings.dat or ratings.csv); RecBole's .inter files; hf://owner/name; {movielens}"
 )
-_PUBLISHED = ("u.data", "ratings.dat", "ratings.csv")  # MovieLens, whose folders hold other tables too
+_PUBLISHED = {"u.data": "u.item", "ratings.dat": "movies.dat", "ratings.csv": "movies.csv"}  # MovieLens: events, titles
 _SUFFIXES = (".inter", ".parquet", ".csv", ".tsv")
 
 
@@ -70,7 +70,9 @@ def _files(given: str) -> list[str]:
         return [place]
     if os.path.isdir(place):
         there = sorted(os.listdir(place))
-        published = [name for name in _PUBLISHED if name in there]
+        published = [events for events in _PUBLISHED if events in there]
+        if published == ["ratings.csv"] and "movies.csv" not in there:
+            published = []  # a name that anybody may give a table
         if len(published) == 1:
             return [os.path.join(place, published[0])]
         found = {suffix: [name for name in there if name.endswith(suffix)] for suffix in _SUFFIXES}

@@ -171,7 +171,7 @@ class _Reader:
             raise ValueError("--data.path: the tables have no rows")
         users, user_ids = self._numbered("user")
         items, item_ids = self._numbered("item")
-        what = [name for name, there in (("ratings", self.ratings), (f"times in {self.unit}", self.times)) if there]
+        what = [name for name, there in (("ratings", self.ratings), (f"times ({self.unit})", self.times)) if there]
         line = f"read {self.num_events:,} events of {len(user_ids):,} users with {len(item_ids):,} items"
         line += f", with {' and '.join(what)}" if what else ""
         line += "" if self.times else "; no times: the order of the source counts as that of time"
