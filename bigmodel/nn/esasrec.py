@@ -67,7 +67,7 @@ class ESASRec(ItemScorer):
         num_heads: attention heads; each has width / num_heads channels.
         mlp_width: hidden channels M of a block's feed-forward net; null: 4 * width.
         dropout: probability, on embeddings, attention weights, hidden channels and the output of each branch.
-        init_std: standard deviation of weights at the start.
+        init_std: standard deviation of weights at the start; what suits 64 channels is too much for many more.
         attention: "sdpa", "explicit", or "auto" for the one measured faster.
 
     Raises:
@@ -84,7 +84,7 @@ class ESASRec(ItemScorer):
         num_heads: int = 2,
         mlp_width: int | None = None,
         dropout: float = 0.2,
-        init_std: float = 0.02,
+        init_std: float = 0.06,
         attention: AttentionKind = "auto",
     ) -> None:
         super().__init__(num_items, width)
