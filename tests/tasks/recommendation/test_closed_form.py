@@ -213,6 +213,8 @@ def test_the_last_of_repeated_events_counts_and_scores_are_ranked() -> None:
     method = ItemKNN().fit(np.array([0, 3, 5]), np.array([1, 2, 1, 1, 3]), np.array([9.0, 2, 1, 1, 1]), 3)
     twice = ItemKNN().fit(np.array([0, 2, 4]), np.array([2, 1, 1, 3]), np.array([2.0, 1, 1, 1]), 3)
     assert (method.similarity != twice.similarity).nnz == 0
+    worthless = ItemKNN().fit(np.array([0, 3, 5]), np.array([2, 1, 3, 1, 3]), np.array([2.0, 1, 0, 1, 0]), 3)
+    assert worthless.similarity.nnz == 2  # an item that all rated 0 has no neighbours
     ranks = rank(method.score_block(torch.tensor([[0, 1]])), 3, torch.tensor([[3]]), torch.tensor([[0, 1]]))
     assert ranks.item() in (1, 2)
 
