@@ -65,7 +65,7 @@ def trained(task, *flags):
         ("--model.net", "bigmodel.nn.SASRec"),
         ("--model.net", "bigmodel.nn.SASRec", "--model.loss", "bigmodel.tasks.recommendation.SampledSoftmax",
          "--model.loss.num_negatives", 8),
-        ("--model.net", "bigmodel.nn.BERT4Rec", "--trainer.max_epochs", 40),
+        ("--model.net", "bigmodel.nn.BERT4Rec", "--model.optimizer.lr", 0.003, "--trainer.max_epochs", 25),
         ("--model.net", "bigmodel.nn.GRU4Rec"),
         ("--model.net", "bigmodel.nn.HSTU"),
     ],
