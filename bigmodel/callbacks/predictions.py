@@ -34,8 +34,8 @@ class PredictionWriter(Callback):
     """Writes what the task's `predict_step` returns for each batch: a dict of columns, without the rows that only fill up.
 
     A column is a list of str (or None), a tensor [n] of numbers, a tensor [n, K], which becomes a list of K numbers in each
-    row, or for anything else a pyarrow Array. A task may have a method `prediction_metadata() -> dict[str, str]`: what stands
-    in the file beside the table, such as the names of the classes.
+    row, or for anything else a pyarrow Array. A task may have a method `prediction_metadata() -> dict[str, str]`: what
+    stands in the file beside the table, such as the names of the classes.
 
     Args:
         path: the Parquet file; it must not be there yet.

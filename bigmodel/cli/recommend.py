@@ -11,11 +11,10 @@ _HELP = """\
 bigmodel recommend RUN --user ID [--k 10] [--checkpoint best|last|FILE]
 bigmodel recommend RUN --history ID,ID,... [--k 10] [--checkpoint best|last|FILE]
 
-Prints the items that a trained recommender puts first, the best on top, each with its score: for a user of the run's data
-(--data.path names other data), or for somebody who has chosen these items, in this order, whom it need not have seen. What
-was chosen before is left out.
+Prints the items that a trained recommender puts first, the best on top, each with its score: for a user of the run's data,
+or for somebody who has chosen these items, in this order, whom it need not have seen. What was chosen before is left out.
 """
-_FLAGS = {"user", "history", "k", "checkpoint", "runs_dir", "data.path"}
+_FLAGS = {"user", "history", "k", "checkpoint", "runs_dir"}
 
 
 def run_recommend(argv: list[str]) -> None:
@@ -52,8 +51,6 @@ def run_recommend(argv: list[str]) -> None:
         entries = task.recommend(history if isinstance(history, list) else [history], k)
     else:
         data: Any = run.load_data(positional[0], runs_dir=runs_dir)
-        if "data.path" in given:
-            data.path = given["data.path"]
         try:
             batch = data.user(given["user"], task.item_ids)
         except ValueError as error:

@@ -53,6 +53,7 @@ class FittedRecommendation(LightningModule):
         self.decay = decay
         recency(torch.zeros(1, 1, dtype=torch.int64), decay)  # refuses what cannot be
         self.fitted = False
+        self.fitted_on = ""  # fingerprint of the events
         # Lightning counts optimizer steps, and saves checkpoints by their number: this number is for it to count by.
         self.nominal = nn.Parameter(torch.zeros(()))
         self.num_items = 0
@@ -86,13 +87,14 @@ class FittedRecommendation(LightningModule):
             state = strategy.broadcast(self.method.state_dict() if self.trainer.is_global_zero else {})
             if not self.trainer.is_global_zero:
                 self.method.load_state_dict(state)
-        self.fitted = True
+        self.fitted, self.fitted_on = True, data.prepared.fingerprint
 
     def score_block(self, batch: EvalBatch) -> ScoreBlock:
         """The scores of all items for a batch of histories, block by block (see `ranking`)."""
         values = None if self.decay == 1 else recency(batch.history, self.decay)
-        block: ScoreBlock = self.method.score_block(batch.history, values, batch.users)
-        return block
+        data: Any = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        same = data is None or data.prepared.fingerprint == self.fitted_on
+        return self.method.score_block(batch.history, values, batch.users if same else None)
 
     def validation_step(self, batch: EvalBatch) -> None:
         if self.fitted:
@@ -117,12 +119,13 @@ class FittedRecommendation(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["catalogue"] = self._catalogue().state_dict()
         checkpoint["method"] = self.method.state_dict() if self.fitted else None
+        checkpoint["fitted_on"] = self.fitted_on
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.catalogue = Catalogue.from_state_dict(checkpoint["catalogue"])
         if checkpoint["method"] is not None:
             self.method.load_state_dict(checkpoint["method"])
-            self.fitted = True
+            self.fitted, self.fitted_on = True, checkpoint["fitted_on"]
 
     @property
     def item_ids(self) -> list[int] | list[str] | None:

@@ -252,6 +252,21 @@ class PairRecommendation(SequenceRecommendation):
         loss, count = self.loss(self.net, self.net.features(batch.users), batch.items, keys)
         return {"loss": loss, "count": count}
 
+    # A user's number means what it did in training only where the data are the same.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["users"] = self.trainer.datamodule.prepared.fingerprint  # type: ignore[attr-defined]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        data: Any = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        if data is not None and data.prepared.fingerprint != checkpoint["users"]:
+            raise ValueError(
+                f"--data.path {data.path} with these settings has other users than those that this net was trained on, and it"
+                " knows users by their number: take a net that reads histories (SequenceRecommendation)"
+            )
+
     def recommend(
         self, history: Sequence[int | str], k: int = 10, times: Sequence[int] | None = None
     ) -> list[dict[str, Any]]:
