@@ -120,8 +120,9 @@ class _Drawing(nn.Module):
 
         def chunk(features: Tensor, targets: Tensor, places: Tensor) -> Tensor:
             items = self.negatives.draw(places, self.num_negatives)  # [m, n]
-            vectors = net.item_vectors(torch.cat([targets[:, None], items], 1))  # [m, 1 + n, D]
-            scores = (vectors @ features[:, :, None]).squeeze(2).float()  # [m, 1 + n, 1] -> [m, 1 + n]
+            scored = torch.cat([targets[:, None], items], 1)  # [m, 1 + n]
+            scores = (net.item_vectors(scored) @ features[:, :, None]).squeeze(2).float()  # [m, 1 + n, 1] -> [m, 1 + n]
+            scores = scores + _bias(net, scored)
             return loss_of(scores[:, 0], scores[:, 1:], items == targets[:, None], targets > 0)[0]
 
         size = max(1, _NUMBERS_AT_ONCE // ((self.num_negatives + 1) * features.shape[1]))
@@ -225,8 +226,10 @@ def sampled_softmax_sum(
         log_expected: [n], logarithm of the number of times that each is expected to be drawn.
     """
     features, targets = features.flatten(0, -2), targets.flatten()
-    positive = (features * net.item_vectors(targets)).sum(1, keepdim=True).float()  # [M, 1]
-    negative = (features @ net.item_vectors(items).T).float() - log_expected  # [M, n]
+    positive = (features * net.item_vectors(targets)).sum(1, keepdim=True).float() + _bias(
+        net, targets[:, None]
+    )  # [M, 1]
+    negative = (features @ net.item_vectors(items).T).float() + _bias(net, items) - log_expected  # [M, n]
     scores = torch.cat([positive, negative.masked_fill(items == targets[:, None], -torch.inf)], 1)
     return _sum_and_count(scores.logsumexp(1) - scores[:, 0], targets > 0)
 
@@ -267,6 +270,12 @@ def bpr_sum(
     if hits is not None:
         losses = losses.masked_fill(hits, 0)
     return _sum_and_count(losses.mean(1), counted)
+
+
+def _bias(net: Any, items: Tensor) -> Tensor | float:
+    """What items [...] score whatever the features; 0 for a net without `item_bias` [I + 1]."""
+    bias = getattr(net, "item_bias", None)
+    return 0.0 if bias is None else bias[items].float()
 
 
 def _sum_and_count(losses: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:

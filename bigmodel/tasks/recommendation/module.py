@@ -263,8 +263,8 @@ class PairRecommendation(SequenceRecommendation):
         data: Any = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
         if data is not None and data.prepared.fingerprint != checkpoint["users"]:
             raise ValueError(
-                f"--data.path {data.path} with these settings has other users than those that this net was trained on, and it"
-                " knows users by their number: take a net that reads histories (SequenceRecommendation)"
+                f"--data.path {data.path} with these settings has other users than those that this net was trained on, and"
+                " it knows users by their number: take a net that reads histories (SequenceRecommendation)"
             )
 
     def recommend(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bigmodel.nn import MatrixFactorization
 from bigmodel.tasks.recommendation import losses
 from bigmodel.tasks.recommendation.losses import (
     BCE,
@@ -239,3 +240,18 @@ def test_bad_options_are_refused() -> None:
     loss.prepare(N)
     with pytest.raises(ValueError, match=r"keys \[6, 4\] and targets \[4, 6\]"):
         loss(net, features, targets, keys._replace(positions=keys.positions.T))
+
+
+def test_an_item_bias_counts_in_every_loss():
+    net = MatrixFactorization(num_users=3, num_items=N, width=D)
+    nn.init.normal_(net.item_bias)
+    features, targets = torch.randn(4, D), torch.tensor([1, 2, 3, 4])
+    every = torch.arange(1, N + 1)
+    sampled, _ = sampled_softmax_sum(net, features, targets, every, torch.zeros(N))
+    full, _ = FullSoftmax()(net, features, targets, DrawKeys.of(0, 0, torch.arange(4)))
+    torch.testing.assert_close(sampled, full)
+    for loss in (BCE(num_negatives=5), BPR(num_negatives=5)):
+        loss.prepare(N)
+        value, _ = loss(net, features, targets, DrawKeys.of(0, 0, torch.arange(4)))
+        (gradient,) = torch.autograd.grad(value, net.item_bias)
+        assert (gradient[targets] < 0).all(), "the bias of what is chosen rises"
