@@ -149,17 +149,22 @@ def check_classes(settings: Any, key: str = "") -> None:
     if not isinstance(settings, dict):
         return
     path = settings.get("class_path")
-    if isinstance(path, str) and "." in path and not _is_installed(path.split(".")[0]):
+    if isinstance(path, str) and "." in path and not _is_installed(path):
         raise ValueError(f"--{key} {path}: no package {path.split('.')[0]!r} is installed. {_where_is(path)}")
     for name, value in settings.items():
         inner = key if name == "init_args" else f"{key}.{name}".lstrip(".")
         check_classes(value, inner)
 
 
-def _is_installed(package: str) -> bool:
-    """A folder of that name somewhere on the path, without an __init__.py, is none: a project's own, most likely."""
+def _is_installed(class_path: str) -> bool:
+    """Whether the package of a class is there. A folder of its name without an __init__.py, maybe a project's own, is it
+    only if it has the module that is meant."""
+    package, module, *_ = class_path.split(".")
     spec = importlib.util.find_spec(package)
-    return spec is not None and (spec.origin is not None or not spec.submodule_search_locations)
+    if spec is None or spec.origin is not None or not spec.submodule_search_locations:
+        return spec is not None
+    places = [Path(place, module) for place in spec.submodule_search_locations]
+    return any(place.is_dir() or place.with_suffix(".py").is_file() for place in places)
 
 
 def _where_is(class_path: str) -> str:

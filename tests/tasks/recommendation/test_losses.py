@@ -243,6 +243,7 @@ def test_bad_options_are_refused() -> None:
 
 
 def test_an_item_bias_counts_in_every_loss():
+    torch.manual_seed(0)
     net = MatrixFactorization(num_users=3, num_items=N, width=D)
     nn.init.normal_(net.item_bias)
     features, targets = torch.randn(4, D), torch.tensor([1, 2, 3, 4])
