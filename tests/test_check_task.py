@@ -17,6 +17,7 @@ PROMISES += ["Tabulates", "Generates", "reload", "two processes", "sharding"]
 GOOD = {  # and what is skipped
     "language_modeling": {"Tabulates"},
     "image_classification": {"Generates"},
+    "recommendation": {"Generates"},
     "outsider": {"Predicts", "Generates"},
     "new": {"Predicts", "Tabulates", "Generates"},
     "batch norm": {"Predicts", "Generates", "loss", "accumulation", "two processes", "sharding"},
@@ -62,6 +63,7 @@ def found(table, tmp_path_factory):
         plans = {
             "language_modeling": verbs.merge_settings([str(experiments / "language_modeling" / "check.yaml")], cache),
             "image_classification": verbs.merge_settings([str(experiments / "image_classification/check.yaml")], cache),
+            "recommendation": verbs.merge_settings([str(experiments / "recommendation/check.yaml")], cache),
             "outsider": outsider(table, ("model.net.dropout", "0.2")),
             "new": verbs.merge_settings([new], [("data.packages", "[email, asyncio]")]),
             "batch norm": outsider(table, ("model.net", "broken_tasks.Normed")),
