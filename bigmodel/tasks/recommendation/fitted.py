@@ -9,20 +9,18 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from bigmodel.cache import say
 from bigmodel.run import sizes
 from bigmodel.tasks.recommendation.batches import EvalBatch, UserBatch
-from bigmodel.tasks.recommendation.catalogue import Catalogue
 from bigmodel.tasks.recommendation.closed_form import ClosedForm, Popularity, recency
-from bigmodel.tasks.recommendation.evaluation import Evaluation
 from bigmodel.tasks.recommendation.module import one_history
 from bigmodel.tasks.recommendation.ranking import ScoreBlock
+from bigmodel.tasks.recommendation.recommender import Recommender
 
 
-class FittedRecommendation(LightningModule):
+class FittedRecommendation(Recommender):
     """Fits a method in closed form on the first process, hands it to the others, evaluates it, and recommends with it.
 
     There is nothing to optimize: the run is one step long, in which the method is fitted. Its experiments set
@@ -47,7 +45,7 @@ class FittedRecommendation(LightningModule):
         decay: float = 1.0,
         cutoffs: Sequence[int] = (5, 10, 20),
     ) -> None:
-        super().__init__()
+        super().__init__(cutoffs)
         self.method: ClosedForm = method if method is not None else Popularity()
         self.values: Literal["ones", "ratings"] = values
         self.decay = decay
@@ -57,16 +55,12 @@ class FittedRecommendation(LightningModule):
         # Lightning counts optimizer steps, and saves checkpoints by their number: this number is for it to count by.
         self.nominal = nn.Parameter(torch.zeros(()))
         self.num_items = 0
-        self.evaluation = Evaluation(cutoffs)
-        self.catalogue: Catalogue | None = None
 
     def configure_model(self) -> None:
         if self.evaluation.metrics is not None:
             return
         self.num_items = sizes(self)["num_items"]
-        data: Any = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
-        counts = torch.from_numpy(data.item_counts()) if hasattr(data, "parts") else None
-        self.evaluation.prepare(self.num_items, counts)
+        self._prepare_evaluation(self.num_items)
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD([self.nominal], lr=0.0)
@@ -77,7 +71,7 @@ class FittedRecommendation(LightningModule):
         return {"loss": self.nominal * 0.0, "count": torch.tensor(len(batch.index), device=self.device)}
 
     def _fit(self) -> None:
-        strategy, data = self.trainer.strategy, self.trainer.datamodule  # type: ignore[attr-defined]
+        strategy, data = self.trainer.strategy, self._data
         if self.trainer.is_global_zero:
             matrix = data.train_matrix(self.values)
             values = None if self.values == "ones" else matrix.values
@@ -90,50 +84,28 @@ class FittedRecommendation(LightningModule):
         self.fitted, self.fitted_on = True, data.prepared.fingerprint
 
     def score_block(self, batch: EvalBatch) -> ScoreBlock:
-        """The scores of all items for a batch of histories, block by block (see `ranking`)."""
         values = None if self.decay == 1 else recency(batch.history, self.decay)
-        data: Any = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
-        same = data is None or data.prepared.fingerprint == self.fitted_on
+        same = self._data is None or self._data.prepared.fingerprint == self.fitted_on
         return self.method.score_block(batch.history, values, batch.users if same else None)
 
     def validation_step(self, batch: EvalBatch) -> None:
         if self.fitted:
-            self.evaluation.update(self.score_block(batch), batch)
+            super().validation_step(batch)
 
     def on_validation_epoch_end(self) -> None:
         if self.fitted:
-            self.log_dict(self.evaluation.compute("val"), sync_dist=True)
-
-    def test_step(self, batch: EvalBatch) -> None:
-        self.evaluation.update(self.score_block(batch), batch)
-
-    def on_test_epoch_end(self) -> None:
-        self.log_dict(self.evaluation.compute("test"), sync_dist=True)
-
-    def predict_step(self, batch: EvalBatch) -> dict[str, Any]:
-        return self._catalogue().table(self.score_block(batch), batch, max(self.evaluation.cutoffs))
-
-    def prediction_metadata(self) -> dict[str, str]:
-        return {"lists": "the items of each user, the best first; none that the user has had"}
+            super().on_validation_epoch_end()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["catalogue"] = self._catalogue().state_dict()
+        super().on_save_checkpoint(checkpoint)
         checkpoint["method"] = self.method.state_dict() if self.fitted else None
         checkpoint["fitted_on"] = self.fitted_on
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.catalogue = Catalogue.from_state_dict(checkpoint["catalogue"])
+        super().on_load_checkpoint(checkpoint)
         if checkpoint["method"] is not None:
             self.method.load_state_dict(checkpoint["method"])
             self.fitted, self.fitted_on = True, checkpoint["fitted_on"]
-
-    @property
-    def item_ids(self) -> list[int] | list[str] | None:
-        """The ids of the items that it was trained on, in the order of their numbers; None before it is loaded."""
-        return None if self.catalogue is None else self.catalogue.item_ids
-
-    def _catalogue(self) -> Catalogue:
-        return Catalogue.known_to(self.catalogue, getattr(self._trainer, "datamodule", None))
 
     def recommend(
         self, history: Sequence[int | str], k: int = 10, times: Sequence[int] | None = None
@@ -142,7 +114,3 @@ class FittedRecommendation(LightningModule):
         numbers = self._catalogue().numbers(history)
         batch = one_history(numbers, None, len(numbers), self.device)
         return self.recommend_to(batch._replace(users=batch.users - 1), k)  # -1: nobody that it was fitted on
-
-    def recommend_to(self, batch: EvalBatch, k: int = 10) -> list[dict[str, Any]]:
-        """The same for the one user of a batch, as the data module's `user` gives it."""
-        return self._catalogue().best(self.score_block(batch), batch, k)

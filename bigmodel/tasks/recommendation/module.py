@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from bigmodel import optim
@@ -23,16 +23,15 @@ from bigmodel.nn.loss import IGNORE_INDEX
 from bigmodel.randomness import uniform
 from bigmodel.run import sizes
 from bigmodel.tasks.recommendation.batches import EvalBatch, PairBatch, SequenceBatch
-from bigmodel.tasks.recommendation.catalogue import Catalogue
-from bigmodel.tasks.recommendation.evaluation import Evaluation
 from bigmodel.tasks.recommendation.losses import BPR, FullSoftmax
 from bigmodel.tasks.recommendation.negatives import DrawKeys
 from bigmodel.tasks.recommendation.ranking import ScoreBlock, dot_products
+from bigmodel.tasks.recommendation.recommender import Recommender
 
 _MASKS, _LAST_ONLY = 1, 2  # streams of random numbers
 
 
-class SequenceRecommendation(LightningModule):
+class SequenceRecommendation(Recommender):
     """Trains a net that reads histories to score each next item; evaluates it; recommends with it.
 
     A net that has a `mask_item` (BERT4Rec) is trained to fill in masked items instead, and recommends what it puts into a
@@ -66,7 +65,7 @@ class SequenceRecommendation(LightningModule):
         mask_last_rate: float = 0.1,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(cutoffs)
         for name, rate in (("mask_rate", mask_rate), ("mask_last_rate", mask_last_rate)):
             if not 0 <= rate <= 1:
                 raise ValueError(f"--model.{name} {rate} must lie in 0 to 1")
@@ -74,18 +73,13 @@ class SequenceRecommendation(LightningModule):
         self.loss: Any = loss if loss is not None else FullSoftmax()
         self.mask_rate, self.mask_last_rate, self.seed = mask_rate, mask_last_rate, seed
         self.net: Any = None
-        self.evaluation = Evaluation(cutoffs)
-        self.catalogue: Catalogue | None = None
 
     def configure_model(self) -> None:
         if self.net is not None:
             return
         known = sizes(self)
         self.net = self.make_net(**known)  # type: ignore[call-arg]
-        data: Any = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
-        counts = torch.from_numpy(data.item_counts()) if hasattr(data, "parts") else None
-        self.loss.prepare(known["num_items"], counts)
-        self.evaluation.prepare(known["num_items"], counts)
+        self.loss.prepare(known["num_items"], self._prepare_evaluation(known["num_items"]))
 
     def configure_callbacks(self) -> list[Callback]:
         # The loss is a sum: also a bare Trainer must divide it by the count.
@@ -141,45 +135,7 @@ class SequenceRecommendation(LightningModule):
         return {"loss": loss, "count": count}
 
     def score_block(self, batch: EvalBatch) -> ScoreBlock:
-        """The scores of all items for a batch of histories, block by block (see `ranking`)."""
         return dot_products(self.features(batch), self.net.item_vectors(), self.net.item_bias)
-
-    def validation_step(self, batch: EvalBatch) -> None:
-        self.evaluation.update(self.score_block(batch), batch)
-
-    def on_validation_epoch_end(self) -> None:
-        self.log_dict(self.evaluation.compute("val"), sync_dist=True)
-
-    def test_step(self, batch: EvalBatch) -> None:
-        self.validation_step(batch)
-
-    def on_test_epoch_end(self) -> None:
-        self.log_dict(self.evaluation.compute("test"), sync_dist=True)
-
-    # `bigmodel predict`: the best items of each user.
-
-    def predict_step(self, batch: EvalBatch) -> dict[str, Any]:
-        return self._catalogue().table(self.score_block(batch), batch, max(self.evaluation.cutoffs))
-
-    def prediction_metadata(self) -> dict[str, str]:
-        return {"lists": "the items of each user, the best first; none that the user has had"}
-
-    # What items are called travels in the checkpoint, so that a loaded task recommends with no data present.
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["catalogue"] = self._catalogue().state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "catalogue" in checkpoint:
-            self.catalogue = Catalogue.from_state_dict(checkpoint["catalogue"])
-
-    @property
-    def item_ids(self) -> list[int] | list[str] | None:
-        """The ids of the items that it was trained on, in the order of their numbers; None before it is loaded."""
-        return None if self.catalogue is None else self.catalogue.item_ids
-
-    def _catalogue(self) -> Catalogue:
-        return Catalogue.known_to(self.catalogue, getattr(self._trainer, "datamodule", None))
 
     # `bigmodel recommend`: what a task that *Ranks* offers.
 
@@ -202,11 +158,6 @@ class SequenceRecommendation(LightningModule):
         """
         numbers = self._catalogue().numbers(history)
         return self.recommend_to(one_history(numbers, times, self.net.max_length, self.device), k)
-
-    @torch.no_grad()
-    def recommend_to(self, batch: EvalBatch, k: int = 10) -> list[dict[str, Any]]:
-        """The same for the one user of a batch, as the data module's `user` gives it."""
-        return self._catalogue().best(self.score_block(batch), batch, k)
 
 
 class PairRecommendation(SequenceRecommendation):
@@ -256,11 +207,11 @@ class PairRecommendation(SequenceRecommendation):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["users"] = self.trainer.datamodule.prepared.fingerprint  # type: ignore[attr-defined]
+        checkpoint["users"] = self._data.prepared.fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        data: Any = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        data = self._data
         if data is not None and data.prepared.fingerprint != checkpoint["users"]:
             raise ValueError(
                 f"--data.path {data.path} with these settings has other users than those that this net was trained on, and"

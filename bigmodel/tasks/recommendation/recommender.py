@@ -1,0 +1,88 @@
+"""What all recommenders share: they rank for evaluation, prediction and people, and know what their items are called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+
+from bigmodel.tasks.recommendation.batches import EvalBatch
+from bigmodel.tasks.recommendation.catalogue import Catalogue
+from bigmodel.tasks.recommendation.evaluation import Evaluation
+from bigmodel.tasks.recommendation.ranking import ScoreBlock
+
+
+class Recommender(LightningModule):
+    """A task that scores items for histories; a subclass has `score_block`.
+
+    Args:
+        cutoffs: lengths k of the lists that are measured.
+    """
+
+    def __init__(self, cutoffs: Sequence[int]) -> None:
+        super().__init__()
+        self.evaluation = Evaluation(cutoffs)
+        self.catalogue: Catalogue | None = None
+
+    def score_block(self, batch: EvalBatch) -> ScoreBlock:
+        """The scores of all items for a batch of histories, block by block (see `ranking`)."""
+        raise NotImplementedError
+
+    @property
+    def _data(self) -> Any:
+        """The data module; None where the task was loaded without."""
+        return self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+
+    def _prepare_evaluation(self, num_items: int) -> torch.Tensor | None:
+        """The training events of each item [I + 1], where the data are dealt out; the evaluation is made ready for them."""
+        counts = torch.from_numpy(self._data.item_counts()) if hasattr(self._data, "parts") else None
+        self.evaluation.prepare(num_items, counts)
+        return counts
+
+    def validation_step(self, batch: EvalBatch) -> None:
+        self.evaluation.update(self.score_block(batch), batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.evaluation.compute("val"), sync_dist=True)
+
+    def test_step(self, batch: EvalBatch) -> None:
+        self.evaluation.update(self.score_block(batch), batch)
+
+    def on_test_epoch_end(self) -> None:
+        self.log_dict(self.evaluation.compute("test"), sync_dist=True)
+
+    # `bigmodel predict`: the best items of each user.
+
+    def predict_step(self, batch: EvalBatch) -> dict[str, Any]:
+        return self._catalogue().table(self.score_block(batch), batch, max(self.evaluation.cutoffs))
+
+    def prediction_metadata(self) -> dict[str, str]:
+        return {"lists": "the items of each user, the best first; none that the user has had"}
+
+    # What items are called travels in the checkpoint, so that a loaded task recommends with no data present.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["catalogue"] = self._catalogue().state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.catalogue = Catalogue.from_state_dict(checkpoint["catalogue"])
+
+    @property
+    def item_ids(self) -> list[int] | list[str] | None:
+        """The ids of the items that it was trained on, in the order of their numbers; None before it is loaded."""
+        return None if self.catalogue is None else self.catalogue.item_ids
+
+    def _catalogue(self) -> Catalogue:
+        return Catalogue.known_to(self.catalogue, self._data)
+
+    @torch.no_grad()
+    def recommend_to(self, batch: EvalBatch, k: int = 10) -> list[dict[str, Any]]:
+        """The best items for the one user of a batch, as the data module's `user` gives it, each with `item`, `title` (None
+        where the data have none) and `score`.
+
+        Raises:
+            ValueError: for a k above the number of items.
+        """
+        return self._catalogue().best(self.score_block(batch), batch, k)
