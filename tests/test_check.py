@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bigmodel.cli import main, probe
-from bigmodel.cli.figures import amount, describe, different, differing, num_validations
+from bigmodel.cli.figures import amount, describe, different, num_validations
 
 EXPERIMENT = str(Path(__file__).parent / "outsider" / "experiment.yaml")
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -156,12 +156,6 @@ def test_validations_are_counted_as_they_come(every, every_n_epoch):
                 count += (in_epoch + 1) % every == 0
         assert num_validations(batches, per_epoch, every, every_n_epoch) == count, batches
     assert num_validations(50, float("inf"), 5, 1) == 10
-
-
-def test_different_versions_are_named_with_their_nodes():
-    old, new = {"torch": "2.12", "python": "3.12"}, {"torch": "2.13", "python": "3.12"}
-    assert differing([("a", new), ("a", new)]) == []
-    assert differing([("a", new), ("a", new), ("b", old), ("b", old)]) == ["torch is 2.13 on a, 2.12 on b"]
 
 
 def test_any_bit_is_a_difference():

@@ -40,19 +40,6 @@ def num_saves(callback: ModelCheckpoint, steps: int, seconds: float, validations
     return validations
 
 
-def differing(everywhere: list[tuple[str, dict[str, str]]]) -> list[str]:
-    """Which packages have different versions, as `torch is 2.9 on a, 2.10 on b`, from (node, versions) of each process."""
-    problems = []
-    for package in everywhere[0][1]:
-        nodes: dict[str, list[str]] = {}
-        for node, versions in everywhere:
-            nodes.setdefault(versions[package], []).append(node)
-        if len(nodes) > 1:
-            where = ", ".join(f"{version} on {' '.join(dict.fromkeys(names))}" for version, names in nodes.items())
-            problems.append(f"{package} is {where}")
-    return problems
-
-
 def different(a: Any, b: Any, name: str = "") -> list[str]:
     """Names of what is not bitwise the same in two checkpoints, such as `state_dict/net.weight`."""
     if isinstance(b, Sharded) and isinstance(a, Tensor) and a.shape == b.shape:  # a sharded tensor: what is held here
