@@ -18,7 +18,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,6 +39,34 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
 
 
+def file_hashes(files: Sequence[str], cache: Path) -> list[str]:
+    """SHA-256 of each file's content, remembered in `cache` until a file changes.
+
+    Raises:
+        ValueError: if a file cannot be read.
+    """
+    stats = [(os.path.abspath(file), os.path.getsize(file), os.stat(file).st_mtime_ns) for file in files]
+    memory = cache / "scans" / f"{digest(stats)}.json"
+    try:
+        hashes: list[str] = json.loads(memory.read_text())
+    except (OSError, json.JSONDecodeError):
+        hashes = [_sha256(file) for file in files]
+        with disk_errors(cache):
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            partial = memory.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(hashes))
+            partial.replace(memory)
+    return hashes
+
+
+def _sha256(path: str) -> str:
+    try:
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def available_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -57,7 +85,7 @@ def building(final: Path) -> Iterator[Path]:
         with disk_errors(final.parent):
             folder.mkdir(parents=True)
         yield folder
-        _publish(folder, final)
+        publish(folder, final)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -70,7 +98,7 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(stream.fileno())
 
 
-def _publish(folder: Path, final: Path) -> None:
+def publish(folder: Path, final: Path) -> None:
     """Give a whole folder its final name, unless another process was first."""
     _sync(folder)
     try:

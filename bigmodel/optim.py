@@ -200,26 +200,43 @@ class _StepSchedule(LambdaLR):
         self._last_lr = rates
 
 
-def configure(module: LightningModule, optimizer: OptimizerFactory, schedule: Schedule | None = None) -> dict[str, Any]:
+def _without(groups: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
+    return [{key: value for key, value in group.items() if key not in keys} for group in groups]
+
+
+def configure(
+    module: LightningModule,
+    optimizer: OptimizerFactory,
+    schedule: Schedule | None = None,
+    groups: Iterable[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """What a task's `configure_optimizers` returns.
 
     When a run is resumed, the optimizer's state and the position in the schedule come from the checkpoint, and every
     setting (rate, betas, weight decay) from the configuration.
 
     Args:
-        module: the task; its trainable parameters are grouped by `parameter_groups`.
+        module: the task; its trainable parameters are grouped by `parameter_groups`, unless `groups` are given.
         optimizer: makes the optimizer from parameter groups, for example `functools.partial(torch.optim.AdamW, lr=1e-3)`.
         schedule: the learning rate over the run's steps; None: constant.
+        groups: parameter groups of the task's own, in place of `parameter_groups`; beside the optimizer's settings one may
+            have `rate`, the factor by which its learning rate differs from the others'.
 
     Raises:
         ValueError: if nothing is trainable, or a schedule that ends has no end to aim at.
     """
-    groups = parameter_groups(module)
-    if not groups:
+    chosen = parameter_groups(module) if groups is None else list(groups)
+    if not chosen:
         raise ValueError(f"{type(module).__name__} has no trainable parameter: nothing to give to the optimizer")
-    built = optimizer(groups)
+    built = optimizer(_without(chosen, "rate"))
     if "weight_decay" not in built.defaults:  # an optimizer without it would carry the key along unread
-        built = optimizer([p for group in groups for p in group["params"]])
+        if groups is None:
+            built = optimizer([p for group in chosen for p in group["params"]])
+        else:
+            built = optimizer(_without(chosen, "rate", "weight_decay"))
+    if groups is not None:
+        for group, given in zip(built.param_groups, chosen, strict=True):
+            group["lr"] *= given.get("rate", 1.0)
     settings = [{key: value for key, value in group.items() if key != "params"} for group in built.param_groups]
 
     def keep_settings(loaded: Optimizer) -> None:

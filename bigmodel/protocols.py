@@ -8,12 +8,12 @@ B samples in a batch, D width of the features, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 @runtime_checkable
@@ -51,7 +51,8 @@ class TaskData(Protocol):
 
 @runtime_checkable
 class Task(Protocol):
-    """What a `LightningModule` has: it takes `net`, `optimizer` and `schedule`, the first two as what makes them.
+    """What a `LightningModule` has: it takes `optimizer` and `schedule`, and `net` (or what else its net is made of, such as
+    a backbone's name); `net` and `optimizer` as what makes them.
 
     `configure_model` makes the net from `bigmodel.sizes(self)`, once, however often it is called. `training_step` returns
     `{"loss": sum, "count": number}`: the sum of the loss over what was predicted, and how much that was. Metrics are
@@ -71,7 +72,11 @@ class Task(Protocol):
 
 @runtime_checkable
 class Predicts(Protocol):
-    """Its prediction in two parts, for distillation, evaluation and export."""
+    """Its prediction in two parts, for distillation, evaluation and export.
+
+    A property `outcomes`, if there is one, says what the K logits are of, as plain values: the names of the classes, the
+    tokenizer. A teacher of other outcomes is refused.
+    """
 
     def features(self, batch: Any) -> Tensor:
         """[B, ..., D], what the head reads; the logits themselves, if the net does not part the two."""
@@ -111,4 +116,63 @@ class Generates(Protocol):
 
     def generate(self, prompt: str, **options: Any) -> str:
         """All pieces at once."""
+        ...
+
+
+@runtime_checkable
+class Writes(Protocol):
+    """Writes whole documents: `bigmodel generate --documents`. The data module has a method `beginnings(numbers, seed)`: the
+    first characters of a training document for each of these numbers, the same for the same number and seed."""
+
+    def write_documents(self, beginnings: Sequence[str], keys: Tensor, **options: Any) -> Sequence[tuple[str, bool]]:
+        """For each beginning, a whole document and whether it came to an end. Keyword arguments are its options; what is
+        random about a document is a function of its key (`bigmodel.randomness`), of [B] int64."""
+        ...
+
+
+@runtime_checkable
+class Rewrites(Protocol):
+    """Writes training batches anew, as on-policy distillation needs them."""
+
+    def rewrite(self, batch: Any, keys: Tensor, *, max_new_tokens: int, temperature: float) -> Any:
+        """A batch like this one, of which the last `max_new_tokens` tokens of each sequence are the net's own, drawn at the
+        temperature by the sample's key [B]; no others are targets. Draws nothing else, and takes as many steps for every
+        batch. A ValueError says where no tokens are left to begin with."""
+        ...
+
+
+@runtime_checkable
+class Ranks(Protocol):
+    """Puts items in order for somebody: `bigmodel recommend`. The data module has a method `user(user_id, item_ids)`, which
+    gives one of its users as a batch of one row.
+
+    Either method gives a list of at most k entries, the best first, with no item that was chosen before and none twice:
+    mappings with `item` (its id), `title` (text or None) and `score` (a number; none is above the one before). A list of
+    fewer is the beginning of one of more. A k that cannot be is a ValueError.
+
+    Attributes:
+        item_ids: ids of the items that a loaded task knows, in the order of its own numbers; None: those of its data.
+    """
+
+    @property
+    def item_ids(self) -> Sequence[int] | Sequence[str] | None: ...
+
+    def recommend(
+        self, history: Sequence[int | str], k: int = 10, times: Sequence[int] | None = None
+    ) -> Sequence[Mapping[str, Any]]:
+        """For somebody who chose these, by their ids, one after the other, at these times (seconds since 1970; None: not
+        known). A task that knows only those it was trained on raises a ValueError that says so."""
+        ...
+
+    def recommend_to(self, batch: Any, k: int = 10) -> Sequence[Mapping[str, Any]]:
+        """For the one user of a batch."""
+        ...
+
+
+@runtime_checkable
+class Exports(Protocol):
+    """Says what `bigmodel export` writes; of other tasks it writes `net`."""
+
+    def exported_net(self) -> Any:
+        """The net as others shall have it, adapters merged. It is called on a loaded task, which is not used any more."""
         ...

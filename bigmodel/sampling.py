@@ -10,6 +10,11 @@ so the samples of a step do not depend on W or M, and where a run stands in the 
 optimizer steps taken and nothing else (`bigmodel.course`; s S becomes the samples taken so far, where the batch size was
 changed). A last, incomplete step of an epoch is dropped (other epochs meet its samples).
 
+Samples of differing lengths waste what fills up the shorter of a batch. Given their lengths, the samples of each 50 steps
+are put in the order of their length, cut into steps, and these shuffled by a key: again a function of (seed, epoch) alone,
+in memory for 50 steps. Where the batch size was changed within an epoch, the rest of that epoch is grouped anew from there:
+of 50 steps' samples some may be met twice in it, and others not.
+
 Source of the permutation: a balanced Feistel network (Luby and Rackoff 1988) over the smallest even number of bits that
 holds N, with cycle walking (Black and Rogaway 2002).
 """
@@ -18,7 +23,7 @@ from __future__ import annotations
 
 import inspect
 import signal
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from typing import Any, cast
 
 import numpy as np
@@ -31,6 +36,7 @@ from bigmodel.course import Course, Position, get_origin
 _ROUNDS = 6
 _WORD = 0xFFFFFFFFFFFFFFFF
 _STEPS_AT_ONCE = 32  # for which sample numbers are computed together: one call costs as much as many
+_STEPS_GROUPED = 50  # whose samples are sorted by length together
 _PADDING = -1  # the sample number of a padding row
 
 
@@ -108,6 +114,7 @@ def micro_batches(batch_size: int, micro_batch_size: int | None, num_processes: 
 
 
 _Numbers = tuple[int, list[int]]  # the epoch, as far as randomness goes, and sample numbers
+Lengths = Callable[[np.ndarray, int], np.ndarray]  # of samples [k] in an epoch, [k]
 
 
 class _TrainOrder(Sampler[_Numbers]):
@@ -122,6 +129,7 @@ class _TrainOrder(Sampler[_Numbers]):
         trainer: Trainer | None,
         shuffle: bool,
         views: int | None,
+        lengths: Lengths | None,
     ) -> None:
         self.rank, self.num_processes = _place(trainer)
         self.micro, self.accumulation = micro_batches(batch_size, micro_batch_size, self.num_processes)
@@ -134,7 +142,10 @@ class _TrainOrder(Sampler[_Numbers]):
             raise ValueError(
                 f"--data.views {views}: at least 1 is needed; leave it out for new randomness in every epoch"
             )
+        if lengths is not None and not shuffle:
+            raise ValueError("shuffle=False keeps the samples' own order, but lengths group them: give one of the two")
         self.n, self.batch_size, self.seed, self.shuffle, self.views = n, batch_size, seed, shuffle, views
+        self.lengths = lengths
         self.trainer = trainer
         self.epoch = 0  # for use without a trainer
 
@@ -149,27 +160,48 @@ class _TrainOrder(Sampler[_Numbers]):
     def __iter__(self) -> Iterator[_Numbers]:
         # Computed here and not at the first next(): by then a loader's workers have run ahead.
         if self.trainer is None:
-            return self._from(self.epoch, 0)
-        here = self.course.at(self.trainer.global_step)
-        return self._from(here.epoch, here.samples)
+            return self._from(self.epoch, 0, 0)
+        course = self.course
+        here = course.at(self.trainer.global_step)
+        return self._from(here.epoch, here.samples, course.origin.samples if here.epoch == course.origin.epoch else 0)
 
-    def _from(self, epoch: int, start: int) -> Iterator[_Numbers]:
-        """The rest of an epoch of which `start` samples have been taken."""
-        num_steps = (self.n - start) // self.batch_size
+    def _from(self, epoch: int, start: int, origin: int) -> Iterator[_Numbers]:
+        """The rest of an epoch of which `start` samples have been taken, in steps of this batch size since `origin`."""
+        first, num_steps = (start - origin) // self.batch_size, (self.n - origin) // self.batch_size
         if self.views is not None:
             epoch %= self.views
         order = Permutation(self.n, self.seed, epoch)
-        in_batch = np.arange(self.batch_size).reshape(self.accumulation, self.num_processes, self.micro)[:, self.rank]
-        for block in range(0, num_steps, _STEPS_AT_ONCE):
-            steps = np.arange(block, min(block + _STEPS_AT_ONCE, num_steps))
-            positions = start + steps[:, None, None] * self.batch_size + in_batch  # [steps, A, M]
-            numbers = order(positions.ravel()) if self.shuffle else positions.ravel()
+        at_once = _STEPS_AT_ONCE if self.lengths is None else _STEPS_GROUPED
+        for block in range(first - first % at_once, num_steps, at_once):
+            steps = np.arange(block, min(block + at_once, num_steps))
+            positions = origin + steps[:, None] * self.batch_size + np.arange(self.batch_size)  # [steps, S]
+            if self.lengths is None:
+                numbers = self._own(positions)[max(first - block, 0) :]  # [steps, A, M]
+                numbers = order(numbers.ravel()) if self.shuffle else numbers
+            else:
+                samples = order(positions.ravel())
+                grouped = self._grouped(samples, self.lengths(samples, epoch), epoch, block)
+                numbers = self._own(grouped)[max(first - block, 0) :]
             yield from ((epoch, batch) for batch in numbers.reshape(-1, self.micro).tolist())
+
+    def _own(self, steps: np.ndarray) -> np.ndarray:
+        """What this process takes [steps, A, M] of steps [steps, S]."""
+        dealt: np.ndarray = steps.reshape(-1, self.accumulation, self.num_processes, self.micro)[:, :, self.rank]
+        return dealt
+
+    def _grouped(self, numbers: np.ndarray, lengths: np.ndarray, epoch: int, block: int) -> np.ndarray:
+        """The same sample numbers as steps [steps, S] of like length."""
+        by_length = numbers[np.argsort(lengths, kind="stable")].reshape(-1, self.batch_size)  # [steps, S]
+        turns = Permutation(len(by_length), mix(self.seed, epoch), block)(np.arange(len(by_length)))
+        grouped: np.ndarray = by_length[turns]
+        return grouped
 
 
 class _EvaluationOrder(Sampler[_Numbers]):
     """Batch sampler that deals the samples out once, in order; every process gets the same number of equal batches,
     filled up with padding rows."""
+
+    epoch = 0  # whose randomness the samples have
 
     def __init__(self, n: int, batch_size: int, trainer: Trainer | None) -> None:
         self.rank, self.num_processes = _place(trainer)
@@ -183,7 +215,17 @@ class _EvaluationOrder(Sampler[_Numbers]):
     def __iter__(self) -> Iterator[_Numbers]:
         for batch in range(len(self)):
             start = (batch * self.num_processes + self.rank) * self.rows
-            yield 0, [i if i < self.n else _PADDING for i in range(start, start + self.rows)]
+            yield self.epoch, [i if i < self.n else _PADDING for i in range(start, start + self.rows)]
+
+
+class _NodeOrder(_EvaluationOrder):
+    """The same dealt out to the processes of each node, each node all of it, in batches that do not depend on their number:
+    a net gives a sample the same bits wherever it is computed."""
+
+    def __init__(self, n: int, rows: int, epoch: int, trainer: Trainer | None) -> None:
+        self.rank, self.num_processes = (trainer.local_rank, trainer.num_devices) if trainer is not None else (0, 1)
+        self.n, self.rows, self.epoch = n, rows, epoch
+        self.batch_size = rows * self.num_processes
 
 
 def _place(trainer: Trainer | None) -> tuple[int, int]:
@@ -238,6 +280,7 @@ class Loader(DataLoader[Any]):
         )
         self.order = order
         self.samples_per_step = order.batch_size  # over all processes
+        self.num_samples = order.n
 
     @property
     def course(self) -> Course | None:
@@ -290,6 +333,7 @@ def train_loader(
     num_workers: int = 0,
     shuffle: bool = True,
     views: int | None = None,
+    lengths: Lengths | None = None,
 ) -> Loader:
     """Training batches in the global order, resumable at any optimizer step on any number of processes.
 
@@ -304,12 +348,14 @@ def train_loader(
         num_workers: worker processes that read ahead; 0: read in the training process.
         shuffle: False keeps the samples' own order in every epoch.
         views: the epochs' randomness, order included, comes again after so many epochs; None: never.
+        lengths: called with sample numbers [k] and an epoch, gives their lengths [k]; batches are then of samples of like
+            length. None: they are not looked at.
 
     Raises:
         ValueError: if the batch cannot be divided as asked, or the data set holds no whole batch.
     """
     n = _num_samples(dataset, "training")
-    order = _TrainOrder(n, batch_size, micro_batch_size, seed, trainer, shuffle, views)
+    order = _TrainOrder(n, batch_size, micro_batch_size, seed, trainer, shuffle, views, lengths)
     return Loader(dataset, order, num_workers)
 
 
@@ -328,3 +374,25 @@ def eval_loader(
         ValueError: if the data set is empty.
     """
     return Loader(dataset, _EvaluationOrder(_num_samples(dataset, "evaluation"), batch_size, trainer), num_workers)
+
+
+def in_order(loader: DataLoader[Any], *, rows: int, trainer: Trainer | None = None, epoch: int = 0) -> Loader:
+    """The samples of another loader, such as that of training, once and in their own order: for what a frozen net says of
+    each (`bigmodel.outputs`). Each node takes them all, in batches dealt out to its processes.
+
+    Args:
+        loader: made by this module.
+        rows: samples that one process takes at once; every batch has so many, filled up with rows of weight 0.
+        trainer: the data module's `self.trainer`; None: one process.
+        epoch: whose randomness the samples have, where the data set knows of any.
+
+    Raises:
+        ValueError: if the loader is another's.
+    """
+    if not isinstance(loader, Loader):
+        raise ValueError(
+            f"the samples of a {type(loader).__name__} have no order of their own: make it with"
+            " bigmodel.sampling.train_loader"
+        )
+    samples = cast(_Rows, loader.dataset)
+    return Loader(samples.dataset, _NodeOrder(loader.num_samples, rows, epoch, trainer), loader.num_workers)

@@ -1,6 +1,6 @@
 """Kill training with SIGKILL again and again, resume it each time, and compare the end with a run left alone.
 
-    python scripts/crash_test.py [--kills 100] [--tasks language_modeling image_classification outsider]
+    python scripts/crash_test.py [--kills 100] [--tasks language_modeling image_classification recommendation outsider]
                                  [--processes 1 | --layouts] [--seed 0]
 
 Each task is a tiny experiment of some seconds with dropout, EMA, accumulation, validation in mid-epoch and a checkpoint
@@ -57,7 +57,7 @@ MODULES = (
     "crash_samples",
 )
 STEPS = 60  # optimizer steps of each run
-TASKS = ("language_modeling", "image_classification", "outsider")
+TASKS = ("language_modeling", "image_classification", "recommendation", "outsider")
 
 
 class Layout(NamedTuple):
@@ -100,6 +100,13 @@ OWN: dict[str, tuple[Path, dict[str, Any]]] = {
             "data.micro_batch_size": 16, "trainer.max_steps": STEPS, "trainer.val_check_interval": 7,
         },
     ),
+    "recommendation": (
+        ROOT / "experiments" / "recommendation" / "check.yaml",
+        {
+            "model.sampled_negatives": 8, "data.path": "events.csv", "data.filters": "null", "data.batch_size": 16,
+            "data.micro_batch_size": 4, "trainer.max_steps": STEPS, "trainer.val_check_interval": 7,
+        },
+    ),
     "outsider": (
         OUTSIDER / "experiment.yaml",
         {
@@ -138,6 +145,17 @@ def write_table() -> None:
         for _ in range(100):
             a, b = draw.random(), draw.random()
             writer.writerow([a, b, a * b])
+
+
+def write_events() -> None:
+    """Fifty people who chose some of thirty items each."""
+    draw = random.Random(0)
+    with open("events.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["user_id", "item_id", "timestamp"])
+        for user in range(50):
+            for second, item in enumerate(draw.sample(range(30), draw.randint(5, 20))):
+                writer.writerow([user, item, second])
 
 
 def rank_variables(processes: int) -> list[dict[str, str]]:
@@ -327,6 +345,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         write_table()
+        write_events()
         straight = {task: run_straight(task, layouts[0], given.layouts) for task in given.tasks}
         sys.path[:0] = map(str, PATHS)
         own = ["outsider" if task == "outsider" else f"bigmodel.tasks.{task}" for task in given.tasks]

@@ -32,7 +32,7 @@ fi
 arguments=("$@")
 if [[ -s $remembered ]]; then
   run=$(<"$remembered")
-  if compgen -G "$run/checkpoints/*.ckpt" >/dev/null; then # else it was stopped before its first: afresh
+  if [[ -e $run/folds.json ]] || compgen -G "$run/checkpoints/*.ckpt" >/dev/null; then # else stopped before its first: afresh
     arguments=(--resume "$run")
   fi
 fi

@@ -13,6 +13,9 @@ LOWER = [
     "sampling",
     "callbacks",
     "cache",
+    "decode",
+    "outputs",
+    "hugging_face",
     "randomness",
     "workers",
     "launch",
@@ -52,7 +55,22 @@ def test_nets_are_plain_torch():
 
 @pytest.mark.parametrize(
     "part",
-    ["optim", "parallel", "checkpoint", "sampling", "callbacks", "cache", "workers", "run", "tracking", "cli"],
+    [
+        "optim",
+        "parallel",
+        "checkpoint",
+        "sampling",
+        "callbacks",
+        "cache",
+        "decode",
+        "hugging_face",
+        "outputs",
+        "workers",
+        "classification",
+        "run",
+        "tracking",
+        "cli",
+    ],
 )
 def test_the_spine_knows_no_task_and_no_net(part):
     for path in files(part):
@@ -69,7 +87,7 @@ def test_its_lower_parts_know_neither_the_command_nor_runs(part):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_task_knows_no_other_task_and_nothing_private(task):
-    shared = ("nn", *LOWER, "run", f"tasks.{task}")
+    shared = ("nn", *LOWER, "classification", "run", f"tasks.{task}")
     for path in files(f"tasks/{task}"):
         for name in imports(path):
             if name.startswith("bigmodel"):

@@ -6,10 +6,12 @@ from typing import NamedTuple
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from bigmodel.callbacks import EMA, Gradients, Resume, TrainingLog
+from bigmodel.callbacks import EMA, Gradients, ProgressLine, Resume, TrainingLog
+from bigmodel.checkpoint import Checkpoint
 from bigmodel.nn import GPT
 from bigmodel.sampling import eval_loader, train_loader
 from bigmodel.tasks.language_modeling import LanguageModeling, TextBatch
@@ -142,6 +144,29 @@ def test_ema_equals_its_closed_form():
     assert torch.equal(module.net.weight, ema_weight := expected) or torch.allclose(module.net.weight, ema_weight)
     ema.on_validation_end(module.trainer, module)
     assert torch.equal(module.net.weight, live)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "line"),
+    [
+        ({"val/loss": 2.0, "val/perplexity": 7.38905609}, "val/loss 2  val/perplexity 7.3891"),
+        ({f"val/m{i}": i for i in range(10)}, "  ".join(f"val/m{i} {i}" for i in range(10))),
+        (
+            {"val/mrr": 0, "val/hr@5": 1, "val/ndcg@5": 2, "val/loss": 3, "train/loss": 9}
+            | {f"val/{name}@10": 4 + i for i, name in enumerate(("hr", "recall", "ndcg"))}
+            | {f"val/{name}@20": 7 + i for i, name in enumerate(("hr", "recall", "ndcg", "mrr"))},
+            "val/ndcg@10 6  val/loss 3  val/hr@10 4  val/recall@10 5  val/mrr 0  val/hr@5 1  and 5 more in metrics.csv",
+        ),
+    ],
+    ids=["few", "ten", "many"],
+)
+def test_the_line_of_a_validation_has_the_monitored_metric_first_and_not_too_many(metrics, line, capsys):
+    kept = [Checkpoint(), Checkpoint(monitor="val/ndcg@10", mode="max")]
+    trainer = Trainer(accelerator="cpu", logger=False, callbacks=kept, enable_progress_bar=False)
+    trainer.callback_metrics.update({name: torch.tensor(float(value)) for name, value in metrics.items()})
+    trainer.state.fn, trainer.state.stage = TrainerFn.FITTING, RunningStage.VALIDATING
+    ProgressLine().on_validation_end(trainer, Autoencoder())
+    assert capsys.readouterr().out == f"step 0  {line}\n"
 
 
 def test_ema_of_tied_weights_swaps_back():

@@ -3,24 +3,30 @@
 import re
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
+import torch
+from torch.utils.data import Dataset
 
-from bigmodel.cli import check_task, main, verbs
+from bigmodel.cli import check_task, main, promises, verbs
 from bigmodel.cli.new import write_package
 from bigmodel.cli.promises import Finding
 from bigmodel.protocols import PROTOCOL_VERSION
+from bigmodel.sampling import eval_loader
 
 OUTSIDER = str(Path(__file__).parent / "outsider" / "experiment.yaml")
 PROMISES = ["task", "data", "batch", "loaders", "resume", "loss", "accumulation", "bf16", "evaluation", "Predicts"]
-PROMISES += ["Tabulates", "Generates", "reload", "two processes", "sharding"]
+PROMISES += ["Tabulates", "Generates", "Ranks", "reload", "two processes", "sharding"]
 GOOD = {  # and what is skipped
-    "language_modeling": {"Tabulates"},
-    "image_classification": {"Generates"},
+    "language_modeling": {"Tabulates", "Ranks"},
+    "image_classification": {"Generates", "Ranks"},
     "recommendation": {"Generates"},
-    "outsider": {"Predicts", "Generates"},
-    "new": {"Predicts", "Tabulates", "Generates"},
-    "batch norm": {"Predicts", "Generates", "loss", "accumulation", "two processes", "sharding"},
+    "transfer_learning": {"Generates", "Ranks"},
+    "outsider": {"Predicts", "Generates", "Ranks"},
+    "new": {"Predicts", "Tabulates", "Generates", "Ranks"},
+    "batch norm": {"Predicts", "Generates", "Ranks", "loss", "accumulation", "two processes", "sharding"},
 }
 DEFECTS = {  # which class, and what is found
     "model: MeanLoss": {
@@ -64,6 +70,7 @@ def found(table, tmp_path_factory):
             "language_modeling": verbs.merge_settings([str(experiments / "language_modeling" / "check.yaml")], cache),
             "image_classification": verbs.merge_settings([str(experiments / "image_classification/check.yaml")], cache),
             "recommendation": verbs.merge_settings([str(experiments / "recommendation/check.yaml")], cache),
+            "transfer_learning": verbs.merge_settings([str(experiments / "transfer_learning/check.yaml")], cache),
             "outsider": outsider(table, ("model.net.dropout", "0.2")),
             "new": verbs.merge_settings([new], [("data.packages", "[email, asyncio]")]),
             "batch norm": outsider(table, ("model.net", "broken_tasks.Normed")),
@@ -96,6 +103,95 @@ def test_the_page_shows_what_is_found(found):
 
     here = [(one.status, one.what, without_numbers(one.text)) for one in found["new"].values()]
     assert here == [(status, what, without_numbers(text)) for status, what, text in shown]
+
+
+class Row(NamedTuple):
+    index: torch.Tensor
+    weight: torch.Tensor
+
+
+class Ranker:
+    """Ranks the items 9, 8, ... 0 for anybody."""
+
+    item_ids = None
+
+    def recommend(self, history, k=10, times=None):
+        return self.entries([item for item in range(9, -1, -1) if item not in history])[:k]
+
+    def recommend_to(self, batch, k=10):
+        return self.recommend([], k)
+
+    def entries(self, items):
+        return [{"item": item, "title": None, "score": item / 2} for item in items]
+
+    def eval(self):
+        pass
+
+
+class RanksAgain(Ranker):
+    def recommend(self, history, k=10, times=None):
+        return super().recommend([], k)
+
+
+class RanksUnsorted(Ranker):
+    def entries(self, items):
+        return super().entries(items[::-1])
+
+
+class RanksTooMany(Ranker):
+    def recommend(self, history, k=10, times=None):
+        return super().recommend(history, k + 1)
+
+
+class RanksOtherwise(Ranker):
+    def recommend(self, history, k=10, times=None):
+        return super().recommend([*history, 6] if k == 1 else history, k)
+
+
+class RanksBare(Ranker):
+    def entries(self, items):
+        return [{"item": item} for item in items]
+
+
+class RanksUsers(Ranker):
+    def recommend(self, history, k=10, times=None):
+        if history:
+            raise ValueError("it knows users by their number")
+        return super().recommend(history, k)
+
+
+class RanksHistories:
+    recommend = Ranker.recommend
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        (Ranker, "lists for users of the data and for a history"),
+        (RanksUsers, "none for a history: it knows users"),
+        (RanksAgain, "into the list of one who had them"),
+        (RanksUnsorted, "at most k, each once, the best first"),
+        (RanksTooMany, "at most k"),
+        (RanksOtherwise, "with k 1 gives another item"),
+        (RanksBare, "item, title and score are needed"),
+        (RanksHistories, "not all of recommend, recommend_to, item_ids"),
+    ],
+)
+def test_lists_are_ordered_short_and_new(kind, found):
+    class Rows(Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            return Row(torch.tensor(i), torch.tensor(1.0))
+
+    data = SimpleNamespace(user=print, predict_dataloader=lambda: eval_loader(Rows(), batch_size=2))
+    try:
+        text = promises.ranks(SimpleNamespace(task=kind(), data=data, trainer=None))
+        assert kind in (Ranker, RanksUsers)
+    except promises.Failure as failure:
+        text = str(failure)
+    assert found in text
 
 
 @pytest.mark.parametrize("name", DEFECTS)

@@ -11,6 +11,7 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 HARDWARE = sorted((EXPERIMENTS / "hardware").glob("*.yaml"))
 RECIPES = sorted(path for path in EXPERIMENTS.glob("*/*.yaml") if path.parent.name != "hardware")
 IMAGES = EXPERIMENTS / "image_classification"
+MOVIELENS = sorted((EXPERIMENTS / "recommendation").glob("*_movielens.yaml"))
 
 
 def names(paths):
@@ -77,3 +78,37 @@ def test_digits_run(name, tmp_path, monkeypatch, capsys):
     main(["test", str(run), "--trainer.limit_test_batches", "2"])
     assert "test/accuracy" in capsys.readouterr().out
     assert (run / "test_confusion.png").exists()
+
+
+@pytest.mark.parametrize("path", MOVIELENS, ids=[path.stem for path in MOVIELENS])
+def test_movielens_runs(path, tmp_path, monkeypatch, capsys):
+    one = ["--trainer.max_steps", "1", "--trainer.val_check_interval", "1", "--trainer.num_sanity_val_steps", "0"]
+    run = run_for_a_few_steps(path, tmp_path, monkeypatch, *one)
+    main(["test", str(run), "--trainer.limit_test_batches", "1"])
+    assert "test/ndcg@10" in capsys.readouterr().out
+
+
+TRANSFER = EXPERIMENTS / "transfer_learning"
+
+
+def test_reviews_run_and_their_mistakes_are_listed(tmp_path, monkeypatch, capsys):
+    few = ["--data.shots", "16", "--data.max_length", "16", "--trainer.max_epochs", "1", "--data.batch_size", "16"]
+    run = run_for_a_few_steps(TRANSFER / "minilm_text.yaml", tmp_path, monkeypatch, *few)
+    main(["test", str(run), "--trainer.limit_test_batches", "4"])
+    assert "test/matthews" in capsys.readouterr().out
+    head, *rows = (run / "test_mistakes.csv").read_text().splitlines()
+    assert head == "text,true,predicted,probability,loss"
+    assert rows
+
+
+def test_a_run_of_ours_learns_digits_that_it_has_not_seen(tmp_path, monkeypatch, capsys):
+    flags = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "3"]
+    seen = ["--data.classes", '["0","1","2","3","4"]']
+    first = run_for_a_few_steps(IMAGES / "mnist5k.yaml", tmp_path, monkeypatch, *flags, *seen).resolve()
+    other = tmp_path / "other"
+    other.mkdir()
+    few = ["--model.backbone", str(first), "--data.shots", "16"]
+    run = run_for_a_few_steps(TRANSFER / "own_run.yaml", other, monkeypatch, *few, "--trainer.max_epochs", "1")
+    main(["test", str(run)])
+    assert "test/matthews" in capsys.readouterr().out
+    assert (run / "test_mistakes.png").exists()

@@ -121,3 +121,19 @@ def test_nothing_is_overwritten_and_what_is_wrong_is_said(bm):
     assert "name one run" in bm("export", fails=True)
     assert "has no checkpoint first" in bm("export", "last", "--checkpoint", "first", fails=True)
     assert "--output FILE" in bm("export", "--help")
+
+
+class MergedRegression(TabularRegression):
+    """A task that puts its net together before it is exported."""
+
+    def exported_net(self):
+        return self.net.layers
+
+
+def test_a_task_may_say_what_is_exported(bm, monkeypatch):
+    monkeypatch.setattr("outsider.MergedRegression", MergedRegression, raising=False)
+    monkeypatch.setattr("outsider.module.MergedRegression", MergedRegression, raising=False)
+    bm("fit", "--model", "outsider.MergedRegression")
+    bm("export", "last", "--output", "weights.safetensors")
+    assert same(load_file("weights.safetensors"), bigmodel.load("last").net.layers)
+    assert json.loads(metadata("weights.safetensors")["class_path"]) == "torch.nn.modules.container.Sequential"

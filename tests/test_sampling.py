@@ -167,3 +167,73 @@ def test_workers_are_told_the_epoch_too():
     assert {int(e) for batch in loader for e in batch.value} == {1}
     trainer.global_step = 8
     assert {int(e) for batch in loader for e in batch.value} == {2}
+
+
+def lengths_of(numbers, epoch):
+    """Between 0 and 99, and others in each epoch."""
+    return (numbers * 37 + epoch * 11) % 100
+
+
+def grouped(n=2_000, batch=12, micro=None, num_processes=1, global_step=0):
+    """[steps, batch]: the samples of each step, as the processes take them together."""
+    taken = [
+        [
+            batch.index.tolist()
+            for batch in train_loader(
+                Squares(n),
+                batch_size=batch,
+                micro_batch_size=micro,
+                seed=5,
+                trainer=process(rank, num_processes, global_step),
+                lengths=lengths_of,
+            )
+        ]
+        for rank in range(num_processes)
+    ]
+    return np.array([part for parts in zip(*taken, strict=True) for part in parts]).reshape(-1, batch)
+
+
+def test_grouping_by_length_is_that_of_the_plain_loop():
+    n, batch, window = 2_000, 12, 50
+    order, got = Permutation(n, 5, 0)(np.arange(n)), grouped()
+    assert len(got) == n // batch
+    for first in range(0, len(got), window):
+        there = got[first : first + window]
+        meant = order[first * batch : (first + len(there)) * batch]
+        by_length = sorted(meant.tolist(), key=lambda i: lengths_of(i, 0))
+        steps = [by_length[i : i + batch] for i in range(0, len(by_length), batch)]
+        assert sorted(there.tolist()) == sorted(steps)
+        assert there.tolist() != steps, "short ones must not all come first"
+
+
+@pytest.mark.parametrize("global_step", [0, 1, 49, 50, 51, 165, 166, 200])
+def test_grouped_batches_are_the_same_on_any_layout_and_after_a_resume(global_step):
+    steps_per_epoch = 2_000 // 12
+    epoch, step = divmod(global_step, steps_per_epoch)
+    straight = grouped(global_step=epoch * steps_per_epoch)
+    for micro, num_processes in [(None, 1), (2, 3), (1, 4)]:
+        assert np.array_equal(grouped(2_000, 12, micro, num_processes, global_step), straight[step:])
+
+
+def test_each_epoch_is_grouped_by_its_own_lengths():
+    first, second = grouped(), grouped(global_step=2_000 // 12)
+    assert not np.array_equal(first, second)
+    spread = [np.ptp(lengths_of(steps, epoch), axis=1).mean() for epoch, steps in enumerate((first, second))]
+    assert max(spread) < 5, "of 100 lengths, 50 steps share them"
+
+
+def test_a_batch_size_changed_within_an_epoch_is_grouped_from_there():
+    from bigmodel.course import Position, set_origin
+
+    trainer = process(global_step=60)
+    set_origin(trainer, Position(step=60, epoch=0, samples=720, seen=720))
+    loader = train_loader(Squares(2_000), batch_size=20, seed=5, trainer=trainer, lengths=lengths_of)
+    rest = [batch.index.tolist() for batch in loader]
+    assert [len(step) for step in rest] == [20] * 64
+    left = Permutation(2_000, 5, 0)(np.arange(720, 2_000))
+    assert sorted(i for step in rest for i in step) == sorted(left.tolist())
+
+
+def test_lengths_of_samples_in_their_own_order_are_refused():
+    with pytest.raises(ValueError, match="give one of the two"):
+        train_loader(Squares(50), batch_size=10, shuffle=False, lengths=lengths_of)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import sharded
 import torch
 from safetensors.torch import load_file
-from sharded import only_run, pictures, stop_at, text
+from sharded import choices, only_run, pictures, stop_at, text
 
 import bigmodel
 from bigmodel.checkpoint import read
@@ -47,6 +48,12 @@ def launched(tmp_path_factory, table):
         main(["fit", *text("one")])
         main(["fit", *text("one-mixed", "--trainer.precision", "bf16-mixed")])
         main(["fit", *pictures("pictures-one", "--trainer.precision", "bf16-mixed")])
+        draw = random.Random(0)
+        events = (f"{user},{draw.randrange(30)},{t}\n" for user in range(61) for t in range(draw.randint(5, 15)))
+        Path("events.csv").write_text("user_id,item_id,timestamp\n" + "".join(events))
+        Path("events.yaml").write_text("seed_everything: 0\n")
+        main(["fit", *choices("histories-one", "SequenceRecommendation", "--model.net.dropout", 0)])
+        main(["fit", *choices("pairs-one", "PairRecommendation")])
         stopped = folder / "stopped"
         shutil.copytree(only_run("one"), stopped)
         stop_at(stopped, 2)
@@ -93,6 +100,15 @@ def test_autocast_and_shards_in_bfloat16(launched):
     assert {tensor.dtype for tensor in last(many)["state_dict"].values()} == {torch.float32}
     one, many = only_run("pictures-one"), only_run("pictures")  # BatchNorm takes each process's own statistics
     assert column(one, "val/loss") == pytest.approx(column(many, "val/loss"), rel=0.5)
+
+
+@pytest.mark.parametrize("name", ["histories", "pairs"])
+def test_a_sharded_item_table_is_trained_and_ranked_as_on_one_process(launched, name):
+    one, many = only_run(f"{name}-one"), only_run(name)
+    same(last(one)["state_dict"], last(many)["state_dict"], tolerance=1e-5)
+    for metric in ("val/ndcg@5", "val/mrr", "val/coverage@5", "val/popularity@5"):
+        assert list(column(many, metric)) == [3, 6]
+        assert column(one, metric) == column(many, metric), metric
 
 
 def test_runs_go_on_in_any_layout(launched):

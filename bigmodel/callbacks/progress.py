@@ -14,12 +14,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from bigmodel.callbacks.gradients import find
 from bigmodel.callbacks.training_log import TrainingLog
+from bigmodel.checkpoint import Checkpoint
 from bigmodel.optim import num_steps
+
+_MOST, _SHOWN = 10, 6  # metrics on a line: if there are more than the first, only so many as the second
 
 
 class ProgressLine(ProgressBar):
     """Shows step, loss, speed and time left while training, and the metrics of each validation on a line that stays; batches
-    done while `bigmodel validate`, `test` and `predict` run.
+    done while `bigmodel validate`, `test` and `predict` run. Of more than ten metrics six are shown: the one by which the
+    best checkpoint is kept, and such as belong to it.
 
     Args:
         every_seconds: seconds between lines where the output is no terminal. A terminal's bar moves twice a second.
@@ -105,8 +109,7 @@ class ProgressLine(ProgressBar):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.training or (trainer.state.fn == "fit" and not trainer.sanity_checking):
             metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-            line = "  ".join(f"{name} {value:.5g}" for name, value in metrics.items())
-            self.print(f"step {trainer.global_step:,}  {line}")
+            self.print(f"step {trainer.global_step:,}  {_line(metrics, _monitored(trainer))}")
         if trainer.state.fn != "fit":
             self._end_evaluation()
 
@@ -170,3 +173,22 @@ class ProgressLine(ProgressBar):
             self._bar.refresh()
             self._bar.stop()
             self._bar = self._task = None
+
+
+def _monitored(trainer: Trainer) -> str:
+    """The metric by which the best checkpoint is kept."""
+    kept = (one.monitor for one in trainer.checkpoint_callbacks if isinstance(one, Checkpoint) and one.monitor)
+    return next(kept, "")
+
+
+def _line(metrics: dict[str, float], monitored: str) -> str:
+    """Few metrics as they are; of many, the monitored one, the loss, those with the same cutoff (`@10`), and then any."""
+
+    def cutoff(name: str) -> str:
+        return name.partition("@")[2]
+
+    names, more = list(metrics), ""
+    if len(names) > _MOST:
+        names.sort(key=lambda name: (name != monitored, name != "val/loss", cutoff(name) != cutoff(monitored)))
+        names, more = names[:_SHOWN], f"  and {len(names) - _SHOWN} more in metrics.csv"
+    return "  ".join(f"{name} {metrics[name]:.5g}" for name in names) + more

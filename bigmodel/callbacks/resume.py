@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data.distributed import DistributedSampler
 
@@ -63,6 +64,10 @@ class Resume(Callback):
         _, trainer.accumulate_grad_batches = micro_batches(batch_size, micro, share["num_replicas"])
         if isinstance(trainer.val_check_interval, int):
             trainer.val_check_interval *= trainer.accumulate_grad_batches
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            # Right behind the validation, and not at the epoch's end: a checkpoint saved in between knows of it.
+            if isinstance(callback, EarlyStopping) and callback._check_on_train_epoch_end is None:
+                callback._check_on_train_epoch_end = not callback.monitor.startswith("val/")
         # Made once for what they may refuse (too few samples, an empty split): the run has left nothing behind yet.
         set_origin(trainer, Position())
         loader = _data(trainer).train_dataloader()

@@ -3,7 +3,7 @@
 from bigmodel.checkpoint.archive import clear_hidden
 from bigmodel.checkpoint.callback import Checkpoint, validation_due
 from bigmodel.checkpoint.choose import checkpoint_step, find_checkpoint
-from bigmodel.checkpoint.files import AtomicCheckpointIO, damage, read, size_on_disk
+from bigmodel.checkpoint.files import AtomicCheckpointIO, damage, identity, read, size_on_disk
 from bigmodel.checkpoint.sharded import Sharded, assembled, place
 from bigmodel.checkpoint.weights import load_weights
 
@@ -16,6 +16,7 @@ __all__ = [
     "clear_hidden",
     "damage",
     "find_checkpoint",
+    "identity",
     "load_weights",
     "place",
     "read",

@@ -98,6 +98,15 @@ def archive_damage(path: str, size: int, modified: int) -> str | None:
     return None if found == written else f"it is not as it was written: SHA-256 {found[:8]}..., not {written[:8]}..."
 
 
+def archive_digest(path: str | os.PathLike[str]) -> str | None:
+    """The SHA-256 that the archive carries, not compared with what is in it; None if it carries none."""
+    with open(path, "rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - _COMMENT_SIZE))
+        comment = file.read()
+    return comment.removeprefix(_MARK).decode() if comment.startswith(_MARK) else None
+
+
 def read_archive(path: str | os.PathLike[str]) -> Any:
     """What is in the file, on the CPU, memory-mapped.
 

@@ -14,8 +14,8 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import distributed
 
-from bigmodel.checkpoint.archive import archive_damage, read_archive, remove, write_archive
-from bigmodel.checkpoint.manifest import folder_damage
+from bigmodel.checkpoint.archive import archive_damage, archive_digest, read_archive, remove, write_archive
+from bigmodel.checkpoint.manifest import MANIFEST, file_digest, folder_damage
 from bigmodel.checkpoint.parts import split
 from bigmodel.checkpoint.sharded import assembled, read_folder
 from bigmodel.checkpoint.shards import FolderWriter
@@ -128,6 +128,14 @@ def damage(path: str | os.PathLike[str]) -> str | None:
         return archive_damage(os.fspath(path), facts.st_size, facts.st_mtime_ns)
     except OSError as error:
         return f"reading it fails: {error.strerror}"
+
+
+def identity(path: Path) -> str:
+    """64 hexadecimal digits that stand for a checkpoint's content: the SHA-256 that it carries, without reading the rest of
+    it. Of one that carries none, the file is hashed."""
+    if path.is_dir():
+        return file_digest(path / MANIFEST)  # it lists the digests of all files
+    return archive_digest(path) or file_digest(path)
 
 
 def _problem(path: str | os.PathLike[str]) -> str | None:

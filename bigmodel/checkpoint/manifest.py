@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-STATE, _MANIFEST = "state.ckpt", "manifest.json"
+STATE, MANIFEST = "state.ckpt", "manifest.json"
 _HASHING_THREADS = 8
 
 
@@ -23,12 +23,13 @@ def shard_name(rank: int, num_processes: int) -> str:
 def file_facts(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file, which is on the disk when this returns."""
     with ThreadPoolExecutor(1) as thread, open(path, "rb") as file:
-        digest = thread.submit(_sha256, path)  # while the disk writes
+        digest = thread.submit(file_digest, path)  # while the disk writes
         os.fsync(file.fileno())
         return {"size": path.stat().st_size, "sha256": digest.result()}
 
 
-def _sha256(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -59,7 +60,7 @@ def _seal(text: str) -> str:
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content)[1:]
-    write_text(folder / _MANIFEST, _seal(text) + text)
+    write_text(folder / MANIFEST, _seal(text) + text)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -68,12 +69,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: if it is missing or damaged, and says which.
     """
-    if not (folder / _MANIFEST).is_file():
-        raise ValueError(f"{_MANIFEST} is missing")
-    text = (folder / _MANIFEST).read_bytes().decode(errors="replace")
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"{MANIFEST} is missing")
+    text = (folder / MANIFEST).read_bytes().decode(errors="replace")
     start = len(_seal(""))
     if text[:start] != _seal(text[start:]):
-        raise ValueError(f"{_MANIFEST} is not as it was written")
+        raise ValueError(f"{MANIFEST} is not as it was written")
     content: dict[str, Any] = json.loads("{" + text[start:])
     return content
 
@@ -89,7 +90,7 @@ def folder_damage(folder: Path) -> str | None:
 @functools.cache
 def _folder_damage(folder: Path, listing: tuple[tuple[str, int, int], ...]) -> str | None:
     found = {name: size for name, size, _ in listing}
-    if _MANIFEST not in found and ".metadata" in found:
+    if MANIFEST not in found and ".metadata" in found:
         print(f"{folder} has no checksum to verify it by: Lightning wrote it", file=sys.stderr)
         return None
     try:
@@ -102,7 +103,7 @@ def _folder_damage(folder: Path, listing: tuple[tuple[str, int, int], ...]) -> s
         if found[name] != facts["size"]:
             return f"{name} has {found[name]:,} bytes, not {facts['size']:,}"
     with ThreadPoolExecutor(min(_HASHING_THREADS, os.cpu_count() or 1)) as threads:  # hashing releases the GIL
-        for name, digest in zip(written, threads.map(_sha256, (folder / name for name in written)), strict=True):
+        for name, digest in zip(written, threads.map(file_digest, (folder / name for name in written)), strict=True):
             if digest != written[name]["sha256"]:
                 return f"{name} is not as it was written: SHA-256 {digest[:8]}..., not {written[name]['sha256'][:8]}..."
     return None

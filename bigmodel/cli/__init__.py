@@ -19,6 +19,7 @@ bigmodel {__version__}: a research framework on Lightning, with plug-in tasks
   bigmodel check -c EXPERIMENT.yaml [--KEY VALUE ...]                     a minute of it, before a long job
   bigmodel validate|test|predict RUN [--KEY VALUE ...]                    evaluate a run's best checkpoint
   bigmodel generate RUN --prompt TEXT                                     let a trained model go on with a text
+  bigmodel generate RUN --documents N --out FOLDER                        let it write text for a student
   bigmodel recommend RUN --user ID                                        the best items for a user
   bigmodel export RUN                                                     write a trained net's weights as safetensors
   bigmodel list [--check]                                                 tasks, experiments, runs
@@ -28,7 +29,7 @@ bigmodel {__version__}: a research framework on Lightning, with plug-in tasks
 A RUN is a run directory, the end of its name, or `last`. `bigmodel VERB --help` says more.
 """
 
-_VERBS = re.findall(r"^  bigmodel ([\w|-]+)", _HELP, re.MULTILINE)
+_VERBS = list(dict.fromkeys(re.findall(r"^  bigmodel ([\w|-]+)", _HELP, re.MULTILINE)))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -61,10 +61,11 @@ def _write_safetensors(checkpoint: Path, output: Path) -> None:
     from safetensors.torch import save_file
 
     from bigmodel.checkpoint import read
+    from bigmodel.protocols import Exports
     from bigmodel.run import find_average, load
 
     task = load(checkpoint)
-    net: Any = getattr(task, "net", None)
+    net: Any = task.exported_net() if isinstance(task, Exports) else getattr(task, "net", None)
     if net is None:
         raise ValueError(f"{type(task).__name__} has no net to export: it should be in its attribute `net`")
     tensors, tied = _each_once(net)

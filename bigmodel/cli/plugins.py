@@ -156,6 +156,25 @@ def check_classes(settings: Any, key: str = "") -> None:
         check_classes(value, inner)
 
 
+def resolve_words(settings: Any) -> None:
+    """Put class paths in the place of words that were given arguments, `--model.method lora --model.method.rank 16`.
+
+    A class that takes a word or an object has an attribute `words`: by argument, the class path that each word stands for.
+    """
+    if not isinstance(settings, dict):
+        return
+    arguments = settings.get("init_args") or {}
+    for name, value in arguments.items():
+        word = value.get("class_path") if isinstance(value, dict) else None
+        if isinstance(word, str) and "." not in word:
+            known = getattr(import_class(settings["class_path"]), "words", {}).get(name, {})
+            if known and word not in known:
+                raise ValueError(f"--...{name} {word}: choose {', '.join(known)}, or give a class_path")
+            value["class_path"] = known.get(word, word)
+    for value in settings.values():
+        resolve_words(value)
+
+
 def _is_installed(class_path: str) -> bool:
     """Whether the package of a class is there. A folder of its name without an __init__.py, maybe a project's own, is it
     only if it has the module that is meant."""

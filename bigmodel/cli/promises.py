@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from bigmodel.cli import plugins, trials
 from bigmodel.cli.figures import describe
 from bigmodel.cli.settings import Settings
 from bigmodel.cli.trials import Trial
-from bigmodel.protocols import Batch, Generates, Predicts, TaskData
+from bigmodel.protocols import Batch, Generates, Predicts, Ranks, TaskData
 from bigmodel.sampling import Loader
 
 
@@ -50,7 +51,7 @@ class Blocked(Skip):
 def arguments(settings: Settings) -> tuple[str, str] | None:
     """What stands in the way of a first run: the promise, and what to do; None if the classes take what they should."""
     for what, key, needed in (
-        ("task", "model", ("net", "optimizer", "schedule")),
+        ("task", "model", ("optimizer", "schedule")),
         ("data", "data", ("batch_size", "micro_batch_size")),
     ):
         class_path = settings[key]["class_path"]
@@ -190,3 +191,47 @@ def generates(run: Trial) -> str:
             f"stream gave {pieces!r} and generate {text!r} with the same seed: pieces of the same text are due"
         )
     return "stream and generate give the same text for a seed"
+
+
+def ranks(run: Trial) -> str:
+    """Lists for a user and for a history."""
+    task: Any = run.task
+    there = [name for name in ("recommend", "recommend_to") if callable(getattr(task, name, None))]
+    if not there:
+        raise Skip("not offered (recommend, recommend_to)")
+    if not isinstance(task, Ranks):
+        raise Failure(
+            f"it has {', '.join(there)}, and not all of recommend, recommend_to, item_ids: bigmodel.protocols.Ranks"
+        )
+    for name in ("user", "predict_dataloader"):
+        if not callable(getattr(run.data, name, None)):
+            raise Failure(f"{type(run.data).__name__} has no method {name}: whom would `bigmodel recommend` rank for?")
+    run.task.eval()
+    batch = next(iter(trials.first(run.data.predict_dataloader(), run.trainer, 1)))
+    chosen = _ranked(task.recommend_to(batch, 3), 3, "recommend_to")
+    if chosen != _ranked(task.recommend_to(batch, 3), 3, "recommend_to") or not chosen:
+        raise Failure(f"recommend_to gave {chosen} first, and another list then, or none: nothing may be drawn")
+    try:
+        entries = _ranked(task.recommend(chosen, 3), 3, "recommend")
+    except ValueError as error:
+        return f"lists for users of the data; none for a history: {error}"
+    if again := set(entries) & set(chosen):
+        raise Failure(
+            f"recommend put {sorted(again, key=str)} into the list of one who had them: leave the history out"
+        )
+    if _ranked(task.recommend(chosen, 1), 1, "recommend") != entries[:1]:
+        raise Failure("recommend with k 1 gives another item than the first of a longer list")
+    return "lists for users of the data and for a history, in order, with nothing that was chosen before"
+
+
+def _ranked(entries: Sequence[Mapping[str, Any]], k: int, method: str) -> list[Any]:
+    """The items of a list that is as it should be."""
+    wrong = [entry for entry in entries if not {"item", "title", "score"} <= entry.keys()]
+    if wrong:
+        raise Failure(f"{method} gave an entry {dict(wrong[0])}: item, title and score are needed")
+    items, scores = [entry["item"] for entry in entries], [float(entry["score"]) for entry in entries]
+    if len(items) > k or len(set(items)) < len(items) or scores != sorted(scores, reverse=True):
+        raise Failure(
+            f"{method} with k {k} gave the items {items} with scores {scores}: at most k, each once, the best first"
+        )
+    return items

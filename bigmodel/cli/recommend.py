@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from bigmodel.cli.settings import flag_value, parse_flags
 
 _HELP = """\
 bigmodel recommend RUN --user ID [--k 10] [--checkpoint best|last|FILE]
-bigmodel recommend RUN --history ID,ID,... [--k 10] [--checkpoint best|last|FILE]
+bigmodel recommend RUN --history ID,ID,... [--times TIME,TIME,...] [--k 10] [--checkpoint best|last|FILE]
 
 Prints the items that a trained recommender puts first, the best on top, each with its score: for a user of the run's data,
 or for somebody who has chosen these items, in this order, whom it need not have seen. What was chosen before is left out.
+
+A net that reads times (HSTU) takes those of a history, one for each item: seconds since 1970, or dates in ISO format (UTC if
+they do not say). Without them the items are taken to lie evenly apart, as far as is usual in the training data.
 """
-_FLAGS = {"user", "history", "k", "checkpoint", "runs_dir"}
+_FLAGS = {"user", "history", "times", "k", "checkpoint", "runs_dir"}
 
 
 def run_recommend(argv: list[str]) -> None:
@@ -37,18 +42,21 @@ def run_recommend(argv: list[str]) -> None:
     k = flag_value("k", given.get("k", "10"))
     if not isinstance(k, int):
         raise ValueError(f"--k {k}: the length of the list is a whole number")
+    if "times" in given and "history" not in given:
+        raise ValueError("--times belong to a --history; those of a user are in the data")
+    times = [_seconds(one) for one in _listed(given["times"])] if "times" in given else None
 
     from bigmodel import run
+    from bigmodel.protocols import Ranks
 
     runs_dir = given.get("runs_dir", "runs")
     task: Any = run.load(positional[0], given.get("checkpoint", "best"), runs_dir=runs_dir)
-    if not hasattr(task, "recommend"):
-        raise ValueError(f"{positional[0]} is a {type(task).__name__}, which has no method `recommend`")
+    if not isinstance(task, Ranks):
+        raise ValueError(
+            f"{positional[0]} is a {type(task).__name__}, which recommends nothing (bigmodel.protocols.Ranks)"
+        )
     if "history" in given:
-        history = given["history"]
-        if isinstance(history, str):
-            history = [one.strip() for one in history.split(",")]
-        entries = task.recommend(history if isinstance(history, list) else [history], k)
+        entries = task.recommend(_listed(given["history"]), k, times)
     else:
         data: Any = run.load_data(positional[0], runs_dir=runs_dir)
         try:
@@ -61,7 +69,26 @@ def run_recommend(argv: list[str]) -> None:
         print(f"there are no more than {len(entries)}: all others were chosen before", file=sys.stderr)
 
 
-def _lines(entries: list[dict[str, Any]]) -> list[str]:
+def _listed(text: str) -> list[str]:
+    return [one.strip() for one in text.split(",")]
+
+
+def _seconds(text: str) -> int:
+    """Since 1970."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        instant = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(
+            f"--times {text}: whole seconds since 1970 are accepted, or ISO format, such as 2016-07-01T12:30"
+        ) from None
+    return int((instant if instant.tzinfo else instant.replace(tzinfo=UTC)).timestamp())
+
+
+def _lines(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     width = max((len(str(entry["item"])) for entry in entries), default=0)
     return [
         f"{place:3}  {entry['item']!s:>{width}}  {entry['score']:9.4f}  {entry['title'] or ''}".rstrip()

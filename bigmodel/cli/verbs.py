@@ -29,7 +29,7 @@ from bigmodel.callbacks import DiskSpace, GoBack, Gradients, PredictionWriter, P
 from bigmodel.callbacks.gradients import find
 from bigmodel.callbacks.predictions import check_prediction
 from bigmodel.checkpoint import AtomicCheckpointIO, find_checkpoint
-from bigmodel.cli import ClearError, plugins
+from bigmodel.cli import ClearError, folds, plugins
 from bigmodel.cli import settings as layers
 from bigmodel.cli.class_help import print_class_help
 from bigmodel.cli.profiling import make_profiler
@@ -43,6 +43,9 @@ bigmodel fit --resume RUN [--KEY VALUE ...]
 
 Trains what the YAML files describe, in a new directory under runs/, or goes on with a run that was stopped, with its own
 configuration. Later files go on top of earlier ones, and flags on top of all: --model.net.width 512.
+
+Where the data are dealt into folds (--data.folds K) and none of them is chosen (--data.fold I), all are fitted one after
+another, in a run directory each, and reported together.
 
 SIGTERM, SIGUSR1 and Ctrl-C end the optimizer step, save a checkpoint and stop; a second Ctrl-C stops at once. Exit status:
 0 finished, 85 preempted by a signal, 130 stopped by Ctrl-C, 2 an error that can be mended.
@@ -176,6 +179,11 @@ def run_trainer(verb: str, argv: list[str]) -> None:
         )
 
     runs_dir = dict(flags).get("runs_dir", "runs")
+    if verb == "fit" and "resume" in own and (several := folds.find_folds(own["resume"], runs_dir)) is not None:
+        folds.resume_folds(
+            several, [*(f"--config={file}" for file in files), *(f"--{key}={value}" for key, value in flags)]
+        )
+        return
     source = own.get("resume") if verb == "fit" else next(iter(positional), None)
     directory = run.find(source, runs_dir) if source is not None else None
     which = "last" if verb == "fit" else own.get("checkpoint", "best")
@@ -187,6 +195,9 @@ def run_trainer(verb: str, argv: list[str]) -> None:
 
     merged = merge_settings(files, flags, directory)
     if print_class_help(flags, merged):
+        return
+    if verb == "fit" and "print_config" not in own and (count := folds.num_folds(merged)) is not None:
+        folds.run_folds(argv, count, merged["experiment"], merged["runs_dir"])
         return
 
     quiet_lightning()
@@ -231,6 +242,7 @@ def merge_settings(files: list[str], flags: list[tuple[str, Any]], directory: Pa
         isinstance(strategy := trainer.get("strategy"), str) and "." in strategy
     ):  # a class, not one of Lightning's names
         trainer["strategy"] = {"class_path": strategy}
+    plugins.resolve_words(merged)
     return merged
 
 
@@ -344,5 +356,6 @@ def quiet_lightning() -> None:
         ".*module\\(s\\) in eval mode at the start of training.*",  # frozen parts are meant
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*is smaller than the logging interval.*",
+        ".*overridden `on_before_batch_transfer` in `LightningModule`.*",  # a task may do it for any data
     ):
         warnings.filterwarnings("ignore", message=message)

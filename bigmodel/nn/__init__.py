@@ -14,6 +14,7 @@ from bigmodel.nn.mlp import MLP
 from bigmodel.nn.resnet import ResNet
 from bigmodel.nn.sasrec import SASRec
 from bigmodel.nn.transformer import GPT
+from bigmodel.nn.two_tower import TwoTower
 from bigmodel.nn.vgg import VGG
 from bigmodel.nn.vit import ViT
 
@@ -32,6 +33,7 @@ __all__ = [
     "MatrixFactorization",
     "ResNet",
     "SASRec",
+    "TwoTower",
     "ViT",
     "cross_entropy_sum",
 ]

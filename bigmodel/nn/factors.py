@@ -1,11 +1,12 @@
 """Matrix factorisation: a vector for each user and each item, whose product is the score.
 
-Source: Koren et al. 2009 (doi 10.1109/MC.2009.263), eq. 1 and 4, without what is the same for all items of a user (the
-user's bias, the mean): it changes neither a ranking nor a softmax.
+Source: Koren et al. 2009 (doi 10.1109/MC.2009.263), eq. 1 and 4. What is the same for all items of a user (the user's bias,
+the mean) changes neither a ranking nor a softmax, so it is no part of a score, but of a rating.
 
-B users, U all users, I items, D width.
+B users, U all users, I items, K items of a user, D width.
 """
 
+import torch
 from torch import Tensor, nn
 
 from bigmodel.nn.arguments import check_sizes
@@ -20,6 +21,7 @@ class MatrixFactorization(ItemScorer):
         num_items: items I.
         width: channels D of a user and of an item.
         bias: add to an item's score what it has for all users, its popularity.
+        user_bias: add to a user's ratings what they have for all items; for nets that are trained on ratings.
         init_std: standard deviation of vectors at the start.
 
     Raises:
@@ -27,21 +29,30 @@ class MatrixFactorization(ItemScorer):
     """
 
     def __init__(
-        self, num_users: int, num_items: int, *, width: int = 64, bias: bool = True, init_std: float = 0.1
+        self,
+        num_users: int,
+        num_items: int,
+        *,
+        width: int = 64,
+        bias: bool = True,
+        user_bias: bool = False,
+        init_std: float = 0.1,
     ) -> None:
         super().__init__(num_items, width, bias=bias)
         check_sizes(num_users=num_users)
         self.num_users = num_users
         self.init_std = init_std
         self.embed_users = nn.Embedding(num_users, width)
+        self.user_bias = nn.Parameter(torch.zeros(num_users)) if user_bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw all weights as for a new net, from torch's random state; biases start at zero."""
         nn.init.normal_(self.embed_users.weight, std=self.init_std)
         self.embed.reset_parameters(self.init_std)
-        if self.item_bias is not None:
-            nn.init.zeros_(self.item_bias)
+        for each in (self.item_bias, self.user_bias):
+            if each is not None:
+                nn.init.zeros_(each)
 
     def features(self, users: Tensor) -> Tensor:
         """Vectors [..., D] of users [...], int64.
@@ -56,6 +67,13 @@ class MatrixFactorization(ItemScorer):
                 f"users go from {int(users.min())} to {int(users.max())}, but this net has vectors for 0 to "
                 f"{self.num_users - 1} only; for a new user take a net that reads histories"
             ) from error
+
+    def ratings(self, users: Tensor, items: Tensor) -> Tensor:
+        """By how much the ratings [B, K] of users [B] for items [B, K] lie above the mean of all ratings."""
+        ratings = (self.features(users)[:, None] * self.item_vectors(items)).sum(2)  # [B, 1, D] * [B, K, D] -> [B, K]
+        if self.item_bias is not None:
+            ratings = ratings + self.item_bias[items]
+        return ratings if self.user_bias is None else ratings + self.user_bias[users][:, None]
 
     def forward(self, users: Tensor) -> Tensor:
         """Scores [B, I + 1] of all items for users [B]."""

@@ -110,6 +110,11 @@ class HSTU(ItemScorer):
         self.norm = nn.LayerNorm(width, _NORM_EPS)
         self.reset_parameters()
 
+    @property
+    def reads_times(self) -> bool:
+        """Whether times make a difference."""
+        return self.num_time_buckets > 0
+
     def reset_parameters(self) -> None:
         """Draw all weights as for a new net, from torch's random state."""
         draw_weights(self, self.init_std)

@@ -29,7 +29,8 @@ def find_blocks(net: nn.Module) -> list[Block]:
         1. the elements of each list or sequence called `blocks`;
         2. modules of the classes that a Hugging Face model names in `_no_split_modules`;
         3. the elements of each list or sequence called `stages`;
-        4. the children that have parameters.
+        4. the children that have parameters, but no tables (`nn.Embedding`): a net may look into these from outside of them,
+           as for scores of all items.
 
     Of a LightningModule, the units of each child that has parameters: of the task's net, or of a student and its teacher.
     """
@@ -44,7 +45,8 @@ def find_blocks(net: nn.Module) -> list[Block]:
     ):
         if found:
             return found
-    return [(name, child) for name, child in net.named_children() if any(True for _ in child.parameters())]
+    children = [(name, child) for name, child in net.named_children() if not isinstance(child, nn.Embedding)]
+    return [(name, child) for name, child in children if any(True for _ in child.parameters())]
 
 
 def _elements(net: nn.Module, called: str) -> list[Block]:

@@ -9,17 +9,20 @@ runs/<experiment>/<time>-<id>/
     wandb/           what Weights & Biases keeps
 
 Where the environment variable BIGMODEL_RUN_FILE names a file, a fit writes its run directory there when it begins: that is
-how a script that launched it knows what to resume.
+how a script that launched it knows what to resume. BIGMODEL_RUN_DIRECTORY, where it is set, is the run directory that a new
+run makes.
 """
 
 from bigmodel.checkpoint import checkpoint_step, find_checkpoint
-from bigmodel.run.loading import find_average, load, load_data, sizes
+from bigmodel.run.loading import build, describe, find_average, load, load_data, sizes
 from bigmodel.run.places import find, new_directory
 from bigmodel.run.record import RunDirectory, directory
 
 __all__ = [
     "RunDirectory",
+    "build",
     "checkpoint_step",
+    "describe",
     "directory",
     "find",
     "find_average",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,21 +51,78 @@ def load(
         ValueError: if there is no such run, its checkpoint is damaged (a named one, or all), or its weights do not fit the
             model that its configuration describes.
     """
-    path = Path(run) if Path(run).suffix == ".ckpt" else find_checkpoint(find(run, runs_dir), checkpoint)
-    content = read(path, whole=False)
+    content = _content(run, checkpoint, runs_dir)
     content.pop("optimizer_states", None)  # most of a sharded checkpoint, which would be put together in memory
     content = assembled(content)
-    if "model" not in content.get("bigmodel", {}):
-        raise ValueError(f"{path} says nothing of the task it belongs to: it was not written by `bigmodel fit`")
-    task: LightningModule = _instantiate(LightningModule, content["bigmodel"]["model"])
-    task._sizes = content["bigmodel"]["sizes"]
-    task.on_load_checkpoint(content)
-    task.configure_model()
+    task = _built(_description(content), content, net=True)
     load_weights(task, content["state_dict"])
     average = find_average(content)
     if ema and average is not None:
         task.load_state_dict(average[1], strict=False)  # tied weights stand in it once
     return task.eval()
+
+
+def describe(task: LightningModule | str | Path, *, runs_dir: str | Path = "runs") -> dict[str, Any]:
+    """What builds a task again, untrained, with no run present: plain values, to be kept in another checkpoint.
+
+    Args:
+        task: from `load` or `build`; or a run, named as for `load`, whose best checkpoint is read but for its weights.
+        runs_dir: where runs are looked for by name.
+
+    Returns:
+        `model` (class_path and init_args), `sizes` (what the data knew), and `saved`: what the task itself put into its
+        checkpoint, such as a tokenizer or the names of classes.
+
+    Raises:
+        ValueError: if there is no such run, or the task came from neither.
+    """
+    if not isinstance(task, LightningModule):
+        return _description(_content(task, "best", runs_dir))
+    description: Mapping[str, Any] | None = getattr(task, "_description", None)
+    if description is None:
+        raise ValueError(f"this {type(task).__name__} was not loaded from a run: take one from bigmodel.load")
+    return dict(description)
+
+
+def build(description: Mapping[str, Any], *, net: bool = True) -> LightningModule:
+    """The task that `describe` described, in training mode, its weights new: drawn from torch's random state.
+
+    Args:
+        description: from `describe`.
+        net: make its net; false: only the task around it, with its tokenizer or its classes, at next to no cost.
+    """
+    return _built(description, dict(description["saved"]), net)
+
+
+def _built(description: Mapping[str, Any], checkpoint: dict[str, Any], net: bool) -> LightningModule:
+    task: LightningModule = _instantiate(LightningModule, description["model"])
+    task._description = description  # type: ignore[assignment]  # for `describe`
+    task._sizes = description["sizes"]
+    task.on_load_checkpoint(checkpoint)
+    if net:
+        task.configure_model()
+    return task
+
+
+# What Lightning and bigmodel write into a checkpoint; all else is the task's own.
+_NOT_THE_TASKS = {
+    "bigmodel", "callbacks", "epoch", "global_step", "hparams_name", "hparams_type", "hyper_parameters", "loops",
+    "lr_schedulers", "optimizer_states", "pytorch-lightning_version", "state_dict",
+}  # fmt: skip
+
+
+def _content(run: str | Path, checkpoint: str, runs_dir: str | Path) -> dict[str, Any]:
+    """A checkpoint's content, its tensors not read yet."""
+    path = Path(run) if Path(run).suffix == ".ckpt" else find_checkpoint(find(run, runs_dir), checkpoint)
+    content = read(path, whole=False)
+    if "model" not in content.get("bigmodel", {}):
+        raise ValueError(f"{path} says nothing of the task it belongs to: it was not written by `bigmodel fit`")
+    return content
+
+
+def _description(content: dict[str, Any]) -> dict[str, Any]:
+    saved = assembled({name: value for name, value in content.items() if name not in _NOT_THE_TASKS})
+    return {"model": content["bigmodel"]["model"], "sizes": content["bigmodel"]["sizes"], "saved": saved}
 
 
 def find_average(checkpoint: dict[str, Any]) -> tuple[str, dict[str, Tensor]] | None:

@@ -88,7 +88,11 @@ class RunDirectory(Callback):
         self.started = True
         if trainer.is_global_zero:
             if self.directory is None:
-                self.directory = new_directory(self.config["runs_dir"], self.config["experiment"])
+                if place := os.environ.get("BIGMODEL_RUN_DIRECTORY"):
+                    self.directory = Path(place)
+                    self.directory.mkdir(parents=True)
+                else:
+                    self.directory = new_directory(self.config["runs_dir"], self.config["experiment"])
             self._write_config(self.directory)
             clear_hidden(self.directory / "checkpoints")
             self.record = self._begin_record(self.directory)
@@ -199,15 +203,21 @@ class RunDirectory(Callback):
         profiler: Any = trainer.profiler  # type: ignore[attr-defined]
         if not isinstance(profiler, PassThroughProfiler):
             print(f"profile    {profiler.dirpath}: a table at the end", flush=True)
+        tell = getattr(pl_module, "say_what_trains", None)  # where a task has more to say than how large its net is
+        if tell is not None:
+            tell()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 logger.flush()  # before the checkpoint is there: a run resumed from it does not log these rows again
         data = getattr(trainer, "datamodule", None)
+        model = self.config["model"]
+        if trained := getattr(pl_module, "trains", None):  # one of its arguments is the task that is trained
+            model = model["init_args"][trained]
         checkpoint["bigmodel"] = {
             "version": importlib.metadata.version("bigmodel"),
-            "model": self.config["model"],
+            "model": model,
             "sizes": getattr(data, "sizes", {}),
         }
 

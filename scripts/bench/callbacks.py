@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from bench.common import Clock, report
+from bigmodel.callbacks.gradients import Gradients, find
 
 
 class Timer(Callback):
@@ -31,6 +33,49 @@ class Timer(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.clock.report(self.per_step)
+
+
+class Predicted(Callback):
+    """Reports how many were predicted (items, tokens) in a second of this process's own time, from a step to the last.
+
+    Args:
+        warmup: optimizer steps before the clock starts.
+    """
+
+    def __init__(self, warmup: int) -> None:
+        self.warmup = warmup
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.global_step in (self.warmup, trainer.max_steps):
+            gradients = find(trainer, Gradients)
+            assert gradients is not None
+            now = (time.process_time(), int(gradients.total_count))  # type: ignore[arg-type]
+            if trainer.global_step == self.warmup:
+                self.start = now
+            else:
+                report((now[1] - self.start[1]) / (now[0] - self.start[0]))
+
+
+class Reach(Callback):
+    """Reports the seconds of this process's own time until a metric is as high as somebody else's, and ends the run.
+
+    Args:
+        metric: by name, the higher the better.
+        file: JSON, a list whose last entry is the value to reach.
+    """
+
+    def __init__(self, metric: str, file: str) -> None:
+        self.metric, self.file = metric, Path(file)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.value, self.start = json.loads(self.file.read_text())[-1], time.process_time()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        seconds, found = time.process_time() - self.start, float(trainer.callback_metrics[self.metric])
+        print(f"epoch {trainer.current_epoch + 1}: {seconds:.1f} s, {self.metric} {found:.4f}", flush=True)
+        if found >= self.value and not trainer.should_stop:
+            trainer.should_stop = True
+            report(seconds)
 
 
 class Writes(Callback):
@@ -73,6 +118,32 @@ class Writes(Callback):
             report(statistics.mean(self.writing) / alone)
         else:
             report(statistics.mean(self.saving) - alone)
+
+
+class Phases(Callback):
+    """Writes when each phase of a run ended, in seconds since 1970: prepare, start, train, rank.
+
+    Args:
+        file: JSON, one number by phase.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.file, self.ends = Path(file), dict[str, float]()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.ends["prepare"] = time.time()  # Lightning calls prepare_data before
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.ends["start"] = time.time()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.ends["train"] = time.time()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.ends["rank"] = time.time()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.file.write_text(json.dumps(self.ends))
 
 
 class Losses(Callback):

@@ -146,10 +146,10 @@ def fit_gpt(size: str, steps: int, more: str = "") -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """For commands that find this package. Memory comes in huge pages where there are any: without them a process is up to
-    20 % faster or slower from its start to its end, by where its pages happen to lie."""
+    """For commands that find this package, and bigmodel as it is here. Memory comes in huge pages where there are any:
+    without them a process is up to 20 % faster or slower from its start to its end, by where its pages happen to lie."""
     pages = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-    return {**os.environ, **pages, "PYTHONPATH": "scripts", "COLUMNS": "120", "LINES": "40"}
+    return {**os.environ, **pages, "PYTHONPATH": f".{os.pathsep}scripts", "COLUMNS": "120", "LINES": "40"}
 
 
 def run_in_terminal(command: list[str]) -> str:

@@ -39,6 +39,24 @@ def resident(root: int) -> int:
     return sum(pages.get(process, 0) for process in family) * 4096
 
 
+def watch(command: list[str], folder: str) -> list[tuple[float, int]]:
+    """Run a command to its end: seconds since 1970 and bytes resident, every 50 ms. Its output goes to a file in a folder.
+
+    Raises:
+        RuntimeError: if it fails, with what it printed.
+    """
+    seen = []
+    with open(Path(folder, "output"), "w+") as output:
+        process = subprocess.Popen(command, env=environment(), stdout=output, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            seen.append((time.time(), resident(process.pid)))
+            time.sleep(0.05)
+        output.seek(0)
+        if process.returncode:
+            raise RuntimeError(output.read())
+    return seen
+
+
 def peak(size: int) -> float:
     """Peak of a run on a text of so many bytes [MB]."""
     with tempfile.TemporaryDirectory(dir=BENCH) as folder:
@@ -46,16 +64,9 @@ def peak(size: int) -> float:
         write(text, size)
         flags = f"--data.path {text} --data.cache_dir {folder}/cache --runs_dir {folder}/runs"
         command = fit_gpt("small", 5, f"{flags} --data.tokenizer bigmodel.tasks.language_modeling.BPE")
-        most, start = 0, time.monotonic()
-        with open(Path(folder, "output"), "w+") as output:
-            process = subprocess.Popen(command, env=environment(), stdout=output, stderr=subprocess.STDOUT)
-            while process.poll() is None:
-                most = max(most, resident(process.pid))
-                time.sleep(0.05)
-            output.seek(0)
-            if process.returncode:
-                raise RuntimeError(output.read())
-    print(f"{size / 1e6:,.0f} MB of text: {most / 1e6:,.0f} MB resident, {time.monotonic() - start:.0f} s", flush=True)
+        seen = watch(command, folder)
+    most = max(size for _, size in seen)
+    print(f"{size / 1e6:,.0f} MB of text: {most / 1e6:,.0f} MB resident, {seen[-1][0] - seen[0][0]:.0f} s", flush=True)
     return most / 1e6
 
 

@@ -1,4 +1,4 @@
-"""bigmodel beside a plain PyTorch loop, Hugging Face's Trainer and litgpt, on this machine: what `make bench` runs.
+"""bigmodel beside plain PyTorch loops, HF Trainer, litgpt, RecBole and RecTools, on this machine: what `make bench` runs.
 
 Each row has several ways of doing the same work. They are run in turns, each in a process of its own on a terminal of its
 own (A, B, C, A, B, C, ...), since a machine drifts; ratios are taken within a round, and the median ratio is held against
@@ -21,8 +21,15 @@ from typing import Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.common import BENCH, BIGMODEL, IMAGE_SIZES, SIZES, fit_gpt, last_figure, run_in_terminal, write_text
+from bench.recommendation import TARGET, write_events
 
-LITGPT = BENCH / "litgpt/bin/python"
+# What wants other versions than bigmodel does, in an environment of its own, with this one's torch.
+OTHERS = {
+    "litgpt": ["litgpt==0.5.13", "lightning", "numpy"],
+    "recbole": ["recbole==1.2.1", "numpy==1.26.4", "pandas==2.3.3", "scipy<1.15"],
+    "rectools": ["rectools[torch]==0.19.0"],
+}
+LITGPT, RECBOLE, RECTOOLS = (BENCH / name / "bin/python" for name in OTHERS)
 SIGNS = {"at least": ">=", "at most": "<="}
 
 
@@ -171,6 +178,76 @@ def fixed_cost(steps: int, warmup: int) -> Row:
     )
 
 
+def recommendation(quick: bool) -> list[Row]:
+    """SASRec beside RecBole and RecTools on one thread. Seconds are a process's own, which other processes lengthen less."""
+    one_thread = ["env", "OMP_NUM_THREADS=1"]
+    fit = [*one_thread, BIGMODEL, "fit", "-c", "scripts/bench/recommendation.yaml"]
+    recbole = [*one_thread, str(RECBOLE), "-m", "bench.recommendation_recbole"]
+    rectools = [*one_thread, str(RECTOOLS), "-m", "bench.recommendation_rectools"]
+    reach = (
+        f"--callbacks.reach bench.callbacks.Reach --callbacks.reach.metric val/ndcg@10 --callbacks.reach.file {TARGET}"
+    )
+    steps = "--trainer.max_epochs null --trainer.max_steps 70 --trainer.check_val_every_n_epoch null"
+    steps += (
+        " --trainer.val_check_interval 1000000 --callbacks.timer bench.callbacks.Predicted --callbacks.timer.warmup 12"
+    )
+    what = "SASRec of 2 layers, 2 heads, width 64, window 50, full softmax, MovieLens, one thread"
+    return [
+        Row(
+            "recommendation",
+            f"{what}: seconds until RecBole's best validation NDCG@10",
+            {"RecBole": [*recbole, "--epochs", "1" if quick else "5"], "bigmodel fit": [*fit, *reach.split()]},
+            [Bound("RecBole", "bigmodel fit", "at least", 10)],
+            once=True,
+        ),
+        Row(
+            "recommendation_epoch",
+            f"{what}: training, next items predicted/s",
+            {"bigmodel fit": [*fit, *steps.split()], "RecTools": [*rectools, "--epochs", "4"]},
+            [Bound("bigmodel fit", "RecTools", "at least", 1)],
+        ),
+        Row(
+            "recommendation_rank",
+            f"{what}: seconds to rank all films for each of 671 users, and measure",
+            {
+                "bigmodel": [*one_thread, sys.executable, "-m", "bench.recommendation"],
+                "RecBole": recbole,
+                "RecTools": rectools,
+            },
+            [Bound("RecBole", "bigmodel", "at least", 10), Bound("RecTools", "bigmodel", "at least", 2)],
+        ),
+        Row(
+            "scale",
+            "SASRec of width 64 with a million items: peak resident memory of training and ranking, MB",
+            {"bigmodel fit": [sys.executable, "-m", "bench.recommendation_scale"]},
+            [Bound("bigmodel fit", None, "at most", 2600)],
+            once=True,
+            optional=True,
+        ),
+    ]
+
+
+def transfer(steps: int, warmup: int, probe_steps: int) -> Row:
+    """Training speed of a pretrained encoder of texts; and of a head on it, its features computed before the first step."""
+    fit = (
+        "fit -c experiments/transfer_learning/minilm_text.yaml --runs_dir .bench/runs --data.cache_dir .bench/cache"
+        " --data.max_length 64 --trainer.max_epochs null --trainer.limit_val_batches 0 --callbacks.best null"
+        f" --callbacks.timer bench.callbacks.Timer --callbacks.timer.warmup {warmup} --callbacks.timer.per_step 32"
+    )
+    probe = f"{fit} --model.method linear_probe --trainer.max_steps {probe_steps}"
+    flags = ["--steps", str(steps), "--warmup", str(warmup)]
+    return Row(
+        "transfer",
+        "Fine-tuning MiniLM (22.6 M) on reviews of at most 64 tokens, batch 32, bf16: training, texts/s",
+        {
+            "bigmodel fit": [BIGMODEL, *fit.split(), "--trainer.max_steps", str(steps)],
+            "HF Trainer": [sys.executable, "-m", "bench.transfer_trainer", *flags],
+            "linear probe": [BIGMODEL, *probe.split()],
+        },
+        [Bound("bigmodel fit", "HF Trainer", "at least", 1.0), Bound("linear probe", "bigmodel fit", "at least", 20)],
+    )
+
+
 def rows(quick: bool) -> list[Row]:
     """All there is to compare. To add a row, add it here."""
     module, single = [sys.executable, "-m"], "bigmodel"
@@ -184,6 +261,7 @@ def rows(quick: bool) -> list[Row]:
         asynchronous_checkpoint(*((24, 4, 8) if quick else (100, 10, 20))),
         resnet("resnet_small", *((40, 20) if quick else (400, 60)), limits=(0.93, 1.3)),
         resnet("resnet18", *((14, 11) if quick else (41, 11)), limits=(0.98, 1.1)),
+        transfer(*((14, 11, 100) if quick else (41, 11, 600))),
         Row(
             "mnist5k",
             "mnist5k.yaml, three seeds, each under two minutes: mean test accuracy",
@@ -225,17 +303,22 @@ def rows(quick: bool) -> list[Row]:
             optional=True,
             figure=r"median ratio ([\d.]+)",
         ),
+        *recommendation(quick),
     ]
 
 
-def install_litgpt() -> None:
-    """An environment of its own for litgpt: it wants older packages than bigmodel. With this environment's torch."""
-    if (LITGPT.parent / "litgpt").exists():
+def install(name: str) -> None:
+    """Make the environment of `OTHERS`, unless it is there; packages without a version have that of this environment."""
+    done = BENCH / name / "installed"
+    if done.exists():
         return
-    print("installing litgpt into .bench/litgpt ...", flush=True)
-    venv.create(BENCH / "litgpt", with_pip=True, clear=True)
-    same = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in ("torch", "lightning", "numpy")]
-    subprocess.run([LITGPT, "-m", "pip", "install", "-q", "litgpt==0.5.13", *same], check=True)
+    print(f"installing {name} into {BENCH / name} ...", flush=True)
+    venv.create(BENCH / name, with_pip=True, clear=True)
+    versions = {own: importlib.metadata.version(own).partition("+")[0] for own in ("torch", "lightning", "numpy")}
+    packages = [f"{package}=={versions[package]}" if package in versions else package for package in OTHERS[name]]
+    packages.append(f"torch=={versions['torch']}")
+    subprocess.run([BENCH / name / "bin/python", "-m", "pip", "install", "-q", *packages], check=True)
+    done.touch()
 
 
 def measure(row: Row, rounds: int) -> dict[str, list[float]]:
@@ -305,6 +388,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few steps and one round: to see whether it works")
     parser.add_argument("--memory", action="store_true", help="also peak memory on 1 GB of text (minutes)")
     parser.add_argument("--prepare", action="store_true", help="also the preparation of text (minutes)")
+    parser.add_argument("--scale", action="store_true", help="also a recommender with a million items (a minute)")
     parser.add_argument("--all", action="store_true", help="all rows")
     options = parser.parse_args()
     os.chdir(Path(__file__).parents[2])
@@ -313,8 +397,11 @@ def main() -> None:
     ]
     chosen = [row for row in rows(options.quick) if row.name in wanted]
     write_text()
-    if any("litgpt" in row.ways for row in chosen):
-        install_litgpt()
+    for name in OTHERS:
+        if any(str(BENCH / name / "bin/python") in way for row in chosen for way in row.ways.values()):
+            install(name)
+    if any(row.name.startswith("recommendation") for row in chosen):
+        write_events()
     load = os.getloadavg()[0]
     warning = " (something else is running: do not trust what follows)" if load > 0.5 else ""
     print(f"{machine()}; load {load:.2f}{warning}")

@@ -89,6 +89,22 @@ def pictures(name: str, *flags: object) -> list[str]:
     return [str(word) for word in ("-c", EXPERIMENTS / "image_classification" / "digits.yaml", *words, *flags)]
 
 
+def choices(name: str, task: str, *flags: object) -> list[str]:
+    """Words for `bigmodel fit` on a recommender with an item table, six steps of 32 samples, ranking all items twice."""
+    where = "bigmodel.tasks.recommendation"
+    settings = {
+        "model": f"{where}.{task}", "model.net.width": 16, "model.loss": f"{where}.SampledSoftmax",
+        "model.loss.num_negatives": 8, "model.optimizer": "torch.optim.SGD", "model.optimizer.lr": 0.5,
+        "model.cutoffs": "[5]", "data": f"{where}.InteractionData", "data.path": "events.csv", "data.max_length": 8,
+        "data.batch_size": 32, "data.micro_batch_size": 4, "data.cache_dir": "cache", "trainer.accelerator": "cpu",
+        "trainer.max_epochs": "null", "trainer.max_steps": 6, "trainer.val_check_interval": 3,
+        "trainer.check_val_every_n_epoch": "null", "callbacks.best.monitor": "val/ndcg@5", "callbacks.best.mode": "max",
+        "callbacks.last.every_n_minutes": "null", "runs_dir": name, "wandb.mode": "disabled",
+    }  # fmt: skip
+    words = [word for key, value in settings.items() for word in (f"--{key}", value)]
+    return [str(word) for word in ("-c", "events.yaml", *words, *flags)]
+
+
 def strategy(**options: object) -> list[str]:
     return [*SHARDED, *(str(w) for key, value in options.items() for w in (f"--trainer.strategy.{key}", value))]
 
@@ -144,6 +160,8 @@ if __name__ == "__main__":
     copy_stopped(only_run("fsdp"), Path("shards-to-mesh"), 2)
     main(["fit", "--resume", "shards-to-mesh", "--callbacks.look", "null", *strategy(tensor_parallel_size=2)])
     main(["fit", *pictures("pictures", *strategy(), "--trainer.precision", "bf16-mixed")])
+    main(["fit", *choices("histories", "SequenceRecommendation", "--model.net.dropout", 0, *strategy())])
+    main(["fit", *choices("pairs", "PairRecommendation", *strategy())])
     outsider = Path(__file__).parents[1] / "outsider" / "experiment.yaml"
     few = ["--data.path", table, "--data.batch_size", "12", "--trainer.accelerator", "cpu", "--trainer.max_steps", "3"]
     main(["fit", "-c", str(outsider), *few, "--runs_dir", "outsider", "--wandb.mode", "disabled", *strategy()])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from bigmodel.nn import HSTU, BERT4Rec, ESASRec, GRU4Rec, MatrixFactorization, SASRec
+from bigmodel.nn import HSTU, BERT4Rec, ESASRec, GRU4Rec, MatrixFactorization, SASRec, TwoTower
 from bigmodel.nn.hstu import time_buckets
 
 NUM_ITEMS, MAX_LENGTH, WIDTH = 30, 12, 16
@@ -275,6 +275,29 @@ def test_hstu_asks_for_the_times_of_all_items() -> None:
         net(padded(HISTORIES))
     with pytest.raises(ValueError, match=r"times have shape \[3, 8\], but items have \[3, 9\]"):
         net(padded(HISTORIES), torch.zeros(3, 8, dtype=torch.long))
+
+
+@pytest.mark.parametrize(("depth", "decay"), [(0, 1.0), (2, 0.7)])
+def test_two_towers_score_by_cosine(depth: int, decay: float) -> None:
+    net = randomised(TwoTower(**SIZES, depth=depth, decay=decay))
+    items = padded(HISTORIES)
+    features, logits = net.features(items), net(items)
+
+    def tower(layers: Any, x: Tensor) -> Tensor:
+        for layer in layers:
+            x = x + (layer.weight @ x + layer.bias).clamp(min=0)
+        return x / x.square().sum().sqrt()
+
+    for row, history in enumerate(HISTORIES):
+        for t in range(len(history)):
+            weights = [decay ** (t - j) for j in range(t + 1)]
+            mean = sum(w * net.embed.weight[v] for w, v in zip(weights, history, strict=False)) / sum(weights)
+            user = tower(net.user_tower.layers, mean)
+            place = t - len(history)
+            torch.testing.assert_close(features[row, place] / net.log_scale.exp(), user, atol=1e-5, rtol=1e-5)
+            vectors = [tower(net.item_tower.layers, net.embed.weight[i]) for i in range(1, NUM_ITEMS + 1)]
+            cosines = torch.stack([user @ vector for vector in vectors])
+            torch.testing.assert_close(logits[row, place, 1:], cosines * net.log_scale.exp(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("bias", [True, False])

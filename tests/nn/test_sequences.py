@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigmodel.nn import HSTU, BERT4Rec, ESASRec, GRU4Rec, MatrixFactorization, SASRec
+from bigmodel.nn import HSTU, BERT4Rec, ESASRec, GRU4Rec, MatrixFactorization, SASRec, TwoTower
 from bigmodel.nn.sequences import ItemScorer, attention_mask, masked_attention
 
 NUM_ITEMS, MAX_LENGTH = 30, 12
@@ -20,6 +20,7 @@ LOOKS_BACK: dict[str, Any] = {
     "GRU4Rec": (GRU4Rec, {"depth": 2, "hidden": 24}),
     "HSTU": (HSTU, {}),
     "HSTU without times": (HSTU, {"num_time_buckets": 0}),
+    "TwoTower": (TwoTower, {"decay": 0.5}),
 }
 ALL = LOOKS_BACK | {"BERT4Rec": (BERT4Rec, {}), "BERT4Rec explicit": (BERT4Rec, {"attention": "explicit"})}
 looks_back = pytest.mark.parametrize("name", LOOKS_BACK)
@@ -130,7 +131,7 @@ def test_scores_are_products_with_item_vectors(name: str) -> None:
     if net.item_bias is not None:
         expected = expected + net.item_bias[candidates]
     torch.testing.assert_close(net(items, times)[..., candidates], expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(net.item_vectors()[candidates], net.item_vectors(candidates))
+    torch.testing.assert_close(net.item_vectors()[candidates], net.item_vectors(candidates), rtol=0, atol=1e-6)
 
 
 @every_net
@@ -258,6 +259,9 @@ def test_inputs_that_do_not_fit_are_refused(name: str) -> None:
         ("GRU4Rec", {"hidden": 0}, "hidden is 0"),
         ("HSTU", {"num_time_buckets": -1}, "num_time_buckets is -1"),
         ("HSTU", {"dropout": 1.0}, "dropout 1.0 is not in"),
+        ("TwoTower", {"depth": -1}, "depth is -1"),
+        ("TwoTower", {"decay": 0.0}, "decay is 0.0, but must be above 0"),
+        ("TwoTower", {"temperature": 0.0}, "temperature is 0.0"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(name: str, options: dict[str, Any], message: str) -> None:

@@ -12,7 +12,7 @@ from outsider import MLP as OutsiderMLP
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from bigmodel.nn import GPT, HSTU, VGG, BERT4Rec, ConvNeXt, GRU4Rec, ResNet, SASRec, ViT
+from bigmodel.nn import GPT, HSTU, VGG, BERT4Rec, ConvNeXt, GRU4Rec, ResNet, SASRec, TwoTower, ViT
 from bigmodel.parallel import deferred
 
 
@@ -92,6 +92,7 @@ NETS = {
     "bert4rec": lambda: BERT4Rec(20, 8, width=16),
     "gru4rec": lambda: GRU4Rec(20, 8, width=16, hidden=24),
     "hstu": lambda: HSTU(20, 8, width=16),
+    "two_tower": lambda: TwoTower(20, 8, width=16),
     "outsider": lambda: OutsiderMLP(4),
     "llama": llama,
     "bert": bert,

@@ -119,6 +119,8 @@ class ImageData(L.LightningDataModule):
         channels: 1 (grey) or 3; by default 1 if all training pictures are grey.
         split: shares of the pictures for validation and test, where the source does not say.
         columns: which columns of a table hold picture, label and split.
+        classes: names of the classes that are used; by default all.
+        shots: so many training pictures of each class are drawn by `seed`, and the others not used; by default all are used.
         crop: cut a random part out of each training picture as it is read: RandomResizedCrop; by default the centre.
         augment: what is done to training batches on the device, in this order: RandomCrop, Flip, RandomAffine, ColorJitter,
             RandAugment, RandomErasing, ... of bigmodel.tasks.image_classification.
@@ -134,7 +136,7 @@ class ImageData(L.LightningDataModule):
         on_device: keep all decoded pictures on the training device.
         cache_dir: where prepared pictures are kept; by default $BIGMODEL_CACHE or ~/.cache/bigmodel.
         num_workers: processes that read and decode ahead; by default one per core (at most 16), none for decoded pictures.
-        seed: with the epoch, determines the order of the pictures and their augmentation.
+        seed: with the epoch, determines the order of the pictures and their augmentation; and which shots are drawn.
 
     Attributes:
         sizes: what a net must know: num_classes, in_channels, image_size. After `setup`, like all that follows, and not
@@ -157,6 +159,8 @@ class ImageData(L.LightningDataModule):
         channels: Literal[1, 3] | None = None,
         split: Split | None = None,
         columns: Columns | None = None,
+        classes: list[str] | None = None,
+        shots: int | None = None,
         crop: RandomResizedCrop | None = None,
         augment: list[Transform] | None = None,
         mix: Mix | None = None,
@@ -181,6 +185,7 @@ class ImageData(L.LightningDataModule):
         self.path, self.size, self.channels = path, size, channels
         self.resize = size if resize is None else resize
         self.split, self.columns, self.crop = split or Split(), columns or Columns(), crop
+        self.chosen_classes, self.shots = classes, shots
         self.augment, self.mix, self.balance = augment or [], mix, balance
         self.batch_size, self.micro_batch_size, self.views = batch_size, micro_batch_size, views
         self.on_bad, self.max_pixels, self.decoded, self.on_device = on_bad, max_pixels, decoded, on_device
@@ -225,6 +230,9 @@ class ImageData(L.LightningDataModule):
             decoded=True if self.on_device else self.decoded,
             cache=cache,
             max_pixels=self.max_pixels,
+            classes=None if predicting else self.chosen_classes,
+            shots=None if predicting else self.shots,
+            seed=self.seed,
         )
         return self._prepared[predicting]
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from bigmodel.cache import write_text
-from bigmodel.tasks.image_classification.decode import Box, Geometry, PictureError
+from bigmodel.decode import Box, Geometry, PictureError
 
 if TYPE_CHECKING:
     from bigmodel.tasks.image_classification.pictures import Store

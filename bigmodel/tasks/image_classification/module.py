@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from bigmodel import optim
 from bigmodel.callbacks import Gradients
 from bigmodel.callbacks.gradients import find
+from bigmodel.classification import ClassMetrics, Report
+from bigmodel.decode import decode
 from bigmodel.nn import ResNet
 from bigmodel.run import sizes
-from bigmodel.tasks.image_classification.decode import decode
-from bigmodel.tasks.image_classification.metrics import ImageMetrics
 from bigmodel.tasks.image_classification.pictures import ImageBatch
-from bigmodel.tasks.image_classification.report import Report
 
 Picture = Image.Image | np.ndarray | str | Path
 _LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow has it
@@ -90,8 +89,8 @@ class ImageClassification(LightningModule):
         mean, std = self._statistics(known["in_channels"])
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
-        self.metrics = ImageMetrics(known["num_classes"])
-        self.flip_metrics = ImageMetrics(known["num_classes"]) if self.test_flips else None
+        self.metrics = ClassMetrics(known["num_classes"])
+        self.flip_metrics = ClassMetrics(known["num_classes"]) if self.test_flips else None
 
     def _statistics(self, num_channels: int) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [C, 1, 1]: as given, else the net's own, else those of the training pictures."""
@@ -145,6 +144,11 @@ class ImageClassification(LightningModule):
         """Class numbers [B], or distributions [B, K] where pictures were mixed."""
         return batch.targets
 
+    @property
+    def outcomes(self) -> list[str] | None:
+        """The classes, in the order of the logits."""
+        return self.facts.get("classes")
+
     def training_step(self, batch: ImageBatch) -> dict[str, Any]:
         logits = self.logits(self.features(batch)).float()
         loss = F.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=self.label_smoothing)
@@ -178,7 +182,7 @@ class ImageClassification(LightningModule):
         if self.flip_metrics is not None:
             self._log_metrics("test_flips", self.flip_metrics)
 
-    def _log_metrics(self, split: str, metrics: ImageMetrics) -> None:
+    def _log_metrics(self, split: str, metrics: ClassMetrics) -> None:
         for name, value in metrics.compute().items():  # over all processes
             self.log(f"{split}/{name}", value.to(torch.float32), sync_dist=True)
         metrics.reset()

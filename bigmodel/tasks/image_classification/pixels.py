@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bigmodel.tasks.image_classification.decode import Geometry
+from bigmodel.decode import Geometry
 from bigmodel.tasks.image_classification.images import decode_from
 from bigmodel.tasks.image_classification.scan import BLOCK, load_store
 from bigmodel.workers import Workers

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,11 +23,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from bigmodel.cache import available_cores, building, digest, disk_errors, progress, say
-from bigmodel.tasks.image_classification.decode import Geometry
+from bigmodel.decode import Geometry
 from bigmodel.tasks.image_classification.images import VERSION, Prepared, SplitFacts, Stored
 from bigmodel.tasks.image_classification.pixels import Decoding
 from bigmodel.tasks.image_classification.scan import BLOCK, Scan, scan, store_files
-from bigmodel.tasks.image_classification.splits import Split
+from bigmodel.tasks.image_classification.splits import Split, draw_shots
 from bigmodel.workers import Workers
 
 if TYPE_CHECKING:
@@ -81,6 +82,9 @@ def prepare(
     decoded: bool | None,
     cache: Path,
     max_pixels: int,
+    classes: Sequence[str] | None = None,
+    shots: int | None = None,
+    seed: int = 0,
     num_processes: int | None = None,
 ) -> Prepared:
     """Check the pictures, deal them out, and make their prepared folder, unless it is there. Any number of processes may
@@ -100,6 +104,9 @@ def prepare(
         decoded: store pixels; None: if all of them take at most 4 GB.
         cache: folder of the task.
         max_pixels: a picture with more is bad.
+        classes: names of those that are used; None: all.
+        shots: training pictures of each class that are used, drawn by `seed`; None: all.
+        seed: see `shots`.
         num_processes: worker processes; None: one per core.
 
     Raises:
@@ -116,8 +123,13 @@ def prepare(
     }
     left_out = _bad(parts, on_bad)
     parts = {name: part.take(np.flatnonzero(part.found.errors == "")) for name, part in parts.items()}
+    if classes is not None:
+        source, parts = _chosen(source, parts, classes)
     if split is not None:
         parts = _dealt(parts, split)
+    if shots is not None:
+        train = parts["train"]
+        parts["train"] = train.take(draw_shots(train.labels, train.found.hashes, source.classes, shots, seed))
     _check_parts(parts, source, left_out, split)
 
     if channels is None:
@@ -188,6 +200,21 @@ def _bad(parts: dict[str, _Part], on_bad: str) -> list[str]:
             + "\nMend or remove them, or leave them out with --data.on_bad skip"
         )
     return [part.store.name(row) for part, row in bad]
+
+
+def _chosen(source: Source, parts: dict[str, _Part], classes: Sequence[str]) -> tuple[Source, dict[str, _Part]]:
+    """Only pictures of these classes, which are numbered anew in the order that they had."""
+    if missing := [name for name in classes if name not in source.classes]:
+        raise ValueError(
+            f"--data.classes {_some(missing, 3)}: there is no such class but {_some(source.classes, _SHOWN)}"
+        )
+    kept = [name for name in source.classes if name in classes]
+    numbers = np.array([kept.index(name) if name in kept else -1 for name in source.classes])
+    chosen = {}
+    for name, part in parts.items():
+        labels = np.where(part.labels < 0, -1, numbers[part.labels])
+        chosen[name] = replace(part, labels=labels).take(np.flatnonzero(labels >= 0))
+    return replace(source, classes=kept), chosen
 
 
 def _dealt(parts: dict[str, _Part], split: Split) -> dict[str, _Part]:

@@ -26,7 +26,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from bigmodel.cache import disk_errors, progress
-from bigmodel.tasks.image_classification.decode import PictureError, measure
+from bigmodel.decode import PictureError, measure
 from bigmodel.workers import Workers
 
 if TYPE_CHECKING:

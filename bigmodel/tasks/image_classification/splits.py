@@ -10,7 +10,9 @@ N pictures.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import pairwise
 
 import numpy as np
@@ -67,3 +69,34 @@ class Split:
         """Of so many contents of a class, how many a split with this share gets."""
         num_splits = 1 + (self.val > 0) + (self.test > 0)
         return max(int(share * contents + 0.5), int(share > 0 and contents > num_splits))
+
+
+def draw_shots(labels: np.ndarray, hashes: np.ndarray, classes: Sequence[str], shots: int, seed: int) -> np.ndarray:
+    """Numbers of so many training pictures of each class, ascending: the first in an order of the seed's, so that fewer
+    shots are among more. Equal contents count once.
+
+    Args:
+        labels: [N] class numbers.
+        hashes: [N, 16] uint8, of the contents.
+        classes: names, by class number.
+        shots: pictures of each class.
+        seed: determines which.
+
+    Raises:
+        ValueError: if a class has fewer.
+    """
+    if shots < 1:
+        raise ValueError(f"--data.shots {shots}: at least 1 picture of each class is needed")
+    _, first = np.unique(hashes.view("V16").ravel(), return_index=True)
+    key = seed.to_bytes(8, "little", signed=True)
+    drawn = [blake2b(content.tobytes(), key=key, digest_size=16).digest() for content in hashes[first]]
+    first = first[np.argsort(np.array(drawn, "V16"), kind="stable")]
+    chosen = [first[labels[first] == number][:shots] for number in range(len(classes))]
+    few = {name: len(members) for name, members in zip(classes, chosen, strict=True) if len(members) < shots}
+    if few:
+        shown = ", ".join(f"{name!r} has {count:,}" for name, count in list(few.items())[:5])
+        raise ValueError(
+            f"--data.shots {shots}: {len(few):,} of {len(classes):,} classes have fewer different training pictures:"
+            f" {shown}; at most {min(few.values()):,} can be drawn of each"
+        )
+    return np.sort(np.concatenate(chosen))

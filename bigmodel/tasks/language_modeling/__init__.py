@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from bigmodel.tasks.language_modeling.data import TextBatch, TextData
     from bigmodel.tasks.language_modeling.module import LanguageModeling
     from bigmodel.tasks.language_modeling.splits import ByDocument, ByFiles, ByPosition
-    from bigmodel.tasks.language_modeling.tokenizer_choice import BPE, Bytes, Characters, Pretrained
+    from bigmodel.tasks.language_modeling.tokenizer_choice import BPE, Bytes, Characters, OfRun, Pretrained
 
 __all__ = [
     "BPE",
@@ -19,6 +19,7 @@ __all__ = [
     "Bytes",
     "Characters",
     "LanguageModeling",
+    "OfRun",
     "Pretrained",
     "TextBatch",
     "TextData",
@@ -27,7 +28,7 @@ _WHERE = {
     "data": ("TextBatch", "TextData"),
     "module": ("LanguageModeling",),
     "splits": ("ByDocument", "ByFiles", "ByPosition"),
-    "tokenizer_choice": ("BPE", "Bytes", "Characters", "Pretrained"),
+    "tokenizer_choice": ("BPE", "Bytes", "Characters", "OfRun", "Pretrained"),
 }
 
 

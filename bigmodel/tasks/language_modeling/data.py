@@ -5,7 +5,7 @@ Dimensions: B sequences, T context length [tokens].
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import lightning as L
@@ -15,15 +15,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bigmodel.sampling import eval_loader, train_loader
+from bigmodel.sampling import Permutation, eval_loader, train_loader
 from bigmodel.tasks.language_modeling.prepare import Plan, make_plan, prepare
 from bigmodel.tasks.language_modeling.shards import Prepared, Tokens
-from bigmodel.tasks.language_modeling.sources import blocks
+from bigmodel.tasks.language_modeling.sources import blocks, read_text
 from bigmodel.tasks.language_modeling.splits import ByDocument, Split
 from bigmodel.tasks.language_modeling.tokenizer import Tokenizer
 from bigmodel.tasks.language_modeling.tokenizer_choice import BPE, TokenizerChoice
 
 IGNORED = -100  # a target that is not there
+BEGINNING = 2**14  # of a document that another begins with [bytes]: more than any prompt
 
 
 class TextBatch(NamedTuple):
@@ -84,7 +85,7 @@ class TextData(L.LightningDataModule):
     Args:
         path: files, folders or globs (** is any depth); each file is a document, in UTF-8. In a folder, the files with a
             suffix of text or code are taken. {stdlib} is the folder of this Python's standard library.
-        tokenizer: BPE (by default), Pretrained, Bytes or Characters, all of bigmodel.tasks.language_modeling.
+        tokenizer: BPE (by default), Pretrained, OfRun, Bytes or Characters, all of bigmodel.tasks.language_modeling.
         split: which documents are for validation and test: ByDocument (by default), ByPosition or ByFiles.
         context_length: tokens per sequence.
         batch_size: sequences per optimizer step over all processes.
@@ -195,6 +196,20 @@ class TextData(L.LightningDataModule):
         """The split's own text, in pieces of at most 64 KiB, with nothing between documents."""
         for segment in self.plan.splits[split]:
             yield from blocks(segment)
+
+    def beginnings(self, numbers: Sequence[int], seed: int) -> list[str]:
+        """How documents of the train split begin, up to `BEGINNING` bytes of each: of as many different ones as there are,
+        in an order that depends on the seed, and then again. Needs no `setup`.
+
+        Raises:
+            ValueError: if the text is not there any more.
+        """
+        documents = [segment for segment in self.plan.splits["train"] if segment.start == 0]
+        if not documents:
+            raise ValueError("the train split holds the beginning of no document: cut it otherwise (--data.split)")
+        order = Permutation(len(documents), seed, 0)(np.array(numbers) % len(documents))
+        found = [documents[i] for i in order.tolist()]
+        return [read_text(segment, stop=min(segment.stop, BEGINNING)) for segment in found]
 
     def train_dataloader(self) -> DataLoader[TextBatch]:
         return train_loader(

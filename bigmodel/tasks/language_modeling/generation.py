@@ -5,12 +5,17 @@ Sources: top-k, Fan et al. 2018 (arXiv 1805.04833); top-p, Holtzman et al. 2019 
 B batch, T tokens, V vocabulary.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from bigmodel.randomness import hashes
+
+Draw = Callable[[Tensor, int], Tensor]  # from probabilities [B, V], in the step of this number: ids [B]
 
 
 @runtime_checkable
@@ -36,6 +41,7 @@ def generate(
     top_p: float | None = None,
     stop_tokens: Collection[int] = (),
     seed: int | None = None,
+    keys: Tensor | None = None,
     use_cache: bool = True,
 ) -> Iterator[Tensor]:
     """Continue each sequence of `tokens`, yielding one token per sequence as soon as it is known.
@@ -56,6 +62,8 @@ def generate(
         top_p: sample among the fewest likeliest tokens whose probabilities reach this sum, after top_k.
         stop_tokens: a sequence ends with any of these, and repeats it until all have ended.
         seed: of this call's own random generator; None for one that differs from call to call.
+        keys: of the sequences [B] (`bigmodel.randomness.sample_keys`), in place of a seed: what is drawn for each depends
+            neither on the others nor on the device.
         use_cache: keep keys and values, if the net can.
 
     Returns:
@@ -81,13 +89,9 @@ def generate(
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}, but must be in (0, 1], or null for all tokens; choose --top_p")
 
-    generator = torch.Generator(tokens.device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
+    draw = _by_seed(seed, tokens.device) if keys is None else partial(draw_by_keys, keys)
     cache = net.new_cache(len(tokens)) if use_cache and isinstance(net, Caches) else None
-    return _generate(net, cache, tokens, max_new_tokens, temperature, top_k, top_p, frozenset(stop_tokens), generator)
+    return _generate(net, cache, tokens, max_new_tokens, temperature, top_k, top_p, frozenset(stop_tokens), draw)
 
 
 def _generate(
@@ -99,20 +103,20 @@ def _generate(
     top_k: int | None,
     top_p: float | None,
     stop_tokens: frozenset[int],
-    generator: torch.Generator,
+    draw: Draw,
 ) -> Iterator[Tensor]:
     context_length = getattr(net, "context_length", None)
     stops = torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=window.device)
     last: Tensor | None = None
     with _evaluating(net):
-        for _ in range(max_new_tokens):
+        for step in range(max_new_tokens):
             if context_length is not None and window.shape[1] > context_length:
                 window = window[:, -max(1, context_length // 2) :]
                 if cache is not None:
                     cache.clear()
             with torch.inference_mode():
                 logits = _next_logits(net, window, cache)  # [B, V]
-                token = _choose(logits, temperature, top_k, top_p, generator)  # [B]
+                token = _choose(logits, temperature, top_k, top_p, draw, step)  # [B]
             # A tensor made in inference mode could not be trained on; its copy, made outside, can.
             token = token.clone()
             if last is not None and len(stops):
@@ -144,8 +148,24 @@ def _next_logits(net: nn.Module, window: Tensor, cache: Any) -> Tensor:
     return net.logits(features[:, -1:])[:, 0]  # [B, 1, V] -> [B, V]
 
 
+def _by_seed(seed: int | None, device: torch.device) -> Draw:
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return lambda probabilities, step: torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+
+def draw_by_keys(keys: Tensor, probabilities: Tensor, step: int) -> Tensor:
+    """Ids [B]: where the cumulative probabilities of each row [V] pass a number that its key and the step give."""
+    cumulative = probabilities.double().cumsum(-1)
+    uniform = (hashes(keys, step, 1) >> 12 & (1 << 52) - 1).double() * 2.0**-52  # [B, 1], in [0, 1)
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(-1)  # [B, 1] -> [B]
+
+
 def _choose(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, draw: Draw, step: int
 ) -> Tensor:
     """One token id per row of logits [B, V]: [B]."""
     if temperature == 0:
@@ -156,7 +176,7 @@ def _choose(
         logits = keep_top_k(logits, top_k)
     if top_p is not None:
         logits = keep_top_p(logits, top_p)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(-1)  # [B, 1] -> [B]
+    return draw(logits.softmax(dim=-1), step)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:

@@ -9,7 +9,7 @@ B sequences, T tokens, D width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +82,12 @@ class LanguageModeling(LightningModule):
         """The next tokens [B, T]; -100 where nothing is predicted, padding rows included."""
         return batch.targets.masked_fill(batch.weight[:, None] == 0, IGNORE_INDEX)
 
+    @property
+    def outcomes(self) -> str | None:
+        """What the tokens are: the tokenizer, as JSON."""
+        tokenizer = self._tokenizer()
+        return tokenizer.to_json() if tokenizer is not None else None
+
     def training_step(self, batch: TextBatch) -> dict[str, Tensor]:
         loss, count = cross_entropy_sum(self.logits, self.features(batch), batch.targets, self.loss_chunk_size)
         return {"loss": loss, "count": count}
@@ -124,6 +130,12 @@ class LanguageModeling(LightningModule):
         data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
         return getattr(data, "tokenizer", self.tokenizer)
 
+    def _known_tokenizer(self) -> Tokenizer:
+        tokenizer = self._tokenizer()
+        if tokenizer is None:
+            raise ValueError("this task has no tokenizer: load it from a run with bigmodel.load")
+        return tokenizer
+
     def stream(
         self,
         prompt: str,
@@ -152,9 +164,7 @@ class LanguageModeling(LightningModule):
         Raises:
             ValueError: for arguments out of range, or a task that has no tokenizer.
         """
-        tokenizer = self._tokenizer()
-        if tokenizer is None:
-            raise ValueError("this task has no tokenizer: load it from a run with bigmodel.load")
+        tokenizer = self._known_tokenizer()
         start = tokenizer.encode(prompt) or [tokenizer.end_of_text]
         stops = {tokenizer.end_of_text}
         for text in stop:
@@ -186,3 +196,79 @@ class LanguageModeling(LightningModule):
     def generate(self, prompt: str, **options: Any) -> str:
         """The whole text that `stream` yields, without the prompt; the same arguments."""
         return "".join(self.stream(prompt, **options))
+
+    def write_documents(
+        self,
+        beginnings: Sequence[str],
+        keys: Tensor,
+        *,
+        prompt_tokens: int = 16,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> list[tuple[str, bool]]:
+        """Write documents, each to its end or `max_new_tokens`.
+
+        Args:
+            beginnings: of texts, each a document's.
+            keys: for what is drawn, [B] int64 on the net's device.
+            prompt_tokens: so many of a beginning's are kept, 0 or above; a shorter one whole.
+            max_new_tokens, temperature, top_k, top_p: as for `stream`.
+
+        Returns:
+            Documents, beginnings included, and whether the end was met.
+
+        Raises:
+            ValueError: for arguments out of range.
+        """
+        tokenizer = self._known_tokenizer()
+        if prompt_tokens < 0:
+            raise ValueError(f"--prompt_tokens {prompt_tokens} must not be negative")
+        end = tokenizer.end_of_text
+        prompts = [
+            [end, *tokenizer.encode(text)[:prompt_tokens]] for text in beginnings
+        ]  # as documents stand in the data
+        written: dict[int, tuple[str, bool]] = {}
+        for length in sorted({len(prompt) for prompt in prompts}):
+            rows = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
+            start = torch.tensor([prompts[row] for row in rows], device=self.device)
+            tokens = generate(
+                self.net,
+                start,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                stop_tokens=(end,),
+                keys=keys[rows],
+            )
+            whole = torch.cat([start[:, 1:], torch.stack(list(tokens), 1)], 1).tolist()
+            for row, ids in zip(rows, whole, strict=True):
+                ended = end in ids
+                text = tokenizer.decode(ids[: ids.index(end)] if ended else ids)
+                written[row] = (text if ended else text.rstrip("\ufffd"), ended)  # a character may be cut
+        return [written[row] for row in range(len(prompts))]
+
+    def rewrite(self, batch: TextBatch, keys: Tensor, *, max_new_tokens: int, temperature: float) -> TextBatch:
+        """The sequences with their last `max_new_tokens` tokens, behind the last that is read, written by the net, which
+        alone are targets; documents end and begin as in any text.
+
+        Args:
+            batch: B sequences of T tokens.
+            keys: for what is drawn, [B] int64.
+            max_new_tokens: 1 to T.
+            temperature: as for `stream`.
+        """
+        T = batch.tokens.shape[1]
+        if not 1 <= max_new_tokens <= T:
+            raise ValueError(
+                f"max_new_tokens {max_new_tokens}: of sequences of {T} tokens, 1 to {T} can be written by the net"
+            )
+        start = batch.tokens[:, : T + 1 - max_new_tokens]
+        steps = generate(self.net, start, max_new_tokens=max_new_tokens, temperature=temperature, keys=keys)
+        new = torch.stack(list(steps), 1)  # [B, max_new_tokens]
+        if torch.is_autocast_enabled(new.device.type):
+            torch.clear_autocast_cache()  # weights that were cast without gradients would be taken for training
+        unread = start.new_full((len(start), start.shape[1] - 1), IGNORE_INDEX)
+        return batch._replace(tokens=torch.cat([start, new[:, :-1]], 1), targets=torch.cat([unread, new], 1))

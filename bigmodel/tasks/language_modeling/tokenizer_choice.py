@@ -1,4 +1,4 @@
-"""Where a tokenizer comes from: trained byte-level BPE, Hugging Face, bytes, characters. What an experiment names.
+"""Where a tokenizer comes from: trained byte-level BPE, Hugging Face, bytes, characters, a run. What an experiment names.
 
 This module imports neither torch nor Lightning, for it runs in small worker processes.
 """
@@ -165,6 +165,34 @@ class Pretrained(TokenizerChoice):
         if eos is None:
             raise ValueError(f"{self.path} names no eos_token: set --data.tokenizer.end_of_text")
         return tokenizer.backend_tokenizer, eos
+
+
+@dataclass(frozen=True)
+class OfRun(TokenizerChoice):
+    """The tokenizer of a trained language model: for text that it wrote, or a student that it shall teach.
+
+    Args:
+        run: a run directory, `last`, the end of a run's name, or a checkpoint.
+    """
+
+    run: str
+
+    def settings(self) -> dict[str, Any]:
+        digest = hashlib.sha256(self.make().to_json().encode()).hexdigest()
+        return {"tokenizer": type(self).__qualname__, "sha256": digest}
+
+    def make(self, texts: Iterable[str] = ()) -> Tokenizer:
+        """Read the tokenizer.
+
+        Raises:
+            ValueError: if there is no such run, or it has none.
+        """
+        from bigmodel.run import describe  # imports Lightning, which the processes that tokenize do not need
+
+        saved = describe(self.run)["saved"]
+        if "tokenizer" not in saved:
+            raise ValueError(f"--data.tokenizer.run {self.run} is no language model: its checkpoint holds no tokenizer")
+        return Tokenizer.from_json(saved["tokenizer"])
 
 
 def _eos_token(folder: Path) -> str:

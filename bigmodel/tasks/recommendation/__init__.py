@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from bigmodel.tasks.recommendation.filters import Filters
     from bigmodel.tasks.recommendation.fitted import FittedRecommendation
     from bigmodel.tasks.recommendation.interactions import Interactions, SparseMatrix
-    from bigmodel.tasks.recommendation.losses import BCE, BPR, GBCE, FullSoftmax, SampledSoftmax
+    from bigmodel.tasks.recommendation.losses import BCE, BPR, GBCE, FullSoftmax, SampledSoftmax, SquaredError
     from bigmodel.tasks.recommendation.module import PairRecommendation, SequenceRecommendation
     from bigmodel.tasks.recommendation.splits import GlobalTime, LeaveOneOut, Ratio
 
@@ -34,6 +34,7 @@ __all__ = [
     "SequenceBatch",
     "SequenceRecommendation",
     "SparseMatrix",
+    "SquaredError",
     "UserBatch",
 ]
 _WHERE = {
@@ -42,7 +43,7 @@ _WHERE = {
     "filters": ("Filters",),
     "fitted": ("FittedRecommendation",),
     "interactions": ("Interactions", "SparseMatrix"),
-    "losses": ("BCE", "BPR", "GBCE", "FullSoftmax", "SampledSoftmax"),
+    "losses": ("BCE", "BPR", "GBCE", "FullSoftmax", "SampledSoftmax", "SquaredError"),
     "module": ("PairRecommendation", "SequenceRecommendation"),
     "splits": ("GlobalTime", "LeaveOneOut", "Ratio"),
 }

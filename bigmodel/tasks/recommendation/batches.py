@@ -93,6 +93,7 @@ class EvalBatch(NamedTuple):
         ratings: [B, K] float32, of the targets, 0 at padding; None if the data have none.
         index: [B] int64, which of the users who are evaluated.
         weight: [B] float32, 0 for rows that only fill up a batch.
+        history_ratings: [B, H] float32, of the history, 0 at padding; None if the data have none.
     """
 
     users: Tensor
@@ -103,6 +104,7 @@ class EvalBatch(NamedTuple):
     ratings: Tensor | None
     index: Tensor  # type: ignore[assignment]
     weight: Tensor
+    history_ratings: Tensor | None = None
 
 
 def padded(array: np.ndarray, starts: np.ndarray, stops: np.ndarray, width: int | None = None) -> np.ndarray:
@@ -280,15 +282,20 @@ class Histories(Dataset[EvalBatch]):
         users = self.users[np.asarray(numbers, np.int64)]
         firsts, starts, stops = self.events.offsets[users], self.starts[users], self.stops[users]
         events, T = self.events, self.max_length
+        known, rated = (
+            None if events.ratings is None else _tensor(padded(events.ratings, *part), torch.float32)
+            for part in ((firsts, starts), (starts, stops))
+        )
         return EvalBatch(
             _tensor(users),
             _tensor(padded(events.items, firsts, starts, T)),
             None if events.times is None else _tensor(padded(events.times, firsts, starts, T)),
             _tensor(padded(events.items, firsts, starts)),
             _tensor(padded(events.items, starts, stops)),
-            None if events.ratings is None else _tensor(padded(events.ratings, starts, stops), torch.float32),
+            rated,
             torch.tensor(numbers),
             torch.ones(len(users)),
+            known,
         )
 
 

@@ -17,7 +17,7 @@ from bigmodel.cache import cache_folder, digest, say
 from bigmodel.sampling import eval_loader, num_replicas, train_loader
 from bigmodel.tasks.recommendation.batches import EvalBatch, Histories, Pairs, Users, Windows
 from bigmodel.tasks.recommendation.filters import Filters
-from bigmodel.tasks.recommendation.interactions import Interactions, SparseMatrix
+from bigmodel.tasks.recommendation.interactions import Interactions, SparseMatrix, ranges
 from bigmodel.tasks.recommendation.prepare import Prepared, prepare
 from bigmodel.tasks.recommendation.sources import Columns, find_source
 from bigmodel.tasks.recommendation.splits import LeaveOneOut, Parts, Split
@@ -177,6 +177,24 @@ class InteractionData(L.LightningDataModule):
             np.ones(len(order), np.float32) if ratings is None else np.asarray(ratings[numbers[order]]),
             (events.num_users, width),
         )
+
+    def mean_rating(self) -> float:
+        """Of the training events.
+
+        Raises:
+            ValueError: if there are no ratings.
+        """
+        if self.parts.events.ratings is None:
+            raise ValueError("the data have no ratings; set --data.rating_column")
+        return float(np.mean(self.parts.events.ratings[self.parts.numbers("train")], dtype=np.float64))
+
+    def median_gap(self) -> int | None:
+        """Seconds between two training events of a user that follow each other, the median over all; None without times."""
+        events, (starts, stops) = self.parts.events, self.parts.borders("train")
+        later = ranges(np.minimum(starts + 1, stops), stops)
+        if events.times is None or not len(later):
+            return None
+        return int(np.median(events.times[later] - events.times[later - 1]))
 
     def item_counts(self) -> np.ndarray:
         """[I + 1] int64, how many training events each item has."""

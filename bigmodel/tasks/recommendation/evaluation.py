@@ -1,47 +1,94 @@
-"""The evaluation that all recommenders share: full ranking, seen items masked, exact over processes."""
+"""The evaluation that all recommenders share: full ranking, seen items masked, exact over processes.
+
+B users, I items (numbered 1 to I; 0 is padding), K targets, k length of a list.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from bigmodel.tasks.recommendation.batches import EvalBatch
-from bigmodel.tasks.recommendation.metrics import RankingMetrics
-from bigmodel.tasks.recommendation.ranking import ScoreBlock, rank_and_top_k
+from bigmodel.tasks.recommendation.metrics import RankingMetrics, RatingErrors
+from bigmodel.tasks.recommendation.negatives import evaluation_negatives
+from bigmodel.tasks.recommendation.ranking import ScoreBlock, rank_and_top_k, sampled_rank
+
+_SEED = 0  # of sampled metrics: no flag changes it, so that every model is measured among the same items
 
 
 class Evaluation(nn.Module):
-    """Ranks targets among all items but the history, and takes means over users.
+    """Ranks targets among all items but the history, and takes means over users; errors of ratings over all targets.
 
     Args:
         cutoffs: lengths k of lists; those above the number of items are left out.
+        sampled_negatives: rank each target also among so many items that are drawn for its user, neither of the history
+            nor targets, for metrics called `sampled_...`. They order models otherwise than full ranking does (Krichene and
+            Rendle 2020, doi 10.1145/3394486.3403226). None: do not.
     """
 
-    def __init__(self, cutoffs: Sequence[int]) -> None:
+    def __init__(self, cutoffs: Sequence[int], sampled_negatives: int | None = None) -> None:
         super().__init__()
         RankingMetrics(cutoffs)  # refuses what cannot be
-        self.cutoffs = tuple(cutoffs)
+        if sampled_negatives is not None and sampled_negatives < 1:
+            raise ValueError(
+                f"--model.sampled_negatives {sampled_negatives}: at least 1, or null for full ranking only"
+            )
+        self.cutoffs, self.sampled_negatives = tuple(cutoffs), sampled_negatives
         self.num_items = 0
         self.metrics: RankingMetrics | None = None
+        self.sampled: RankingMetrics | None = None
+        self.errors = RatingErrors()
 
     def prepare(self, num_items: int, counts: Tensor | None) -> None:
         """Take what the data know: I, and the training events of each item [I + 1]; without these, coverage and popularity
-        are not measured."""
+        are not measured.
+
+        Raises:
+            ValueError: for as many negatives as there are items, or more.
+        """
         self.num_items = num_items
         self.cutoffs = tuple(k for k in self.cutoffs if k <= num_items) or (num_items,)
         self.metrics = RankingMetrics(self.cutoffs, counts)
+        if self.sampled_negatives is not None:
+            if self.sampled_negatives >= num_items:
+                raise ValueError(
+                    f"--model.sampled_negatives {self.sampled_negatives} of {num_items:,} items: these are no sample; leave"
+                    " it out, all items are ranked anyway"
+                )
+            among = self.sampled_negatives + 1
+            self.sampled = RankingMetrics([k for k in self.cutoffs if k < among] or [among], prefix="sampled_")
 
-    def update(self, score_block: ScoreBlock, batch: EvalBatch) -> None:
-        """Take in a batch of users."""
+    def update(self, score_block: ScoreBlock, batch: EvalBatch, ratings: Tensor | None = None) -> None:
+        """Take in a batch of users.
+
+        Args:
+            score_block: their scores.
+            batch: their histories and targets.
+            ratings: [B, K], what is predicted as the ratings of the targets, where it is.
+        """
         assert self.metrics is not None
         targets = batch.targets * (batch.weight > 0)[:, None]  # rows that only fill up have none
         ranks, lists = rank_and_top_k(score_block, self.num_items, max(self.cutoffs), targets, batch.history)
         self.metrics.update(ranks, lists if self.metrics.counts is not None else None)
+        if self.sampled is not None and self.sampled_negatives is not None:
+            met = torch.cat([batch.history, targets], 1)
+            drawn = evaluation_negatives(_SEED, batch.users, self.num_items, self.sampled_negatives, met)
+            self.sampled.update(sampled_rank(score_block, self.num_items, targets, drawn))
+        if ratings is not None and batch.ratings is not None:
+            rated = targets > 0
+            self.errors.update(ratings[rated].double(), batch.ratings[rated].double())
 
     def compute(self, split: str) -> dict[str, Tensor]:
         """By name, `val/ndcg@10`; every process must call it."""
         assert self.metrics is not None
         values = self.metrics.compute()
         self.metrics.reset()
+        if self.sampled is not None:
+            values |= self.sampled.compute()
+            self.sampled.reset()
+        if self.errors["rmse"].update_called:  # by every process or none: all have as many batches
+            values |= {name: value.float() for name, value in self.errors.compute().items()}
+            self.errors.reset()
         return {f"{split}/{name}": value for name, value in values.items()}

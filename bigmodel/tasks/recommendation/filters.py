@@ -77,10 +77,10 @@ class Filters:
             few_users, few_items = (
                 len(np.unique(numbers[kept])) - len(np.unique(numbers[kept[which]])) for numbers in (users, items)
             )
+            limits = f"min_user_events {self.min_user_events:,}, min_item_events {self.min_item_events:,}"
             narrow(
                 which,
-                f"those of {few_users:,} users with fewer than {self.min_user_events:,} and of {few_items:,} items with"
-                f" fewer than {self.min_item_events:,} (min_user_events, min_item_events; {num_rounds:,} rounds)",
+                f"those of {few_users:,} users and {few_items:,} items that have too few ({limits}; rounds: {num_rounds:,})",
             )
         if self.max_history is not None:
             which = _latest(users[kept], self.max_history)

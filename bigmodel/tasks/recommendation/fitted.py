@@ -28,11 +28,14 @@ class FittedRecommendation(Recommender):
 
     Args:
         method: one of bigmodel.tasks.recommendation.closed_form: Popularity (by default), UserKNN, ItemKNN, EASE.
-        values: what an event is worth to the method: 1 (`ones`), or its rating (`ratings`).
-        decay: what an item of a history counts less, by this factor, for each that was chosen after it; 1: all alike.
+        values: what an event is worth to the method, in training and in histories: 1 (`ones`), or its rating (`ratings`).
+        decay: what an item of a history counts less, by this factor, for each that was chosen after it; 1: all alike. For
+            lists only: predicted ratings know no order.
         cutoffs: lengths k of the lists that are measured.
+        sampled_negatives: as in SequenceRecommendation.
 
-    Logs what SequenceRecommendation does.
+    Logs what SequenceRecommendation does; with `ratings` and a method that predicts them (UserKNN, ItemKNN) also `val/rmse`
+    and `val/mae` over all targets. Where the method knows nothing of an item, the mean of the user's history is predicted.
     """
 
     counts = "users"
@@ -44,8 +47,9 @@ class FittedRecommendation(Recommender):
         values: Literal["ones", "ratings"] = "ones",
         decay: float = 1.0,
         cutoffs: Sequence[int] = (5, 10, 20),
+        sampled_negatives: int | None = None,
     ) -> None:
-        super().__init__(cutoffs)
+        super().__init__(cutoffs, sampled_negatives)
         self.method: ClosedForm = method if method is not None else Popularity()
         self.values: Literal["ones", "ratings"] = values
         self.decay = decay
@@ -84,9 +88,24 @@ class FittedRecommendation(Recommender):
         self.fitted, self.fitted_on = True, data.prepared.fingerprint
 
     def score_block(self, batch: EvalBatch) -> ScoreBlock:
-        values = None if self.decay == 1 else recency(batch.history, self.decay)
+        values = batch.history_ratings if self.values == "ratings" else None  # without: a bare history from a person
+        if self.decay != 1:
+            values = recency(batch.history, self.decay) * (1 if values is None else values)
+        return self.method.score_block(batch.history, values, self._known(batch))
+
+    def predicted_ratings(self, batch: EvalBatch) -> Tensor | None:
+        if self.values != "ratings" or batch.history_ratings is None:
+            return None
+        rated = self.method.rate(batch.history, batch.history_ratings, batch.targets, self._known(batch))
+        if rated is None:
+            return None
+        mean = batch.history_ratings.sum(1, keepdim=True) / (batch.history > 0).sum(1, keepdim=True)  # [B, 1]
+        return torch.where(rated.isnan(), mean, rated)
+
+    def _known(self, batch: EvalBatch) -> Tensor | None:
+        """The rows of a batch's users in the training events; None where the data are not those."""
         same = self._data is None or self._data.prepared.fingerprint == self.fitted_on
-        return self.method.score_block(batch.history, values, batch.users if same else None)
+        return batch.users if same else None
 
     def validation_step(self, batch: EvalBatch) -> None:
         if self.fitted:

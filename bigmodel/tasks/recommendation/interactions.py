@@ -7,10 +7,11 @@ N events, U users, I items.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -167,10 +168,19 @@ class Ids:
             except (pa.ArrowInvalid, OverflowError):
                 row = -1
             if row < 0:
-                some = ", ".join(map(repr, self._ids.slice(0, 3).to_pylist()))
-                raise ValueError(f"there is no {self.what} {one!r}; there are {len(self):,}, such as {some}")
+                near = ", ".join(map(repr, self._near(one)))
+                raise ValueError(f"there is no {self.what} {one!r}; there are {len(self):,}, near it {near}")
             found[i] = row + self.first
         return found
+
+    def _near(self, one: int | str) -> list[int] | list[str]:
+        """Up to four ids beside the place where this one would stand."""
+        there: list[Any] = self._ids.to_pylist()
+        try:
+            place = bisect_left(there, type(there[0])(one))
+        except ValueError:  # no number, where ids are numbers
+            place = 0
+        return there[max(0, min(place, len(there) - 2) - 2) :][:4]
 
 
 def _ids(ids: Sequence[int] | Sequence[str]) -> pa.Array:

@@ -5,9 +5,10 @@ A loss of positions is an object made from its options alone; what the data know
     loss, count = self.loss(self.net, features, targets, DrawKeys.of(seed, step, batch.index, num_positions))
 
 Sources: sampled softmax by importance sampling (Bengio and Senécal 2008, IEEE Transactions on Neural Networks 19); binary
-cross-entropy as in SASRec (arXiv 1808.09781); gBCE (gSASRec, arXiv 2308.07192); BPR (arXiv 1205.2618).
+cross-entropy as in SASRec (arXiv 1808.09781); gBCE (gSASRec, arXiv 2308.07192); BPR (arXiv 1205.2618). For ratings:
+squared error (Koren et al. 2009, doi 10.1109/MC.2009.263).
 
-M positions (or pairs), D width, I items (numbered 1 to I; 0 is padding), n negatives.
+B users, K items of a user, M positions (or pairs), D width, I items (numbered 1 to I; 0 is padding), n negatives.
 """
 
 from __future__ import annotations
@@ -212,6 +213,42 @@ class BPR(_Drawing):
         return self._contrast(net, features, targets, keys, bpr_sum)
 
 
+class SquaredError(nn.Module):
+    """Squared error of ratings, for pairs of users and items and a net that has `ratings`, with a penalty on what it reads.
+
+    With d the net's `ratings`, an event's loss is (r - mean - d)^2 + l2 (|p_u|^2 + |q_i|^2 + b_u^2 + b_i^2), eq. 5 of the
+    source. The mean of the training ratings comes from the data, and is saved with the task.
+
+    Args:
+        l2: weight of the penalty on the vectors and biases of each event's user and item.
+    """
+
+    mean: Tensor
+
+    def __init__(self, l2: float = 0.02) -> None:
+        super().__init__()
+        if not 0 <= l2 < math.inf:
+            raise ValueError(f"--model.loss.l2 is {l2}, but must be 0 or above")
+        self.l2 = l2
+        self.register_buffer("mean", torch.zeros(()))
+
+    def prepare(self, num_items: int, counts: Tensor | None = None) -> None:
+        pass
+
+    def predict(self, net: Any, users: Tensor, items: Tensor) -> Tensor:
+        """Ratings [B, K] float32 that users [B] are expected to give to items [B, K]; not cut to a range."""
+        ratings: Tensor = self.mean + net.ratings(users, items).float()
+        return ratings
+
+    def forward(self, net: Any, users: Tensor, items: Tensor, ratings: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum over events [B], and how many they are."""
+        errors = ratings - self.predict(net, users, items[:, None])[:, 0]
+        read = [net.features(users), net.item_vectors(items)]
+        read += [bias[at, None] for bias, at in ((net.user_bias, users), (net.item_bias, items)) if bias is not None]
+        penalty = sum(part.float().square().sum() for part in read)
+        return errors.square().sum() + self.l2 * penalty, torch.tensor(len(users), device=users.device)
+
+
 def sampled_softmax_sum(
     net: ScoresItems, features: Tensor, targets: Tensor, items: Tensor, log_expected: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -226,10 +263,11 @@ def sampled_softmax_sum(
         log_expected: [n], logarithm of the number of times that each is expected to be drawn.
     """
     features, targets = features.flatten(0, -2), targets.flatten()
-    positive = (features * net.item_vectors(targets)).sum(1, keepdim=True).float() + _bias(
-        net, targets[:, None]
-    )  # [M, 1]
-    negative = (features @ net.item_vectors(items).T).float() + _bias(net, items) - log_expected  # [M, n]
+    # One look-up: in the backward pass each makes a gradient as large as the whole table.
+    vectors = net.item_vectors(torch.cat([targets, items]))
+    positives, negatives = vectors[: len(targets)], vectors[len(targets) :]  # [M, D], [n, D]
+    positive = (features * positives).sum(1, keepdim=True).float() + _bias(net, targets[:, None])  # [M, 1]
+    negative = (features @ negatives.T).float() + _bias(net, items) - log_expected  # [M, n]
     scores = torch.cat([positive, negative.masked_fill(items == targets[:, None], -torch.inf)], 1)
     return _sum_and_count(scores.logsumexp(1) - scores[:, 0], targets > 0)
 

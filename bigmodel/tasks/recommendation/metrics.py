@@ -11,6 +11,10 @@ Kekäläinen 2002, with gain 1 per target). With r_1 < r_2 < ... the ranks of a 
     coverage@k    share of all items that stand in the list of some user
     popularity@k  training events of an item in a list, the mean over lists and places
 
+Errors of predicted ratings are over all targets of all users, each counted once::
+
+    rmse        root of the mean squared error          mae         mean absolute error
+
 B users, K targets of a user, k length of a list, L lengths in all, I items (numbered 1 to I; 0 is padding).
 """
 
@@ -21,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import MeanAbsoluteError, MeanSquaredError, Metric, MetricCollection
 
 from bigmodel.tasks.recommendation.negatives import check_counts
 
@@ -139,3 +143,15 @@ class RankingMetrics(Metric):
                 values[f"coverage@{k}"] = (self.places[1:] <= k).double().mean()
                 values[f"popularity@{k}"] = self.events[0, j].double() / self.events[1, j].clamp(min=1)
         return {self.prefix + name: value.float() for name, value in values.items()}
+
+
+class RatingErrors(MetricCollection):
+    """`rmse` and `mae` of predicted ratings [n] against given ones [n], in float64."""
+
+    def __init__(self) -> None:
+        super().__init__({"rmse": MeanSquaredError(squared=False), "mae": MeanAbsoluteError()}, compute_groups=False)
+        self.set_dtype(torch.float64)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
+        """As of `RankingMetrics`."""
+        return super()._apply(lambda x: x.to(fn(x).device), *args, **kwargs)

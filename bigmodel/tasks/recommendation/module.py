@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from bigmodel import optim
+from bigmodel.cache import say
 from bigmodel.callbacks import Gradients
 from bigmodel.callbacks.gradients import find
 from bigmodel.nn import MatrixFactorization, SASRec
@@ -23,12 +25,13 @@ from bigmodel.nn.loss import IGNORE_INDEX
 from bigmodel.randomness import uniform
 from bigmodel.run import sizes
 from bigmodel.tasks.recommendation.batches import EvalBatch, PairBatch, SequenceBatch
-from bigmodel.tasks.recommendation.losses import BPR, FullSoftmax
+from bigmodel.tasks.recommendation.losses import BPR, FullSoftmax, SquaredError
 from bigmodel.tasks.recommendation.negatives import DrawKeys
 from bigmodel.tasks.recommendation.ranking import ScoreBlock, dot_products
 from bigmodel.tasks.recommendation.recommender import Recommender
 
 _MASKS, _LAST_ONLY = 1, 2  # streams of random numbers
+_SECONDS = 10**11  # times from here on are in milliseconds
 
 
 class SequenceRecommendation(Recommender):
@@ -46,6 +49,8 @@ class SequenceRecommendation(Recommender):
         mask_rate: share of the items that is masked; for nets with a mask only.
         mask_last_rate: share of the windows in which only the last item is masked, as it is when recommending; likewise.
         seed: of negatives and masks, with optimizer step and sample.
+        sampled_negatives: rank each target also among so many items drawn for its user, for metrics called `sampled_...`,
+            which compare only with others of as many; null: among all items only.
 
     Logs `val/ndcg@k`, `hr@k`, `recall@k`, `precision@k`, `mrr@k`, `coverage@k`, `popularity@k` and `mrr`, and the same for
     `test`.
@@ -64,8 +69,9 @@ class SequenceRecommendation(Recommender):
         mask_rate: float = 0.3,
         mask_last_rate: float = 0.1,
         seed: int = 0,
+        sampled_negatives: int | None = None,
     ) -> None:
-        super().__init__(cutoffs)
+        super().__init__(cutoffs, sampled_negatives)
         for name, rate in (("mask_rate", mask_rate), ("mask_last_rate", mask_last_rate)):
             if not 0 <= rate <= 1:
                 raise ValueError(f"--model.{name} {rate} must lie in 0 to 1")
@@ -73,10 +79,13 @@ class SequenceRecommendation(Recommender):
         self.loss: Any = loss if loss is not None else FullSoftmax()
         self.mask_rate, self.mask_last_rate, self.seed = mask_rate, mask_last_rate, seed
         self.net: Any = None
+        self.gap: int | None = None  # [s], the median between two training events of a user; None: not known
 
     def configure_model(self) -> None:
         if self.net is not None:
             return
+        if isinstance(self.loss, SquaredError) and self.examples != "pairs":
+            raise ValueError("--model.loss SquaredError is for pairs of users and items: take PairRecommendation")
         known = sizes(self)
         self.net = self.make_net(**known)  # type: ignore[call-arg]
         self.loss.prepare(known["num_items"], self._prepare_evaluation(known["num_items"]))
@@ -111,6 +120,11 @@ class SequenceRecommendation(Recommender):
         padding = (batch.weight == 0).view(-1, *[1] * (targets.ndim - 1))
         return targets.masked_fill((targets == 0) | padding, IGNORE_INDEX)
 
+    @property
+    def outcomes(self) -> list[int] | list[str]:
+        """The ids of the items, in the order of their numbers."""
+        return self._catalogue().item_ids
+
     def _windows(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
         """What the net reads, and what it is to predict at each position, 0 where nothing; each [B, T]."""
         if not hasattr(self.net, "mask_item"):
@@ -125,8 +139,7 @@ class SequenceRecommendation(Recommender):
         return items.masked_fill(masked, self.net.mask_item), items.masked_fill(~masked, 0)
 
     def training_step(self, batch: Any) -> dict[str, Tensor]:
-        items, targets = self._windows(batch)
-        features = self.net.features(items, batch.times)
+        targets, features = self._windows(batch)[1], self.features(batch)
         keys = DrawKeys.of(self.seed, self.trainer.global_step, batch.index, targets.shape[1])
         places = keys.positions.view(targets.shape)
         counted = targets > 0
@@ -148,28 +161,50 @@ class SequenceRecommendation(Recommender):
             history: items as they are called in the data, in the order in which they were chosen; all are left out of the
                 list, and the net reads the last `max_length`.
             k: length of the list.
-            times: of the history, in seconds since 1970, for a net that reads them; None: all at once.
+            times: of the history, in seconds since 1970, for a net that reads them; None: evenly apart, by the median
+                between two training events of a user (a line says so).
 
         Returns:
             The best first, each with `item`, `title` (None where the data have none) and `score`.
 
         Raises:
-            ValueError: for an item that the data did not have, an empty history, or k above the number of items.
+            ValueError: for an item that the data did not have, an empty history, times that do not go with it, or k above
+                the number of items.
         """
         numbers = self._catalogue().numbers(history)
+        if times is None and self.gap is not None:
+            times = range(0, self.gap * len(numbers), self.gap) if self.gap else [0] * len(numbers)
+            if getattr(self.net, "reads_times", False):
+                say(
+                    f"no times are given, and {type(self.net).__name__} reads them: the items are taken to lie"
+                    f" {self.gap:,} s apart, the median in training"
+                )
         return self.recommend_to(one_history(numbers, times, self.net.max_length, self.device), k)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.gap is None and hasattr(self._data, "parts"):
+            self.gap = self._data.median_gap()
+        checkpoint["gap"] = self.gap
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.gap = checkpoint.get("gap")
 
 
 class PairRecommendation(SequenceRecommendation):
     """Trains a net of users' and items' vectors on single events; for users that it was trained on.
 
+    With SquaredError it learns to predict ratings, and logs `val/rmse` and `val/mae` over all targets besides.
+
     Args:
         net: makes the net, called with `num_users` and `num_items`, which the data know; `max_length` is left out.
-        loss: of the pairs: BPR (by default), BCE, SampledSoftmax, FullSoftmax.
+        loss: of the pairs: BPR (by default), BCE, SampledSoftmax, FullSoftmax; or of their ratings: SquaredError.
         optimizer: makes the optimizer from parameter groups.
         schedule: the learning rate over the run's optimizer steps; null: constant.
         cutoffs: lengths k of the lists that are measured.
         seed: of negatives, with optimizer step and sample.
+        sampled_negatives: as in SequenceRecommendation.
     """
 
     counts = "samples"
@@ -183,10 +218,24 @@ class PairRecommendation(SequenceRecommendation):
         schedule: optim.Schedule | None = None,
         cutoffs: Sequence[int] = (5, 10, 20),
         seed: int = 0,
+        sampled_negatives: int | None = None,
     ) -> None:
         make = _without_max_length(net)
         loss = loss if loss is not None else BPR()
-        super().__init__(make, loss, optimizer, schedule, cutoffs, seed=seed)
+        super().__init__(make, loss, optimizer, schedule, cutoffs, seed=seed, sampled_negatives=sampled_negatives)
+
+    def configure_model(self) -> None:
+        if self.net is not None:
+            return
+        super().configure_model()
+        if isinstance(self.loss, SquaredError):
+            if not hasattr(self.net, "ratings"):
+                raise ValueError(
+                    f"--model.loss SquaredError needs a net that predicts ratings, which {type(self.net).__name__} does"
+                    " not: take bigmodel.nn.MatrixFactorization"
+                )
+            if hasattr(self._data, "parts"):  # else the mean comes with the checkpoint
+                self.loss.mean.fill_(self._data.mean_rating())
 
     def features(self, batch: Any) -> Tensor:
         """Users' vectors [B, D]."""
@@ -199,9 +248,17 @@ class PairRecommendation(SequenceRecommendation):
         return targets.masked_fill((targets == 0) | (batch.weight == 0), IGNORE_INDEX)
 
     def training_step(self, batch: PairBatch) -> dict[str, Tensor]:
+        if isinstance(self.loss, SquaredError):
+            loss, count = self.loss(self.net, batch.users, batch.items, batch.ratings)
+            return {"loss": loss, "count": count}
         keys = DrawKeys.of(self.seed, self.trainer.global_step, batch.index)
-        loss, count = self.loss(self.net, self.net.features(batch.users), batch.items, keys)
+        loss, count = self.loss(self.net, self.features(batch), batch.items, keys)
         return {"loss": loss, "count": count}
+
+    def predicted_ratings(self, batch: EvalBatch) -> Tensor | None:
+        if not isinstance(self.loss, SquaredError):
+            return None
+        return self.loss.predict(self.net, batch.users, batch.targets)
 
     # A user's number means what it did in training only where the data are the same.
 
@@ -235,17 +292,29 @@ def _without_max_length(net: Callable[..., nn.Module]) -> Callable[..., nn.Modul
 
 
 def one_history(numbers: Tensor, times: Sequence[int] | None, max_length: int, device: torch.device) -> EvalBatch:
-    """A batch of one history [H] of item numbers."""
+    """A batch of one history [H] of item numbers; times None: the data had none.
+
+    Raises:
+        ValueError: for an empty history, or times that are not as many, no whole seconds or in another order.
+    """
     if not len(numbers):
         raise ValueError("the history is empty: name at least one item that was chosen")
-    if times is not None and len(times) != len(numbers):
-        raise ValueError(f"{len(times)} times for a history of {len(numbers)} items: give one for each")
     history = numbers.to(device)[None]
-    items, stamps = (
-        history[:, -max_length:],
-        torch.zeros_like(history) if times is None else torch.tensor([list(times)]),
-    )
+    stamps = None
+    if times is not None:
+        if len(times) != len(numbers):
+            raise ValueError(f"{len(times)} times for a history of {len(numbers)} items: give one for each")
+        seconds = np.asarray(times)
+        if seconds.dtype.kind not in "iu" or not 0 <= seconds.min() <= seconds.max() < _SECONDS:
+            raise ValueError(
+                f"times {list(times)}: whole seconds since 1970 are accepted, from 0 to below {_SECONDS:,}"
+            )
+        if (back := np.flatnonzero(np.diff(seconds) < 0)).size:
+            raise ValueError(
+                f"the time {seconds[back[0] + 1]} stands after {seconds[back[0]]}: give the history in the order in which"
+                " its items were chosen"
+            )
+        stamps = torch.from_numpy(seconds.astype(np.int64)).to(device)[None, -max_length:]
     none = torch.zeros(1, 0, dtype=torch.int64, device=device)
     zero = torch.zeros(1, dtype=torch.int64, device=device)
-    stamps = stamps.to(device)[:, -max_length:]
-    return EvalBatch(zero, items, stamps, history, none, None, zero, torch.ones(1, device=device))
+    return EvalBatch(zero, history[:, -max_length:], stamps, history, none, None, zero, torch.ones(1, device=device))

@@ -250,8 +250,12 @@ class _Best:
 
     def add(self, first: int, scores: Tensor) -> None:
         """Scores [B, W], masked."""
-        keys = pack(scores, torch.arange(first, first + scores.shape[1], device=self.device))
-        keys = torch.cat([self.keys, keys.topk(min(self.k, keys.shape[1])).values], 1)
+        k, width = min(self.k, scores.shape[1]), scores.shape[1]
+        values, columns = scores.topk(min(k + 1, width))
+        if width > k and (values[:, k - 1] == values[:, k]).any():  # of these equals, `topk` has taken any
+            values, columns = scores, torch.arange(width, device=self.device)
+        keys = pack(values, first + columns)
+        keys = torch.cat([self.keys, keys.topk(k).values], 1)
         self.keys = keys.topk(min(self.k, keys.shape[1])).values
 
     def lists(self) -> tuple[Tensor, Tensor]:

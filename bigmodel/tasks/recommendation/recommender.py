@@ -19,16 +19,21 @@ class Recommender(LightningModule):
 
     Args:
         cutoffs: lengths k of the lists that are measured.
+        sampled_negatives: see `Evaluation`.
     """
 
-    def __init__(self, cutoffs: Sequence[int]) -> None:
+    def __init__(self, cutoffs: Sequence[int], sampled_negatives: int | None = None) -> None:
         super().__init__()
-        self.evaluation = Evaluation(cutoffs)
+        self.evaluation = Evaluation(cutoffs, sampled_negatives)
         self.catalogue: Catalogue | None = None
 
     def score_block(self, batch: EvalBatch) -> ScoreBlock:
         """The scores of all items for a batch of histories, block by block (see `ranking`)."""
         raise NotImplementedError
+
+    def predicted_ratings(self, batch: EvalBatch) -> torch.Tensor | None:
+        """The ratings [B, K] that users are expected to give to their targets; None: it predicts none."""
+        return None
 
     @property
     def _data(self) -> Any:
@@ -42,13 +47,13 @@ class Recommender(LightningModule):
         return counts
 
     def validation_step(self, batch: EvalBatch) -> None:
-        self.evaluation.update(self.score_block(batch), batch)
+        self.evaluation.update(self.score_block(batch), batch, self.predicted_ratings(batch))
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict(self.evaluation.compute("val"), sync_dist=True)
 
     def test_step(self, batch: EvalBatch) -> None:
-        self.evaluation.update(self.score_block(batch), batch)
+        self.evaluation.update(self.score_block(batch), batch, self.predicted_ratings(batch))
 
     def on_test_epoch_end(self) -> None:
         self.log_dict(self.evaluation.compute("test"), sync_dist=True)

@@ -130,3 +130,38 @@ def test_padding_rows_have_no_weight(photos, tmp_path):
     weights = torch.cat([batch.weight for batch in loader])
     assert len(weights) == 28
     assert weights.sum() == 24
+
+
+def names_of(made, split="train"):
+    images = made.images(split)
+    return {images.name(i) for i in range(len(images))}
+
+
+def test_some_classes_are_as_if_there_were_no_others(photos, tmp_path):
+    made = data(photos, tmp_path, classes=["warm", "cool"], split=Split(0.25, 0.25))
+    assert made.classes == ["cool", "warm"]
+    assert made.sizes["num_classes"] == 2
+    whole = data(photos, tmp_path, split=Split(0.25, 0.25))
+    for split in ("train", "val", "test"):
+        images = made.images(split)
+        assert names_of(made, split) == {name for name in names_of(whole, split) if "leafy" not in name}
+        assert all(Path(images.name(i)).parent.name == made.classes[k] for i, k in enumerate(images.labels))
+    with pytest.raises(ValueError, match=r"--data.classes blue: there is no such class but cool, leafy, warm"):
+        data(photos, tmp_path, classes=["blue", "cool"])
+
+
+def test_shots_are_nested_drawn_by_the_seed_and_leave_evaluation_alone(photos, tmp_path):
+    split = Split(0.25, 0.25)
+    whole, *drawn = (data(photos, tmp_path, split=split, shots=n) for n in (None, 2, 5, 12))
+    assert [len(names_of(made)) for made in drawn] == [6, 15, 36]
+    assert names_of(drawn[0]) < names_of(drawn[1]) < names_of(drawn[2]) < names_of(whole)
+    for made in drawn:
+        assert np.unique(made.images("train").labels, return_counts=True)[1].tolist() == [made.shots] * 3
+        assert names_of(made, "val") == names_of(whole, "val")
+        assert made.fingerprint != whole.fingerprint
+    assert names_of(data(photos, tmp_path, split=split, shots=5, seed=1)) != names_of(drawn[1])
+    message = r"--data.shots 13: 1 of 3 classes have fewer .*: 'cool' has 12; at most 12 can be drawn"
+    with pytest.raises(ValueError, match=message):
+        data(photos, tmp_path, split=split, shots=13)
+    with pytest.raises(ValueError, match=r"--data.shots 0: at least 1"):
+        data(photos, tmp_path, split=split, shots=0)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bigmodel.nn import GPT
-from bigmodel.tasks.language_modeling.generation import generate, keep_top_k, keep_top_p
+from bigmodel.randomness import sample_keys
+from bigmodel.tasks.language_modeling.generation import draw_by_keys, generate, keep_top_k, keep_top_p
 
 V, C = 20, 16
 
@@ -131,6 +132,27 @@ def test_a_vanishing_temperature_is_greedy() -> None:
         .eq(logits.argmax())
         .all()
     )
+
+
+def test_what_is_drawn_by_keys_depends_on_neither_the_others_nor_the_order() -> None:
+    net, tokens, keys = small(), torch.randint(V, (6, 3)), sample_keys(1, 2, torch.arange(6))
+    options: dict[str, Any] = {"max_new_tokens": 2 * C, "top_k": 15}
+    whole = run(net, tokens, keys=keys, **options)
+    for rows in ([4], [5, 0, 2]):
+        assert torch.equal(run(net, tokens[rows], keys=keys[rows], **options), whole[rows])
+    assert len({tuple(row) for row in run(net, tokens[:1].expand(6, -1), keys=keys, **options).tolist()}) == 6
+
+
+def test_frequencies_of_what_is_drawn_by_keys() -> None:
+    """Over sequences and over steps; what has no probability is never drawn."""
+    p = torch.tensor([0.0, 0.4, 0.0, 0.3, 0.2999, 0.0001, 0.0])
+    for rows, steps in ((40_000, 1), (4, 10_000)):
+        keys, n = sample_keys(0, 0, torch.arange(rows)), rows * steps
+        chosen = torch.stack([draw_by_keys(keys, p.expand(rows, -1), step) for step in range(steps)])
+        counts = chosen.flatten().bincount(minlength=len(p))
+        assert (counts[p == 0] == 0).all()
+        z = (counts - n * p)[p > 0] / (n * p * (1 - p)).sqrt()[p > 0]
+        assert z.abs().max() < 4
 
 
 def kept(filtered: Tensor) -> list[set[int]]:

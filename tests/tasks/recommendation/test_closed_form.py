@@ -129,6 +129,13 @@ def test_item_knn_against_a_loop(given, at_once, monkeypatch) -> None:
     np.testing.assert_allclose(method.similarity.toarray()[1:, 1:], w, rtol=1e-6)
     scores = all_scores(method, histories(unseen), values=values_of(unseen))
     np.testing.assert_allclose(scores, unseen @ w, rtol=1e-5)
+    items = torch.arange(1, 13).flip(0).expand(6, -1)
+    rated = method.rate(histories(unseen), values_of(unseen), items).numpy()[:, ::-1]
+    for b, j in np.ndindex(6, 12):
+        pairs = [(w[i, j], unseen[b, i]) for i in range(12) if unseen[b, i] and w[i, j]]
+        mean = sum(a * r for a, r in pairs) / sum(a for a, _ in pairs) if pairs else math.nan
+        np.testing.assert_allclose(rated[b, j], mean, rtol=1e-5)
+    assert np.isnan(rated).any()
     np.testing.assert_allclose(all_scores(method, histories(unseen)), (unseen > 0) @ w, rtol=1e-5)
 
 
@@ -177,7 +184,13 @@ def test_user_knn_against_a_loop(similarity, prediction, monkeypatch) -> None:
     own = np.concatenate([x[:4], ratings(4, 20, seed=1)])
     rows = np.array([0, 1, 2, 3, -1, -1, -1, -1])
     found = all_scores(method, histories(own), values=values_of(own), users=torch.from_numpy(rows))
-    np.testing.assert_allclose(found, loop_over_users(x, rows, own, similarity, prediction, 25), rtol=1e-5)
+    expected = loop_over_users(x, rows, own, similarity, prediction, 25)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    items = torch.tensor([[20, 1, 7]]).expand(8, -1)  # nobody has item 1
+    rated = method.rate(histories(own), values_of(own), items, torch.from_numpy(rows))
+    expected = np.where(expected == 0, np.nan, expected)[:, [19, 0, 6]]
+    np.testing.assert_allclose(rated.numpy(), expected, rtol=1e-5)
+    assert Popularity().rate(histories(own), values_of(own), items) is None
 
 
 def test_ease_takes_one_matrix(monkeypatch) -> None:
@@ -262,7 +275,11 @@ def test_bad_options_are_refused() -> None:
         (lambda: ItemKNN(1, -1.0), r"shrinkage is -1.0"),
         (lambda: UserKNN(1, "euclid"), "similarity is 'euclid', but must be cosine or pearson"),
         (lambda: UserKNN(1, prediction="sum"), "prediction is 'sum'"),
-        (lambda: UserKNN(1, "pearson").fit(*arrays(X)[:2], None, 3), "needs ratings"),
+        (lambda: UserKNN(1, "pearson").fit(*arrays(X)[:2], None, 3), "needs ratings.*--model.values ratings"),
+        (
+            lambda: UserKNN(1, "pearson").fit(*arrays(X), 3).score_block(torch.tensor([[1]])),
+            "needs a history's ratings",
+        ),
         (lambda: EASE().fit(*arrays(X)[:2], None, 3).score_block(torch.tensor([[4]])), "histories have items 4 to 4"),
     ):
         with pytest.raises(ValueError, match=message):

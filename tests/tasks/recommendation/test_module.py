@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import re
+import shutil
 
 import pyarrow.parquet as pq
 import pytest
@@ -11,7 +12,8 @@ import torch
 
 import bigmodel
 from bigmodel.cli import main
-from bigmodel.run import find
+from bigmodel.cli.figures import different
+from bigmodel.run import checkpoint_step, find
 from bigmodel.tasks.recommendation import InteractionData
 from bigmodel.tasks.recommendation.batches import SequenceBatch
 from bigmodel.tasks.recommendation.module import SequenceRecommendation
@@ -68,8 +70,9 @@ def trained(task, *flags):
         ("--model.net", "bigmodel.nn.BERT4Rec", "--model.optimizer.lr", 0.003, "--trainer.max_epochs", 25),
         ("--model.net", "bigmodel.nn.GRU4Rec"),
         ("--model.net", "bigmodel.nn.HSTU"),
+        ("--model.net", "bigmodel.nn.TwoTower", "--model.net.decay", 0.1),
     ],
-    ids=["SASRec", "SASRec, sampled", "BERT4Rec", "GRU4Rec", "HSTU"],
+    ids=["SASRec", "SASRec, sampled", "BERT4Rec", "GRU4Rec", "HSTU", "TwoTower"],
 )  # fmt: skip
 def test_a_net_of_sequences_finds_the_certain_next_item(folder, flags):
     metrics = trained(TASK, "--model.net.width", 32, *flags)
@@ -113,8 +116,8 @@ def test_a_trained_run_recommends_to_known_and_unknown_people(folder, capsys):
     main(["recommend", "last", "--user", "u7", "--k", "2"])
     assert len(capsys.readouterr().out.splitlines()) == 2
     for flags, problem in (
-        (["--user", "nobody"], "no user 'nobody'.*--history"),
-        (["--history", "item 99"], "no item 'item 99'"),
+        (["--user", "nobody"], "no user 'nobody'.*near it 'u0', 'u1'.*--history"),
+        (["--history", "item 99"], "no item 'item 99'; there are 12, near it 'item 6', .*'item 9'"),
         (["--history", "item 3", "--k", "13"], "--k 13: a list has 1 to 12 items"),
         (["--k", "3"], "--user ID or --history"),
         (["--user", "u1", "--size", "3"], "no flag --size"),
@@ -122,6 +125,34 @@ def test_a_trained_run_recommends_to_known_and_unknown_people(folder, capsys):
         with pytest.raises(SystemExit):
             main(["recommend", "last", *flags])
         assert re.search(problem, capsys.readouterr().err), flags
+
+
+def test_a_net_that_reads_times_takes_those_of_a_history_or_says_which_it_takes(folder, capsys):
+    main(words(TASK, "--model.net", "bigmodel.nn.HSTU", "--model.net.width", 8, "--trainer.max_epochs", 1))
+    task, history = bigmodel.load("last"), ["item 3", "item 4", "item 5"]
+    assert task.gap == 100, "the ring's events lie so far apart"
+    capsys.readouterr()
+    default = task.recommend(history, 4)
+    assert "no times are given, and HSTU reads them: the items are taken to lie 100 s apart" in capsys.readouterr().err
+    assert default == task.recommend(history, 4, [1_500_000_000 + 100 * t for t in range(3)])
+    assert default != task.recommend(history, 4, [1_500_000_000] * 3)
+    capsys.readouterr()
+    shown = []
+    for times in ("1500000000,1500086400,1500086401", "2017-07-14T02:40,2017-07-15T04:40+02:00,2017-07-15T02:40:01Z"):
+        main(["recommend", "last", "--history", ",".join(history), "--times", times])
+        shown.append(capsys.readouterr())
+    assert shown[0] == shown[1]
+    assert "no times" not in shown[0].err
+    for flags, problem in (
+        (["--history", "item 3", "--times", "5,6"], "2 times for a history of 1 items"),
+        (["--history", "item 3,item 4", "--times", "6,5"], "the time 5 stands after 6"),
+        (["--history", "item 3", "--times", "1500000000000"], "whole seconds since 1970"),
+        (["--history", "item 3", "--times", "soon"], "--times soon"),
+        (["--user", "u1", "--times", "5"], "--times belong to a --history"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["recommend", "last", *flags])
+        assert problem in capsys.readouterr().err
 
 
 def test_predictions_are_a_list_for_each_user(folder):
@@ -139,6 +170,55 @@ def test_predictions_are_a_list_for_each_user(folder):
         assert not had & set(row["items"])
         assert row["scores"] == sorted(row["scores"], reverse=True)
         assert len(row["items"]) == min(5, 12 - len(had))
+
+
+@pytest.mark.parametrize(
+    ("task", "flags"),
+    [
+        (TASK, ("--model.net.dropout", 0.2, "--model.loss", "bigmodel.tasks.recommendation.SampledSoftmax")),
+        (TASK, ("--model.net", "bigmodel.nn.BERT4Rec", "--model.net.dropout", 0.2)),
+        (PAIRS, ("--model.loss", "bigmodel.tasks.recommendation.BPR")),
+        (PAIRS, ("--model.loss", "bigmodel.tasks.recommendation.SquaredError", "--model.net.user_bias", "true")),
+    ],
+    ids=["SASRec, sampled", "BERT4Rec", "BPR", "SquaredError"],
+)
+def test_a_run_stopped_in_mid_epoch_and_resumed_equals_one_left_alone(folder, task, flags):
+    """Statement 23, bitwise: dropout, masks, negatives, accumulation and metrics included. An epoch has five steps."""
+    few = ("--trainer.max_epochs", "null", "--trainer.max_steps", 9, "--trainer.val_check_interval", 4)
+    few += ("--trainer.check_val_every_n_epoch", "null", "--data.micro_batch_size", 4, "--model.net.width", 8)
+    every = (
+        "--callbacks.last.every_n_steps",
+        1,
+        "--callbacks.last.every_n_minutes",
+        "null",
+        "--callbacks.last.keep",
+        -1,
+    )
+    main(words(task, *few, *every, *flags))
+    straight = find("last")
+    stopped = straight.with_name(straight.name + "-stopped")
+    shutil.copytree(straight, stopped)
+    for path in (stopped / "checkpoints").glob("last-*.ckpt"):
+        if checkpoint_step(path) > 7:
+            path.unlink()
+    main(["fit", "--resume", str(stopped)])
+    ends, measured = [], []
+    for directory in (straight, stopped):
+        content = torch.load(directory / "checkpoints" / "last-9.ckpt", weights_only=True)
+        ends.append({key: content[key] for key in ("state_dict", "optimizer_states", "global_step")})
+        with open(directory / "metrics.csv", newline="") as file:
+            rows = [{k: v for k, v in row.items() if "speed" not in k and v} for row in csv.DictReader(file)]
+            measured.append([row for row in rows if any(name.startswith("val/") for name in row)])
+    assert not different(*ends)
+    assert measured[0] == measured[1]
+    assert measured[0]
+
+
+def test_no_metric_of_the_test_split_can_select_a_model(folder, capsys):
+    """Statement 8: while a net is trained there are none."""
+    with pytest.raises(SystemExit):
+        main(words(TASK, "--trainer.max_epochs", 1, "--callbacks.best.monitor", "test/ndcg@5"))
+    assert "could not find the monitored key" in capsys.readouterr().err
 
 
 def test_masks_of_a_cloze_depend_on_the_sample_alone_and_hide_its_target(folder):

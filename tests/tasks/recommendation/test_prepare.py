@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bigmodel.tasks.recommendation.filters import Filters
+from bigmodel.tasks.recommendation.interactions import Ids
 from bigmodel.tasks.recommendation.prepare import prepare
 from bigmodel.tasks.recommendation.sources import Columns, find_source
 
@@ -122,8 +123,17 @@ def test_titles_and_ids_are_found_again(tmp_path):
     assert found.users.numbers(["b", "a"]).tolist() == [1, 0]
     assert found.users.titles(np.array([0])) == [None]
     for users_or_items, unknown in [(found.users, "c"), (found.items, 11), (found.items, "x"), (found.items, "1.5")]:
-        with pytest.raises(ValueError, match=f"there is no {users_or_items.what} {unknown!r}; there are [23], such as"):
+        with pytest.raises(ValueError, match=f"there is no {users_or_items.what} {unknown!r}; there are [23], near it"):
             users_or_items.numbers([unknown])
+    for ids, unknown, near in [
+        (range(0, 100, 10), 34, "20, 30, 40, 50"),
+        (range(0, 100, 10), -3, "0, 10, 20, 30"),
+        (range(0, 100, 10), 1000, "60, 70, 80, 90"),
+        (["anna", "bert", "carl", "dora", "emil"], "bertha", "'anna', 'bert', 'carl', 'dora'"),
+        ([1, 2], "x", "1, 2"),
+    ]:
+        with pytest.raises(ValueError, match=f"near it {near}$"):
+            Ids(pa.table({"id": list(ids)}), 1, "item").numbers([unknown])
 
 
 def test_it_is_done_once_for_the_same_content_and_settings(table, tmp_path, monkeypatch, capsys):

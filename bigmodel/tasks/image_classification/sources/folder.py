@@ -11,7 +11,7 @@ from collections import Counter
 from PIL import Image
 
 from bigmodel.cache import say
-from bigmodel.tasks.image_classification.decode import FORMATS
+from bigmodel.decode import FORMATS
 from bigmodel.tasks.image_classification.sources.found import KINDS, SPLIT_WORDS, Found, Split, split_name
 from bigmodel.tasks.image_classification.sources.stores import Files
 

@@ -5,6 +5,10 @@ Dacrema et al. 2019, arXiv 1907.06902); each item keeps its K most similar ones,
 
     w_ij = x_i . x_j / (|x_i| |x_j| + shrinkage),      score_j = sum_{i in history} w_ij  over the K largest of each i
 
+A rating is the mean of those that the user gave to these items (Sarwar et al. 2001, doi 10.1145/371920.372071)::
+
+    r_j = sum_{i in history} w_ij r_i / sum_{i in history} w_ij
+
 U users, I items (numbered 1 to I), K neighbours of an item.
 """
 
@@ -23,6 +27,8 @@ from bigmodel.tasks.recommendation.closed_form.matrix import (
     event_matrix,
     history_matrix,
     load_matrix,
+    ones_like,
+    quotients,
     require_memory,
     save_matrix,
     sparse_scores,
@@ -97,6 +103,11 @@ class ItemKNN(ClosedForm):
         """As `ClosedForm.score_block`; an item of the history is worth its value."""
         given = history_matrix(history, values, self.similarity.shape[0] - 1)
         return sparse_scores(given @ self.similarity, history.device)
+
+    def rate(self, history: Tensor, ratings: Tensor, items: Tensor, users: Tensor | None = None) -> Tensor:
+        """As `ClosedForm.rate`; NaN for an item that is no neighbour of any in the history."""
+        given = history_matrix(history, ratings, self.similarity.shape[0] - 1)
+        return quotients(given @ self.similarity, ones_like(given) @ self.similarity, items)
 
     def state_dict(self) -> dict[str, Tensor]:
         return save_matrix("similarity", self.similarity)

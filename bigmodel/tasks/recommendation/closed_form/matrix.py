@@ -46,6 +46,20 @@ class ClosedForm(ABC):
             users: [B], the row of each in the training events, -1 for one who is not in them; None: nobody is.
         """
 
+    def rate(self, history: Tensor, ratings: Tensor, items: Tensor, users: Tensor | None = None) -> Tensor | None:
+        """Ratings that B users are expected to give, on the history's device; None: the method predicts no ratings.
+
+        Args:
+            history: items [B, H] int64, padded with 0.
+            ratings: [B, H], of the history.
+            items: [B, K] int64, what is to be rated.
+            users: as for `score_block`.
+
+        Returns:
+            [B, K] float32, NaN where nothing is known of the item.
+        """
+        return None
+
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
         """What was fitted, for a checkpoint."""
@@ -115,6 +129,20 @@ def sparse_scores(scores: Any, device: torch.device) -> ScoreBlock:
         return torch.from_numpy(by_column[:, first:last].toarray(order="C")).to(device, torch.float32)
 
     return score_block
+
+
+def quotients(above: Any, below: Any, items: Tensor) -> Tensor:
+    """Quotients [B, K] float32 of two sparse matrices [B, I + 1] at items [B, K]; NaN where the one below is 0."""
+    columns = items.cpu().numpy()
+    rows = np.arange(len(columns))[:, None].repeat(columns.shape[1], 1)
+    picked = (np.asarray(matrix[rows.ravel(), columns.ravel()]).reshape(columns.shape) for matrix in (above, below))
+    values, weights = (torch.from_numpy(numbers) for numbers in picked)
+    return torch.where(weights > 0, values / weights, torch.nan).to(items.device, torch.float32)
+
+
+def ones_like(matrix: Any) -> Any:
+    """1 where something is stored."""
+    return sp.csr_matrix((np.ones_like(matrix.data), matrix.indices, matrix.indptr), matrix.shape)
 
 
 def save_matrix(name: str, matrix: Any) -> dict[str, Tensor]:

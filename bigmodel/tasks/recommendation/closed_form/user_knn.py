@@ -4,9 +4,10 @@ The similarity of two users is the cosine of their rows of the event matrix, or 
 both have. Of the k most similar users (above 0 only), with ratings r_j of those that have an item, its score is::
 
     mean:  sum_j w_j r_j / sum_j w_j              a rating, as the neighbours would give it
-    norm:  sum_j r_j / sqrt(sum_j r_j^2)          grows with how many have it: for ranking
+    norm:  sum_j r_j / sqrt(sum_j r_j^2)          grows with how many have it, and is on no scale of ratings: for ranking
 
 and 0 where none has it. Where events have no values, r_j is 1: `mean` is then 1 or 0, and `norm` the root of a count.
+Either is also what is predicted as a rating, and measured as one; of `norm` that shows how far off its scale is.
 
 U users, B users to score for, I items (numbered 1 to I), k neighbours.
 """
@@ -25,6 +26,8 @@ from bigmodel.tasks.recommendation.closed_form.matrix import (
     event_matrix,
     history_matrix,
     load_matrix,
+    ones_like,
+    quotients,
     save_matrix,
     sparse_scores,
 )
@@ -61,24 +64,43 @@ class UserKNN(ClosedForm):
     def fit(self, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None, num_items: int) -> UserKNN:
         """As `ClosedForm.fit`."""
         if self.similarity == "pearson" and values is None:
-            raise ValueError("similarity pearson needs ratings, and the events have none: choose cosine")
+            raise ValueError(
+                "similarity pearson needs ratings, and all events are worth 1: set --model.values ratings, or"
+                " --model.method.similarity cosine"
+            )
         self.matrix = event_matrix(indptr, indices, values, num_items)
         return self
 
     def score_block(self, history: Tensor, values: Tensor | None = None, users: Tensor | None = None) -> ScoreBlock:
-        """As `ClosedForm.score_block`; nobody is a neighbour of himself."""
+        """As `ClosedForm.score_block`; nobody is a neighbour of himself.
+
+        Raises:
+            ValueError: for Pearson's correlation with histories that are not rated.
+        """
+        sums, scale = self._sums(history, values, users)
+        scale.data[scale.data > 0] = 1 / scale.data[scale.data > 0]
+        return sparse_scores(sums.multiply(scale), history.device)
+
+    def rate(self, history: Tensor, ratings: Tensor, items: Tensor, users: Tensor | None = None) -> Tensor:
+        """As `ClosedForm.rate`; NaN for an item that no neighbour has."""
+        return quotients(*self._sums(history, ratings, users), items)
+
+    def _sums(self, history: Tensor, values: Tensor | None, users: Tensor | None) -> tuple[Any, Any]:
+        """What stands above and below the line in the module's equations, sparse [B, I + 1] each."""
+        if self.similarity == "pearson" and values is None:
+            raise ValueError(
+                "similarity pearson needs a history's ratings, and this one has none: name a user of the data, or fit with"
+                " --model.method.similarity cosine"
+            )
         given = history_matrix(history, values, self.matrix.shape[1] - 1)
         rows = np.full(len(history), -1) if users is None else users.cpu().numpy()
         size = max(1, _SIMILARITIES_AT_ONCE // self.matrix.shape[0])
         parts = [self._neighbors(given[i : i + size], rows[i : i + size]) for i in range(0, len(rows), size)]
         weights = sp.vstack(parts, "csr")  # [B, U]
         if self.prediction == "mean":
-            sums, scale = weights @ self.matrix, weights @ _ones(self.matrix)
-        else:
-            weights = _ones(weights)
-            sums, scale = weights @ self.matrix, (weights @ self.matrix.power(2)).sqrt()
-        scale.data[scale.data > 0] = 1 / scale.data[scale.data > 0]
-        return sparse_scores(sums.multiply(scale), history.device)
+            return weights @ self.matrix, weights @ ones_like(self.matrix)
+        weights = ones_like(weights)
+        return weights @ self.matrix, (weights @ self.matrix.power(2)).sqrt()
 
     def state_dict(self) -> dict[str, Tensor]:
         return save_matrix("matrix", self.matrix)
@@ -104,7 +126,7 @@ class UserKNN(ClosedForm):
 
     def _pearson(self, given: Any) -> np.ndarray:
         """Sums over the items that both have, of which there must be two."""
-        both, others = _ones(given), _ones(self.matrix).T
+        both, others = ones_like(given), ones_like(self.matrix).T
         n = np.maximum((both @ others).toarray(), 1)
         mean_own, mean_other = (given @ others).toarray() / n, (both @ self.matrix.T).toarray() / n
         square_own = (given.power(2) @ others).toarray() / n
@@ -114,11 +136,6 @@ class UserKNN(ClosedForm):
         # Rounding leaves a little where all ratings are equal.
         vary = (variances[0] > 1e-12 * square_own) & (variances[1] > 1e-12 * square_other)
         return _divide(product - mean_own * mean_other, np.sqrt(np.maximum(variances[0] * variances[1], 0)), vary)
-
-
-def _ones(matrix: Any) -> Any:
-    """1 where something is stored."""
-    return sp.csr_matrix((np.ones_like(matrix.data), matrix.indices, matrix.indptr), matrix.shape)
 
 
 def _divide(above: np.ndarray, below: np.ndarray, where: np.ndarray) -> np.ndarray:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import glob
-import hashlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 
-from bigmodel.cache import digest, disk_errors
+from bigmodel.cache import digest, file_hashes
 from bigmodel.tasks.recommendation.sources.columns import Columns, Rows, Source
 from bigmodel.tasks.recommendation.sources.examples import find_named
 from bigmodel.tasks.recommendation.sources.huggingface import HUB, find_hub
@@ -113,24 +111,5 @@ def _content(files: list[str], cache: Path) -> str:
     ]
     beside += [file.removesuffix(".inter") + ".item" for file in files if file.endswith(".inter")]
     paths = [*files, *(path for path in dict.fromkeys(beside) if os.path.isfile(path))]
-    stats = [(os.path.abspath(path), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
-    memory = cache / "scans" / f"{digest(stats)}.json"
-    try:
-        hashes: list[str] = json.loads(memory.read_text())
-    except (OSError, json.JSONDecodeError):
-        hashes = [_sha256(path) for path in paths]
-        with disk_errors(cache):
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            partial = memory.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(hashes))
-            partial.replace(memory)
-    # How a text is read depends on its name too.
-    return digest([*hashes, *(os.path.basename(file) == "u.data" or file.endswith(".inter") for file in files)])
-
-
-def _sha256(path: str) -> str:
-    try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    names = [os.path.basename(file) == "u.data" or file.endswith(".inter") for file in files]  # how a text is read, too
+    return digest([*file_hashes(paths, cache), *names])

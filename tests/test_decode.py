@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, features
 
-from bigmodel.tasks.image_classification import decode as module
-from bigmodel.tasks.image_classification.decode import Geometry, PictureError, decode, measure
+from bigmodel import decode as module
+from bigmodel.decode import Geometry, PictureError, decode, measure
 
 DRAW = np.random.default_rng(0)
 NOISE = DRAW.integers(0, 256, (6, 8, 3), np.uint8)  # [H, W, RGB]

@@ -1,10 +1,10 @@
 """What an evaluation of a classifier measures, over all processes: their states are gathered, their averages not averaged.
 
 Expected calibration error: Guo et al. 2017 (arXiv 1706.04599), eq. 3, with 15 bins of equal width. Area under the ROC curve,
-each class against the rest: the probability that a picture of the class scores above one of another, ties counting half
+each class against the rest: the probability that a sample of the class scores above one of another, ties counting half
 (Hanley and McNeil 1982), exact and not binned.
 
-B pictures in a batch, N in all, K classes.
+B samples in a batch, N in all, K classes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NUM_BINS = 15
 _BELOW_ONE = 1 - 2.0**-24  # torchmetrics gives a confidence of exactly 1 a sixteenth bin of its own
 
 
-class ImageMetrics(nn.Module):
+class ClassMetrics(nn.Module):
     """Loss, accuracy, and how the errors are spread, from logits and true classes.
 
     Two classes are treated as any other number: precision, recall and F1 are the mean over both, not those of a "positive".
@@ -30,7 +30,7 @@ class ImageMetrics(nn.Module):
     Args:
         num_classes: K, at least 2.
         full: False measures loss and accuracies only, in constant memory: for frequent validation. The rest keeps the scores
-            of every picture, 4 N K bytes in the main memory of each process (200 MB for 50,000 pictures of 1,000 classes),
+            of every sample, 4 N K bytes in the main memory of each process (200 MB for 50,000 samples of 1,000 classes),
             and sorts them once for every class.
 
     Raises:
@@ -48,7 +48,7 @@ class ImageMetrics(nn.Module):
             {name: SumMetric(nan_strategy="disable").set_dtype(torch.float64) for name in sums}
         )
         if full:
-            self.auroc = _AUROC()
+            self.auroc = AUROC()
             self.calibration = MulticlassCalibrationError(k, _NUM_BINS, "l1", validate_args=False)
             self.confusion_matrix = MulticlassConfusionMatrix(k, validate_args=False)
 
@@ -71,7 +71,7 @@ class ImageMetrics(nn.Module):
         if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < self.num_classes:
             raise ValueError(
                 f"targets from {int(targets.min())} to {int(targets.max())} among {self.num_classes} classes (-1 is a"
-                " picture without a label: it cannot be evaluated)"
+                " sample without a label: it cannot be evaluated)"
             )
         log_p = logits.double().log_softmax(1)  # double: a confident net's scores would tie at 1
         predicted = logits.argmax(1)
@@ -90,7 +90,7 @@ class ImageMetrics(nn.Module):
 
         `loss` is the mean cross-entropy in nats; the others lie in 0 to 1: `accuracy`, `top5_accuracy` (with more than five
         classes), and if full `precision`, `recall`, `f1` (means over the classes that are there or were predicted), `auroc`
-        (mean over the classes that some pictures are of and others not; left out if there is none) and
+        (mean over the classes that some samples are of and others not; left out if there is none) and
         `calibration_error`. None is ever NaN.
 
         Raises:
@@ -98,14 +98,9 @@ class ImageMetrics(nn.Module):
         """
         sums = {name: metric.compute() for name, metric in self.sums.items() if metric.update_called}
         if not sums or sums["count"] == 0:
-            raise ValueError("no picture with a label was evaluated: there is nothing to measure")
+            raise ValueError("no sample with a label was evaluated: there is nothing to measure")
         values = {name: value / sums["count"] for name, value in sums.items() if name != "count"}
-        loss = values["loss"]
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"the net's outputs are not finite (loss {float(loss)}): training has diverged. Lower --model.optimizer.lr,"
-                " or set --trainer.gradient_clip_val"
-            )
+        check_finite(values["loss"])
         if self.full:
             values |= _by_class(self.confusion())
             auroc = self.auroc.compute()
@@ -115,7 +110,7 @@ class ImageMetrics(nn.Module):
         return {name: value.float() for name, value in values.items()}
 
     def confusion(self) -> Tensor:
-        """[K, K] int64: how many pictures of a class (row) were taken for another (column), over all processes.
+        """[K, K] int64: how many samples of a class (row) were taken for another (column), over all processes.
 
         Raises:
             ValueError: if only loss and accuracies were measured.
@@ -131,6 +126,19 @@ class ImageMetrics(nn.Module):
                 metric.reset()
 
 
+def check_finite(loss: Tensor) -> None:
+    """Refuse to measure a net that has diverged.
+
+    Raises:
+        ValueError: if the mean loss is not finite.
+    """
+    if not torch.isfinite(loss):
+        raise ValueError(
+            f"the net's outputs are not finite (loss {float(loss)}): training has diverged. Lower --model.optimizer.lr,"
+            " or set --trainer.gradient_clip_val"
+        )
+
+
 def _by_class(confusion: Tensor) -> dict[str, Tensor]:
     """Precision, recall and F1, their means over the classes that are there or were predicted; 0 / 0 counts as 0."""
     right = confusion.diagonal().double()
@@ -141,11 +149,8 @@ def _by_class(confusion: Tensor) -> dict[str, Tensor]:
     return {name: ratio[there].mean() for name, ratio in ratios.items()}
 
 
-class _AUROC(Metric):
-    """Mean over classes of the area under the ROC curve against the rest; NaN if no class has both. Keeps all scores.
-
-    torchmetrics has one, which warns of absent classes, counts them as 0, and sums in float32.
-    """
+class AllSamples(Metric):
+    """Keeps what it is given of all samples, for what cannot be measured from sums; in main memory."""
 
     full_state_update = False
     scores: list[Tensor]
@@ -161,23 +166,50 @@ class _AUROC(Metric):
         return [part.cpu() for part in gather_all_tensors(state.to(self.device), group)]
 
     def update(self, scores: Tensor, targets: Tensor) -> None:
-        """Scores [B, K], in any unit that grows with the probability, and true classes [B]."""
+        """Take in a batch: scores [B] or [B, K], and what is to be compared with them."""
         self.scores.append(scores)
         self.targets.append(targets)
 
+    def compute(self) -> Any:
+        """All scores and targets, of all processes."""
+        return dim_zero_cat(self.scores), dim_zero_cat(self.targets)
+
+
+class AUROC(AllSamples):
+    """Mean over classes of the area under the ROC curve against the rest; NaN if no class has both. Scores [B, K] may be in
+    any unit that grows with the probability; targets are class numbers [B], or of several labels [B, K] 0 or 1.
+
+    torchmetrics has one, which warns of absent classes, counts them as 0, and sums in float32.
+    """
+
     def compute(self) -> Tensor:
         """A float64 number on the device."""
-        scores, targets = dim_zero_cat(self.scores), dim_zero_cat(self.targets)  # [N, K], [N]
-        present = [k for k in targets.unique().tolist() if (targets != k).any()]
-        areas = [_area(scores[:, k], targets == k) for k in present]
-        return torch.tensor(areas, dtype=torch.float64).mean().to(self.device)
+        scores, targets = super().compute()  # [N, K], [N] or [N, K]
+        if targets.ndim == 1:
+            targets = targets[:, None] == torch.arange(scores.shape[1])
+        return mean_area(scores, targets > 0).to(self.device)
+
+
+def mean_area(scores: Tensor, positive: Tensor) -> Tensor:
+    """Mean area under the ROC curve over the columns that have positives and negatives; NaN if there is none.
+
+    Args:
+        scores: [N, K].
+        positive: [N, K] bool.
+    """
+    columns = [k for k, count in enumerate(positive.sum(0).tolist()) if 0 < count < len(scores)]
+    return torch.tensor([_area(scores[:, k], positive[:, k]) for k in columns], dtype=torch.float64).mean()
 
 
 def _area(scores: Tensor, positive: Tensor) -> float:
     """The share of pairs of a positive and a negative in which the positive scores higher, ties half: from its rank sum."""
-    _, place, ties = scores.unique(return_inverse=True, return_counts=True)
-    ranks = ties.cumsum(0).double() - (ties - 1) / 2  # the mean rank, from 1, of each different score
     num_positive = int(positive.sum())
     num_negative = len(scores) - num_positive
-    above = float(ranks[place[positive]].sum()) - num_positive * (num_positive + 1) / 2
+    above = float(mean_ranks(scores)[positive].sum()) - num_positive * (num_positive + 1) / 2
     return above / (num_positive * num_negative)
+
+
+def mean_ranks(values: Tensor) -> Tensor:
+    """[N] float64, the rank of each from 1; those that tie have the mean of their ranks."""
+    _, place, ties = values.unique(return_inverse=True, return_counts=True)
+    return (ties.cumsum(0).double() - (ties - 1) / 2)[place]

@@ -5,8 +5,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from bigmodel.tasks.image_classification import drawings
-from bigmodel.tasks.image_classification.drawings import Mistake, draw_confusion, draw_mistakes
+from bigmodel.classification import drawings
+from bigmodel.classification.drawings import Mistake, draw_confusion, draw_mistakes
 
 MATRIX = np.array([[8, 2, 0], [0, 50, 50], [0, 0, 0]])
 

@@ -1,11 +1,11 @@
-"""What an evaluation measures, against scikit-learn and plain loops, however the pictures come in batches."""
+"""What an evaluation measures, against scikit-learn and plain loops, however the samples come in batches."""
 
 import numpy as np
 import pytest
 import torch
 from sklearn import metrics as sk
 
-from bigmodel.tasks.image_classification.metrics import ImageMetrics
+from bigmodel.classification.metrics import ClassMetrics
 
 
 def evaluation(num_classes, n=403, seed=0, scale=2.0, absent=()):
@@ -20,7 +20,7 @@ def evaluation(num_classes, n=403, seed=0, scale=2.0, absent=()):
 
 
 def measure(logits, targets, batch_size=50, **options):
-    metrics = ImageMetrics(logits.shape[1], **options)
+    metrics = ClassMetrics(logits.shape[1], **options)
     for start in range(0, len(targets), batch_size):
         metrics.update(logits[start : start + batch_size], targets[start : start + batch_size])
     return metrics
@@ -133,8 +133,8 @@ def test_half_precision_logits_are_taken_as_they_are():
 def test_what_cannot_be_measured_is_refused():
     logits, targets = evaluation(7)
     with pytest.raises(ValueError, match="nothing to measure"):
-        ImageMetrics(7).compute()
-    empty = ImageMetrics(7)
+        ClassMetrics(7).compute()
+    empty = ClassMetrics(7)
     empty.update(logits[:0], targets[:0])
     with pytest.raises(ValueError, match="nothing to measure"):
         empty.compute()
@@ -143,6 +143,6 @@ def test_what_cannot_be_measured_is_refused():
     with pytest.raises(ValueError, match=r"targets from -1 to 6 among 7 classes"):
         measure(logits, targets.clone().index_fill_(0, torch.tensor([3]), -1), 1000)
     with pytest.raises(ValueError, match=r"\[B, 7\] and \[B\] are needed"):
-        ImageMetrics(7).update(logits[:, :3], targets)
+        ClassMetrics(7).update(logits[:, :3], targets)
     with pytest.raises(ValueError, match="nothing to tell apart"):
-        ImageMetrics(1)
+        ClassMetrics(1)

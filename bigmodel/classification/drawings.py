@@ -41,13 +41,14 @@ class Mistake:
     name: str
 
 
-def draw_confusion(matrix: np.ndarray, classes: Sequence[str], path: Path) -> None:
+def draw_confusion(matrix: np.ndarray, classes: Sequence[str], path: Path, things: str = "pictures") -> None:
     """Draw a confusion matrix as PNG: each row coloured by its shares, with counts for few classes and names for some more.
 
     Args:
         matrix: [K, K] counts, rows true and columns predicted.
         classes: K names.
         path: the file; replaced if it is there.
+        things: what was classified.
     """
     num_classes = len(classes)
     assert matrix.shape == (num_classes, num_classes), (matrix.shape, num_classes)
@@ -63,7 +64,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], path: Path) -> No
     scale = PowerNorm(1.0 if written else 0.5, vmin=0, vmax=1)
     drawn = axes.imshow(shares, cmap="Blues", norm=scale, interpolation="nearest")
     total = int(matrix.sum())
-    axes.set_title(f"accuracy {matrix.trace() / max(total, 1):.2%} of {total:,} pictures", fontsize=12, pad=12)
+    axes.set_title(f"accuracy {matrix.trace() / max(total, 1):.2%} of {total:,} {things}", fontsize=12, pad=12)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if named:

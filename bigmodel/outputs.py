@@ -1,0 +1,378 @@
+"""What a frozen net says of each sample: computed once, and read from memory-mapped files ever after.
+
+A store is named by a digest of all that its content is a function of, and is whole as soon as it has that name::
+
+    <folder>/<digest>/            computed
+        key.json                  what the content is a function of
+        <field>.bin               a row of numbers for each sample and nothing else; row v N + i is sample i in view v
+    <folder>/.<digest>.<host>/    being computed; one that was interrupted goes on from what is there
+        done.bin                  for each row a byte: whether it is there
+
+Each node computes all rows and its processes share them, so disks may be shared by nodes or not. All processes on a machine
+that compute the same store at once, of other runs too, fill the same files with the same numbers.
+
+N samples, V views of each (as many epochs of augmentation: `views` of `bigmodel.sampling.train_loader`), B rows of a batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import mmap
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from bigmodel.cache import digest, progress, publish, write_text
+
+VERSION = 1  # of this format
+MARK_SECONDS = 10.0  # between the moments at which rows are written through to the disk, and marked as done
+RELEASE_READS = 1024  # after so many, mapped pages are let go, or resident memory grows to the size of the files
+
+
+@dataclass(frozen=True)
+class Field:
+    """One kind of output.
+
+    Args:
+        shape: of a row.
+        dtype: as which it is kept.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Outputs:
+    """A store of outputs, which may not be computed yet; opened where it is first read.
+
+    Args:
+        folder: where stores of this kind are kept.
+        key: all that the outputs are a function of, plain values by name: net, data, augmentation.
+        num_samples: N.
+        fields: the kinds of output, by name.
+        views: V.
+        what: the outputs are called, in messages.
+        remedy: what a person can do where the disk is too small.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        key: Mapping[str, Any],
+        num_samples: int,
+        fields: Mapping[str, Field],
+        views: int = 1,
+        what: str = "outputs",
+        remedy: str = "set $BIGMODEL_CACHE to a folder on a larger one",
+    ) -> None:
+        self.folder, self.num_samples, self.views, self.fields = folder, num_samples, views, dict(fields)
+        self.what, self.remedy = what, remedy
+        kinds = {name: [list(field.shape), str(field.dtype)] for name, field in fields.items()}
+        facts = {"version": VERSION, "samples": num_samples, "views": views, "fields": kinds}
+        self.key: dict[str, Any] = json.loads(json.dumps({**key, **facts}, sort_keys=True))
+        self.path = folder / digest(self.key)
+        self._maps: dict[str, tuple[mmap.mmap, Tensor]] = {}
+        self._reads = 0
+
+    @classmethod
+    def stored(
+        cls, folder: Path, key: Mapping[str, Any], num_samples: int, views: int = 1, what: str = "outputs"
+    ) -> Outputs | None:
+        """The complete store of this key, with the fields that it has; None if there is none. For who knows the fields only
+        when the net is there, which a complete store makes unnecessary."""
+        for file in sorted(folder.glob("[!.]*/key.json")):
+            kinds = json.loads(file.read_text(encoding="utf-8")).get("fields", {})
+            fields = {
+                name: Field(tuple(shape), getattr(torch, dtype.removeprefix("torch.")))
+                for name, (shape, dtype) in kinds.items()
+            }
+            found = cls(folder, key, num_samples, fields, views, what)
+            if found.path == file.parent:
+                return found
+        return None
+
+    @property
+    def num_rows(self) -> int:
+        """V N."""
+        return self.views * self.num_samples
+
+    @property
+    def num_bytes(self) -> int:
+        """On the disk, when all is there."""
+        return self.num_rows * sum(field.row_bytes for field in self.fields.values())
+
+    @property
+    def complete(self) -> bool:
+        """Whether all rows are there."""
+        return self.path.is_dir()
+
+    def differences(self) -> list[str]:
+        """In which entries the key differs from that of the store beside this one that is most like it, in words; empty if
+        there is none."""
+        found = []
+        for file in sorted(self.folder.glob("[!.]*/key.json")):
+            other = json.loads(file.read_text(encoding="utf-8"))
+            names = [name for name in {**self.key, **other} if self.key.get(name) != other.get(name)]
+            found.append([f"{name} {self.key.get(name)!r}, not {other.get(name)!r}" for name in names])
+        return min((lines for lines in found if lines), key=len, default=[])
+
+    def compute(
+        self,
+        trainer: Trainer | None,
+        batches: Callable[[int], Iterable[Any]],
+        compute: Callable[[Any], Mapping[str, Tensor]],
+    ) -> None:
+        """Compute what is missing. All processes call this; each node's then have a complete store.
+
+        Args:
+            trainer: says which processes there are; None: this one alone.
+            batches: called with each view, gives batches that together have each sample once, as `sampling.in_order` makes
+                them; rows of weight 0 are left out.
+            compute: a batch's outputs [B, *shape] by name, without gradients, on any device. The net is whole on each
+                process, and in evaluation mode.
+
+        Raises:
+            ValueError: if the disk is too small, or outputs have not the shape that was said, are not a number, or are too
+                large for their type; if a sample comes twice or never.
+        """
+        strategy = trainer.strategy if trainer is not None else None
+        if self.complete if strategy is None else strategy.reduce_boolean_decision(self.complete):
+            return
+
+        def wait_for_all() -> None:
+            if strategy is not None:
+                strategy.barrier()
+
+        first, share = (trainer.local_rank == 0, trainer.num_devices) if trainer is not None else (True, 1)
+        self._check_space()
+        wait_for_all()
+        if first and not self.complete:
+            self._allocate()
+        wait_for_all()
+        with contextlib.ExitStack() as stack:
+            writer = self._open_writer()
+            if writer is not None:
+                stack.callback(writer.close)
+                advance = stack.enter_context(progress(self.what, self.num_rows, "rows")) if first else None
+                for view in range(self.views):
+                    come = torch.zeros(self.num_samples, dtype=torch.bool)
+                    for batch in batches(view):
+                        num_rows = self._write(writer, batch, view, come, compute)
+                        if advance is not None:
+                            advance(num_rows * share)
+                writer.mark()
+            wait_for_all()
+            if writer is not None:
+                self._check_whole(writer)
+        if first:
+            self._publish()
+        wait_for_all()
+
+    @property
+    def _partial(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.{socket.gethostname()}")
+
+    def _check_space(self) -> None:
+        """Raise ValueError if the disk has not the room for what is still to be allocated."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"{self.what} cannot be kept in {self.folder} ({error.strerror}): {self.remedy}"
+            ) from error
+        there = sum(file.stat().st_blocks * 512 for file in self._partial.glob("*.bin"))
+        needed, free = self.num_bytes + self.num_rows - there, shutil.disk_usage(self.folder).free
+        if needed > free and not self.complete:
+            raise ValueError(
+                f"{self.what} of {self.num_samples:,} samples{f' in {self.views} views' if self.views > 1 else ''} take"
+                f" {needed / 1e6:,.1f} MB, and {self.folder} has {free / 1e6:,.1f} MB left: {self.remedy}"
+            )
+
+    def _allocate(self) -> None:
+        """Files of their final size: a disk that fills up shows here, and not as a signal when a page is written."""
+        self._partial.mkdir(exist_ok=True)
+        write_text(self._partial / "key.json", json.dumps(self.key, indent=2))
+        sizes = {name: field.row_bytes * self.num_rows for name, field in self.fields.items()}
+        for name, size in {**sizes, "done": self.num_rows}.items():
+            with open(self._partial / f"{name}.bin", "ab") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+
+    def _open_writer(self) -> _Writer | None:
+        """None where the processes of another run have just ended the work."""
+        try:
+            return _Writer(self._partial, self.fields, self.num_rows)
+        except FileNotFoundError:
+            if not self.complete:
+                raise
+            return None
+
+    def _write(
+        self,
+        writer: _Writer,
+        batch: Any,
+        view: int,
+        come: Tensor,
+        compute: Callable[[Any], Mapping[str, Tensor]],
+    ) -> int:
+        """Write a batch's rows, unless they are there; how many these are."""
+        real = batch.weight > 0
+        samples = batch.index[real]
+        outside = (samples < 0) | (samples >= self.num_samples)
+        if outside.any() or come[samples].any() or len(samples.unique()) < len(samples):
+            raise ValueError(
+                f"{self.what}: a sample comes twice, or has a number outside 0 to {self.num_samples - 1:,} (samples"
+                f" {_some(samples)}): what is kept by sample needs data that meet each once an epoch"
+            )
+        come[samples] = True
+        rows = view * self.num_samples + samples
+        if len(rows) and not writer.have(rows):
+            with torch.no_grad():
+                values = compute(batch)
+            writer.write(rows, {name: self._as_kept(name, values[name], real) for name in self.fields})
+        return len(rows)
+
+    def _as_kept(self, name: str, values: Tensor, real: Tensor) -> Tensor:
+        """The real rows of a field, as they are kept."""
+        field = self.fields[name]
+        if values.shape != (len(real), *field.shape):
+            raise ValueError(
+                f"{self.what}: {name} of {len(real)} samples has shape {list(values.shape)}, not"
+                f" {[len(real), *field.shape]}"
+            )
+        values = values.detach()[real.to(values.device)]
+        kept = values.to(field.dtype).cpu()
+        if field.dtype.is_floating_point:
+            values = values.cpu()
+            if values.isnan().any():
+                raise ValueError(f"{self.what}: {name} of some sample is not a number (NaN): the net is broken")
+            if (kept.isinf() & values.isfinite()).any():
+                largest = float(values[values.isfinite()].abs().max())
+                raise ValueError(
+                    f"{self.what}: {name} reaches {largest:,.0f}, too large for {str(field.dtype).removeprefix('torch.')}:"
+                    " keep it as float32"
+                )
+        return kept
+
+    def _check_whole(self, writer: _Writer) -> None:
+        missing = (writer.done == 0).nonzero().flatten()
+        if len(missing):
+            raise ValueError(
+                f"{self.what}: {len(missing):,} of {self.num_rows:,} rows never came (samples"
+                f" {_some(missing % self.num_samples)}): the batches must hold each sample once"
+            )
+
+    def _publish(self) -> None:
+        partial = self._partial
+        with contextlib.suppress(FileNotFoundError):  # another run of this machine was first
+            publish(partial, self.path)
+        shutil.rmtree(partial, ignore_errors=True)  # still there where another machine was first
+        (self.path / "done.bin").unlink(missing_ok=True)
+
+    def read(self, index: Tensor, view: int = 0) -> dict[str, Tensor]:
+        """The outputs [B, *shape] of samples [B] in a view, by field, on the CPU (in pinned memory where there is a GPU).
+
+        Costs what copying them does. `index` lies on the CPU: where a batch is on its way to a device, this is called before
+        (`on_before_batch_transfer`).
+
+        Raises:
+            ValueError: if the store is not complete, or a file has not its size.
+        """
+        if not self._maps:
+            self._open()
+        self._reads += 1
+        if self._reads % RELEASE_READS == 0:
+            for mapping, _ in self._maps.values():
+                mapping.madvise(mmap.MADV_DONTNEED)
+        rows = index + view * self.num_samples
+        outputs = {}
+        for name, (_, values) in self._maps.items():
+            out = torch.empty(len(rows), *values.shape[1:], dtype=values.dtype, pin_memory=torch.cuda.is_available())
+            outputs[name] = torch.index_select(values, 0, rows, out=out)
+        return outputs
+
+    def _open(self) -> None:
+        if not self.complete:
+            raise ValueError(f"{self.what}: {self.path} is not there, or not all of it: compute it first")
+        for name, field in self.fields.items():
+            file, expected = self.path / f"{name}.bin", field.row_bytes * self.num_rows
+            size = file.stat().st_size if file.exists() else 0
+            if size != expected:
+                raise ValueError(
+                    f"{file} is damaged: {size:,} bytes, not {expected:,}. Delete {self.path} and start again"
+                )
+            # A copy-on-write mapping, because torch takes no read-only memory; nothing writes to it.
+            self._maps[name] = _map(file, field, self.num_rows, mmap.ACCESS_COPY)
+
+
+class _Writer:
+    """The files of a store that is being computed, mapped into memory."""
+
+    def __init__(self, folder: Path, fields: Mapping[str, Field], num_rows: int) -> None:
+        self._maps = {
+            name: _map(folder / f"{name}.bin", field, num_rows, mmap.ACCESS_WRITE) for name, field in fields.items()
+        }
+        self._done_map, self.done = _map(folder / "done.bin", Field((), torch.uint8), num_rows, mmap.ACCESS_WRITE)
+        self._unmarked: list[Tensor] = []
+        self._marked = time.monotonic()
+
+    def have(self, rows: Tensor) -> bool:
+        """Whether all these rows are there."""
+        return bool(self.done[rows].all())
+
+    def write(self, rows: Tensor, values: Mapping[str, Tensor]) -> None:
+        for name, (_, kept) in self._maps.items():
+            kept[rows] = values[name]
+        self._unmarked.append(rows)
+        if time.monotonic() - self._marked > MARK_SECONDS:
+            self.mark()
+
+    def mark(self) -> None:
+        """Mark what was written as done, once it is on the disk: a row that is marked is there after any crash."""
+        for mapping, _ in self._maps.values():
+            mapping.flush()
+        for rows in self._unmarked:
+            self.done[rows] = 1
+        self._done_map.flush()
+        self._unmarked, self._marked = [], time.monotonic()
+
+    def close(self) -> None:
+        """Mark what there is: an interrupted computation goes on from here."""
+        self.mark()
+
+
+def _map(file: Path, field: Field, num_rows: int, access: int) -> tuple[mmap.mmap, Tensor]:
+    """A file's memory, and the rows [R, *shape] in it."""
+    with open(file, "r+b" if access == mmap.ACCESS_WRITE else "rb") as stream:
+        mapping = mmap.mmap(stream.fileno(), 0, access=access)
+    return mapping, torch.frombuffer(mapping, dtype=field.dtype).view(num_rows, *field.shape)
+
+
+def _some(samples: Tensor) -> str:
+    numbers = samples.tolist()
+    return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 over the names, types, shapes and bytes of a module's parameters and buffers: the identity of a net whose
+    architecture is known."""
+    sha256 = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        sha256.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha256.hexdigest()

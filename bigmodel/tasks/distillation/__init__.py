@@ -1,0 +1,31 @@
+"""Distillation: a trained task teaches an untrained one."""
+
+from bigmodel.tasks.distillation.cache import TeacherCache
+from bigmodel.tasks.distillation.mean_teacher import MeanTeacher
+from bigmodel.tasks.distillation.module import Distillation
+from bigmodel.tasks.distillation.on_policy import OnPolicy
+from bigmodel.tasks.distillation.terms import (
+    DKD,
+    KD,
+    AttentionTransfer,
+    GeneralizedJSD,
+    Hint,
+    Relational,
+    SimilarityPreserving,
+    Term,
+)
+
+__all__ = [
+    "DKD",
+    "KD",
+    "AttentionTransfer",
+    "Distillation",
+    "GeneralizedJSD",
+    "Hint",
+    "MeanTeacher",
+    "OnPolicy",
+    "Relational",
+    "SimilarityPreserving",
+    "TeacherCache",
+    "Term",
+]

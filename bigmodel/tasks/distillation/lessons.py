@@ -1,0 +1,248 @@
+"""What the student is told in each step: by teachers that are asked, or by what they said before and is kept.
+
+V views of each sample (epochs of augmentation that come again), n positions, K classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from bigmodel.outputs import Outputs
+from bigmodel.run import sizes
+from bigmodel.sampling import in_order
+from bigmodel.tasks.distillation import cache as kept_logits
+from bigmodel.tasks.distillation import losses
+from bigmodel.tasks.distillation.cache import TeacherCache
+from bigmodel.tasks.distillation.mean_teacher import MeanTeacher
+from bigmodel.tasks.distillation.teachers import Layers, Teacher, Teachers
+from bigmodel.tasks.distillation.terms import FeatureTerm, PredictionTerm, Term
+
+_SAMPLES_SHOWN = 64  # of the data, by which a changed augmentation is noticed
+
+
+class Lessons:
+    """Finds teachers, asks them, or reads what they said. No part of the student: neither a module nor in its checkpoints.
+
+    Args:
+        teacher: see `Distillation`.
+        terms: of the loss.
+        cache: how what is said is kept; None: not.
+
+    Attributes:
+        paths: of the teachers that are runs.
+        mean_teacher: the one that is an average of the student.
+        teachers: those that are asked; None before `find`, and where all is read.
+    """
+
+    def __init__(self, teacher: str | list[str] | MeanTeacher, terms: list[Term], cache: TeacherCache | None) -> None:
+        self.mean_teacher = teacher if isinstance(teacher, MeanTeacher) else None
+        paths = [] if isinstance(teacher, MeanTeacher) else [teacher] if isinstance(teacher, str) else list(teacher)
+        if not paths and self.mean_teacher is None:
+            raise ValueError("--model.teacher is empty: name a run")
+        self.paths, self.cache = paths, cache
+        self.feature_terms = [term for term in terms if isinstance(term, FeatureTerm)]
+        predicting = [term for term in terms if isinstance(term, PredictionTerm)]
+        self.temperatures = sorted({term.temperature for term in predicting})
+        if self.feature_terms and len(paths) > 1:
+            raise ValueError(
+                "--model.losses: terms of layers compare with one teacher, and --model.teacher names several"
+            )
+        if cache is not None:
+            self._check_cache(cache, predicting)
+        self.found: list[Teacher] = []
+        self.teachers: Teachers | None = None
+        self._layers: Layers | None = None
+        self._stores: list[Outputs | None] = []
+        self._views = 1
+        self._keys: list[dict[str, Any]] = []
+        self._looked_up: list[dict[str, Tensor]] = []
+
+    def _check_cache(self, cache: TeacherCache, predicting: list[PredictionTerm]) -> None:
+        if self.mean_teacher is not None:
+            raise ValueError(
+                "--model.cache keeps what a teacher says, and a MeanTeacher changes in each step: leave out the cache"
+            )
+        if self.feature_terms:
+            raise ValueError(
+                f"--model.cache keeps logits, and {type(self.feature_terms[0]).__name__} needs the teacher's layers: leave"
+                " out one of the two"
+            )
+        if cache.top_k is None:
+            return
+        if len(self.paths) > 1:
+            raise ValueError(
+                "--model.cache.top_k: several teachers have other likeliest classes each: keep all, or one teacher"
+            )
+        if any(term.needs_classes for term in predicting):
+            raise ValueError("--model.cache.top_k: DKD needs the probabilities of all classes: leave out top_k")
+        if len(self.temperatures) != 1 or any(term.temperature_schedule is not None for term in predicting):
+            raise ValueError(
+                "--model.cache.top_k: the rest's probability is known at one temperature alone: give all losses the same,"
+                " and no temperature_schedule"
+            )
+
+    @property
+    def identities(self) -> list[str]:
+        """What stands for the teachers' weights."""
+        return [teacher.identity for teacher in self.found]
+
+    def find(self, student: Any) -> None:
+        """Find the teachers that are runs, and load those of which not all is kept. Before there is a net.
+
+        Raises:
+            ValueError: if one does not suit the student or its data.
+        """
+        if not self.paths:
+            return
+        self.found = [Teacher(path) for path in self.paths]
+        known = sizes(student)
+        for teacher in self.found:
+            teacher.check_sizes(known)
+        if self.cache is not None:
+            self._find_stores(student.trainer)
+            if all(store is not None for store in self._stores):
+                return
+        self.take([teacher.load(student) for teacher in self.found])
+
+    def take(self, tasks: list[Any]) -> None:
+        """Ask these tasks, which predict."""
+        self.teachers = Teachers(tasks)
+        if self.feature_terms:
+            names = {term.teacher for term in self.feature_terms if term.teacher is not None}
+            self._layers = Layers(self.teachers.tasks[0].net, names, "teacher")
+
+    def _find_stores(self, trainer: Trainer) -> None:
+        assert self.cache is not None
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if getattr(data, "mix", None) is not None:
+            raise ValueError(
+                "--model.cache: pictures that are mixed with their neighbours are new in each batch: leave out --data.mix"
+            )
+        loader = data.train_dataloader()
+        self._views = getattr(loader.order, "views", None) or 1
+        self._num_samples = loader.num_samples
+        first, last = (self._first(trainer, loader, view) for view in (0, self._views - 1))
+        for teacher in self.found:
+            key = self.cache.key(
+                teacher.identity,
+                data.fingerprint,
+                kept_logits.shown([first, last]),
+                str(trainer.precision),
+                self.temperatures[0] if self.temperatures else None,
+            )
+            store = kept_logits.find_store(self.cache, key, self._num_samples, self._views)
+            everywhere = trainer.strategy.reduce_boolean_decision(store is not None)
+            self._stores.append(store if everywhere else None)
+            self._keys.append(key)
+
+    def _first(self, trainer: Trainer, loader: Any, epoch: int) -> Any:
+        """The first samples, as an epoch shows them."""
+        batch = next(iter(in_order(loader, rows=_SAMPLES_SHOWN, epoch=epoch)))
+        return trainer.strategy.batch_to_device(batch)
+
+    def begin(self, student: LightningModule) -> None:
+        """Teachers to the student's device; what is to be kept is computed.
+
+        Raises:
+            ValueError: if the disk is too small for it, or samples are new in each epoch.
+        """
+        if self.teachers is not None:
+            for task in self.teachers.tasks:
+                task.to(student.device)
+            if self.cache is not None:
+                self._keep(student.trainer, self.cache, self.teachers)
+                self.teachers = None
+        if self.teachers is None:
+            self._look_up_ahead(student.trainer)
+
+    def end(self, student: LightningModule) -> None:
+        """Leave the data module as it was."""
+        data: Any = getattr(student.trainer, "datamodule", None)
+        data.__dict__.pop("on_before_batch_transfer", None)
+
+    def _keep(self, trainer: Trainer, cache: TeacherCache, teachers: Teachers) -> None:
+        loader = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+        temperature = self.temperatures[0] if self.temperatures else 1.0
+        for number, task in enumerate(teachers.tasks):
+
+            def say(batch: Any, task: Any = task) -> dict[str, Tensor]:
+                logits = self._logits(trainer, task, trainer.strategy.batch_to_device(batch))
+                return cache.pack(logits, temperature)
+
+            shape = self._check_views(trainer, loader, task)
+            store = kept_logits.new_store(cache, self._keys[number], self._num_samples, self._views, shape)
+            store.compute(
+                trainer,
+                lambda view: in_order(loader, rows=loader.order.micro, trainer=trainer, epoch=view),
+                say,
+            )
+            self._stores[number] = store
+
+    @staticmethod
+    def _logits(trainer: Trainer, task: Any, batch: Any) -> Tensor:
+        with trainer.precision_plugin.forward_context():
+            logits: Tensor = task.logits(task.features(batch))
+        return logits
+
+    @torch.no_grad()
+    def _check_views(self, trainer: Trainer, loader: Any, task: Any) -> torch.Size:
+        """See that epochs differ no more than is kept; the shape of a sample's logits."""
+        logits = self._logits(trainer, task, self._first(trainer, loader, 0))
+        if getattr(loader.order, "views", None) is None:
+            again = self._logits(trainer, task, self._first(trainer, loader, 1))
+            if not torch.equal(logits, again):
+                raise ValueError(
+                    "--model.cache: the samples look otherwise in each epoch, and what is kept of them is met once: set"
+                    " --data.views to the number of epochs after which they come again, or leave out the cache"
+                )
+        return logits.shape[1:]
+
+    def _look_up_ahead(self, trainer: Trainer) -> None:
+        """Have what is kept of a batch read before it goes to the device, whose numbers one would have to wait for."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        hand_on = data.on_before_batch_transfer
+
+        def look_up(batch: Any, dataloader_idx: int) -> Any:
+            if trainer.training:
+                loader: Any = trainer.train_dataloader
+                view = loader.course.at(trainer.global_step).epoch % self._views
+                self._looked_up = [store.read(batch.index, view) for store in self._stores if store is not None]
+            return hand_on(batch, dataloader_idx)
+
+        data.on_before_batch_transfer = look_up
+
+    def hear(self, batch: Any) -> tuple[list[Tensor], dict[str | None, Tensor]]:
+        """What is told of a batch.
+
+        Returns:
+            Of its positions, tensors [n, ...] for `log_probabilities`; and the teacher's layers that terms compare, by name,
+            under None the features that its head reads.
+        """
+        if self.teachers is not None:
+            features = self.teachers.features(batch)
+            layers = self._layers.take(features[0]) if self._layers is not None else {}
+            return [rows.flatten(0, -2) for rows in features], layers
+        device = batch.index.device
+        rows = []
+        for kept in self._looked_up:
+            rows += kept_logits.unpack({name: values.to(device, non_blocking=True) for name, values in kept.items()})
+        return rows, {}
+
+    def log_probabilities(self, student: Tensor, rows: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
+        """Both sides' log-probabilities, to be compared.
+
+        Args:
+            student: logits [n, K].
+            rows: a part of what `hear` gave.
+            temperature: T.
+        """
+        if self.teachers is not None:
+            return losses.log_probabilities(student, temperature), self.teachers.log_probabilities(rows, temperature)
+        if self.cache is not None and self.cache.top_k is not None:
+            return kept_logits.log_probabilities(student, rows, temperature)
+        said = [losses.log_probabilities(logits, temperature) for logits in rows]
+        return losses.log_probabilities(student, temperature), losses.mean_of_probabilities(said)

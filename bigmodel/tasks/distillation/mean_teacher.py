@@ -1,0 +1,74 @@
+"""Self-distillation: the teacher is an average of the student.
+
+Source: mean teacher, Tarvainen and Valpola 2017 (arXiv 1703.01780), section 2.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from bigmodel.callbacks.averaging import tensors
+
+
+class MeanTeacher(Callback):
+    """Take an average of the student's weights as the teacher: average = decay * average + (1 - decay) * weights after each
+    optimizer step, from the student's first weights on.
+
+    Floating-point buffers (running statistics) are averaged too, others copied. The average stands in checkpoints beside the
+    student.
+
+    Args:
+        decay: weight of the old average per optimizer step, in [0, 1).
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"--model.teacher.decay {decay} must lie in 0 <= decay < 1")
+        self.decay = decay
+        self.task: Any = None
+        self._step = 0
+
+    def begin(self, student: LightningModule, kind: type[LightningModule], without: str) -> None:
+        """Make the teacher, `task`, from the student as it is.
+
+        Args:
+            student: with its net.
+            kind: the class of the plain task.
+            without: the name of the student's module that the plain task does not have.
+        """
+        state = dict(student.__dict__)
+        modules = {name: module for name, module in student._modules.items() if name != without}
+        weights = {"_modules": modules, "_parameters": student._parameters, "_buffers": student._buffers}
+        state.update(copy.deepcopy(weights))  # at once: what is tied stays tied
+        self.task = object.__new__(kind)
+        self.task.__dict__.update(state)
+        self.task.requires_grad_(False).eval()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:  # accumulating
+            return
+        self._step = trainer.global_step
+        live, average = tensors(pl_module), tensors(self.task)
+        averaged = [name for name, tensor in average.items() if tensor.is_floating_point()]
+        torch._foreach_lerp_([average[name] for name in averaged], [live[name] for name in averaged], 1 - self.decay)
+        for name in average.keys() - set(averaged):
+            average[name].copy_(live[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": tensors(self.task)} if self.task is not None else {}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.task is not None:  # else it is not trained
+            for name, tensor in tensors(self.task).items():
+                tensor.copy_(state_dict["average"][name])

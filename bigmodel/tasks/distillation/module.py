@@ -1,0 +1,293 @@
+"""Distillation: an untrained task learns what a trained one predicts, beside what it learns from the data.
+
+    loss = hard_weight * the student's own loss + sum over terms of weight * term
+
+Any task that *Predicts* can be either. What comes out is the student's run: its checkpoints are those of the plain task.
+
+B samples, n positions (samples, or the tokens of all sequences), D width of the features, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor, nn
+
+from bigmodel import optim
+from bigmodel.nn.loss import IGNORE_INDEX
+from bigmodel.protocols import Predicts, Rewrites
+from bigmodel.run import sizes
+from bigmodel.sampling import in_order
+from bigmodel.tasks.distillation.cache import TeacherCache
+from bigmodel.tasks.distillation.lessons import Lessons
+from bigmodel.tasks.distillation.losses import counted_sum, sum_in_chunks
+from bigmodel.tasks.distillation.mean_teacher import MeanTeacher
+from bigmodel.tasks.distillation.on_policy import OnPolicy
+from bigmodel.tasks.distillation.teachers import Layers, evaluating
+from bigmodel.tasks.distillation.terms import KD, FeatureTerm, PredictionTerm, Term
+
+_TERMS = "distillation_terms"  # in the student's state; regressors are kept apart in checkpoints
+
+
+class Distillation(LightningModule):
+    """Trains a student; evaluates it as the student's task does.
+
+    Args:
+        student: the task to be trained, with its net, optimizer and schedule.
+        teacher: a trained one: a run directory, `last`, the end of a run's name, or a checkpoint; or several, of which the
+            mean of the probabilities counts. Or MeanTeacher: an average of the student.
+        losses: terms by name: KD (by default, with weight 0.9), DKD, GeneralizedJSD, Hint, AttentionTransfer, Relational,
+            SimilarityPreserving of bigmodel.tasks.distillation.
+        hard_weight: factor of the student's own loss, 0 or above.
+        cache: keep the teacher's logits on the disk: TeacherCache; null: ask the teacher at each step.
+        on_policy: let the student write a share of the batches: OnPolicy; null: all are of the data.
+        chunk_size: positions whose logits are in memory at once, for a large vocabulary; null: all of a micro-batch.
+    """
+
+    trains = "student"  # which argument is the task that checkpoints are of
+    lessons: Lessons
+    net: Any
+
+    def __init__(
+        self,
+        student: LightningModule,
+        teacher: str | list[str] | MeanTeacher,
+        losses: dict[str, Term] | None = None,
+        hard_weight: float = 0.1,
+        cache: TeacherCache | None = None,
+        on_policy: OnPolicy | None = None,
+        chunk_size: int | None = None,
+    ) -> None:
+        if not isinstance(student, Predicts):
+            raise ValueError(
+                f"--model.student: {type(student).__name__} cannot be distilled: it has no features, logits and targets"
+            )
+        if hard_weight < 0:
+            raise ValueError(f"--model.hard_weight {hard_weight} must not be negative")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"--model.chunk_size {chunk_size} must be at least 1 or null")
+        terms = losses if losses is not None else {"kd": KD(weight=0.9)}
+        if on_policy is not None:
+            _check_on_policy(student, list(terms.values()), cache)
+        # One state, and two classes: this is the student, but for what is defined below. Its parameters have the names that
+        # they have in the student, its hooks and metrics are the student's.
+        object.__setattr__(self, "__dict__", student.__dict__)
+        self.__class__ = type(f"Distilled{type(student).__name__}", (Distillation, type(student)), {})
+        setattr(self, _TERMS, nn.ModuleDict(terms))
+        self.lessons = Lessons(teacher, list(terms.values()), cache)
+        self.hard_weight, self.chunk_size, self.on_policy = hard_weight, chunk_size, on_policy
+        self._student_type = type(student)
+        self._heard: _Heard | None = None  # while the student's own step runs
+        self._student_layers: Layers | None = None
+        self._num_steps = -1
+
+    @property
+    def terms(self) -> dict[str, Term]:
+        """The terms, by name."""
+        return dict(getattr(self, _TERMS).items())
+
+    def configure_callbacks(self) -> list[Callback]:
+        callbacks: Any = super().configure_callbacks()
+        own = [self.lessons.mean_teacher] if self.lessons.mean_teacher is not None else []
+        return [*([callbacks] if isinstance(callbacks, Callback) else callbacks), *own]
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            if self.on_policy is not None:
+                self.on_policy.check(sizes(self))
+            with torch.random.fork_rng(devices=[]):  # the student begins as it would alone
+                self.lessons.find(self)
+
+    def configure_model(self) -> None:
+        made = self.net is not None
+        super().configure_model()
+        if made or self._trainer is None or not self._trainer.training:
+            return
+        mean_teacher = self.lessons.mean_teacher
+        feature_terms = [term for term in self.terms.values() if isinstance(term, FeatureTerm)]
+        needs_whole = {"losses": bool(feature_terms), "teacher": mean_teacher is not None, "on_policy": self.on_policy}
+        flags = [f"--model.{flag}" for flag, needed in needs_whole.items() if needed]
+        if flags and any(parameter.is_meta for parameter in self.net.parameters()):
+            raise ValueError(f"{flags[0]}: as set, it needs a net that is whole on each process: leave out sharding")
+        if mean_teacher is not None:
+            mean_teacher.begin(self, self._student_type, without=_TERMS)
+            self.lessons.take([mean_teacher.task])
+        if feature_terms:
+            names = {term.student for term in feature_terms if term.student is not None}
+            self._student_layers = Layers(self.net, names, "student")
+            self._prepare(feature_terms)
+
+    def _prepare(self, terms: list[FeatureTerm]) -> None:
+        """Show a sample to both nets, so that the terms know the shapes."""
+        loader = in_order(cast(Any, self.trainer).datamodule.train_dataloader(), rows=1)
+        batch = self.trainer.strategy.batch_to_device(next(iter(loader)), torch.device("cpu"))
+        assert self._student_layers is not None
+        with evaluating(self):
+            student = self._student_layers.take(self.features(batch))
+            _, teacher = self.lessons.hear(batch)
+        for term in terms:
+            term.prepare(student[term.student].shape, teacher[term.teacher].shape)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self._num_steps = optim.num_steps(self.trainer)
+        ending = [name for name, term in self.terms.items() if term.is_scheduled]
+        if self._num_steps < 0 and ending:
+            raise ValueError(
+                f"--model.losses: what {ending[0]} schedules ends with the run, and the run has no end: set"
+                " --trainer.max_steps or --trainer.max_epochs"
+            )
+        self.lessons.begin(self)
+
+    def teardown(self, stage: str) -> None:
+        super().teardown(stage)
+        self.lessons.end(self)
+
+    # What the student's own step computes is listened to, so that it is computed once.
+
+    def features(self, batch: Any) -> Tensor:
+        """The student's."""
+        features: Tensor = cast(Any, super()).features(batch)
+        if self._heard is not None:
+            self._heard.features = features
+        return features
+
+    def logits(self, features: Tensor) -> Tensor:
+        """The student's."""
+        logits: Tensor = cast(Any, super()).logits(features)
+        if self._heard is not None:
+            self._heard.logits.append(logits)
+        return logits
+
+    def training_step(self, batch: Any) -> dict[str, Any]:
+        """The weighted sum of the student's own loss and the terms, and what its own loss counts.
+
+        What the student has written itself is no truth: there, its own loss is left out.
+        """
+        heard, own = _Heard(), cast(Any, None)
+        step = self.trainer.global_step
+        rewritten = self.on_policy is not None and self.on_policy.chosen(step)
+        if rewritten:
+            batch = cast(OnPolicy, self.on_policy).rewrite(self, batch, step)
+        if self.hard_weight and not rewritten:
+            with self._listening(heard):
+                own = super().training_step(batch)
+        features = heard.features if heard.features is not None else self.features(batch)
+        layers = self._student_layers.take(features) if self._student_layers is not None else {}
+        counted, classes = self._targets(batch, features.shape[:-1])
+        rows, teacher_layers = self.lessons.hear(batch)
+        loss = self._compare_predictions(features, heard.logits, rows, counted, classes)
+        for term in self.terms.values():
+            if isinstance(term, FeatureTerm):
+                value = term(layers[term.student], teacher_layers[term.teacher], counted)
+                loss = loss + term.weight_at(step, self._num_steps) * value
+        if own is None:
+            return {"loss": loss, "count": counted.sum()}
+        return {**own, "loss": self.hard_weight * own["loss"] + loss}
+
+    @contextmanager
+    def _listening(self, heard: _Heard) -> Iterator[None]:
+        self._heard = heard
+        try:
+            yield
+        finally:
+            self._heard = None
+
+    def _targets(self, batch: Any, positions: torch.Size) -> tuple[Tensor, Tensor | None]:
+        """Which positions count, and the class of each [*positions]; None where targets are distributions."""
+        targets: Tensor = cast(Any, self).targets(batch)
+        if targets.shape == positions and not targets.is_floating_point():
+            return targets != IGNORE_INDEX, targets.clamp(min=0)
+        if targets.shape[:-1] != positions:
+            raise ValueError(
+                f"--model.student: its targets {list(targets.shape)} are neither classes nor distributions over them at the"
+                f" positions {list(positions)} of its features: it cannot be distilled"
+            )
+        return torch.ones(positions, dtype=torch.bool, device=targets.device), None
+
+    def _compare_predictions(
+        self, features: Tensor, logits: list[Tensor], said: list[Tensor], counted: Tensor, classes: Tensor | None
+    ) -> Tensor:
+        """The weighted sum of the terms of what is predicted.
+
+        Args:
+            features: the student's [..., D].
+            logits: what its own step made of them: [..., K], or in parts.
+            said: by the teacher, of all positions; see `Lessons.hear`.
+            counted: positions [...], bool.
+            classes: of the positions [...]; None where targets are distributions.
+        """
+        terms = [term for term in self.terms.values() if isinstance(term, PredictionTerm)]
+        if classes is None and any(term.needs_classes for term in terms):
+            raise ValueError("--model.losses: DKD needs the class of each sample: leave out --data.mix")
+        whole = len(logits) == 1 and logits[0].shape[:-1].numel() == counted.numel()
+        student = logits[0] if whole else features
+        classes = torch.zeros_like(counted, dtype=torch.int64) if classes is None else classes
+        rows = [student.flatten(0, -2), counted.flatten(), classes.flatten(), *said]
+        if (
+            counted.device.type == "cpu" and not counted.all()
+        ):  # elsewhere one would wait for the device to know how many
+            rows = [row[counted.flatten()] for row in rows]
+        step, total = self.trainer.global_step, self._num_steps
+        factors = [(term, term.weight_at(step, total), term.temperature_at(step, total)) for term in terms]
+
+        def loss_of(student: Tensor, counted: Tensor, classes: Tensor, *said: Tensor) -> Tensor:
+            logits = student if whole else self.logits(student)
+            loss = torch.zeros((), device=student.device)
+            for term, weight, temperature in factors:
+                both = self.lessons.log_probabilities(logits, list(said), temperature)
+                loss = loss + weight * counted_sum(term(*both, classes, temperature), counted)[0]
+            return loss
+
+        return sum_in_chunks(loss_of, rows, None if whole else self.chunk_size)
+
+    # What the terms have learned stands beside the student in a checkpoint.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        weights = checkpoint["state_dict"]
+        learned = {name: weights.pop(name) for name in list(weights) if name.startswith(f"{_TERMS}.")}
+        checkpoint["distillation"] = {"teachers": self.lessons.identities, "learned": learned}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        kept = checkpoint.get("distillation")
+        if kept is None or not self.trainer.training:
+            return
+        if kept["teachers"] != self.lessons.identities:
+            given = " ".join(self.lessons.paths) or type(self.lessons.mean_teacher).__name__
+            raise ValueError(
+                f"--model.teacher {given} is not the teacher that this run was distilled from: its weights are others"
+            )
+        checkpoint["state_dict"].update(kept["learned"])
+
+
+def _check_on_policy(student: LightningModule, terms: list[Term], cache: TeacherCache | None) -> None:
+    if not isinstance(student, Rewrites):
+        raise ValueError(
+            f"--model.on_policy: {type(student).__name__} writes no batches (bigmodel.protocols.Rewrites): leave it out"
+        )
+    if cache is not None:
+        raise ValueError(
+            "--model.on_policy: what the student writes is new in each step, and --model.cache keeps what the teacher says"
+            " of the data: leave out one of the two"
+        )
+    predicting = [term for term in terms if isinstance(term, PredictionTerm)]
+    if not predicting or any(term.needs_classes for term in predicting):
+        raise ValueError(
+            "--model.on_policy: what the student writes has no classes but what the teacher says: set --model.losses to"
+            " GeneralizedJSD or KD, without DKD"
+        )
+
+
+class _Heard:
+    """What the student's own step has computed."""
+
+    def __init__(self) -> None:
+        self.features: Tensor | None = None
+        self.logits: list[Tensor] = []

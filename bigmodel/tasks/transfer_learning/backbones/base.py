@@ -1,0 +1,102 @@
+"""What a pretrained net is to this task: features of a batch, its layers in their order, and a description that rebuilds it.
+
+B rows, T tokens, D width, L layers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bigmodel.tasks.transfer_learning.backbones.layers import Layers, drop_unread
+from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
+
+Modality = Literal["text", "images"]
+Pooling = Literal["first", "mean", "last", "attention"]
+
+
+class TextProbe(NamedTuple):
+    """A batch of one row, to find out how a net of texts is made."""
+
+    tokens: Tensor
+    mask: Tensor
+    segments: Tensor
+
+
+class ImageProbe(NamedTuple):
+    """A batch of one picture [1, C, S, S], to find out how a net of pictures is made."""
+
+    images: Tensor
+
+
+class Backbone(nn.Module, ABC):
+    """A pretrained net without its head.
+
+    What its features do not depend on (heads, poolers that nobody reads) is taken out of it, so that every parameter that is
+    left gets a gradient. A layer is a block, or a stage where a net has stages; both are found by running the net once.
+
+    Attributes:
+        modality: what it reads.
+        width: D.
+        pooling: how its tokens are best made one vector; None: it pools itself.
+        text_encoder: its way from text to tokens; None if it reads pictures.
+        num_layers: L.
+        description: plain values, from which `rebuild` makes the same architecture with no file present.
+    """
+
+    modality: Modality
+    width: int
+    pooling: Pooling | None
+    text_encoder: TextEncoder | None
+    description: dict[str, Any]
+
+    @abstractmethod
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """Features of a batch: [B, T, D] with the mask [B, T] of real tokens; or [B, D] and None."""
+
+    @property
+    def num_layers(self) -> int:
+        return self._layers.count
+
+    def layer_of(self, name: str) -> int:
+        """Where a parameter stands on the way from the input: 0 in embeddings or stem, 1 to L in a layer, L + 1 behind them.
+
+        Args:
+            name: as in `named_parameters()` of this backbone; adapters put in later belong where they were put.
+        """
+        return self._layers.of(name)
+
+    def _find_parts(self, net: nn.Module, probe: TextProbe | ImageProbe) -> list[str]:
+        """Find width and layers of a net inside, and take out what is not read; its names are returned.
+
+        The last thing that a constructor does. A probe that the net cannot read raises what the net raises.
+        """
+        training = self.training
+        self.eval()
+        self._layers = Layers(self, net)
+        with torch.inference_mode(False), torch.enable_grad(), self._layers.watched():
+            features, _ = self(probe)
+        self.width = features.shape[-1]
+        dropped = drop_unread(self, features)
+        self.train(training)
+        return dropped
+
+    @torch.no_grad()
+    def _is_causal(self) -> bool:
+        """Whether the first token's feature is the same whatever the second token is. In evaluation mode only."""
+        probe = probe_of("text", {}, next(self.parameters()).device)
+        other = probe._replace(tokens=torch.tensor([[0, 1]]).to(probe[0].device))  # type: ignore[call-arg]
+        return torch.allclose(self(probe)[0][:, 0], self(other)[0][:, 0], rtol=1e-4, atol=1e-6)
+
+
+def probe_of(modality: Modality, data_sizes: Mapping[str, int], device: torch.device) -> TextProbe | ImageProbe:
+    """One row of what the data hold: two tokens, or a picture of their size."""
+    if modality == "text":
+        tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
+        return TextProbe(tokens, torch.ones_like(tokens, dtype=torch.bool), tokens)
+    size = data_sizes["image_size"]
+    return ImageProbe(torch.zeros(1, data_sizes["in_channels"], size, size, device=device))

@@ -1,0 +1,130 @@
+"""Any encoder or decoder of transformers as a backbone: tokens in, the features of the last layer out.
+
+B texts, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch import Tensor
+
+from bigmodel import hugging_face
+from bigmodel.cache import say
+from bigmodel.tasks.transfer_learning.backbones.base import Backbone, Pooling, probe_of
+from bigmodel.tasks.transfer_learning.backbones.files import from_weights
+from bigmodel.tasks.transfer_learning.tokenization import TextEncoder, read_encoder
+
+# Their positions are counted from the padding token's id, so that the first of them are nobody's.
+_POSITIONS_AFTER_PAD = {
+    "camembert", "data2vec-text", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl",
+    "xmod",
+}  # fmt: skip
+
+
+class HuggingFaceText(Backbone):
+    """A model of transformers that reads text, without its heads.
+
+    Padding stands on the right and is masked, in decoders too; positions are counted over the real tokens. A net is causal
+    if its first feature does not change with the second token: then the last token stands for a text, else the mean.
+
+    Args:
+        model: of transformers, that returns `last_hidden_state`.
+        text_encoder: its way from text to tokens.
+        pooling: of a net that was built before; None: find out.
+    """
+
+    modality = "text"
+
+    def __init__(self, model: Any, text_encoder: TextEncoder, pooling: Pooling | None = None) -> None:
+        super().__init__()
+        self.model, self.text_encoder = model, text_encoder
+        model.config.use_cache = False  # nothing is generated
+        arguments = inspect.signature(model.forward).parameters
+        self._has_segments = "token_type_ids" in arguments and (getattr(model.config, "type_vocab_size", None) or 0) > 1
+        self._has_positions = "position_ids" in arguments
+        self.eval()  # a new model is in training mode
+        self.pooling = pooling or "mean"
+        if pooling is None and self._is_causal():
+            self.pooling = "last"
+        self.dropped = self._find_parts(model, probe_of("text", {}, model.device))
+        self.description = {
+            "kind": "hugging_face_text",
+            "settings": hugging_face.plain_settings(model.config),
+            "text_encoder": text_encoder.to_plain(),
+            "pooling": self.pooling,
+        }
+        self.train()
+
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """[B, T, D] and the mask [B, T] of a batch with tokens, mask and segments [B, T]."""
+        options = {}
+        if self._has_segments:
+            options["token_type_ids"] = batch.segments
+        if self.pooling == "last" and self._has_positions:
+            options["position_ids"] = (batch.mask.cumsum(1) - 1).clamp(min=0)
+        found = self.model(input_ids=batch.tokens, attention_mask=batch.mask.long(), **options)
+        return found.last_hidden_state, batch.mask
+
+
+def from_files(
+    path: str, settings: Any, *, pretrained: bool, excuse: Iterable[str], allow_pickle: bool
+) -> HuggingFaceText:
+    """The backbone in a folder or on the hub; see `find_backbone`."""
+    from transformers import AutoModel
+
+    encoder = encoder_from_files(path, settings)
+    if not pretrained:
+        return HuggingFaceText(AutoModel.from_config(settings, dtype=torch.float32), encoder)
+    model, loaded = from_weights(AutoModel, path, settings, allow_pickle)
+    backbone = HuggingFaceText(model, encoder)
+    problems = hugging_face.mismatches(loaded, "the model")
+    unread = tuple(f"{name.removeprefix('model.')}." for name in backbone.dropped)
+    prefix = f"{model.base_model_prefix}."
+    is_whole = type(model).__name__ in (settings.architectures or [type(model).__name__])
+    # A file of a model with a head names what is not the head's with a prefix.
+    heads = {
+        name
+        for name, problem in problems.items()
+        if problem == "left over" and not is_whole and not name.startswith(prefix)
+    }
+    fitting = {name: problem for name, problem in problems.items() if name not in heads and not name.startswith(unread)}
+    hugging_face.check_weights(
+        fitting,
+        loaded["error_msgs"],
+        excuse,
+        path,
+        "are they of another model than config.json says? start what may start anew by naming it in --model.excuse",
+    )
+    left = sorted({name.partition(".")[0] for name in heads})
+    if left:
+        rank_zero_only(say)(f"{path}: left, as parts of the head of {settings.architectures[0]}: {', '.join(left)}")
+    return backbone
+
+
+def encoder_from_files(path: str, settings: Any) -> TextEncoder:
+    """The tokenizer of a folder or of the hub, with as many positions as the model has.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    encoder = read_encoder(path)
+    positions = getattr(settings, "max_position_embeddings", None)
+    if positions is not None and settings.model_type in _POSITIONS_AFTER_PAD:
+        positions -= settings.pad_token_id + 1
+    limits = [limit for limit in (encoder.max_length, positions) if limit is not None and limit > 0]
+    encoder.max_length = min(limits, default=None)
+    return encoder
+
+
+def from_description(description: dict[str, Any]) -> HuggingFaceText:
+    """The same architecture, with new weights."""
+    from transformers import AutoConfig, AutoModel
+
+    settings = AutoConfig.for_model(**description["settings"])
+    model = AutoModel.from_config(settings, dtype=torch.float32)
+    return HuggingFaceText(model, TextEncoder.from_plain(description["text_encoder"]), description["pooling"])

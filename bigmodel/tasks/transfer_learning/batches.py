@@ -1,0 +1,222 @@
+"""Labelled texts as batches of tokens, and the data set that makes them.
+
+B texts, T tokens, K classes, N texts of a split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from bigmodel.randomness import sample_keys
+from bigmodel.tasks.transfer_learning.prepare import Prepared
+from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
+
+UNKNOWN = -1  # the class of a text without a label
+_MULTIPLE = 8  # of which T is one, as matrix units like it
+
+
+class LabelledTextBatch(NamedTuple):
+    """Texts with what is to be told of them.
+
+    Attributes:
+        tokens: [B, T] int64, filled up on the right; T is the longest of these, rounded up to a multiple of 8.
+        mask: [B, T] bool, where tokens are the text's.
+        segments: [B, T] int64, which text of a pair a token is of, for models that are told; else 0.
+        targets: class numbers [B] int64 (-1 where there is no label); or 0 and 1, [B, K] float32; or numbers [B] float32.
+        index: [B] int64, which text of the split.
+        weight: [B] float32, of the text's class; 0 for rows that only fill up a batch.
+        key: [B] int64, from which the sample's random numbers come.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    segments: Tensor
+    targets: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs
+    weight: Tensor
+    key: Tensor
+
+
+def padded(rows: Sequence[np.ndarray], encoder: TextEncoder, paired: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, mask and segments [B, T] of encoded texts, see `LabelledTextBatch`."""
+    longest = max(map(len, rows))
+    width = -(-longest // _MULTIPLE) * _MULTIPLE
+    if encoder.max_length is not None:
+        width = max(longest, min(width, encoder.max_length))  # there are no positions behind
+    tokens = np.full((len(rows), width), encoder.pad_id, np.int64)
+    segments = np.zeros((len(rows), width), np.int64)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+        if paired and encoder.frame.has_segments:
+            segments[i, : len(row)] = encoder.segments(row)
+    mask = np.arange(width) < np.array([len(row) for row in rows])[:, None]
+    return torch.from_numpy(tokens), torch.from_numpy(mask), torch.from_numpy(segments)
+
+
+class Texts:
+    """The texts of a split.
+
+    Args:
+        parts: prepared texts, and which rows [n] of them; one after the other.
+
+    Attributes:
+        lengths: [N] int64, tokens of each, special ones counted.
+        paired: whether each is a pair.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Prepared, np.ndarray]]) -> None:
+        self._parts = parts
+        self._starts = np.cumsum([0, *(len(rows) for _, rows in parts)])
+        self.lengths: np.ndarray = np.concatenate([np.diff(some.tokens.offsets)[rows] for some, rows in parts])
+        self.paired = parts[0][0].pairs is not None
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, i: int) -> str:
+        """One text; a pair as `a | b`."""
+        pair = self.pair(i)
+        return self.text(i) if pair is None else f"{self.text(i)} | {pair}"
+
+    def text(self, i: int) -> str:
+        """One text, of a pair the first."""
+        prepared, row = self._find(i)
+        return prepared.texts[row].tobytes().decode()
+
+    def pair(self, i: int) -> str | None:
+        """The second text of a pair."""
+        prepared, row = self._find(i)
+        return prepared.pairs[row].tobytes().decode() if prepared.pairs is not None else None
+
+    def tokens(self, i: int) -> np.ndarray:
+        """[T] int32, all of them, special ones too."""
+        prepared, row = self._find(i)
+        return prepared.tokens[row]
+
+    def _find(self, i: int) -> tuple[Prepared, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"there is no text {i} of {len(self):,}")
+        part = 0 if i < self._starts[1] else 1 + int(np.searchsorted(self._starts[2:], i, "right"))
+        prepared, rows = self._parts[part]
+        return prepared, int(rows[i - self._starts[part]])
+
+
+class Several:
+    """Classes of texts that may have several, which `[rows]` gives as 0 and 1, [B, K] float32.
+
+    Args:
+        values: [L] class numbers, one text's after the other's.
+        counts: [N] how many each has.
+        num_classes: K.
+    """
+
+    def __init__(self, values: np.ndarray, counts: np.ndarray, num_classes: int) -> None:
+        self.values, self.num_classes = values, num_classes
+        self._offsets = np.concatenate([[0], np.cumsum(counts)])
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        targets = np.zeros((len(rows), self.num_classes), np.float32)
+        for target, row in zip(targets, rows.tolist(), strict=True):
+            target[self.values[self._offsets[row] : self._offsets[row + 1]]] = 1
+        return targets
+
+
+class Samples(Dataset[LabelledTextBatch]):
+    """A split's texts in batches.
+
+    Args:
+        texts: the split.
+        targets: `[rows]` gives those of the batch.
+        encoder: of the backbone.
+        max_length: T, cut at; None: nothing is cut.
+        seed: with the epoch and the sample, determines a sample's key.
+        class_weights: [K] float32, the weight of a text by its class; None: 1.
+        balanced: whether each class has as many samples as the largest, its texts met several times in an epoch.
+        by_length: whether samples are in the order of their length, to be evaluated with little to fill up.
+    """
+
+    def __init__(
+        self,
+        texts: Texts,
+        targets: np.ndarray | Several,
+        encoder: TextEncoder,
+        max_length: int | None,
+        seed: int,
+        class_weights: np.ndarray | None = None,
+        balanced: bool = False,
+        by_length: bool = False,
+    ) -> None:
+        self.texts, self.targets, self.encoder, self.max_length = texts, targets, encoder, max_length
+        self.seed, self.class_weights = seed, class_weights
+        self._length = len(texts)
+        self._order = np.argsort(texts.lengths, kind="stable") if by_length else None
+        self._by_class: np.ndarray | None = None
+        if balanced:
+            assert isinstance(targets, np.ndarray)
+            self._counts = np.bincount(targets)  # [K]
+            self._by_class = np.argsort(targets, kind="stable")
+            self._starts = np.cumsum(self._counts) - self._counts
+            self._length = int(self._counts.max()) * len(self._counts)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, number: int) -> LabelledTextBatch:
+        """One sample of the first epoch, without the batch dimension."""
+        return LabelledTextBatch(*(field[0] for field in self.__getitems__([number])))
+
+    def __getitems__(self, numbers: Sequence[int], epoch: int = 0) -> LabelledTextBatch:
+        """The samples of these numbers in an epoch, as one batch."""
+        samples = np.asarray(numbers, np.int64)
+        rows = self._rows(samples, epoch)
+        cut = [self.encoder.truncate(self.texts.tokens(row), self.max_length) for row in rows.tolist()]
+        targets = self.targets[rows]
+        weight = np.ones(len(rows), np.float32) if self.class_weights is None else self.class_weights[targets]
+        return LabelledTextBatch(
+            *padded(cut, self.encoder, self.texts.paired),
+            torch.from_numpy(targets),
+            torch.from_numpy(rows),
+            torch.from_numpy(weight),
+            torch.from_numpy(sample_keys(self.seed, epoch, samples)),
+        )
+
+    def lengths(self, numbers: np.ndarray, epoch: int) -> np.ndarray:
+        """[B] tokens that the samples of these numbers [B] have in an epoch."""
+        lengths = self.texts.lengths[self._rows(numbers, epoch)]
+        return lengths if self.max_length is None else np.minimum(lengths, self.max_length)
+
+    def _rows(self, samples: np.ndarray, epoch: int) -> np.ndarray:
+        """Which text each sample is. Where classes are balanced, sample n is the (n mod m)-th of class n // m, m the size of
+        the largest; a smaller class starts over, each epoch where the last one ended."""
+        if self._by_class is None:
+            return samples if self._order is None else self._order[samples]
+        classes, turns = np.divmod(samples, self._counts.max())
+        members = (turns + epoch * self._counts.max()) % self._counts[classes]
+        rows: np.ndarray = self._by_class[self._starts[classes] + members]
+        return rows
+
+
+def text_batch(
+    encoder: TextEncoder, texts: Sequence[str], pairs: Sequence[str] | None = None, max_length: int | None = None
+) -> LabelledTextBatch:
+    """Texts that came from nowhere, for a trained task to look at: no labels, weight 1.
+
+    Args:
+        encoder: of the task.
+        texts: to look at, at least one.
+        pairs: a second text for each.
+        max_length: T, cut at; None: what the model has positions for.
+    """
+    limit = encoder.max_length if max_length is None else max_length
+    cut = [encoder.truncate(row, limit) for row in encoder.encode(texts, pairs)]
+    tokens, mask, segments = padded(cut, encoder, pairs is not None)
+    index = torch.arange(len(texts))
+    return LabelledTextBatch(
+        tokens, mask, segments, torch.full_like(index, UNKNOWN), index, torch.ones(len(texts)), index.clone()
+    )

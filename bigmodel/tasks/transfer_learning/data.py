@@ -1,0 +1,352 @@
+"""Labelled texts as batches for the net: the data module.
+
+B texts, T tokens, K classes, N texts of a split.
+"""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import DataLoader
+
+from bigmodel.cache import cache_folder, digest, say
+from bigmodel.sampling import eval_loader, num_replicas, train_loader
+from bigmodel.tasks.transfer_learning.batches import UNKNOWN, LabelledTextBatch, Samples, Several, Texts
+from bigmodel.tasks.transfer_learning.labels import Labels, Problem
+from bigmodel.tasks.transfer_learning.prepare import Prepared, prepare
+from bigmodel.tasks.transfer_learning.pseudo_labels import choose, prepare_predictions
+from bigmodel.tasks.transfer_learning.sources import Columns, find_source
+from bigmodel.tasks.transfer_learning.splits import Folds, Split, divide, draw_shots, tell_repeats
+from bigmodel.tasks.transfer_learning.tokenization import TextEncoder, read_encoder
+
+_SHOWN = 5
+
+
+class LabelledTextData(L.LightningDataModule):
+    """Texts with a class, several, or a number, from tables or a public data set, tokenized once into a cache.
+
+    Splits that the source does not say are dealt out of its training texts, the same for equal texts. Batches are filled up
+    to their longest text, and training batches are of texts of like length.
+
+    Args:
+        path: tables of texts (CSV, TSV, JSON Lines, Parquet; files, a folder or a glob; files named train, validation or
+            test are these splits), a data set saved by Hugging Face datasets, hf://owner/name, or {fine_foods}. To predict:
+            the same, without labels.
+        text_column: texts.
+        pair_column: second texts, for sentence pairs.
+        label_column: classes (text or whole numbers), numbers, or lists of classes (Arrow or JSON lists, or text parted by |
+            or ;).
+        split_column: train, validation or test; by default the files' names say it, or nothing does.
+        problem: what a label is: a `class`, several (`labels`), or a `number`; `auto`: floats are numbers, lists are
+            several, all else are classes.
+        tokenizer: folder or owner/name of a Hugging Face tokenizer; by default the task's own, its `text_encoder`.
+        max_length: T, tokens of a text that are read; by default as many as the model has positions for.
+        split: shares of the texts for validation and test, where the source does not say.
+        shots: so many training texts of each class are drawn by --data.seed, and the others not used; by default all are.
+        folds: k-fold cross-validation instead of a share for validation; the test split stays apart.
+        fold: which of the folds is the validation split, from 0; by default the first, but `bigmodel fit` takes all in turn.
+        balance: for skewed classes; `weights`: the loss of a text counts inversely to the size of its class; `samples`:
+            texts of small classes are met more often.
+        pseudo_labels: a file that `bigmodel predict` wrote for texts without labels; they join the training texts.
+        min_confidence: the probability that a prediction must have for that.
+        group_by_length: whether training batches are of texts of like length.
+        batch_size: texts per optimizer step over all processes.
+        micro_batch_size: texts one process takes at once; by default its whole share of the batch.
+        cache_dir: where prepared texts are kept; by default $BIGMODEL_CACHE or ~/.cache/bigmodel.
+        num_workers: processes that read batches ahead; 0 reads them in the training process, which takes microseconds a
+            text.
+        seed: with the epoch, determines the order of the texts; and which shots are drawn.
+
+    Attributes:
+        sizes: what a net must know: num_classes, 1 for numbers. After `setup`, like all that follows, and not when
+            predicting.
+        fingerprint: hash of the texts, their labels, and how they are dealt out and read.
+        classes: names, by class number; [] for numbers.
+        problem: what a label is: `class`, `labels` or `number`.
+        encoder: makes tokens of texts. When predicting too.
+    """
+
+    sizes: dict[str, int]
+    fingerprint: str
+    classes: list[str]
+    problem: Problem
+    encoder: TextEncoder
+
+    def __init__(
+        self,
+        path: str | list[str],
+        text_column: str = "text",
+        pair_column: str | None = None,
+        label_column: str = "label",
+        split_column: str | None = None,
+        problem: Literal["auto", "class", "labels", "number"] = "auto",
+        tokenizer: str | None = None,
+        max_length: int | None = None,
+        split: Split | None = None,
+        shots: int | None = None,
+        folds: int | None = None,
+        fold: int | None = None,
+        balance: Literal["none", "weights", "samples"] = "none",
+        pseudo_labels: str | None = None,
+        min_confidence: float = 0.9,
+        group_by_length: bool = True,
+        batch_size: int = 32,
+        micro_batch_size: int | None = None,
+        cache_dir: str | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for flag, value, accepted in (
+            ("problem", problem, ("auto", "class", "labels", "number")),
+            ("balance", balance, ("none", "weights", "samples")),
+        ):
+            if value not in accepted:
+                raise ValueError(f"--data.{flag} {value}: {', '.join(accepted)} is accepted")
+        if not 0 <= min_confidence <= 1:
+            raise ValueError(f"--data.min_confidence {min_confidence} is no probability: 0 to 1 is accepted")
+        if folds is None and fold is not None:
+            raise ValueError(f"--data.fold {fold} is one of several: set --data.folds too")
+        self.path, self.tokenizer, self.max_length = path, tokenizer, max_length
+        self.columns = Columns(text_column, pair_column, label_column, split_column)
+        self._problem, self.balance = problem, balance
+        self.split, self.shots = split or Split(), shots
+        self.folds = None if folds is None else Folds(folds, fold or 0)
+        self.pseudo_labels, self.min_confidence, self.group_by_length = pseudo_labels, min_confidence, group_by_length
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.cache_dir, self.num_workers, self.seed = cache_dir, num_workers, seed
+        self._splits: dict[str, tuple[Texts, np.ndarray | Several]] = {}
+
+    def prepare_data(self) -> None:
+        """Read, check and tokenize the texts, unless that was done before with these settings.
+
+        Raises:
+            ValueError: if the input cannot be used as asked; says which file and row, and what to do.
+        """
+        self._prepare(predicting=_verb(self) == TrainerFn.PREDICTING)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the prepared texts, and deal them out.
+
+        Raises:
+            ValueError: if they cannot be dealt out as asked.
+        """
+        if stage == "predict":
+            prepared = self._prepare(predicting=True)
+            texts = Texts([(prepared, np.arange(len(prepared)))])
+            self._splits["all"] = texts, np.full(len(texts), UNKNOWN)
+            self._tell_cut(["all"])
+        elif "train" not in self._splits:
+            self._divide(self._prepare(predicting=False))
+
+    def _prepare(self, predicting: bool) -> Prepared:
+        """The texts in their folder."""
+        self.encoder = encoder = self._find_encoder()
+        cache = cache_folder("transfer_learning", self.cache_dir)
+        columns = Columns(self.columns.text, self.columns.pair, None) if predicting else self.columns
+        source = find_source(self.path, columns=columns, cache=cache)
+        if self.pseudo_labels is not None and not predicting:
+            self._predicted = prepare_predictions(self.pseudo_labels, columns.pair is not None, encoder, cache)
+        return prepare(source, columns, self._problem, encoder, cache)
+
+    def _find_encoder(self) -> TextEncoder:
+        own: TextEncoder | None = getattr(getattr(self.trainer, "lightning_module", None), "text_encoder", None)
+        if own is None and self.tokenizer is None:
+            raise ValueError(
+                "there is no tokenizer: the task has none (an attribute `text_encoder`); set --data.tokenizer to a folder or"
+                " owner/name, or --model.backbone to one that reads text"
+            )
+        given = read_encoder(self.tokenizer) if self.tokenizer is not None else None
+        if own is not None and given is not None and own.fingerprint != given.fingerprint:
+            raise ValueError(
+                f"--data.tokenizer {self.tokenizer} is another than the backbone's, whose embeddings belong to its own:"
+                " leave it out"
+            )
+        encoder = own or given
+        assert encoder is not None
+        if self.max_length is not None:
+            encoder.room(self.max_length, self.columns.pair is not None)
+            if encoder.max_length is not None and self.max_length > encoder.max_length:
+                raise ValueError(
+                    f"--data.max_length {self.max_length}: the model has positions for {encoder.max_length} tokens; give at"
+                    " most these"
+                )
+        return encoder
+
+    @property
+    def _limit(self) -> int | None:
+        """T that texts are cut at."""
+        return self.encoder.max_length if self.max_length is None else self.max_length
+
+    def _divide(self, prepared: Prepared) -> None:
+        labels = prepared.labels
+        assert labels is not None
+        self.problem = labels.problem
+        if self.balance != "none" and labels.problem != "class":
+            raise ValueError(
+                f"--data.balance {self.balance} is for texts of one class each, and here are {labels.problem}"
+            )
+        rows = divide(prepared, self.split, self.folds, self._say)
+        tell_repeats(prepared, rows, self._say)
+        self.classes = _classes(prepared, labels, rows)
+        if self.shots is not None:
+            rows["train"] = draw_shots(prepared, rows["train"], self.classes, self.shots, self.seed)
+        for name, which in rows.items():
+            self._splits[name] = Texts([(prepared, which)]), _targets(labels, self.classes, which)
+        marks = [
+            prepared.fingerprint,
+            {name: sha256(which.astype("<i8").tobytes()).hexdigest() for name, which in rows.items()},
+        ]
+        if self.pseudo_labels is not None:
+            marks += self._add_predicted(prepared, rows)
+        self.sizes = {"num_classes": max(len(self.classes), 1)}
+        self.fingerprint = digest([*marks, self.classes, self.balance, self._limit, self.group_by_length])
+        self._tell_cut(list(rows))
+        counts = ", ".join(f"{name} {len(self._splits[name][0]):,}" for name in rows)
+        what = "numbers" if labels.problem == "number" else f"{len(self.classes):,} classes"
+        self._say(f"texts: {counts}; {what}")
+
+    def _add_predicted(self, prepared: Prepared, rows: dict[str, np.ndarray]) -> list[Any]:
+        """Let predicted texts join the training split; what tells them from others."""
+        if self.problem != "class":
+            raise ValueError(f"--data.pseudo_labels is for texts of one class each, and here are {self.problem}")
+        known = prepared.contents[np.concatenate(list(rows.values()))]
+        chosen, classes = choose(self._predicted, self.classes, self.min_confidence, known, self._say)
+        texts, targets = Texts([(prepared, rows["train"]), (self._predicted, chosen)]), self._splits["train"][1]
+        assert isinstance(targets, np.ndarray)
+        self._splits["train"] = texts, np.concatenate([targets, classes])
+        return [self._predicted.fingerprint, sha256(chosen.astype("<i8").tobytes()).hexdigest()]
+
+    def _tell_cut(self, splits: list[str]) -> None:
+        lengths = np.concatenate([self._splits[name][0].lengths for name in splits])
+        if self._limit is not None and (longer := lengths > self._limit).any():
+            self._say(
+                f"{100 * longer.mean():.1f} % of the texts are longer than {self._limit} tokens (the longest has"
+                f" {lengths.max():,}): cut at the end"
+            )
+
+    def texts(self, split: str) -> Texts:
+        """The texts of a split (train, val, test; when predicting, all).
+
+        Raises:
+            ValueError: if there is no such split.
+        """
+        return self._split(split)[0]
+
+    def _split(self, split: str) -> tuple[Texts, np.ndarray | Several]:
+        if split not in self._splits:
+            raise ValueError(
+                f"there is no {split} split but {', '.join(self._splits)}: set --data.split.{split} to a share, or give"
+                f" texts for it (a file named {split}, or --data.split_column)"
+            )
+        return self._splits[split]
+
+    def class_weights(self) -> np.ndarray:
+        """[K] float32, inverse to the classes' sizes, with mean 1 over the training texts."""
+        targets = self._split("train")[1]
+        assert isinstance(targets, np.ndarray)
+        counts = np.bincount(targets, minlength=len(self.classes))
+        weights: np.ndarray = (counts.sum() / (len(counts) * counts)).astype(np.float32)
+        return weights
+
+    def target_statistics(self) -> tuple[float, float]:
+        """Mean and standard deviation of the training numbers; 0 and 1 where texts have classes."""
+        targets = self._split("train")[1]
+        if self.problem != "number" or not isinstance(targets, np.ndarray):
+            return 0.0, 1.0
+        return float(targets.mean(dtype=np.float64)), float(targets.std(dtype=np.float64)) or 1.0
+
+    def train_dataloader(self) -> DataLoader[LabelledTextBatch]:
+        texts, targets = self._split("train")
+        samples = Samples(
+            texts,
+            targets,
+            self.encoder,
+            self._limit,
+            self.seed,
+            self.class_weights() if self.balance == "weights" else None,
+            self.balance == "samples",
+        )
+        return train_loader(
+            samples,
+            batch_size=self.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            seed=self.seed,
+            trainer=self.trainer,
+            num_workers=self.num_workers,
+            lengths=samples.lengths if self.group_by_length else None,
+        )
+
+    def val_dataloader(self) -> DataLoader[LabelledTextBatch] | list[DataLoader[LabelledTextBatch]]:
+        if "val" not in self._splits and _verb(self) == TrainerFn.FITTING:
+            return []  # asked for none
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader[LabelledTextBatch]:
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[LabelledTextBatch]:
+        """All texts at the path in their order, whatever split they are in."""
+        return self._eval_loader("all")
+
+    def _eval_loader(self, split: str) -> DataLoader[LabelledTextBatch]:
+        texts, targets = self._split(split)
+        # What is predicted is written in the order of the file.
+        samples = Samples(texts, targets, self.encoder, self._limit, self.seed, by_length=split != "all")
+        replicas = num_replicas(self.trainer) if self.trainer is not None else 1
+        at_once = (self.micro_batch_size or 0) * replicas or self.batch_size
+        return eval_loader(samples, batch_size=at_once, trainer=self.trainer, num_workers=self.num_workers)
+
+    def _say(self, line: str) -> None:
+        """A line for the person at the terminal, from one process."""
+        if self.trainer is None or self.trainer.is_global_zero:
+            say(line)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """The batch on the device."""
+        if device.type == "cpu":  # where Lightning takes a tenth of a millisecond to find that it is there
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+
+def _classes(prepared: Prepared, labels: Labels, rows: dict[str, np.ndarray]) -> list[str]:
+    """Names of the classes of the training texts, in order; [] for numbers.
+
+    Raises:
+        ValueError: if there are fewer than two, or another split has further ones.
+    """
+    if labels.problem == "number":
+        return []
+    present = np.unique(labels.of(rows["train"])[0])
+    for name, which in rows.items():
+        values, counts = labels.of(which)
+        if (unknown := ~np.isin(values, present)).any():
+            row = int(np.repeat(which, counts)[np.argmax(unknown)])
+            classes = [labels.names[i] for i in np.unique(values[unknown])]
+            raise ValueError(
+                f"{prepared.name(row)}: the class {labels.names[values[np.argmax(unknown)]]!r} of the {name} split has no"
+                f" training text ({len(classes):,} such classes: {', '.join(map(repr, classes[:_SHOWN]))}): give some, or"
+                " remove its texts"
+            )
+    if len(present) < 2 and labels.problem == "class":
+        raise ValueError(f"at least 2 classes are needed to train, there is {labels.names[present[0]]!r} alone")
+    return [labels.names[i] for i in present.tolist()]
+
+
+def _targets(labels: Labels, classes: list[str], rows: np.ndarray) -> np.ndarray | Several:
+    """What `[rows]` of a batch gives its targets."""
+    values, counts = labels.of(rows)
+    if labels.problem == "number":
+        return values
+    number = np.full(len(labels.names), UNKNOWN)
+    number[[labels.names.index(name) for name in classes]] = np.arange(len(classes))
+    return Several(number[values], counts, len(classes)) if labels.problem == "labels" else number[values]
+
+
+def _verb(data: L.LightningDataModule) -> TrainerFn | None:
+    return data.trainer.state.fn if data.trainer is not None else None

@@ -1,0 +1,265 @@
+"""From cells of a table to labels: a class for each text, several, or a number; which of these, the cells can say.
+
+`auto` takes a column of floats (of a CSV: all cells are numbers, and not all whole) for numbers, of lists (of a CSV: all
+cells are JSON lists) for several labels, and any other for classes. Classes are put in the order of their names, and if all
+are whole numbers, in the order of these.
+
+N texts, M rows in a block, L labels of all texts together.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bigmodel.tasks.transfer_learning.sources.columns import Rows, first_true, is_text, plain
+
+Problem = Literal["class", "labels", "number"]
+_SEPARATORS = re.compile(r"[|;]")
+_WHOLE = re.compile(r"[+-]?\d+")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of all texts.
+
+    Attributes:
+        problem: what a text has: a `class`, `labels` (any number of classes), or a `number`.
+        names: of the classes that occur, or are declared; [] for numbers.
+        values: [N] int32 rows of `names`, -1 where a declared class is not given; [L] int32 for labels; [N] float32 for
+            numbers.
+        offsets: [N + 1] int64, where each text's labels begin in `values`; None if it has one value.
+    """
+
+    problem: Problem
+    names: list[str]
+    values: np.ndarray
+    offsets: np.ndarray | None = None
+
+    def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values of these texts [n], one text's after the other's, and how many each has [n] int64."""
+        if self.offsets is None:
+            return self.values[rows], np.ones(len(rows), np.int64)
+        counts = self.offsets[rows + 1] - self.offsets[rows]
+        shifts = self.offsets[rows] - (np.cumsum(counts) - counts)
+        return self.values[np.repeat(shifts, counts) + np.arange(counts.sum())], counts
+
+
+class LabelReader:
+    """Collects the labels of blocks of rows.
+
+    Args:
+        problem: what they are; `auto`: see above.
+        name: what a person calls a row, by its number in all blocks.
+    """
+
+    def __init__(self, problem: str, name: Callable[[int], str]) -> None:
+        self.problem, self.name = problem, name
+        self._kind = ""
+        self._typed = True
+        self._classes: list[str] | None = None
+        self._cells: list[Any] = []  # of each block, by kind: text and list encoded as dictionary, others as they are
+        self._counts: list[np.ndarray] = []  # of each row's list
+        self._where = ""
+
+    def add(self, rows: Rows) -> None:
+        """Take the labels of a block.
+
+        Raises:
+            ValueError: if a cell is empty, or the column is of a type that is no label, or another than before.
+        """
+        values = plain(rows.columns["label"])
+        if not rows.typed:
+            values = pc.utf8_trim_whitespace(values)
+        _refuse_gaps(rows, values)
+        kind = _kind(values.type)
+        if kind is None:
+            raise ValueError(
+                f"{rows.where}: the column of labels is of type {values.type}; text, whole numbers, floats and lists are"
+                " accepted: set --data.label_column to such a column"
+            )
+        if {kind, self._kind} == {"whole", "float"}:
+            self._kind = kind = "float"
+        if kind != (self._kind or kind) or rows.classes != (self._classes if self._where else rows.classes):
+            raise ValueError(
+                f"{rows.where}: the labels are {kind} or of other classes than in {self._where} ({self._kind}): bring them"
+                " to one type"
+            )
+        self._kind, self._where, self._classes = kind, rows.where, rows.classes
+        self._typed = rows.typed
+        if kind == "list":
+            counts = pc.list_value_length(values).to_numpy(zero_copy_only=False)
+            self._counts.append(counts)
+            values = plain(values.flatten())
+            if (place := first_true(pc.is_null(values))) >= 0:
+                row = int(np.searchsorted(np.cumsum(counts), place, side="right"))
+                raise ValueError(f"{rows.name(row)}: one of the labels is null: remove it from the list")
+            if rows.classes is not None:
+                values = pa.array(rows.classes).take(values)
+            values = values.cast(pa.string())
+        self._cells.append(values.dictionary_encode() if kind in ("text", "list") else values)
+
+    def labels(self) -> Labels:
+        """The labels of all rows.
+
+        Raises:
+            ValueError: if they are not what the problem says, or a number is none; names the row.
+        """
+        read = {"text": self._of_text, "whole": self._of_whole, "float": self._of_floats, "list": self._of_lists}
+        return read[self._kind]()
+
+    def _of_text(self) -> Labels:
+        codes, cells = self._unified()
+        problem = self.problem
+        if problem == "auto":
+            problem = "class" if self._typed else _problem_of(cells)
+        if problem == "class":
+            return _numbered("class", codes, cells)
+        if problem == "number":
+            return self._numbers(np.array([_number(cell) for cell in cells], np.float64)[codes], codes, cells)
+        lists = [_listed(cell) for cell in cells]
+        if None in lists:
+            row = int(np.flatnonzero(codes == lists.index(None))[0])
+            raise ValueError(
+                f'{self.name(row)}: {cells[codes[row]][:60]!r} is no list of labels; JSON (["a", "b"]) or text parted by'
+                " | or ; is accepted"
+            )
+        names = list(dict.fromkeys(name for some in lists for name in some or ()))
+        number = {name: i for i, name in enumerate(names)}
+        each = [np.array([number[name] for name in some or ()], np.int32) for some in lists]
+        counts = np.array([len(some) for some in each])[codes]
+        return _numbered("labels", np.concatenate([each[code] for code in codes.tolist()]), names, counts)
+
+    def _of_whole(self) -> Labels:
+        values = np.concatenate([cells.cast(pa.int64()).to_numpy(zero_copy_only=False) for cells in self._cells])
+        if self.problem == "number":
+            return self._numbers(values.astype(np.float64))
+        if self._classes is not None:
+            if (bad := (values < -1) | (values >= len(self._classes))).any():
+                row = int(np.argmax(bad))
+                raise ValueError(
+                    f"{self.name(row)}: class {values[row]} is none of the {len(self._classes)} declared ones"
+                )
+            problem: Problem = "labels" if self.problem == "labels" else "class"
+            return _with_offsets(Labels(problem, self._classes, values.astype(np.int32)))
+        distinct, codes = np.unique(values, return_inverse=True)
+        words = pa.array(distinct).cast(pa.bool_() if pa.types.is_boolean(self._cells[0].type) else pa.int64())
+        return _with_offsets(
+            _numbered("labels" if self.problem == "labels" else "class", codes, words.cast(pa.string()).to_pylist())
+        )
+
+    def _of_floats(self) -> Labels:
+        values = np.concatenate([cells.cast(pa.float64()).to_numpy(zero_copy_only=False) for cells in self._cells])
+        if self.problem in ("auto", "number"):
+            return self._numbers(values)
+        if self.problem == "labels" or (bad := ~(values % 1 == 0)).any():
+            row = 0 if self.problem == "labels" else int(np.argmax(bad))
+            raise ValueError(f"{self.name(row)}: {values[row]} is no class; --data.problem number is accepted for it")
+        distinct, codes = np.unique(values.astype(np.int64), return_inverse=True)
+        return _numbered("class", codes, [str(value) for value in distinct.tolist()])
+
+    def _of_lists(self) -> Labels:
+        if self.problem not in ("auto", "labels"):
+            raise ValueError(
+                f"--data.problem {self.problem}: the column of labels in {self._where} holds lists; labels is accepted"
+            )
+        codes, names = self._unified()
+        return _numbered("labels", codes, names, np.concatenate(self._counts))
+
+    def _unified(self) -> tuple[np.ndarray, list[str]]:
+        """Each cell as its number among the distinct ones, and these."""
+        whole = pa.chunked_array(self._cells).unify_dictionaries().combine_chunks()
+        self._cells.clear()
+        return whole.indices.to_numpy(), whole.dictionary.to_pylist()
+
+    def _numbers(self, values: np.ndarray, codes: np.ndarray | None = None, cells: list[str] | None = None) -> Labels:
+        with np.errstate(over="ignore"):
+            numbers = values.astype(np.float32)
+        if (bad := ~np.isfinite(numbers)).any():
+            row = int(np.argmax(bad))
+            cell = str(values[row]) if codes is None or cells is None else cells[codes[row]][:60]
+            raise ValueError(
+                f"{self.name(row)}: the label {cell!r} is no finite number: mend it or remove the row ({bad.sum():,} in all)"
+            )
+        return Labels("number", [], numbers)
+
+
+def _kind(kind: pa.DataType) -> str | None:
+    if is_text(kind):
+        return "text"
+    if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
+        return "whole"
+    if pa.types.is_floating(kind):
+        return "float"
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        inner = kind.value_type
+        # An empty list tells no type.
+        fits = is_text(inner) or pa.types.is_integer(inner) or pa.types.is_dictionary(inner) or pa.types.is_null(inner)
+        return "list" if fits else None
+    return "text" if pa.types.is_null(kind) else None
+
+
+def _refuse_gaps(rows: Rows, values: pa.Array) -> None:
+    row = first_true(pc.is_null(values))
+    if row < 0 and is_text(values.type):
+        row = first_true(pc.equal(values, ""))
+    if row >= 0:
+        raise ValueError(
+            f"{rows.name(row)}: there is no label. Give one, or remove the row; a text of a --data.problem labels that has"
+            " none has an empty list, []"
+        )
+
+
+def _number(cell: str) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        return float("nan")
+
+
+def _problem_of(cells: list[str]) -> Problem:
+    """What distinct cells of a table of text are."""
+    try:
+        if [float(cell) for cell in cells] and not all(_WHOLE.fullmatch(cell) for cell in cells):
+            return "number"
+    except ValueError:
+        pass
+    return "labels" if all(cell.startswith("[") and _listed(cell) is not None for cell in cells) else "class"
+
+
+def _listed(cell: str) -> list[str] | None:
+    """The labels in a cell; None if it is no list."""
+    if not cell.startswith("["):
+        return list(dict.fromkeys(part.strip() for part in _SEPARATORS.split(cell) if part.strip()))
+    try:
+        found = json.loads(cell)
+    except json.JSONDecodeError:
+        return None
+    if not all(isinstance(label, str | int) for label in found):
+        return None
+    return list(dict.fromkeys(str(label) for label in found))
+
+
+def _numbered(problem: Problem, codes: np.ndarray, names: list[str], counts: np.ndarray | None = None) -> Labels:
+    """Labels with their classes in order, from rows of `names` in any."""
+    as_numbers = all(_WHOLE.fullmatch(name) for name in names)
+    order = sorted(range(len(names)), key=lambda i: (int(names[i]), names[i]) if as_numbers else names[i])
+    place = np.empty(len(names), np.int32)
+    place[order] = np.arange(len(names), dtype=np.int32)
+    values = place[codes] if len(codes) else np.empty(0, np.int32)
+    offsets = None if counts is None else np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return Labels(problem, [names[i] for i in order], values, offsets)
+
+
+def _with_offsets(labels: Labels) -> Labels:
+    """The same; where there may be several labels, each text has one."""
+    if labels.problem == "class":
+        return labels
+    return Labels(labels.problem, labels.names, labels.values, np.arange(len(labels.values) + 1, dtype=np.int64))

@@ -1,0 +1,53 @@
+"""Linear probe: a new head on the features of a frozen backbone, which are computed once. B rows, D width."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bigmodel.outputs import Outputs
+from bigmodel.tasks.transfer_learning.methods.base import Method, freeze
+from bigmodel.tasks.transfer_learning.methods.kept import FeatureBatch, check_keepable, keep_features
+
+if TYPE_CHECKING:
+    from bigmodel.tasks.transfer_learning.module import TransferLearning
+
+
+class LinearProbe(Method):
+    """The head trains, on a backbone that is frozen and computes as in evaluation.
+
+    Args:
+        cache: compute the features of training and validation samples once, before training, and read them ever after;
+            another run of the same backbone on the same data, with another learning rate for example, finds them there.
+            False: compute them each time, as augmentation needs it.
+
+    Raises:
+        ValueError: if features are to be kept, and a sample has others each time it is met.
+    """
+
+    def __init__(self, cache: bool = True) -> None:
+        self.cache = cache
+        self.kept: dict[str, Outputs | None] = {}  # by split
+
+    def prepare(self, net: Any, problem: str) -> None:
+        freeze(net.backbone)
+
+    def setup(self, task: TransferLearning) -> None:
+        if self.cache:
+            check_keepable(task, ", or --model.method.cache false")
+
+    def on_fit_start(self, task: TransferLearning) -> None:
+        if self.cache:
+            self.kept = {"train": keep_features(task, "train")}
+            if task.trainer.limit_val_batches:
+                self.kept["val"] = keep_features(task, "val")
+
+    def before_transfer(self, task: TransferLearning, batch: Any) -> Any:
+        trainer = task.trainer
+        split = "train" if trainer.training else "val" if trainer.validating or trainer.sanity_checking else "other"
+        kept = self.kept.get(split)
+        if kept is None:
+            return batch
+        return FeatureBatch(kept.read(batch.index)["features"], batch.targets, batch.index, batch.weight)
+
+    def on_fit_end(self, task: TransferLearning) -> None:
+        self.kept = {}

@@ -1,0 +1,191 @@
+"""What an evaluation measures where each sample has one class, several labels, or a number; over all processes.
+
+Matthews' correlation of K classes: Gorodkin 2004 (doi 10.1016/j.compbiolchem.2004.09.006). Spearman's is Pearson's of the
+ranks, those that tie having their mean rank. A correlation with what does not vary is 0: a model that always says the same
+says nothing.
+
+B samples in a batch, N in all, K classes or labels.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bigmodel.classification import ClassMetrics
+from bigmodel.classification.metrics import AllSamples, check_finite, mean_area, mean_ranks
+
+Problem = Literal["class", "labels", "number"]
+
+
+class TransferMetrics(Protocol):
+    """What the task asks of its metrics, whatever the problem is; they are modules, and move along with the net."""
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Take in a batch: logits [B, K] in any floating-point type, and the data's targets; B may be 0.
+
+        Raises:
+            ValueError: for other shapes, or classes out of range.
+        """
+
+    def compute(self) -> dict[str, Tensor]:
+        """Over all batches of all processes since the last `reset`: float32 numbers by name, none of them NaN. Every process
+        must call it.
+
+        Raises:
+            ValueError: if there was nothing to evaluate, or the net's outputs were not finite.
+        """
+        ...
+
+    def confusion(self) -> Tensor | None:
+        """[K, K] int64, true class by predicted; None where a sample is not of one class."""
+
+    def reset(self) -> None:
+        """Forget all batches."""
+
+
+def make_metrics(problem: Problem, num_classes: int) -> TransferMetrics:
+    """The metrics of a problem, an `nn.Module`.
+
+    Args:
+        problem: whether a sample has one class, several labels, or a number.
+        num_classes: K; not asked for numbers.
+
+    Raises:
+        ValueError: if there is one class, and so nothing to tell apart.
+    """
+    if problem == "number":
+        return NumberMetrics()
+    return SingleLabelMetrics(num_classes) if problem == "class" else MultiLabelMetrics(num_classes)
+
+
+class SingleLabelMetrics(ClassMetrics):
+    """One class each: what `ClassMetrics` measures, and `matthews`, -1 to 1. F1 of all decisions together (micro) is the
+    accuracy, and not named twice."""
+
+    def compute(self) -> dict[str, Tensor]:
+        values = super().compute()
+        confusion = self.confusion().double()
+        true, predicted, total = confusion.sum(1), confusion.sum(0), confusion.sum()
+        covariance = confusion.trace() * total - true @ predicted
+        spread = (total**2 - true @ true) * (total**2 - predicted @ predicted)
+        values["matthews"] = (
+            covariance / spread.clamp(min=1).sqrt()
+        ).float()  # counts: below 1 is 0, and so is the other
+        return values
+
+
+class MultiLabelMetrics(nn.Module):
+    """Several labels each, predicted where their probability is above one half.
+
+    `loss` is binary cross-entropy in nats, the mean over samples and labels; `f1_macro` the mean over the labels that are
+    there or were predicted, `f1_micro` that of all decisions together, 0 / 0 counting as 0; `auroc` the mean over the labels
+    that some samples have and others not, left out if there is none; `exact_match` the share of samples with all right.
+
+    Args:
+        num_labels: K.
+    """
+
+    def __init__(self, num_labels: int) -> None:
+        super().__init__()
+        self.num_labels = num_labels
+        self.samples = AllSamples()
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """See `TransferMetrics`; targets [B, K] are 0 or 1."""
+        if logits.shape != targets.shape or logits.shape[1:] != (self.num_labels,):
+            raise ValueError(
+                f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not belong together: both are to be"
+                f" [B, {self.num_labels}]"
+            )
+        self.samples.update(logits.float(), targets > 0)
+
+    def compute(self) -> dict[str, Tensor]:
+        """See `TransferMetrics`."""
+        logits, there = _measured(self.samples)  # [N, K] each
+        loss = F.binary_cross_entropy_with_logits(logits, there.double())
+        check_finite(loss)
+        predicted = logits > 0
+        hits, chosen = (there & predicted).sum(0).double(), there.sum(0) + predicted.sum(0)  # [K]
+        values = {
+            "loss": loss,
+            "f1_macro": (2 * hits / chosen.clamp(min=1))[chosen > 0].sum() / (chosen > 0).sum().clamp(min=1),
+            "f1_micro": 2 * hits.sum() / chosen.sum().clamp(min=1),
+            "exact_match": (there == predicted).all(1).double().mean(),
+        }
+        auroc = mean_area(logits, there)
+        if not torch.isnan(auroc):
+            values["auroc"] = auroc
+        return {name: value.float().to(self.samples.device) for name, value in values.items()}
+
+    def confusion(self) -> None:
+        """There is none."""
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        self.samples.reset()
+
+
+class NumberMetrics(nn.Module):
+    """A number each: `loss`, the mean squared error; `rmse` and `mae`, in the number's unit; `pearson` and `spearman`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.samples = AllSamples()
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """See `TransferMetrics`; logits [B, 1] are in the unit of the targets [B]."""
+        if logits.shape != (len(targets), 1) or targets.ndim != 1:
+            raise ValueError(
+                f"predictions {tuple(logits.shape)} and targets {tuple(targets.shape)} do not belong together: [B, 1] and"
+                " [B] are needed"
+            )
+        self.samples.update(logits[:, 0].float(), targets.float())
+
+    def compute(self) -> dict[str, Tensor]:
+        """See `TransferMetrics`."""
+        predicted, targets = _measured(self.samples)  # [N] each
+        targets = targets.double()
+        errors = predicted - targets
+        loss = errors.square().mean()
+        check_finite(loss)
+        values = {
+            "loss": loss,
+            "rmse": loss.sqrt(),
+            "mae": errors.abs().mean(),
+            "pearson": _correlation(predicted, targets),
+            "spearman": _correlation(mean_ranks(predicted), mean_ranks(targets)),
+        }
+        return {name: value.float().to(self.samples.device) for name, value in values.items()}
+
+    def confusion(self) -> None:
+        """There is none."""
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        self.samples.reset()
+
+
+def _measured(samples: AllSamples) -> tuple[Tensor, Tensor]:
+    """The outputs, in float64, and targets of all samples.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    outputs, targets = samples.compute() if samples.update_called else (torch.empty(0), torch.empty(0))
+    if not len(targets):
+        raise ValueError("no sample with a label was evaluated: there is nothing to measure")
+    return outputs.double(), targets
+
+
+def _correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Pearson's, in -1 to 1; 0 if one of the two does not vary."""
+    if x.min() == x.max() or y.min() == y.max():
+        return torch.zeros((), dtype=torch.float64)
+    x, y = x - x.mean(), y - y.mean()
+    return (x @ y / (x.norm() * y.norm())).clamp(-1, 1)

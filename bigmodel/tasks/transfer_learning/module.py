@@ -1,0 +1,430 @@
+"""Transfer learning: a net that somebody trained is made good at a new task.
+
+Losses, sums over samples: cross-entropy in nats where a sample has one class; binary cross-entropy in nats, the mean over
+the labels, where it may have several; squared error in units of the training targets' variance where it has a number.
+
+B samples, T tokens, D width of the features, K classes or labels (1 for a number).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from PIL import Image
+from torch import Tensor
+
+from bigmodel import optim
+from bigmodel.callbacks import Gradients
+from bigmodel.callbacks.gradients import find
+from bigmodel.classification import Report
+from bigmodel.decode import decode
+from bigmodel.run import sizes
+from bigmodel.tasks.transfer_learning import groups
+from bigmodel.tasks.transfer_learning.backbones import find_backbone, find_text_encoder, rebuild
+from bigmodel.tasks.transfer_learning.batches import text_batch
+from bigmodel.tasks.transfer_learning.methods import WORDS, Method, find_method
+from bigmodel.tasks.transfer_learning.methods.base import settle
+from bigmodel.tasks.transfer_learning.methods.kept import FeatureBatch
+from bigmodel.tasks.transfer_learning.metrics import Problem, TransferMetrics, make_metrics
+from bigmodel.tasks.transfer_learning.net import TransferNet
+from bigmodel.tasks.transfer_learning.penalties import Penalty
+from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
+
+Word = Literal["full", "linear_probe", "knn_probe", "gradual", "lora", "bias_only"]
+Picture = Image.Image | np.ndarray | Path
+Sample = str | tuple[str, str] | Picture
+
+
+class TransferLearning(LightningModule):
+    """Puts a new head on a pretrained backbone and trains what the method says; evaluates it; tells of texts or pictures.
+
+    Args:
+        backbone: a run directory of a task that predicts, a folder with a Hugging Face model, or owner/name on the hub.
+        method: what trains, and when: full, linear_probe, knn_probe, gradual, lora, bias_only; or a Method with settings of
+            its own, as `--model.method lora --model.method.rank 16` makes it.
+        pretrained: take the backbone's weights; false: its architecture with new weights, as a control.
+        excuse: patterns (`*` as in file names) of weights that may be missing, left over or of another shape.
+        allow_pickle: read weights from pickles too, which can run any code; only for files that you trust.
+        pooling: from the features of tokens to those of a text: first (class token), mean, last, attention (learned), or
+            auto, which is what the backbone was made for.
+        dropout: between the features and the head, in [0, 1); in training only.
+        layer_decay: the learning rate of a layer is that of the layer above times this, in (0, 1]; the head has the
+            optimizer's.
+        penalty: what is added to the mean loss for the weights: L2SP, L1.
+        optimizer: makes the optimizer from parameter groups.
+        schedule: each rate over the run's optimizer steps; null: constant.
+
+    Logs, as `val/...` and `test/...`, what `make_metrics` says of the problem, which the data know.
+    """
+
+    counts = "samples"  # what a step's count counts
+    # So that a word can be given settings.
+    words: ClassVar = {"method": {word: f"{kind.__module__}.{kind.__qualname__}" for word, kind in WORDS.items()}}
+
+    def __init__(
+        self,
+        backbone: str,
+        method: Word | Method = "full",
+        pretrained: bool = True,
+        excuse: list[str] | None = None,
+        allow_pickle: bool = False,
+        pooling: Literal["auto", "first", "mean", "last", "attention"] = "auto",
+        dropout: float = 0.1,
+        layer_decay: float = 1.0,
+        penalty: Penalty | None = None,
+        optimizer: optim.OptimizerFactory = torch.optim.AdamW,
+        schedule: optim.Schedule | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"--model.dropout {dropout} must lie in 0 <= dropout < 1")
+        if not 0 < layer_decay <= 1:
+            raise ValueError(f"--model.layer_decay {layer_decay} must lie in 0 < layer_decay <= 1; 1: all layers alike")
+        self.backbone, self.pretrained, self.excuse = backbone, pretrained, excuse or []
+        self.allow_pickle, self.pooling, self.dropout = allow_pickle, pooling, dropout
+        self.method, self.layer_decay, self.penalty = find_method(method), layer_decay, penalty
+        self.optimizer, self.schedule = optimizer, schedule
+        self.net: Any = None
+        self.metrics: Any = None
+        self.facts: dict[str, Any] = {}  # what the data know, as in the checkpoint
+        self.description: dict[str, Any] | None = None  # of the backbone, from a checkpoint
+        self._text_encoder: TextEncoder | None = None
+
+    # What the data know, and what they must be told.
+
+    @property
+    def problem(self) -> Problem:
+        """What a sample has: a class, labels, or a number."""
+        problem: Problem = self.facts.get("problem", "class")
+        return problem
+
+    @property
+    def text_encoder(self) -> TextEncoder | None:
+        """The backbone's way from text to tokens; None if it reads pictures. Known before there is a net."""
+        if self.net is not None:
+            encoder: TextEncoder | None = self.net.backbone.text_encoder
+            return encoder
+        if self._text_encoder is None:
+            self._text_encoder = find_text_encoder(self.backbone)
+        return self._text_encoder
+
+    def setup(self, stage: str) -> None:
+        """Take from the data what they alone know, and see that the method can do with them."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if stage != "predict" and hasattr(data, "classes"):
+            center, scale = data.target_statistics() if hasattr(data, "target_statistics") else (0.0, 1.0)
+            self.facts = {
+                "classes": list(data.classes),
+                "problem": getattr(data, "problem", "class"),
+                "center": center,
+                "scale": scale,
+                **{name: getattr(data, name) for name in ("max_length", "size", "resize") if hasattr(data, name)},
+            }
+        if stage == "fit":
+            if self.penalty is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+                raise ValueError(
+                    "--model.penalty is not for sharded nets: set --trainer.strategy ddp, or the penalty null"
+                )
+            self.method.setup(self)
+            if not self.method.optimizes:
+                self._take_one_step()
+
+    def _take_one_step(self) -> None:
+        """The run is one optimizer step and a validation."""
+        trainer = self.trainer
+        trainer.fit_loop.epoch_loop.max_steps = 1
+        trainer.val_check_interval, trainer.check_val_every_n_epoch = trainer.accumulate_grad_batches, None
+
+    # The net.
+
+    def configure_model(self) -> None:
+        if self.net is not None:
+            return
+        known = sizes(self)
+        if self.description is not None:
+            backbone = rebuild(self.description)
+        else:
+            backbone = find_backbone(
+                self.backbone,
+                pretrained=self.pretrained,
+                excuse=self.excuse,
+                allow_pickle=self.allow_pickle,
+                data_sizes=known,
+            )
+        pretrained = dict(backbone.named_parameters())
+        self.net = TransferNet(backbone, known["num_classes"], pooling=self.pooling, dropout=self.dropout)
+        self.method.prepare(self.net, self.problem)
+        if self.penalty is not None and self._fits:
+            self.penalty.start(pretrained, dict(self.method.trained(self.net)))
+        self.metrics = self.new_metrics()
+        self.train()
+
+    @property
+    def _fits(self) -> bool:
+        return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+
+    def new_metrics(self) -> TransferMetrics:
+        """Metrics of this problem, on this device."""
+        metrics: Any = make_metrics(self.problem, sizes(self)["num_classes"])
+        return metrics.to(self.device)
+
+    def train(self, mode: bool = True) -> TransferLearning:
+        """Training mode; what is frozen stays in evaluation mode."""
+        super().train(mode)
+        if mode and self.net is not None:
+            settle(self.net.backbone)
+        return self
+
+    def configure_callbacks(self) -> list[Callback]:
+        # The loss is a sum: also a bare Trainer must divide it by the count.
+        missing = [kind for kind in (Gradients, Report) if find(self.trainer, kind) is None]
+        return [kind() for kind in missing]
+
+    def configure_optimizers(self) -> Any:
+        if not self.method.optimizes:
+            return torch.optim.SGD([p for _, p in self.method.trained(self.net)], lr=0.0)
+        return optim.configure(self, self.optimizer, self.schedule, groups.groups(self._layers()))
+
+    def _layers(self) -> list[groups.Layer]:
+        trained = [parameter for _, parameter in self.method.trained(self.net)]
+        return groups.layers(self.net, trained, self.layer_decay, self.method.by_layer)
+
+    def say_what_trains(self) -> None:
+        """Print the parameter groups, with how fast they learn; to be called when there are optimizers."""
+        if self.method.optimizes:
+            settings = self.trainer.optimizers[0].defaults
+            groups.show(self._layers(), settings, self.method.joins(self))
+
+    # What distillation, evaluation and export need of a task that *Predicts*.
+
+    def features(self, batch: Any) -> Tensor:
+        """[B, D], pooled, before dropout."""
+        features: Tensor = batch.features if isinstance(batch, FeatureBatch) else self.net.features(batch)
+        return features
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[..., D] -> [..., K]; of numbers [..., 1], in the unit of the targets."""
+        logits: Tensor = self.net.logits(features)
+        if self.problem == "number" and self.method.optimizes:
+            logits = logits.float() * self.facts["scale"] + self.facts["center"]
+        return logits
+
+    def targets(self, batch: Any) -> Tensor:
+        """Class numbers [B] or, where pictures were mixed, distributions [B, K]; 0 and 1 [B, K]; or numbers [B]."""
+        targets: Tensor = batch.targets
+        return targets
+
+    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """[B], of logits [B, K]."""
+        if self.problem == "class":
+            return F.cross_entropy(logits, targets, reduction="none")
+        if self.problem == "labels":
+            return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1)
+        return ((logits[:, 0] - targets) / self.facts["scale"]).square()
+
+    def training_step(self, batch: Any) -> dict[str, Any]:
+        count = len(batch.index)
+        if not self.method.optimizes:
+            return {"loss": sum(p.sum() for _, p in self.method.trained(self.net)) * 0.0, "count": count}
+        logits = self.logits(self.features(batch)).float()
+        loss = (self.losses(logits, batch.targets) * batch.weight).sum()
+        if self.penalty is not None:
+            loss = loss + count * self.penalty()
+        return {"loss": loss, "count": count}
+
+    def validation_step(self, batch: Any) -> dict[str, Tensor]:
+        """Of each sample: its number, loss, target and what was predicted, with its probability; for `Report`."""
+        real = batch.weight > 0
+        logits = self.logits(self.features(batch)).float()[real]
+        targets = batch.targets[real]
+        self.metrics.update(logits, targets)
+        found = {"index": batch.index[real], "loss": self.losses(logits, targets), "target": targets}
+        if self.problem == "class":
+            probability, predicted = logits.softmax(-1).max(-1)
+            return {**found, "predicted": predicted, "probability": probability}
+        if self.problem == "labels":
+            return {**found, "predicted": (logits > 0).float(), "probability": logits.sigmoid()}
+        return {**found, "predicted": logits[:, 0]}
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_metrics("val", self.metrics)
+
+    def test_step(self, batch: Any) -> dict[str, Tensor]:
+        return self.validation_step(batch)
+
+    def on_test_epoch_end(self) -> None:
+        self.log_metrics("test", self.metrics)
+
+    def log_metrics(self, split: str, metrics: TransferMetrics) -> None:
+        """Log what was measured over all processes, and begin anew."""
+        for name, value in metrics.compute().items():
+            self.log(f"{split}/{name}", value.to(torch.float32), sync_dist=True)
+        metrics.reset()
+
+    # The method's moments.
+
+    def on_fit_start(self) -> None:
+        self.method.on_fit_start(self)
+
+    def on_train_start(self) -> None:
+        self.method.on_train_start(self)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self.method.before_transfer(self, batch)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.method.on_train_batch_start(self, batch_idx)
+
+    def on_after_backward(self) -> None:
+        self.method.on_after_backward(self)
+
+    def on_fit_end(self) -> None:
+        self.method.on_fit_end(self)
+
+    # What the data know travels in the checkpoint, so that a loaded task needs neither them nor the backbone's files.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        encoder = self.text_encoder if self.net.backbone.modality == "text" else None
+        checkpoint["transfer"] = {
+            "facts": self.facts,
+            "backbone": self.net.backbone.description,
+            "text_encoder": encoder.to_plain() if encoder is not None else None,
+            "method": self.method.state_dict(),
+            "penalty": self.penalty.identity() if self.penalty is not None else "",
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = checkpoint["transfer"]
+        facts = kept["facts"]
+        if self.facts and (self.problem, self.facts["classes"]) != (facts["problem"], facts["classes"]):
+            raise ValueError(f"the data are not of the kind that was learned: {_kind(self.facts)}, not {_kind(facts)}")
+        if self.penalty is not None and self._fits and kept["penalty"] != self.penalty.identity():
+            raise ValueError(
+                f"--model.backbone {self.backbone} has other weights than when this run began, and --model.penalty draws to"
+                " those: put the old ones back, or set --model.penalty null"
+            )
+        self.facts, self.description = facts, kept["backbone"]
+        if kept["text_encoder"] is not None and self.net is None:
+            self._text_encoder = TextEncoder.from_plain(kept["text_encoder"])
+        self.method.load_state_dict(kept["method"], self.net)
+
+    # In use.
+
+    def exported_net(self) -> TransferNet:
+        """The net with what its method put in merged into its weights."""
+        self.method.merge(self.net)
+        net: TransferNet = self.net
+        return net
+
+    def predict_step(self, batch: Any) -> dict[str, Any]:
+        """Of each sample: what it is (`text`, or the picture's `path`), and what is told of it.
+
+        Where there is one class, `class`, its `probability`, and the `probabilities` [n, K] of all; where there may be
+        several, `labels` (lists) and `probabilities` [n, K]; else the `number`.
+        """
+        data: Any = getattr(self.trainer, "datamodule")  # noqa: B009
+        real = batch.weight > 0
+        logits = self.logits(self.features(batch)).float()[real]
+        numbers = batch.index[real].tolist()
+        if self.net.backbone.modality == "text":
+            texts = data.texts("all")
+            columns: dict[str, Any] = {"text": [texts.text(i) for i in numbers]}
+            if texts.paired:
+                columns["pair"] = [texts.pair(i) for i in numbers]
+        else:
+            images = data.images("all")
+            columns = {"path": [images.name(i) for i in numbers]}
+        return columns | self._told(logits)
+
+    def _told(self, logits: Tensor) -> dict[str, Any]:
+        """Columns of a table, of logits [n, K]."""
+        classes = self.facts["classes"]
+        if self.problem == "number":
+            return {"number": logits[:, 0]}
+        if self.problem == "labels":
+            probabilities = logits.sigmoid()
+            rows = [[classes[i] for i, p in enumerate(row) if p > 0.5] for row in probabilities.tolist()]
+            return {"labels": pa.array(rows, pa.list_(pa.string())), "probabilities": probabilities}
+        probabilities = logits.softmax(-1)
+        probability, predicted = probabilities.max(-1)
+        return {
+            "class": [classes[i] for i in predicted.tolist()],
+            "probability": probability,
+            "probabilities": probabilities,
+        }
+
+    def prediction_metadata(self) -> dict[str, str]:
+        """What is written into a file of predictions: the classes, in the order of `probabilities`, as JSON."""
+        return {"classes": json.dumps(self.facts["classes"])}
+
+    def forward(self, samples: Tensor | Sample | Sequence[Sample]) -> Any:
+        """Tell of texts or pictures, whichever the backbone reads.
+
+        Args:
+            samples: a text, a pair of texts (a tuple), or a picture (a PIL image, its path, or pixels [H, W] or [H, W, C] of
+                uint8); or several.
+
+        Returns:
+            The classes or labels with their probabilities, the likeliest first; or the number. For several samples, a list.
+        """
+        if isinstance(samples, str | tuple | Picture):
+            return self._tell([samples])[0]
+        return self._tell(list(samples))
+
+    @torch.no_grad()
+    def _tell(self, samples: list[Sample]) -> list[Any]:
+        if not self.facts:
+            raise ValueError("this task has learned nothing yet: load it from a run with bigmodel.load")
+        batch = self._text_batch(samples) if self.net.backbone.modality == "text" else self._image_batch(samples)
+        logits = self.logits(self.features(batch)).float()
+        if self.problem == "number":
+            return logits[:, 0].tolist()
+        answers = []
+        for row in logits.softmax(-1) if self.problem == "class" else logits.sigmoid():
+            probabilities, order = row.sort(descending=True)
+            names = [self.facts["classes"][i] for i in order.tolist()]
+            answers.append(dict(zip(names, probabilities.tolist(), strict=True)))
+        return answers
+
+    def _text_batch(self, samples: Sequence[Sample]) -> Any:
+        pairs = [sample for sample in samples if isinstance(sample, tuple)]
+        texts = [sample[0] if isinstance(sample, tuple) else sample for sample in samples]
+        wrong = [type(text).__name__ for text in texts if not isinstance(text, str)]
+        if wrong or (pairs and len(pairs) < len(samples)):
+            raise ValueError(
+                f"this task tells of texts, not of a {wrong[0]}"
+                if wrong
+                else "give pairs of texts alone, or texts alone"
+            )
+        encoder = self.text_encoder
+        assert encoder is not None
+        batch = text_batch(encoder, texts, [b for _, b in pairs] or None, self.facts.get("max_length"))  # type: ignore[arg-type]
+        return type(batch)(*(part.to(self.device) for part in batch))
+
+    def _image_batch(self, samples: Sequence[Sample]) -> Any:
+        size, resize, channels = self.facts["size"], self.facts["resize"], sizes(self)["in_channels"]
+        pixels = [decode(picture, channels=channels, size=size, resize=resize) for picture in samples]  # type: ignore[arg-type]
+        images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(self.device)  # [B, S, S, C] -> [B, C, S, S]
+        return _Images(images)
+
+
+class _Images(NamedTuple):
+    """Of a batch of pictures what a backbone reads: [B, C, S, S] uint8."""
+
+    images: Tensor
+
+
+def _kind(facts: dict[str, Any]) -> str:
+    names = facts["classes"]
+    some = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"{facts['problem']}{f' ({some})' if names else ''}"

@@ -1,0 +1,111 @@
+"""What a net pays for its weights, besides what it pays for its mistakes.
+
+Source of L2-SP: Li, Grandvalet and Davoine 2018 (arXiv 1802.01483, equation 2)::
+
+    strength / 2 |w - w0|^2  over pretrained weights w, which began as w0,  +  head_strength / 2 |v|^2  over new ones v
+
+A loss is a sum over samples, and a penalty belongs to their mean: each micro-batch of B samples adds B times the penalty, so
+that it is the same however a batch is divided.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from bigmodel.outputs import weights_digest
+
+
+class Penalty(ABC):
+    """A function of the weights that train, to be added to the mean loss of a sample."""
+
+    @abstractmethod
+    def start(self, pretrained: dict[str, nn.Parameter], trained: dict[str, nn.Parameter]) -> None:
+        """Get ready, before the first step.
+
+        Args:
+            pretrained: parameters that came with the backbone, with the values they came with.
+            trained: those that train, by name; some are pretrained ones, others new.
+
+        Raises:
+            ValueError: if nothing that it acts on trains.
+        """
+
+    @abstractmethod
+    def __call__(self) -> Tensor:
+        """The penalty, a scalar."""
+
+    def identity(self) -> str:
+        """Is another where the same weights would be penalised otherwise, though settings are the same."""
+        return ""
+
+
+class L2SP(Penalty):
+    """Draws pretrained weights towards their starting point, and new ones towards 0.
+
+    Args:
+        strength: of the pull towards the pretrained weights, biases and norms included.
+        head_strength: of that towards 0, on the matrices of the head.
+    """
+
+    def __init__(self, strength: float = 0.01, head_strength: float = 0.01) -> None:
+        _check("strength", strength)
+        _check("head_strength", head_strength)
+        self.strength, self.head_strength = strength, head_strength
+        self._kept: list[nn.Parameter] = []
+        self._origin: list[Tensor] = []
+        self._new: list[nn.Parameter] = []
+        self._identity: str | None = None
+
+    def start(self, pretrained: dict[str, nn.Parameter], trained: dict[str, nn.Parameter]) -> None:
+        known = {id(parameter) for parameter in pretrained.values()}
+        self._kept = [parameter for parameter in trained.values() if id(parameter) in known]
+        self._new = [parameter for parameter in trained.values() if id(parameter) not in known and parameter.ndim >= 2]
+        if not self._kept:
+            raise ValueError(
+                "--model.penalty L2SP draws pretrained weights to where they began, and this method trains none of them:"
+                " choose --model.method full, gradual or bias_only, or --model.penalty null"
+            )
+        self._origin = [parameter.detach().clone() for parameter in self._kept]
+
+    def __call__(self) -> Tensor:
+        device = self._kept[0].device
+        if self._origin[0].device != device:
+            self._origin = [origin.to(device) for origin in self._origin]
+        way = torch.stack(
+            [(parameter - origin).square().sum() for parameter, origin in zip(self._kept, self._origin, strict=True)]
+        )
+        size = torch.stack([parameter.square().sum() for parameter in self._new] or [way.new_zeros(())])
+        return 0.5 * (self.strength * way.sum() + self.head_strength * size.sum())
+
+    def identity(self) -> str:
+        """Digest of the starting point."""
+        if self._identity is None:
+            self._identity = weights_digest(nn.ParameterList(self._origin))
+        return self._identity
+
+
+class L1(Penalty):
+    """Draws the matrices that train towards 0, each number by the same amount: many get there.
+
+    Args:
+        strength: times the sum of absolute values.
+    """
+
+    def __init__(self, strength: float = 1e-4) -> None:
+        _check("strength", strength)
+        self.strength = strength
+        self._matrices: list[nn.Parameter] = []
+
+    def start(self, pretrained: dict[str, nn.Parameter], trained: dict[str, nn.Parameter]) -> None:
+        self._matrices = [parameter for parameter in trained.values() if parameter.ndim >= 2]
+
+    def __call__(self) -> Tensor:
+        return self.strength * torch.stack([parameter.abs().sum() for parameter in self._matrices]).sum()
+
+
+def _check(name: str, strength: float) -> None:
+    if not strength >= 0:
+        raise ValueError(f"--model.penalty.{name} {strength} must not be negative")

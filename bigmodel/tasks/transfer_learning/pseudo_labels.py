@@ -1,0 +1,79 @@
+"""Predictions of an unlabelled file as further training texts (Lee 2013): those whose class is probable enough."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bigmodel.tasks.transfer_learning.prepare import Prepared, prepare
+from bigmodel.tasks.transfer_learning.sources import Columns, find_source
+from bigmodel.tasks.transfer_learning.splits import Tell
+from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
+
+
+def prepare_predictions(path: str, paired: bool, encoder: TextEncoder, cache: Path) -> Prepared:
+    """The texts of a file that `bigmodel predict` wrote: columns `text`, `class`, `probability`, and `pair` for pairs.
+
+    Raises:
+        ValueError: if it is no such file.
+    """
+    columns = Columns("text", "pair" if paired else None, "class", None, "probability")
+    try:
+        there = pq.read_schema(path).names
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"--data.pseudo_labels {path} cannot be read as Parquet: {error}") from error
+    missing = [name for name in vars(columns).values() if name is not None and name not in there]
+    if missing:
+        raise ValueError(
+            f"--data.pseudo_labels {path}: there is no column {missing}, only {there}; give a file that `bigmodel predict`"
+            " wrote for a run of this task"
+        )
+    return prepare(find_source(path, columns=columns, cache=cache), columns, "class", encoder, cache)
+
+
+def choose(
+    predicted: Prepared,
+    classes: list[str],
+    min_confidence: float,
+    known: np.ndarray,
+    tell: Tell,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows [n] that are trained on, and their class numbers [n].
+
+    Args:
+        predicted: texts with predicted classes.
+        classes: those of the labelled texts.
+        min_confidence: probability that is needed.
+        known: contents of the labelled texts, of all splits, which are left out here.
+        tell: what was done, for people.
+
+    Raises:
+        ValueError: if a class is another, or no text is left.
+    """
+    labels = predicted.labels
+    assert labels is not None
+    assert predicted.confidences is not None
+    if strange := [name for name in labels.names if name not in classes]:
+        raise ValueError(
+            f"--data.pseudo_labels: the classes {strange[:10]} are none of the {len(classes)} of the labelled texts"
+        )
+    sure = np.flatnonzero(predicted.confidences >= min_confidence)
+    rows = sure[~np.isin(predicted.contents[sure], known)]
+    if not len(rows):
+        raise ValueError(
+            f"--data.pseudo_labels: of {len(predicted):,} predictions {len(sure):,} have a probability of at least"
+            f" --data.min_confidence {min_confidence}, and none of these is of a text that has no label yet; lower it, or"
+            " leave the file out"
+        )
+    number = np.array([classes.index(name) for name in labels.names], np.int64)
+    targets: np.ndarray = number[labels.values[rows]]
+    counts = np.bincount(targets, minlength=len(classes)).tolist()
+    each = ", ".join(f"{name} {count:,}" for name, count in list(zip(classes, counts, strict=True))[:10])
+    tell(
+        f"pseudo-labels: {len(rows):,} of {len(predicted):,} predictions join the training texts, with a probability of at"
+        f" least {min_confidence} ({each}); {len(sure) - len(rows):,} more are of texts that have a label"
+    )
+    return rows, targets

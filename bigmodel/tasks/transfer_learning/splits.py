@@ -1,0 +1,237 @@
+"""Dealing texts out: shares, folds of a cross-validation, a few training examples of each class.
+
+Within each class the contents (texts that are equal are one) are put in the order of a hash of content and seed, in which
+neither places nor the other texts count. The first of that order are the test split, the last the validation split, and what
+lies between is for training. So a text that is added or removed moves two others at most, and none from test to validation
+or back. With k folds, what lies behind the test split is dealt to the folds in turn, class after class. Of texts with
+several labels the rarest counts as the class; numbers have none.
+
+N texts, U contents, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from bigmodel.randomness import hashes
+from bigmodel.sampling import mix
+from bigmodel.tasks.transfer_learning.labels import Labels
+from bigmodel.tasks.transfer_learning.prepare import SPLITS, Prepared
+
+_SPLIT_STREAM, _SHOT_STREAM = 1, 2  # of draws, so that they have nothing to do with each other
+_SHOWN = 10
+
+Tell = Callable[[str], None]  # a line for the person at the terminal
+
+
+@dataclass
+class Split:
+    """How many texts of each class are kept from training, where the data do not say which.
+
+    Args:
+        val: share of each class for validation, at least 0 (no such split) and below 1.
+        test: share of each class for test, likewise.
+        seed: other texts for each; not --data.seed, so that runs of several seeds are measured with the same texts.
+    """
+
+    val: float = 0.1
+    test: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, share in (("val", self.val), ("test", self.test)):
+            if not 0 <= share < 1:
+                raise ValueError(f"--data.split.{name} {share} is no share: give a number of at least 0 and below 1")
+        if self.val + self.test >= 1:
+            raise ValueError(
+                f"--data.split.val {self.val} and --data.split.test {self.test} leave nothing to train on: together they"
+                " must be below 1"
+            )
+
+
+@dataclass(frozen=True)
+class Folds:
+    """A k-fold cross-validation, and which of its folds is the validation split."""
+
+    count: int
+    number: int
+
+    def __post_init__(self) -> None:
+        if self.count < 2:
+            raise ValueError(f"--data.folds {self.count}: at least 2 are needed")
+        if not 0 <= self.number < self.count:
+            raise ValueError(
+                f"--data.fold {self.number}: 0 to {self.count - 1} is accepted with --data.folds {self.count}"
+            )
+
+
+def divide(prepared: Prepared, split: Split, folds: Folds | None, tell: Tell) -> dict[str, np.ndarray]:
+    """Rows [n] int64 of each split, ascending: those that the data say, and what they lack dealt out of the training split.
+
+    Raises:
+        ValueError: if a class has too few contents to be in all splits, or a split gets none.
+    """
+    assert prepared.labels is not None
+    labels = prepared.labels
+    rows = _given(prepared, tell)
+    shares = {name: share for name, share in (("val", split.val), ("test", split.test)) if name not in rows and share}
+    if folds is not None:
+        shares.pop("val", None)
+        rows["train"] = np.union1d(rows["train"], rows.pop("val", np.empty(0, np.int64)))
+    if not shares and folds is None:
+        return rows
+    pool = rows["train"]
+    strata = _strata(labels, pool)
+    contents, content = np.unique(prepared.contents[pool], return_inverse=True)
+    owner = np.full(len(contents), np.iinfo(np.int64).max)
+    np.minimum.at(owner, content, strata)
+    drawn = hashes(contents, mix(_SPLIT_STREAM, split.seed), 1)[:, 0]
+    order = np.lexsort((drawn, owner))  # by class, then by the draw
+    borders = np.flatnonzero(np.diff(owner[order], prepend=-2, append=-2)).tolist()
+    if labels.problem == "class":
+        _check_classes(labels, owner[order], borders, 1 + len(shares) + (folds is not None), folds)
+    dealt = np.full(len(contents), "train", dtype="<U5")
+    turn = 0
+    for start, stop in pairwise(borders):
+        num_test = _count(shares.get("test", 0.0), stop - start, 1 + len(shares))
+        dealt[order[start : start + num_test]] = "test"
+        if folds is not None:
+            turns = (turn + np.arange(stop - start - num_test)) % folds.count
+            dealt[order[start + num_test : stop][turns == folds.number]] = "val"
+            turn += stop - start - num_test
+        else:
+            dealt[order[stop - _count(shares.get("val", 0.0), stop - start, 1 + len(shares)) : stop]] = "val"
+    wanted = ["train", *shares, *(["val"] if folds is not None else [])]
+    for name in wanted:
+        rows[name] = pool[dealt[content] == name]
+        if len(rows[name]) == 0:
+            raise ValueError(
+                f"the {name} split has no text of the {len(pool):,} that are dealt out: give more, or other shares"
+                " (--data.split.val, --data.split.test)"
+            )
+    return {name: rows[name] for name in ("train", "val", "test") if name in rows}
+
+
+def _given(prepared: Prepared, tell: Tell) -> dict[str, np.ndarray]:
+    """Rows of each split as the data say; all in train if they say nothing of it."""
+    labels = prepared.labels
+    assert labels is not None
+    rows = {name: found for i, name in enumerate(SPLITS) if len(found := np.flatnonzero(prepared.splits == i))}
+    if "train" not in rows:
+        if named := [name for name in rows if name != "all"]:
+            tell(f"the data have no training split, only {', '.join(named)}; all texts are dealt out to splits")
+        rows = {"train": np.arange(len(prepared))}
+    for name in list(rows):
+        unlabelled = rows[name][labels.values[rows[name]] < 0] if labels.problem == "class" else rows[name][:0]
+        if not len(unlabelled):
+            continue
+        if name != "train" and len(unlabelled) == len(rows[name]):
+            tell(f"the {name} split has no labels (all are -1) and is left out")
+            del rows[name]
+            continue
+        raise ValueError(
+            f"{len(unlabelled):,} texts of the {name} split have no label, the first in {prepared.name(int(unlabelled[0]))}:"
+            " remove them"
+        )
+    return rows
+
+
+def _strata(labels: Labels, pool: np.ndarray) -> np.ndarray:
+    """[n] the class by which each text of these rows is dealt out."""
+    if labels.problem == "class":
+        return labels.values[pool].astype(np.int64)
+    if labels.offsets is None:
+        return np.zeros(len(pool), np.int64)
+    counts = np.bincount(labels.values, minlength=len(labels.names))
+    rank = np.argsort(np.argsort(counts, kind="stable"), kind="stable")  # of each label, the rarest first
+    strata = np.full(len(labels.offsets) - 1, len(rank))
+    np.minimum.at(strata, np.repeat(np.arange(len(strata)), np.diff(labels.offsets)), rank[labels.values])
+    return strata[pool].astype(np.int64)
+
+
+def _check_classes(labels: Labels, owners: np.ndarray, borders: list[int], needed: int, folds: Folds | None) -> None:
+    """Refuse classes that cannot be in all splits."""
+    sizes = {labels.names[owners[start]]: stop - start for start, stop in pairwise(borders)}
+    few = {name: size for name, size in sizes.items() if size < needed}
+    if few:
+        shown = ", ".join(f"{name!r} has {size}" for name, size in list(few.items())[:_SHOWN])
+        flags = "set --data.split.val or --data.split.test to 0" if folds is None else "leave out --data.folds"
+        raise ValueError(
+            f"{len(few):,} of {len(sizes):,} classes have fewer different texts than the {needed} splits that are dealt"
+            f" out, each of which needs one: {shown}{', ...' if len(few) > _SHOWN else ''}. Give more texts, remove these"
+            f" classes, or {flags}. If nearly every text has a class of its own, see --data.label_column and"
+            " --data.problem number"
+        )
+
+
+def _count(share: float, contents: int, num_splits: int) -> int:
+    """Of so many contents of a class, how many a split with this share gets: the nearest number, at least 1 if there are as
+    many as splits."""
+    return max(int(share * contents + 0.5), int(share > 0 and contents >= num_splits))
+
+
+def draw_shots(prepared: Prepared, rows: np.ndarray, classes: list[str], shots: int, seed: int) -> np.ndarray:
+    """So many different texts of each class, of these training rows: the first in an order of the seed's, so that fewer
+    shots are among more. Of texts with several labels, so many at least have each.
+
+    Raises:
+        ValueError: if a class has fewer, or there are no classes.
+    """
+    labels = prepared.labels
+    assert labels is not None
+    if shots < 1:
+        raise ValueError(f"--data.shots {shots}: at least 1 example of each class is needed")
+    if labels.problem == "number":
+        raise ValueError(
+            f"--data.shots {shots}: the labels are numbers, and of these there are no classes to draw from"
+        )
+    _, first = np.unique(prepared.contents[rows], return_index=True)  # one row of each content
+    rows = rows[first]
+    rows = rows[np.argsort(hashes(prepared.contents[rows], mix(_SHOT_STREAM, seed), 1)[:, 0], kind="stable")]
+    values, counts = labels.of(rows)
+    order = np.argsort(values, kind="stable")
+    values, owners = values[order], np.repeat(rows, counts)[order]  # by class, and within it as drawn
+    numbers = np.array([labels.names.index(name) for name in classes])
+    starts, stops = (np.searchsorted(values, numbers, side) for side in ("left", "right"))
+    if few := {name: n for name, n in zip(classes, (stops - starts).tolist(), strict=True) if n < shots}:
+        shown = ", ".join(f"{name!r} has {count}" for name, count in list(few.items())[:_SHOWN])
+        raise ValueError(
+            f"--data.shots {shots}: {len(few):,} of {len(classes):,} classes have fewer different training texts: {shown};"
+            f" at most {min(few.values())} can be drawn of each"
+        )
+    return np.unique(np.concatenate([owners[start : start + shots] for start in starts.tolist()]))
+
+
+def tell_repeats(prepared: Prepared, rows: dict[str, np.ndarray], tell: Tell) -> None:
+    """Tell of texts that are met again: with other labels, or in a split that the data keep from training."""
+    labels = prepared.labels
+    assert labels is not None
+    used = np.concatenate(list(rows.values()))
+    contents, content, counts = np.unique(prepared.contents[used], return_inverse=True, return_counts=True)
+    if len(contents) < len(used):
+        marks = _marks(labels)[used]
+        order = np.lexsort((marks, content))
+        change = (np.diff(content[order]) == 0) & (np.diff(marks[order]) != 0)
+        num_contradicting = len(np.unique(content[order][1:][change]))
+        tell(
+            f"{(counts > 1).sum():,} of {len(contents):,} different texts are met more than once,"
+            f" {num_contradicting:,} of them with contradicting labels; all are kept"
+        )
+    for name in ("val", "test"):
+        if name in rows and (
+            seen := int(np.isin(prepared.contents[rows[name]], prepared.contents[rows["train"]]).sum())
+        ):
+            tell(f"{seen:,} of {len(rows[name]):,} texts of the {name} split are in the train split too")
+
+
+def _marks(labels: Labels) -> np.ndarray:
+    """[N] numbers that differ where labels do."""
+    if labels.offsets is None:
+        return labels.values
+    sums = np.concatenate([[0], np.cumsum(hashes(labels.values.astype(np.int64), 0, 1)[:, 0])])
+    marks: np.ndarray = sums[labels.offsets[1:]] - sums[labels.offsets[:-1]]
+    return marks

@@ -1,0 +1,272 @@
+"""Text to the tokens that a backbone reads: special tokens, sentence pairs, truncation.
+
+A text is encoded once and whole; what of it a model reads is cut out of its tokens later. Around the tokens stand those that
+the tokenizer puts there, found out by encoding a letter::
+
+    first + A + last                 one text     [CLS] a [SEP]
+    first + A + between + B + last   a pair       [CLS] a [SEP] b [SEP]
+
+Where it puts nothing between two texts (GPT-2, Llama) the end-of-text token stands there. Text that looks like a special
+token is text here, so the first `between` behind `first` is where A ends, and tokens need no more beside them.
+
+T tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from bigmodel.cache import digest
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What stands around texts.
+
+    Attributes:
+        first: token ids before the text.
+        last: token ids after one text.
+        between: token ids that part a pair.
+        pair_last: token ids after a pair.
+        has_segments: whether the model is told which of a pair a token is of.
+    """
+
+    first: tuple[int, ...] = ()
+    last: tuple[int, ...] = ()
+    between: tuple[int, ...] = ()
+    pair_last: tuple[int, ...] = ()
+    has_segments: bool = False
+
+
+class TextEncoder(ABC):
+    """What the task needs of any tokenizer.
+
+    Attributes:
+        frame: what stands around texts.
+        pad_id: token id that fills up a batch; masked, so any will do.
+        max_length: T that the model has positions for; None: any number.
+    """
+
+    frame: Frame
+    pad_id: int
+    max_length: int | None
+
+    @abstractmethod
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, and nothing around them."""
+
+    @abstractmethod
+    def to_plain(self) -> dict[str, Any]:
+        """The whole encoder as plain values, for `from_plain`."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Is another when texts may have other tokens."""
+        plain = self.to_plain()
+        del plain["max_length"]
+        return digest(plain)
+
+    def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[np.ndarray]:
+        """Tokens [T] int32 of each text with its special tokens, however many they are.
+
+        Args:
+            texts: to encode.
+            pairs: a second text for each.
+
+        Raises:
+            ValueError: if there is nothing that parts the texts of a pair.
+        """
+        frame, wholes = self.frame, self.pieces(texts)
+        if pairs is None:
+            return [np.array([*frame.first, *ids, *frame.last], np.int32) for ids in wholes]
+        if not frame.between:
+            raise ValueError(
+                "--data.pair_column: the tokenizer has neither a token between two texts nor one for the end of text;"
+                " put both texts into one column"
+            )
+        seconds = self.pieces(pairs)
+        return [
+            np.array([*frame.first, *a, *frame.between, *b, *frame.pair_last], np.int32)
+            for a, b in zip(wholes, seconds, strict=True)
+        ]
+
+    def truncate(self, tokens: np.ndarray, max_length: int | None) -> np.ndarray:
+        """At most `max_length` of the tokens [T], special tokens kept: a text loses its end; of a pair the longer one loses
+        its end until both are as long, then both do.
+
+        Raises:
+            ValueError: if not even the special tokens and one of each text fit.
+        """
+        if max_length is None or len(tokens) <= max_length:
+            return tokens
+        frame, second = self.frame, self._second(tokens)
+        first, last = len(frame.first), frame.last if second is None else frame.pair_last
+        room = self.room(max_length, second is not None)
+        if second is None:
+            return np.concatenate([tokens[: first + room], tokens[len(tokens) - len(last) :]])
+        end = second - len(frame.between)
+        a, b = end - first, len(tokens) - len(last) - second
+        shorter = min(a, b, room // 2)
+        keep_a, keep_b = (shorter, room - shorter) if a <= b else (room - shorter, shorter)
+        parts = (tokens[: first + keep_a], tokens[end : second + keep_b], tokens[len(tokens) - len(last) :])
+        return np.concatenate(parts)
+
+    def room(self, max_length: int, paired: bool) -> int:
+        """Of `max_length` tokens, those that are not special.
+
+        Raises:
+            ValueError: if there is not one for each text.
+        """
+        frame = self.frame
+        around = len(frame.first) + len(frame.between + frame.pair_last if paired else frame.last)
+        if max_length < around + 1 + paired:
+            raise ValueError(
+                f"--data.max_length {max_length} has no room for text: {around} tokens are special, so at least"
+                f" {around + 1 + paired} are needed"
+            )
+        return max_length - around
+
+    def segments(self, tokens: np.ndarray) -> np.ndarray:
+        """[T] int32: 1 from the second text of a pair on, if the model is told, else 0."""
+        segments = np.zeros(len(tokens), np.int32)
+        if self.frame.has_segments and (second := self._second(tokens)) is not None:
+            segments[second:] = 1
+        return segments
+
+    def _second(self, tokens: np.ndarray) -> int | None:
+        """Where the second text of a pair begins; None if there is one text."""
+        frame = self.frame
+        if not frame.between:
+            return None
+        first = len(frame.first)
+        found = np.flatnonzero(tokens[first:] == frame.between[0])
+        if not len(found) or (frame.last and first + found[0] + len(frame.last) == len(tokens)):
+            return None
+        return first + int(found[0]) + len(frame.between)
+
+    @staticmethod
+    def from_plain(plain: dict[str, Any]) -> TextEncoder:
+        """The encoder that `to_plain` described.
+
+        Raises:
+            ValueError: if no encoder wrote this.
+        """
+        if plain.get("kind") == "transformers":
+            from tokenizers import Tokenizer
+
+            backend = Tokenizer.from_str(plain["tokenizer"])
+            return TransformersEncoder(backend, plain["pad_id"], plain["end_id"], plain["max_length"])
+        if plain.get("kind") == "bigmodel":
+            module, _, name = plain["class"].partition(":")
+            tokenizer = getattr(import_module(module), name).from_json(plain["tokenizer"])
+            return LanguageModelEncoder(tokenizer, plain["max_length"])
+        raise ValueError(f"not a text encoder that bigmodel saved: {sorted(plain)}")
+
+
+class TransformersEncoder(TextEncoder):
+    """A fast tokenizer of `transformers`; `read_encoder` makes one from a folder.
+
+    Args:
+        backend: the `tokenizers.Tokenizer` in it, which is copied.
+        pad_id: of the padding token; None: 0.
+        end_id: of the end-of-text token; None: there is none.
+        max_length: T that the model has positions for; None: any number.
+    """
+
+    def __init__(self, backend: Any, pad_id: int | None, end_id: int | None, max_length: int | None) -> None:
+        self.backend = type(backend).from_str(backend.to_str())
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = True  # text that looks like a special token is text
+        self.pad_id, self.end_id, self.max_length = pad_id or 0, end_id, max_length
+        self.frame = self._frame()
+
+    def _frame(self) -> Frame:
+        one, two = self.backend.encode("a"), self.backend.encode("a", "a")
+        if not one.ids:
+            raise ValueError("the tokenizer gives no token for the text 'a': it is no tokenizer of English text")
+        a = [i for i, text in enumerate(one.sequence_ids) if text == 0]
+        first, last = one.ids[: a[0]], one.ids[a[-1] + 1 :]
+        of_first = [i for i, text in enumerate(two.sequence_ids) if text == 0]
+        of_second = [i for i, text in enumerate(two.sequence_ids) if text == 1]
+        between, pair_last = two.ids[of_first[-1] + 1 : of_second[0]], two.ids[of_second[-1] + 1 :]
+        has_segments = bool(between) and two.type_ids[of_second[0]] == 1
+        if not between and self.end_id is not None:
+            between = [self.end_id]
+        return Frame(tuple(first), tuple(last), tuple(between), tuple(pair_last), has_segments)
+
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        return [found.ids for found in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def to_plain(self) -> dict[str, Any]:
+        return {
+            "kind": "transformers",
+            "tokenizer": self.backend.to_str(),
+            "pad_id": self.pad_id,
+            "end_id": self.end_id,
+            "max_length": self.max_length,
+        }
+
+
+class LanguageModelEncoder(TextEncoder):
+    """The tokenizer of a language model that was trained here. A text stands as documents did in training, behind an
+    end-of-text token, and another parts a pair.
+
+    Args:
+        tokenizer: has `encode_batch(texts)` (token ids of each), `end_of_text` (an id), `to_json()`, and a class with
+            `from_json(text)`.
+        max_length: T that the model has positions for; None: any number.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int | None) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.pad_id = end = int(tokenizer.end_of_text)
+        self.frame = Frame(first=(end,), between=(end,))
+
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        found: list[list[int]] = self.tokenizer.encode_batch(texts)
+        return found
+
+    def to_plain(self) -> dict[str, Any]:
+        kind = type(self.tokenizer)
+        return {
+            "kind": "bigmodel",
+            "class": f"{kind.__module__}:{kind.__qualname__}",
+            "tokenizer": self.tokenizer.to_json(),
+            "max_length": self.max_length,
+        }
+
+
+def read_encoder(path: str, max_length: int | None = None) -> TransformersEncoder:
+    """The tokenizer of a folder or of the Hugging Face hub.
+
+    Args:
+        path: folder, or owner/name.
+        max_length: T that the model has positions for; None: what the tokenizer says of itself.
+
+    Raises:
+        ValueError: if there is none, or it is not a fast one.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path}: no tokenizer can be read there (tokenizer.json is looked for): {str(error).splitlines()[0]}"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{path}: {type(tokenizer).__name__} is no fast tokenizer; save one with"
+            " AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(folder)"
+        )
+    if max_length is None and tokenizer.model_max_length < 10**9:  # a huge number stands for none
+        max_length = int(tokenizer.model_max_length)
+    return TransformersEncoder(tokenizer.backend_tokenizer, tokenizer.pad_token_id, tokenizer.eos_token_id, max_length)

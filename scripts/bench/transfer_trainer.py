@@ -1,0 +1,87 @@
+"""Hugging Face's Trainer with the same encoder, head and texts, batches of like length, bfloat16, and all else at its
+defaults."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+
+from bench.common import BENCH, Clock, arguments
+from bigmodel.tasks.transfer_learning import LabelledTextData
+from bigmodel.tasks.transfer_learning.backbones.shipped import folder_of
+
+MAX_LENGTH, BATCH_SIZE = 64, 32
+
+
+class Classifier(nn.Module):
+    """The encoder, the mean over its tokens, and a head, with its loss as Trainer wants it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = AutoModel.from_pretrained(folder_of("{minilm}"))
+        self.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(self.encoder.config.hidden_size, 2))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        features = self.encoder(input_ids, attention_mask).last_hidden_state
+        mask = attention_mask[..., None]
+        logits = self.head((features * mask).sum(1) / mask.sum(1))  # [B, T, D] -> [B, D] -> [B, K]
+        return {"loss": F.cross_entropy(logits.float(), labels), "logits": logits}
+
+
+class Reviews(Dataset):
+    """The texts that bigmodel prepared, as lists of tokens."""
+
+    def __init__(self) -> None:
+        data = LabelledTextData(
+            "{fine_foods}", tokenizer=folder_of("{minilm}"), max_length=MAX_LENGTH, cache_dir=str(BENCH / "cache")
+        )
+        data.prepare_data()
+        data.setup()
+        self.rows = [
+            (tokens[mask].tolist(), int(target))
+            for batch in data.train_dataloader()
+            for tokens, mask, target in zip(batch.tokens, batch.mask, batch.targets, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        tokens, label = self.rows[i]
+        return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": label}
+
+
+class Timer(TrainerCallback):
+    """The clock, at each optimizer step."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.clock.tick()
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    clock = Clock(options.steps, options.warmup)
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(folder_of("{minilm}"))
+    with tempfile.TemporaryDirectory(dir=BENCH) as folder:
+        settings = TrainingArguments(
+            folder, max_steps=options.steps, per_device_train_batch_size=BATCH_SIZE, use_cpu=True, bf16=True,
+            optim="adamw_torch_fused", learning_rate=1e-4, weight_decay=0.01, max_grad_norm=1.0, save_strategy="no",
+            train_sampling_strategy="group_by_length",
+        )  # fmt: skip
+        collator = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
+        Trainer(Classifier(), settings, collator, train_dataset=Reviews(), callbacks=[Timer(clock)]).train()
+    clock.report(BATCH_SIZE)
+
+
+if __name__ == "__main__":
+    main()

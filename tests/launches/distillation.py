@@ -1,0 +1,90 @@
+"""Distillation on two processes: `torchrun --nproc-per-node 2 distillation.py`, in a folder with `teacher-run`.
+
+Run by tasks/distillation/test_module.py, which distills alone with the same words.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback
+
+from bigmodel.cli import main
+
+EXPERIMENT = Path(__file__).parents[2] / "experiments" / "image_classification" / "digits.yaml"
+OURS = "bigmodel.tasks.distillation"
+IMAGES = "bigmodel.tasks.image_classification"
+MLP = "bigmodel.nn.MLP"
+QUICK = {
+    "data.cache_dir": "cache", "data.num_workers": 0, "data.augment": "[]", "data.batch_size": 32,
+    "trainer.max_epochs": "null", "trainer.max_steps": 12, "trainer.accelerator": "cpu", "trainer.val_check_interval": 6,
+    "trainer.check_val_every_n_epoch": "null", "trainer.log_every_n_steps": 1, "callbacks.progress": "null",
+    "callbacks.last.every_n_steps": 6, "callbacks.last.every_n_minutes": "null", "callbacks.last.keep": -1,
+}  # fmt: skip
+STUDENT = {"net": MLP, "net.widths": "[8]", "optimizer": "torch.optim.SGD", "optimizer.lr": 0.05, "schedule": "null"}
+
+
+def words(settings):
+    return ["fit", "-c", str(EXPERIMENT), *(f"--{key}={value}" for key, value in settings.items())]
+
+
+def teaching(runs_dir, **settings):
+    """Words for training a net of digits that is to teach."""
+    net = {} if "model.net" in settings else {"model.net": MLP, "model.net.widths": "[32]"}
+    return words(
+        {**QUICK, "trainer.max_steps": 60, "model.optimizer.lr": 0.01, "runs_dir": runs_dir, **net, **settings}
+    )
+
+
+def distilling(runs_dir, teacher="teacher-run", student=STUDENT, more=None, **settings):
+    """Words for a distillation; `settings` of the module, with __ for a dot; `more` of anything."""
+    model = {
+        "model": f"{OURS}.Distillation",
+        "model.teacher": teacher,
+        "model.student": f"{IMAGES}.ImageClassification",
+    }
+    model |= {f"model.student.{key}": value for key, value in student.items()}
+    model |= {f"model.{key.replace('__', '.')}": value for key, value in settings.items()}
+    return words({**QUICK, **model, "runs_dir": runs_dir, **(more or {})})
+
+
+CACHE = {"cache": f"{OURS}.TeacherCache", "cache__folder": "kept", "cache__dtype": "float32"}
+WITNESS = {"callbacks.witness": "distillation.Witness"}
+
+
+class Witness(Callback):
+    """Sees to it that a step's loss is that of a plain loop, and that nothing happens to the teacher."""
+
+    losses: list[float] = []  # noqa: RUF012  # of all steps of all runs
+
+    def on_train_start(self, trainer, pl_module):
+        (self.teacher,) = pl_module.lessons.teachers.tasks
+        self.before = {name: tensor.clone() for name, tensor in self.teacher.state_dict().items()}
+        trained = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+        assert trained == {id(p) for p in pl_module.parameters()}
+        assert not trained & {id(p) for p in self.teacher.parameters()}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        pixels, teacher = batch.images.float() / 255, self.teacher
+        with torch.no_grad():  # each model by its own mean and deviation
+            student = pl_module.net((pixels - pl_module.mean) / pl_module.std)
+            taught = teacher.net((pixels - teacher.mean) / teacher.std)
+        soft = F.kl_div((student / 4).log_softmax(1), (taught / 4).softmax(1), reduction="sum")
+        self.expected = 0.1 * F.cross_entropy(student, batch.targets, reduction="sum") + 0.9 * 16 * soft
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        torch.testing.assert_close(outputs["loss"], self.expected, rtol=1e-5, atol=1e-5)
+        self.losses.append(float(outputs["loss"]))
+
+    def on_train_end(self, trainer, pl_module):
+        assert not any(module.training for module in self.teacher.modules())
+        assert all(p.grad is None and not p.requires_grad for p in self.teacher.parameters())
+        after = self.teacher.state_dict()
+        assert all(torch.equal(after[name], tensor) for name, tensor in self.before.items())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    two = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.micro_batch_size": 8}
+    main(distilling("two", more=two))
+    main(distilling("two-cached", more=two, **{**CACHE, "cache__folder": "kept-by-two"}))

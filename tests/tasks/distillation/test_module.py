@@ -1,0 +1,228 @@
+"""Distillation as a task: against a plain loop, an online teacher against a kept one, and what comes out."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import distillation
+import pytest
+import torch
+from distillation import CACHE, IMAGES, OURS, STUDENT, WITNESS, distilling, teaching
+
+import bigmodel
+from bigmodel.cli import main
+from bigmodel.tasks.distillation import teachers
+from bigmodel.tasks.image_classification import ImageClassification
+
+CNN = {**STUDENT, "net": "bigmodel.nn.CNN", "net.width": 4, "net.depth": 1}
+CNN.pop("net.widths")
+
+
+def only(runs_dir):
+    """The one run in a folder of runs."""
+    (record,) = Path(runs_dir).glob("**/run.json")
+    return record.parent
+
+
+def checkpoint(runs_dir, step=12):
+    return torch.load(only(runs_dir) / "checkpoints" / f"last-{step}.ckpt", weights_only=True)
+
+
+def weights(runs_dir, step=12):
+    return checkpoint(runs_dir, step)["state_dict"]
+
+
+def same(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **tolerance)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A folder with a trained teacher, `teacher-run`, and a student that it taught at each step, in `online`."""
+    pytest.importorskip("sklearn")
+    folder = tmp_path_factory.mktemp("digits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        torch.set_num_threads(1)
+        main(teaching("teacher"))
+        only("teacher").rename("teacher-run")
+        main(distilling("online", more=WITNESS))
+    return folder
+
+
+@pytest.fixture
+def folder(digits, monkeypatch):
+    monkeypatch.chdir(digits)
+    return digits
+
+
+def test_what_comes_out_is_the_students_run(folder, capsys):
+    """Each step's loss is that of a plain loop, see `distillation.Witness`."""
+    assert len(distillation.Witness.losses) == 12
+    run = only("online")
+    student = bigmodel.load(run)
+    assert type(student) is ImageClassification
+    content = checkpoint("online")
+    assert content["bigmodel"]["model"]["class_path"] == f"{IMAGES}.ImageClassification"
+    assert set(content["state_dict"]) == set(student.state_dict()) >= {"mean", "std"}
+    assert content["distillation"]["learned"] == {}
+    saved = (run / "checkpoints" / "last-12.ckpt").stat().st_size
+    assert saved < sum(file.stat().st_size for file in Path("teacher-run/checkpoints").glob("last-60.ckpt")) / 2
+    assert len(student.outcomes) == 10
+    main(["test", str(run)])
+    alone = float(json.loads((run / "test.json").read_text())["test/accuracy"])
+    assert f"{alone:.6g}" in capsys.readouterr().out
+
+
+def test_a_kept_teacher_is_the_asked_one(folder, monkeypatch):
+    """Statement (21): of float32 numbers nothing is rounded but by the batch that they are computed in."""
+    main(distilling("kept-first", **CACHE))
+    same(weights("kept-first"), weights("online"), rtol=0, atol=2e-6)
+    monkeypatch.setattr(teachers.Teacher, "load", lambda *args: pytest.fail("the teacher was loaded"))
+    main(distilling("kept-again", **CACHE))
+    same(weights("kept-again"), weights("kept-first"), rtol=0, atol=0)
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+
+    log_probabilities = teachers.Teachers.log_probabilities
+
+    def rounded(self, features, temperature):
+        logits = [task.logits(rows) for task, rows in zip(self.tasks, features, strict=True)]
+        return log_probabilities(teachers.Teachers([Said()]), [x.half().float() for x in logits], temperature)
+
+    main(distilling("kept-halves", **{**CACHE, "cache__dtype": "float16"}))
+    monkeypatch.setattr(teachers.Teachers, "log_probabilities", rounded)
+    main(distilling("online-halves"))
+    same(weights("kept-halves"), weights("online-halves"), rtol=0, atol=2e-6)
+    assert len([path for path in Path("kept/distillation").iterdir() if path.is_dir()]) == 2
+
+
+class Said:
+    """A teacher whose features are its logits."""
+
+    def logits(self, features):
+        return features
+
+
+def test_augmented_views_are_met_again(folder, capsys):
+    """Two views of randomly shifted digits, two steps an epoch: six epochs meet each view three times."""
+    crop = f"[{{class_path: {IMAGES}.RandomCrop, init_args: {{padding: 2}}}}]"
+    data = {"data.augment": crop, "data.batch_size": 512, "data.micro_batch_size": 512}
+    with pytest.raises(SystemExit):
+        main(distilling("new-each-epoch", more=data, **CACHE))
+    assert "the samples look otherwise in each epoch" in capsys.readouterr().err
+    data["data.views"] = 2
+    main(distilling("views-asked", more=data))
+    main(distilling("views-kept", more=data, **CACHE))
+    same(weights("views-kept"), weights("views-asked"), rtol=0, atol=5e-6)
+
+
+def test_the_likeliest_classes_suffice(folder, capsys):
+    """All ten are the whole. Three are kept for one temperature."""
+    main(distilling("top-ten", **CACHE, cache__top_k=10))
+    same(weights("top-ten"), weights("online"), rtol=0, atol=1e-5)
+    main(distilling("top-three", **CACHE, cache__top_k=3, losses__kd=f"{OURS}.KD", losses__kd__temperature=2))
+    stores = [json.loads(file.read_text()) for file in Path("kept/distillation").glob("*/key.json")]
+    assert {store["top_k"]: store["temperature"] for store in stores if store["top_k"]} == {10: 4, 3: 2}
+    assert [[4], "torch.float32"] in [store["fields"].get("log_probabilities") for store in stores]
+
+
+EACH_THIRD = {"callbacks.last.every_n_steps": 3}
+FEATURES = {
+    "losses__hint": f"{OURS}.Hint", "losses__hint__student": "stages.1", "losses__hint__teacher": "stages.1",
+    "losses__attention": f"{OURS}.AttentionTransfer", "losses__attention__student": "stages.0",
+    "losses__attention__teacher": "stages.0", "losses__relations": f"{OURS}.Relational",
+    "losses__similar": f"{OURS}.SimilarityPreserving", "losses__dkd": f"{OURS}.DKD", "losses__dkd__weight": 0.5,
+    "losses__dkd__schedule": "bigmodel.optim.Linear", "losses__jsd": f"{OURS}.GeneralizedJSD",
+}  # fmt: skip
+
+
+def test_all_terms_resume_bitwise(folder, capsys):
+    """Statement (23), with regressors that are learned, and a teacher that is wider."""
+    main(
+        teaching("wide", **{"model.net": "bigmodel.nn.CNN", "model.net.width": 8, "trainer.max_steps": 6, **EACH_THIRD})
+    )
+    wide = only("wide")
+    main(distilling("terms", str(wide), CNN, **FEATURES))
+    straight = checkpoint("terms")
+    assert [list(t.shape) for t in straight["distillation"]["learned"].values()] == [[16, 8, 1, 1], [16]]
+    assert not [name for name in straight["state_dict"] if "distillation" in name]
+    stopped = folder / "stopped"
+    shutil.copytree(only("terms"), stopped)
+    (stopped / "checkpoints" / "last-12.ckpt").unlink()
+    for best in (stopped / "checkpoints").glob("best-*"):
+        best.unlink()
+    main(["fit", "--resume", str(stopped)])
+    resumed = torch.load(stopped / "checkpoints" / "last-12.ckpt", weights_only=True)
+    same(resumed["state_dict"], straight["state_dict"], rtol=0, atol=0)
+    same(resumed["distillation"]["learned"], straight["distillation"]["learned"], rtol=0, atol=0)
+    begun = torch.load(stopped / "checkpoints" / "last-6.ckpt", weights_only=True)["distillation"]["learned"]
+    assert not torch.equal(*(next(iter(x.values())) for x in (begun, straight["distillation"]["learned"])))
+    capsys.readouterr()
+    other = ["--model.teacher", str(wide / "checkpoints" / "last-3.ckpt"), "--trainer.max_steps", "13"]
+    with pytest.raises(SystemExit):
+        main(["fit", "--resume", str(stopped), *other])
+    assert "is not the teacher that this run was distilled from" in capsys.readouterr().err
+
+
+def test_accumulation_and_processes_change_nothing(folder):
+    """Statements (24) and (25); and what two processes keep is bitwise what one keeps."""
+    main(distilling("accumulated", more={"data.micro_batch_size": 8}))
+    same(weights("accumulated"), weights("online"), rtol=0, atol=2e-6)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run([*launch, distillation.__file__], capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for runs_dir in ("two", "two-cached"):
+        same(weights(runs_dir), weights("online"), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"teacher": "nowhere"}, "nowhere is no run directory"),
+        ({"hard_weight": -1}, "--model.hard_weight -1.0 must not be negative"),
+        ({"losses__kd": f"{OURS}.KD", "losses__kd__temperature": 0}, "KD has temperature 0.0, which must be above 0"),
+        ({"losses__kd": f"{OURS}.KD", "losses__kd__weight": -1}, "KD has weight -1.0, which must not be negative"),
+        ({"losses__j": f"{OURS}.GeneralizedJSD", "losses__j__beta": 2}, "beta 2.0, which must lie in 0 to 1"),
+        ({"losses__h": f"{OURS}.Hint", "losses__h__student": "stages.9"}, "no student layer 'stages.9'; MLP has blocks"),
+        ({"losses__h": f"{OURS}.Hint", "losses__h__teacher": "stages.9"}, "no teacher layer 'stages.9'; MLP has blocks"),
+        ({"losses__h": f"{OURS}.Hint", **CACHE}, "Hint needs the teacher's layers: leave out one of the two"),
+        ({"losses__d": f"{OURS}.DKD", **CACHE, "cache__top_k": 3}, "DKD needs the probabilities of all classes"),
+        ({**CACHE, "cache__top_k": 0}, "--model.cache.top_k 0: at least 1 class is needed"),
+        ({"teacher": "[teacher-run, teacher-run]", **CACHE, "cache__top_k": 3}, "several teachers have other likeliest"),
+        (
+            {**CACHE, "cache__top_k": 3, "losses__kd": f"{OURS}.KD", "losses__kd__temperature_schedule":
+             "{class_path: bigmodel.optim.Linear, init_args: {final: 0.5}}"},
+            "known at one temperature alone",
+        ),
+        ({"more": {"data.mix": f"{IMAGES}.Mix", "data.mix.mixup": 0.5}, **CACHE}, "mixed with their neighbours"),
+        ({"more": {"data.size": 6}}, "has image_size 8, and the student's 6"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_before_the_first_step(folder, capsys, settings, message):
+    with pytest.raises(SystemExit):
+        main(distilling("refused", **settings))
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_teachers_of_other_classes_are_refused(folder, monkeypatch):
+    task = bigmodel.load("teacher-run")
+    student = bigmodel.load(only("online"))
+    teacher = teachers.Teacher("teacher-run")
+    student.facts = {**task.facts, "classes": [*task.facts["classes"][:-1], "ten"]}
+    with pytest.raises(ValueError, match=r"calls them otherwise: number 9 is '9', 'ten' \(teacher, student\)"):
+        teacher.load(student)
+    with pytest.raises(ValueError, match=r"of another kind than the student: its data know .*, and these vocab_size 9"):
+        teacher.check_sizes({"vocab_size": 9})
+    teacher.check_sizes(teacher.sizes)
+    long = teachers.Teacher("teacher-run")
+    long.sizes = {"vocab_size": 9, "context_length": 64}
+    long.check_sizes({"vocab_size": 9, "context_length": 32})
+    with pytest.raises(ValueError, match="has context_length 64, and the student's 128"):
+        long.check_sizes({"vocab_size": 9, "context_length": 128})

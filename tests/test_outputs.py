@@ -1,0 +1,199 @@
+"""Kept outputs: the same files whoever computes them, gone on with when interrupted, refused where they cannot be right."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import outputs as launched
+import pytest
+import torch
+from outputs import FIELDS, Noisy, Sample, frozen, say
+from torch import nn
+
+from bigmodel import outputs as module
+from bigmodel.outputs import Field, Outputs, weights_digest
+from bigmodel.sampling import eval_loader, in_order, train_loader
+
+NET = frozen()
+
+
+def store(folder, views=1, num_samples=10, fields=FIELDS, **key):
+    return Outputs(folder, {"net": "frozen", **key}, num_samples, fields, views)
+
+
+def batches(view=0, n=10, rows=4):
+    return in_order(train_loader(Noisy(n), batch_size=2), rows=rows, epoch=view)
+
+
+def files(outputs):
+    return {file.name: file.read_bytes() for file in outputs.path.iterdir()}
+
+
+def test_each_sample_reads_what_the_net_said_of_it(tmp_path):
+    outputs = store(tmp_path, views=3)
+    assert outputs.num_bytes == 3 * 10 * (7 * 2 + 8)
+    assert not outputs.complete
+    outputs.compute(None, batches, lambda batch: say(NET, batch))
+    assert outputs.complete
+    assert set(files(outputs)) == {"key.json", "logits.bin", "largest.bin"}
+    again = store(tmp_path, views=3)  # another process
+    index = torch.tensor([7, 0, 9, 7])
+    for view in range(3):
+        said = NET(Noisy().__getitems__(index.tolist(), epoch=view).values)
+        kept = again.read(index, view)
+        assert kept["logits"].dtype == torch.float16
+        torch.testing.assert_close(kept["logits"].float(), said, atol=1e-3, rtol=1e-3)
+        assert torch.equal(kept["largest"], said.argmax(1))
+    again.compute(None, batches, lambda batch: pytest.fail("computed again"))
+
+
+def test_far_more_is_read_than_stays_mapped(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "RELEASE_READS", 3)
+    outputs = store(tmp_path)
+    outputs.compute(None, batches, lambda batch: say(NET, batch))
+    first = outputs.read(torch.arange(10))["logits"]
+    for _ in range(10):
+        assert torch.equal(outputs.read(torch.arange(10))["logits"], first)
+
+
+def test_order_batches_and_processes_change_no_bit(tmp_path):
+    """Shuffled batches, and batches of fewer processes or more, hold the same samples each, so the same bits."""
+    alone = launched.fit(tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*command, launched.__file__, tmp_path / "two"], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    two = Outputs(tmp_path / "two", {"net": "frozen"}, 10, FIELDS, 2)
+    assert files(two) == files(alone)
+    assert not list((tmp_path / "two").glob(".*"))
+
+    shuffled = Outputs(tmp_path / "shuffled", {"net": "frozen"}, 10, FIELDS, 2)
+    shuffled.compute(None, lambda view: list(batches(view, rows=3))[::-1], lambda batch: say(NET, batch))
+    assert files(shuffled) == files(alone)
+
+
+def test_each_node_takes_all_samples_in_the_same_batches():
+    loader = train_loader(Noisy(), batch_size=2)
+    alone = [batch.index.tolist() for batch in in_order(loader, rows=3)]
+    assert alone == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 0, 0]]
+    assert [batch.weight.tolist() for batch in in_order(loader, rows=3)][-1] == [1, 0, 0]
+    parts = [in_order(loader, rows=3, trainer=SimpleNamespace(local_rank=r, num_devices=2)) for r in (0, 1)]
+    dealt = [batch.index.tolist() for pair in zip(*parts, strict=True) for batch in pair]
+    assert dealt == alone
+    assert torch.equal(next(iter(in_order(loader, rows=3, epoch=5))).values, Noisy().__getitems__([0, 1, 2], 5).values)
+    with pytest.raises(ValueError, match=r"the samples of a DataLoader have no order .*train_loader"):
+        in_order(torch.utils.data.DataLoader(Noisy()), rows=3)
+    assert len(in_order(eval_loader(Noisy(), batch_size=4), rows=10)) == 1
+
+
+def test_an_interrupted_computation_goes_on(tmp_path):
+    seen = []
+
+    def until_third(batch):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(batch.index.tolist())
+        return say(NET, batch)
+
+    outputs = store(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        outputs.compute(None, batches, until_third)
+    assert not outputs.complete
+    with pytest.raises(ValueError, match="not there, or not all of it"):
+        outputs.read(torch.tensor([0]))
+    rest = []
+
+    def go_on(batch):
+        rest.append(batch.index.tolist())
+        return say(NET, batch)
+
+    outputs.compute(None, batches, go_on)
+    assert seen == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert rest == [[8, 9, 0, 0]]
+    straight = store(tmp_path / "straight")
+    straight.compute(None, batches, lambda batch: say(NET, batch))
+    assert files(outputs) == files(straight)
+
+
+def test_another_run_may_end_the_work_first(tmp_path):
+    """Both fill the same files: whoever ends second finds them in place."""
+    first, second = store(tmp_path), store(tmp_path)
+    started = []
+
+    def meanwhile(batch):
+        if not started:
+            started.append(True)
+            second.compute(None, batches, lambda batch: say(NET, batch))
+        return say(NET, batch)
+
+    first.compute(None, batches, meanwhile)
+    assert first.complete
+    assert not list(tmp_path.glob(".*"))
+    torch.testing.assert_close(first.read(torch.arange(10)), second.read(torch.arange(10)))
+
+
+def test_a_store_is_of_one_key_alone_and_says_what_differs(tmp_path):
+    outputs = store(tmp_path, teacher="a", data="x")
+    assert outputs.differences() == []
+    outputs.compute(None, batches, lambda batch: say(NET, batch))
+    store(tmp_path, teacher="b", data="y").compute(None, batches, lambda batch: say(NET, batch))
+    assert store(tmp_path, data="x", teacher="a").complete, "the order of the entries is none"
+    other = store(tmp_path, teacher="c", data="x")
+    assert not other.complete
+    assert other.differences() == ["teacher 'c', not 'a'"]
+    half = {**FIELDS, "logits": Field((7,), torch.float32)}
+    assert store(tmp_path, fields=half, teacher="a", data="x").differences()[0].startswith("fields {'largest'")
+    (outputs.path / "logits.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"logits.bin is damaged: 0 bytes, not 140. Delete "):
+        store(tmp_path, teacher="a", data="x").read(torch.tensor([0]))
+
+
+def test_what_cannot_be_kept_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"never came \(samples 8, 9\)"):
+        store(tmp_path).compute(None, lambda view: batches(n=8), lambda batch: say(NET, batch))
+    with pytest.raises(ValueError, match=r"a number outside 0 to 9 \(samples 8, 9, 10, 11\)"):
+        store(tmp_path).compute(None, lambda view: batches(n=12), lambda batch: say(NET, batch))
+    with pytest.raises(ValueError, match="a sample comes twice"):
+        store(tmp_path).compute(None, lambda view: [*batches(), *batches()], lambda batch: say(NET, batch))
+
+    def of(values, **kind):
+        sample = Sample(torch.zeros(1, 64), torch.tensor([0]), torch.ones(1))
+        field = {"logits": Field((2,), torch.float16)}
+        store(tmp_path, num_samples=1, fields=field, **kind).compute(
+            None, lambda view: [sample], lambda batch: {"logits": torch.tensor([values])}
+        )
+
+    with pytest.raises(ValueError, match=r"logits of 1 samples has shape \[1, 3\], not \[1, 2\]"):
+        of([1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match=r"reaches 70,000, too large for float16: keep it as float32"):
+        of([70000.0, 1.0])
+    with pytest.raises(ValueError, match="is not a number"):
+        of([float("nan"), 1.0])
+    of([-torch.inf, 1.0])  # the score of what must not be chosen
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e6))
+    large = Outputs(tmp_path, {"net": "large"}, 10**6, FIELDS, 2, "teacher logits", "set --data.views to less")
+    needed = r"teacher logits of 1,000,000 samples in 2 views take 46.0 MB, and .* has 1.0 MB left: set --data.views"
+    with pytest.raises(ValueError, match=needed):
+        large.compute(None, batches, lambda batch: say(NET, batch))
+    assert not [path for path in tmp_path.iterdir() if re.search(large.path.name, path.name)]
+    (Path(tmp_path) / "file").write_text("")
+    with pytest.raises(ValueError, match=r"outputs cannot be kept in .*: set \$BIGMODEL_CACHE"):
+        store(tmp_path / "file").compute(None, batches, lambda batch: say(NET, batch))
+
+
+def test_weights_are_told_apart():
+    digests = {weights_digest(frozen())}
+    changed = frozen()
+    with torch.no_grad():
+        changed[0].weight[0, 0] += 1e-6
+    digests |= {weights_digest(changed), weights_digest(frozen().bfloat16()), weights_digest(frozen()[0])}
+    statistics = [nn.BatchNorm1d(3), nn.BatchNorm1d(3)]
+    statistics[0].running_mean += 1
+    digests |= {weights_digest(norm) for norm in statistics}
+    assert len(digests) == 6
+    assert weights_digest(frozen()) == weights_digest(frozen().eval()) in digests
