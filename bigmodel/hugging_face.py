@@ -44,15 +44,18 @@ def readable(path: str, flag: str, kind: str, also: str = "") -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' report of what it loaded: `mismatches` reads it."""
+    """Without transformers' report of what it loaded, which `mismatches` reads, and without its bar of seconds."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def vision_settings(settings: Any) -> Any:

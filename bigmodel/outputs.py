@@ -58,6 +58,19 @@ class Field:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Other:
+    """A store of another key.
+
+    Args:
+        path: where it is.
+        differences: the entries in which the keys differ, by name: as wanted, and as they are there.
+    """
+
+    path: Path
+    differences: dict[str, tuple[Any, Any]]
+
+
 class Outputs:
     """A store of outputs, which may not be computed yet; opened where it is first read.
 
@@ -122,15 +135,17 @@ class Outputs:
         """Whether all rows are there."""
         return self.path.is_dir()
 
-    def differences(self) -> list[str]:
-        """In which entries the key differs from that of the store beside this one that is most like it, in words; empty if
-        there is none."""
+    @staticmethod
+    def others(folder: Path, key: Mapping[str, Any], num_samples: int, views: int = 1) -> list[Other]:
+        """The complete stores of other keys beside that of this one, those most like it first. Fields are not compared."""
+        wanted = json.loads(json.dumps({**key, "version": VERSION, "samples": num_samples, "views": views}))
         found = []
-        for file in sorted(self.folder.glob("[!.]*/key.json")):
+        for file in sorted(folder.glob("[!.]*/key.json")):
             other = json.loads(file.read_text(encoding="utf-8"))
-            names = [name for name in {**self.key, **other} if self.key.get(name) != other.get(name)]
-            found.append([f"{name} {self.key.get(name)!r}, not {other.get(name)!r}" for name in names])
-        return min((lines for lines in found if lines), key=len, default=[])
+            names = [name for name in {**wanted, **other} if wanted.get(name) != other.get(name) and name != "fields"]
+            if names:
+                found.append(Other(file.parent, {name: (wanted.get(name), other.get(name)) for name in names}))
+        return sorted(found, key=lambda other: len(other.differences))
 
     def compute(
         self,
@@ -160,7 +175,7 @@ class Outputs:
                 strategy.barrier()
 
         first, share = (trainer.local_rank == 0, trainer.num_devices) if trainer is not None else (True, 1)
-        self._check_space()
+        self.check_space()
         wait_for_all()
         if first and not self.complete:
             self._allocate()
@@ -188,8 +203,12 @@ class Outputs:
     def _partial(self) -> Path:
         return self.path.with_name(f".{self.path.name}.{socket.gethostname()}")
 
-    def _check_space(self) -> None:
-        """Raise ValueError if the disk has not the room for what is still to be allocated."""
+    def check_space(self) -> None:
+        """See that there is room for what is still to be allocated; `compute` does so too.
+
+        Raises:
+            ValueError: if the disk is too small.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

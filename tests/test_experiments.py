@@ -1,10 +1,13 @@
 """Every experiment parses; the small ones run a few steps. Each hardware file parses on top of one."""
 
+import json
+import runpy
 from pathlib import Path
 
 import pytest
 import yaml
 
+import bigmodel
 from bigmodel.cli import main
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -23,7 +26,9 @@ def test_an_experiment_parses_and_says_what_it_is(path, capsys):
     head = path.read_text().split("\nmodel:")[0]
     for word in ("Source:", "Command:", "Hardware:", "Expect:"):
         assert word in head, f"{path} does not open with {word}"
-    main(["fit", "-c", str(path), "--print_config"])
+    # Which teacher is for a person to say; it is looked for when a run begins.
+    teacher = ["--model.teacher", "TEACHER"] if path.parent.name == "distillation" else []
+    main(["fit", "-c", str(path), *teacher, "--print_config"])
     resolved = yaml.safe_load(capsys.readouterr().out)
     assert resolved["experiment"] == f"{path.parent.name}/{path.stem}"
     assert resolved["model"]["class_path"].startswith("bigmodel.tasks.")
@@ -112,3 +117,49 @@ def test_a_run_of_ours_learns_digits_that_it_has_not_seen(tmp_path, monkeypatch,
     main(["test", str(run)])
     assert "test/matthews" in capsys.readouterr().out
     assert (run / "test_mistakes.png").exists()
+
+
+def test_what_a_distillation_was_worth(tmp_path, monkeypatch, capsys):
+    """A teacher, a student of it and the same alone, as a person types it; and their table."""
+    monkeypatch.chdir(tmp_path)
+    few = [
+        "--data.cache_dir",
+        "cache",
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.max_epochs",
+        "1",
+        "--callbacks.ema",
+        "null",
+    ]
+    few += ["--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "1", "--data.augment", "[]"]
+    taught = ["fit", "-c", str(EXPERIMENTS / "distillation" / "mnist5k.yaml"), *few, "--model.teacher", "teacher"]
+    main(["fit", "-c", str(IMAGES / "mnist5k.yaml"), *few, "--model.net.width", "8", "--runs_dir", "teacher"])
+    (record,) = Path("teacher").glob("**/run.json")
+    record.parent.rename("the-teacher")
+    taught[-1] = "the-teacher"
+    main([*taught, "--runs_dir", "alone", "--model.hard_weight", "1", "--model.losses.kd.weight", "0"])
+    (record,) = Path("alone").glob("**/run.json")
+    record.parent.rename("student-alone")
+    main([*taught, "--runs_dir", "distilled"])
+    (record,) = Path("distilled").glob("**/run.json")
+    record.parent.rename("student")
+    for run in ("the-teacher", "student-alone", "student"):
+        main(["test", run, "--trainer.limit_test_batches", "1"])
+    report = runpy.run_path(str(EXPERIMENTS.parent / "scripts" / "distillation_report.py"))["main"]
+    with pytest.raises(SystemExit, match="--metric val/x was not measured"):
+        report(["student", "--alone", "student-alone", "--metric", "val/x"])
+    with pytest.raises(SystemExit, match="has not the weights that taught"):
+        report(["student", "--alone", "student-alone", "--teacher", "student-alone"])
+    report(["student", "--alone", "student-alone", "--metric", "test/accuracy"])
+    shown = Path("student/distillation.md").read_text()
+    assert shown in capsys.readouterr().out
+    assert Path("student/distillation.png").exists()
+    head, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines()]
+    assert head[1:3] == ["test/accuracy", "parameters"]
+    by_name = {name: cells for name, *cells in lines}
+    assert list(by_name) == ["teacher", "student alone", "student distilled"]
+    for name, run in (("teacher", "the-teacher"), ("student distilled", "student")):
+        accuracy = json.loads(Path(run, "test.json").read_text())["test/accuracy"]
+        number = sum(parameter.numel() for parameter in bigmodel.load(run).parameters())
+        assert by_name[name][:2] == [f"{accuracy:.4g}", f"{number:,}"]

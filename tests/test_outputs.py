@@ -138,15 +138,18 @@ def test_another_run_may_end_the_work_first(tmp_path):
 
 def test_a_store_is_of_one_key_alone_and_says_what_differs(tmp_path):
     outputs = store(tmp_path, teacher="a", data="x")
-    assert outputs.differences() == []
+    wanted = {"net": "frozen", "teacher": "c", "data": "x"}
+    assert Outputs.others(tmp_path, wanted, 10) == []
     outputs.compute(None, batches, lambda batch: say(NET, batch))
     store(tmp_path, teacher="b", data="y").compute(None, batches, lambda batch: say(NET, batch))
     assert store(tmp_path, data="x", teacher="a").complete, "the order of the entries is none"
-    other = store(tmp_path, teacher="c", data="x")
-    assert not other.complete
-    assert other.differences() == ["teacher 'c', not 'a'"]
+    assert not store(tmp_path, teacher="c", data="x").complete
+    nearest, farther = Outputs.others(tmp_path, wanted, 10)
+    assert (nearest.path, nearest.differences) == (outputs.path, {"teacher": ("c", "a")})
+    assert farther.differences == {"teacher": ("c", "b"), "data": ("x", "y")}
+    assert Outputs.others(tmp_path, wanted, 9)[0].differences["samples"] == (9, 10)
     half = {**FIELDS, "logits": Field((7,), torch.float32)}
-    assert store(tmp_path, fields=half, teacher="a", data="x").differences()[0].startswith("fields {'largest'")
+    assert not store(tmp_path, fields=half, teacher="a", data="x").complete
     (outputs.path / "logits.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"logits.bin is damaged: 0 bytes, not 140. Delete "):
         store(tmp_path, teacher="a", data="x").read(torch.tensor([0]))

@@ -28,7 +28,7 @@ from bigmodel import launch, run
 from bigmodel.callbacks import DiskSpace, GoBack, Gradients, PredictionWriter, Preemption, Resume, Stopped
 from bigmodel.callbacks.gradients import find
 from bigmodel.callbacks.predictions import check_prediction
-from bigmodel.checkpoint import AtomicCheckpointIO, find_checkpoint
+from bigmodel.checkpoint import AtomicCheckpointIO, find_checkpoint, read
 from bigmodel.cli import ClearError, folds, plugins
 from bigmodel.cli import settings as layers
 from bigmodel.cli.class_help import print_class_help
@@ -310,6 +310,8 @@ def run_parsed(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | 
             raise ValueError(f"nothing to {verb}: name a run, as in `bigmodel {verb} RUN`")
         if verb == "predict":
             check_prediction(task, data)
+        if recall := getattr(task, "recall", None):  # where data or net are prepared by what a task has saved
+            recall(read(checkpoint, verify=False, whole=False))
         quiet = {"return_predictions": False} if verb == "predict" else {"verbose": False}
         metrics = getattr(trainer, verb)(task, datamodule=data, ckpt_path=checkpoint, **quiet)
     except GoBack as cause:

@@ -106,8 +106,8 @@ def _built(description: Mapping[str, Any], checkpoint: dict[str, Any], net: bool
 
 # What Lightning and bigmodel write into a checkpoint; all else is the task's own.
 _NOT_THE_TASKS = {
-    "bigmodel", "callbacks", "epoch", "global_step", "hparams_name", "hparams_type", "hyper_parameters", "loops",
-    "lr_schedulers", "optimizer_states", "pytorch-lightning_version", "state_dict",
+    "bigmodel", "callbacks", "distillation", "epoch", "global_step", "hparams_name", "hparams_type", "hyper_parameters",
+    "loops", "lr_schedulers", "optimizer_states", "pytorch-lightning_version", "state_dict",
 }  # fmt: skip
 
 

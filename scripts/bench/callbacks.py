@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from bench.common import Clock, report
+from bigmodel import load
 from bigmodel.callbacks.gradients import Gradients, find
 
 
@@ -144,6 +146,25 @@ class Phases(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.file.write_text(json.dumps(self.ends))
+
+
+class Forward(Callback):
+    """Has another trained task read each batch before the step, as a teacher that nobody listens to.
+
+    Args:
+        run: its run directory.
+    """
+
+    def __init__(self, run: str) -> None:
+        self.run = run
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.task: Any = load(self.run).to(pl_module.device)
+
+    @torch.no_grad()
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        with trainer.precision_plugin.forward_context():
+            self.task.logits(self.task.features(batch))
 
 
 class Losses(Callback):

@@ -20,6 +20,7 @@ QUICK = {
     "trainer.max_epochs": "null", "trainer.max_steps": 12, "trainer.accelerator": "cpu", "trainer.val_check_interval": 6,
     "trainer.check_val_every_n_epoch": "null", "trainer.log_every_n_steps": 1, "callbacks.progress": "null",
     "callbacks.last.every_n_steps": 6, "callbacks.last.every_n_minutes": "null", "callbacks.last.keep": -1,
+    "callbacks.report": "bigmodel.classification.Report", "callbacks.report.num_mistakes": 1,  # drawing takes long
 }  # fmt: skip
 STUDENT = {"net": MLP, "net.widths": "[8]", "optimizer": "torch.optim.SGD", "optimizer.lr": 0.05, "schedule": "null"}
 
@@ -48,28 +49,30 @@ def distilling(runs_dir, teacher="teacher-run", student=STUDENT, more=None, **se
     return words({**QUICK, **model, "runs_dir": runs_dir, **(more or {})})
 
 
-CACHE = {"cache": f"{OURS}.TeacherCache", "cache__folder": "kept", "cache__dtype": "float32"}
+CACHE = {"cache": f"{OURS}.TeacherCache", "cache__dtype": "float32"}
 WITNESS = {"callbacks.witness": "distillation.Witness"}
 
 
 class Witness(Callback):
     """Sees to it that a step's loss is that of a plain loop, and that nothing happens to the teacher."""
 
-    losses: list[float] = []  # noqa: RUF012  # of all steps of all runs
+    losses: list[float] = []  # noqa: RUF012  # of the last run's steps
 
     def on_train_start(self, trainer, pl_module):
-        (self.teacher,) = pl_module.lessons.teachers.tasks
-        self.before = {name: tensor.clone() for name, tensor in self.teacher.state_dict().items()}
+        self.losses.clear()
+        self.teachers = torch.nn.ModuleList(pl_module.lessons.teachers.tasks)
+        self.before = {name: tensor.clone() for name, tensor in self.teachers.state_dict().items()}
         trained = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
         assert trained == {id(p) for p in pl_module.parameters()}
-        assert not trained & {id(p) for p in self.teacher.parameters()}
+        assert not trained & {id(p) for p in self.teachers.parameters()}
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        pixels, teacher = batch.images.float() / 255, self.teacher
+        pixels = batch.images.float() / 255
         with torch.no_grad():  # each model by its own mean and deviation
             student = pl_module.net((pixels - pl_module.mean) / pl_module.std)
-            taught = teacher.net((pixels - teacher.mean) / teacher.std)
-        soft = F.kl_div((student / 4).log_softmax(1), (taught / 4).softmax(1), reduction="sum")
+            said = [teacher.net((pixels - teacher.mean) / teacher.std) for teacher in self.teachers]
+        taught = torch.stack([(logits / 4).softmax(1) for logits in said]).mean(0)
+        soft = F.kl_div((student / 4).log_softmax(1), taught, reduction="sum")
         self.expected = 0.1 * F.cross_entropy(student, batch.targets, reduction="sum") + 0.9 * 16 * soft
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -77,9 +80,9 @@ class Witness(Callback):
         self.losses.append(float(outputs["loss"]))
 
     def on_train_end(self, trainer, pl_module):
-        assert not any(module.training for module in self.teacher.modules())
-        assert all(p.grad is None and not p.requires_grad for p in self.teacher.parameters())
-        after = self.teacher.state_dict()
+        assert not any(module.training for teacher in self.teachers for module in teacher.modules())
+        assert all(p.grad is None and not p.requires_grad for p in self.teachers.parameters())
+        after = self.teachers.state_dict()
         assert all(torch.equal(after[name], tensor) for name, tensor in self.before.items())
 
 
@@ -87,4 +90,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     two = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.micro_batch_size": 8}
     main(distilling("two", more=two))
-    main(distilling("two-cached", more=two, **{**CACHE, "cache__folder": "kept-by-two"}))
+    main(distilling("two-cached", more=two, **CACHE, cache__folder="kept-by-two"))

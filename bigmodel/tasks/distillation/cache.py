@@ -17,13 +17,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bigmodel.cache import cache_folder
+from bigmodel.cache import cache_folder, say
 from bigmodel.outputs import Field, Outputs
 from bigmodel.tasks.distillation import losses
 
 REMEDY = (
-    "set --model.cache.folder to a place on a larger one, or keep fewer classes (--model.cache.top_k) or --data.views"
+    "set --model.cache.folder or $BIGMODEL_CACHE to a place on a larger one, or keep fewer classes"
+    " (--model.cache.top_k) or --data.views"
 )
+_DIFFERING = {  # entries of a key, in words
+    "teacher": "another teacher",
+    "data": "other data",
+    "augmentation": "samples that look otherwise (augmentation, size)",
+}
 _MOST_INT16 = 1 << 16  # numbers that 16 bits tell apart
 
 
@@ -31,11 +37,15 @@ _MOST_INT16 = 1 << 16  # numbers that 16 bits tell apart
 class TeacherCache:
     """Keep what the teacher says on the disk: computed before the first step; later runs do not even load the teacher.
 
+    It is computed in batches of one process's micro-batch, which is known to fit the memory: made with another micro-batch,
+    what is kept may differ in the last bits, as sums do. The number of processes changes nothing.
+
     Args:
         top_k: keep so many of the likeliest classes of each position, with their probabilities and that of the rest at the
             temperature of the losses, which then must all have the same and no schedule; null: keep all logits.
         dtype: of logits or log-probabilities: float16 or float32.
-        folder: where it is kept; by default $BIGMODEL_CACHE or ~/.cache/bigmodel.
+        folder: for these teachers and data alone: one that holds what others said is refused. By default $BIGMODEL_CACHE or
+            ~/.cache/bigmodel, where all lie side by side.
     """
 
     top_k: int | None = None
@@ -129,6 +139,40 @@ def shown(batches: list[Any]) -> str:
 def find_store(cache: TeacherCache, key: Mapping[str, Any], num_samples: int, views: int) -> Outputs | None:
     """The complete store of this key, if there is one."""
     return Outputs.stored(cache.path, key, num_samples, views, "the teacher's logits")
+
+
+def check_others(
+    cache: TeacherCache, key: Mapping[str, Any], num_samples: int, views: int, own: set[Path], first: bool
+) -> None:
+    """See what is kept where a store of this key is not: in a folder that a person named it must be of this run; else a
+    line says what differs from what is most like it.
+
+    Args:
+        own: the stores of this run's teachers.
+        first: whether this process speaks.
+
+    Raises:
+        ValueError: if it is of another teacher, of other data, or of anything else that the key says.
+    """
+    others = [other for other in Outputs.others(cache.path, key, num_samples, views) if other.path not in own]
+    if not others:
+        return
+    path, differing = others[0].path, in_words(others[0].differences)
+    if cache.folder is not None:
+        raise ValueError(
+            f"--model.cache.folder {cache.folder} holds what a teacher said under other conditions, {path}: {differing}."
+            " Name another folder, delete that one, or leave out --model.cache.folder: in the default cache all lie side"
+            " by side"
+        )
+    if first:
+        say(f"the teacher's logits are computed anew; most like them is {path}: {differing}")
+
+
+def in_words(differences: Mapping[str, tuple[Any, Any]]) -> str:
+    """Entries in which keys differ: as they are wanted, as they are there."""
+    return ", ".join(
+        _DIFFERING.get(name, f"{name} {there}, not {wanted}") for name, (wanted, there) in differences.items()
+    )
 
 
 def new_store(cache: TeacherCache, key: Mapping[str, Any], num_samples: int, views: int, shape: torch.Size) -> Outputs:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from bigmodel.outputs import Outputs
@@ -36,6 +37,7 @@ class Lessons:
         paths: of the teachers that are runs.
         mean_teacher: the one that is an average of the student.
         teachers: those that are asked; None before `find`, and where all is read.
+        keys: what each teacher's store is a function of; empty without a cache.
     """
 
     def __init__(self, teacher: str | list[str] | MeanTeacher, terms: list[Term], cache: TeacherCache | None) -> None:
@@ -58,7 +60,7 @@ class Lessons:
         self._layers: Layers | None = None
         self._stores: list[Outputs | None] = []
         self._views = 1
-        self._keys: list[dict[str, Any]] = []
+        self.keys: list[dict[str, Any]] = []
         self._looked_up: list[dict[str, Tensor]] = []
 
     def _check_cache(self, cache: TeacherCache, predicting: list[PredictionTerm]) -> None:
@@ -137,18 +139,60 @@ class Lessons:
             store = kept_logits.find_store(self.cache, key, self._num_samples, self._views)
             everywhere = trainer.strategy.reduce_boolean_decision(store is not None)
             self._stores.append(store if everywhere else None)
-            self._keys.append(key)
+            self.keys.append(key)
+        own = {store.path for store in self._stores if store is not None}
+        for key, store in zip(self.keys, self._stores, strict=True):
+            if store is None:
+                kept_logits.check_others(self.cache, key, self._num_samples, self._views, own, trainer.is_global_zero)
 
-    def _first(self, trainer: Trainer, loader: Any, epoch: int) -> Any:
+    def check_cache(self, keys: list[dict[str, Any]]) -> None:
+        """See that a run which is resumed reads what it has read before.
+
+        Args:
+            keys: of its stores until now.
+
+        Raises:
+            ValueError: if they are others.
+        """
+        if bool(keys) != bool(self.keys):
+            raise ValueError(
+                f"--model.cache: this run was distilled {'from' if keys else 'without'} a cache: resume it as it was"
+            )
+        for there, wanted in zip(keys, self.keys, strict=True):
+            differing = {name: (wanted[name], there[name]) for name in wanted if wanted[name] != there[name]}
+            if differing:
+                raise ValueError(
+                    "--model.cache: until now this run has read what a teacher said under other conditions:"
+                    f" {kept_logits.in_words(differing)}. Resume it as it was"
+                )
+
+    @staticmethod
+    def _first(trainer: Trainer, loader: Any, epoch: int, device: torch.device | None = None) -> Any:
         """The first samples, as an epoch shows them."""
         batch = next(iter(in_order(loader, rows=_SAMPLES_SHOWN, epoch=epoch)))
-        return trainer.strategy.batch_to_device(batch)
+        return trainer.strategy.batch_to_device(batch, device)
+
+    def allot(self, student: LightningModule) -> None:
+        """See that there is room for what is to be kept. Before there is a run directory.
+
+        Raises:
+            ValueError: if the disk is too small for it, or samples are new in each epoch.
+        """
+        if self.cache is None or self.teachers is None:
+            return
+        trainer: Any = student.trainer
+        loader = trainer.datamodule.train_dataloader()
+        for number, task in enumerate(self.teachers.tasks):
+            shape = self._check_views(trainer, loader, task)
+            store = kept_logits.new_store(self.cache, self.keys[number], self._num_samples, self._views, shape)
+            store.check_space()
+            self._stores[number] = store
 
     def begin(self, student: LightningModule) -> None:
         """Teachers to the student's device; what is to be kept is computed.
 
         Raises:
-            ValueError: if the disk is too small for it, or samples are new in each epoch.
+            ValueError: if the disk has become too small for it.
         """
         if self.teachers is not None:
             for task in self.teachers.tasks:
@@ -157,30 +201,29 @@ class Lessons:
                 self._keep(student.trainer, self.cache, self.teachers)
                 self.teachers = None
         if self.teachers is None:
-            self._look_up_ahead(student.trainer)
+            self._look_up_ahead(student)
 
     def end(self, student: LightningModule) -> None:
-        """Leave the data module as it was."""
-        data: Any = getattr(student.trainer, "datamodule", None)
-        data.__dict__.pop("on_before_batch_transfer", None)
+        """Leave the student and the data module as they were."""
+        for owner in (student, getattr(student.trainer, "datamodule", None)):
+            if owner is not None:
+                owner.__dict__.pop("on_before_batch_transfer", None)
 
     def _keep(self, trainer: Trainer, cache: TeacherCache, teachers: Teachers) -> None:
         loader = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
         temperature = self.temperatures[0] if self.temperatures else 1.0
-        for number, task in enumerate(teachers.tasks):
+        for store, task in zip(self._stores, teachers.tasks, strict=True):
 
             def say(batch: Any, task: Any = task) -> dict[str, Tensor]:
                 logits = self._logits(trainer, task, trainer.strategy.batch_to_device(batch))
                 return cache.pack(logits, temperature)
 
-            shape = self._check_views(trainer, loader, task)
-            store = kept_logits.new_store(cache, self._keys[number], self._num_samples, self._views, shape)
+            assert store is not None
             store.compute(
                 trainer,
                 lambda view: in_order(loader, rows=loader.order.micro, trainer=trainer, epoch=view),
                 say,
             )
-            self._stores[number] = store
 
     @staticmethod
     def _logits(trainer: Trainer, task: Any, batch: Any) -> Tensor:
@@ -190,21 +233,29 @@ class Lessons:
 
     @torch.no_grad()
     def _check_views(self, trainer: Trainer, loader: Any, task: Any) -> torch.Size:
-        """See that epochs differ no more than is kept; the shape of a sample's logits."""
-        logits = self._logits(trainer, task, self._first(trainer, loader, 0))
+        """See that epochs differ no more than is kept; the shape of a sample's logits. Where the teacher is: on the CPU."""
+        cpu = torch.device("cpu")
+        first = self._first(trainer, loader, 0, cpu)
         if getattr(loader.order, "views", None) is None:
-            again = self._logits(trainer, task, self._first(trainer, loader, 1))
-            if not torch.equal(logits, again):
+            again = self._first(trainer, loader, 1, cpu)
+            # Equal batches need no look at what it says. Other ones may differ in what it does not read, such as negatives.
+            if not _equal(first, again) and not torch.equal(
+                self._logits(trainer, task, first), self._logits(trainer, task, again)
+            ):
                 raise ValueError(
                     "--model.cache: the samples look otherwise in each epoch, and what is kept of them is met once: set"
                     " --data.views to the number of epochs after which they come again, or leave out the cache"
                 )
-        return logits.shape[1:]
+        one = type(first)(*(values[:1] if isinstance(values, Tensor) else values for values in first))
+        return self._logits(trainer, task, one).shape[1:]
 
-    def _look_up_ahead(self, trainer: Trainer) -> None:
+    def _look_up_ahead(self, student: LightningModule) -> None:
         """Have what is kept of a batch read before it goes to the device, whose numbers one would have to wait for."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        hand_on = data.on_before_batch_transfer
+        trainer: Any = student.trainer
+        # Lightning calls one of the two hooks, the data module's if it has any.
+        hook, data = "on_before_batch_transfer", trainer.datamodule
+        owner: Any = student if is_overridden(hook, student) and not is_overridden(hook, data) else data
+        hand_on = owner.on_before_batch_transfer
 
         def look_up(batch: Any, dataloader_idx: int) -> Any:
             if trainer.training:
@@ -213,7 +264,7 @@ class Lessons:
                 self._looked_up = [store.read(batch.index, view) for store in self._stores if store is not None]
             return hand_on(batch, dataloader_idx)
 
-        data.on_before_batch_transfer = look_up
+        owner.on_before_batch_transfer = look_up
 
     def hear(self, batch: Any) -> tuple[list[Tensor], dict[str | None, Tensor]]:
         """What is told of a batch.
@@ -246,3 +297,8 @@ class Lessons:
             return kept_logits.log_probabilities(student, rows, temperature)
         said = [losses.log_probabilities(logits, temperature) for logits in rows]
         return losses.log_probabilities(student, temperature), losses.mean_of_probabilities(said)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two batches are, in all of their tensors."""
+    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(a, b, strict=True))

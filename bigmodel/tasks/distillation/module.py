@@ -102,6 +102,7 @@ class Distillation(LightningModule):
                 self.on_policy.check(sizes(self))
             with torch.random.fork_rng(devices=[]):  # the student begins as it would alone
                 self.lessons.find(self)
+                self.lessons.allot(self)
 
     def configure_model(self) -> None:
         made = self.net is not None
@@ -252,7 +253,11 @@ class Distillation(LightningModule):
         super().on_save_checkpoint(checkpoint)
         weights = checkpoint["state_dict"]
         learned = {name: weights.pop(name) for name in list(weights) if name.startswith(f"{_TERMS}.")}
-        checkpoint["distillation"] = {"teachers": self.lessons.identities, "learned": learned}
+        checkpoint["distillation"] = {
+            "teachers": self.lessons.identities,
+            "cache": self.lessons.keys,
+            "learned": learned,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -264,6 +269,7 @@ class Distillation(LightningModule):
             raise ValueError(
                 f"--model.teacher {given} is not the teacher that this run was distilled from: its weights are others"
             )
+        self.lessons.check_cache(kept["cache"])
         checkpoint["state_dict"].update(kept["learned"])
 
 

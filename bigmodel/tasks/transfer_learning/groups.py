@@ -115,7 +115,7 @@ def table(of: Sequence[Layer], settings: Mapping[str, Any], joins: Mapping[int, 
         total = layer.num_trained + layer.frozen
         drawn.add_row(layer.name, f"{total:,}", f"{layer.num_trained:,}", rate, ", ".join(parts) or "-")
     whole, trained = sum(layer.num_trained + layer.frozen for layer in of), sum(layer.num_trained for layer in of)
-    drawn.add_row("all", f"{whole:,}", f"{trained:,}", f"{100 * trained / whole:.3g} %", "")
+    drawn.add_row("all", f"{whole:,}", f"{trained:,} ({100 * trained / whole:.3g} %)", "", "")
     return drawn
 
 

@@ -10,39 +10,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
-import numpy as np
-import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from PIL import Image
 from torch import Tensor
 
 from bigmodel import optim
 from bigmodel.callbacks import Gradients
 from bigmodel.callbacks.gradients import find
 from bigmodel.classification import Report
-from bigmodel.decode import decode
 from bigmodel.run import sizes
 from bigmodel.tasks.transfer_learning import groups
 from bigmodel.tasks.transfer_learning.backbones import find_backbone, find_text_encoder, rebuild
-from bigmodel.tasks.transfer_learning.batches import text_batch
 from bigmodel.tasks.transfer_learning.methods import WORDS, Method, find_method
 from bigmodel.tasks.transfer_learning.methods.base import settle
 from bigmodel.tasks.transfer_learning.methods.kept import FeatureBatch
 from bigmodel.tasks.transfer_learning.metrics import Problem, TransferMetrics, make_metrics
 from bigmodel.tasks.transfer_learning.net import TransferNet
 from bigmodel.tasks.transfer_learning.penalties import Penalty
+from bigmodel.tasks.transfer_learning.telling import Picture, Sample, tell, told
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
 
 Word = Literal["full", "linear_probe", "knn_probe", "gradual", "lora", "bias_only"]
-Picture = Image.Image | np.ndarray | Path
-Sample = str | tuple[str, str] | Picture
 
 
 class TransferLearning(LightningModule):
@@ -52,6 +45,8 @@ class TransferLearning(LightningModule):
         backbone: a run directory of a task that predicts, a folder with a Hugging Face model, or owner/name on the hub.
         method: what trains, and when: full, linear_probe, knn_probe, gradual, lora, bias_only; or a Method with settings of
             its own, as `--model.method lora --model.method.rank 16` makes it.
+        layers: numbers of the layers to keep, from 0, of a Hugging Face model that reads text: a smaller net from a trained
+            one, as a student in distillation; null: all.
         pretrained: take the backbone's weights; false: its architecture with new weights, as a control.
         excuse: patterns (`*` as in file names) of weights that may be missing, left over or of another shape.
         allow_pickle: read weights from pickles too, which can run any code; only for files that you trust.
@@ -75,6 +70,7 @@ class TransferLearning(LightningModule):
         self,
         backbone: str,
         method: Word | Method = "full",
+        layers: list[int] | None = None,
         pretrained: bool = True,
         excuse: list[str] | None = None,
         allow_pickle: bool = False,
@@ -90,7 +86,7 @@ class TransferLearning(LightningModule):
             raise ValueError(f"--model.dropout {dropout} must lie in 0 <= dropout < 1")
         if not 0 < layer_decay <= 1:
             raise ValueError(f"--model.layer_decay {layer_decay} must lie in 0 < layer_decay <= 1; 1: all layers alike")
-        self.backbone, self.pretrained, self.excuse = backbone, pretrained, excuse or []
+        self.backbone, self.layers, self.pretrained, self.excuse = backbone, layers, pretrained, excuse or []
         self.allow_pickle, self.pooling, self.dropout = allow_pickle, pooling, dropout
         self.method, self.layer_decay, self.penalty = find_method(method), layer_decay, penalty
         self.optimizer, self.schedule = optimizer, schedule
@@ -115,7 +111,9 @@ class TransferLearning(LightningModule):
             encoder: TextEncoder | None = self.net.backbone.text_encoder
             return encoder
         if self._text_encoder is None:
-            self._text_encoder = find_text_encoder(self.backbone)
+            self._text_encoder = find_text_encoder(
+                self.backbone, pretrained=self.pretrained, allow_pickle=self.allow_pickle
+            )
         return self._text_encoder
 
     def setup(self, stage: str) -> None:
@@ -160,6 +158,7 @@ class TransferLearning(LightningModule):
                 excuse=self.excuse,
                 allow_pickle=self.allow_pickle,
                 data_sizes=known,
+                layers=self.layers,
             )
         pretrained = dict(backbone.named_parameters())
         self.net = TransferNet(backbone, known["num_classes"], pooling=self.pooling, dropout=self.dropout)
@@ -318,6 +317,11 @@ class TransferLearning(LightningModule):
             self._text_encoder = TextEncoder.from_plain(kept["text_encoder"])
         self.method.load_state_dict(kept["method"], self.net)
 
+    def recall(self, checkpoint: dict[str, Any]) -> None:
+        """Take from a checkpoint what it says besides weights, before data are prepared and there is a net: what is told of
+        a sample, the tokenizer, and the backbone's architecture, so that its files are not asked for."""
+        self.on_load_checkpoint(checkpoint)
+
     # In use.
 
     def exported_net(self) -> TransferNet:
@@ -344,24 +348,7 @@ class TransferLearning(LightningModule):
         else:
             images = data.images("all")
             columns = {"path": [images.name(i) for i in numbers]}
-        return columns | self._told(logits)
-
-    def _told(self, logits: Tensor) -> dict[str, Any]:
-        """Columns of a table, of logits [n, K]."""
-        classes = self.facts["classes"]
-        if self.problem == "number":
-            return {"number": logits[:, 0]}
-        if self.problem == "labels":
-            probabilities = logits.sigmoid()
-            rows = [[classes[i] for i, p in enumerate(row) if p > 0.5] for row in probabilities.tolist()]
-            return {"labels": pa.array(rows, pa.list_(pa.string())), "probabilities": probabilities}
-        probabilities = logits.softmax(-1)
-        probability, predicted = probabilities.max(-1)
-        return {
-            "class": [classes[i] for i in predicted.tolist()],
-            "probability": probability,
-            "probabilities": probabilities,
-        }
+        return columns | told(logits, self.problem, self.facts["classes"])
 
     def prediction_metadata(self) -> dict[str, str]:
         """What is written into a file of predictions: the classes, in the order of `probabilities`, as JSON."""
@@ -378,50 +365,8 @@ class TransferLearning(LightningModule):
             The classes or labels with their probabilities, the likeliest first; or the number. For several samples, a list.
         """
         if isinstance(samples, str | tuple | Picture):
-            return self._tell([samples])[0]
-        return self._tell(list(samples))
-
-    @torch.no_grad()
-    def _tell(self, samples: list[Sample]) -> list[Any]:
-        if not self.facts:
-            raise ValueError("this task has learned nothing yet: load it from a run with bigmodel.load")
-        batch = self._text_batch(samples) if self.net.backbone.modality == "text" else self._image_batch(samples)
-        logits = self.logits(self.features(batch)).float()
-        if self.problem == "number":
-            return logits[:, 0].tolist()
-        answers = []
-        for row in logits.softmax(-1) if self.problem == "class" else logits.sigmoid():
-            probabilities, order = row.sort(descending=True)
-            names = [self.facts["classes"][i] for i in order.tolist()]
-            answers.append(dict(zip(names, probabilities.tolist(), strict=True)))
-        return answers
-
-    def _text_batch(self, samples: Sequence[Sample]) -> Any:
-        pairs = [sample for sample in samples if isinstance(sample, tuple)]
-        texts = [sample[0] if isinstance(sample, tuple) else sample for sample in samples]
-        wrong = [type(text).__name__ for text in texts if not isinstance(text, str)]
-        if wrong or (pairs and len(pairs) < len(samples)):
-            raise ValueError(
-                f"this task tells of texts, not of a {wrong[0]}"
-                if wrong
-                else "give pairs of texts alone, or texts alone"
-            )
-        encoder = self.text_encoder
-        assert encoder is not None
-        batch = text_batch(encoder, texts, [b for _, b in pairs] or None, self.facts.get("max_length"))  # type: ignore[arg-type]
-        return type(batch)(*(part.to(self.device) for part in batch))
-
-    def _image_batch(self, samples: Sequence[Sample]) -> Any:
-        size, resize, channels = self.facts["size"], self.facts["resize"], sizes(self)["in_channels"]
-        pixels = [decode(picture, channels=channels, size=size, resize=resize) for picture in samples]  # type: ignore[arg-type]
-        images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(self.device)  # [B, S, S, C] -> [B, C, S, S]
-        return _Images(images)
-
-
-class _Images(NamedTuple):
-    """Of a batch of pictures what a backbone reads: [B, C, S, S] uint8."""
-
-    images: Tensor
+            return tell(self, [samples])[0]
+        return tell(self, list(samples))
 
 
 def _kind(facts: dict[str, Any]) -> str:

@@ -42,7 +42,8 @@ def same(a, b, **tolerance):
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    """A folder with a trained teacher, `teacher-run`, and a student that it taught at each step, in `online`."""
+    """A folder with a trained teacher, `teacher-run`, and a student that it taught at each step, in `online`;
+    one that read what it said, in `kept-first`, and that alone in a cache, `named`."""
     pytest.importorskip("sklearn")
     folder = tmp_path_factory.mktemp("digits")
     with pytest.MonkeyPatch.context() as patch:
@@ -51,18 +52,21 @@ def digits(tmp_path_factory):
         main(teaching("teacher"))
         only("teacher").rename("teacher-run")
         main(distilling("online", more=WITNESS))
+        patch.setenv("BIGMODEL_CACHE", str(folder / "kept"))
+        main(distilling("kept-first", **CACHE))
+        shutil.copytree("kept", "named")
     return folder
 
 
 @pytest.fixture
 def folder(digits, monkeypatch):
+    monkeypatch.setenv("BIGMODEL_CACHE", str(digits / "kept"))  # where all runs' stores lie side by side
     monkeypatch.chdir(digits)
     return digits
 
 
 def test_what_comes_out_is_the_students_run(folder, capsys):
     """Each step's loss is that of a plain loop, see `distillation.Witness`."""
-    assert len(distillation.Witness.losses) == 12
     run = only("online")
     student = bigmodel.load(run)
     assert type(student) is ImageClassification
@@ -80,13 +84,11 @@ def test_what_comes_out_is_the_students_run(folder, capsys):
 
 def test_a_kept_teacher_is_the_asked_one(folder, monkeypatch):
     """Statement (21): of float32 numbers nothing is rounded but by the batch that they are computed in."""
-    main(distilling("kept-first", **CACHE))
     same(weights("kept-first"), weights("online"), rtol=0, atol=2e-6)
-    monkeypatch.setattr(teachers.Teacher, "load", lambda *args: pytest.fail("the teacher was loaded"))
-    main(distilling("kept-again", **CACHE))
+    with monkeypatch.context() as patch:
+        patch.setattr(teachers.Teacher, "load", lambda *args: pytest.fail("the teacher was loaded"))
+        main(distilling("kept-again", **CACHE))
     same(weights("kept-again"), weights("kept-first"), rtol=0, atol=0)
-    monkeypatch.undo()
-    monkeypatch.chdir(folder)
 
     log_probabilities = teachers.Teachers.log_probabilities
 
@@ -98,7 +100,6 @@ def test_a_kept_teacher_is_the_asked_one(folder, monkeypatch):
     monkeypatch.setattr(teachers.Teachers, "log_probabilities", rounded)
     main(distilling("online-halves"))
     same(weights("kept-halves"), weights("online-halves"), rtol=0, atol=2e-6)
-    assert len([path for path in Path("kept/distillation").iterdir() if path.is_dir()]) == 2
 
 
 class Said:
@@ -115,6 +116,7 @@ def test_augmented_views_are_met_again(folder, capsys):
     with pytest.raises(SystemExit):
         main(distilling("new-each-epoch", more=data, **CACHE))
     assert "the samples look otherwise in each epoch" in capsys.readouterr().err
+    assert not Path("new-each-epoch").exists()
     data["data.views"] = 2
     main(distilling("views-asked", more=data))
     main(distilling("views-kept", more=data, **CACHE))
@@ -125,6 +127,9 @@ def test_the_likeliest_classes_suffice(folder, capsys):
     """All ten are the whole. Three are kept for one temperature."""
     main(distilling("top-ten", **CACHE, cache__top_k=10))
     same(weights("top-ten"), weights("online"), rtol=0, atol=1e-5)
+    said = capsys.readouterr().err
+    assert "the teacher's logits are computed anew; most like them is " in said
+    assert ": top_k None, not 10, temperature None, not 4.0" in said
     main(distilling("top-three", **CACHE, cache__top_k=3, losses__kd=f"{OURS}.KD", losses__kd__temperature=2))
     stores = [json.loads(file.read_text()) for file in Path("kept/distillation").glob("*/key.json")]
     assert {store["top_k"]: store["temperature"] for store in stores if store["top_k"]} == {10: 4, 3: 2}
@@ -152,11 +157,7 @@ def test_all_terms_resume_bitwise(folder, capsys):
     assert [list(t.shape) for t in straight["distillation"]["learned"].values()] == [[16, 8, 1, 1], [16]]
     assert not [name for name in straight["state_dict"] if "distillation" in name]
     stopped = folder / "stopped"
-    shutil.copytree(only("terms"), stopped)
-    (stopped / "checkpoints" / "last-12.ckpt").unlink()
-    for best in (stopped / "checkpoints").glob("best-*"):
-        best.unlink()
-    main(["fit", "--resume", str(stopped)])
+    main(stopped_at_6("terms", stopped))
     resumed = torch.load(stopped / "checkpoints" / "last-12.ckpt", weights_only=True)
     same(resumed["state_dict"], straight["state_dict"], rtol=0, atol=0)
     same(resumed["distillation"]["learned"], straight["distillation"]["learned"], rtol=0, atol=0)
@@ -169,8 +170,65 @@ def test_all_terms_resume_bitwise(folder, capsys):
     assert "is not the teacher that this run was distilled from" in capsys.readouterr().err
 
 
+def stopped_at_6(runs_dir, where):
+    """A copy of a run that was stopped in the middle of its epoch."""
+    shutil.copytree(only(runs_dir), where)
+    (where / "checkpoints" / "last-12.ckpt").unlink()
+    for best in (where / "checkpoints").glob("best-*"):
+        best.unlink()
+    return ["fit", "--resume", str(where)]
+
+
+def test_what_was_kept_resumes_bitwise_and_is_not_exchanged(folder, tmp_path, capsys):
+    """Statement (23) with a cache."""
+    resume = stopped_at_6("kept-first", tmp_path / "run")
+    for flags, message in [
+        (["--model.cache", "null"], "this run was distilled from a cache"),
+        (["--model.cache.top_k", "9"], "under other conditions: top_k None, not 9, temperature None, not 4.0"),
+    ]:
+        with pytest.raises(SystemExit):
+            main([*resume, *flags])
+        assert message in capsys.readouterr().err
+    main(resume)
+    resumed = torch.load(tmp_path / "run" / "checkpoints" / "last-12.ckpt", weights_only=True)["state_dict"]
+    same(resumed, weights("kept-first"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"teacher": "teacher-run/checkpoints/last-6.ckpt"}, ": another teacher. Name another folder, delete that one"),
+        ({"more": {"data.split.val": 0.2}}, ": other data, samples that look otherwise (augmentation, size), samples "),
+        ({"cache__top_k": 3}, ": top_k None, not 3, temperature None, not 4.0. Name"),
+    ],
+)
+def test_a_folder_of_ones_own_holds_what_one_teacher_said(folder, capsys, settings, message):
+    with pytest.raises(SystemExit):
+        main(distilling("refused", **{**CACHE, "cache__folder": "named", **settings}))
+    error = capsys.readouterr().err
+    assert "--model.cache.folder named holds what a teacher said under other conditions" in error
+    assert message in error
+    assert not Path("refused").exists()
+
+
+def test_a_disk_that_is_too_small_shows_before_the_run(folder, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1000))
+    with pytest.raises(SystemExit):
+        main(distilling("no-room", **CACHE, cache__folder="no-room-for-it"))
+    assert "no-room-for-it/distillation has 0.0 MB left: set --model.cache.folder" in capsys.readouterr().err
+    assert not Path("no-room").exists()
+
+
+def test_several_teachers(folder):
+    """The mean of their probabilities: asked, see `distillation.Witness`; and kept, where one is kept already."""
+    both = "[teacher-run, teacher-run/checkpoints/last-6.ckpt]"
+    main(distilling("two-teachers", both, more=WITNESS))
+    main(distilling("two-teachers-kept", both, **CACHE))
+    same(weights("two-teachers"), weights("two-teachers-kept"), rtol=0, atol=2e-6)
+
+
 def test_accumulation_and_processes_change_nothing(folder):
-    """Statements (24) and (25); and what two processes keep is bitwise what one keeps."""
+    """Statements (24) and (25), with a teacher that is asked and with one that is kept."""
     main(distilling("accumulated", more={"data.micro_batch_size": 8}))
     same(weights("accumulated"), weights("online"), rtol=0, atol=2e-6)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -257,6 +257,9 @@ def test_what_cannot_be_a_backbone_is_refused_before_its_weights_are_read(tmp_pa
     weights.unlink()
     with pytest.raises(ValueError, match=r"has no weights .*--model.pretrained false"):
         find_backbone(path)
+    with pytest.raises(ValueError, match="has no weights"):
+        find_text_encoder(path, pretrained=True)
+    assert find_text_encoder(path) is not None
     torch.save(tiny("bert").state_dict(), tmp_path / "bert" / "pytorch_model.bin")
     with pytest.raises(
         ValueError, match=r"as pickles \(pytorch_model.bin\).*save_pretrained.*--model.allow_pickle true"
@@ -286,3 +289,21 @@ def test_minilm_gives_the_embeddings_that_sentence_transformers_makes_of_it() ->
         for length in (None, 64):
             ours = torch.nn.functional.normalize(net.features(batch_of(rows, length)), dim=1)
             torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+
+
+def test_some_layers_of_a_trained_encoder_make_a_smaller_one(minilm):
+    """It computes what the layers do that were kept; a description rebuilds it; what is not there is refused."""
+    kept = find_backbone(minilm, layers=[0, 2, 4]).eval()
+    whole = AutoModel.from_pretrained(minilm, dtype=torch.float32).eval()
+    tokens = torch.tensor([[101, 7592, 2088, 102]])
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    with torch.no_grad():
+        expected = whole.embeddings(tokens)
+        for layer in (0, 2, 4):
+            expected = whole.encoder.layer[layer](expected)
+        torch.testing.assert_close(kept(Texts(tokens, mask, torch.zeros_like(tokens)))[0], expected)
+    assert kept.num_layers == 3
+    assert rebuild(kept.description).state_dict().keys() == kept.state_dict().keys()
+    for layers in ([0, 6], [2, 0], []):
+        with pytest.raises(ValueError, match=re.escape(f"--model.layers {layers}")):
+            find_backbone(minilm, layers=layers)

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from bigmodel.tasks.recommendation.sources.columns import Rows
 
 _NOTHING = pa.array(["", "nan", "NaN", "null", "NULL", "None"])  # written where there is no id
+_IDS = ": whole numbers from 0 on, or text, are accepted"
 _UNITS = {"seconds": 10**6, "milliseconds": 10**3, "microseconds": 1}  # [microseconds]
 _PER_UNIT = 10**11  # numbers of a unit stay below: as seconds the year 5138, as milliseconds 1973
 
@@ -120,7 +121,7 @@ class _Reader:
         bad = pc.less(encoded.dictionary, 0) if whole else pc.is_in(encoded.dictionary, _NOTHING)
         if pc.any(bad).as_py():
             row = int(np.flatnonzero(np.asarray(bad)[encoded.indices.to_numpy()])[0])
-            raise ValueError(f"{rows.name(row)}: {values[row].as_py()!r} is no {role} id")
+            raise ValueError(f"{rows.name(row)}: {values[row].as_py()!r} is no {role} id{_IDS}")
         return encoded
 
     def _times(self, rows: Rows) -> np.ndarray:
@@ -211,7 +212,7 @@ class _Reader:
             return ids
         if pc.any(bad := pc.less(numbers, 0)).as_py():
             event = int(np.flatnonzero(np.asarray(bad)[codes])[0])
-            raise ValueError(f"{self._name(event)}: {numbers[int(codes[event])].as_py()} is no {role} id")
+            raise ValueError(f"{self._name(event)}: {numbers[int(codes[event])].as_py()} is no {role} id{_IDS}")
         return numbers
 
     def _name(self, event: int) -> str:

@@ -10,6 +10,7 @@ import torch
 from bigmodel import hugging_face
 
 FLAG = "--model.backbone"
+LAYERS_FLAG = "--model.layers"
 _TOKENIZERS = (
     "tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ def find_backbone(
     excuse: Iterable[str] = (),
     allow_pickle: bool = False,
     data_sizes: Mapping[str, int] | None = None,
+    layers: Sequence[int] | None = None,
 ) -> Backbone:
     """A pretrained net without its head, in training mode.
 
@@ -37,12 +38,15 @@ def find_backbone(
             anew. Weights of a run are always its net's.
         allow_pickle: read pickles too, which can run any code.
         data_sizes: what the data know: `image_size` and `in_channels` if they are pictures. None: they are not known yet.
+        layers: of a model of transformers that reads text: the numbers of those to keep, from 0. None: all.
 
     Raises:
         ValueError: if there is no such model, it does not read what the data hold, or its weights do not fit.
     """
     path = folder_of(path)
     own = _run(path)
+    if layers is not None and own is not None:
+        raise ValueError(f"{files.LAYERS_FLAG}: {path} is a run, of which all layers are taken: set it to null")
     if own is not None:
         backbone = own_run.from_run(own, data_sizes)
         _check_modality(backbone.modality, data_sizes, path)
@@ -53,15 +57,22 @@ def find_backbone(
     files.check_folder(path, modality=modality, pretrained=pretrained, allow_pickle=allow_pickle)
     options: dict[str, Any] = {"pretrained": pretrained, "excuse": list(excuse), "allow_pickle": allow_pickle}
     if modality == "text":
-        return texts.from_files(path, settings, **options)
+        return texts.from_files(path, settings, layers=layers, **options)
+    if layers is not None:
+        raise ValueError(f"{files.LAYERS_FLAG}: of {path}, which reads pictures, all layers are taken: set it to null")
     return pictures.from_files(path, settings, data_sizes=data_sizes, **options)
 
 
-def find_text_encoder(path: str) -> TextEncoder | None:
+def find_text_encoder(path: str, *, pretrained: bool = False, allow_pickle: bool = False) -> TextEncoder | None:
     """The tokenizer of a backbone, without its net; None if it reads pictures.
 
+    Args:
+        path: see `find_backbone`.
+        pretrained: its weights will be asked for: see that there are some, before texts are tokenized for them.
+        allow_pickle: see `find_backbone`.
+
     Raises:
-        ValueError: if there is no such model, or it has no tokenizer.
+        ValueError: if there is no such model, or it has no tokenizer, or no weights that will be read.
     """
     path = folder_of(path)
     own = _run(path)
@@ -71,7 +82,7 @@ def find_text_encoder(path: str) -> TextEncoder | None:
     modality = files.modality_of(settings, path)
     if modality == "images":
         return None
-    files.check_folder(path, modality=modality, pretrained=False, allow_pickle=False)
+    files.check_folder(path, modality=modality, pretrained=pretrained, allow_pickle=allow_pickle)
     return texts.encoder_from_files(path, settings)
 
 

@@ -6,17 +6,17 @@ B texts, T tokens, D width.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from torch import Tensor
+from torch import Tensor, nn
 
 from bigmodel import hugging_face
 from bigmodel.cache import say
 from bigmodel.tasks.transfer_learning.backbones.base import Backbone, Pooling, probe_of
-from bigmodel.tasks.transfer_learning.backbones.files import from_weights
+from bigmodel.tasks.transfer_learning.backbones.files import LAYERS_FLAG, from_weights
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder, read_encoder
 
 # Their positions are counted from the padding token's id, so that the first of them are nobody's.
@@ -72,16 +72,27 @@ class HuggingFaceText(Backbone):
 
 
 def from_files(
-    path: str, settings: Any, *, pretrained: bool, excuse: Iterable[str], allow_pickle: bool
+    path: str,
+    settings: Any,
+    *,
+    pretrained: bool,
+    excuse: Iterable[str],
+    allow_pickle: bool,
+    layers: Sequence[int] | None = None,
 ) -> HuggingFaceText:
     """The backbone in a folder or on the hub; see `find_backbone`."""
     from transformers import AutoModel
 
     encoder = encoder_from_files(path, settings)
     if not pretrained:
-        return HuggingFaceText(AutoModel.from_config(settings, dtype=torch.float32), encoder)
-    model, loaded = from_weights(AutoModel, path, settings, allow_pickle)
+        model, loaded = AutoModel.from_config(settings, dtype=torch.float32), None
+    else:
+        model, loaded = from_weights(AutoModel, path, settings, allow_pickle)
+    if layers is not None:
+        _keep_layers(model, layers, path)
     backbone = HuggingFaceText(model, encoder)
+    if loaded is None:
+        return backbone
     problems = hugging_face.mismatches(loaded, "the model")
     unread = tuple(f"{name.removeprefix('model.')}." for name in backbone.dropped)
     prefix = f"{model.base_model_prefix}."
@@ -104,6 +115,33 @@ def from_files(
     if left:
         rank_zero_only(say)(f"{path}: left, as parts of the head of {settings.architectures[0]}: {', '.join(left)}")
     return backbone
+
+
+def _keep_layers(model: Any, layers: Sequence[int], path: str) -> None:
+    """Leave only these layers of a model in it, in their order.
+
+    Raises:
+        ValueError: if there are no such layers, or the model has them in no list of its own.
+    """
+    count = model.config.num_hidden_layers
+    wrong = [layer for layer in layers if not 0 <= layer < count]
+    if wrong or not layers or list(layers) != sorted(set(layers)):
+        raise ValueError(
+            f"{LAYERS_FLAG} {list(layers)}: {path} has the layers 0 to {count - 1}; name some of them, in rising order"
+        )
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if len(lists) != 1 or getattr(model.config, "layer_types", None) is not None:
+        raise ValueError(
+            f"{LAYERS_FLAG}: the layers of {path} ({model.config.model_type}) are not all of one kind in one list, so none"
+            " can be left out: set it to null"
+        )
+    name, kept = lists[0]
+    model.set_submodule(name, nn.ModuleList([kept[layer] for layer in layers]))
+    model.config.num_hidden_layers = len(layers)
 
 
 def encoder_from_files(path: str, settings: Any) -> TextEncoder:
