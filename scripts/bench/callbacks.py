@@ -63,14 +63,14 @@ class Reach(Callback):
 
     Args:
         metric: by name, the higher the better.
-        file: JSON, a list whose last entry is the value to reach.
+        file: JSON, the value to reach.
     """
 
     def __init__(self, metric: str, file: str) -> None:
         self.metric, self.file = metric, Path(file)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.value, self.start = json.loads(self.file.read_text())[-1], time.process_time()
+        self.value, self.start = json.loads(self.file.read_text()), time.process_time()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         seconds, found = time.process_time() - self.start, float(trainer.callback_metrics[self.metric])
