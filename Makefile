@@ -15,7 +15,7 @@ test: .venv/test  ## lint, check types, run the tests, and try the package as in
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 	scripts/check_package.sh $(BIN)/python
 
 check: .venv/test  ## the quick part of `test`: lint and types

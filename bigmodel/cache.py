@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -98,6 +99,14 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(stream.fileno())
 
 
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write an array through to the disk, as .npy."""
+    with open(path, "wb") as stream:
+        np.save(stream, array)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
 def publish(folder: Path, final: Path) -> None:
     """Give a whole folder its final name, unless another process was first."""
     _sync(folder)
@@ -154,6 +163,11 @@ def disk_errors(cache: Path, needed: Callable[[], int] = lambda: 0) -> Iterator[
 def say(line: str) -> None:
     """A line for the person at the terminal."""
     Console(stderr=True, soft_wrap=True, highlight=False).print(line, markup=False)
+
+
+def first_of(names: Sequence[str], most: int) -> str:
+    """Names for a line or a message: `a, b and 5 more`."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 @contextmanager

@@ -20,9 +20,12 @@ from torch import Tensor, nn
 
 from bigmodel.cache import say
 
+PREPROCESSOR = "preprocessor_config.json"
+LEFT_OVER = "left over"  # what `mismatches` calls weights that the model does not have
+
 
 @contextmanager
-def readable(path: str, flag: str, kind: str, also: str = "") -> Iterator[None]:
+def readable(path: str, flag: str, kind: str, also: str = "", hub: str = "owner/name") -> Iterator[None]:
     """Turn what transformers raises where it finds no model that it can read into one kind of error.
 
     Args:
@@ -30,15 +33,17 @@ def readable(path: str, flag: str, kind: str, also: str = "") -> Iterator[None]:
         flag: that it was given by.
         kind: of model that is looked for.
         also: what else the flag takes, to end the message with.
+        hub: how the flag spells a model of the hub.
     """
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise ValueError(
             f"{flag} {path} gives no {kind} ({reason}): it must be a folder with config.json and model.safetensors, or"
-            " owner/name of such a model on the Hugging Face hub, of an architecture that transformers itself knows"
-            + also
+            f" {hub} of such a model on the Hugging Face hub, of an architecture that transformers itself knows" + also
         ) from error
 
 
@@ -77,18 +82,19 @@ def plain_settings(settings: Any) -> dict[str, Any]:
     return values
 
 
-def find_head(model: nn.Module, shape: tuple[int, ...]) -> str | None:
-    """The name of the linear layer whose output is what a classifier returns, found by asking for the logits of pictures.
+def find_head(model: nn.Module, **inputs: Tensor) -> str | None:
+    """The name of the linear layer whose output is what a classifier returns, found by asking for logits.
 
     Args:
         model: of transformers; left in evaluation mode.
-        shape: of pictures [B, C, S, S].
+        inputs: what it is asked of: pictures [B, C, S, S], or one text.
 
     Returns:
-        The name; None if the model ends in no linear layer.
+        The name; None if the model ends in no linear layer. Of one that reads text, the layer may give logits at each token,
+        those at the last one being the text's.
 
     Raises:
-        RuntimeError, ValueError, TypeError: by the model, if it cannot read such pictures.
+        RuntimeError, ValueError, TypeError: by the model, if it cannot read such inputs.
     """
     outputs: list[tuple[str, Tensor]] = []
     hooks = [
@@ -96,14 +102,20 @@ def find_head(model: nn.Module, shape: tuple[int, ...]) -> str | None:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     ]
-    weight = next(model.parameters())
     try:
         with torch.no_grad():
-            logits = model.eval()(pixel_values=weight.new_zeros(shape)).logits
+            logits = model.eval()(**inputs).logits
     finally:
         for hook in hooks:
             hook.remove()
-    return next((name for name, output in outputs if output is logits), None)
+    return next(
+        (
+            name
+            for name, output in outputs
+            if output is logits or (output.ndim == 3 and torch.equal(output[:, -1], logits))
+        ),
+        None,
+    )
 
 
 def mismatches(loaded: dict[str, Any], owner: str) -> dict[str, str]:
@@ -114,7 +126,7 @@ def mismatches(loaded: dict[str, Any], owner: str) -> dict[str, str]:
         owner: who has the other shape, as the messages name it.
     """
     problems = dict.fromkeys(loaded["missing_keys"], "missing")
-    problems |= dict.fromkeys(loaded["unexpected_keys"], "left over")
+    problems |= dict.fromkeys(loaded["unexpected_keys"], LEFT_OVER)
     for name, theirs, ours in loaded["mismatched_keys"]:
         problems[name] = f"shape {tuple(theirs)}, {owner} has {tuple(ours)}"
     return problems
@@ -153,7 +165,7 @@ def normalization(path: str, in_channels: int) -> tuple[list[float], list[float]
 
     file = cached_file(
         path,
-        "preprocessor_config.json",
+        PREPROCESSOR,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )

@@ -101,6 +101,7 @@ class Outputs:
         self.key: dict[str, Any] = json.loads(json.dumps({**key, **facts}, sort_keys=True))
         self.path = folder / digest(self.key)
         self._maps: dict[str, tuple[mmap.mmap, Tensor]] = {}
+        self._pinned = torch.cuda.is_available()  # asked once: it is slow
         self._reads = 0
 
     @classmethod
@@ -321,7 +322,7 @@ class Outputs:
         rows = index + view * self.num_samples
         outputs = {}
         for name, (_, values) in self._maps.items():
-            out = torch.empty(len(rows), *values.shape[1:], dtype=values.dtype, pin_memory=torch.cuda.is_available())
+            out = torch.empty(len(rows), *values.shape[1:], dtype=values.dtype, pin_memory=self._pinned)
             outputs[name] = torch.index_select(values, 0, rows, out=out)
         return outputs
 

@@ -75,7 +75,9 @@ class Predicts(Protocol):
     """Its prediction in two parts, for distillation, evaluation and export.
 
     A property `outcomes`, if there is one, says what the K logits are of, as plain values: the names of the classes, the
-    tokenizer. A teacher of other outcomes is refused.
+    tokenizer. A teacher of other outcomes is refused. A property `problem`, if there is one, says what a target is: `class`
+    (one of K, or a distribution over them; so it is without the property), `labels` (each of K is there or not, 0 or 1), or
+    `number`.
     """
 
     def features(self, batch: Any) -> Tensor:
@@ -87,8 +89,8 @@ class Predicts(Protocol):
         ...
 
     def targets(self, batch: Any) -> Tensor:
-        """What the logits are compared with: class numbers [B, ...] (-100 where nothing is predicted), distributions
-        [B, ..., K], or numbers [B, ...]."""
+        """What the logits are compared with: class numbers [B, ...] (-100 where nothing is predicted), distributions or
+        labels [B, ..., K], or numbers [B, ...]."""
         ...
 
 
@@ -136,8 +138,8 @@ class Rewrites(Protocol):
 
     def rewrite(self, batch: Any, keys: Tensor, *, max_new_tokens: int, temperature: float) -> Any:
         """A batch like this one, of which the last `max_new_tokens` tokens of each sequence are the net's own, drawn at the
-        temperature by the sample's key [B]; no others are targets. Draws nothing else, and takes as many steps for every
-        batch. A ValueError says where no tokens are left to begin with."""
+        temperature by the sample's key [B]; no others are targets. Draws nothing else, leaves the net as it was, and takes
+        as many steps for every batch. A ValueError says where no tokens are left to begin with."""
         ...
 
 
@@ -175,4 +177,16 @@ class Exports(Protocol):
 
     def exported_net(self) -> Any:
         """The net as others shall have it, adapters merged. It is called on a loaded task, which is not used any more."""
+        ...
+
+
+@runtime_checkable
+class Imports(Protocol):
+    """Makes a trained task of a model that somebody published: what `--model.teacher` of distillation takes besides runs."""
+
+    def imported(self, path: str, flag: str) -> Any:
+        """A trained task that *Predicts* the outcomes of this one from the same batches, in evaluation mode; its net is the
+        model at `path`, a folder or hf://owner/name (`bigmodel.published` loads such). It is called on a task that knows
+        its data (`bigmodel.sizes`), whose net need not be there. A ValueError, which names the flag and the path, says why
+        the model cannot be that."""
         ...

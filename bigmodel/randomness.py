@@ -16,11 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigmodel.sampling import mix
-
 _Ints = TypeVar("_Ints", np.ndarray, Tensor)
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as signed integers, which wrap around alike in numpy and torch
+_WORD = 0xFFFFFFFFFFFFFFFF
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
+
+
+def mix(*numbers: int) -> int:
+    """One well-mixed 64-bit number from several, for seeding a generator by (seed, epoch, sample, ...). SplitMix64."""
+    state = 0
+    for number in numbers:
+        state = (state ^ (number & _WORD)) + 0x9E3779B97F4A7C15 & _WORD
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _WORD
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & _WORD
+        state ^= state >> 31
+    return state
 
 
 def _finalize(x: _Ints) -> _Ints:

@@ -32,23 +32,12 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from bigmodel.course import Course, Position, get_origin
+from bigmodel.randomness import mix
 
 _ROUNDS = 6
-_WORD = 0xFFFFFFFFFFFFFFFF
 _STEPS_AT_ONCE = 32  # for which sample numbers are computed together: one call costs as much as many
 _STEPS_GROUPED = 50  # whose samples are sorted by length together
 _PADDING = -1  # the sample number of a padding row
-
-
-def mix(*numbers: int) -> int:
-    """One well-mixed 64-bit number from several, for seeding a generator by (seed, epoch, sample, ...). SplitMix64."""
-    state = 0
-    for number in numbers:
-        state = (state ^ (number & _WORD)) + 0x9E3779B97F4A7C15 & _WORD
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _WORD
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & _WORD
-        state ^= state >> 31
-    return state
 
 
 class Permutation:
@@ -360,19 +349,27 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: Dataset[Any], *, batch_size: int, trainer: Trainer | None = None, num_workers: int = 0
+    dataset: Dataset[Any],
+    *,
+    batch_size: int,
+    micro_batch_size: int | None = None,
+    trainer: Trainer | None = None,
+    num_workers: int = 0,
 ) -> Loader:
     """Each sample exactly once, over all processes; rows that fill up a last batch have weight 0.
 
     Args:
         dataset: as for `train_loader`.
         batch_size: samples at once over all processes.
+        micro_batch_size: samples one process takes at once, as in training; None: its share of those.
         trainer: the data module's `self.trainer`; None: one process.
         num_workers: worker processes that read ahead.
 
     Raises:
         ValueError: if the data set is empty.
     """
+    if micro_batch_size:
+        batch_size = micro_batch_size * _place(trainer)[1]
     return Loader(dataset, _EvaluationOrder(_num_samples(dataset, "evaluation"), batch_size, trainer), num_workers)
 
 

@@ -6,9 +6,12 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 
 import csv
 import random
+from pathlib import Path
 
 import pytest
 import torch
+
+from bigmodel.cli import main
 
 
 @pytest.fixture(autouse=True)
@@ -31,3 +34,27 @@ def table(tmp_path_factory):
             a, b = draw.random(), draw.random()
             writer.writerow([a, b, a * b])
     return path
+
+
+@pytest.fixture
+def bm(tmp_path, monkeypatch, table, capsys, request):
+    """Type `bigmodel ...` in an empty folder, `fit` with the outsider's task and the flags of the module's FIT, if there is
+    such a list; returns what is printed, both streams, or the message it fails with."""
+    monkeypatch.chdir(tmp_path)
+    experiment = Path(__file__).parent / "outsider" / "experiment.yaml"
+    flags = ["-c", str(experiment), "--data.path", str(table), "--trainer.accelerator", "cpu"]
+
+    def run(*words, fails=False):
+        argv = [str(word) for word in words]
+        if argv[0] == "fit" and "--resume" not in argv:
+            argv[1:1] = [*flags, *getattr(request.module, "FIT", [])]
+        capsys.readouterr()
+        if not fails:
+            main(argv)
+            return "".join(capsys.readouterr())
+        with pytest.raises(SystemExit) as stopped:
+            main(argv)
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    return run

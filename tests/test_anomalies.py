@@ -19,7 +19,8 @@ from bigmodel.checkpoint import AtomicCheckpointIO, Checkpoint, find_checkpoint
 from bigmodel.cli import main
 from bigmodel.course import Position
 from bigmodel.optim import configure
-from bigmodel.sampling import Permutation, mix, train_loader
+from bigmodel.randomness import mix
+from bigmodel.sampling import Permutation, train_loader
 
 SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.01)
 ADAMW = functools.partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)

@@ -16,11 +16,14 @@ LOWER = [
     "decode",
     "outputs",
     "hugging_face",
+    "published",
     "randomness",
     "workers",
     "launch",
     "course",
     "protocols",
+    "splits",
+    "tables",
 ]
 TASKS = sorted(path.name for path in (ROOT / "tasks").iterdir() if path.is_dir() and path.name != "__pycache__")
 
@@ -64,8 +67,11 @@ def test_nets_are_plain_torch():
         "cache",
         "decode",
         "hugging_face",
+        "published",
         "outputs",
         "workers",
+        "splits",
+        "tables",
         "classification",
         "run",
         "tracking",

@@ -14,19 +14,21 @@ from bigmodel.cli import check_task, main, promises, verbs
 from bigmodel.cli.new import write_package
 from bigmodel.cli.promises import Finding
 from bigmodel.protocols import PROTOCOL_VERSION
+from bigmodel.randomness import uniform
 from bigmodel.sampling import eval_loader
 
 OUTSIDER = str(Path(__file__).parent / "outsider" / "experiment.yaml")
 PROMISES = ["task", "data", "batch", "loaders", "resume", "loss", "accumulation", "bf16", "evaluation", "Predicts"]
-PROMISES += ["Tabulates", "Generates", "Ranks", "reload", "two processes", "sharding"]
+PROMISES += ["Tabulates", "Generates", "Writes", "Rewrites", "Ranks", "reload", "two processes", "sharding"]
+TEXT = {"Generates", "Writes", "Rewrites"}
 GOOD = {  # and what is skipped
     "language_modeling": {"Tabulates", "Ranks"},
-    "image_classification": {"Generates", "Ranks"},
-    "recommendation": {"Generates"},
-    "transfer_learning": {"Generates", "Ranks"},
-    "outsider": {"Predicts", "Generates", "Ranks"},
-    "new": {"Predicts", "Tabulates", "Generates", "Ranks"},
-    "batch norm": {"Predicts", "Generates", "Ranks", "loss", "accumulation", "two processes", "sharding"},
+    "image_classification": {*TEXT, "Ranks"},
+    "recommendation": TEXT,
+    "transfer_learning": {*TEXT, "Ranks"},
+    "outsider": {"Predicts", *TEXT, "Ranks"},
+    "new": {"Predicts", "Tabulates", *TEXT, "Ranks"},
+    "batch norm": {"Predicts", *TEXT, "Ranks", "loss", "accumulation", "two processes", "sharding"},
 }
 DEFECTS = {  # which class, and what is found
     "model: MeanLoss": {
@@ -192,6 +194,121 @@ def test_lists_are_ordered_short_and_new(kind, found):
     except promises.Failure as failure:
         text = str(failure)
     assert found in text
+
+
+class Writer(torch.nn.Module):
+    """Writes numbers that it draws: as documents, and into the ends of sequences of four."""
+
+    def eval(self):
+        return self.train(False)
+
+    def draw(self, keys, n):
+        return uniform(keys, 0, n).mul(100).long()  # [B, n]
+
+    def write_documents(self, beginnings, keys, *, max_new_tokens=256):
+        rows = self.draw(keys, max_new_tokens).tolist()
+        return [(f"{text} {row}", True) for text, row in zip(beginnings, rows, strict=True)]
+
+    def rewrite(self, batch, keys, *, max_new_tokens, temperature):
+        if max_new_tokens > 4:
+            raise ValueError("no")
+        new, targets = self.draw(keys, max_new_tokens), torch.full_like(batch.targets, -100)
+        targets[:, -max_new_tokens:] = new
+        return batch._replace(targets=targets)
+
+    def features(self, batch):
+        return batch.targets
+
+    def logits(self, features):
+        return features
+
+    def targets(self, batch):
+        return batch.targets
+
+
+class WritesTogether(Writer):
+    def draw(self, keys, n):
+        return super().draw(keys.flip(0), n)
+
+
+class WritesOthersToo(Writer):
+    def rewrite(self, batch, keys, **options):
+        return super().rewrite(batch, keys, **{**options, "max_new_tokens": 3})
+
+    def write_documents(self, beginnings, keys):
+        return [text for text, _ in super().write_documents(beginnings, keys)]
+
+
+class WritesWithDropout(Writer):
+    def draw(self, keys, n):
+        return super().draw(keys, n) + int(torch.rand(()) < 0)
+
+    def write_documents(self, beginnings, keys):
+        raise ValueError("no such beginning")
+
+
+class WritesInAnotherMode(Writer):
+    def draw(self, keys, n):
+        self.eval()
+        return super().draw(keys, n)
+
+
+class WritesAnyLength(Writer):
+    def rewrite(self, batch, keys, *, max_new_tokens, temperature):
+        return super().rewrite(batch, keys, max_new_tokens=min(max_new_tokens, 4), temperature=temperature)
+
+
+class WritesNumbered(Writer):
+    def rewrite(self, batch, keys, **options):
+        return super().rewrite(batch, keys, **options)._replace(index=torch.arange(len(keys)))
+
+
+class Sequences(NamedTuple):
+    targets: torch.Tensor
+    index: torch.Tensor
+    weight: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("kind", "documents", "batches"),
+    [
+        (Writer, "3 documents, the same for the same keys", "the last 2 tokens of each sequence are its own"),
+        (
+            WritesTogether,
+            "another document for the same beginning and key",
+            "for the same sample and key beside others",
+        ),
+        (WritesOthersToo, "(text, ended) is due for each", "of 2 tokens that are written, 3 to 3 are targets"),
+        (WritesWithDropout, "no such beginning", "or draws from torch's global state"),
+        (WritesInAnotherMode, "3 documents", "leaves the net in another mode"),
+        (WritesAnyLength, "3 documents", "wrote more tokens than there are"),
+        (WritesNumbered, "3 documents", "with the same index and weight"),
+    ],
+)
+def test_what_is_written_depends_on_keys_alone(kind, documents, batches):
+    batch = Sequences(torch.zeros(4, 4, dtype=torch.int64), torch.arange(4) + 7, torch.ones(4))
+    data = SimpleNamespace(beginnings=lambda numbers, seed: [f"no. {number}" for number in numbers])
+    for promise, expected in ((promises.writes, documents), (promises.rewrites, batches)):
+        try:
+            text = promise(SimpleNamespace(task=kind(), data=data, batch=batch))
+        except (promises.Failure, ValueError) as failure:
+            text = str(failure)
+        assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "has no method beginnings"),
+        (
+            SimpleNamespace(beginnings=lambda numbers, seed: [str(len(numbers))] * len(numbers)),
+            "a function of its number",
+        ),
+    ],
+)
+def test_documents_begin_as_the_data_do(data, message):
+    with pytest.raises(promises.Failure, match=message):
+        promises.writes(SimpleNamespace(task=Writer(), data=data))
 
 
 @pytest.mark.parametrize("name", DEFECTS)

@@ -5,12 +5,11 @@ import functools
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import damaged_checkpoint
+import forked
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -28,30 +27,6 @@ from bigmodel.checkpoint import (
     find_checkpoint,
     read,
 )
-from bigmodel.cli import main
-
-EXPERIMENT = str(Path(__file__).parent / "outsider" / "experiment.yaml")
-
-
-@pytest.fixture
-def bm(tmp_path, monkeypatch, table, capsys):
-    """Type `bigmodel ...` in an empty folder; returns what it prints, both streams, or the message it fails with."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words, fails=False):
-        argv = [str(word) for word in words]
-        if argv[0] == "fit" and "--resume" not in argv:
-            argv[1:1] = ["-c", EXPERIMENT, "--data.path", str(table), "--trainer.accelerator", "cpu"]
-        capsys.readouterr()
-        if not fails:
-            main(argv)
-            return "".join(capsys.readouterr())
-        with pytest.raises(SystemExit) as stopped:
-            main(argv)
-        assert stopped.value.code == 2
-        return capsys.readouterr().err
-
-    return run
 
 
 def run_directory():
@@ -358,11 +333,7 @@ def test_of_two_processes_one_verifies_and_the_other_follows(bm, table, tmp_path
     shutil.copytree(run, two)
     for directory in (run, two):
         flip(directory / "checkpoints" / "last-10.ckpt")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run(
-        [*launch, damaged_checkpoint.__file__, two, table], capture_output=True, text=True, check=False, timeout=120
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = forked.run(damaged_checkpoint.__file__, two, table, timeout=120)
     assert not (tmp_path / "verified.1").exists()
     assert set((tmp_path / "verified.0").read_text().split()) == {"last-10.ckpt", "last-9.ckpt"}
     assert result.stderr.count("last-9.ckpt is used instead; optimizer steps lost: 1") == 2, "once for each command"

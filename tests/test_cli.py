@@ -15,30 +15,8 @@ import bigmodel
 from bigmodel.cli import main
 from bigmodel.run import find, find_checkpoint
 
-EXPERIMENT = str(Path(__file__).parent / "outsider" / "experiment.yaml")
+FIT = ["--trainer.log_every_n_steps", "10"]
 COLUMNS_OF_TIME = {"speed/samples_per_s", "speed/mfu"}
-
-
-@pytest.fixture
-def bm(tmp_path, monkeypatch, table, capsys):
-    """Type `bigmodel ...` in an empty folder; returns what it prints, or the message it fails with."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words, fails=False):
-        argv = [str(word) for word in words]
-        if argv[0] == "fit" and "--resume" not in argv:
-            argv[1:1] = ["-c", EXPERIMENT, "--data.path", str(table), "--trainer.accelerator", "cpu"]
-            argv[1:1] = ["--trainer.log_every_n_steps", "10"]
-        capsys.readouterr()
-        if not fails:
-            main(argv)
-            return capsys.readouterr().out
-        with pytest.raises(SystemExit) as stopped:
-            main(argv)
-        assert stopped.value.code == 2
-        return capsys.readouterr().err
-
-    return run
 
 
 def runs():

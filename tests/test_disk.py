@@ -1,5 +1,7 @@
-"""A line before the disk is full, with both numbers, and none where there is room."""
+"""A line before the disk is full, with both numbers, and none where there is room; of a full one no run is left."""
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import torch
 
 from bigmodel.callbacks.disk import _bytes
 from bigmodel.cli import main
+from bigmodel.run import record
 
 
 @pytest.mark.parametrize("free", [0, 10**12])
@@ -41,3 +44,18 @@ def test_a_disk_without_room_for_the_next_checkpoints_is_told_of(table, tmp_path
 
 def test_what_a_checkpoint_takes():
     assert _bytes({"a": torch.zeros(10), "b": [torch.zeros(2, dtype=torch.int64), {"c": (1.0, "text", None)}]}) == 56
+
+
+def test_a_run_that_a_full_disk_does_not_take_leaves_no_directory(table, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(record.os, "replace", full)
+    experiment = str(Path(__file__).parent / "outsider" / "experiment.yaml")
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", experiment, "--data.path", str(table), "--trainer.accelerator", "cpu"])
+    error = capsys.readouterr().err
+    assert "(No space left on device): make room there, or set --runs_dir to another place" in error
+    assert not list(tmp_path.glob("runs/*/*"))

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from outsider import MLP, TabularRegression
 from safetensors import safe_open
@@ -11,9 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import bigmodel
-from bigmodel.cli import main
 
-EXPERIMENT = str(Path(__file__).parent / "outsider" / "experiment.yaml")
+FIT = ["--trainer.max_epochs", "2"]
 
 
 class Awkward(nn.Module):
@@ -36,28 +34,6 @@ class Awkward(nn.Module):
 class AwkwardRegression(TabularRegression):
     def __init__(self) -> None:
         super().__init__(Awkward)
-
-
-@pytest.fixture
-def bm(tmp_path, monkeypatch, table, capsys):
-    """Type `bigmodel ...` in an empty folder; returns what it prints, or the message it fails with."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words, fails=False):
-        argv = [str(word) for word in words]
-        if argv[0] == "fit":
-            argv[1:1] = ["-c", EXPERIMENT, "--data.path", str(table), "--trainer.accelerator", "cpu"]
-            argv[1:1] = ["--trainer.max_epochs", "2"]
-        capsys.readouterr()
-        if not fails:
-            main(argv)
-            return capsys.readouterr().out
-        with pytest.raises(SystemExit) as stopped:
-            main(argv)
-        assert stopped.value.code == 2
-        return capsys.readouterr().err
-
-    return run
 
 
 def run_directory():

@@ -2,11 +2,10 @@
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import outputs as launched
 import pytest
 import torch
@@ -62,11 +61,7 @@ def test_far_more_is_read_than_stays_mapped(tmp_path, monkeypatch):
 def test_order_batches_and_processes_change_no_bit(tmp_path):
     """Shuffled batches, and batches of fewer processes or more, hold the same samples each, so the same bits."""
     alone = launched.fit(tmp_path / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run(
-        [*command, launched.__file__, tmp_path / "two"], capture_output=True, text=True, check=False, timeout=300
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    forked.run(launched.__file__, tmp_path / "two")
     two = Outputs(tmp_path / "two", {"net": "frozen"}, 10, FIELDS, 2)
     assert files(two) == files(alone)
     assert not list((tmp_path / "two").glob(".*"))

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import stopping
 import torch
@@ -161,12 +162,7 @@ def two(tmp_path_factory, table):
     folder = tmp_path_factory.mktemp("two")
     lines = table.read_text().splitlines()
     (folder / "spoiled.csv").write_text("\n".join([*lines[:6], "nan,0.5,0.5", *lines[7:]]))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", stopping.__file__]
-    result = subprocess.run(
-        [*launch, table], cwd=folder, capture_output=True, text=True, check=False, timeout=300, env={**os.environ}
-    )
-    assert (folder / "done").exists(), result.stdout + result.stderr
-    (folder / "printed").write_text(result.stdout)
+    (folder / "printed").write_text(forked.run(stopping.__file__, table, cwd=folder).stdout)
     return folder
 
 

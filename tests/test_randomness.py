@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from bigmodel.randomness import hashes, sample_keys, uniform
-from bigmodel.sampling import mix
+from bigmodel.randomness import hashes, mix, sample_keys, uniform
 
 M = (1 << 64) - 1
 
@@ -60,3 +59,8 @@ def test_numbers_are_uniform_and_independent(across):
     counts = np.bincount((x * 16).astype(int), minlength=16)
     assert ((counts - n / 16) ** 2 / (n / 16)).sum() < 37.7  # chi-square, 15 degrees of freedom, 0.1 %
     assert abs(np.corrcoef(x[:-1], x[1:])[0, 1]) < 0.025
+
+
+def test_mix_separates_its_numbers():
+    assert len({mix(a, b) for a in range(50) for b in range(50)}) == 2500
+    assert mix(1, 2) != mix(2, 1)

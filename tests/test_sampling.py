@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from bigmodel.sampling import Permutation, eval_loader, micro_batches, mix, train_loader
+from bigmodel.sampling import Permutation, eval_loader, micro_batches, train_loader
 
 
 class Sample(NamedTuple):
@@ -118,9 +118,10 @@ def test_evaluation_counts_each_sample_once(n, batch, num_processes):
     assert sorted(counted) == list(range(n))
 
 
-def test_mix_separates_its_numbers():
-    assert len({mix(a, b) for a in range(50) for b in range(50)}) == 2500
-    assert mix(1, 2) != mix(2, 1)
+def test_evaluation_takes_micro_batches_as_training_does():
+    loaders = [eval_loader(Squares(20), batch_size=12, micro_batch_size=3, trainer=process(r, 2)) for r in range(2)]
+    first = [next(iter(loader)).index.tolist() for loader in loaders]
+    assert (first, loaders[0].samples_per_step) == ([[0, 1, 2], [3, 4, 5]], 6)
 
 
 @pytest.mark.parametrize(

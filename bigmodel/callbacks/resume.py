@@ -16,7 +16,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data.distributed import DistributedSampler
 
 from bigmodel.course import Course, Position, get_origin, set_origin
-from bigmodel.sampling import Loader, micro_batches, mix, replica
+from bigmodel.randomness import mix
+from bigmodel.sampling import Loader, micro_batches, replica
 
 
 class Resume(Callback):

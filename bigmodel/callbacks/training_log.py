@@ -1,15 +1,17 @@
 """What is known of training, for any task and with no line of its code: loss, rates, speed, use of the hardware.
 
 MFU is model FLOPs utilisation (Chowdhery et al. 2022, PaLM): FLOPs per second over the device's peak. The FLOPs are
-counted on the first micro-batch, forward and backward, not declared; what checkpointed activations cost a second time is
-not counted.
+counted on the first micro-batch, forward and backward, not declared. They are those of the net that is trained: what
+checkpointed activations cost a second time is not counted, nor what a teacher computes or the net writes to learn from
+(`outside_mfu`), though its time is.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,8 +37,8 @@ class TrainingLog(Callback):
     `counts = "tokens"`. Between these times nothing is read from the device.
 
     Args:
-        mfu: count FLOPs on the first micro-batch and log `speed/mfu`. On a GPU the peak is the maker's figure, on
-            another device that of a large matrix product measured at the start.
+        mfu: count the FLOPs of the net that is trained, on the first micro-batch, and log `speed/mfu`. On a GPU the peak is
+            the maker's figure, on another device that of a large matrix product measured at the start.
 
     Attributes:
         latest: the last row.
@@ -221,6 +223,8 @@ class _FlopCounter(TorchDispatchMode):
     must not change what is trained.
     """
 
+    paused = False  # by `outside_mfu`
+
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
@@ -232,12 +236,24 @@ class _FlopCounter(TorchDispatchMode):
         out = func(*args, **kwargs)
         # Gradients on in a backward pass: activations that were checkpointed are computed again. MFU counts what the model
         # needs, not what is done for it (PaLM, appendix B).
-        if torch.is_grad_enabled() and torch._C._current_graph_task_id() >= 0:
+        recomputed = torch.is_grad_enabled() and torch._C._current_graph_task_id() >= 0
+        if recomputed or _FlopCounter.paused:
             return out
         formula: Any = _CPU_ATTENTION.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=out)
         return out
+
+
+@contextmanager
+def outside_mfu() -> Iterator[None]:
+    """What a training step computes here is not done by the net that is trained, or not to train it: a teacher's answers,
+    text that is written. `speed/mfu` leaves it out."""
+    before, _FlopCounter.paused = _FlopCounter.paused, True
+    try:
+        yield
+    finally:
+        _FlopCounter.paused = before
 
 
 def _attention_flops(query: Tensor, key: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:

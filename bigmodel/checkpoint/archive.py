@@ -116,7 +116,7 @@ def read_archive(path: str | os.PathLike[str]) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = str(error).strip().splitlines()[0].split(". ")[0][:200]  # of torch's advice, what was wrong
         raise ValueError(f"{path} cannot be read as a checkpoint (damaged, or not one): {reason}") from error
 
 

@@ -37,7 +37,7 @@ make it small: --data.path PATH, --model.net.width 8. Batches are cut to 16 samp
                                equal one process that takes the batch at once; dropout is switched off for it
   bf16                         its first loss is that of float32
   evaluation                   each sample counts once, on any number of processes
-  Predicts, Tabulates, Generates, Ranks
+  Predicts, Tabulates, Generates, Writes, Rewrites, Ranks
                                what it offers besides, if it does
   reload                       the trained task is made from its checkpoint with no data present
 """

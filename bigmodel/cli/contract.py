@@ -69,6 +69,8 @@ class Contract:
         yield from self._try("Predicts", lambda: promises.predicts(run))
         yield from self._try("Tabulates", lambda: promises.tabulates(run))
         yield from self._try("Generates", lambda: promises.generates(run))
+        yield from self._try("Writes", lambda: promises.writes(run))
+        yield from self._try("Rewrites", lambda: promises.rewrites(run))
         yield from self._try("Ranks", lambda: promises.ranks(run))
 
     def on_two_processes(self) -> Iterator[Finding]:

@@ -17,7 +17,8 @@ from bigmodel.cli import plugins, trials
 from bigmodel.cli.figures import describe
 from bigmodel.cli.settings import Settings
 from bigmodel.cli.trials import Trial
-from bigmodel.protocols import Batch, Generates, Predicts, Ranks, TaskData
+from bigmodel.protocols import Batch, Generates, Predicts, Ranks, Rewrites, TaskData, Writes
+from bigmodel.randomness import sample_keys
 from bigmodel.sampling import Loader
 
 
@@ -191,6 +192,91 @@ def generates(run: Trial) -> str:
             f"stream gave {pieces!r} and generate {text!r} with the same seed: pieces of the same text are due"
         )
     return "stream and generate give the same text for a seed"
+
+
+def writes(run: Trial) -> str:
+    """Documents that depend on their keys and beginnings alone."""
+    task: Any = run.task
+    data: Any = run.data
+    if not isinstance(task, Writes):
+        raise Skip("not offered (write_documents): no student can be trained on what it writes")
+    if not callable(getattr(data, "beginnings", None)):
+        raise Failure(f"{type(data).__name__} has no method beginnings(numbers, seed): how would a document begin?")
+    numbers = range(3)
+    beginnings = list(data.beginnings(numbers, 0))
+    if [*data.beginnings(numbers[:1], 0), *data.beginnings(numbers[1:], 0)] != beginnings:
+        raise Failure(
+            "beginnings gave others for the same numbers and seed: make each a function of its number and the seed"
+        )
+    known = inspect.signature(task.write_documents).parameters
+    options = {"max_new_tokens": 4} if "max_new_tokens" in known else {}
+    keys = sample_keys(0, 0, torch.tensor(numbers))
+    run.task.eval()
+    written = list(task.write_documents(beginnings, keys, **options))
+    if len(written) != len(beginnings) or not all(_is_document(one) for one in written):
+        raise Failure(
+            f"write_documents gave {written!r} for {len(beginnings)} beginnings: (text, ended) is due for each"
+        )
+    if list(task.write_documents(beginnings[1:], keys[1:], **options)) != written[1:]:
+        raise Failure(
+            "write_documents wrote another document for the same beginning and key beside others: let nothing but its key"
+            " (bigmodel.randomness) decide what is drawn for a document"
+        )
+    return f"{len(written)} documents, the same for the same keys, in any batch"
+
+
+def _is_document(one: Any) -> bool:
+    return isinstance(one, tuple) and [type(part) for part in one] == [str, bool]
+
+
+_WRITTEN = 2  # tokens of each sequence
+
+
+def rewrites(run: Trial) -> str:
+    """The ends of sequences, by their keys."""
+    task: Any = run.task
+    if not isinstance(task, Rewrites):
+        raise Skip("not offered (rewrite): no on-policy distillation")
+    if not isinstance(task, Predicts):
+        raise Failure("it has rewrite, and not all of features, logits, targets, which say what of a batch is learned")
+    batch: Any = run.batch
+    keys = sample_keys(0, 0, batch.index)
+    run.task.train()  # as it is while it learns
+    modes, state = [module.training for module in run.task.modules()], torch.get_rng_state()
+    new = _rewritten(task, batch, keys)
+    if modes != [module.training for module in run.task.modules()] or not torch.equal(state, torch.get_rng_state()):
+        raise Failure(
+            "rewrite leaves the net in another mode, or draws from torch's global state (dropout does): write in evaluation"
+            " mode, restore what was, and draw by the keys"
+        )
+    if type(new) is not type(batch) or not all(
+        torch.equal(getattr(new, n), getattr(batch, n)) for n in ("index", "weight")
+    ):
+        raise Failure("rewrite must give a batch of the same class, with the same index and weight")
+    targets = task.targets(new)
+    counted = (targets != -100).reshape(len(targets), -1).sum(1).tolist()
+    if targets.shape != task.targets(batch).shape or set(counted) != {_WRITTEN}:
+        raise Failure(
+            f"of {_WRITTEN} tokens that are written, {min(counted)} to {max(counted)} are targets in each sequence: exactly"
+            " those are to be, and all others -100"
+        )
+    half = len(keys) // 2
+    parts = [_rewritten(task, trials.sliced(batch, *rows), keys[slice(*rows)]) for rows in ((0, half), (half, None))]
+    if not all(torch.equal(whole, torch.cat(halves)) for whole, *halves in zip(new, *parts, strict=True)):
+        raise Failure(
+            "rewrite wrote something else for the same sample and key beside others: let nothing but its key"
+            " (bigmodel.randomness) decide what is drawn for a sample"
+        )
+    try:
+        task.rewrite(batch, keys, max_new_tokens=targets.numel() + 2, temperature=1.0)
+    except ValueError:
+        return f"the last {_WRITTEN} tokens of each sequence are its own, the same for the same keys, in any batch"
+    raise Failure("rewrite wrote more tokens than there are: a ValueError is due, which says how many there may be")
+
+
+def _rewritten(task: Any, batch: Any, keys: Tensor) -> Any:
+    with torch.no_grad():
+        return task.rewrite(batch, keys, max_new_tokens=_WRITTEN, temperature=1.0)
 
 
 def ranks(run: Trial) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -35,6 +36,9 @@ from bigmodel.cli.class_help import print_class_help
 from bigmodel.cli.profiling import make_profiler
 from bigmodel.parallel import ShardedStrategy
 from bigmodel.tracking import WandB
+
+# Lightning has a setting such as hf://owner/name fetched, to see whether it is a file of settings.
+set_parsing_settings(config_read_mode_fsspec_enabled=False)
 
 _HELP = {
     "fit": """\
@@ -274,7 +278,7 @@ def _readable(message: str) -> str:
     keys: list[tuple[int, str]] = []
     problems: list[str] = []
     noise = "Does not validate|Subtypes:|Errors:|Given value|Problem with given class_path"
-    noise += "|Expected a <class 'NoneType'>|Expected a path"
+    noise += "|Expected a <class 'NoneType'>|Expected a path|Subclass types expect|a class path|a dict with"
     for line in message.splitlines():
         indent = len(line) - len(line.lstrip())
         text = re.sub(r"\.? Got value: .*", "", line.strip().removeprefix("- "))

@@ -14,7 +14,7 @@ run makes.
 """
 
 from bigmodel.checkpoint import checkpoint_step, find_checkpoint
-from bigmodel.run.loading import build, describe, find_average, load, load_data, sizes
+from bigmodel.run.loading import build, describe, find_average, load, load_data, set_sizes, sizes
 from bigmodel.run.places import find, new_directory
 from bigmodel.run.record import RunDirectory, directory
 
@@ -30,5 +30,6 @@ __all__ = [
     "load",
     "load_data",
     "new_directory",
+    "set_sizes",
     "sizes",
 ]

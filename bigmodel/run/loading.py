@@ -36,6 +36,11 @@ def sizes(module: LightningModule) -> dict[str, int]:
     return dict(found)
 
 
+def set_sizes(module: LightningModule, known: Mapping[str, int]) -> None:
+    """Tell a task that has no data what `sizes` is to give."""
+    module._sizes = dict(known)  # type: ignore[assignment]
+
+
 def load(
     run: str | Path, checkpoint: str = "best", *, ema: bool = True, runs_dir: str | Path = "runs"
 ) -> LightningModule:
@@ -97,7 +102,7 @@ def build(description: Mapping[str, Any], *, net: bool = True) -> LightningModul
 def _built(description: Mapping[str, Any], checkpoint: dict[str, Any], net: bool) -> LightningModule:
     task: LightningModule = _instantiate(LightningModule, description["model"])
     task._description = description  # type: ignore[assignment]  # for `describe`
-    task._sizes = description["sizes"]
+    set_sizes(task, description["sizes"])
     task.on_load_checkpoint(checkpoint)
     if net:
         task.configure_model()

@@ -87,15 +87,7 @@ class RunDirectory(Callback):
             )
         self.started = True
         if trainer.is_global_zero:
-            if self.directory is None:
-                if place := os.environ.get("BIGMODEL_RUN_DIRECTORY"):
-                    self.directory = Path(place)
-                    self.directory.mkdir(parents=True)
-                else:
-                    self.directory = new_directory(self.config["runs_dir"], self.config["experiment"])
-            self._write_config(self.directory)
-            clear_hidden(self.directory / "checkpoints")
-            self.record = self._begin_record(self.directory)
+            self.directory = self._open()
             if file := os.environ.get("BIGMODEL_RUN_FILE"):
                 Path(file).write_text(f"{self.directory.resolve()}\n")
         self.directory = Path(trainer.strategy.broadcast(str(self.directory)))
@@ -104,6 +96,36 @@ class RunDirectory(Callback):
         if trainer.is_global_zero:
             self._start_loggers(trainer, self.directory)
             self._say_what_runs(trainer, pl_module)
+
+    def _open(self) -> Path:
+        """The directory, with configuration and record in it.
+
+        Raises:
+            ValueError: if the disk takes none; then a new directory is not left behind.
+        """
+        made: Path | None = None
+        try:
+            if self.directory is None:
+                self.directory = made = self._new_directory()
+            self._write_config(self.directory)
+            clear_hidden(self.directory / "checkpoints")
+            self.record = self._begin_record(self.directory)
+        except OSError as error:
+            where = self.directory or self.config["runs_dir"]
+            if made is not None:
+                shutil.rmtree(made, ignore_errors=True)
+                self.directory = None
+            raise ValueError(
+                f"the run cannot be kept in {where} ({error.strerror}): make room there, or set --runs_dir to another place"
+            ) from error
+        return self.directory
+
+    def _new_directory(self) -> Path:
+        if place := os.environ.get("BIGMODEL_RUN_DIRECTORY"):
+            directory = Path(place)
+            directory.mkdir(parents=True)
+            return directory
+        return new_directory(self.config["runs_dir"], self.config["experiment"])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = True

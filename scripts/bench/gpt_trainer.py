@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
-from typing import Any
-
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from bench.common import BENCH, SIZES, TOKENS, VOCAB_SIZE, Clock, arguments
+from bench.common import SIZES, TOKENS, VOCAB_SIZE, Clock, arguments
+from bench.trainer import train
 
 
 class Windows(Dataset):
@@ -28,16 +26,6 @@ class Windows(Dataset):
         return {"input_ids": window, "labels": window}
 
 
-class Timer(TrainerCallback):
-    """The clock, at each optimizer step."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.clock.tick()
-
-
 def main() -> None:
     options = arguments(__doc__)
     size, clock = SIZES[options.size], Clock(options.steps, options.warmup)
@@ -45,13 +33,10 @@ def main() -> None:
         vocab_size=VOCAB_SIZE, n_positions=size.context_length, n_embd=size.width, n_layer=size.depth,
         n_head=size.num_heads, embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory(dir=BENCH) as folder:
-        settings = TrainingArguments(
-            folder, max_steps=options.steps, per_device_train_batch_size=size.batch_size, use_cpu=True, bf16=True,
-            optim="adamw_torch_fused", learning_rate=1e-3, adam_beta2=0.95, weight_decay=0.1, max_grad_norm=1.0,
-        )  # fmt: skip
-        data = Windows(size.context_length)
-        Trainer(GPT2LMHeadModel(config), settings, train_dataset=data, callbacks=[Timer(clock)]).train()
+    train(
+        GPT2LMHeadModel(config), Windows(size.context_length), clock, size.batch_size, bf16=True,
+        optim="adamw_torch_fused", learning_rate=1e-3, adam_beta2=0.95, weight_decay=0.1,
+    )  # fmt: skip
     clock.report(size.tokens_per_step)
 
 

@@ -5,15 +5,12 @@ Its memory format is one of these: the net and its pictures are contiguous.
 
 from __future__ import annotations
 
-import tempfile
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from bench.common import BENCH, IMAGE_SIZES, Clock, ImageSize, arguments, digits
+from bench.common import IMAGE_SIZES, Clock, ImageSize, arguments, digits
+from bench.trainer import train
 from bigmodel.nn import ResNet
 
 
@@ -44,26 +41,13 @@ class Digits(Dataset):
         return {"pixel_values": (self.images[i] / 255 - self.mean) / self.std, "labels": self.labels[i]}
 
 
-class Timer(TrainerCallback):
-    """The clock, at each optimizer step."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.clock.tick()
-
-
 def main() -> None:
     options = arguments(__doc__)
     size, clock = IMAGE_SIZES[options.size], Clock(options.steps, options.warmup)
-    with tempfile.TemporaryDirectory(dir=BENCH) as folder:
-        settings = TrainingArguments(
-            folder, max_steps=options.steps, per_device_train_batch_size=size.batch_size, use_cpu=True, bf16=True,
-            optim="sgd", optim_args="momentum=0.9,nesterov=True,fused=True", learning_rate=0.05, weight_decay=5e-4,
-            max_grad_norm=1.0, save_strategy="no",
-        )  # fmt: skip
-        Trainer(Classifier(size), settings, train_dataset=Digits(size), callbacks=[Timer(clock)]).train()
+    train(
+        Classifier(size), Digits(size), clock, size.batch_size, bf16=True, save_strategy="no",
+        optim="sgd", optim_args="momentum=0.9,nesterov=True,fused=True", learning_rate=0.05, weight_decay=5e-4,
+    )  # fmt: skip
     clock.report(size.batch_size)
 
 

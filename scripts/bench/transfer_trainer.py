@@ -3,16 +3,16 @@ defaults."""
 
 from __future__ import annotations
 
-import tempfile
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding
 
 from bench.common import BENCH, Clock, arguments
+from bench.trainer import train
 from bigmodel.tasks.transfer_learning import LabelledTextData
 from bigmodel.tasks.transfer_learning.backbones.shipped import folder_of
 
@@ -57,29 +57,16 @@ class Reviews(Dataset):
         return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": label}
 
 
-class Timer(TrainerCallback):
-    """The clock, at each optimizer step."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.clock.tick()
-
-
 def main() -> None:
     options = arguments(__doc__)
     clock = Clock(options.steps, options.warmup)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(folder_of("{minilm}"))
-    with tempfile.TemporaryDirectory(dir=BENCH) as folder:
-        settings = TrainingArguments(
-            folder, max_steps=options.steps, per_device_train_batch_size=BATCH_SIZE, use_cpu=True, bf16=True,
-            optim="adamw_torch_fused", learning_rate=1e-4, weight_decay=0.01, max_grad_norm=1.0, save_strategy="no",
-            train_sampling_strategy="group_by_length",
-        )  # fmt: skip
-        collator = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
-        Trainer(Classifier(), settings, collator, train_dataset=Reviews(), callbacks=[Timer(clock)]).train()
+    collator = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
+    train(
+        Classifier(), Reviews(), clock, BATCH_SIZE, collator, bf16=True, save_strategy="no",
+        optim="adamw_torch_fused", learning_rate=1e-4, weight_decay=0.01, train_sampling_strategy="group_by_length",
+    )  # fmt: skip
     clock.report(BATCH_SIZE)
 
 

@@ -7,7 +7,6 @@ All have the same points, fused AdamW and clipping to norm 1. *lightning* is its
 from __future__ import annotations
 
 import sys
-import tempfile
 import warnings
 from functools import partial
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bench.common import BENCH, Clock, arguments
+from bench.common import Clock, arguments
 from bench.two_numbers import BATCH_SIZE, Line, Points, TwoNumbers
 
 AdamW = partial(torch.optim.AdamW, lr=1e-3, fused=True)
@@ -62,11 +61,7 @@ def lightning(clock: Clock) -> None:
 
 def trainer(clock: Clock) -> None:
     """Hugging Face's Trainer."""
-    import transformers
-
-    class Timer(transformers.TrainerCallback):
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            clock.tick()
+    from bench.trainer import train
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -79,14 +74,10 @@ def trainer(clock: Clock) -> None:
     def collate(batch: Points) -> dict[str, Tensor]:
         return {"x": batch.x, "y": batch.y}
 
-    with tempfile.TemporaryDirectory(dir=BENCH) as folder:
-        settings = transformers.TrainingArguments(
-            folder, max_steps=clock.steps, per_device_train_batch_size=BATCH_SIZE, use_cpu=True, learning_rate=1e-3,
-            optim="adamw_torch_fused", max_grad_norm=1.0, remove_unused_columns=False, save_strategy="no",
-        )  # fmt: skip
-        transformers.Trainer(
-            Model(), settings, data_collator=collate, train_dataset=Line(), callbacks=[Timer()]
-        ).train()
+    train(
+        Model(), Line(), clock, BATCH_SIZE, collate, save_strategy="no",
+        optim="adamw_torch_fused", learning_rate=1e-3, remove_unused_columns=False,
+    )  # fmt: skip
 
 
 def main() -> None:

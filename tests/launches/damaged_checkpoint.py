@@ -1,4 +1,4 @@
-"""What two processes do with a damaged checkpoint: `torchrun --nproc-per-node 2 damaged_checkpoint.py RUN TABLE`.
+"""What two processes do with a damaged checkpoint: `python forked.py 2 damaged_checkpoint.py RUN TABLE`.
 
 Run by test_checkpoint.py, where RUN is the directory of a run of which the newest checkpoint is damaged.
 """

@@ -1,4 +1,4 @@
-"""Distillation on two processes: `torchrun --nproc-per-node 2 distillation.py`, in a folder with `teacher-run`.
+"""Distillation on two processes: `python forked.py 2 distillation.py`, in a folder with `teacher-run`.
 
 Run by tasks/distillation/test_module.py, which distills alone with the same words.
 """
@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 
+from bigmodel.callbacks import TrainingLog
+from bigmodel.callbacks.gradients import find
+from bigmodel.callbacks.training_log import outside_mfu
 from bigmodel.cli import main
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "image_classification" / "digits.yaml"
@@ -68,7 +71,7 @@ class Witness(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         pixels = batch.images.float() / 255
-        with torch.no_grad():  # each model by its own mean and deviation
+        with torch.no_grad(), outside_mfu():  # each model by its own mean and deviation
             student = pl_module.net((pixels - pl_module.mean) / pl_module.std)
             said = [teacher.net((pixels - teacher.mean) / teacher.std) for teacher in self.teachers]
         taught = torch.stack([(logits / 4).softmax(1) for logits in said]).mean(0)
@@ -84,6 +87,9 @@ class Witness(Callback):
         assert all(p.grad is None and not p.requires_grad for p in self.teachers.parameters())
         after = self.teachers.state_dict()
         assert all(torch.equal(after[name], tensor) for name, tensor in self.before.items())
+        weights = [p.numel() for p in pl_module.net.parameters() if p.ndim == 2]
+        passes = [2 * weights[0], *(3 * n for n in weights[1:])]  # nobody needs the gradient of the pixels
+        assert find(trainer, TrainingLog)._flops == 2 * 32 * sum(passes), "the student's alone"
 
 
 if __name__ == "__main__":

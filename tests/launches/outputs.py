@@ -1,4 +1,4 @@
-"""What a frozen net says of ten samples, kept by two processes: `torchrun --nproc-per-node 2 outputs.py FOLDER`.
+"""What a frozen net says of ten samples, kept by two processes: `python forked.py 2 outputs.py FOLDER`.
 
 Run by test_outputs.py, which computes the same alone.
 """

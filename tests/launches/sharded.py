@@ -1,4 +1,4 @@
-"""What four processes do together with sharded nets: `torchrun --nproc-per-node 4 sharded.py TABLE SINGLE`.
+"""What four processes do together with sharded nets: `python forked.py 4 sharded.py TABLE SINGLE`.
 
 Run by test_sharded.py in an empty folder, where SINGLE is the directory of a run of one process that was stopped.
 """

@@ -1,7 +1,6 @@
 """Tiny pretrained nets, data for them, and runs of them; as a program, what two processes do together, in one launch:
-`torchrun --nproc-per-node 2 transfer_runs.py`, in a folder that `make` has filled."""
+`python forked.py 2 transfer_runs.py`, in a folder that `make` has filled."""
 
-import os
 import random
 from pathlib import Path
 
@@ -93,5 +92,3 @@ if __name__ == "__main__":
     two = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.micro_batch_size", "4")
     for name, flags in RUNS.items():
         main(words(*flags, "--model.backbone", "plain", "--model.dropout", 0.0, *two, runs_dir=f"two-{name}"))
-    if os.environ["RANK"] == "0":
-        Path("done").touch()

@@ -3,9 +3,9 @@
 import copy
 import subprocess
 import sys
-from pathlib import Path
 
 import deferred as launched
+import forked
 import pytest
 import torch
 from outsider import MLP as OutsiderMLP
@@ -200,10 +200,6 @@ def test_a_source_that_is_overwritten_is_noticed():
         log.materialize(net, "cpu")
 
 
-def test_four_processes_make_their_parts(tmp_path):
+def test_four_processes_make_their_parts():
     """FSDP2, and tensor parallelism with FSDP2: the parts put together are the net built as usual."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    result = subprocess.run(
-        [*launch, launched.__file__], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert Path(tmp_path, "done").exists(), result.stdout + result.stderr
+    forked.run(launched.__file__, processes=4)

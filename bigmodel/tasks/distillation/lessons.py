@@ -13,13 +13,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from bigmodel.outputs import Outputs
-from bigmodel.run import sizes
 from bigmodel.sampling import in_order
 from bigmodel.tasks.distillation import cache as kept_logits
 from bigmodel.tasks.distillation import losses
 from bigmodel.tasks.distillation.cache import TeacherCache
 from bigmodel.tasks.distillation.mean_teacher import MeanTeacher
-from bigmodel.tasks.distillation.teachers import Layers, Teacher, Teachers
+from bigmodel.tasks.distillation.teachers import Layers, Published, Teacher, Teachers, find_teacher, problem_of
 from bigmodel.tasks.distillation.terms import FeatureTerm, PredictionTerm, Term
 
 _SAMPLES_SHOWN = 64  # of the data, by which a changed augmentation is noticed
@@ -34,7 +33,7 @@ class Lessons:
         cache: how what is said is kept; None: not.
 
     Attributes:
-        paths: of the teachers that are runs.
+        paths: of the teachers that are runs or published models.
         mean_teacher: the one that is an average of the student.
         teachers: those that are asked; None before `find`, and where all is read.
         keys: what each teacher's store is a function of; empty without a cache.
@@ -44,9 +43,11 @@ class Lessons:
         self.mean_teacher = teacher if isinstance(teacher, MeanTeacher) else None
         paths = [] if isinstance(teacher, MeanTeacher) else [teacher] if isinstance(teacher, str) else list(teacher)
         if not paths and self.mean_teacher is None:
-            raise ValueError("--model.teacher is empty: name a run")
+            raise ValueError("--model.teacher is empty: name a run, or a model in Hugging Face's format")
         self.paths, self.cache = paths, cache
+        self.of_labels = False  # whether each of the K is there or not; known as soon as the student knows its data
         self.feature_terms = [term for term in terms if isinstance(term, FeatureTerm)]
+        self.needs_classes = [term for term in terms if isinstance(term, PredictionTerm) and term.needs_classes]
         predicting = [term for term in terms if isinstance(term, PredictionTerm)]
         self.temperatures = sorted({term.temperature for term in predicting})
         if self.feature_terms and len(paths) > 1:
@@ -55,7 +56,7 @@ class Lessons:
             )
         if cache is not None:
             self._check_cache(cache, predicting)
-        self.found: list[Teacher] = []
+        self.found: list[Teacher | Published] = []
         self.teachers: Teachers | None = None
         self._layers: Layers | None = None
         self._stores: list[Outputs | None] = []
@@ -79,7 +80,7 @@ class Lessons:
             raise ValueError(
                 "--model.cache.top_k: several teachers have other likeliest classes each: keep all, or one teacher"
             )
-        if any(term.needs_classes for term in predicting):
+        if self.needs_classes:
             raise ValueError("--model.cache.top_k: DKD needs the probabilities of all classes: leave out top_k")
         if len(self.temperatures) != 1 or any(term.temperature_schedule is not None for term in predicting):
             raise ValueError(
@@ -93,26 +94,46 @@ class Lessons:
         return [teacher.identity for teacher in self.found]
 
     def find(self, student: Any) -> None:
-        """Find the teachers that are runs, and load those of which not all is kept. Before there is a net.
+        """Find the teachers that are runs or published models, and load those of which not all is kept. Before there is a
+        net.
 
         Raises:
-            ValueError: if one does not suit the student or its data.
+            ValueError: if one does not suit the student or its data, or these are of a kind that cannot be distilled.
         """
+        self._check_problem(student)
         if not self.paths:
             return
-        self.found = [Teacher(path) for path in self.paths]
-        known = sizes(student)
-        for teacher in self.found:
-            teacher.check_sizes(known)
+        self.found = [find_teacher(path, student) for path in self.paths]
         if self.cache is not None:
             self._find_stores(student.trainer)
             if all(store is not None for store in self._stores):
                 return
         self.take([teacher.load(student) for teacher in self.found])
 
+    def _check_problem(self, student: Any) -> None:
+        problem = problem_of(student)
+        if problem not in ("class", "labels"):
+            raise ValueError(
+                f"--model.student: its data have a {problem} for each sample, and what is compared are probabilities, of"
+                " classes or of labels: train it alone, or make classes of what it is to tell"
+            )
+        self.of_labels = problem == "labels"
+        if not self.of_labels:
+            return
+        if self.needs_classes:
+            raise ValueError(
+                f"--model.losses: {type(self.needs_classes[0]).__name__} compares the one class of a sample with the"
+                " others, and these samples may have several labels: take KD or GeneralizedJSD"
+            )
+        if self.cache is not None and self.cache.top_k is not None:
+            raise ValueError(
+                "--model.cache.top_k keeps the likeliest of classes that exclude each other, and these samples may have"
+                " several labels: leave it out"
+            )
+
     def take(self, tasks: list[Any]) -> None:
         """Ask these tasks, which predict."""
-        self.teachers = Teachers(tasks)
+        self.teachers = Teachers(tasks, self.of_labels)
         if self.feature_terms:
             names = {term.teacher for term in self.feature_terms if term.teacher is not None}
             self._layers = Layers(self.teachers.tasks[0].net, names, "teacher")
@@ -284,17 +305,21 @@ class Lessons:
         return rows, {}
 
     def log_probabilities(self, student: Tensor, rows: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
-        """Both sides' log-probabilities, to be compared.
+        """Both sides' log-probabilities [n, K], to be compared; of labels [n, K, 2].
 
         Args:
             student: logits [n, K].
             rows: a part of what `hear` gave.
             temperature: T.
         """
+        if self.of_labels:
+            student = losses.each_alone(student)
         if self.teachers is not None:
             return losses.log_probabilities(student, temperature), self.teachers.log_probabilities(rows, temperature)
         if self.cache is not None and self.cache.top_k is not None:
             return kept_logits.log_probabilities(student, rows, temperature)
+        if self.of_labels:
+            rows = [losses.each_alone(logits) for logits in rows]
         said = [losses.log_probabilities(logits, temperature) for logits in rows]
         return losses.log_probabilities(student, temperature), losses.mean_of_probabilities(said)
 

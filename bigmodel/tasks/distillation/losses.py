@@ -26,6 +26,12 @@ def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, -1)
 
 
+def each_alone(logits: Tensor) -> Tensor:
+    """Of labels, each of which is there or not, logits [..., K] as those of K distributions over two [..., K, 2]:
+    softmax([z, 0]) = [sigmoid(z), 1 - sigmoid(z)]."""
+    return torch.stack([logits, torch.zeros_like(logits)], -1)
+
+
 def mean_of_probabilities(log_probabilities: Sequence[Tensor]) -> Tensor:
     """The logarithm of the mean of several teachers' probabilities [..., K]."""
     if len(log_probabilities) == 1:
@@ -184,14 +190,14 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(similarities(student), similarities(teacher))
 
 
-def counted_sum(values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the values [...] that count, and how many these are.
+def counted_sum(values: Tensor, counted: Tensor) -> Tensor:
+    """The sum of the values [...] that count.
 
     Args:
         values: [...].
         counted: bool, of that shape.
     """
-    return torch.where(counted, values, 0).sum(), counted.sum()
+    return torch.where(counted, values, 0).sum()
 
 
 def sum_in_chunks(loss_of: Callable[..., Tensor], rows: Sequence[Tensor], chunk_size: int | None) -> Tensor:

@@ -38,8 +38,9 @@ class Distillation(LightningModule):
 
     Args:
         student: the task to be trained, with its net, optimizer and schedule.
-        teacher: a trained one: a run directory, `last`, the end of a run's name, or a checkpoint; or several, of which the
-            mean of the probabilities counts. Or MeanTeacher: an average of the student.
+        teacher: a trained one: a run directory, `last`, the end of a run's name, or a checkpoint; a model in Hugging Face's
+            format, its folder or hf://owner/name; or several, of which the mean of the probabilities counts. Or MeanTeacher:
+            an average of the student.
         losses: terms by name: KD (by default, with weight 0.9), DKD, GeneralizedJSD, Hint, AttentionTransfer, Relational,
             SimilarityPreserving of bigmodel.tasks.distillation.
         hard_weight: factor of the student's own loss, 0 or above.
@@ -66,11 +67,15 @@ class Distillation(LightningModule):
             raise ValueError(
                 f"--model.student: {type(student).__name__} cannot be distilled: it has no features, logits and targets"
             )
-        if hard_weight < 0:
-            raise ValueError(f"--model.hard_weight {hard_weight} must not be negative")
+        if not 0 <= hard_weight < float("inf"):
+            raise ValueError(f"--model.hard_weight {hard_weight} must be a number of 0 or above")
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"--model.chunk_size {chunk_size} must be at least 1 or null")
         terms = losses if losses is not None else {"kd": KD(weight=0.9)}
+        if not hard_weight and not any(term.weight for term in terms.values()):
+            raise ValueError(
+                "--model.hard_weight and the weights of all --model.losses are 0: nothing would be learned"
+            )
         if on_policy is not None:
             _check_on_policy(student, list(terms.values()), cache)
         # One state, and two classes: this is the student, but for what is defined below. Its parameters have the names that
@@ -230,9 +235,8 @@ class Distillation(LightningModule):
         student = logits[0] if whole else features
         classes = torch.zeros_like(counted, dtype=torch.int64) if classes is None else classes
         rows = [student.flatten(0, -2), counted.flatten(), classes.flatten(), *said]
-        if (
-            counted.device.type == "cpu" and not counted.all()
-        ):  # elsewhere one would wait for the device to know how many
+        # Elsewhere one would wait for the device to know how many.
+        if counted.device.type == "cpu" and not counted.all():
             rows = [row[counted.flatten()] for row in rows]
         step, total = self.trainer.global_step, self._num_steps
         factors = [(term, term.weight_at(step, total), term.temperature_at(step, total)) for term in terms]
@@ -240,9 +244,12 @@ class Distillation(LightningModule):
         def loss_of(student: Tensor, counted: Tensor, classes: Tensor, *said: Tensor) -> Tensor:
             logits = student if whole else self.logits(student)
             loss = torch.zeros((), device=student.device)
+            both = {T: self.lessons.log_probabilities(logits, list(said), T) for T in {T for *_, T in factors}}
             for term, weight, temperature in factors:
-                both = self.lessons.log_probabilities(logits, list(said), temperature)
-                loss = loss + weight * counted_sum(term(*both, classes, temperature), counted)[0]
+                values = term(*both[temperature], classes, temperature)
+                if values.ndim > 1:  # of labels, as the student's own loss, the mean
+                    values = values.mean(-1)
+                loss = loss + weight * counted_sum(values, counted)
             return loss
 
         return sum_in_chunks(loss_of, rows, None if whole else self.chunk_size)

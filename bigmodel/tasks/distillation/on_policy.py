@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from bigmodel.randomness import sample_keys
-from bigmodel.sampling import mix
+from bigmodel.callbacks.training_log import outside_mfu
+from bigmodel.randomness import mix, sample_keys
 
 _WHICH_STEPS = 1  # beside the seed, for the draw of a step
 
@@ -66,5 +66,5 @@ class OnPolicy:
     def rewrite(self, student: Any, batch: Any, step: int) -> Any:
         """The batch [B, ...] of an optimizer step as the student writes it."""
         keys = sample_keys(self.seed, step, batch.index)
-        with torch.no_grad():
+        with torch.no_grad(), outside_mfu():
             return student.rewrite(batch, keys, max_new_tokens=self.max_new_tokens, temperature=self.temperature)

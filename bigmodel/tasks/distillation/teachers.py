@@ -5,17 +5,54 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from bigmodel import checkpoint, run
-from bigmodel.protocols import Predicts
+from bigmodel import checkpoint, published, run
+from bigmodel.callbacks.training_log import outside_mfu
+from bigmodel.protocols import Imports, Predicts
 from bigmodel.tasks.distillation import losses
 
+_FLAG = "--model.teacher"
 _MAY_BE_LARGER = ("context_length", "max_length")  # in a teacher: it reads shorter samples too
+
+
+@contextmanager
+def _named(path: str, remedy: str = "") -> Iterator[None]:
+    """Have errors of runs and checkpoints say which flag they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{_FLAG} {path}: {error}{remedy}") from error
+
+
+def find_teacher(path: str, student: LightningModule) -> Teacher | Published:
+    """A teacher by its path; one that is here goes before the hub.
+
+    Raises:
+        ValueError: if there is none, or it does not suit the student's data as far as is known without loading it.
+    """
+    folder = Path(path).expanduser()
+    if path.startswith(published.HUB) or (
+        (folder / published.CONFIG).is_file() and not (folder / "config.yaml").is_file()
+    ):
+        return Published(path, student)
+    if folder.is_dir() and path != "last" and not (folder / "config.yaml").is_file():
+        raise ValueError(
+            f"{_FLAG} {path} is neither a run (it has no config.yaml) nor a model in Hugging Face's format (no"
+            f" {published.CONFIG}); `bigmodel list` shows the runs"
+        )
+    try:
+        teacher = Teacher(path)
+    except ValueError as error:
+        if path.count("/") == 1 and not folder.exists():
+            raise ValueError(f"{error}; a model of the Hugging Face hub is {published.HUB}{path}") from error
+        raise
+    teacher.check_sizes(run.sizes(student))
+    return teacher
 
 
 class Teacher:
@@ -30,14 +67,16 @@ class Teacher:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        is_file = Path(path).suffix == ".ckpt"
-        # Verified when it is loaded, which may not be needed.
-        self.checkpoint = Path(path) if is_file else checkpoint.find_checkpoint(run.find(path), verify=False)
-        if not self.checkpoint.exists():
-            raise ValueError(f"--model.teacher {path}: no checkpoint is there")
-        content = checkpoint.read(self.checkpoint, verify=False, whole=False).get("bigmodel", {})
-        if "model" not in content:
-            raise ValueError(f"--model.teacher {path} says nothing of its task: it was not written by `bigmodel fit`")
+        with _named(path):
+            # Verified when it is loaded, which may not be needed.
+            self.checkpoint = (
+                Path(path) if Path(path).suffix == ".ckpt" else checkpoint.find_checkpoint(run.find(path), verify=False)
+            )
+            if not self.checkpoint.exists():
+                raise ValueError("no checkpoint is there")
+            content = checkpoint.read(self.checkpoint, verify=False, whole=False).get("bigmodel", {})
+            if "model" not in content:
+                raise ValueError("it says nothing of its task, for it was not written by `bigmodel fit`")
         self.sizes: dict[str, int] = content["sizes"]
         self.identity = checkpoint.identity(self.checkpoint)
 
@@ -50,8 +89,8 @@ class Teacher:
         unknown = sizes.keys() ^ self.sizes.keys()
         if unknown:
             raise ValueError(
-                f"--model.teacher {self.path} is of another kind than the student: its data know"
-                f" {_listed(self.sizes)}, and these {_listed(sizes)}"
+                f"{_FLAG} {self.path} is of another kind than the student: its data know"
+                f" {_listed(self.sizes)}, and these {_listed(sizes)}. Name a run of the student's task"
             )
         wrong = [
             f"{name} {self.sizes[name]:,}, and the student's {number:,}"
@@ -60,8 +99,8 @@ class Teacher:
         ]
         if wrong:
             raise ValueError(
-                f"--model.teacher {self.path} has {'; '.join(wrong)}: a teacher must be trained on what the student is to"
-                " predict"
+                f"{_FLAG} {self.path} has {'; '.join(wrong)}: a teacher must be trained on what the student is to predict;"
+                " its run's config.yaml says what --data were"
             )
 
     def load(self, student: LightningModule) -> Any:
@@ -71,18 +110,61 @@ class Teacher:
             ValueError: if its checkpoint is damaged, it does not predict, or its outcomes are called otherwise than the
                 student's.
         """
-        task = run.load(self.checkpoint)
-        if not isinstance(task, Predicts):
+        with _named(self.path, "; name a checkpoint that is whole"):
+            task = run.load(self.checkpoint)
+        return _suiting(task, student, self.path)
+
+
+class Published:
+    """A model in Hugging Face's format, found but not loaded.
+
+    Args:
+        path: a folder, or hf://owner/name.
+        student: of whose kind it is to be.
+
+    Raises:
+        ValueError: if there is no such model, or tasks of the student's kind cannot be made of any.
+    """
+
+    def __init__(self, path: str, student: LightningModule) -> None:
+        self.path = path
+        if not isinstance(student, Imports):
             raise ValueError(
-                f"--model.teacher {self.path}: {type(task).__name__} cannot teach: it has no features, logits and targets"
+                f"{_FLAG} {path} is a model in Hugging Face's format, of which the student's task makes none of its kind"
+                " (bigmodel.protocols.Imports): name a run of `bigmodel fit`, which `bigmodel list` shows"
             )
-        own, others = getattr(student, "outcomes", None), getattr(task, "outcomes", None)
-        if own is not None and others is not None and own != others:
-            raise ValueError(
-                f"--model.teacher {self.path} predicts other things than the student, or calls them otherwise:"
-                f" {_first_difference(others, own)} (teacher, student)"
-            )
-        return task.requires_grad_(False)
+        self.identity = published.identity(path, _FLAG)
+
+    def load(self, student: Any) -> Any:
+        """The task of the student's kind that it is, see `Teacher.load`."""
+        return _suiting(student.imported(self.path, _FLAG), student, self.path)
+
+
+def _suiting(task: Any, student: LightningModule, path: str) -> Any:
+    """The task without gradients.
+
+    Raises:
+        ValueError: if it does not predict what the student is to.
+    """
+    if not isinstance(task, Predicts):
+        raise ValueError(f"{_FLAG} {path}: {type(task).__name__} cannot teach: it has no features, logits and targets")
+    own, others = getattr(student, "outcomes", None), getattr(task, "outcomes", None)
+    if own is not None and others is not None and own != others:
+        raise ValueError(
+            f"{_FLAG} {path} predicts other things than the student, or calls them otherwise (teacher, student):"
+            f" {_first_difference(others, own)}"
+        )
+    if problem_of(task) != problem_of(student):
+        raise ValueError(
+            f"{_FLAG} {path} was trained where a sample has a {problem_of(task)}, and the student's have a"
+            f" {problem_of(student)}"
+        )
+    return cast(Any, task).requires_grad_(False)
+
+
+def problem_of(task: Any) -> str:
+    """What a target is, see `bigmodel.protocols.Predicts`: class, labels or number."""
+    return str(getattr(task, "problem", "class"))
 
 
 def _listed(sizes: dict[str, int]) -> str:
@@ -95,7 +177,7 @@ def _first_difference(others: Any, own: Any) -> str:
             if a != b:
                 return f"number {number} is {a!r}, {b!r}"
         return f"{len(others):,}, {len(own):,} of them"
-    return "their tokenizers differ" if isinstance(own, str) else "they differ"
+    return "their tokenizers differ: give --data.tokenizer the teacher's" if isinstance(own, str) else "they differ"
 
 
 class Teachers:
@@ -103,20 +185,25 @@ class Teachers:
 
     Args:
         tasks: that predict.
+        of_labels: whether each of the K is there or not, see `losses.each_alone`.
     """
 
-    def __init__(self, tasks: list[Any]) -> None:
-        self.tasks = tasks
+    def __init__(self, tasks: list[Any], of_labels: bool = False) -> None:
+        self.tasks, self.of_labels = tasks, of_labels
 
+    @outside_mfu()
     @torch.no_grad()
     def features(self, batch: Any) -> list[Tensor]:
         """Each teacher's features [B, ..., D]."""
         return [task.features(batch) for task in self.tasks]
 
+    @outside_mfu()
     @torch.no_grad()
     def log_probabilities(self, features: list[Tensor], temperature: float) -> Tensor:
-        """[n, K], from each teacher's features [n, D]."""
+        """[n, K], of labels [n, K, 2], from each teacher's features [n, D]."""
         said = [task.logits(rows) for task, rows in zip(self.tasks, features, strict=True)]
+        if self.of_labels:
+            said = [losses.each_alone(logits) for logits in said]
         return losses.mean_of_probabilities([losses.log_probabilities(logits, temperature) for logits in said])
 
 

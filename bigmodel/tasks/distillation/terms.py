@@ -28,8 +28,10 @@ class Term(nn.Module, ABC):
 
     def __init__(self, weight: float = 1.0, schedule: Schedule | None = None) -> None:
         super().__init__()
-        if weight < 0:
-            raise ValueError(f"--model.losses: {type(self).__name__} has weight {weight}, which must not be negative")
+        if not 0 <= weight < float("inf"):
+            raise ValueError(
+                f"--model.losses: {type(self).__name__} has weight {weight}, which must be a number of 0 or above"
+            )
         self.weight, self.schedule = weight, schedule
 
     @property
@@ -61,9 +63,9 @@ class PredictionTerm(Term):
         temperature_schedule: Schedule | None = None,
     ) -> None:
         super().__init__(weight, schedule)
-        if not temperature > 0:
+        if not 0 < temperature < float("inf"):
             raise ValueError(
-                f"--model.losses: {type(self).__name__} has temperature {temperature}, which must be above 0"
+                f"--model.losses: {type(self).__name__} has temperature {temperature}, which must be a number above 0"
             )
         if temperature_schedule is not None and temperature_schedule(1, 1) <= 0:
             raise ValueError(
@@ -115,8 +117,10 @@ class DKD(PredictionTerm):
         temperature_schedule: Schedule | None = None,
     ) -> None:
         super().__init__(weight, temperature, schedule, temperature_schedule)
-        if alpha < 0 or beta < 0:
-            raise ValueError(f"--model.losses: DKD has alpha {alpha} and beta {beta}, which must not be negative")
+        if not (0 <= alpha < float("inf") and 0 <= beta < float("inf")):
+            raise ValueError(
+                f"--model.losses: DKD has alpha {alpha} and beta {beta}, which must be numbers of 0 or above"
+            )
         self.alpha, self.beta = alpha, beta
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -245,9 +249,9 @@ class Relational(FeatureTerm):
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__(student, teacher, weight, schedule)
-        if distance < 0 or angle < 0:
+        if not (0 <= distance < float("inf") and 0 <= angle < float("inf")):
             raise ValueError(
-                f"--model.losses: Relational has distance {distance} and angle {angle}, which must not be negative"
+                f"--model.losses: Relational has distance {distance} and angle {angle}, which must be numbers of 0 or above"
             )
         self.distance, self.angle = distance, angle
 
@@ -272,6 +276,6 @@ class SimilarityPreserving(FeatureTerm):
 def _sum(values: Tensor, counted: Tensor) -> Tensor:
     """Values of positions [B] or [B, T], or of anything else in a sample [B, ...], which then is a mean over it."""
     if values.shape == counted.shape:
-        return losses.counted_sum(values, counted)[0]
+        return losses.counted_sum(values, counted)
     B = len(values)
     return (values.reshape(B, -1).mean(1) * counted.reshape(B, -1).sum(1)).sum()

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from bigmodel.cache import available_cores, cache_folder, digest
+from bigmodel.classification.balance import Balanced, class_weights
 from bigmodel.randomness import sample_keys
 from bigmodel.sampling import eval_loader, train_loader
 from bigmodel.tasks.image_classification.augment import Transform, augment
@@ -53,16 +54,10 @@ class Samples(Dataset[ImageBatch]):
         read: bool = True,
     ) -> None:
         self.images, self.seed, self.crop, self.class_weights, self.read = images, seed, crop, class_weights, read
-        self._length = len(images)
-        self._by_class: np.ndarray | None = None
-        if balanced:
-            self._counts = np.bincount(images.labels)  # [K]
-            self._by_class = np.argsort(images.labels, kind="stable")
-            self._starts = np.cumsum(self._counts) - self._counts
-            self._length = int(self._counts.max()) * len(self._counts)
+        self.balanced = Balanced(images.labels) if balanced else None
 
     def __len__(self) -> int:
-        return self._length
+        return len(self.images if self.balanced is None else self.balanced)
 
     def __getitem__(self, number: int) -> ImageBatch:
         """One sample of the first epoch, without the batch dimension."""
@@ -71,7 +66,8 @@ class Samples(Dataset[ImageBatch]):
     def __getitems__(self, numbers: Sequence[int], epoch: int = 0) -> ImageBatch:
         """The samples of these numbers in an epoch, as one batch."""
         samples = np.asarray(numbers, np.int64)
-        rows, keys = self._rows(samples, epoch), sample_keys(self.seed, epoch, samples)
+        rows = samples if self.balanced is None else self.balanced.rows(samples, epoch)
+        keys = sample_keys(self.seed, epoch, samples)
         pixels = torch.empty((len(rows), 0, 0, 0), dtype=torch.uint8)
         if self.read:
             boxes = self.crop.boxes(self.images.shapes[rows], keys) if self.crop is not None else None
@@ -86,16 +82,6 @@ class Samples(Dataset[ImageBatch]):
             torch.from_numpy(weight),
             torch.from_numpy(keys),
         )
-
-    def _rows(self, samples: np.ndarray, epoch: int) -> np.ndarray:
-        """Which picture each sample is. Where classes are balanced, sample n is the (n mod m)-th of class n // m, m the
-        size of the largest; a smaller class starts over, each epoch where the last one ended."""
-        if self._by_class is None:
-            return samples
-        classes, turns = np.divmod(samples, self._counts.max())
-        members = (turns + epoch * self._counts.max()) % self._counts[classes]
-        rows: np.ndarray = self._by_class[self._starts[classes] + members]
-        return rows
 
 
 def _empty(*shape: int) -> Tensor:
@@ -251,9 +237,7 @@ class ImageData(L.LightningDataModule):
 
     def class_weights(self) -> np.ndarray:
         """[K] float32, inverse to the classes' sizes, with mean 1 over the training pictures."""
-        counts = np.asarray(self.prepared.splits["train"].class_counts)
-        weights: np.ndarray = (counts.sum() / (len(counts) * counts)).astype(np.float32)
-        return weights
+        return class_weights(np.asarray(self.prepared.splits["train"].class_counts))
 
     def train_dataloader(self) -> DataLoader[ImageBatch]:
         samples = Samples(
@@ -288,9 +272,13 @@ class ImageData(L.LightningDataModule):
 
     def _eval_loader(self, split: str) -> DataLoader[ImageBatch]:
         samples = Samples(self.images(split), self.seed, read=not self.on_device)
-        share = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        at_once = (self.micro_batch_size or 0) * (share["num_replicas"] if share else 1) or self.batch_size
-        return eval_loader(samples, batch_size=at_once, trainer=self.trainer, num_workers=self._workers(samples))
+        return eval_loader(
+            samples,
+            batch_size=self.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            trainer=self.trainer,
+            num_workers=self._workers(samples),
+        )
 
     def _workers(self, samples: Samples) -> int:
         if self.num_workers is not None:

@@ -5,6 +5,7 @@ B batch, C channels, S pixels on a side, D width of what the head reads, K class
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,13 +13,49 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
-from bigmodel import hugging_face
+from bigmodel import hugging_face, published
 from bigmodel.cache import say
 
 _PATH = "--model.net.path"
+_KIND = "image classifier"
 
 
-class HuggingFace(nn.Module):
+class Classifier(nn.Module):
+    """An image classifier of transformers, parted where its head begins: images [B, C, S, S] in, logits [B, K] out.
+
+    Args:
+        model: transformers' model.
+        head: the name of the linear layer that gives the logits; None if it ends in none.
+        normalization: see `HuggingFace`.
+    """
+
+    def __init__(self, model: Any, head: str | None, normalization: tuple[list[float], list[float]] | None) -> None:
+        super().__init__()
+        self.model, self._head_name, self.normalization = model, head, normalization
+
+    def features(self, images: Tensor) -> Tensor:
+        """[B, C, S, S] -> [B, D], what the head reads; the logits themselves, if the model ends in no linear layer."""
+        if self._head_name is None:
+            return self(images)
+        read: list[Tensor] = []
+        hook = self.model.get_submodule(self._head_name).register_forward_pre_hook(lambda _, args: read.append(args[0]))
+        try:
+            self(images)
+        finally:
+            hook.remove()
+        return read[0]
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[..., D] -> [..., K]."""
+        return features if self._head_name is None else self.model.get_submodule(self._head_name)(features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, K] of images [B, C, S, S]."""
+        logits: Tensor = self.model(pixel_values=images).logits
+        return logits
+
+
+class HuggingFace(Classifier):
     """An image classifier of the Hugging Face hub, or of a folder that `save_pretrained` wrote: images [B, C, S, S] in,
     logits [B, K] out. No code of the hub is run, and weights are read from safetensors only.
 
@@ -61,22 +98,21 @@ class HuggingFace(nn.Module):
         config: dict[str, Any] | None = None,
         excuse: list[str] | None = None,
     ) -> None:
-        super().__init__()
         from transformers import AutoConfig, AutoModelForImageClassification
 
-        self.normalization: tuple[list[float], list[float]] | None = None
+        statistics: tuple[list[float], list[float]] | None = None
         loaded: dict[str, Any] | None = None
         if config is not None:
             settings = AutoConfig.for_model(**config)
-            self.model: Any = AutoModelForImageClassification.from_config(settings, dtype=torch.float32)
+            model: Any = AutoModelForImageClassification.from_config(settings, dtype=torch.float32)
         else:
             with _readable(path):
                 settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            published = _sizes(settings)
+            trained = _sizes(settings)
             _set_sizes(settings, num_classes, in_channels, image_size)
             if pretrained:
                 with _readable(path), hugging_face.quiet():
-                    self.model, loaded = AutoModelForImageClassification.from_pretrained(
+                    model, loaded = AutoModelForImageClassification.from_pretrained(
                         path,
                         config=settings,
                         dtype=torch.float32,
@@ -85,40 +121,62 @@ class HuggingFace(nn.Module):
                         ignore_mismatched_sizes=True,
                         output_loading_info=True,
                     )
-                    self.normalization = hugging_face.normalization(path, in_channels)
+                    statistics = hugging_face.normalization(path, in_channels)
             else:
                 with _readable(path):
-                    self.model = AutoModelForImageClassification.from_config(settings, dtype=torch.float32)
+                    model = AutoModelForImageClassification.from_config(settings, dtype=torch.float32)
+        head = _find_head(model, (1, in_channels, image_size, image_size), f"{_PATH} {path}")
+        super().__init__(model, head, statistics)
         self.config: dict[str, Any] = hugging_face.plain_settings(settings)
-        self._head_name = _find_head(self.model, path, (1, in_channels, image_size, image_size))
         if loaded is not None:
-            _check_loaded(loaded, path, published, num_classes, self._head_name, excuse or [])
+            _check_loaded(loaded, path, trained, num_classes, head, excuse or [])
         self.model.train()  # transformers hands it over in evaluation mode, and Lightning leaves it there
 
-    def features(self, images: Tensor) -> Tensor:
-        """[B, C, S, S] -> [B, D], what the head reads; the logits themselves, if the model ends in no linear layer."""
-        if self._head_name is None:
-            return self(images)
-        read: list[Tensor] = []
-        hook = self.model.get_submodule(self._head_name).register_forward_pre_hook(lambda _, args: read.append(args[0]))
-        try:
-            self(images)
-        finally:
-            hook.remove()
-        return read[0]
 
-    def logits(self, features: Tensor) -> Tensor:
-        """[..., D] -> [..., K]."""
-        return features if self._head_name is None else self.model.get_submodule(self._head_name)(features)
+def as_published(
+    path: str, flag: str, *, classes: Sequence[str], in_channels: int, image_size: int
+) -> tuple[Classifier, int]:
+    """A classifier with all of its weights, of pictures of its own number of channels.
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, K] of images [B, C, S, S]."""
-        logits: Tensor = self.model(pixel_values=images).logits
-        return logits
+    Args:
+        path: a folder, or hf://owner/name.
+        flag: that it was given by, for messages.
+        classes: the names that the data have; its logits come in their order.
+        in_channels: of the data.
+        image_size: pixels on a side, S.
+
+    Returns:
+        The net, and the channels C that it reads: as the data have, or 3 of grey and 1 of coloured pictures.
+
+    Raises:
+        ValueError: if there is no such model, it tells other classes, a weight is missing or has another shape, or it cannot
+            read such pictures.
+    """
+    from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForImageClassification
+
+    settings = published.read_settings(path, flag, _KIND, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING)
+    order = published.class_order(settings, classes, path, flag)
+    known = _sizes(settings)
+    channels = known["channels"] if known["channels"] in (1, 3) else in_channels
+    hugging_face.set_image_size(settings, image_size)
+    remedy = f"set --data.size {known['size']}, which it was trained with" if known["size"] else "take another model"
+    model = published.load(AutoModelForImageClassification, path, flag, _KIND, settings, remedy)
+    head = _find_head(model, (1, channels, image_size, image_size), f"{flag} {path}")
+    if order != sorted(order):
+        if head is None:
+            raise ValueError(
+                f"{flag} {path} has the data's classes in another order, and ends in no linear layer that could be put in"
+                f" order: set --data.classes, or take another model"
+            )
+        published.reorder(model.get_submodule(head), order)
+    statistics = hugging_face.normalization(published.location(path), channels)
+    if statistics is None:
+        rank_zero_only(say)(f"{path}: no mean and deviation in {hugging_face.PREPROCESSOR}; pixels are read as 0 to 1")
+    return Classifier(model, head, statistics), channels
 
 
 def _readable(path: str) -> AbstractContextManager[None]:
-    return hugging_face.readable(path, _PATH, "image classifier")
+    return hugging_face.readable(path, _PATH, _KIND)
 
 
 def _sizes(settings: Any) -> dict[str, Any]:
@@ -140,26 +198,26 @@ def _set_sizes(settings: Any, num_classes: int, in_channels: int, image_size: in
     hugging_face.set_image_size(settings, image_size)
 
 
-def _find_head(model: nn.Module, path: str, shape: tuple[int, ...]) -> str | None:
+def _find_head(model: nn.Module, shape: tuple[int, ...], where: str) -> str | None:
     try:
-        return hugging_face.find_head(model, shape)
+        return hugging_face.find_head(model, pixel_values=next(model.parameters()).new_zeros(shape))
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(
-            f"the model of {_PATH} {path} cannot read pictures of {shape[1]} channel(s) and {shape[-1]} pixels on a"
+            f"the model of {where} cannot read pictures of {shape[1]} channel(s) and {shape[-1]} pixels on a"
             f" side ({str(error).strip().splitlines()[0][:200]}); set --data.channels and --data.size to what it reads"
         ) from error
 
 
 def _check_loaded(
-    loaded: dict[str, Any], path: str, published: dict[str, Any], num_classes: int, head: str | None, excuse: list[str]
+    loaded: dict[str, Any], path: str, sizes: dict[str, Any], num_classes: int, head: str | None, excuse: list[str]
 ) -> None:
     """Refuse weights that are not the model's; say what was made anew."""
     problems = hugging_face.mismatches(loaded, "the model for these pictures")
     new_head = {name for name in problems if head is not None and name.startswith(f"{head}.")}
     for name, theirs, ours in loaded["mismatched_keys"]:
-        if (theirs[0], ours[0]) == (published["num_labels"], num_classes) and theirs[1:] == ours[1:]:
+        if (theirs[0], ours[0]) == (sizes["num_labels"], num_classes) and theirs[1:] == ours[1:]:
             new_head.add(name)
-    trained = [f"--data.{flag} {published[flag]}" for flag in ("size", "channels") if published[flag]]
+    trained = [f"--data.{flag} {sizes[flag]}" for flag in ("size", "channels") if sizes[flag]]
     hugging_face.check_weights(
         {name: problem for name, problem in problems.items() if name not in new_head},
         loaded["error_msgs"],

@@ -20,12 +20,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bigmodel import optim
+from bigmodel.cache import first_of
 from bigmodel.callbacks import Gradients
 from bigmodel.callbacks.gradients import find
 from bigmodel.classification import ClassMetrics, Report
 from bigmodel.decode import decode
 from bigmodel.nn import ResNet
-from bigmodel.run import sizes
+from bigmodel.run import set_sizes, sizes
 from bigmodel.tasks.image_classification.pictures import ImageBatch
 
 Picture = Image.Image | np.ndarray | str | Path
@@ -149,6 +150,25 @@ class ImageClassification(LightningModule):
         """The classes, in the order of the logits."""
         return self.facts.get("classes")
 
+    def imported(self, path: str, flag: str) -> ImageClassification:
+        """A classifier of transformers that tells this task's classes, as it was published; see
+        `bigmodel.protocols.Imports`."""
+        from bigmodel.tasks.image_classification.hugging_face import as_published
+
+        known = sizes(self)
+        net, channels = as_published(
+            path,
+            flag,
+            classes=self.facts["classes"],
+            in_channels=known["in_channels"],
+            image_size=known["image_size"],
+        )
+        task = ImageClassification(net=lambda **_: net)
+        task.facts = self.facts
+        set_sizes(task, {**known, "in_channels": channels})
+        task.configure_model()
+        return task.eval()
+
     def training_step(self, batch: ImageBatch) -> dict[str, Any]:
         logits = self.logits(self.features(batch)).float()
         loss = F.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=self.label_smoothing)
@@ -217,8 +237,8 @@ class ImageClassification(LightningModule):
         facts = checkpoint["pictures"]
         if self.facts and self.facts["classes"] != facts["classes"]:
             raise ValueError(
-                f"the classes of --data.path ({_some(self.facts['classes'])}) are not those that were learned"
-                f" ({_some(facts['classes'])})"
+                f"the classes of --data.path ({first_of(self.facts['classes'], 8)}) are not those that were learned"
+                f" ({first_of(facts['classes'], 8)})"
             )
         self.facts = facts
         self.net_config = checkpoint.get("net_config")
@@ -253,7 +273,3 @@ class ImageClassification(LightningModule):
             probabilities, order = row.sort(descending=True)
             answers.append({classes[i]: p for i, p in zip(order.tolist(), probabilities.tolist(), strict=True)})
         return answers
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

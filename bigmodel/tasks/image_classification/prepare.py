@@ -12,7 +12,6 @@ This module imports neither torch nor Lightning.
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from bigmodel.cache import available_cores, building, digest, disk_errors, progress, say
+from bigmodel.cache import available_cores, building, digest, disk_errors, first_of, progress, say, write_array
 from bigmodel.decode import Geometry
 from bigmodel.tasks.image_classification.images import VERSION, Prepared, SplitFacts, Stored
 from bigmodel.tasks.image_classification.pixels import Decoding
@@ -149,7 +148,7 @@ def prepare(
     folder = cache / digest([fingerprint, max_pixels, chosen, rows])
     if not (folder / "meta.json").exists():
         if left_out:
-            say(f"left out {len(left_out):,} pictures that cannot be used: {_some(left_out, 3)}")
+            say(f"left out {len(left_out):,} pictures that cannot be used: {first_of(left_out, 3)}")
         _say_copies(parts)
         if decoded is None:
             say(_choice(chosen, needed))
@@ -206,7 +205,7 @@ def _chosen(source: Source, parts: dict[str, _Part], classes: Sequence[str]) -> 
     """Only pictures of these classes, which are numbered anew in the order that they had."""
     if missing := [name for name in classes if name not in source.classes]:
         raise ValueError(
-            f"--data.classes {_some(missing, 3)}: there is no such class but {_some(source.classes, _SHOWN)}"
+            f"--data.classes {first_of(missing, 3)}: there is no such class but {first_of(source.classes, _SHOWN)}"
         )
     kept = [name for name in source.classes if name in classes]
     numbers = np.array([kept.index(name) if name in kept else -1 for name in source.classes])
@@ -243,7 +242,7 @@ def _check_parts(parts: dict[str, _Part], source: Source, left_out: list[str], s
         if name in parts and (unknown := np.flatnonzero(parts[name].labels < 0)).size:
             part = parts[name]
             names = [part.store.name(row) for row in part.rows[unknown[:3]].tolist()]
-            raise ValueError(f"{len(unknown):,} pictures of the {name} split have no label: {_some(names, 3)}")
+            raise ValueError(f"{len(unknown):,} pictures of the {name} split have no label: {first_of(names, 3)}")
     classes = source.classes
     if len(classes) < 2:
         raise ValueError(f"at least 2 classes are needed to train, there are {len(classes)}: {classes}{skipped}")
@@ -251,8 +250,9 @@ def _check_parts(parts: dict[str, _Part], source: Source, left_out: list[str], s
     if (counts == 0).any():
         empty = [classes[i] for i in np.flatnonzero(counts == 0)]
         raise ValueError(
-            f"{len(empty):,} of {len(classes):,} classes have no training picture{skipped}{dealt}: {_some(empty, _SHOWN)}."
-            " Give more pictures of them, smaller shares (--data.split.val, --data.split.test), or remove the classes"
+            f"{len(empty):,} of {len(classes):,} classes have no training picture{skipped}{dealt}:"
+            f" {first_of(empty, _SHOWN)}. Give more pictures of them, smaller shares (--data.split.val, --data.split.test),"
+            " or remove the classes"
         )
 
 
@@ -268,10 +268,6 @@ def _say_copies(parts: dict[str, _Part]) -> None:
 def _reference(parts: dict[str, _Part]) -> str:
     """The split that says what pictures are like."""
     return "train" if "train" in parts else next(iter(parts))
-
-
-def _some(names: list[str], count: int) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count:,} more" if len(names) > count else "")
 
 
 def _choice(decoded: bool, needed: int) -> str:
@@ -300,9 +296,9 @@ def _make(prepared: Prepared, parts: dict[str, _Part], num_processes: int) -> No
         colours = {}
         for name, part in parts.items():
             shapes = part.shapes(geometry)
-            _save(folder / f"{name}-rows.npy", part.rows, "<i8")
-            _save(folder / f"{name}-labels.npy", part.labels, "<i8")
-            _save(folder / f"{name}-shapes.npy", shapes, "<i4")
+            write_array(folder / f"{name}-rows.npy", part.rows.astype("<i8"))
+            write_array(folder / f"{name}-labels.npy", part.labels.astype("<i8"))
+            write_array(folder / f"{name}-shapes.npy", shapes.astype("<i4"))
             if part.stored != "no":
                 decoding = Decoding(files[name], geometry, part.stored == "whole", folder / f"{name}-pixels.bin")
                 with progress(f"decoding {name}", len(shapes), "pictures") as advance:
@@ -321,10 +317,3 @@ def _make(prepared: Prepared, parts: dict[str, _Part], num_processes: int) -> No
     say(f"prepared pictures in {time.monotonic() - began:,.1f} s in {prepared.folder}")
     classes = f"{len(prepared.classes):,} classes, " if prepared.classes else ""
     say(f"{counts}; {classes}{prepared.channels} channel{'s' * (prepared.channels > 1)}")
-
-
-def _save(path: Path, array: np.ndarray, dtype: str) -> None:
-    with open(path, "wb") as stream:
-        np.save(stream, array.astype(dtype))
-        stream.flush()
-        os.fsync(stream.fileno())

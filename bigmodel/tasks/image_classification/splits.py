@@ -17,6 +17,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from bigmodel.splits import check_shares
+
 
 @dataclass
 class Split:
@@ -34,14 +36,7 @@ class Split:
     test: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, share in (("val", self.val), ("test", self.test)):
-            if not 0 <= share < 1:
-                raise ValueError(f"--data.split.{name} {share} is no share: give a number of at least 0 and below 1")
-        if self.val + self.test >= 1:
-            raise ValueError(
-                f"--data.split.val {self.val} and --data.split.test {self.test} leave nothing to train on: together they"
-                " must be below 1"
-            )
+        check_shares(self.val, self.test)
 
     def deal(self, labels: np.ndarray, hashes: np.ndarray) -> dict[str, np.ndarray]:
         """Numbers of the pictures in train, and in val and test where their shares are not 0; each ascending.

@@ -231,12 +231,9 @@ class TextData(L.LightningDataModule):
 
     def _eval_loader(self, split: str) -> DataLoader[TextBatch]:
         return eval_loader(
-            self.windows(split), batch_size=self._eval_batch_size(), trainer=self.trainer, num_workers=self.num_workers
+            self.windows(split),
+            batch_size=self.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            trainer=self.trainer,
+            num_workers=self.num_workers,
         )
-
-    def _eval_batch_size(self) -> int:
-        """Sequences at once over all processes: the micro-batches of training."""
-        if self.micro_batch_size is None:
-            return self.batch_size
-        share = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return self.micro_batch_size * (share["num_replicas"] if share else 1)

@@ -22,7 +22,7 @@ from bigmodel.callbacks import Gradients
 from bigmodel.callbacks.gradients import find
 from bigmodel.nn import GPT
 from bigmodel.nn.loss import IGNORE_INDEX, cross_entropy_sum
-from bigmodel.run import sizes
+from bigmodel.run import set_sizes, sizes
 from bigmodel.tasks.language_modeling.data import TextBatch
 from bigmodel.tasks.language_modeling.generation import generate
 from bigmodel.tasks.language_modeling.tokenizer import StreamDecoder, Tokenizer
@@ -87,6 +87,18 @@ class LanguageModeling(LightningModule):
         """What the tokens are: the tokenizer, as JSON."""
         tokenizer = self._tokenizer()
         return tokenizer.to_json() if tokenizer is not None else None
+
+    def imported(self, path: str, flag: str) -> LanguageModeling:
+        """A language model of transformers with this task's tokenizer; see `bigmodel.protocols.Imports`."""
+        from bigmodel.tasks.language_modeling.hugging_face import as_published
+
+        known, tokenizer = sizes(self), self._known_tokenizer()
+        net = as_published(path, flag, tokenizer, known["context_length"])
+        task = LanguageModeling(net=lambda **_: net)
+        task.tokenizer = tokenizer
+        set_sizes(task, known)
+        task.configure_model()
+        return task.eval()
 
     def training_step(self, batch: TextBatch) -> dict[str, Tensor]:
         loss, count = cross_entropy_sum(self.logits, self.features(batch), batch.targets, self.loss_chunk_size)

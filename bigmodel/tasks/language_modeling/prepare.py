@@ -19,7 +19,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bigmodel.cache import available_cores, building, cache_folder, digest, disk_errors, progress, say, write_text
+from bigmodel.cache import (
+    available_cores,
+    building,
+    cache_folder,
+    digest,
+    disk_errors,
+    first_of,
+    progress,
+    say,
+    write_text,
+)
 from bigmodel.tasks.language_modeling.encode import BLOCK_BYTES, blocks_of, encode_blocks, make_tokenizer
 from bigmodel.tasks.language_modeling.shards import (
     SHARD_TOKENS,
@@ -106,7 +116,7 @@ def _write(plan: Plan, folder: Path, num_processes: int) -> Prepared:
     """Fill the folder."""
     began = time.monotonic()
     if empty := plan.settings["empty_files_left_out"]:
-        say(f"left out as empty: {', '.join(empty[:3])}{f' and {len(empty) - 3} more' if len(empty) > 3 else ''}")
+        say(f"left out as empty: {first_of(empty, 3)}")
     total = sum(segment.size for segments in plan.splits.values() for segment in segments)
     read = written = 0  # [bytes]
     facts = {}

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from bigmodel.splits import check_shares
 from bigmodel.tasks.language_modeling.sources import File, Segment, blocks, matches
 
 
@@ -30,7 +31,7 @@ class ByDocument(Split):
     test: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_shares(self.val, self.test)
+        check_shares(self.val, self.test)
 
     def assign(self, files: Sequence[File]) -> dict[str, list[Segment]]:
         splits: dict[str, list[Segment]] = _wanted(self.val, self.test)
@@ -56,7 +57,7 @@ class ByPosition(Split):
     test: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_shares(self.val, self.test)
+        check_shares(self.val, self.test)
 
     def assign(self, files: Sequence[File]) -> dict[str, list[Segment]]:
         total = sum(file.characters for file in files)
@@ -102,11 +103,6 @@ class ByFiles(Split):
                 raise ValueError(f"{file.path} fits both --data.split.val and --data.split.test")
             splits[names[0]].append(Segment(file, 0, file.size))
         return splits
-
-
-def _check_shares(val: float, test: float) -> None:
-    if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
-        raise ValueError(f"--data.split.val {val}, --data.split.test {test}: shares from 0, together below 1")
 
 
 def _wanted(val: float, test: float) -> dict[str, list[Segment]]:

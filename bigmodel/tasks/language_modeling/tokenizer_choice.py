@@ -132,19 +132,26 @@ class Pretrained(TokenizerChoice):
         Raises:
             ValueError: if the folder lacks a file, or the token that ends a document is not known.
         """
-        folder = Path(self.path).expanduser()
-        if (folder / "tokenizer.json").is_file():
-            try:
-                backend = Backend.from_file(str(folder / "tokenizer.json"))
-            except Exception as error:  # the library raises plain Exception
-                raise ValueError(f"{folder / 'tokenizer.json'} cannot be read by tokenizers: {error}") from error
-            eos = self.end_of_text or _eos_token(folder)
-        else:
-            backend, eos = self._from_transformers(folder)
+        backend, eos = self.read()
         end_of_text = backend.token_to_id(eos)
         if end_of_text is None:
             raise ValueError(f"--data.tokenizer.end_of_text {eos!r} is not in the vocabulary of {self.path}")
         return Subwords(backend, end_of_text)
+
+    def read(self) -> tuple[Backend, str]:
+        """The library's own object, and the token that is to end a document, which may not be in its vocabulary.
+
+        Raises:
+            ValueError: if the folder lacks a file, or no such token is named.
+        """
+        folder = Path(self.path).expanduser()
+        if not (folder / "tokenizer.json").is_file():
+            return self._from_transformers(folder)
+        try:
+            backend = Backend.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"{folder / 'tokenizer.json'} cannot be read by tokenizers: {error}") from error
+        return backend, self.end_of_text or _eos_token(folder)
 
     def _from_transformers(self, folder: Path) -> tuple[Backend, str]:
         if folder.is_dir():
@@ -154,7 +161,9 @@ class Pretrained(TokenizerChoice):
         from transformers import AutoTokenizer  # takes seconds, so only where it is needed
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else self.path)
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder) if folder.is_dir() else self.path, trust_remote_code=False
+            )
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise ValueError(
                 f"--data.tokenizer.path {self.path}: no folder with tokenizer.json, nor can transformers load it: {error}"

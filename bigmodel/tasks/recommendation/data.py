@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Dataset
 
 from bigmodel.cache import cache_folder, digest, say
-from bigmodel.sampling import eval_loader, num_replicas, train_loader
+from bigmodel.sampling import eval_loader, train_loader
 from bigmodel.tasks.recommendation.batches import EvalBatch, Histories, Pairs, Users, Windows
 from bigmodel.tasks.recommendation.filters import Filters
 from bigmodel.tasks.recommendation.interactions import Interactions, SparseMatrix, ranges
@@ -293,9 +293,13 @@ class InteractionData(L.LightningDataModule):
         return known
 
     def _eval_loader(self, samples: Dataset[EvalBatch]) -> DataLoader[EvalBatch]:
-        replicas = num_replicas(self.trainer) if self.trainer is not None else 1
-        at_once = (self.micro_batch_size or 0) * replicas or self.batch_size
-        return eval_loader(samples, batch_size=at_once, trainer=self.trainer, num_workers=self.num_workers)
+        return eval_loader(
+            samples,
+            batch_size=self.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            trainer=self.trainer,
+            num_workers=self.num_workers,
+        )
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """The batch on the device."""

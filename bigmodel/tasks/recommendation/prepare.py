@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bigmodel.cache import building, digest, disk_errors, progress, say, write_text
+from bigmodel.cache import building, digest, disk_errors, progress, say, write_array, write_text
 from bigmodel.tasks.recommendation.filters import Filters
 from bigmodel.tasks.recommendation.interactions import Ids, Interactions
 from bigmodel.tasks.recommendation.sources import Columns, Source
@@ -107,7 +106,7 @@ def _make(source: Source, filters: Filters, final: Path) -> None:
             array = getattr(events, name)
             if array is not None:
                 content.update(np.ascontiguousarray(array).data)
-                _save(folder / f"{name}.npy", array)
+                write_array(folder / f"{name}.npy", array)
         for name, ids, called in (("users", users, None), ("items", items, titles)):
             for buffer in ids.buffers():
                 content.update(b"" if buffer is None else buffer)
@@ -158,10 +157,3 @@ def _named(ids: pa.Array, titles: pa.Table | None) -> pa.Table:
     rows = {item: row for row, item in reversed(list(enumerate(titles.column("id").to_pylist())))}  # the first of each
     which = pa.array([rows.get(item) for item in ids.cast(pa.string()).to_pylist()], pa.int64())
     return pa.table({"id": ids} | {name: titles.column(name).take(which) for name in ("title", "genres")})
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    with open(path, "wb") as stream:
-        np.save(stream, array)
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 import numpy as np
 
 from bigmodel.randomness import sample_keys
+from bigmodel.splits import check_shares
 from bigmodel.tasks.recommendation.interactions import Interactions, ranges
 
 
@@ -145,7 +146,7 @@ class GlobalTime(Split):
             if isinstance(value, str):
                 _instant(name, value)
         if not any(instants):
-            _check_shares(float(self.val), float(self.test))
+            check_shares(float(self.val), float(self.test))
         elif not all(instants):
             raise ValueError(f"--data.split.val {self.val}, --data.split.test {self.test}: two shares, or two instants")
         elif _instant("val", str(self.val)) >= _instant("test", str(self.test)):
@@ -190,7 +191,7 @@ class Ratio(Split):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_shares(self.val, self.test)
+        check_shares(self.val, self.test)
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -216,11 +217,6 @@ class Ratio(Split):
         order = np.lexsort((split, users))  # stable: the order of time within a split
         line = f"{self.test:g} of each user's for test, {self.val:g} for val, drawn with seed {self.seed}"
         return Parts(events.reordered(order), train_stops, val_stops, line)
-
-
-def _check_shares(val: float, test: float) -> None:
-    if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
-        raise ValueError(f"--data.split.val {val}, --data.split.test {test}: shares from 0, together below 1")
 
 
 def _instant(name: str, text: str) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from bigmodel.classification.balance import Balanced
 from bigmodel.randomness import sample_keys
 from bigmodel.tasks.transfer_learning.prepare import Prepared
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
@@ -154,18 +155,14 @@ class Samples(Dataset[LabelledTextBatch]):
     ) -> None:
         self.texts, self.targets, self.encoder, self.max_length = texts, targets, encoder, max_length
         self.seed, self.class_weights = seed, class_weights
-        self._length = len(texts)
         self._order = np.argsort(texts.lengths, kind="stable") if by_length else None
-        self._by_class: np.ndarray | None = None
+        self.balanced: Balanced | None = None
         if balanced:
             assert isinstance(targets, np.ndarray)
-            self._counts = np.bincount(targets)  # [K]
-            self._by_class = np.argsort(targets, kind="stable")
-            self._starts = np.cumsum(self._counts) - self._counts
-            self._length = int(self._counts.max()) * len(self._counts)
+            self.balanced = Balanced(targets)
 
     def __len__(self) -> int:
-        return self._length
+        return len(self.texts if self.balanced is None else self.balanced)
 
     def __getitem__(self, number: int) -> LabelledTextBatch:
         """One sample of the first epoch, without the batch dimension."""
@@ -192,14 +189,10 @@ class Samples(Dataset[LabelledTextBatch]):
         return lengths if self.max_length is None else np.minimum(lengths, self.max_length)
 
     def _rows(self, samples: np.ndarray, epoch: int) -> np.ndarray:
-        """Which text each sample is. Where classes are balanced, sample n is the (n mod m)-th of class n // m, m the size of
-        the largest; a smaller class starts over, each epoch where the last one ended."""
-        if self._by_class is None:
-            return samples if self._order is None else self._order[samples]
-        classes, turns = np.divmod(samples, self._counts.max())
-        members = (turns + epoch * self._counts.max()) % self._counts[classes]
-        rows: np.ndarray = self._by_class[self._starts[classes] + members]
-        return rows
+        """Which text each sample is."""
+        if self.balanced is not None:
+            return self.balanced.rows(samples, epoch)
+        return samples if self._order is None else self._order[samples]
 
 
 def text_batch(

@@ -15,7 +15,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from bigmodel.cache import cache_folder, digest, say
-from bigmodel.sampling import eval_loader, num_replicas, train_loader
+from bigmodel.classification.balance import class_weights
+from bigmodel.sampling import eval_loader, train_loader
 from bigmodel.tasks.transfer_learning.batches import UNKNOWN, LabelledTextBatch, Samples, Several, Texts
 from bigmodel.tasks.transfer_learning.labels import Labels, Problem
 from bigmodel.tasks.transfer_learning.prepare import Prepared, prepare
@@ -250,9 +251,7 @@ class LabelledTextData(L.LightningDataModule):
         """[K] float32, inverse to the classes' sizes, with mean 1 over the training texts."""
         targets = self._split("train")[1]
         assert isinstance(targets, np.ndarray)
-        counts = np.bincount(targets, minlength=len(self.classes))
-        weights: np.ndarray = (counts.sum() / (len(counts) * counts)).astype(np.float32)
-        return weights
+        return class_weights(np.bincount(targets, minlength=len(self.classes)))
 
     def target_statistics(self) -> tuple[float, float]:
         """Mean and standard deviation of the training numbers; 0 and 1 where texts have classes."""
@@ -298,9 +297,13 @@ class LabelledTextData(L.LightningDataModule):
         texts, targets = self._split(split)
         # What is predicted is written in the order of the file.
         samples = Samples(texts, targets, self.encoder, self._limit, self.seed, by_length=split != "all")
-        replicas = num_replicas(self.trainer) if self.trainer is not None else 1
-        at_once = (self.micro_batch_size or 0) * replicas or self.batch_size
-        return eval_loader(samples, batch_size=at_once, trainer=self.trainer, num_workers=self.num_workers)
+        return eval_loader(
+            samples,
+            batch_size=self.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            trainer=self.trainer,
+            num_workers=self.num_workers,
+        )
 
     def _say(self, line: str) -> None:
         """A line for the person at the terminal, from one process."""

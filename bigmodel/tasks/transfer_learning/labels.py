@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigmodel.tasks.transfer_learning.sources.columns import Rows, first_true, is_text, plain
+from bigmodel.tables.rows import Rows, first_true, is_text, plain
 
 Problem = Literal["class", "labels", "number"]
 _SEPARATORS = re.compile(r"[|;]")
@@ -87,12 +87,13 @@ class LabelReader:
             )
         if {kind, self._kind} == {"whole", "float"}:
             self._kind = kind = "float"
-        if kind != (self._kind or kind) or rows.classes != (self._classes if self._where else rows.classes):
+        classes = rows.classes.get("label")
+        if kind != (self._kind or kind) or classes != (self._classes if self._where else classes):
             raise ValueError(
                 f"{rows.where}: the labels are {kind} or of other classes than in {self._where} ({self._kind}): bring them"
                 " to one type"
             )
-        self._kind, self._where, self._classes = kind, rows.where, rows.classes
+        self._kind, self._where, self._classes = kind, rows.where, classes
         self._typed = rows.typed
         if kind == "list":
             counts = pc.list_value_length(values).to_numpy(zero_copy_only=False)
@@ -101,8 +102,8 @@ class LabelReader:
             if (place := first_true(pc.is_null(values))) >= 0:
                 row = int(np.searchsorted(np.cumsum(counts), place, side="right"))
                 raise ValueError(f"{rows.name(row)}: one of the labels is null: remove it from the list")
-            if rows.classes is not None:
-                values = pa.array(rows.classes).take(values)
+            if classes is not None:
+                values = pa.array(classes).take(values)
             values = values.cast(pa.string())
         self._cells.append(values.dictionary_encode() if kind in ("text", "list") else values)
 

@@ -20,10 +20,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from bigmodel import optim
+from bigmodel.cache import first_of
 from bigmodel.callbacks import Gradients
 from bigmodel.callbacks.gradients import find
 from bigmodel.classification import Report
-from bigmodel.run import sizes
+from bigmodel.run import set_sizes, sizes
 from bigmodel.tasks.transfer_learning import groups
 from bigmodel.tasks.transfer_learning.backbones import find_backbone, find_text_encoder, rebuild
 from bigmodel.tasks.transfer_learning.methods import WORDS, Method, find_method
@@ -223,6 +224,29 @@ class TransferLearning(LightningModule):
         targets: Tensor = batch.targets
         return targets
 
+    @property
+    def outcomes(self) -> list[str] | None:
+        """The classes or labels, in the order of the logits; None for a number."""
+        return self.facts.get("classes") or None
+
+    def imported(self, path: str, flag: str) -> TransferLearning:
+        """A text classifier of transformers that tells this task's classes, as it was trained; see
+        `bigmodel.protocols.Imports`."""
+        from bigmodel.tasks.transfer_learning.hugging_face import as_published
+
+        task = TransferLearning(backbone=path)
+        task.net = as_published(
+            path,
+            flag,
+            classes=self.facts["classes"],
+            problem=self.problem,
+            text_encoder=self.text_encoder,
+            max_length=self.facts.get("max_length"),
+        )
+        task.facts = self.facts
+        set_sizes(task, sizes(self))
+        return task.eval()
+
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """[B], of logits [B, K]."""
         if self.problem == "class":
@@ -371,5 +395,4 @@ class TransferLearning(LightningModule):
 
 def _kind(facts: dict[str, Any]) -> str:
     names = facts["classes"]
-    some = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return f"{facts['problem']}{f' ({some})' if names else ''}"
+    return f"{facts['problem']}{f' ({first_of(names, 8)})' if names else ''}"

@@ -36,18 +36,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigmodel.cache import building, digest, disk_errors, progress, say, write_text
+from bigmodel.cache import building, digest, disk_errors, progress, say, write_array, write_text
+from bigmodel.splits import SPLIT_WORDS, split_name
+from bigmodel.tables.rows import Rows, first_true, is_text, plain
 from bigmodel.tasks.transfer_learning.labels import LabelReader, Labels
 from bigmodel.tasks.transfer_learning.sources import Columns, Source
-from bigmodel.tasks.transfer_learning.sources.columns import (
-    SPLIT_WORDS,
-    Part,
-    Rows,
-    first_true,
-    is_text,
-    plain,
-    split_name,
-)
+from bigmodel.tasks.transfer_learning.sources.columns import Part
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
 
 VERSION = 1
@@ -289,7 +283,7 @@ class _Reader(ExitStack):
             arrays[name] = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype("<i8")
         for name, array in arrays.items():
             self.content.update(np.ascontiguousarray(array).data)
-            _save(self.folder / f"{name}.npy", array)
+            write_array(self.folder / f"{name}.npy", array)
         names = [] if labels is None else labels.names
         return {
             "problem": None if labels is None else labels.problem,
@@ -322,10 +316,3 @@ def _pieces(texts: pa.Array) -> Iterator[tuple[int, int]]:
         stop = max(start + 1, int(np.searchsorted(ends, done + _CHARACTERS_AT_ONCE)))
         yield start, stop
         start = stop
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    with open(path, "wb") as stream:
-        np.save(stream, array)
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -17,8 +17,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from bigmodel.randomness import hashes
-from bigmodel.sampling import mix
+from bigmodel.randomness import hashes, mix
+from bigmodel.splits import check_shares
 from bigmodel.tasks.transfer_learning.labels import Labels
 from bigmodel.tasks.transfer_learning.prepare import SPLITS, Prepared
 
@@ -43,14 +43,7 @@ class Split:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, share in (("val", self.val), ("test", self.test)):
-            if not 0 <= share < 1:
-                raise ValueError(f"--data.split.{name} {share} is no share: give a number of at least 0 and below 1")
-        if self.val + self.test >= 1:
-            raise ValueError(
-                f"--data.split.val {self.val} and --data.split.test {self.test} leave nothing to train on: together they"
-                " must be below 1"
-            )
+        check_shares(self.val, self.test)
 
 
 @dataclass(frozen=True)

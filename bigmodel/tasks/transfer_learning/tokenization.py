@@ -257,7 +257,7 @@ def read_encoder(path: str, max_length: int | None = None) -> TransformersEncode
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path}: no tokenizer can be read there (tokenizer.json is looked for): {str(error).splitlines()[0]}"

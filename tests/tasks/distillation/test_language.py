@@ -10,6 +10,9 @@ import torch
 from lightning.pytorch import Callback
 
 import bigmodel
+from bigmodel.callbacks import TrainingLog
+from bigmodel.callbacks.gradients import find
+from bigmodel.callbacks.training_log import _FlopCounter
 from bigmodel.cli import main
 from bigmodel.randomness import sample_keys
 from bigmodel.tasks.distillation import OnPolicy
@@ -183,6 +186,11 @@ class Witness(Callback):
         assert outputs["count"] == 10 * len(self.new.tokens)
         if self.expected is not None:
             torch.testing.assert_close(outputs["loss"] * trainer.accumulate_grad_batches, self.expected)
+        if trainer.global_step <= 1 and len(pl_module.terms) == 1:  # MFU counts what is learned, not the writing
+            with _FlopCounter() as counter:
+                logits = pl_module.logits(pl_module.features(self.new)[:, 6:])
+                torch.autograd.grad(logits.sum(), list(pl_module.net.parameters()))
+            assert find(trainer, TrainingLog)._flops == counter.flops
         self.new = None
 
 

@@ -178,7 +178,7 @@ def test_chunks_have_the_sum_and_the_gradients_of_the_whole(chunk_size):
     def loss_of(rows, teacher_rows, counted_rows):
         calls.append(len(rows))
         values = losses.kd(*both(2, rows @ weight, teacher_rows), 2)
-        return losses.counted_sum(values, counted_rows)[0]
+        return losses.counted_sum(values, counted_rows)
 
     total = losses.sum_in_chunks(loss_of, [features, teacher, counted], chunk_size)
     gradient = torch.autograd.grad(total, weight)[0]
@@ -187,7 +187,6 @@ def test_chunks_have_the_sum_and_the_gradients_of_the_whole(chunk_size):
     expected = losses.kd(*both(2, features[rows] @ weight, teacher[rows]), 2).sum()
     torch.testing.assert_close(total, expected)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, weight)[0])
-    assert losses.counted_sum(torch.zeros(20), counted)[1] == 15
 
 
 def test_halves_are_computed_in_float32():

@@ -154,8 +154,7 @@ def test_split_by_files(text, tmp_path):
         ByFiles(val=["0*"], test=["99.txt"]).assign(scanned(text, tmp_path))
 
 
-@pytest.mark.parametrize(("val", "test"), [(-0.1, 0), (1.0, 0), (0.5, 0.5)])
-def test_impossible_shares_are_refused(val, test):
+def test_impossible_shares_are_refused():
     for split in (ByDocument, ByPosition):
-        with pytest.raises(ValueError, match=r"together below 1"):
-            split(val, test)
+        with pytest.raises(ValueError, match="leave nothing to train on"):
+            split(0.5, 0.5)

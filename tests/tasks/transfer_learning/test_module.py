@@ -3,10 +3,9 @@
 import csv
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
@@ -284,9 +283,7 @@ def test_two_processes_equal_one(folder):
     plain = no_dropout(folder)
     for name, flags in RUNS.items():
         fit(*flags, *plain, name=f"one-{name}")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run([*launch, transfer_runs.__file__], capture_output=True, text=True, check=False, timeout=300)
-    assert Path("done").exists(), result.stdout + result.stderr
+    forked.run(transfer_runs.__file__)
     for name in RUNS:
         one, two = (next(Path(f"{which}-{name}").glob("**/run.json")).parent for which in ("one", "two"))
         step = 1 if name == "knn_probe" else STEPS

@@ -60,11 +60,6 @@ def test_each_format_is_read_alike(prepared, encoder, tmp_path):
         assert some.fingerprint == made[0].fingerprint
 
 
-def test_quotes_of_tsv_are_text(prepared, tmp_path):
-    (tmp_path / "t.tsv").write_text('text\tlabel\n"so begins a quote\ta\nsaid "he", and\tb\n')
-    assert words(prepared(str(tmp_path / "t.tsv"))) == ['"so begins a quote', 'said "he", and']
-
-
 @pytest.mark.parametrize("explicit", [False, True])
 def test_files_are_the_splits_that_their_names_say(prepared, tmp_path, explicit):
     names = ["train-00000-of-00002", "train-00001-of-00002", "validation", "reviews_test"]
@@ -88,7 +83,7 @@ def test_a_column_may_say_the_split(prepared, tmp_path):
     assert [SPLITS[i] for i in made.splits] == ["train", "val", "test"]
 
 
-def test_classes_that_hugging_face_declares(prepared, tmp_path):
+def test_classes_that_hugging_face_declares(prepared, tmp_path, monkeypatch):
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
     parts = {"train": [1, 0, 1], "validation": [0, 1, 1], "test": [-1, -1, -1]}
     saved = datasets.DatasetDict(
@@ -100,6 +95,9 @@ def test_classes_that_hugging_face_declares(prepared, tmp_path):
     saved.save_to_disk(tmp_path / "saved")
     made = prepared(str(tmp_path / "saved"))
     assert (made.labels.names, made.labels.values.tolist()) == (["no", "yes"], [1, 0, 1, 0, 1, 1, -1, -1, -1])
+    kept = datasets.load_from_disk(tmp_path / "saved")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *asked: {("owner/name", "small"): kept}[asked])
+    assert prepared("hf://owner/name:small").fingerprint == made.fingerprint
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
@@ -137,12 +135,7 @@ def test_what_labels_are(prepared, tmp_path, suffix):
         ("t.csv", "text,label\na,1\nb,two\n", {"problem": "number"}, "t.csv row 2: the label 'two' is no finite number"),
         ("t.csv", "text,label\na,[1\nb,2\n", {"problem": "labels"}, r"t.csv row 1: '\[1' is no list of labels"),
         ("t.csv", "text,label,part\na,b,train\nc,d,later\n", {"split": "part"}, "t.csv row 2: 'later' in the column"),
-        ("t.csv", "text,label\na,b,c\n", {}, "t.csv cannot be read as a table, after row 0"),
         ("t.csv", "text,label\n", {}, "the tables have no rows"),
-        ("t.csv", "", {}, "t.csv is empty"),
-        ("t.jsonl", '{"text": "a", "label": 1}\n\n', {}, "t.jsonl line 2 is empty"),
-        ("t.jsonl", '{"text": "a", "label": 1}\n[1]\n', {}, r"t.jsonl line 2: an object is needed"),
-        ("t.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": "c"}\n', {}, "line 2: 'c' in 'label' is of another"),
         ("t.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', {}, "t.jsonl line 2: there is no label"),
         ("t.jsonl", '{"text": 5, "label": 1}\n', {}, "the column of texts is of type int64, not text"),
         ("t.jsonl", '{"text": "a", "label": {"b": 1}}\n', {}, "the column of labels is of type struct"),
@@ -163,9 +156,7 @@ def test_bad_numbers_in_parquet(prepared, tmp_path):
 
 def test_what_is_not_there(prepared, tmp_path):
     for path, message in (
-        (tmp_path / "none.csv", "no such file or folder"),
-        (tmp_path / "*.csv", "no file matches"),
-        (tmp_path, "no table in the folder"),
+        (tmp_path / "none.csv", "no such file or folder .* Known are tables of texts"),
         ("{none}", r"known is \{fine_foods\}"),
     ):
         with pytest.raises(ValueError, match=message):

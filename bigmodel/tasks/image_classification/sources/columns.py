@@ -5,7 +5,6 @@ N rows.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bigmodel.splits import SPLIT_WORDS, split_name
 from bigmodel.tasks.image_classification.pictures import Store
-from bigmodel.tasks.image_classification.sources.found import SPLIT_WORDS, Found, Labels, Split, split_name
+from bigmodel.tasks.image_classification.sources.found import Found, Labels, Split
 from bigmodel.tasks.image_classification.sources.stores import Chosen, Joined
 
 
@@ -50,13 +50,6 @@ class Columns:
 def rows_of(splits: Sequence[str]) -> dict[str, np.ndarray]:
     """Rows [n] int64 of each split, from each row's split [N]."""
     return {split: np.flatnonzero(np.array(splits) == split) for split in dict.fromkeys(splits)}
-
-
-def class_names(schema: pa.Schema, label: str) -> list[str] | None:
-    """The class names that Hugging Face's datasets wrote beside a column of class numbers."""
-    written = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    feature = written.get("info", {}).get("features", {}).get(label, {})
-    return feature.get("names") if isinstance(feature, dict) else None
 
 
 def holds_bytes(kind: pa.DataType) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bigmodel.tables.files import example_package
 from bigmodel.tasks.image_classification.sources.cifar import read_cifar
 from bigmodel.tasks.image_classification.sources.download import DOWNLOADS, download
 from bigmodel.tasks.image_classification.sources.found import Found, Split
@@ -59,12 +60,8 @@ def read_named(path: str, cache: Path, labelled: bool) -> Found:
     """
     name = path[1:-1]
     if name in _IN_PACKAGES:
-        try:
+        with example_package(path):
             images, labels = _IN_PACKAGES[name]()
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                f"--data.path {path} needs the package {error.name}: pip install 'bigmodel[examples]'"
-            ) from error
         split = Split(Pixels(images, path), labels.astype(np.int64) if labelled else None)
         return Found(path, {"all": split}, _DIGITS)
     if name not in DOWNLOADS:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bigmodel.cache import say
+from bigmodel.splits import SPLIT_WORDS, split_name
 from bigmodel.tasks.image_classification.pictures import UNKNOWN, Pictures, Source, Store
 from bigmodel.tasks.image_classification.sources.stores import Joined
 
@@ -22,13 +23,6 @@ KINDS = (
     " CIFAR-100 as published (python or binary version, or the .tar.gz); {mnist5k}, {digits}, {mnist}, {fashion_mnist},"
     " {cifar10}, {cifar100}"
 )
-
-_SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
-SPLIT_WORDS = ", ".join(_SPLIT_NAMES)
 
 
 @dataclass(frozen=True)
@@ -57,11 +51,6 @@ class Found:
     where: str
     splits: dict[str, Split]
     classes: list[str] | None = None
-
-
-def split_name(word: str) -> str | None:
-    """`train`, `val` or `test` for a word that means one of them."""
-    return _SPLIT_NAMES.get(word.strip().lower())
 
 
 def group_splits(words: Iterable[str], where: str, labelled: bool) -> dict[str, list[str]]:

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from importlib.util import find_spec
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bigmodel.tables.arrow import class_names
+from bigmodel.tables.hugging_face import hub_files, saved_files
 from bigmodel.tasks.image_classification.pictures import Store
-from bigmodel.tasks.image_classification.sources.columns import Columns, class_names, holds_bytes, parts_found
+from bigmodel.tasks.image_classification.sources.columns import Columns, holds_bytes, parts_found
 from bigmodel.tasks.image_classification.sources.found import Found, group_splits
 from bigmodel.tasks.image_classification.sources.stores import Arrow, open_arrow
-
-HUB = "hf://"
-
-
-def is_saved(folder: str) -> bool:
-    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote the folder."""
-    there = os.listdir(folder)
-    return "dataset_dict.json" in there or {"state.json", "dataset_info.json"} <= set(there)
 
 
 def read_saved(folder: str, columns: Columns, labelled: bool) -> Found:
@@ -31,20 +22,7 @@ def read_saved(folder: str, columns: Columns, labelled: bool) -> Found:
     Raises:
         ValueError: if a file of it is missing or damaged, or a column is missing or of another type.
     """
-    try:
-        if os.path.exists(os.path.join(folder, "dataset_dict.json")):
-            names = json.loads(Path(folder, "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-            splits = {name: _saved_files(os.path.join(folder, name)) for name in names}
-        else:
-            splits = {os.path.basename(os.path.abspath(folder)): _saved_files(folder)}
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"--data.path {folder}: not a whole data set of Hugging Face: {error}") from error
-    return _found(folder, splits, columns, labelled)
-
-
-def _saved_files(folder: str) -> list[str]:
-    state = json.loads(Path(folder, "state.json").read_text(encoding="utf-8"))
-    return [os.path.join(folder, file["filename"]) for file in state["_data_files"]]
+    return _found(folder, saved_files(folder), columns, labelled)
 
 
 def read_hub(path: str, columns: Columns, labelled: bool) -> Found:
@@ -53,20 +31,8 @@ def read_hub(path: str, columns: Columns, labelled: bool) -> Found:
     Raises:
         ValueError: if `datasets` is not installed, or the data set cannot be had.
     """
-    if find_spec("datasets") is None:
-        raise ValueError(f"--data.path {path} needs the package datasets: pip install datasets")
-    import datasets
-
-    name = path.removeprefix(HUB).strip("/")
-    try:
-        loaded = datasets.load_dataset(name)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        raise ValueError(
-            f"--data.path {path}: the data set {name} cannot be had from the hub: {error}. Where there is no network,"
-            " give the folder that Dataset.save_to_disk wrote elsewhere"
-        ) from error
-    splits = {split: [file["filename"] for file in data.cache_files] for split, data in loaded.items()}
-    return _found(path, splits, columns, labelled)
+    files = hub_files(path, instead="the folder that Dataset.save_to_disk wrote elsewhere")
+    return _found(path, files, columns, labelled)
 
 
 def _found(where: str, files: Mapping[str, list[str]], columns: Columns, labelled: bool) -> Found:

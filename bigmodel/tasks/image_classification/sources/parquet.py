@@ -12,17 +12,16 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from bigmodel.cache import building, digest, disk_errors, progress, write_text
+from bigmodel.tables.arrow import class_names, open_parquet
 from bigmodel.tasks.image_classification.pictures import Store
-from bigmodel.tasks.image_classification.sources.columns import Columns, class_names, holds_bytes, parts_found
+from bigmodel.tasks.image_classification.sources.columns import Columns, holds_bytes, parts_found
 from bigmodel.tasks.image_classification.sources.found import Found, group_splits
 from bigmodel.tasks.image_classification.sources.stores import Files, Packed, file_stamp
 
@@ -47,7 +46,7 @@ def read_parquet(where: str, paths: Sequence[str], columns: Columns, cache: Path
     wanted = columns.wanted(labelled)
     schemas = []
     for path in paths:
-        with _open(path) as file:
+        with open_parquet(path) as file:
             schemas.append(file.schema_arrow)
         columns.check(path, schemas[-1].names, wanted)
         for column in wanted:
@@ -68,24 +67,14 @@ def read_parquet(where: str, paths: Sequence[str], columns: Columns, cache: Path
     return parts_found(where, parts, columns, labelled, class_names(schemas[0], columns.label))
 
 
-@contextmanager
-def _open(path: str) -> Iterator[pq.ParquetFile]:
-    try:
-        # Not a whole row group in memory.
-        with closing(pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)) as file:
-            yield file
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
-
-
 def _read(path: str, names: list[str]) -> pa.Table:
-    with _open(path) as file:
+    with open_parquet(path) as file:
         return file.read(names)
 
 
 def _pictures(path: str, column: str) -> Iterator[pa.Array]:
     """The bytes of a file's pictures, some at once."""
-    with _open(path) as file:
+    with open_parquet(path) as file:
         for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[column]):
             pictures = batch.column(0)
             yield pc.struct_field(pictures, "bytes") if pa.types.is_struct(pictures.type) else pictures
@@ -127,7 +116,7 @@ def _pack(paths: list[str], column: str, folder: Path) -> None:
     ends, files = [0], []
     total = 0
     for path in paths:
-        with _open(path) as file:
+        with open_parquet(path) as file:
             files.append((os.path.basename(path), file.metadata.num_rows))
             total += file.metadata.num_rows
     if total == 0:

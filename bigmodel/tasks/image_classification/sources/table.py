@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from bigmodel.splits import SPLIT_WORDS, split_name
 from bigmodel.tasks.image_classification.sources.columns import Columns, rows_of
-from bigmodel.tasks.image_classification.sources.found import SPLIT_WORDS, Found, Split, split_name
+from bigmodel.tasks.image_classification.sources.found import Found, Split
 from bigmodel.tasks.image_classification.sources.stores import Files
 
 

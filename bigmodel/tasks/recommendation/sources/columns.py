@@ -1,7 +1,4 @@
-"""The columns of a table of events, and the blocks of rows in which every reader gives them.
-
-M rows in a block.
-"""
+"""The columns of a table of events, and what was found of such tables."""
 
 from __future__ import annotations
 
@@ -9,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
+
+from bigmodel.tables import Rows, find_columns
 
 _USUAL = {
     "user": ("user_id", "userId"),
@@ -42,49 +41,9 @@ class Columns:
         Raises:
             ValueError: if a column that is needed or named is not there.
         """
-        found = {}
-        for role, usual in _USUAL.items():
-            named = getattr(self, role, None)
-            candidates = usual if named is None else (named,)
-            for name in candidates:
-                if name in there:
-                    found[role] = name
-                    break
-            else:
-                if named is not None or role in ("user", "item"):
-                    asked = " or ".join(map(repr, candidates))
-                    raise ValueError(
-                        f"{where}: there is no column {asked}, only {list(there)}; set --data.{role}_column to one of them"
-                    )
-        return found
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Some rows of a table, one after the other.
-
-    Attributes:
-        where: the file.
-        first: what a person counts the first of them as.
-        columns: by role: user, item, and where they are rating, time, title, genres; arrays of M each.
-        typed: whether the columns' types are the source's own. If not, all are text that may spell numbers.
-        size: bytes of the file that they take, about.
-        word: what a person calls a row.
-    """
-
-    where: str
-    first: int
-    columns: dict[str, pa.Array]
-    typed: bool
-    size: int
-    word: str = "row"
-
-    def __len__(self) -> int:
-        return len(self.columns["user"])
-
-    def name(self, row: int) -> str:
-        """What a person calls a row of these: file and row."""
-        return f"{self.where} {self.word} {self.first + row:,}"
+        given = {role: name for role, name in vars(self).items() if name is not None}
+        names = _USUAL | {role: (name,) for role, name in given.items()}
+        return find_columns(where, there, names, optional=_USUAL.keys() - {"user", "item", *given})
 
 
 @dataclass(frozen=True)

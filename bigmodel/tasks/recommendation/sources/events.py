@@ -6,14 +6,14 @@ N events, M rows of a block.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigmodel.tasks.recommendation.sources.columns import Rows
+from bigmodel.tables.rows import Rows, first_true, is_text, plain
 
 _NOTHING = pa.array(["", "nan", "NaN", "null", "NULL", "None"])  # written where there is no id
 _IDS = ": whole numbers from 0 on, or text, are accepted"
@@ -95,14 +95,12 @@ class _Reader:
             self.titles.append(
                 pa.table([cell.take(some).cast(pa.string()) for cell in cells], ["id", "title", "genres"])
             )
-        self.places.append((self.num_events, Rows(rows.where, rows.first, {}, rows.typed, 0, rows.word)))
+        self.places.append((self.num_events, replace(rows, columns={})))
         self.num_events += len(rows)
 
     def _ids(self, rows: Rows, role: str) -> pa.DictionaryArray:
-        values = rows.columns[role]
-        if pa.types.is_dictionary(values.type):
-            values = values.cast(values.type.value_type)
-        whole, text = pa.types.is_integer(values.type), _is_text(values.type)
+        values = plain(rows.columns[role])
+        whole, text = pa.types.is_integer(values.type), is_text(values.type)
         if not whole and not text:
             raise ValueError(
                 f"{rows.where}: the column of {role}s is of type {values.type}; ids are whole numbers or text: set"
@@ -126,11 +124,9 @@ class _Reader:
 
     def _times(self, rows: Rows) -> np.ndarray:
         """[M] microseconds since 1970."""
-        values = rows.columns["time"]
-        if pa.types.is_dictionary(values.type):
-            values = values.cast(values.type.value_type)
+        values = plain(rows.columns["time"])
         _refuse_gaps(rows, values, "time")
-        if _is_text(values.type):
+        if is_text(values.type):
             values = _parsed(rows, values)
         if (
             pa.types.is_temporal(values.type)
@@ -195,7 +191,7 @@ class _Reader:
         whole = pa.chunked_array(chunks).unify_dictionaries().combine_chunks()
         chunks.clear()
         codes, ids = whole.indices.to_numpy(), whole.dictionary
-        if _is_text(ids.type) and self.typed.get(role) != pa.string():
+        if is_text(ids.type) and self.typed.get(role) != pa.string():
             ids = self._as_integers(role, codes, ids)
         order = pc.array_sort_indices(ids).to_numpy()
         place = np.empty(len(order), np.int32)
@@ -221,10 +217,6 @@ class _Reader:
         return rows.name(event - first)
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
 def _unit(number: float) -> str:
     """What a number of this size counts since 1970."""
     power = 0
@@ -235,14 +227,14 @@ def _unit(number: float) -> str:
 
 def _refuse_gaps(rows: Rows, values: pa.Array, what: str) -> None:
     if values.null_count:
-        raise ValueError(f"{rows.name(pc.index(pc.is_null(values), True).as_py())}: there is no {what}")
+        raise ValueError(f"{rows.name(first_true(pc.is_null(values)))}: there is no {what}")
 
 
 def _ratings(rows: Rows) -> np.ndarray:
     """[M] float32."""
     values = rows.columns["rating"]
     _refuse_gaps(rows, values, "rating")
-    if _is_text(values.type):
+    if is_text(values.type):
         values = _cast(rows, values, pa.float64(), "rating")
     try:
         ratings: np.ndarray = values.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)

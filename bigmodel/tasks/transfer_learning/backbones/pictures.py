@@ -54,7 +54,8 @@ class HuggingFaceImages(Backbone):
         self.std: Tensor
         try:
             if self.is_classifier:
-                head = hugging_face.find_head(model, (1, len(self.mean), sizes["image_size"], sizes["image_size"]))
+                shape = (1, len(self.mean), sizes["image_size"], sizes["image_size"])
+                head = hugging_face.find_head(model, pixel_values=next(model.parameters()).new_zeros(shape))
                 if head is not None:
                     model.set_submodule(head, nn.Identity())
             self._find_parts(model, probe_of("images", sizes, model.device))

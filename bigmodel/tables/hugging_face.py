@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-
-from bigmodel.tasks.transfer_learning.sources.columns import Columns, Part, split_in
-from bigmodel.tasks.transfer_learning.sources.parquet import read_arrow
+from typing import Any
 
 HUB = "hf://"
 
@@ -40,8 +37,12 @@ def _files_of(folder: str) -> list[str]:
     return [os.path.join(folder, file["filename"]) for file in state["_data_files"]]
 
 
-def hub_files(path: str) -> dict[str, list[str]]:
-    """The files of each split of a data set of the hub, kept where `datasets` keeps it ($HF_HOME).
+def load_hub(path: str, instead: str) -> Any:
+    """A data set of the hub by its splits, kept where `datasets` keeps it ($HF_HOME).
+
+    Args:
+        path: hf://owner/name, or hf://owner/name:configuration.
+        instead: what to give where there is no network.
 
     Raises:
         ValueError: if `datasets` is not installed, or the data set cannot be had.
@@ -52,23 +53,14 @@ def hub_files(path: str) -> dict[str, list[str]]:
 
     name, _, configuration = path.removeprefix(HUB).strip("/").partition(":")
     try:
-        loaded = datasets.load_dataset(name, configuration or None)
+        return datasets.load_dataset(name, configuration or None)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise ValueError(
-            f"--data.path {path}: the data set {name} cannot be had from the hub: {error}. Where there is no network,"
-            " give its Parquet files, or the folder that Dataset.save_to_disk wrote elsewhere"
+            f"--data.path {path}: the data set {name} cannot be had from the hub: {error}. Where there is no network, give"
+            f" {instead}"
         ) from error
-    return {split: [file["filename"] for file in data.cache_files] for split, data in loaded.items()}
 
 
-def parts_of(where: str, files: dict[str, list[str]], columns: Columns) -> list[Part]:
-    """A part for each split."""
-    return [
-        Part(
-            f"{where} {split}",
-            split_in(split),
-            partial(read_arrow, f"{where} {split}", paths, columns),
-            sum(os.path.getsize(path) for path in paths),
-        )
-        for split, paths in files.items()
-    ]
+def hub_files(path: str, instead: str) -> dict[str, list[str]]:
+    """The files of each split of a data set of the hub; see `load_hub`."""
+    return {split: [file["filename"] for file in data.cache_files] for split, data in load_hub(path, instead).items()}

@@ -1,0 +1,39 @@
+"""What splits are called, and how much of the data each gets. This module imports neither torch nor Lightning."""
+
+from __future__ import annotations
+
+import re
+
+_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+SPLIT_WORDS = ", ".join(_NAMES)
+
+
+def split_name(word: str) -> str | None:
+    """`train`, `val` or `test` for a word that means one of them."""
+    return _NAMES.get(word.strip().lower())
+
+
+def split_in(name: str) -> str | None:
+    """The split that the name of a file or split says (train-00000-of-00002, sst2_dev, validation_matched); None if none,
+    or several."""
+    found = {split for word in re.split(r"[^a-zA-Z]+", name) if (split := split_name(word)) is not None}
+    return found.pop() if len(found) == 1 else None
+
+
+def check_shares(val: float, test: float) -> None:
+    """Refuse shares of the data for validation and test (--data.split.val, --data.split.test) that are none.
+
+    Raises:
+        ValueError: if one is not from 0 to below 1, or nothing is left to train on.
+    """
+    for name, share in (("val", val), ("test", test)):
+        if not 0 <= share < 1:
+            raise ValueError(f"--data.split.{name} {share} is no share: give a number of at least 0 and below 1")
+    if val + test >= 1:
+        raise ValueError(
+            f"--data.split.val {val} and --data.split.test {test} leave nothing to train on: together they must be below 1"
+        )

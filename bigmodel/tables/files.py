@@ -1,0 +1,101 @@
+"""From paths to files, and what kind of table each is; and where a name stands for data that come with a package."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+
+def find_files(path: str | Sequence[str], in_folder: Callable[[str], list[str]], known: str) -> list[str]:
+    """The files that are meant, in order, each once.
+
+    Args:
+        path: files, folders and globs (** is any depth).
+        in_folder: those that a folder stands for, such as `files_in` finds.
+        known: the kinds of data that can be read, for messages.
+
+    Raises:
+        ValueError: if nothing is given, or something stands for no file.
+    """
+    files: dict[str, None] = {}
+    for given in [path] if isinstance(path, str) else path:
+        place = os.path.expanduser(given)
+        if os.path.isfile(place):
+            found = [place]
+        elif os.path.isdir(place):
+            found = in_folder(given)
+            if not found:
+                raise ValueError(f"--data.path {given}: no table in the folder. Known are {known}")
+        elif glob.has_magic(place):
+            found = sorted(file for file in glob.glob(place, recursive=True) if os.path.isfile(file))
+            if not found:
+                raise ValueError(f"--data.path {given}: no file matches")
+        else:
+            raise ValueError(
+                f"--data.path {given}: no such file or folder ({os.path.abspath(place)}). Known are {known}"
+            )
+        files.update(dict.fromkeys(found))
+    if not files:
+        raise ValueError(f"--data.path {path}: nothing is given. Known are {known}")
+    return list(files)
+
+
+def files_in(folder: str, suffixes: Sequence[str]) -> list[str]:
+    """The files in a folder, or else in `data` within it, that have one of these suffixes; sorted.
+
+    Raises:
+        ValueError: if there are some of several suffixes.
+    """
+    here = glob.escape(os.path.expanduser(folder))
+    found = {
+        suffix: sorted(glob.glob(os.path.join(here, f"*{suffix}")))
+        or sorted(glob.glob(os.path.join(here, "data", f"*{suffix}")))
+        for suffix in suffixes
+    }
+    kinds = [files for files in found.values() if files]
+    if len(kinds) > 1:
+        some = [files[0] for files in kinds]
+        raise ValueError(f"--data.path {folder}: tables of several kinds, such as {some}; give the files")
+    return kinds[0] if kinds else []
+
+
+def kind_of(path: str, known: str = "CSV, TSV, JSON Lines, Parquet") -> Literal["parquet", "json", "text"]:
+    """What kind of table a file is, by how it begins; `json` is JSON Lines.
+
+    Args:
+        path: the file.
+        known: the kinds of data that can be read, for messages.
+
+    Raises:
+        ValueError: if it is none, is empty, or cannot be read.
+    """
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(2**12)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    if not head:
+        raise ValueError(f"{path} is empty")
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if b"\0" in head or head.startswith(b"\x1f\x8b"):
+        raise ValueError(f"{path}: a file of no known kind. Known are {known}")
+    return "json" if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") else "text"
+
+
+@contextmanager
+def example_package(path: str) -> Iterator[None]:
+    """Where a data set that is called by its name comes with a package.
+
+    Raises:
+        ValueError: if the package is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--data.path {path} needs the package {error.name}: pip install 'bigmodel[examples]'"
+        ) from error

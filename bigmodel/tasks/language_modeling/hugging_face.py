@@ -1,0 +1,123 @@
+"""A language model of transformers as a net, with the weights and the tokenizer that it was published with.
+
+B sequences, T tokens, D width, V vocabulary of the tokenizer, V' >= V that of the model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigmodel import published
+from bigmodel.tasks.language_modeling.tokenizer import Subwords, Tokenizer
+from bigmodel.tasks.language_modeling.tokenizer_choice import Pretrained
+
+_KIND = "language model"
+_REMEDY = "name a model that has all weights of its architecture"
+
+
+class CausalLM(nn.Module):
+    """Tokens [B, T] in, logits [B, T, V] of each next token out.
+
+    Published models often have a larger vocabulary than their tokenizer, so that V' is a round number. What stands for no
+    token is left out of the logits: probabilities are those of the tokens, given that it is one.
+
+    Args:
+        model: transformers' model, in evaluation mode.
+        vocab_size: V.
+        context_length: T, the most tokens that it is to read.
+
+    Raises:
+        ValueError: if a token's logits depend on those that come behind it.
+    """
+
+    def __init__(self, model: Any, vocab_size: int, context_length: int) -> None:
+        super().__init__()
+        self.model, self.vocab_size, self.context_length = model, vocab_size, context_length
+        self._is_parted = False
+        self._probe()
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        """Find out whether its head makes the logits of what its body gives, with nothing done to them before or after."""
+        tokens = torch.tensor([[0, 1], [0, 2]])
+        whole = self._whole(tokens)
+        if not torch.allclose(whole[0, 0], whole[1, 0], rtol=1e-4, atol=1e-5):
+            raise ValueError("it reads the tokens that it is to predict")
+        if self.model.base_model is not self.model and self.model.get_output_embeddings() is not None:
+            self._is_parted = True
+            logits = self.logits(self.features(tokens))
+            self._is_parted = logits.shape == whole.shape and torch.allclose(logits, whole, rtol=1e-5, atol=1e-6)
+
+    def _whole(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        return logits[..., : self.vocab_size]
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """[B, T] -> [B, T, D], what the head reads; the logits themselves, if these are more than the head's."""
+        if not self._is_parted:
+            return self._whole(tokens)
+        read: Tensor = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        return read
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[..., D] -> [..., V]."""
+        if not self._is_parted:
+            return features
+        logits: Tensor = self.model.get_output_embeddings()(features)
+        return logits[..., : self.vocab_size]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits [B, T, V] of the token after each of tokens [B, T]."""
+        return self.logits(self.features(tokens))
+
+
+def as_published(path: str, flag: str, tokenizer: Tokenizer, context_length: int) -> CausalLM:
+    """A language model with all of its weights.
+
+    Args:
+        path: a folder, or hf://owner/name.
+        flag: that it was given by, for messages.
+        tokenizer: of the data.
+        context_length: T, tokens of a sequence.
+
+    Raises:
+        ValueError: if there is no such model, it has another tokenizer, reads fewer tokens, or a weight is missing.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    settings = published.read_settings(path, flag, _KIND, MODEL_FOR_CAUSAL_LM_MAPPING)
+    text = settings.get_text_config()  # of a model that reads pictures too
+    try:
+        difference = _difference(published.location(path), tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{flag} {path}: {error}") from error
+    if difference is None and text.vocab_size < tokenizer.vocab_size:
+        difference = f"logits of {text.vocab_size:,} tokens, and the data's has {tokenizer.vocab_size:,}"
+    if difference is not None:
+        raise ValueError(
+            f"{flag} {path} has another tokenizer than the data ({difference}): set --data.tokenizer"
+            f" bigmodel.tasks.language_modeling.Pretrained --data.tokenizer.path {published.location(path)}"
+        )
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and positions < context_length:
+        raise ValueError(
+            f"{flag} {path} reads {positions:,} tokens at most, and a sequence has {context_length:,}: set"
+            f" --data.context_length {positions}"
+        )
+    model = published.load(AutoModelForCausalLM, path, flag, _KIND, settings, _REMEDY)
+    try:
+        return CausalLM(model, tokenizer.vocab_size, context_length)
+    except ValueError as error:
+        raise ValueError(f"{flag} {path} ({settings.model_type}) is no {_KIND}: {error}") from error
+
+
+def _difference(where: str, ours: Tokenizer) -> str | None:
+    """In which way the tokenizer beside a model encodes text otherwise; None if it does not."""
+    if not isinstance(ours, Subwords):
+        return f"that is of {ours.kind}"
+    end = ours.backend.id_to_token(ours.end_of_text)
+    theirs, _ = Pretrained(where, end_of_text=end).read()
+    return published.tokenizer_difference(theirs, ours.backend)

@@ -1,0 +1,159 @@
+"""A text classifier of transformers as a net of this task, with its own head, as it was published.
+
+B texts, T tokens, D width of what the head reads, K classes or labels.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigmodel import hugging_face, published
+from bigmodel.tasks.transfer_learning.backbones.texts import encoder_from_files
+from bigmodel.tasks.transfer_learning.batches import LabelledTextBatch, text_batch
+from bigmodel.tasks.transfer_learning.metrics import Problem
+from bigmodel.tasks.transfer_learning.pooling import Last
+from bigmodel.tasks.transfer_learning.tokenization import TextEncoder, TransformersEncoder
+
+_KIND = "text classifier"
+_PROBLEMS = {"class": "single_label_classification", "labels": "multi_label_classification"}
+
+
+class TextClassifier(nn.Module):
+    """Maps a batch of texts to logits [B, K]. A head that reads each token, of a decoder, is asked at a text's last one.
+
+    Args:
+        model: transformers' model, in evaluation mode.
+        text_encoder: its way from text to tokens.
+
+    Raises:
+        ValueError: if it ends in no linear layer, or what it says of a text depends on how far that is filled up.
+    """
+
+    def __init__(self, model: Any, text_encoder: TextEncoder) -> None:
+        super().__init__()
+        self.model, self.last = model, Last()
+        model.config.pad_token_id = text_encoder.pad_id  # where it looks for a text's end; none may be set
+        arguments = inspect.signature(model.forward).parameters
+        self._has_segments = "token_type_ids" in arguments and (getattr(model.config, "type_vocab_size", None) or 0) > 1
+        self._probe(text_encoder)
+
+    @torch.no_grad()
+    def _probe(self, text_encoder: TextEncoder) -> None:
+        """Find the head, and see that it tells the same of a text alone and beside a longer one."""
+        texts = ["a", "a a a a a a a a a a a a"]
+        one, two = text_batch(text_encoder, texts[:1]), text_batch(text_encoder, texts)
+        whole = LabelledTextBatch(*(part[:, : int(one.mask.sum())] if part.ndim == 2 else part for part in one))
+        name = hugging_face.find_head(self.model, **self._inputs(whole))
+        if name is None:
+            raise ValueError("it ends in no linear layer")
+        self._head_name = name
+        alone = self.model(**self._inputs(whole)).logits
+        if not torch.allclose(self(two)[:1], alone, rtol=1e-3, atol=1e-4):
+            raise ValueError("what it tells of a text depends on how far it is filled up")
+
+    @property
+    def head(self) -> nn.Linear:
+        """What gives the logits."""
+        head: Any = self.model.get_submodule(self._head_name)
+        return head
+
+    def _inputs(self, batch: Any) -> dict[str, Tensor]:
+        inputs = {"input_ids": batch.tokens, "attention_mask": batch.mask.long()}
+        return inputs | {"token_type_ids": batch.segments} if self._has_segments else inputs
+
+    def features(self, batch: Any) -> Tensor:
+        """[B, D], what the head reads."""
+        read: list[Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+        try:
+            self.model(**self._inputs(batch))
+        finally:
+            hook.remove()
+        return read[0] if read[0].ndim == 2 else self.last(read[0], batch.mask)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[..., D] -> [..., K]."""
+        logits: Tensor = self.head(features)
+        return logits
+
+    def forward(self, batch: Any) -> Tensor:
+        """Logits [B, K] of a batch."""
+        return self.logits(self.features(batch))
+
+
+def as_published(
+    path: str,
+    flag: str,
+    *,
+    classes: Sequence[str],
+    problem: Problem,
+    text_encoder: TextEncoder | None,
+    max_length: int | None,
+) -> TextClassifier:
+    """A text classifier with all of its weights.
+
+    Args:
+        path: a folder, or hf://owner/name.
+        flag: that it was given by, for messages.
+        classes: the names that the data have; its logits come in their order.
+        problem: what a text has of them.
+        text_encoder: by which the data's texts are encoded; None: they are pictures.
+        max_length: T that texts are cut at; None: at what the encoder says.
+
+    Raises:
+        ValueError: if there is no such model, it tells other classes, has another tokenizer, reads shorter texts, or lacks a
+            weight.
+    """
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
+
+    if text_encoder is None:
+        raise ValueError(
+            f"{flag} {path}: pictures are taught to TransferLearning by runs alone: name a run, or let the student be an"
+            " ImageClassification"
+        )
+    settings = published.read_settings(path, flag, _KIND, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING)
+    kind = settings.problem_type or _PROBLEMS["class"]
+    if kind != _PROBLEMS[problem]:
+        raise ValueError(
+            f"{flag} {path} was trained for problem_type {kind} (its {published.CONFIG}), and the data are of"
+            f" {_PROBLEMS[problem]} (--data.problem {problem})"
+        )
+    order = published.class_order(settings, classes, path, flag)
+    try:
+        theirs = encoder_from_files(published.location(path), settings)
+    except ValueError as error:
+        raise ValueError(f"{flag} {path}: {error}") from error
+    if (difference := _difference(theirs, text_encoder)) is not None:
+        raise ValueError(
+            f"{flag} {path} has another tokenizer than the student ({difference}): choose a --model.student.backbone that"
+            " has the same, or another teacher"
+        )
+    limit = max_length if max_length is not None else text_encoder.max_length
+    if theirs.max_length is not None and (limit is None or limit > theirs.max_length):
+        raise ValueError(
+            f"{flag} {path} reads {theirs.max_length:,} tokens at most, and a text has up to"
+            f" {'any number' if limit is None else f'{limit:,}'}: set --data.max_length {theirs.max_length}"
+        )
+    remedy = "name a model that has all weights of its architecture, its head too"
+    model = published.load(AutoModelForSequenceClassification, path, flag, _KIND, settings, remedy)
+    try:
+        net = TextClassifier(model, text_encoder)
+    except ValueError as error:
+        raise ValueError(f"{flag} {path} ({settings.model_type}) cannot teach: {error}") from error
+    published.reorder(net.head, order)
+    return net
+
+
+def _difference(theirs: TextEncoder, ours: TextEncoder) -> str | None:
+    """In which way texts are encoded otherwise; None if they are not."""
+    if not isinstance(theirs, TransformersEncoder) or not isinstance(ours, TransformersEncoder):
+        return "that is of a run"
+    difference = published.tokenizer_difference(theirs.backend, ours.backend)
+    if difference is None and (theirs.frame, theirs.pad_id) != (ours.frame, ours.pad_id):
+        difference = "other special tokens around a text"
+    return difference
