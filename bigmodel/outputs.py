@@ -17,15 +17,14 @@ N samples, V views of each (as many epochs of augmentation: `views` of `bigmodel
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
-import math
 import mmap
 import os
 import shutil
 import socket
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,27 +34,10 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from bigmodel.cache import digest, progress, publish, write_text
+from bigmodel.output_files import Field, Writer, map_rows
 
 VERSION = 1  # of this format
-MARK_SECONDS = 10.0  # between the moments at which rows are written through to the disk, and marked as done
 RELEASE_READS = 1024  # after so many, mapped pages are let go, or resident memory grows to the size of the files
-
-
-@dataclass(frozen=True)
-class Field:
-    """One kind of output.
-
-    Args:
-        shape: of a row.
-        dtype: as which it is kept.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def row_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -179,7 +161,8 @@ class Outputs:
         self.check_space()
         wait_for_all()
         if first and not self.complete:
-            self._allocate()
+            with self._disk_errors():
+                self._allocate()
         wait_for_all()
         with contextlib.ExitStack() as stack:
             writer = self._open_writer()
@@ -204,25 +187,43 @@ class Outputs:
     def _partial(self) -> Path:
         return self.path.with_name(f".{self.path.name}.{socket.gethostname()}")
 
-    def check_space(self) -> None:
+    @property
+    def num_missing_bytes(self) -> int:
+        """Still to be allocated on the disk."""
+        there = sum(file.stat().st_blocks * 512 for file in self._partial.glob("*.bin"))
+        return 0 if self.complete else self.num_bytes + self.num_rows - there
+
+    def check_space(self, beside: int = 0) -> None:
         """See that there is room for what is still to be allocated; `compute` does so too.
 
+        Args:
+            beside: bytes that others will take there.
+
         Raises:
-            ValueError: if the disk is too small.
+            ValueError: if the disk is too small, or not to be written to.
         """
-        try:
+        if self.complete:
+            return
+        with self._disk_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(
-                f"{self.what} cannot be kept in {self.folder} ({error.strerror}): {self.remedy}"
-            ) from error
-        there = sum(file.stat().st_blocks * 512 for file in self._partial.glob("*.bin"))
-        needed, free = self.num_bytes + self.num_rows - there, shutil.disk_usage(self.folder).free
-        if needed > free and not self.complete:
+            if not os.access(self.folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "it is not to be written to")
+        needed, free = self.num_missing_bytes + beside, shutil.disk_usage(self.folder).free
+        if needed > free:
             raise ValueError(
                 f"{self.what} of {self.num_samples:,} samples{f' in {self.views} views' if self.views > 1 else ''} take"
                 f" {needed / 1e6:,.1f} MB, and {self.folder} has {free / 1e6:,.1f} MB left: {self.remedy}"
             )
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """Turn an error of the disk into one that says what to do."""
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(
+                f"{self.what} cannot be kept in {self.folder} ({error.strerror}): {self.remedy}"
+            ) from error
 
     def _allocate(self) -> None:
         """Files of their final size: a disk that fills up shows here, and not as a signal when a page is written."""
@@ -230,13 +231,18 @@ class Outputs:
         write_text(self._partial / "key.json", json.dumps(self.key, indent=2))
         sizes = {name: field.row_bytes * self.num_rows for name, field in self.fields.items()}
         for name, size in {**sizes, "done": self.num_rows}.items():
-            with open(self._partial / f"{name}.bin", "ab") as file:
-                os.posix_fallocate(file.fileno(), 0, size)
+            file = os.open(self._partial / f"{name}.bin", os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                # Where a disk cannot allocate, as over NFS, zeros are written instead: never over what is there.
+                if os.fstat(file).st_size < size:
+                    os.posix_fallocate(file, 0, size)
+            finally:
+                os.close(file)
 
-    def _open_writer(self) -> _Writer | None:
+    def _open_writer(self) -> Writer | None:
         """None where the processes of another run have just ended the work."""
         try:
-            return _Writer(self._partial, self.fields, self.num_rows)
+            return Writer(self._partial, self.fields, self.num_rows)
         except FileNotFoundError:
             if not self.complete:
                 raise
@@ -244,7 +250,7 @@ class Outputs:
 
     def _write(
         self,
-        writer: _Writer,
+        writer: Writer,
         batch: Any,
         view: int,
         come: Tensor,
@@ -279,8 +285,11 @@ class Outputs:
         kept = values.to(field.dtype).cpu()
         if field.dtype.is_floating_point:
             values = values.cpu()
-            if values.isnan().any():
-                raise ValueError(f"{self.what}: {name} of some sample is not a number (NaN): the net is broken")
+            if (values.isnan() | values.isposinf()).any():  # -inf is the score of what must not be chosen
+                raise ValueError(
+                    f"{self.what}: {name} of some sample is not a number (NaN, or infinite): the net is broken, or"
+                    " overflows at this --trainer.precision"
+                )
             if (kept.isinf() & values.isfinite()).any():
                 largest = float(values[values.isfinite()].abs().max())
                 raise ValueError(
@@ -289,7 +298,7 @@ class Outputs:
                 )
         return kept
 
-    def _check_whole(self, writer: _Writer) -> None:
+    def _check_whole(self, writer: Writer) -> None:
         missing = (writer.done == 0).nonzero().flatten()
         if len(missing):
             raise ValueError(
@@ -337,50 +346,7 @@ class Outputs:
                     f"{file} is damaged: {size:,} bytes, not {expected:,}. Delete {self.path} and start again"
                 )
             # A copy-on-write mapping, because torch takes no read-only memory; nothing writes to it.
-            self._maps[name] = _map(file, field, self.num_rows, mmap.ACCESS_COPY)
-
-
-class _Writer:
-    """The files of a store that is being computed, mapped into memory."""
-
-    def __init__(self, folder: Path, fields: Mapping[str, Field], num_rows: int) -> None:
-        self._maps = {
-            name: _map(folder / f"{name}.bin", field, num_rows, mmap.ACCESS_WRITE) for name, field in fields.items()
-        }
-        self._done_map, self.done = _map(folder / "done.bin", Field((), torch.uint8), num_rows, mmap.ACCESS_WRITE)
-        self._unmarked: list[Tensor] = []
-        self._marked = time.monotonic()
-
-    def have(self, rows: Tensor) -> bool:
-        """Whether all these rows are there."""
-        return bool(self.done[rows].all())
-
-    def write(self, rows: Tensor, values: Mapping[str, Tensor]) -> None:
-        for name, (_, kept) in self._maps.items():
-            kept[rows] = values[name]
-        self._unmarked.append(rows)
-        if time.monotonic() - self._marked > MARK_SECONDS:
-            self.mark()
-
-    def mark(self) -> None:
-        """Mark what was written as done, once it is on the disk: a row that is marked is there after any crash."""
-        for mapping, _ in self._maps.values():
-            mapping.flush()
-        for rows in self._unmarked:
-            self.done[rows] = 1
-        self._done_map.flush()
-        self._unmarked, self._marked = [], time.monotonic()
-
-    def close(self) -> None:
-        """Mark what there is: an interrupted computation goes on from here."""
-        self.mark()
-
-
-def _map(file: Path, field: Field, num_rows: int, access: int) -> tuple[mmap.mmap, Tensor]:
-    """A file's memory, and the rows [R, *shape] in it."""
-    with open(file, "r+b" if access == mmap.ACCESS_WRITE else "rb") as stream:
-        mapping = mmap.mmap(stream.fileno(), 0, access=access)
-    return mapping, torch.frombuffer(mapping, dtype=field.dtype).view(num_rows, *field.shape)
+            self._maps[name] = map_rows(file, field, self.num_rows, mmap.ACCESS_COPY)
 
 
 def _some(samples: Tensor) -> str:

@@ -35,6 +35,9 @@ class Batch(Protocol):
 class TaskData(Protocol):
     """What a `LightningDataModule` has besides its loaders, which `bigmodel.sampling` makes.
 
+    A property `augmentation`, if there is one, is a text that changes when training samples are changed otherwise at random,
+    and empty when they are the same in each epoch: what is kept of a teacher is kept by it.
+
     Attributes:
         batch_size: samples per optimizer step, over all processes.
         micro_batch_size: samples one process takes at once; None: its whole share of the batch.
@@ -55,7 +58,8 @@ class Task(Protocol):
     a backbone's name); `net` and `optimizer` as what makes them.
 
     `configure_model` makes the net from `bigmodel.sizes(self)`, once, however often it is called. `training_step` returns
-    `{"loss": sum, "count": number}`: the sum of the loss over what was predicted, and how much that was. Metrics are
+    `{"loss": sum, "count": number}`: the sum of the loss over what was predicted, and how much that was. An entry `parts`,
+    if there is one, holds further such sums by name, detached, whose means are logged as `train/<name>`. Metrics are
     torchmetrics, given the batch's weight. An attribute `counts` says what the count counts, "samples" if there is none.
 
     Attributes:

@@ -149,7 +149,7 @@ def class_order(settings: Any, classes: Sequence[str], path: str, flag: str) -> 
     Raises:
         ValueError: if its classes are others, or not as many.
     """
-    names = [str(settings.id2label[i]) for i in range(settings.num_labels)]
+    names = [str(settings.id2label.get(i, i)) for i in range(settings.num_labels)]
     theirs, ours = ([" ".join(name.casefold().split()) for name in some] for some in (names, classes))
     if len(theirs) != len(ours):
         raise ValueError(

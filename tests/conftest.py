@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 import csv
+import gc
 import random
 from pathlib import Path
 
@@ -13,6 +14,14 @@ import torch
 
 from bigmodel.cli import main
 
+OUTSIDER = Path(__file__).parent / "outsider" / "experiment.yaml"
+
+
+def pytest_collection_finish():
+    """What has been imported stays: left to the garbage collector, it is walked through again and again."""
+    gc.collect()
+    gc.freeze()
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():
@@ -20,6 +29,14 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _alone():
+    """A run of one process that shards its net, or asks to, leaves a process group behind."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
@@ -37,17 +54,19 @@ def table(tmp_path_factory):
 
 
 @pytest.fixture
-def bm(tmp_path, monkeypatch, table, capsys, request):
-    """Type `bigmodel ...` in an empty folder, `fit` with the outsider's task and the flags of the module's FIT, if there is
-    such a list; returns what is printed, both streams, or the message it fails with."""
+def bm(request, tmp_path, monkeypatch, table, capsys):
+    """Type `bigmodel ...` in an empty folder; returns what it prints, both streams, or the message it fails with.
+
+    A fit is that of the outsider's experiment, with the module's FIT_FLAGS.
+    """
     monkeypatch.chdir(tmp_path)
-    experiment = Path(__file__).parent / "outsider" / "experiment.yaml"
-    flags = ["-c", str(experiment), "--data.path", str(table), "--trainer.accelerator", "cpu"]
+    flags = ["-c", str(OUTSIDER), "--data.path", str(table), "--trainer.accelerator", "cpu"]
+    flags += getattr(request.module, "FIT_FLAGS", [])
 
     def run(*words, fails=False):
         argv = [str(word) for word in words]
         if argv[0] == "fit" and "--resume" not in argv:
-            argv[1:1] = [*flags, *getattr(request.module, "FIT", [])]
+            argv[1:1] = flags
         capsys.readouterr()
         if not fails:
             main(argv)

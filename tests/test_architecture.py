@@ -14,6 +14,8 @@ LOWER = [
     "callbacks",
     "cache",
     "decode",
+    "output_files",
+    "output_files",
     "outputs",
     "hugging_face",
     "published",

@@ -15,7 +15,7 @@ import bigmodel
 from bigmodel.cli import main
 from bigmodel.run import find, find_checkpoint
 
-FIT = ["--trainer.log_every_n_steps", "10"]
+FIT_FLAGS = ["--trainer.log_every_n_steps", "10"]
 COLUMNS_OF_TIME = {"speed/samples_per_s", "speed/mfu"}
 
 
@@ -141,6 +141,8 @@ def test_two_runs_in_the_same_second_get_two_directories(bm, monkeypatch):
     bm("fit", "--trainer.max_epochs", 1)
     assert {first, find("last")} == set(runs())
     assert find("last") != first, "`last` is the newest, whatever its name"
+    monkeypatch.setenv("BIGMODEL_LAST", str(first))
+    assert find("last") == first, "in a fold, what it was before the first"
 
 
 def test_the_average_is_evaluated_saved_and_loaded(bm):
@@ -186,6 +188,10 @@ def test_what_an_offline_run_wrote_can_be_read_back(bm, monkeypatch):
         (["--model.net.widht", 3], r"--model.net: Option 'widht' is not accepted"),
         (["--model.net", "outsider.MPL"], "'outsider' has no attribute 'MPL'"),
         (["--model.net.width", "wide"], r"--model.net.width: Expected a <class 'int'>"),
+        (
+            ["--model.net", "torch.nn.ReLU"],
+            "ReLU is no net for these data, which know num_features: it takes no num_features",
+        ),
         (["--trainer.max_stepz", 3], "does not accept option 'max_stepz'"),
         (["--data.target", "z"], "has no column 'z'; --data.target can be one of"),
         (["--data.path", "none.csv"], "none.csv"),

@@ -11,7 +11,7 @@ from torch import nn
 
 import bigmodel
 
-FIT = ["--trainer.max_epochs", "2"]
+FIT_FLAGS = ["--trainer.max_epochs", "2"]
 
 
 class Awkward(nn.Module):
@@ -56,7 +56,10 @@ def test_what_is_exported_is_what_load_gives(bm):
     run = run_directory()
     out = bm("export", "last")
     (best,) = run.glob("*.safetensors")
-    assert f"wrote {best}: EMA of the weights of {best.stem}.ckpt, 129 parameters, 0.0 MB" in out
+    assert (
+        f"wrote {best}: EMA of the weights of {best.stem}.ckpt, 129 parameters, {best.stat().st_size / 1e3:.3g} kB"
+        in out
+    )
     exported = load_file(best)
     assert same(exported, bigmodel.load(run).net)
     assert not same(exported, bigmodel.load(run, ema=False).net)

@@ -153,6 +153,12 @@ def test_help_of_a_task_is_had_by_its_name(plugged, capsys):
     main(["fit", "--data.help", "language_modeling"])
     out = capsys.readouterr().out
     assert "--data.context_length\n      tokens per sequence. (type: int, default: 256)" in out
+    ours = "bigmodel.tasks.distillation"
+    main(["fit", "--model", f"{ours}.Distillation", "--model.losses.kd", f"{ours}.KD", "--model.losses.help"])
+    out = capsys.readouterr().out
+    assert "--model.losses\n      terms by name" in out
+    assert f"{ours}.Hint" in out
+    assert "--model.losses.kd.help shows what it takes" in out
     for words, message in [
         (["--model.help", "twin"], "give the path"),
         (["--model.help", "none"], "no such task is installed"),

@@ -1,5 +1,7 @@
 """Kept outputs: the same files whoever computes them, gone on with when interrupted, refused where they cannot be right."""
 
+import fcntl
+import os
 import re
 import shutil
 from pathlib import Path
@@ -171,6 +173,8 @@ def test_what_cannot_be_kept_is_refused(tmp_path, monkeypatch):
         of([70000.0, 1.0])
     with pytest.raises(ValueError, match="is not a number"):
         of([float("nan"), 1.0])
+    with pytest.raises(ValueError, match="is not a number"):
+        of([torch.inf, 1.0])
     of([-torch.inf, 1.0])  # the score of what must not be chosen
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e6))
@@ -178,10 +182,49 @@ def test_what_cannot_be_kept_is_refused(tmp_path, monkeypatch):
     needed = r"teacher logits of 1,000,000 samples in 2 views take 46.0 MB, and .* has 1.0 MB left: set --data.views"
     with pytest.raises(ValueError, match=needed):
         large.compute(None, batches, lambda batch: say(NET, batch))
+    store(tmp_path, net="small").check_space()
+    with pytest.raises(ValueError, match=r"has 1.0 MB left: set \$BIGMODEL_CACHE"):
+        store(tmp_path, net="small").check_space(beside=10**6)
     assert not [path for path in tmp_path.iterdir() if re.search(large.path.name, path.name)]
     (Path(tmp_path) / "file").write_text("")
     with pytest.raises(ValueError, match=r"outputs cannot be kept in .*: set \$BIGMODEL_CACHE"):
         store(tmp_path / "file").compute(None, batches, lambda batch: say(NET, batch))
+
+
+def test_a_folder_that_is_only_read(tmp_path, monkeypatch):
+    kept = store(tmp_path)
+    kept.compute(None, batches, lambda batch: say(NET, batch))
+    monkeypatch.setattr(module.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(module.os, "open", lambda *args: pytest.fail("written"))
+    kept.check_space()
+    assert store(tmp_path).read(torch.arange(2))["logits"].shape == (2, 7)
+    with pytest.raises(ValueError, match=r"outputs cannot be kept in .*it is not to be written to\): set \$BIGMODEL"):
+        store(tmp_path, net="another").check_space()
+
+
+def test_a_disk_that_cannot_allocate(tmp_path, monkeypatch):
+    """There, zeros are written instead, for which the file must be open for reading too, and not for appending."""
+
+    def allocate(file, start, size):
+        flags = fcntl.fcntl(file, fcntl.F_GETFL)
+        assert flags & os.O_ACCMODE == os.O_RDWR
+        assert not flags & os.O_APPEND
+        os.pwrite(file, bytes(size), start)
+
+    monkeypatch.setattr(module.os, "posix_fallocate", allocate)
+    seen = []
+
+    def until_second(batch):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(True)
+        return say(NET, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        store(tmp_path).compute(None, batches, until_second)
+    outputs = store(tmp_path)
+    outputs.compute(None, batches, lambda batch: say(NET, batch))
+    assert (outputs.read(torch.arange(4))["logits"] != 0).any(), "what was there is not written over"
 
 
 def test_weights_are_told_apart():

@@ -8,6 +8,7 @@ checkpointed activations cost a second time is not counted, nor what a teacher c
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +32,8 @@ _PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100"
 class TrainingLog(Callback):
     """Logs training every `trainer.log_every_n_steps` optimizer steps, over the steps since the last time.
 
-    `train/loss` (mean over what was predicted, all processes), `train/lr`, `train/grad_norm` (when clipping);
+    `train/loss` (mean over what was predicted, all processes), `train/lr`, `train/grad_norm` (when clipping); where a
+    training step returns `parts`, sums by name beside its loss, likewise their means as `train/<name>`;
     `speed/samples_per_s` and, if the task counts, `speed/<counts>_per_s` (all processes); `speed/mfu` (0 to 1, per
     device); `seen/samples`, `seen/<counts>`. Time in validation is left out. A task says what it counts by an attribute,
     `counts = "tokens"`. Between these times nothing is read from the device.
@@ -65,7 +67,7 @@ class TrainingLog(Callback):
         self._peak = peak_flops(pl_module.device, _compute_dtype(trainer)) if self.mfu else None
         self._first = trainer.global_step
         self._step, self._count = trainer.global_step, self._total_count()
-        self._loss: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}  # since the last row
         self._micro_batches = 0
         self._trainer = trainer
         if self._restored:
@@ -73,15 +75,15 @@ class TrainingLog(Callback):
         self._start_clock()
 
     def state_dict(self) -> dict[str, Any]:
-        """The loss since the last row, [W] on W processes that take different samples: so the first row after a resume is
-        that of a run never stopped."""
+        """The losses since the last row, [W] on W processes that take different samples: so the first row after a resume
+        is that of a run never stopped."""
         if self._trainer is None:
             return self._restored
-        losses = None if self._loss is None else self._trainer.strategy.all_gather(self._loss).reshape(-1)
-        if losses is not None:
-            losses = losses[:: self._trainer.world_size // num_replicas(self._trainer)]
+        every = self._trainer.world_size // num_replicas(self._trainer)
+        gather = self._trainer.strategy.all_gather
+        sums = {name: gather(value).reshape(-1)[::every] for name, value in self._sums.items()}
         accumulation = self._trainer.accumulate_grad_batches
-        return {"step": self._step, "count": self._count, "losses": losses, "accumulation": accumulation}
+        return {"step": self._step, "count": self._count, "sums": sums, "accumulation": accumulation}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict
@@ -89,11 +91,11 @@ class TrainingLog(Callback):
     def _restore(self, trainer: Trainer, device: torch.device) -> None:
         state, self._restored = self._restored, {}
         self._step, self._count = state["step"], state["count"]
-        losses = state["losses"]
-        if losses is not None:
-            same = len(losses) == num_replicas(trainer)  # else each process takes an equal share
-            loss = losses[replica(trainer)] if same else losses.sum() / num_replicas(trainer)
-            self._loss = loss.to(device) * (state["accumulation"] / trainer.accumulate_grad_batches)
+        for name, sums in state.get("sums", {}).items():
+            same = len(sums) == num_replicas(trainer)  # else each process takes an equal share
+            own = sums[replica(trainer)] if same else sums.sum() / num_replicas(trainer)
+            scale = state["accumulation"] / trainer.accumulate_grad_batches if name == "loss" else 1
+            self._sums[name] = own.to(device) * scale
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.mfu and self._flops is None:
@@ -112,9 +114,9 @@ class TrainingLog(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = outputs.get("loss")
-        if loss is not None:
-            self._loss = loss if self._loss is None else self._loss + loss
+        if outputs.get("loss") is not None:
+            for name, value in {"loss": outputs["loss"], **outputs.get("parts", {})}.items():
+                self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._micro_batches += 1
         if self._micro_batches % trainer.accumulate_grad_batches:
             return
@@ -127,11 +129,12 @@ class TrainingLog(Callback):
     def _log(self, trainer: Trainer, step: int) -> None:
         row: dict[str, float] = {}
         accumulation, count = trainer.accumulate_grad_batches, self._total_count()
-        if self._loss is not None:  # Lightning has divided it by the accumulation
-            loss = trainer.strategy.reduce(self._loss * accumulation, reduce_op="sum")
-            loss = float(loss) * num_replicas(trainer) / trainer.world_size  # those that share a model have the same
-            predicted = count - self._count
-            row["train/loss"] = loss / (predicted or (step - self._step) * accumulation * num_replicas(trainer))
+        predicted = count - self._count or (step - self._step) * accumulation * num_replicas(trainer)
+        for name, value in self._sums.items():
+            scale = accumulation if name == "loss" else 1  # by which Lightning has divided it
+            total = float(trainer.strategy.reduce(value * scale, reduce_op="sum"))
+            total *= num_replicas(trainer) / trainer.world_size  # those that share a model have the same
+            row[f"train/{name}"] = total / predicted
         row["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         if self._gradients is not None and self._gradients.grad_norm is not None:
             row["train/grad_norm"] = float(self._gradients.grad_norm)
@@ -150,7 +153,7 @@ class TrainingLog(Callback):
         self.latest = row
         for logger in trainer.loggers:
             logger.log_metrics(row, step=step)
-        self._step, self._count, self._loss, self._micro_batches = step, count, None, 0
+        self._step, self._count, self._sums, self._micro_batches = step, count, {}, 0
         self._start_clock()
 
     def mfu_of(self, micro_batches: int, seconds: float) -> float | None:
@@ -197,11 +200,12 @@ def _compute_dtype(trainer: Trainer) -> torch.dtype:
     return torch.float16 if precision.startswith("16") else torch.float32
 
 
+@functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """The device's peak in FLOP/s for matrix products of this type; None for a GPU that is not in the table.
 
     For a GPU from its maker's data sheet (float32 counts at half the tensor cores' 16-bit rate, as TF32). Elsewhere the
-    best of five products of 1024 x 1024 matrices, measured here.
+    best of five products of 1024 x 1024 matrices, measured here, once in a process.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import abc
+import itertools
 import os
 import re
 import shutil
@@ -26,7 +28,7 @@ def print_class_help(flags: list[tuple[str, Any]], merged: Settings) -> bool:
             if class_path is None and key in ("model", "data"):
                 _list_tasks(key)
             elif class_path is None:
-                raise ValueError(f"no class is configured at {key}; name one: --{key}.help CLASS")
+                _print_choice(key, merged)
             else:
                 _print_help(key, class_path)
             return True
@@ -36,11 +38,17 @@ def print_class_help(flags: list[tuple[str, Any]], merged: Settings) -> bool:
 def _configured(key: str, merged: Settings) -> str | None:
     if key == "trainer":
         return "lightning.pytorch.Trainer"
+    block = _at(key, merged)
+    return block.get("class_path") if isinstance(block, dict) else block if isinstance(block, str) else None
+
+
+def _at(key: str, merged: Settings) -> Any:
+    """What is configured at a key, in which `init_args` is left out; None if nothing is."""
     block: Any = merged
     for part in key.split("."):
         block = block.get("init_args", block) if isinstance(block, dict) and part not in block else block
         block = block.get(part) if isinstance(block, dict) else None
-    return block.get("class_path") if isinstance(block, dict) else block if isinstance(block, str) else None
+    return block
 
 
 def _named(key: str, name: str) -> str:
@@ -65,7 +73,28 @@ def _list_tasks(key: str) -> None:
         print(f"  {task.name:24} {task.path}")
 
 
+def _print_choice(key: str, merged: Settings) -> None:
+    """What may stand at a key where no class does: what the class above it says of this argument, and where several stand
+    by names of their own, these."""
+    above = key.rpartition(".")[0]
+    class_path = _configured(above, merged) if above else None
+    lines = _help_of(above, class_path).splitlines() if class_path is not None else []
+    if f"  --{key}" not in lines:
+        raise ValueError(f"no class is configured at {key}; name one: --{key}.help CLASS")
+    start = lines.index(f"  --{key}") + 1
+    meant = list(itertools.takewhile(lambda line: line.startswith("      "), lines[start:]))
+    print("\n".join([f"--{key}", *meant]))
+    there = _at(key, merged)
+    for name in there if isinstance(there, dict) else []:
+        if (configured := _configured(f"{key}.{name}", merged)) is not None:
+            print(f"\n--{key}.{name} {configured}; --{key}.{name}.help shows what it takes")
+
+
 def _print_help(key: str, class_path: str) -> None:
+    print(_help_of(key, class_path))
+
+
+def _help_of(key: str, class_path: str) -> str:
     from jsonargparse import ArgumentParser
     from jsonargparse._util import import_object
 
@@ -80,7 +109,7 @@ def _print_help(key: str, class_path: str) -> None:
     parser.add_class_arguments(found, key, fail_untyped=False)
     with mock.patch.dict(os.environ, {"COLUMNS": "100000"}):  # a line each, to be shortened and wrapped here
         text = parser.format_help()
-    print(_readable(text, key))
+    return _readable(text, key)
 
 
 def _readable(text: str, key: str) -> str:
@@ -111,9 +140,12 @@ def _ours(text: str, flag: str) -> str:
         return text
     packages = {"bigmodel", *(task.top for task in plugins.installed_tasks())}
     tasks = {task.path for task in plugins.installed_tasks()}  # which are modules, and no net
-    ours = [name for name in set(known[1].split(", ")) - tasks if name.split(".")[0] in packages and not _is_part(name)]
+    candidates = set(known[1].split(", ")) - tasks
+    ours = [name for name in candidates if name.split(".")[0] in packages and not _is_part(name)]
+    ours = [name for name in ours if abc.ABC not in plugins.import_class(name).__bases__]
+    by_name = ".NAME" if "dict[str, " in text else ""
     choice = f"; among others: {', '.join(sorted(ours))}" if ours else ""
-    return f"{text[: known.start()]}){choice}; {flag}.help CLASS shows what one takes"
+    return f"{text[: known.start()]}){choice}; {flag}{by_name}.help CLASS shows what one takes"
 
 
 def _is_part(name: str) -> bool:

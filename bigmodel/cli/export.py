@@ -61,6 +61,7 @@ def _write_safetensors(checkpoint: Path, output: Path) -> None:
     from safetensors.torch import save_file
 
     from bigmodel.checkpoint import read
+    from bigmodel.cli.figures import amount
     from bigmodel.protocols import Exports
     from bigmodel.run import find_average, load
 
@@ -86,9 +87,7 @@ def _write_safetensors(checkpoint: Path, output: Path) -> None:
         partial.unlink(missing_ok=True)
     count = sum(parameter.numel() for parameter in net.parameters())
     weights = f"{average[0]} of the weights" if average is not None else "weights"
-    print(
-        f"wrote {output}: {weights} of {checkpoint.name}, {count:,} parameters, {output.stat().st_size / 1e6:,.1f} MB"
-    )
+    print(f"wrote {output}: {weights} of {checkpoint.name}, {count:,} parameters, {amount(output.stat().st_size)}")
 
 
 def _each_once(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

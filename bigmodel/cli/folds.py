@@ -2,13 +2,14 @@
 
 Each is a process of its own, as if typed with `--data.fold i`, and leaves a run like any other::
 
-    runs/<experiment>/<time>-<id>/folds.json             what was typed, and how many folds
+    runs/<experiment>/<time>-<id>/folds.json             what was typed, how many folds, and which run was `last`
                                   fold-0/, fold-1/, ...   run directories
                                   folds.md, folds.csv    when all have finished: each fold's best, mean and deviation
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -22,7 +23,7 @@ from typing import Any
 
 from bigmodel.checkpoint import checkpoint_step
 from bigmodel.cli.settings import Settings
-from bigmodel.run import new_directory
+from bigmodel.run import find, new_directory
 
 _TOLD = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -62,8 +63,12 @@ def run_folds(argv: list[str], folds: int, experiment: str, runs_dir: str) -> No
     Raises:
         SystemExit: with the exit status of the fold that did not finish.
     """
+    last = None
+    with contextlib.suppress(ValueError):  # there is no run yet
+        last = str(find("last", runs_dir))
     directory = new_directory(runs_dir, experiment)
-    (directory / "folds.json").write_text(json.dumps({"folds": folds, "arguments": argv}, indent=2) + "\n")
+    facts = {"folds": folds, "arguments": argv, "last": last}
+    (directory / "folds.json").write_text(json.dumps(facts, indent=2) + "\n")
     _go_on(directory, argv, [])
 
 
@@ -77,7 +82,8 @@ def resume_folds(directory: Path, more: list[str]) -> None:
 
 
 def _go_on(directory: Path, argv: list[str], more: list[str]) -> None:
-    folds = json.loads((directory / "folds.json").read_text())["folds"]
+    facts = json.loads((directory / "folds.json").read_text())
+    folds, last = facts["folds"], facts.get("last")
     if file := os.environ.get("BIGMODEL_RUN_FILE"):
         Path(file).write_text(f"{directory.resolve()}\n")
     for number in range(folds):
@@ -92,7 +98,7 @@ def _go_on(directory: Path, argv: list[str], more: list[str]) -> None:
             )  # stopped before its first checkpoint: it holds nothing to go on with
             arguments = [*argv, f"--data.fold={number}"]
         print(f"fold       {number} of {folds}", flush=True)
-        code = _fit([*arguments, *more], place)
+        code = _fit([*arguments, *more], place, last)
         if code:
             if not any(directory.glob("fold-*/run.json")):  # refused before it began
                 shutil.rmtree(directory)
@@ -107,12 +113,14 @@ def _status(run: Path) -> str | None:
     return json.loads(record.read_text())["status"] if record.exists() else None
 
 
-def _fit(arguments: list[str], place: Path) -> int:
+def _fit(arguments: list[str], place: Path, last: str | None) -> int:
     """`bigmodel fit` in a process of its own, with the run in this place; its exit status, not 0 if it was told to stop.
+    `last` is there what it was before the first fold: else a fold's teacher would be the fold before.
 
     Ctrl-C reaches that process from the terminal; other signals are handed on to it.
     """
     environment = {**os.environ, "BIGMODEL_RUN_DIRECTORY": str(place)}
+    environment |= {"BIGMODEL_LAST": last} if last is not None else {}
     environment.pop("BIGMODEL_RUN_FILE", None)  # which says where all folds are
     told: list[int] = []
     process: subprocess.Popen[bytes] | None = None
@@ -162,7 +170,8 @@ def _best(run: Path) -> dict[str, float]:
     """The optimizer step of a run's best checkpoint and what was measured there, the monitored metric first; of the last
     validation where no checkpoint is the best."""
     best = json.loads((run / "run.json").read_text()).get("best")
-    with open(run / "metrics.csv", newline="") as file:
+    rows: list[dict[str, str]] = []
+    with contextlib.suppress(FileNotFoundError), open(run / "metrics.csv", newline="") as file:  # it took few steps
         rows = [row for row in csv.DictReader(file) if any(row[name] for name in row if name.startswith("val/"))]
     if best is not None:
         step = checkpoint_step(Path(best["checkpoint"]))

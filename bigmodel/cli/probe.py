@@ -91,8 +91,8 @@ class Probe(run.RunDirectory):
         net: Any = getattr(pl_module, "net", None) or pl_module
         trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         total = sum(p.numel() for p in pl_module.parameters())
-        frozen = f", {(total - trainable) / 1e6:,.2f} M of them frozen" if trainable < total else ""
-        self.findings.ok("net", f"{type(net).__name__}, {total / 1e6:,.2f} M parameters{frozen}")
+        frozen = f", {(total - trainable) / total:.1%} of them frozen" if trainable < total else ""
+        self.findings.ok("net", f"{type(net).__name__}, {run.parameters(total)}{frozen}")
 
     def _check_processes(self, pl_module: LightningModule) -> None:
         """A sum over processes is right; that their software is the same, `bigmodel.launch` has seen to."""

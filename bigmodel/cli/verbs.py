@@ -283,6 +283,7 @@ def _readable(message: str) -> str:
         indent = len(line) - len(line.lstrip())
         text = re.sub(r"\.? Got value: .*", "", line.strip().removeprefix("- "))
         text = re.sub(r"^Type .* expects (a function or a callable class: )?", "", text)
+        text = re.sub(r"^the following arguments are required: (.*)", r"\1 must be given", text)
         while named := re.match(r"Parser key \"([\w.]+)\":(.*)", text):
             keys = [(depth, key) for depth, key in keys if depth < indent] + [(indent, named[1])]
             text, indent = named[2].strip(), indent + 1
@@ -336,6 +337,15 @@ def run_parsed(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | 
         if record.started:
             raise
         raise ClearError(str(error)) from error  # data, sizes, configuration: nothing has begun
+    except TypeError as error:
+        sizes = getattr(data, "sizes", None) or {}
+        unknown = re.search(r"__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+        if record.started or unknown is None or unknown[1] not in sizes:
+            raise
+        raise ClearError(
+            f"--model: {str(error).partition('.')[0]} is no net for these data, which know {', '.join(sizes)}: it takes no"
+            f" {unknown[1]}. Set --model and its net to what predicts of such data, or --data to the data that it is for"
+        ) from error
     except RuntimeError as error:
         if "loading state_dict" not in str(error):
             raise
@@ -363,5 +373,6 @@ def quiet_lightning() -> None:
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*is smaller than the logging interval.*",
         ".*overridden `on_before_batch_transfer` in `LightningModule`.*",  # a task may do it for any data
+        ".*torch.distributed.nn.functional.all_gather is deprecated.*",  # which Lightning calls
     ):
         warnings.filterwarnings("ignore", message=message)

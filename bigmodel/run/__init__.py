@@ -10,13 +10,13 @@ runs/<experiment>/<time>-<id>/
 
 Where the environment variable BIGMODEL_RUN_FILE names a file, a fit writes its run directory there when it begins: that is
 how a script that launched it knows what to resume. BIGMODEL_RUN_DIRECTORY, where it is set, is the run directory that a new
-run makes.
+run makes, and BIGMODEL_LAST the one that `last` means.
 """
 
 from bigmodel.checkpoint import checkpoint_step, find_checkpoint
 from bigmodel.run.loading import build, describe, find_average, load, load_data, set_sizes, sizes
 from bigmodel.run.places import find, new_directory
-from bigmodel.run.record import RunDirectory, directory
+from bigmodel.run.record import RunDirectory, directory, parameters, runs_dir, settle
 
 __all__ = [
     "RunDirectory",
@@ -30,6 +30,9 @@ __all__ = [
     "load",
     "load_data",
     "new_directory",
+    "parameters",
+    "runs_dir",
     "set_sizes",
+    "settle",
     "sizes",
 ]

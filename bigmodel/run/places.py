@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import time
 from pathlib import Path
@@ -20,7 +21,8 @@ def new_directory(runs_dir: str | Path, experiment: str) -> Path:
 
 
 def find(run: str | Path, runs_dir: str | Path = "runs") -> Path:
-    """The directory of a run, from its path, from `last` (the newest under `runs_dir`), or from the end of its name.
+    """The directory of a run, from its path, from `last` (the newest under `runs_dir`, unless $BIGMODEL_LAST names one), or
+    from the end of its name.
 
     Raises:
         ValueError: if there is none, or more than one.
@@ -30,6 +32,8 @@ def find(run: str | Path, runs_dir: str | Path = "runs") -> Path:
         return directory
     runs = [path.parent for path in sorted(Path(runs_dir).glob("**/run.json"), key=_created)]
     if str(run) == "last":
+        if last := os.environ.get("BIGMODEL_LAST"):
+            return Path(last)
         if not runs:
             raise ValueError(f"there is no run under {runs_dir}/ (--runs_dir says where runs are)")
         return runs[-1]

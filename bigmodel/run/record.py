@@ -38,6 +38,25 @@ def directory(trainer: Trainer) -> Path | None:
     return record.directory if record is not None else None
 
 
+def runs_dir(trainer: Trainer) -> str:
+    """Where this run's neighbours are, among which `last` and the end of a name are looked for."""
+    record = find_callback(trainer, RunDirectory)
+    return record.runs_dir if record is not None else "runs"
+
+
+def settle(trainer: Trainer, argument: str, value: Any) -> None:
+    """Have the run's config.yaml say what an argument of its task has come to, where what was typed (`last`) is going to
+    mean something else. To be called in `setup`."""
+    record = find_callback(trainer, RunDirectory)
+    if record is not None:
+        record.config["model"]["init_args"][argument] = value
+
+
+def parameters(count: int) -> str:
+    """A number of parameters in words, exact below a million."""
+    return f"{count:,} parameters" if count < 1_000_000 else f"{count / 1e6:,.2f} M parameters"
+
+
 class RunDirectory(Callback):
     """Makes the run directory when a fit is about to start, keeps its record, and points loggers and checkpoints to it. In
     an evaluation, it says which directory that is.
@@ -50,13 +69,16 @@ class RunDirectory(Callback):
 
     Attributes:
         restart_step: the optimizer step at which a resumed run goes on.
+        runs_dir: where other runs are.
     """
 
     def __init__(self, config: dict[str, Any], resumed: Path | None = None, checkpoint: Path | None = None) -> None:
         self.config, self.directory, self.checkpoint = config, resumed, checkpoint
+        self.runs_dir = str(config.get("runs_dir", "runs"))
         self.restart_step = 0
         self.resumed = resumed is not None
         self.started = False  # data, sizes and weights are in place
+        self._froze = False
         self.record: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -138,13 +160,20 @@ class RunDirectory(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # What is there now stays. Left to the garbage collector, a million objects of imported packages are walked through
-        # again and again while training: 3 % of the time of a small model's steps.
-        gc.collect()
-        gc.freeze()
+        # again and again while training: 3 % of the time of a small model's steps. A program may have done so before.
+        if gc.get_freeze_count() == 0:
+            gc.collect()
+            gc.freeze()
+            self._froze = True
         _leave_out_empty_hooks(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        gc.unfreeze()
+        self._unfreeze()
+
+    def _unfreeze(self) -> None:
+        if self._froze:
+            gc.unfreeze()
+            self._froze = False
 
     @staticmethod
     def _place_checkpoints(trainer: Any, directory: Path) -> None:
@@ -214,7 +243,7 @@ class RunDirectory(Callback):
     def _say_what_runs(trainer: Trainer, pl_module: LightningModule) -> None:
         net = getattr(pl_module, "net", None) or pl_module
         count = sum(p.numel() for p in net.parameters())
-        print(f"net        {type(net).__name__}, {count / 1e6:,.2f} M parameters")
+        print(f"net        {type(net).__name__}, {parameters(count)}")
         on_gpu = pl_module.device.type == "cuda"
         device = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
         print(
@@ -251,7 +280,7 @@ class RunDirectory(Callback):
         self._report(trainer, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        gc.unfreeze()
+        self._unfreeze()
         if isinstance(exception, GoBack):
             self._report(trainer, "running")
             for logger in trainer.loggers:

@@ -1,8 +1,9 @@
-"""Distillation on two processes: `python forked.py 2 distillation.py`, in a folder with `teacher-run`.
+"""Distillation on two processes: `python forked.py 2 distillation.py`, in a folder with `teacher-run` and `school`.
 
 Run by tasks/distillation/test_module.py, which distills alone with the same words.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -56,6 +57,37 @@ CACHE = {"cache": f"{OURS}.TeacherCache", "cache__dtype": "float32"}
 WITNESS = {"callbacks.witness": "distillation.Witness"}
 
 
+LM = "bigmodel.tasks.language_modeling"
+TEXT = {
+    "data": f"{LM}.TextData", "data.path": "text", "data.cache_dir": "cache", "data.num_processes": 1,
+    "data.tokenizer": f"{LM}.BPE", "data.tokenizer.vocab_size": 300, "data.split": f"{LM}.ByDocument",
+    "data.split.val": 0.2, "data.context_length": 16, "data.batch_size": 8, "callbacks.progress": "null",
+    "callbacks.last.every_n_steps": 3, "callbacks.last.every_n_minutes": "null", "callbacks.last.keep": -1,
+}  # fmt: skip
+ON_POLICY = {
+    "model": f"{OURS}.Distillation", "model__teacher": "teacher-run", "model__on_policy": f"{OURS}.OnPolicy",
+    "model__on_policy__max_new_tokens": 10, "model__losses__jsd": f"{OURS}.GeneralizedJSD",
+}  # fmt: skip
+
+
+def of_text(runs_dir, task="model", width=16, **settings):
+    """Words for training a language model in a folder with `text`; `task` is the setting that it stands under."""
+    net = {"net": "bigmodel.nn.GPT", "net.width": width, "net.depth": 1, "net.num_heads": 2, "net.positions": "rotary"}
+    net |= {"net.dropout": 0.1, "optimizer": "torch.optim.AdamW", "optimizer.lr": 0.01}
+    net = {f"{task}.{key}": value for key, value in net.items()}
+    given = {key.replace("__", "."): value for key, value in settings.items()}
+    data = {key: value for key, value in TEXT.items() if "vocab_size" not in key or "data__tokenizer" not in settings}
+    every = {**data, "runs_dir": runs_dir, "model": f"{LM}.LanguageModeling", task: f"{LM}.LanguageModeling"}
+    return ["fit", "-c", "empty.yaml", *(f"--{key}={value}" for key, value in {**every, **net, **given}.items())]
+
+
+def on_policy(runs_dir, **settings):
+    """Words for a student without dropout that writes half of its batches, and compares a layer."""
+    hint = {"hint": f"{OURS}.Hint", "hint__student": "blocks.0", "hint__teacher": "blocks.0"}
+    terms = {f"model__losses__{key}": value for key, value in hint.items()}
+    return of_text(runs_dir, "model.student", model__student__net__dropout=0, **ON_POLICY, **terms, **settings)
+
+
 class Witness(Callback):
     """Sees to it that a step's loss is that of a plain loop, and that nothing happens to the teacher."""
 
@@ -97,3 +129,6 @@ if __name__ == "__main__":
     two = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.micro_batch_size": 8}
     main(distilling("two", more=two))
     main(distilling("two-cached", more=two, **CACHE, cache__folder="kept-by-two"))
+    os.chdir("school")
+    for name, strategy in (("two", "ddp"), ("sharded", "bigmodel.parallel.ShardedStrategy")):
+        main(on_policy(name, trainer__devices=2, trainer__strategy=strategy))

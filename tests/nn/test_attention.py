@@ -1,7 +1,6 @@
 """Attention against a loop over queries, in both forms."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,12 +12,8 @@ from bigmodel.nn.attention import causal_attention, rotary_angles, rotate
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _seeded() -> None:
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def attention_by_loop(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:

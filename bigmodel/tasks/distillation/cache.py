@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bigmodel.cache import cache_folder, say
+from bigmodel.cache import cache_folder
 from bigmodel.outputs import Field, Outputs
 from bigmodel.tasks.distillation import losses
 
@@ -125,9 +125,9 @@ def log_probabilities(student: Tensor, rows: list[Tensor], temperature: float) -
     return losses.partition(student, classes, temperature), losses.log_probabilities(kept)
 
 
-def shown(batches: list[Any]) -> str:
-    """A digest of what batches show of their samples."""
-    sha256 = hashlib.sha256()
+def shown(batches: list[Any], augmentation: str) -> str:
+    """A digest of what batches show of their samples, and of how the data say that they are changed, which may be seldom."""
+    sha256 = hashlib.sha256(augmentation.encode())
     for batch in batches:
         for name, values in zip(batch._fields, batch, strict=True):
             if isinstance(values, Tensor) and name not in ("weight", "key"):
@@ -142,21 +142,22 @@ def find_store(cache: TeacherCache, key: Mapping[str, Any], num_samples: int, vi
 
 
 def check_others(
-    cache: TeacherCache, key: Mapping[str, Any], num_samples: int, views: int, own: set[Path], first: bool
-) -> None:
-    """See what is kept where a store of this key is not: in a folder that a person named it must be of this run; else a
-    line says what differs from what is most like it.
+    cache: TeacherCache, key: Mapping[str, Any], num_samples: int, views: int, own: set[Path]
+) -> str | None:
+    """See what is kept where a store of this key is not: in a folder that a person named it must be of this run.
 
     Args:
         own: the stores of this run's teachers.
-        first: whether this process speaks.
+
+    Returns:
+        Where what is most like it lies, and what differs; None where nothing is of this teacher or of these data.
 
     Raises:
         ValueError: if it is of another teacher, of other data, or of anything else that the key says.
     """
     others = [other for other in Outputs.others(cache.path, key, num_samples, views) if other.path not in own]
     if not others:
-        return
+        return None
     path, differing = others[0].path, in_words(others[0].differences)
     if cache.folder is not None:
         raise ValueError(
@@ -164,8 +165,7 @@ def check_others(
             " Name another folder, delete that one, or leave out --model.cache.folder: in the default cache all lie side"
             " by side"
         )
-    if first:
-        say(f"the teacher's logits are computed anew; most like them is {path}: {differing}")
+    return None if {"teacher", "data"} <= others[0].differences.keys() else f"{path}: {differing}"
 
 
 def in_words(differences: Mapping[str, tuple[Any, Any]]) -> str:

@@ -12,6 +12,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from bigmodel import run
+from bigmodel.cache import say
+from bigmodel.nn.loss import IGNORE_INDEX
 from bigmodel.outputs import Outputs
 from bigmodel.sampling import in_order
 from bigmodel.tasks.distillation import cache as kept_logits
@@ -61,6 +64,7 @@ class Lessons:
         self._layers: Layers | None = None
         self._stores: list[Outputs | None] = []
         self._views = 1
+        self._why_anew: list[str] = []
         self.keys: list[dict[str, Any]] = []
         self._looked_up: list[dict[str, Tensor]] = []
 
@@ -104,11 +108,31 @@ class Lessons:
         if not self.paths:
             return
         self.found = [find_teacher(path, student) for path in self.paths]
+        self.paths = [teacher.path for teacher in self.found]
+        run.settle(student.trainer, "teacher", self.paths if len(self.paths) > 1 else self.paths[0])
         if self.cache is not None:
             self._find_stores(student.trainer)
             if all(store is not None for store in self._stores):
                 return
         self.take([teacher.load(student) for teacher in self.found])
+
+    def in_words(self) -> list[str]:
+        """A line on each teacher, when there are stores for what it says."""
+        if self.mean_teacher is not None:
+            return [f"an average of the student, decay {self.mean_teacher.decay}"]
+        if self.teachers is None:
+            return [
+                f"{path}, read from {store.path}"
+                for path, store in zip(self.paths, self._stores, strict=True)
+                if store is not None
+            ]
+        lines = []
+        for number, (teacher, task) in enumerate(zip(self.found, self.teachers.tasks, strict=True)):
+            count = sum(parameter.numel() for parameter in task.net.parameters())
+            store = self._stores[number] if self.cache is not None else None
+            kept = f", kept in {store.path} ({store.num_bytes / 1e6:,.1f} MB)" if store is not None else ""
+            lines.append(f"{type(task.net).__name__}, {run.parameters(count)}, of {teacher.path}{kept}")
+        return lines
 
     def _check_problem(self, student: Any) -> None:
         problem = problem_of(student)
@@ -117,6 +141,8 @@ class Lessons:
                 f"--model.student: its data have a {problem} for each sample, and what is compared are probabilities, of"
                 " classes or of labels: train it alone, or make classes of what it is to tell"
             )
+        if self.needs_classes and getattr(student.trainer.datamodule, "mix", None) is not None:
+            raise ValueError("--model.losses: DKD needs the class of each sample: leave out --data.mix")
         self.of_labels = problem == "labels"
         if not self.of_labels:
             return
@@ -153,7 +179,7 @@ class Lessons:
             key = self.cache.key(
                 teacher.identity,
                 data.fingerprint,
-                kept_logits.shown([first, last]),
+                kept_logits.shown([first, last], getattr(data, "augmentation", "")),
                 str(trainer.precision),
                 self.temperatures[0] if self.temperatures else None,
             )
@@ -164,7 +190,8 @@ class Lessons:
         own = {store.path for store in self._stores if store is not None}
         for key, store in zip(self.keys, self._stores, strict=True):
             if store is None:
-                kept_logits.check_others(self.cache, key, self._num_samples, self._views, own, trainer.is_global_zero)
+                alike = kept_logits.check_others(self.cache, key, self._num_samples, self._views, own)
+                self._why_anew += [alike] if alike is not None else []
 
     def check_cache(self, keys: list[dict[str, Any]]) -> None:
         """See that a run which is resumed reads what it has read before.
@@ -202,22 +229,28 @@ class Lessons:
         if self.cache is None or self.teachers is None:
             return
         trainer: Any = student.trainer
-        loader = trainer.datamodule.train_dataloader()
+        loader, others = trainer.datamodule.train_dataloader(), 0
         for number, task in enumerate(self.teachers.tasks):
             shape = self._check_views(trainer, loader, task)
             store = kept_logits.new_store(self.cache, self.keys[number], self._num_samples, self._views, shape)
-            store.check_space()
+            store.check_space(beside=others)
+            others += store.num_missing_bytes
             self._stores[number] = store
+        if trainer.is_global_zero:
+            for alike in self._why_anew:
+                say(f"the teacher's logits are computed anew; most like them is {alike}")
 
     def begin(self, student: LightningModule) -> None:
         """Teachers to the student's device; what is to be kept is computed.
 
         Raises:
-            ValueError: if the disk has become too small for it.
+            ValueError: if the disk has become too small for it, or teachers cannot tell what the student is to learn.
         """
         if self.teachers is not None:
             for task in self.teachers.tasks:
                 task.to(student.device)
+            if self.mean_teacher is None:
+                self._check_asked(student, self.teachers.tasks)
             if self.cache is not None:
                 self._keep(student.trainer, self.cache, self.teachers)
                 self.teachers = None
@@ -246,6 +279,28 @@ class Lessons:
                 say,
             )
 
+    def _check_asked(self, student: Any, tasks: list[Any]) -> None:
+        """See that teachers predict where the student does, and are not asked about what it keeps of its own net."""
+        trainer = student.trainer
+        batch = next(iter(in_order(trainer.datamodule.train_dataloader(), rows=_SAMPLES_SHOWN)))
+        handed = student._on_before_batch_transfer(batch)
+        if self.cache is None and type(handed) is not type(batch):
+            raise ValueError(
+                f"--model.teacher: the student reads a {type(handed).__name__} computed with its own net, of which a"
+                " teacher can say nothing: set --model.cache bigmodel.tasks.distillation.TeacherCache, or"
+                " --model.student.method.cache false"
+            )
+        batch = trainer.strategy.batch_to_device(batch)
+        counted = student.targets(batch) != IGNORE_INDEX
+        for path, task in zip(self.paths, tasks, strict=True):
+            silent = counted & (task.targets(batch) == IGNORE_INDEX)
+            if silent.any():
+                raise ValueError(
+                    f"--model.teacher {path} does not predict at {int(silent.sum()):,} of the first {int(counted.sum()):,}"
+                    " positions at which the student does, as where one reads sequences with masks: take one that is"
+                    " trained as the student is"
+                )
+
     @staticmethod
     def _logits(trainer: Trainer, task: Any, batch: Any) -> Tensor:
         with trainer.precision_plugin.forward_context():
@@ -260,8 +315,10 @@ class Lessons:
         if getattr(loader.order, "views", None) is None:
             again = self._first(trainer, loader, 1, cpu)
             # Equal batches need no look at what it says. Other ones may differ in what it does not read, such as negatives.
-            if not _equal(first, again) and not torch.equal(
-                self._logits(trainer, task, first), self._logits(trainer, task, again)
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            if getattr(data, "augmentation", "") or (
+                not _equal(first, again)
+                and not torch.equal(self._logits(trainer, task, first), self._logits(trainer, task, again))
             ):
                 raise ValueError(
                     "--model.cache: the samples look otherwise in each epoch, and what is kept of them is met once: set"

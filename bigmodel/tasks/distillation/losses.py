@@ -51,10 +51,9 @@ def partition(logits: Tensor, kept: Tensor, temperature: float = 1.0) -> Tensor:
     """
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     top = scaled.gather(-1, kept)
-    if kept.shape[-1] == logits.shape[-1]:  # nothing else: its logarithm would have no gradient
-        rest = torch.full_like(top[..., :1], -torch.inf)
-    else:
-        rest = scaled.scatter(-1, kept, -torch.inf).logsumexp(-1, keepdim=True)
+    lowest = torch.finfo(scaled.dtype).min / 2  # of -inf alone the logarithm would have no gradient
+    rest = scaled.scatter(-1, kept, lowest).logsumexp(-1, keepdim=True)
+    rest = rest.masked_fill(rest < lowest / 2, -torch.inf)  # no other class is possible
     return F.log_softmax(torch.cat([top, rest], -1), -1)
 
 
@@ -201,14 +200,15 @@ def counted_sum(values: Tensor, counted: Tensor) -> Tensor:
 
 
 def sum_in_chunks(loss_of: Callable[..., Tensor], rows: Sequence[Tensor], chunk_size: int | None) -> Tensor:
-    """The sum of a loss over rows, in chunks that are made again in the backward pass, so that one is in memory at a time.
+    """The sum of a loss, or of each of L losses, over rows: in chunks that are made again in the backward pass, so that one
+    is in memory at a time.
 
     Args:
-        loss_of: the sum over some rows, called with a part of each tensor.
+        loss_of: the sum over some rows, [] or [L], called with a part of each tensor.
         rows: tensors [n, ...].
         chunk_size: rows at once; None: all.
     """
     if chunk_size is None or chunk_size >= len(rows[0]):
         return loss_of(*rows)
     parts = zip(*(tensor.split(chunk_size) for tensor in rows), strict=True)
-    return torch.stack([checkpoint(loss_of, *part, use_reentrant=False) for part in parts]).sum()
+    return torch.stack([checkpoint(loss_of, *part, use_reentrant=False) for part in parts]).sum(0)

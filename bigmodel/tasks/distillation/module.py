@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from bigmodel import optim
@@ -42,10 +43,12 @@ class Distillation(LightningModule):
             format, its folder or hf://owner/name; or several, of which the mean of the probabilities counts. Or MeanTeacher:
             an average of the student.
         losses: terms by name: KD (by default, with weight 0.9), DKD, GeneralizedJSD, Hint, AttentionTransfer, Relational,
-            SimilarityPreserving of bigmodel.tasks.distillation.
+            SimilarityPreserving of bigmodel.tasks.distillation; null leaves one out.
         hard_weight: factor of the student's own loss, 0 or above.
-        cache: keep the teacher's logits on the disk: TeacherCache; null: ask the teacher at each step.
-        on_policy: let the student write a share of the batches: OnPolicy; null: all are of the data.
+        cache: keep the teacher's logits on the disk: bigmodel.tasks.distillation.TeacherCache; null: ask the teacher at each
+            step.
+        on_policy: let the student write a share of the batches: bigmodel.tasks.distillation.OnPolicy; null: all are of the
+            data.
         chunk_size: positions whose logits are in memory at once, for a large vocabulary; null: all of a micro-batch.
     """
 
@@ -56,8 +59,8 @@ class Distillation(LightningModule):
     def __init__(
         self,
         student: LightningModule,
-        teacher: str | list[str] | MeanTeacher,
-        losses: dict[str, Term] | None = None,
+        teacher: MeanTeacher | str | list[str],  # in this order: a class path is a text too
+        losses: dict[str, Term | None] | None = None,
         hard_weight: float = 0.1,
         cache: TeacherCache | None = None,
         on_policy: OnPolicy | None = None,
@@ -71,7 +74,8 @@ class Distillation(LightningModule):
             raise ValueError(f"--model.hard_weight {hard_weight} must be a number of 0 or above")
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"--model.chunk_size {chunk_size} must be at least 1 or null")
-        terms = losses if losses is not None else {"kd": KD(weight=0.9)}
+        named: dict[str, Term | None] = losses if losses is not None else {"kd": KD(weight=0.9)}
+        terms = {name: term for name, term in named.items() if term is not None}
         if not hard_weight and not any(term.weight for term in terms.values()):
             raise ValueError(
                 "--model.hard_weight and the weights of all --model.losses are 0: nothing would be learned"
@@ -103,6 +107,11 @@ class Distillation(LightningModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
+            if self.lessons.mean_teacher is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+                raise ValueError(
+                    "--model.teacher: a MeanTeacher is the average of a net that is whole on each process, and"
+                    " --trainer.strategy shards it: leave out one of the two"
+                )
             if self.on_policy is not None:
                 self.on_policy.check(sizes(self))
             with torch.random.fork_rng(devices=[]):  # the student begins as it would alone
@@ -116,10 +125,6 @@ class Distillation(LightningModule):
             return
         mean_teacher = self.lessons.mean_teacher
         feature_terms = [term for term in self.terms.values() if isinstance(term, FeatureTerm)]
-        needs_whole = {"losses": bool(feature_terms), "teacher": mean_teacher is not None, "on_policy": self.on_policy}
-        flags = [f"--model.{flag}" for flag, needed in needs_whole.items() if needed]
-        if flags and any(parameter.is_meta for parameter in self.net.parameters()):
-            raise ValueError(f"{flags[0]}: as set, it needs a net that is whole on each process: leave out sharding")
         if mean_teacher is not None:
             mean_teacher.begin(self, self._student_type, without=_TERMS)
             self.lessons.take([mean_teacher.task])
@@ -148,7 +153,22 @@ class Distillation(LightningModule):
                 f"--model.losses: what {ending[0]} schedules ends with the run, and the run has no end: set"
                 " --trainer.max_steps or --trainer.max_epochs"
             )
+        given = {
+            id(p) for optimizer in self.trainer.optimizers for group in optimizer.param_groups for p in group["params"]
+        }
+        if any(id(parameter) not in given for parameter in getattr(self, _TERMS).parameters()):
+            raise ValueError(
+                f"--model.losses: what terms learn, such as the regressor of Hint, {self._student_type.__name__} leaves out"
+                " when it makes its optimizer: its parameter groups hold those of its net alone"
+            )
         self.lessons.begin(self)
+
+    def say_what_trains(self) -> None:
+        """What the student has to say of itself, and who teaches it."""
+        if (own := getattr(super(), "say_what_trains", None)) is not None:
+            own()
+        for teacher in self.lessons.in_words():
+            print(f"teacher    {teacher}", flush=True)
 
     def teardown(self, stage: str) -> None:
         super().teardown(stage)
@@ -171,7 +191,8 @@ class Distillation(LightningModule):
         return logits
 
     def training_step(self, batch: Any) -> dict[str, Any]:
-        """The weighted sum of the student's own loss and the terms, and what its own loss counts.
+        """The weighted sum of the student's own loss and the terms, and what its own loss counts; beside them, as `parts`,
+        each of them without its weight.
 
         What the student has written itself is no truth: there, its own loss is left out.
         """
@@ -187,14 +208,18 @@ class Distillation(LightningModule):
         layers = self._student_layers.take(features) if self._student_layers is not None else {}
         counted, classes = self._targets(batch, features.shape[:-1])
         rows, teacher_layers = self.lessons.hear(batch)
-        loss = self._compare_predictions(features, heard.logits, rows, counted, classes)
-        for term in self.terms.values():
+        parts = self._compare_predictions(features, heard.logits, rows, counted, classes)
+        shares = _shares(batch, counted) if layers else counted
+        for name, term in self.terms.items():
             if isinstance(term, FeatureTerm):
-                value = term(layers[term.student], teacher_layers[term.teacher], counted)
-                loss = loss + term.weight_at(step, self._num_steps) * value
+                parts[name] = term(layers[term.student], teacher_layers[term.teacher], shares)
+        loss = sum(term.weight_at(step, self._num_steps) * parts[name] for name, term in self.terms.items())
+        told = {f"{name}_loss": value.detach() for name, value in parts.items()}
         if own is None:
-            return {"loss": loss, "count": counted.sum()}
-        return {**own, "loss": self.hard_weight * own["loss"] + loss}
+            return {"loss": loss, "count": counted.sum(), "parts": told}
+        if self.on_policy is None:  # else there are steps without it, and no mean over all
+            told["hard_loss"] = own["loss"].detach()
+        return {**own, "loss": self.hard_weight * own["loss"] + loss, "parts": {**own.get("parts", {}), **told}}
 
     @contextmanager
     def _listening(self, heard: _Heard) -> Iterator[None]:
@@ -218,8 +243,8 @@ class Distillation(LightningModule):
 
     def _compare_predictions(
         self, features: Tensor, logits: list[Tensor], said: list[Tensor], counted: Tensor, classes: Tensor | None
-    ) -> Tensor:
-        """The weighted sum of the terms of what is predicted.
+    ) -> dict[str, Tensor]:
+        """The terms of what is predicted, by name.
 
         Args:
             features: the student's [..., D].
@@ -228,9 +253,11 @@ class Distillation(LightningModule):
             counted: positions [...], bool.
             classes: of the positions [...]; None where targets are distributions.
         """
-        terms = [term for term in self.terms.values() if isinstance(term, PredictionTerm)]
-        if classes is None and any(term.needs_classes for term in terms):
-            raise ValueError("--model.losses: DKD needs the class of each sample: leave out --data.mix")
+        terms = {name: term for name, term in self.terms.items() if isinstance(term, PredictionTerm)}
+        if not terms:
+            return {}
+        if classes is None and self.lessons.needs_classes:
+            raise ValueError("--model.losses: DKD needs the class of each sample, not a distribution: take KD")
         whole = len(logits) == 1 and logits[0].shape[:-1].numel() == counted.numel()
         student = logits[0] if whole else features
         classes = torch.zeros_like(counted, dtype=torch.int64) if classes is None else classes
@@ -239,20 +266,20 @@ class Distillation(LightningModule):
         if counted.device.type == "cpu" and not counted.all():
             rows = [row[counted.flatten()] for row in rows]
         step, total = self.trainer.global_step, self._num_steps
-        factors = [(term, term.weight_at(step, total), term.temperature_at(step, total)) for term in terms]
+        temperatures = [term.temperature_at(step, total) for term in terms.values()]
 
         def loss_of(student: Tensor, counted: Tensor, classes: Tensor, *said: Tensor) -> Tensor:
             logits = student if whole else self.logits(student)
-            loss = torch.zeros((), device=student.device)
-            both = {T: self.lessons.log_probabilities(logits, list(said), T) for T in {T for *_, T in factors}}
-            for term, weight, temperature in factors:
+            both = {T: self.lessons.log_probabilities(logits, list(said), T) for T in set(temperatures)}
+            sums = []
+            for term, temperature in zip(terms.values(), temperatures, strict=True):
                 values = term(*both[temperature], classes, temperature)
                 if values.ndim > 1:  # of labels, as the student's own loss, the mean
                     values = values.mean(-1)
-                loss = loss + weight * counted_sum(values, counted)
-            return loss
+                sums.append(counted_sum(values, counted))
+            return torch.stack(sums)
 
-        return sum_in_chunks(loss_of, rows, None if whole else self.chunk_size)
+        return dict(zip(terms, sum_in_chunks(loss_of, rows, None if whole else self.chunk_size), strict=True))
 
     # What the terms have learned stands beside the student in a checkpoint.
 
@@ -269,7 +296,12 @@ class Distillation(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         kept = checkpoint.get("distillation")
-        if kept is None or not self.trainer.training:
+        if kept is None:
+            return
+        # Without a trainer where a run is measured: then a task is told what its checkpoint says before it has a net.
+        if self._trainer is None or not self._trainer.training:  # it is there if this very student was trained before
+            own = self.state_dict().keys()
+            checkpoint["state_dict"].update({name: kept["learned"][name] for name in kept["learned"].keys() & own})
             return
         if kept["teachers"] != self.lessons.identities:
             given = " ".join(self.lessons.paths) or type(self.lessons.mean_teacher).__name__
@@ -278,6 +310,15 @@ class Distillation(LightningModule):
             )
         self.lessons.check_cache(kept["cache"])
         checkpoint["state_dict"].update(kept["learned"])
+
+
+def _shares(batch: Any, counted: Tensor) -> Tensor:
+    """What counts [B] or [B, T]; of texts of which each is one sample, as the shares of its tokens, without those that fill
+    it up to the longest of a batch."""
+    mask = getattr(batch, "mask", None)
+    if mask is None or mask.ndim != 2 or counted.ndim != 1:
+        return counted
+    return counted[:, None] * mask / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def _check_on_policy(student: LightningModule, terms: list[Term], cache: TeacherCache | None) -> None:

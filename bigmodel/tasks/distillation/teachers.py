@@ -46,7 +46,7 @@ def find_teacher(path: str, student: LightningModule) -> Teacher | Published:
             f" {published.CONFIG}); `bigmodel list` shows the runs"
         )
     try:
-        teacher = Teacher(path)
+        teacher = Teacher(path, run.runs_dir(student.trainer))
     except ValueError as error:
         if path.count("/") == 1 and not folder.exists():
             raise ValueError(f"{error}; a model of the Hugging Face hub is {published.HUB}{path}") from error
@@ -60,18 +60,21 @@ class Teacher:
 
     Args:
         path: a run directory, `last`, the end of a run's name, or a checkpoint.
+        runs_dir: where runs are looked for.
+
+    Attributes:
+        path: the run's directory, or the checkpoint: what means the same tomorrow.
 
     Raises:
         ValueError: if there is no such run, or its checkpoint says nothing of the task.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, runs_dir: str = "runs") -> None:
         with _named(path):
+            is_file = Path(path).suffix == ".ckpt"
+            self.path = path if is_file else str(run.find(path, runs_dir))
             # Verified when it is loaded, which may not be needed.
-            self.checkpoint = (
-                Path(path) if Path(path).suffix == ".ckpt" else checkpoint.find_checkpoint(run.find(path), verify=False)
-            )
+            self.checkpoint = Path(path) if is_file else checkpoint.find_checkpoint(Path(self.path), verify=False)
             if not self.checkpoint.exists():
                 raise ValueError("no checkpoint is there")
             content = checkpoint.read(self.checkpoint, verify=False, whole=False).get("bigmodel", {})

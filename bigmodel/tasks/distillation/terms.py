@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from bigmodel.optim import Schedule
 from bigmodel.tasks.distillation import losses
 
+_FAR = 10**9  # optimizer steps, behind the warm-up of any schedule
+
 
 class Term(nn.Module, ABC):
     """A part of the loss; abstract.
@@ -67,9 +69,10 @@ class PredictionTerm(Term):
             raise ValueError(
                 f"--model.losses: {type(self).__name__} has temperature {temperature}, which must be a number above 0"
             )
-        if temperature_schedule is not None and temperature_schedule(1, 1) <= 0:
+        if temperature_schedule is not None and temperature_schedule(_FAR, _FAR) <= 0:
             raise ValueError(
-                f"--model.losses: {type(self).__name__} ends at temperature 0: give its temperature_schedule a final above 0"
+                f"--model.losses: {type(self).__name__} ends at temperature {temperature_schedule(_FAR, _FAR):g}, which must"
+                " be above 0: give its temperature_schedule another end (final, gamma)"
             )
         self.temperature, self.temperature_schedule = temperature, temperature_schedule
 
@@ -185,7 +188,7 @@ class FeatureTerm(Term):
 
         Args:
             student, teacher: what the layers gave [B, ...].
-            counted: positions [B] or [B, T], bool.
+            counted: positions [B] or [B, T], bool; of texts of which each counts once, its tokens' shares [B, T].
         """
 
     def _refuse(self, what: str, student: torch.Size, teacher: torch.Size) -> ValueError:
@@ -224,9 +227,11 @@ class AttentionTransfer(FeatureTerm):
             raise self._refuse("maps [B, C, H, W], or tokens [B, T, C]", student, teacher)
 
     def forward(self, student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
-        if student.ndim == 3 and counted.ndim == 2:
-            student, teacher = student * counted[..., None], teacher * counted[..., None]
-        return _sum(losses.attention_transfer(student.float(), teacher.float()), counted)
+        pair = _without_padding(student.float(), counted), _without_padding(teacher.float(), counted)
+        values = losses.attention_transfer(*pair)
+        if _are_tokens(student, counted):  # the mean over those that count
+            values = values * (counted.shape[1] / (counted > 0).sum(1).clamp(min=1))
+        return _sum(values, counted)
 
 
 class Relational(FeatureTerm):
@@ -256,12 +261,13 @@ class Relational(FeatureTerm):
         self.distance, self.angle = distance, angle
 
     def forward(self, student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
-        pair = student.flatten(1).float(), teacher.flatten(1).float()
+        pair = [_without_padding(features.float(), counted).flatten(1) for features in (student, teacher)]
         loss = student.new_zeros((), dtype=torch.float32)
-        if self.distance:
-            loss = loss + self.distance * losses.rkd_distance(*pair)
-        if self.angle:
-            loss = loss + self.angle * losses.rkd_angle(*pair)
+        with torch.autocast(student.device.type, enabled=False):  # its products would be of halves
+            if self.distance:
+                loss = loss + self.distance * losses.rkd_distance(*pair)
+            if self.angle:
+                loss = loss + self.angle * losses.rkd_angle(*pair)
         return loss * counted.sum()
 
 
@@ -270,12 +276,24 @@ class SimilarityPreserving(FeatureTerm):
     Arguments as for `FeatureTerm`."""
 
     def forward(self, student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
-        return losses.similarity_preserving(student.float(), teacher.float()) * counted.sum()
+        with torch.autocast(student.device.type, enabled=False):  # its products would be of halves
+            pair = _without_padding(student.float(), counted), _without_padding(teacher.float(), counted)
+            return losses.similarity_preserving(*pair) * counted.sum()
+
+
+def _are_tokens(features: Tensor, counted: Tensor) -> bool:
+    """Whether features are [B, T, C] of the positions [B, T]."""
+    return features.ndim == 3 and features.shape[:2] == counted.shape
+
+
+def _without_padding(features: Tensor, counted: Tensor) -> Tensor:
+    """Features of tokens, 0 where they do not count; others as they are."""
+    return features.masked_fill((counted == 0)[..., None], 0) if _are_tokens(features, counted) else features
 
 
 def _sum(values: Tensor, counted: Tensor) -> Tensor:
     """Values of positions [B] or [B, T], or of anything else in a sample [B, ...], which then is a mean over it."""
     if values.shape == counted.shape:
-        return losses.counted_sum(values, counted)
+        return torch.where(counted > 0, values * counted, 0).sum()
     B = len(values)
     return (values.reshape(B, -1).mean(1) * counted.reshape(B, -1).sum(1)).sum()

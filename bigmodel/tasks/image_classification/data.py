@@ -5,6 +5,7 @@ B pictures, C channels, S pixels of the side of the square that the net reads, K
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -199,6 +200,15 @@ class ImageData(L.LightningDataModule):
             "image_size": self.size,
         }
         self.fingerprint = digest([self.prepared.fingerprint, self.balance])
+
+    @property
+    def augmentation(self) -> str:
+        """All that decides how training pictures are changed at random, but for the epoch; empty if they are not."""
+        transforms = [*([self.crop] if self.crop is not None else []), *self.augment]
+        if not transforms:
+            return ""
+        described = [[type(transform).__name__, vars(transform)] for transform in transforms]
+        return json.dumps([self.seed, described], default=lambda value: type(value).__name__)
 
     def _prepare(self, predicting: bool) -> Prepared:
         if predicting in self._prepared:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 
 from bigmodel import optim
 from bigmodel.cache import first_of
@@ -193,7 +193,10 @@ class TransferLearning(LightningModule):
     def configure_optimizers(self) -> Any:
         if not self.method.optimizes:
             return torch.optim.SGD([p for _, p in self.method.trained(self.net)], lr=0.0)
-        return optim.configure(self, self.optimizer, self.schedule, groups.groups(self._layers()))
+        # Who extends the task may have parameters beside its net.
+        beside = nn.ModuleList(child for name, child in self.named_children() if name != "net")
+        chosen = [*groups.groups(self._layers()), *optim.parameter_groups(beside)]
+        return optim.configure(self, self.optimizer, self.schedule, chosen)
 
     def _layers(self) -> list[groups.Layer]:
         trained = [parameter for _, parameter in self.method.trained(self.net)]

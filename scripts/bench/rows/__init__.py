@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from bench.common import BIGMODEL
 from bench.rows.pictures import pictures
 from bench.rows.recommendation import recommendation
-from bench.rows.row import Row
-from bench.rows.step import fixed_cost
+from bench.rows.row import ONE_THREAD, PYTHON, Bound, Row
 from bench.rows.text import text
-from bench.rows.transfer import transfer
 
 
 def rows(quick: bool) -> list[Row]:
@@ -15,7 +14,24 @@ def rows(quick: bool) -> list[Row]:
     return [
         *text(quick),
         *pictures(quick),
-        transfer(*((14, 11, 100) if quick else (41, 11, 600))),
         fixed_cost(*((600, 200) if quick else (5000, 1000))),
         *recommendation(quick),
     ]
+
+
+def fixed_cost(steps: int, warmup: int) -> Row:
+    """What a step costs when the model costs nothing."""
+    others = [*ONE_THREAD, *PYTHON, "bench.two_numbers_others"]
+    flags = ["--steps", str(steps), "--warmup", str(warmup)]
+    fit = f"fit -c scripts/bench/two_numbers.yaml --trainer.max_steps {steps} --callbacks.timer bench.callbacks.Timer"
+    return Row(
+        "step",
+        "A model of two numbers, one thread: ms per optimizer step",
+        {
+            "bigmodel fit": [*ONE_THREAD, BIGMODEL, *fit.split(), "--callbacks.timer.warmup", str(warmup)],
+            "bare Lightning": [*others, "lightning", *flags],
+            "HF Trainer": [*others, "trainer", *flags],
+            "plain loop": [*others, "plain", *flags],
+        },
+        [Bound("bigmodel fit", None, "at most", 1.5)],
+    )

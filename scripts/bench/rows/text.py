@@ -1,16 +1,16 @@
-"""Training GPTs, generating, and preparing text."""
+"""Training GPTs and a pretrained encoder, generating, and preparing text."""
 
 from __future__ import annotations
 
 import sys
 
-from bench.common import SIZES, fit_gpt
+from bench.common import BIGMODEL, SIZES, fit_gpt
 from bench.others import LITGPT
 from bench.rows.row import ONE_THREAD, PYTHON, Bound, Row
 
 
 def text(quick: bool) -> list[Row]:
-    """Language models."""
+    """Language models and transfer learning."""
     few = (14, 11) if quick else (31, 11)
     steps = "10" if quick else "50"
     return [
@@ -19,6 +19,7 @@ def text(quick: bool) -> list[Row]:
         parallel("ddp", "ddp", [], *few),
         parallel("fsdp", "fsdp", ["--sharded"], *few),
         asynchronous_checkpoint(*((24, 4, 8) if quick else (100, 10, 20))),
+        transfer(*((14, 11, 100) if quick else (41, 11, 600))),
         Row(
             "loss",
             f"The same GPT (small) in float32: largest difference from the plain loop's loss over {steps} steps, nats",
@@ -111,4 +112,25 @@ def asynchronous_checkpoint(steps: int, warmup: int, every: int) -> Row:
         "An asynchronous checkpoint of a GPT of 38 M parameters, one thread for training: what it adds to the steps",
         {way: [*ONE_THREAD, *fit_gpt("deep", steps, f"{save} {what}")] for way, what in ways.items()},
         [Bound("step while written / step", None, "at most", 1.05)],
+    )
+
+
+def transfer(steps: int, warmup: int, probe_steps: int) -> Row:
+    """Training speed of a pretrained encoder of texts; and of a head on it, its features computed before the first step."""
+    fit = (
+        "fit -c experiments/transfer_learning/minilm_text.yaml --runs_dir .bench/runs --data.cache_dir .bench/cache"
+        " --data.max_length 64 --trainer.max_epochs null --trainer.limit_val_batches 0 --callbacks.best null"
+        f" --callbacks.timer bench.callbacks.Timer --callbacks.timer.warmup {warmup} --callbacks.timer.per_step 32"
+    )
+    probe = f"{fit} --model.method linear_probe --trainer.max_steps {probe_steps}"
+    flags = ["--steps", str(steps), "--warmup", str(warmup)]
+    return Row(
+        "transfer",
+        "Fine-tuning MiniLM (22.6 M) on reviews of at most 64 tokens, batch 32, bf16: training, texts/s",
+        {
+            "bigmodel fit": [BIGMODEL, *fit.split(), "--trainer.max_steps", str(steps)],
+            "HF Trainer": [*PYTHON, "bench.transfer_trainer", *flags],
+            "linear probe": [BIGMODEL, *probe.split()],
+        },
+        [Bound("bigmodel fit", "HF Trainer", "at least", 1.0), Bound("linear probe", "bigmodel fit", "at least", 20)],
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from distillation import LM, ON_POLICY, OURS, of_text
 from lightning.pytorch import Callback
 
 import bigmodel
@@ -18,47 +19,13 @@ from bigmodel.randomness import sample_keys
 from bigmodel.tasks.distillation import OnPolicy
 from bigmodel.tasks.language_modeling import TextBatch
 
-LM, OURS = "bigmodel.tasks.language_modeling", "bigmodel.tasks.distillation"
 T = 16
-DATA = {
-    "data": f"{LM}.TextData", "data.path": "text", "data.cache_dir": "cache", "data.num_processes": 1,
-    "data.tokenizer": f"{LM}.BPE", "data.tokenizer.vocab_size": 300, "data.split": f"{LM}.ByDocument",
-    "data.split.val": 0.2, "data.context_length": T, "data.batch_size": 8,
-}  # fmt: skip
-REST = {
-    "callbacks.progress": "null", "callbacks.last.every_n_steps": 3, "callbacks.last.every_n_minutes": "null",
-    "callbacks.last.keep": -1,
-}  # fmt: skip
-WORDS = ["teachers", "students", "books", "letters", "numbers", "questions", "answers"]
 
 
 def fit(runs_dir, task="model", width=16, **settings):
-    net = {"net": "bigmodel.nn.GPT", "net.width": width, "net.depth": 1, "net.num_heads": 2, "net.positions": "rotary"}
-    net |= {"net.dropout": 0.1, "optimizer": "torch.optim.AdamW", "optimizer.lr": 0.01}
-    net = {f"{task}.{key}": value for key, value in net.items()}
-    given = {key.replace("__", "."): value for key, value in settings.items()}
-    data = {key: value for key, value in DATA.items() if "vocab_size" not in key or "data__tokenizer" not in settings}
-    every = {**data, **REST, "runs_dir": runs_dir, "model": f"{LM}.LanguageModeling", task: f"{LM}.LanguageModeling"}
-    every |= {**net, **given}
-    main(["fit", "-c", "empty.yaml", *(f"--{key}={value}" for key, value in every.items())])
+    main(of_text(runs_dir, task, width, **settings))
     (record,) = Path(runs_dir).glob("**/run.json")
     return record.parent
-
-
-@pytest.fixture(scope="module")
-def school(tmp_path_factory):
-    """A folder with texts and a trained `teacher-run`."""
-    folder = tmp_path_factory.mktemp("school")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        torch.set_num_threads(1)
-        Path("text").mkdir()
-        for number in range(40):
-            text = " ".join(WORDS[(number + i * (1 + number % 3)) % 7] for i in range(12 + number))
-            Path("text", f"{number}.txt").write_text(f"{number}. {text}.")
-        Path("empty.yaml").write_text("trainer: {max_epochs: null, max_steps: 6, accelerator: cpu}")
-        fit("teacher", width=32, trainer__max_steps=30).rename("teacher-run")
-    return folder
 
 
 @pytest.fixture
@@ -146,10 +113,7 @@ def distill(runs_dir, **settings):
     return fit(runs_dir, "model.student", **{**model, **settings})
 
 
-ON_POLICY = {
-    "model__on_policy": f"{OURS}.OnPolicy", "model__on_policy__max_new_tokens": 10,
-    "model__losses__jsd": f"{OURS}.GeneralizedJSD", "callbacks__witness": f"{__name__}.Witness",
-}  # fmt: skip
+WATCHED = {**ON_POLICY, "callbacks__witness": f"{__name__}.Witness"}
 MEAN = {"model__teacher": f"{OURS}.MeanTeacher", "model__teacher__decay": 0.8}
 
 
@@ -196,7 +160,7 @@ class Witness(Callback):
 
 def test_on_policy_steps_resume_bitwise(folder):
     """Statement (23). Half of the steps are on what the student wrote, with dropout in the others and in these."""
-    straight = distill("on-policy", **ON_POLICY)
+    straight = distill("on-policy", **WATCHED)
     chosen = [step for step in range(6) if OnPolicy(0.5, 10).chosen(step)]
     assert Witness.written == chosen
     assert 0 < len(chosen) < 6
@@ -204,8 +168,8 @@ def test_on_policy_steps_resume_bitwise(folder):
     main(["fit", "--resume", str(resumed)])
     assert Witness.written == chosen + [step for step in chosen if step >= 3]
     same(state(resumed)["state_dict"], state(straight)["state_dict"])
-    micro = distill("on-policy-micro", data__micro_batch_size=4, model__student__net__dropout=0, **ON_POLICY)
-    whole = distill("on-policy-whole", model__student__net__dropout=0, **ON_POLICY)
+    micro = distill("on-policy-micro", data__micro_batch_size=4, model__student__net__dropout=0, **WATCHED)
+    whole = distill("on-policy-whole", model__student__net__dropout=0, **WATCHED)
     for name, tensor in state(whole)["state_dict"].items():
         torch.testing.assert_close(state(micro)["state_dict"][name], tensor, rtol=0, atol=1e-5)
 
@@ -272,21 +236,27 @@ def test_a_mean_teacher_is_its_closed_form_and_resumes_bitwise(folder):
     main(["validate", str(run)])
     hint = {"hint": f"{OURS}.Hint", "hint__teacher": "blocks.0", "hint__weight": 0}
     terms = {f"model__losses__{key}": value for key, value in hint.items()}
-    distill("all-together", model__student__net__dropout=0, **terms, **ON_POLICY, **MEAN)
+    distill(
+        "all-together", model__student__net__dropout=0, **terms, **{**WATCHED, "model__teacher": MEAN["model__teacher"]}
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({**ON_POLICY, "model__on_policy__share": 0}, "--model.on_policy.share 0.0 must lie in 0 < share <= 1"),
+        ({**WATCHED, "model__on_policy__share": 0}, "--model.on_policy.share 0.0 must lie in 0 < share <= 1"),
         (
-            {**ON_POLICY, "model__on_policy__max_new_tokens": 17},
+            {**WATCHED, "model__on_policy__max_new_tokens": 17},
             "of sequences of 16 tokens (--data.context_length), 1 to 16",
         ),
-        ({**ON_POLICY, "model__cache": f"{OURS}.TeacherCache"}, "what the student writes is new in each step"),
-        ({**ON_POLICY, "model__losses__dkd": f"{OURS}.DKD"}, "set --model.losses to GeneralizedJSD or KD, without DKD"),
+        ({**WATCHED, "model__cache": f"{OURS}.TeacherCache"}, "what the student writes is new in each step"),
+        ({**WATCHED, "model__losses__dkd": f"{OURS}.DKD"}, "set --model.losses to GeneralizedJSD or KD, without DKD"),
         ({**MEAN, "model__teacher__decay": 1}, "--model.teacher.decay 1.0 must lie in 0 <= decay < 1"),
-        ({**MEAN, "model__cache": f"{OURS}.TeacherCache"}, "a MeanTeacher changes in each step"),
+        (
+            {"model__teacher": f"{OURS}.MeanTeacher", "model__cache": f"{OURS}.TeacherCache"},
+            "a MeanTeacher changes in each step",
+        ),
+        ({**MEAN, "trainer__strategy": "bigmodel.parallel.ShardedStrategy"}, "a net that is whole on each process"),
     ],
 )
 def test_bad_input_is_one_line_before_the_first_step(folder, capsys, settings, message):

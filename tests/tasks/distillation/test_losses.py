@@ -1,12 +1,22 @@
 """The losses against their constants, against what public libraries document, and where probabilities are 0."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from bigmodel.tasks.distillation import losses
+from bigmodel import optim
+from bigmodel.tasks.distillation import (
+    AttentionTransfer,
+    Hint,
+    Relational,
+    SimilarityPreserving,
+    losses,
+    module,
+    terms,
+)
 from bigmodel.tasks.distillation.losses import log_probabilities
 
 S = torch.tensor([[1.0, 2.0, 0.5]], dtype=torch.float64)
@@ -143,6 +153,16 @@ def test_a_partition_of_all_classes_is_the_distribution(k):
             torch.testing.assert_close(*gradients)
 
 
+def test_a_partition_whose_rest_is_impossible_has_gradients():
+    """As where all items are kept, and the padding item is the rest."""
+    student, teacher = (F.pad(logits, (1, 0), value=-torch.inf).float() for logits in random_logits(6, 5))
+    student.requires_grad_()
+    kept = torch.arange(1, 6).expand(6, 5)
+    value = losses.kd(*(losses.partition(logits, kept, 2) for logits in (student, teacher)), 2)
+    torch.testing.assert_close(value, losses.kd(*both(2, student, teacher), 2))
+    assert torch.autograd.grad(value.sum(), student)[0].isfinite().all()
+
+
 def test_what_has_no_probability_adds_nothing():
     """As the padding item of a recommender, which both models give -inf."""
     student, teacher = random_logits(6, 5)
@@ -194,3 +214,47 @@ def test_halves_are_computed_in_float32():
     value = losses.kd(*both(4, student, teacher), 4)
     assert value.dtype == torch.float32
     torch.testing.assert_close(value, losses.kd(*both(4, student.float(), teacher.float()), 4))
+
+
+@pytest.mark.parametrize(
+    ("term", "is_sum"),
+    [(Hint(), True), (AttentionTransfer(), True), (Relational(), False), (SimilarityPreserving(), False)],
+)
+def test_terms_of_layers_are_sums_over_samples(term, is_sum):
+    """So accumulation changes nothing, but for the two that compare samples with each other."""
+    pair = [logits.float() for logits in random_logits(4, 3, 5)]  # [B, T, D]
+    counted = torch.arange(4 * 3).reshape(4, 3) % 5 != 0
+    term.prepare(*(features.shape for features in pair))
+    halves = [term(*(features[rows] for features in pair), counted[rows]) for rows in (slice(2), slice(2, None))]
+    assert torch.isclose(sum(halves), term(*pair, counted), rtol=1e-5) == is_sum
+
+
+@pytest.mark.parametrize("term", [Relational(), SimilarityPreserving()])
+def test_relations_are_computed_in_float32(term):
+    """Under autocast too: of samples near to their teacher's, products of halves are a fifth off."""
+    teacher, noise = (features.float() for features in random_logits(32, 64))
+    student, counted = teacher + noise / 20, torch.ones(32, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = term(student, teacher, counted)
+    torch.testing.assert_close(value, term(student, teacher, counted))
+
+
+def test_what_fills_up_a_text_does_not_count():
+    """In terms of layers: a text is the same beside longer ones."""
+    student, teacher = (features.float() for features in random_logits(3, 4, 8))
+    mask = torch.arange(6) < torch.tensor([4, 2, 3])[:, None]
+    counted, batch = torch.ones(3, dtype=torch.bool), SimpleNamespace(mask=mask[:, :4])
+    longer, filled = SimpleNamespace(mask=mask), [F.pad(x, (0, 0, 0, 2), value=7) for x in (student, teacher)]
+    hint = terms.Hint()
+    hint.prepare(torch.Size([1, 4, 8]), torch.Size([1, 4, 8]))
+    for term in (hint, terms.AttentionTransfer(), terms.Relational(), terms.SimilarityPreserving()):
+        value = term(student, teacher, module._shares(batch, counted))
+        torch.testing.assert_close(term(*filled, module._shares(longer, counted)), value)
+    alone = [hint(student[i : i + 1, :n], teacher[i : i + 1, :n], counted[:1]) for i, n in enumerate((4, 2, 3))]
+    torch.testing.assert_close(hint(student, teacher, module._shares(batch, counted)), sum(alone))
+
+
+@pytest.mark.parametrize("schedule", [optim.Step(warmup_steps=2, gamma=0.0), optim.Linear(warmup_steps=2)])
+def test_a_temperature_that_ends_at_0_is_refused(schedule):
+    with pytest.raises(ValueError, match="KD ends at temperature 0, which must be above 0"):
+        terms.KD(temperature_schedule=schedule)

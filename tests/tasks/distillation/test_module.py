@@ -1,5 +1,6 @@
 """Distillation as a task: against a plain loop, an online teacher against a kept one, and what comes out."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -8,15 +9,19 @@ import distillation
 import forked
 import pytest
 import torch
-from distillation import CACHE, IMAGES, OURS, STUDENT, WITNESS, distilling, teaching
+import yaml
+from distillation import CACHE, IMAGES, OURS, STUDENT, WITNESS, distilling, on_policy, teaching
+from lightning.pytorch import Trainer
 
 import bigmodel
+from bigmodel.checkpoint import read
 from bigmodel.cli import main
 from bigmodel.tasks.distillation import teachers
 from bigmodel.tasks.image_classification import ImageClassification
 
 CNN = {**STUDENT, "net": "bigmodel.nn.CNN", "net.width": 4, "net.depth": 1}
 CNN.pop("net.widths")
+CROP = f"[{{class_path: {IMAGES}.RandomCrop, init_args: {{padding: 2}}}}]"
 
 
 def only(runs_dir):
@@ -31,6 +36,15 @@ def checkpoint(runs_dir, step=12):
 
 def weights(runs_dir, step=12):
     return checkpoint(runs_dir, step)["state_dict"]
+
+
+def losses(run):
+    """What was logged of training, by step."""
+    with open(Path(run) / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    return {
+        row["step"]: {name: float(row[name]) for name in row if name.endswith("loss") and row[name]} for row in rows
+    }
 
 
 def same(a, b, **tolerance):
@@ -81,12 +95,18 @@ def test_what_comes_out_is_the_students_run(folder, capsys):
     assert f"{alone:.6g}" in capsys.readouterr().out
 
 
-def test_a_kept_teacher_is_the_asked_one(folder, monkeypatch):
-    """Statement (21): of float32 numbers nothing is rounded but by the batch that they are computed in."""
+def test_a_kept_teacher_is_the_asked_one(folder, monkeypatch, capsys):
+    """Statement (21): of float32 numbers nothing is rounded but by the batch that they are computed in. A teacher that was
+    the last run stays it in config.yaml, when its student is the last."""
     same(weights("kept-first"), weights("online"), rtol=0, atol=2e-6)
+    shutil.copytree("teacher-run", "kept-again/teacher")
     with monkeypatch.context() as patch:
         patch.setattr(teachers.Teacher, "load", lambda *args: pytest.fail("the teacher was loaded"))
-        main(distilling("kept-again", **CACHE))
+        main(distilling("kept-again", "last", **CACHE))
+    shutil.rmtree("kept-again/teacher")
+    config = (only("kept-again") / "config.yaml").read_text()
+    assert yaml.safe_load(config)["model"]["init_args"]["teacher"] == "kept-again/teacher"
+    assert "teacher    kept-again/teacher, read from " in capsys.readouterr().out
     same(weights("kept-again"), weights("kept-first"), rtol=0, atol=0)
 
     log_probabilities = teachers.Teachers.log_probabilities
@@ -110,8 +130,11 @@ class Said:
 
 def test_augmented_views_are_met_again(folder, capsys):
     """Two views of randomly shifted digits, two steps an epoch: six epochs meet each view three times."""
-    crop = f"[{{class_path: {IMAGES}.RandomCrop, init_args: {{padding: 2}}}}]"
-    data = {"data.augment": crop, "data.batch_size": 512, "data.micro_batch_size": 512}
+    seldom = f"[{{class_path: {IMAGES}.RandomErasing, init_args: {{p: 0.001}}}}]"  # none of the first pictures
+    with pytest.raises(SystemExit):
+        main(distilling("new-each-epoch", more={"data.augment": seldom}, **CACHE))
+    assert "the samples look otherwise in each epoch" in capsys.readouterr().err
+    data = {"data.augment": CROP, "data.batch_size": 512, "data.micro_batch_size": 512}
     with pytest.raises(SystemExit):
         main(distilling("new-each-epoch", more=data, **CACHE))
     assert "the samples look otherwise in each epoch" in capsys.readouterr().err
@@ -129,10 +152,14 @@ def test_the_likeliest_classes_suffice(folder, capsys):
     said = capsys.readouterr().err
     assert "the teacher's logits are computed anew; most like them is " in said
     assert ": top_k None, not 10, temperature None, not 4.0" in said
-    main(distilling("top-three", **CACHE, cache__top_k=3, losses__kd=f"{OURS}.KD", losses__kd__temperature=2))
+    three = {**CACHE, "cache__top_k": 3, "losses__kd": f"{OURS}.KD", "losses__kd__temperature": 2}
+    main(distilling("top-three", **three))
     stores = [json.loads(file.read_text()) for file in Path("kept/distillation").glob("*/key.json")]
     assert {store["top_k"]: store["temperature"] for store in stores if store["top_k"]} == {10: 4, 3: 2}
     assert [[4], "torch.float32"] in [store["fields"].get("log_probabilities") for store in stores]
+    with pytest.raises(SystemExit):
+        main(distilling("refused", **{**three, "losses__kd__temperature": 3, "cache__folder": "kept"}))
+    assert ": temperature 2.0, not 3.0. Name another folder" in capsys.readouterr().err
 
 
 EACH_THIRD = {"callbacks.last.every_n_steps": 3}
@@ -141,18 +168,26 @@ FEATURES = {
     "losses__attention": f"{OURS}.AttentionTransfer", "losses__attention__student": "stages.0",
     "losses__attention__teacher": "stages.0", "losses__relations": f"{OURS}.Relational",
     "losses__similar": f"{OURS}.SimilarityPreserving", "losses__dkd": f"{OURS}.DKD", "losses__dkd__weight": 0.5,
-    "losses__dkd__schedule": "bigmodel.optim.Linear", "losses__jsd": f"{OURS}.GeneralizedJSD",
+    "losses__dkd__schedule": "bigmodel.optim.Linear", "losses__jsd": f"{OURS}.GeneralizedJSD", "losses__kd": "null",
 }  # fmt: skip
 
 
-def test_all_terms_resume_bitwise(folder, capsys):
-    """Statement (23), with regressors that are learned, and a teacher that is wider."""
+def test_all_terms_resume_bitwise(folder, capsys, monkeypatch):
+    """Statement (23), with regressors that are learned, and a wider teacher. What was trained takes its checkpoint."""
+    trained, fit = [], Trainer.fit
+    monkeypatch.setattr(
+        Trainer, "fit", lambda self, task, *args, **more: (trained.append(task), fit(self, task, *args, **more))
+    )
     main(
         teaching("wide", **{"model.net": "bigmodel.nn.CNN", "model.net.width": 8, "trainer.max_steps": 6, **EACH_THIRD})
     )
     wide = only("wide")
-    main(distilling("terms", str(wide), CNN, **FEATURES))
-    straight = checkpoint("terms")
+    main(distilling("terms", str(wide), CNN, {"trainer.log_every_n_steps": 4}, **FEATURES))
+    straight, task = checkpoint("terms"), trained[-1]
+    assert "kd: null" in (only("terms") / "config.yaml").read_text()
+    taken = checkpoint("terms")
+    task.on_load_checkpoint(taken)  # as `trainer.test(task, ckpt_path=...)` does
+    task.load_state_dict(taken["state_dict"])
     assert [list(t.shape) for t in straight["distillation"]["learned"].values()] == [[16, 8, 1, 1], [16]]
     assert not [name for name in straight["state_dict"] if "distillation" in name]
     stopped = folder / "stopped"
@@ -160,6 +195,8 @@ def test_all_terms_resume_bitwise(folder, capsys):
     resumed = torch.load(stopped / "checkpoints" / "last-12.ckpt", weights_only=True)
     same(resumed["state_dict"], straight["state_dict"], rtol=0, atol=0)
     same(resumed["distillation"]["learned"], straight["distillation"]["learned"], rtol=0, atol=0)
+    assert losses(stopped) == losses(only("terms"))
+    assert "train/hint_loss" in losses(stopped)["8"]
     begun = torch.load(stopped / "checkpoints" / "last-6.ckpt", weights_only=True)["distillation"]["learned"]
     assert not torch.equal(*(next(iter(x.values())) for x in (begun, straight["distillation"]["learned"])))
     capsys.readouterr()
@@ -199,6 +236,7 @@ def test_what_was_kept_resumes_bitwise_and_is_not_exchanged(folder, tmp_path, ca
         ({"teacher": "teacher-run/checkpoints/last-6.ckpt"}, ": another teacher. Name another folder, delete that one"),
         ({"more": {"data.split.val": 0.2}}, ": other data, samples that look otherwise (augmentation, size), samples "),
         ({"cache__top_k": 3}, ": top_k None, not 3, temperature None, not 4.0. Name"),
+        ({"more": {"data.augment": CROP, "data.views": 1}}, ": samples that look otherwise (augmentation, size). Name"),
     ],
 )
 def test_a_folder_of_ones_own_holds_what_one_teacher_said(folder, capsys, settings, message):
@@ -226,13 +264,27 @@ def test_several_teachers(folder):
     same(weights("two-teachers"), weights("two-teachers-kept"), rtol=0, atol=2e-6)
 
 
-def test_accumulation_and_processes_change_nothing(folder):
-    """Statements (24) and (25), with a teacher that is asked and with one that is kept."""
+def test_accumulation_and_processes_change_nothing(folder, school, monkeypatch):
+    """Statements (24) and (25), with a teacher that is asked and with one that is kept; (25) of what a student writes, of a
+    learned regressor, and of a net that is sharded."""
+    Path("school").symlink_to(school)
     main(distilling("accumulated", more={"data.micro_batch_size": 8}))
     same(weights("accumulated"), weights("online"), rtol=0, atol=2e-6)
     forked.run(distillation.__file__)
     for runs_dir in ("two", "two-cached"):
         same(weights(runs_dir), weights("online"), rtol=0, atol=2e-6)
+    for runs_dir in ("online", "accumulated", "two"):
+        for step, logged in losses(only(runs_dir)).items():
+            assert logged["train/loss"] == pytest.approx(
+                0.1 * logged["train/hard_loss"] + 0.9 * logged["train/kd_loss"]
+            )
+            assert logged == pytest.approx(losses(only("online"))[step], rel=1e-4)
+    monkeypatch.chdir(school)
+    main(on_policy("one"))
+    one, *others = (read(only(name) / "checkpoints" / "last-6.ckpt") for name in ("one", "two", "sharded"))
+    for other in others:
+        same(other["state_dict"], one["state_dict"], rtol=0, atol=1e-5)
+        same(other["distillation"]["learned"], one["distillation"]["learned"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -256,6 +308,10 @@ def test_accumulation_and_processes_change_nothing(folder):
             "known at one temperature alone",
         ),
         ({"more": {"data.mix": f"{IMAGES}.Mix", "data.mix.mixup": 0.5}, **CACHE}, "mixed with their neighbours"),
+        (
+            {"more": {"data.mix": f"{IMAGES}.Mix", "data.mix.mixup": 0.5}, "losses__d": f"{OURS}.DKD"},
+            "DKD needs the class of each sample: leave out --data.mix",
+        ),
         ({"more": {"data.size": 6}}, "has image_size 8, and the student's 6"),
     ],
 )  # fmt: skip
@@ -265,6 +321,7 @@ def test_bad_input_is_one_line_before_the_first_step(folder, capsys, settings, m
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+    assert not Path("refused").exists()
 
 
 def test_teachers_of_other_classes_are_refused(folder, monkeypatch):

@@ -50,14 +50,37 @@ def fit(folder, name, config, steps, flags=()):
 @pytest.mark.parametrize(
     ("make_config", "kind"), [(recommender, SequenceRecommendation), (classifier, TransferLearning)]
 )
-def test_any_task_is_taught_asked_and_kept_alike(make_config, kind, tmp_path, monkeypatch):
+def test_any_task_is_taught_asked_and_kept_alike(make_config, kind, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BIGMODEL_CACHE", str(tmp_path / "kept"))
     config = make_config()
     teacher = fit(tmp_path, "teacher", config, 3)
     model = {"student": config["model"], "teacher": str(teacher), "hard_weight": 0.5}
     config["model"] = {"class_path": f"{OURS}.Distillation", "init_args": model}
-    asked = bigmodel.load(fit(tmp_path, "asked", config, 5), "last")
+    run = fit(tmp_path, "asked", config, 5)
+    main(["validate", str(run)])
+    assert (run / "validate.json").exists()
+    asked = bigmodel.load(run, "last")
+    if kind is TransferLearning:  # whose features may be kept, and are the student's own
+        settings = model["student"]["init_args"]
+        model["student"] = {**model["student"], "init_args": {**settings, "method": "linear_probe"}}
+        with pytest.raises(SystemExit):
+            fit(tmp_path, "probe", config, 5)
+        assert "the student reads a FeatureBatch computed with its own net" in capsys.readouterr().err
+        model["student"]["init_args"] = settings
+        model["losses"] = {"hint": {"class_path": f"{OURS}.Hint"}}
+        hinted = fit(tmp_path, "hinted", config, 2) / "checkpoints"  # a task with parameter groups of its own
+        learned = [torch.load(hinted / f"last-{step}.ckpt")["distillation"]["learned"] for step in (1, 2)]
+        assert learned[0].keys() == {f"distillation_terms.hint.regressor.{name}" for name in ("weight", "bias")}
+        assert not any(torch.equal(tensor, learned[1][name]) for name, tensor in learned[0].items())
+        model.pop("losses")
+    else:  # who reads what is to be predicted but for masks is no teacher
+        net = {"class_path": "bigmodel.nn.BERT4Rec", "init_args": {"width": 8, "depth": 1, "num_heads": 1}}
+        masked = {**config, "model": {**model["student"], "init_args": {**model["student"]["init_args"], "net": net}}}
+        taught = {**config["model"], "init_args": {**model, "teacher": str(fit(tmp_path, "masked", masked, 1))}}
+        with pytest.raises(SystemExit):
+            fit(tmp_path, "refused", {**config, "model": taught}, 5)
+        assert "positions at which the student does, as where one reads" in capsys.readouterr().err
     model["cache"] = {"class_path": f"{OURS}.TeacherCache", "init_args": {"dtype": "float32"}}
     kept = bigmodel.load(fit(tmp_path, "read", config, 5), "last")
     assert type(asked) is kind

