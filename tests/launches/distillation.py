@@ -70,6 +70,15 @@ ON_POLICY = {
 }  # fmt: skip
 
 
+def write_texts():
+    """Forty short texts of seven words, in `text`."""
+    words = ["teachers", "students", "books", "letters", "numbers", "questions", "answers"]
+    Path("text").mkdir()
+    for number in range(40):
+        text = " ".join(words[(number + i * (1 + number % 3)) % 7] for i in range(12 + number))
+        Path("text", f"{number}.txt").write_text(f"{number}. {text}.")
+
+
 def of_text(runs_dir, task="model", width=16, **settings):
     """Words for training a language model in a folder with `text`; `task` is the setting that it stands under."""
     net = {"net": "bigmodel.nn.GPT", "net.width": width, "net.depth": 1, "net.num_heads": 2, "net.positions": "rotary"}

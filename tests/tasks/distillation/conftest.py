@@ -4,11 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from distillation import of_text
+from distillation import of_text, write_texts
 
 from bigmodel.cli import main
-
-WORDS = ["teachers", "students", "books", "letters", "numbers", "questions", "answers"]
 
 
 @pytest.fixture(scope="session")
@@ -18,10 +16,7 @@ def school(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         torch.set_num_threads(1)
-        Path("text").mkdir()
-        for number in range(40):
-            text = " ".join(WORDS[(number + i * (1 + number % 3)) % 7] for i in range(12 + number))
-            Path("text", f"{number}.txt").write_text(f"{number}. {text}.")
+        write_texts()
         Path("empty.yaml").write_text("trainer: {max_epochs: null, max_steps: 6, accelerator: cpu}")
         main(of_text("teacher", width=32, trainer__max_steps=30))
         (record,) = Path("teacher").glob("**/run.json")

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from distillation import write_texts
 from lightning.pytorch import Callback
 from transfer_runs import bert, make
 from transformers import (
@@ -124,11 +125,7 @@ def school(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         torch.set_num_threads(1)
-        Path("text").mkdir()
-        words = ["teachers", "students", "books", "letters", "numbers", "questions", "answers"]
-        for number in range(40):
-            text = " ".join(words[(number + i * (1 + number % 3)) % 7] for i in range(12 + number))
-            Path("text", f"{number}.txt").write_text(f"{number}. {text}.")
+        write_texts()
         teacher = fit("teacher", language(16), "--trainer.max_steps", 20)
         as_gpt2(teacher, "gpt2")
         fit("asked", distilling(language(8), str(teacher)))
