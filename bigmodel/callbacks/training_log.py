@@ -8,7 +8,6 @@ checkpointed activations cost a second time is not counted, nor what a teacher c
 
 from __future__ import annotations
 
-import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,10 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from bigmodel.callbacks.gradients import Gradients, find
+from bigmodel.machine import peak_flops
+from bigmodel.parallel.float8 import Float8
 from bigmodel.sampling import Loader, num_replicas, replica
-
-# Dense TFLOP/s with bf16 or fp16 inputs, from the makers' data sheets (without sparsity).
-_PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "A10": 125}
 
 
 class TrainingLog(Callback):
@@ -35,12 +33,12 @@ class TrainingLog(Callback):
     `train/loss` (mean over what was predicted, all processes), `train/lr`, `train/grad_norm` (when clipping); where a
     training step returns `parts`, sums by name beside its loss, likewise their means as `train/<name>`;
     `speed/samples_per_s` and, if the task counts, `speed/<counts>_per_s` (all processes); `speed/mfu` (0 to 1, per
-    device); `seen/samples`, `seen/<counts>`. Time in validation is left out. A task says what it counts by an attribute,
-    `counts = "tokens"`. Between these times nothing is read from the device.
+    device, where its peak is known); `seen/samples`, `seen/<counts>`. Time in validation is left out. A task says what it
+    counts by an attribute, `counts = "tokens"`. Between these times nothing is read from the device.
 
     Args:
-        mfu: count the FLOPs of the net that is trained, on the first micro-batch, and log `speed/mfu`. On a GPU the peak is
-            the maker's figure, on another device that of a large matrix product measured at the start.
+        mfu: count the FLOPs of the net that is trained, on the first micro-batch, and log `speed/mfu`: their rate over the
+            peak of the type in which products are computed (`bigmodel.machine.peak_flops`).
 
     Attributes:
         latest: the last row.
@@ -158,7 +156,10 @@ class TrainingLog(Callback):
 
     def mfu_of(self, micro_batches: int, seconds: float) -> float | None:
         """MFU (0 to 1) of one device that takes so many micro-batches in so many seconds; None where it is not known."""
-        return self._flops * micro_batches / seconds / self._peak if self._flops and self._peak else None
+        if not self._flops or not self._peak:
+            return None
+        mfu = self._flops * micro_batches / seconds / self._peak
+        return mfu if mfu <= 1 else None  # above, this is not the device's peak
 
     def seen(self, trainer: Trainer) -> dict[str, float]:
         """What the optimizer has consumed so far: samples, and what the task counts. Reads from the device."""
@@ -194,30 +195,14 @@ def samples_per_step(trainer: Trainer) -> int:
 
 
 def _compute_dtype(trainer: Trainer) -> torch.dtype:
+    """The type of the inputs of matrix products; with float8, of the blocks' products."""
+    float8 = find(trainer, Float8)
+    if float8 is not None and not float8.emulate:
+        return torch.float8_e4m3fn
     precision = str(trainer.precision)
     if precision.startswith("bf16"):
         return torch.bfloat16
     return torch.float16 if precision.startswith("16") else torch.float32
-
-
-@functools.cache
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The device's peak in FLOP/s for matrix products of this type; None for a GPU that is not in the table.
-
-    For a GPU from its maker's data sheet (float32 counts at half the tensor cores' 16-bit rate, as TF32). Elsewhere the
-    best of five products of 1024 x 1024 matrices, measured here, once in a process.
-    """
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        peak = next((tflops for known, tflops in _PEAK_TFLOPS.items() if known in name), None)
-        return None if peak is None else peak * 1e12 * (0.5 if dtype == torch.float32 else 1)
-    a = torch.ones(1024, 1024, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        float((a @ a)[0, 0])
-        best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best
 
 
 class _FlopCounter(TorchDispatchMode):

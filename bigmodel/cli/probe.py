@@ -23,6 +23,7 @@ from bigmodel.checkpoint import read, size_on_disk
 from bigmodel.cli.figures import amount, describe, different
 from bigmodel.optim import num_steps
 from bigmodel.parallel.tensors import local
+from bigmodel.precision import ChoosePrecision
 from bigmodel.sampling import num_replicas
 from bigmodel.tracking import MetricsCSV
 
@@ -120,6 +121,10 @@ class Probe(run.RunDirectory):
     @staticmethod
     def _say_what_runs(trainer: Trainer, pl_module: LightningModule) -> None:
         """The findings say it."""
+
+    def _say_precision(self, trainer: Trainer, chooser: ChoosePrecision) -> None:
+        line = chooser.describe(trainer) or trainer.precision
+        self.findings.ok("precision", line.removeprefix("precision").strip())
 
     # Training.
 

@@ -25,6 +25,7 @@ from bigmodel.callbacks.gradients import find
 from bigmodel.checkpoint import read
 from bigmodel.cli import verbs
 from bigmodel.cli.settings import Settings
+from bigmodel.precision import ChoosePrecision
 from bigmodel.sampling import Loader, eval_loader
 from bigmodel.tracking import MetricsCSV
 
@@ -83,6 +84,9 @@ class _Quiet(run.RunDirectory):
     @staticmethod
     def _say_what_runs(trainer: Trainer, pl_module: LightningModule) -> None:
         """The findings say it."""
+
+    def _say_precision(self, trainer: Trainer, chooser: ChoosePrecision) -> None:
+        """It is set, to compare."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Too short for what makes a long run faster."""

@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -35,6 +36,7 @@ from bigmodel.cli import settings as layers
 from bigmodel.cli.class_help import print_class_help
 from bigmodel.cli.profiling import make_profiler
 from bigmodel.parallel import ShardedStrategy
+from bigmodel.precision import ChoosePrecision, Undecided
 from bigmodel.tracking import WandB
 
 # Lightning has a setting such as hf://owner/name fetched, to see whether it is a file of settings.
@@ -76,8 +78,10 @@ _HELP_KEYS = """
   --runs_dir DIR             where runs are (default: runs)
   --seed_everything N        seed of weights, dropout and other draws (default: 0)
   --model ..., --data ...    the task and its data: class_path and init_args
-  --trainer.KEY VALUE        Lightning's trainer: max_steps, precision, devices, strategy, val_check_interval (in optimizer
-                             steps when it is an integer), profiler (pytorch: a trace of three micro-batches), ...
+  --trainer.KEY VALUE        Lightning's trainer: max_steps, devices, strategy, val_check_interval (in optimizer steps
+                             when it is an integer), profiler (pytorch: a trace of three micro-batches), ...
+  --trainer.precision WORD   auto (default: bf16-mixed where this device computes the net faster in it, else 32-true),
+                             bf16-mixed, 32-true, 16-mixed, ...; what auto chose stands in the run's config.yaml
   --callbacks.NAME.KEY VALUE times, log, progress, ema, swa, compile, activation_checkpointing, anomalies, watchdog, best,
                              last, and your own; `--callbacks.NAME null` switches one off
   --wandb.KEY VALUE          mode (auto, online, offline, disabled), project, entity, tags, log_checkpoint
@@ -95,6 +99,11 @@ class _CLI(LightningCLI):
 
     def __init__(self, config: layers.Settings, extra_callbacks: list[Callback]) -> None:
         self.extra_callbacks = extra_callbacks
+        # Lightning's type for a precision does not have `auto`.
+        trainer = dict(config.get("trainer") or {})
+        self.auto_precision = trainer.get("precision") == "auto"
+        if self.auto_precision:
+            config = {**config, "trainer": {**trainer, "precision": None}}
         super().__init__(
             args=config,
             run=False,
@@ -120,6 +129,8 @@ class _CLI(LightningCLI):
         """The configuration as plain values, every default filled in."""
         config: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         config.pop("config", None)
+        if self.auto_precision:
+            config["trainer"]["precision"] = "auto"
         return config
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -127,6 +138,7 @@ class _CLI(LightningCLI):
         # Gradients are scaled first, and what records a step comes before what saves it.
         always: list[Callback] = [
             Gradients(),
+            ChoosePrecision(),
             Resume(int(self.config.seed_everything), self.config.allow_changed_data, self.config.allow_changed_batch),
             *self.extra_callbacks,
             DiskSpace(),
@@ -142,6 +154,8 @@ class _CLI(LightningCLI):
             options["plugins"] = [*(options.get("plugins") or []), AtomicCheckpointIO()]
         if not any(isinstance(callback, ProgressBar) for callback in named):
             options["enable_progress_bar"] = False
+        if self.auto_precision and not any(isinstance(plugin, Precision) for plugin in options.get("plugins") or []):
+            options["plugins"] = [*(options.get("plugins") or []), Undecided()]
         launch.check_strategy(options.get("strategy"))
         try:
             return Trainer(**options)

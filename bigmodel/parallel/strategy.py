@@ -46,6 +46,7 @@ from bigmodel.checkpoint import AtomicCheckpointIO, Sharded, place
 from bigmodel.parallel.blocks import find_blocks
 from bigmodel.parallel.deferred import Initialization, deferred
 from bigmodel.parallel.tensor_parallel import tensor_parallel
+from bigmodel.precision import decide
 
 _Result = TypeVar("_Result")
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -153,6 +154,7 @@ class ShardedStrategy(ModelParallelStrategy):
         assert module is not None
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
+        decide(trainer)  # by it parameters are gathered
         if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):  # a task may shard by itself
             self._share_out(module)
         if self._initial is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib.metadata
 import json
@@ -26,6 +27,7 @@ from bigmodel.callbacks import GoBack, Resume, Stopped, Times
 from bigmodel.callbacks.gradients import find as find_callback
 from bigmodel.checkpoint import checkpoint_step, clear_hidden, find_checkpoint, read
 from bigmodel.optim import num_steps
+from bigmodel.precision import ChoosePrecision
 from bigmodel.run.places import new_directory
 from bigmodel.tracking import MetricsCSV, WandB, WandBRun
 
@@ -108,6 +110,9 @@ class RunDirectory(Callback):
                 " --trainer.max_steps or --trainer.max_epochs to go on"
             )
         self.started = True
+        chooser = find_callback(trainer, ChoosePrecision)
+        if chooser is not None and chooser.choice is not None:
+            self.config["trainer"]["precision"] = chooser.choice.precision
         if trainer.is_global_zero:
             self.directory = self._open()
             if file := os.environ.get("BIGMODEL_RUN_FILE"):
@@ -118,6 +123,8 @@ class RunDirectory(Callback):
         if trainer.is_global_zero:
             self._start_loggers(trainer, self.directory)
             self._say_what_runs(trainer, pl_module)
+            if chooser is not None:
+                self._say_precision(trainer, chooser)
 
     def _open(self) -> Path:
         """The directory, with configuration and record in it.
@@ -257,6 +264,14 @@ class RunDirectory(Callback):
         tell = getattr(pl_module, "say_what_trains", None)  # where a task has more to say than how large its net is
         if tell is not None:
             tell()
+
+    def _say_precision(self, trainer: Trainer, chooser: ChoosePrecision) -> None:
+        """Print the line on the precision, and record that it was chosen, and why."""
+        if chooser.choice is not None:
+            self._write_record(self.record, precision=dataclasses.asdict(chooser.choice))
+        chosen = self.record.get("precision", {}).get("precision")
+        if (line := chooser.describe(trainer, chosen_before=chosen == trainer.precision)) is not None:
+            print(line, flush=True)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         for logger in trainer.loggers:

@@ -16,6 +16,7 @@ from bigmodel import run
 from bigmodel.cache import say
 from bigmodel.nn.loss import IGNORE_INDEX
 from bigmodel.outputs import Outputs
+from bigmodel.precision import decide
 from bigmodel.sampling import in_order
 from bigmodel.tasks.distillation import cache as kept_logits
 from bigmodel.tasks.distillation import losses
@@ -166,6 +167,7 @@ class Lessons:
 
     def _find_stores(self, trainer: Trainer) -> None:
         assert self.cache is not None
+        decide(trainer)  # on it the cache depends
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if getattr(data, "mix", None) is not None:
             raise ValueError(
