@@ -85,7 +85,7 @@ def kept(name: str, measure: Callable[[], float], better: Callable[[float, float
     machine = cpu()
     path = cache_folder("machine") / f"{digest(machine)}.json"
     figures: dict[str, float] = {}
-    with suppress(OSError, ValueError, AttributeError):
+    with suppress(OSError, ValueError, TypeError, AttributeError):
         found = json.loads(path.read_text())["figures"]
         figures = {key: float(value) for key, value in found.items() if math.isfinite(value) and value > 0}
     known = figures.get(name)

@@ -35,12 +35,14 @@ class Choice:
     Attributes:
         precision: `bf16-mixed` or `32-true`.
         reason: a clause for a printed line, such as "on this CPU, bf16 has 1.8 times the speed of float32 ...".
-        speed: of bf16 over float32 on a CPU; None on other devices.
+        speed: of bf16 over float32, where it was measured.
+        emulated: whether the device has no instructions for bf16.
     """
 
     precision: str
     reason: str
     speed: float | None = None
+    emulated: bool = False
 
 
 def choose(device: torch.device, net: nn.Module | None = None) -> Choice:
@@ -54,7 +56,7 @@ def choose(device: torch.device, net: nn.Module | None = None) -> Choice:
         name = torch.cuda.get_device_name(device)
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Choice("bf16-mixed", f"{name} has bf16 instructions")
-        return Choice("32-true", f"{name} has no bf16 instructions")
+        return Choice("32-true", f"{name} has no bf16 instructions", emulated=True)
     if device.type != "cpu":
         return Choice("32-true", f"bf16 was not tried on a device of type {device.type}")
     shapes = product_shapes(net) if net is not None else Counter([_DEFAULT])
@@ -63,9 +65,8 @@ def choose(device: torch.device, net: nn.Module | None = None) -> Choice:
     speed = _speed(shapes)
     products = "this net's products" if net is not None else f"products of {_DEFAULT[0]} x {_DEFAULT[1]}"
     if speed < _EMULATED:
-        return Choice(
-            "32-true", f"on this CPU, bf16 takes {1 / speed:.0f} times as long as float32 for {products}", speed
-        )
+        factor = f"{1 / speed:.0f} times as long"
+        return Choice("32-true", f"on this CPU, bf16 takes {factor} as float32 for {products}", speed, emulated=True)
     precision = "bf16-mixed" if speed >= _FASTER else "32-true"
     return Choice(precision, f"on this CPU, bf16 has {speed:.1f} times the speed of float32 for {products}", speed)
 
@@ -141,14 +142,15 @@ class ChoosePrecision(Callback):
         trainer.strategy.precision_plugin = MixedPrecision("bf16-mixed", device.type) if bf16 else Precision()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" and trainer.is_global_zero and (line := self.describe(trainer)) is not None:
+        if stage != "fit" and trainer.is_global_zero and (line := self.describe(trainer, None)) is not None:
             print(line, flush=True)
 
-    def describe(self, trainer: Trainer, chosen_before: bool = False) -> str | None:
-        """The line that says what was chosen, or is worth knowing of what was set; None where there is nothing to say.
+    def describe(self, trainer: Trainer, net: nn.Module | None, chosen_before: bool = False) -> str | None:
+        """The line that says what was chosen, or what this device makes of what was set; None where there is nothing to say.
 
         Args:
-            trainer: with its net, if that is made.
+            trainer: whose precision it is.
+            net: that is trained; None if it is not made yet.
             chosen_before: this run chose the precision, maybe on another machine, before it was resumed.
         """
         precision = trainer.precision
@@ -156,13 +158,12 @@ class ChoosePrecision(Callback):
             return f"precision  {precision}: {self.choice.reason}"
         if isinstance(trainer.precision_plugin, Undecided) or not (chosen_before or precision.startswith("bf16")):
             return None
-        here = choose(trainer.strategy.root_device, trainer.lightning_module)
+        here = choose(trainer.strategy.root_device, net)
         if chosen_before and here.precision != precision:
             return (
                 f"precision  {precision}, as when this run began; this machine would choose {here.precision}:"
                 f" {here.reason} (--trainer.precision auto chooses anew)"
             )
-        slow = here.precision == "32-true" and (here.speed is None or here.speed < _EMULATED)
-        if slow and precision.startswith("bf16"):
+        if here.emulated and precision.startswith("bf16"):
             return f"precision  {precision}, as set, but {here.reason}; --trainer.precision 32-true is faster"
         return None

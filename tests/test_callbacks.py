@@ -229,6 +229,19 @@ def test_flops_are_counted_and_tokens_seen(attention):
     assert log.latest["speed/mfu"] == pytest.approx(speed * expected / (4 * context) / log._peak, rel=1e-6)
 
 
+@pytest.mark.parametrize(("peak", "reported"), [(1e18, True), (1.0, False), (None, False)])
+def test_utilisation_is_reported_below_a_known_peak(monkeypatch, peak, reported):
+    monkeypatch.setattr("bigmodel.callbacks.training_log.peak_flops", lambda device, dtype: peak)
+    log = TrainingLog()
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_steps=4,
+        enable_checkpointing=False, callbacks=[Gradients(), Resume(), log], log_every_n_steps=2, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(LanguageModeling(functools.partial(GPT, width=64, depth=2, num_heads=2)), RandomText())
+    assert log.latest["speed/samples_per_s"] > 0
+    assert ("speed/mfu" in log.latest) == reported
+
+
 def test_counting_flops_changes_no_bit():
     net = functools.partial(GPT, width=64, depth=2, num_heads=2, norm="rms", activation="swiglu", positions="rotary")
     trained = []

@@ -122,8 +122,9 @@ class Probe(run.RunDirectory):
     def _say_what_runs(trainer: Trainer, pl_module: LightningModule) -> None:
         """The findings say it."""
 
-    def _say_precision(self, trainer: Trainer, chooser: ChoosePrecision) -> None:
-        line = chooser.describe(trainer) or trainer.precision
+    def _say_precision(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        chooser = find(trainer, ChoosePrecision)
+        line = (chooser and chooser.describe(trainer, pl_module)) or trainer.precision
         self.findings.ok("precision", line.removeprefix("precision").strip())
 
     # Training.

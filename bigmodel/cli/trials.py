@@ -25,7 +25,6 @@ from bigmodel.callbacks.gradients import find
 from bigmodel.checkpoint import read
 from bigmodel.cli import verbs
 from bigmodel.cli.settings import Settings
-from bigmodel.precision import ChoosePrecision
 from bigmodel.sampling import Loader, eval_loader
 from bigmodel.tracking import MetricsCSV
 
@@ -85,7 +84,7 @@ class _Quiet(run.RunDirectory):
     def _say_what_runs(trainer: Trainer, pl_module: LightningModule) -> None:
         """The findings say it."""
 
-    def _say_precision(self, trainer: Trainer, chooser: ChoosePrecision) -> None:
+    def _say_precision(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """It is set, to compare."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

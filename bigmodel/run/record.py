@@ -110,9 +110,9 @@ class RunDirectory(Callback):
                 " --trainer.max_steps or --trainer.max_epochs to go on"
             )
         self.started = True
-        chooser = find_callback(trainer, ChoosePrecision)
-        if chooser is not None and chooser.choice is not None:
-            self.config["trainer"]["precision"] = chooser.choice.precision
+        chosen = find_callback(trainer, ChoosePrecision)
+        if chosen is not None and chosen.choice is not None:
+            self.config["trainer"]["precision"] = chosen.choice.precision
         if trainer.is_global_zero:
             self.directory = self._open()
             if file := os.environ.get("BIGMODEL_RUN_FILE"):
@@ -123,8 +123,7 @@ class RunDirectory(Callback):
         if trainer.is_global_zero:
             self._start_loggers(trainer, self.directory)
             self._say_what_runs(trainer, pl_module)
-            if chooser is not None:
-                self._say_precision(trainer, chooser)
+            self._say_precision(trainer, pl_module)
 
     def _open(self) -> Path:
         """The directory, with configuration and record in it.
@@ -265,12 +264,15 @@ class RunDirectory(Callback):
         if tell is not None:
             tell()
 
-    def _say_precision(self, trainer: Trainer, chooser: ChoosePrecision) -> None:
+    def _say_precision(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the line on the precision, and record that it was chosen, and why."""
+        chooser = find_callback(trainer, ChoosePrecision)
+        if chooser is None:
+            return
         if chooser.choice is not None:
             self._write_record(self.record, precision=dataclasses.asdict(chooser.choice))
-        chosen = self.record.get("precision", {}).get("precision")
-        if (line := chooser.describe(trainer, chosen_before=chosen == trainer.precision)) is not None:
+        chosen_before = self.record.get("precision", {}).get("precision") == trainer.precision
+        if (line := chooser.describe(trainer, pl_module, chosen_before)) is not None:
             print(line, flush=True)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
