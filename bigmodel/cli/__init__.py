@@ -80,7 +80,7 @@ class ClearError(ValueError):
     """An error of which the message says all that is needed to mend it."""
 
 
-def _with_clear_errors(function: Callable[..., None], *args: Any) -> None:
+def _with_clear_errors(function: Callable[..., object], *args: Any) -> None:
     """Say what a person can mend in a line, without a traceback; let everything else through as it is.
 
     A ValueError, OSError or FloatingPointError is of the first kind when bigmodel itself raised it, for then it was written

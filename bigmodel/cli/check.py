@@ -42,8 +42,11 @@ It leaves no run directory and no run in W&B behind. Data that it prepared stay 
 _VALIDATION_BATCHES = 4
 
 
-def run_check(argv: list[str]) -> None:
+def run_check(argv: list[str]) -> Probe | None:
     """Check what `bigmodel fit` would run with these words.
+
+    Returns:
+        What was measured; None if only help was asked for.
 
     Raises:
         ValueError: for whatever `fit` would refuse.
@@ -52,14 +55,14 @@ def run_check(argv: list[str]) -> None:
     positional, files, flags = layers.parse_flags(argv)
     if "help" in dict(flags) or "-h" in argv:
         print(_HELP, end="")
-        return
+        return None
     if positional:
         raise ValueError(f"unexpected argument {positional[-1]!r} (a YAML file is given with -c)")
     if not files and not any(key.endswith(".help") for key, _ in flags):
         raise ValueError("nothing to check: give an experiment with -c FILE.yaml")
     merged = verbs.merge_settings(files, flags)
     if print_class_help(flags, merged):
-        return
+        return None
     verbs.quiet_lightning()
     probe = Probe(merged)
     cli = verbs.parse(merged, [probe])
@@ -82,6 +85,7 @@ def run_check(argv: list[str]) -> None:
             _conclude(cli.trainer, probe, shutil.disk_usage(folder).free, runs_dir)
     if findings.failed:
         sys.exit(1)
+    return probe
 
 
 def _temporary_folder(runs_dir: Path) -> tempfile.TemporaryDirectory[str]:
@@ -131,7 +135,8 @@ def _conclude(trainer: Any, probe: Probe, free: int, runs_dir: Path) -> None:
         lengths = [len(loader) for loader in _loaders(trainer.val_dataloaders)]
         limit = probe.limit_val
         num_batches = sum(min(n, limit) if isinstance(limit, int) else int(n * limit) for n in lengths)
-        seconds += validations * num_batches * probe.batch_seconds
+        probe.validation_seconds = num_batches * probe.batch_seconds
+        seconds += validations * probe.validation_seconds
         included.append(f"{validations:,} validation(s) of {num_batches:,} batch(es)")
     saves = [num_saves(callback, steps, seconds, validations) for callback in probe.checkpoints]
     seconds += sum(saves) * probe.save_seconds

@@ -59,6 +59,7 @@ class Probe(run.RunDirectory):
     Attributes:
         stage: what is being done, for the line that says where it failed.
         step_seconds, batch_seconds, save_seconds: of an optimizer step, a validation batch and a checkpoint; None: unknown.
+        validation_seconds: of a whole validation, as configured; 0 without one.
         size: of a checkpoint, in bytes.
     """
 
@@ -69,6 +70,7 @@ class Probe(run.RunDirectory):
         self.step_seconds: float | None = None
         self.batch_seconds: float | None = None
         self.save_seconds, self.size = 0.0, 0
+        self.validation_seconds = 0.0
         self.written: dict[str, Any] = {}
         self.limit_val: int | float = 1.0  # as configured
         self.validated = 0  # batches
