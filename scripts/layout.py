@@ -136,9 +136,7 @@ class Layout(NamedTuple):
         """What to type."""
         hardware = "ddp" if self.is_ddp else "tensor_parallel" if self.tensor > 1 else "fsdp"
         words = [f"-c experiments/hardware/{hardware}.yaml"] if self.replicas * self.shards * self.tensor > 1 else []
-        if self.is_ddp:
-            words.append("--trainer.precision bf16-mixed")
-        elif self.replicas > 1:
+        if not self.is_ddp and self.replicas > 1:
             words.append(f"--trainer.strategy.num_replicas {self.replicas}")
         if self.tensor > 1:
             words.append(f"--trainer.strategy.tensor_parallel_size {self.tensor}")

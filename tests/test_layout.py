@@ -112,7 +112,7 @@ def test_published_marks(gpus, published):
 @pytest.mark.parametrize(
     ("spread", "words_of_it"),
     [
-        ((8, 1, 1, 4, 1, 0.0, False), "-c experiments/hardware/ddp.yaml --trainer.precision bf16-mixed"),
+        ((8, 1, 1, 4, 1, 0.0, False), "-c experiments/hardware/ddp.yaml"),
         (
             (2, 8, 1, 4, 2, 0.0, True),
             "hardware/fsdp.yaml --trainer.strategy.num_replicas 2 --trainer.strategy.reduce_each",

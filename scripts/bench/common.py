@@ -26,6 +26,9 @@ BIGMODEL = str(Path(sys.executable).with_name("bigmodel"))
 TEXT, TOKENS = BENCH / "text.txt", BENCH / "tokens.npy"
 VOCAB_SIZE = 65  # 64 characters and end-of-text, as large as that of the usual character-level Shakespeare
 NUM_CHARACTERS = 4_000_000
+# Of all ways alike; run.py sets it to what is faster on this machine.
+PRECISION = os.environ.get("BENCH_PRECISION", "bf16-mixed")
+BF16 = PRECISION == "bf16-mixed"
 
 
 class Size(NamedTuple):
@@ -138,7 +141,7 @@ def fit_gpt(size: str, steps: int, more: str = "") -> list[str]:
     """The command that trains gpt.yaml at a size, as a person would type it."""
     s = SIZES[size]
     flags = (
-        f"--experiment bench-{size} --trainer.max_steps {steps}"
+        f"--experiment bench-{size} --trainer.max_steps {steps} --trainer.precision {PRECISION}"
         f" --model.net.depth {s.depth} --model.net.num_heads {s.num_heads} --model.net.width {s.width}"
         f" --data.context_length {s.context_length} --data.batch_size {s.batch_size} {more}"
     )

@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from bench.common import BENCH, BIGMODEL, IMAGE_SIZES, run_in_terminal
+from bench.common import BENCH, BIGMODEL, IMAGE_SIZES, PRECISION, run_in_terminal
 
 TEACHER = BENCH / "distillation_teacher"
 OURS = "bigmodel.tasks.distillation"
@@ -47,6 +47,7 @@ def main() -> None:
     options = parser.parse_args()
     timer = f"--callbacks.timer bench.callbacks.Timer --callbacks.timer.warmup {options.warmup}"
     fit = f"fit {WAYS[options.way].format(teacher=teacher())} --trainer.max_steps {options.steps} {timer}"
+    fit += f" --trainer.precision {PRECISION}"
     sys.stdout.flush()
     os.execv(BIGMODEL, [BIGMODEL, *fit.split(), "--experiment", f"bench-distillation-{options.way}"])
 

@@ -1,4 +1,4 @@
-"""litgpt's model of the same sizes in a Fabric loop, bf16-mixed. Runs in an environment of its own, see run.py.
+"""litgpt's model of the same sizes in a Fabric loop. Runs in an environment of its own, see run.py.
 
 litgpt has rotary positions only; norm, MLP, biases and the order of the blocks' parts are set as in the other ways.
 """
@@ -12,7 +12,7 @@ from litgpt import GPT, Config
 from litgpt.utils import chunked_cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from bench.common import SIZES, TOKENS, VOCAB_SIZE, Clock, arguments
+from bench.common import PRECISION, SIZES, TOKENS, VOCAB_SIZE, Clock, arguments
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     )  # fmt: skip
     tokens, length = torch.from_numpy(np.load(TOKENS).astype(np.int64)), size.context_length + 1
     windows = TensorDataset(tokens[: len(tokens) // length * length].view(-1, length))
-    fabric = L.Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    fabric = L.Fabric(accelerator="cpu", devices=1, precision=PRECISION)
     model = GPT(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     model, optimizer = fabric.setup(model, optimizer)

@@ -14,14 +14,14 @@ from torch import distributed, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from bench.common import SIZES, TEXT, VOCAB_SIZE, Clock, arguments
+from bench.common import BF16, SIZES, TEXT, VOCAB_SIZE, Clock, arguments
 from bigmodel.nn import GPT
 from bigmodel.tasks.language_modeling import ByPosition, Characters, TextData
 
 
 def shard(net: GPT) -> nn.Module:
-    """Each block by itself, then the rest; gathered in bfloat16, reduced in float32."""
-    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    """Each block by itself, then the rest; gathered in the type that computes, reduced in float32."""
+    precision = MixedPrecisionPolicy(torch.bfloat16 if BF16 else torch.float32, torch.float32)
     for block in net.blocks:
         fully_shard(block, mp_policy=precision)
     return fully_shard(net, mp_policy=precision)
@@ -54,7 +54,7 @@ def main() -> None:
     clock = Clock(options.steps, options.warmup)
     mine = slice(rank * share, (rank + 1) * share)
     for step, batch in zip(range(options.steps), data.train_dataloader(), strict=False):
-        with contextlib.nullcontext() if options.sharded else torch.autocast("cpu", torch.bfloat16):
+        with contextlib.nullcontext() if options.sharded else torch.autocast("cpu", torch.bfloat16, enabled=BF16):
             logits = net(batch.tokens[mine])
         loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets[mine].flatten())
         loss.backward()

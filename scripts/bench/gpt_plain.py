@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from bench.common import SIZES, TEXT, VOCAB_SIZE, Clock, arguments, report
+from bench.common import BF16, SIZES, TEXT, VOCAB_SIZE, Clock, arguments, report
 from bigmodel.nn import GPT
 from bigmodel.tasks.language_modeling import ByPosition, Characters, TextData
 
@@ -32,7 +32,7 @@ def main() -> None:
 
     clock, losses = Clock(options.steps, options.warmup), []
     for step, batch in zip(range(options.steps), data.train_dataloader(), strict=False):
-        with torch.autocast("cpu", torch.bfloat16, enabled=not options.losses):
+        with torch.autocast("cpu", torch.bfloat16, enabled=BF16 and not options.losses):
             logits = net(batch.tokens)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())
         loss.backward()

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with a GPT-2 of the same sizes, no dropout, bfloat16, and all else at its defaults."""
+"""Hugging Face's Trainer with a GPT-2 of the same sizes, no dropout, and all else at its defaults."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from bench.common import SIZES, TOKENS, VOCAB_SIZE, Clock, arguments
+from bench.common import BF16, SIZES, TOKENS, VOCAB_SIZE, Clock, arguments
 from bench.trainer import train
 
 
@@ -34,7 +34,7 @@ def main() -> None:
         n_head=size.num_heads, embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     train(
-        GPT2LMHeadModel(config), Windows(size.context_length), clock, size.batch_size, bf16=True,
+        GPT2LMHeadModel(config), Windows(size.context_length), clock, size.batch_size, bf16=BF16,
         optim="adamw_torch_fused", learning_rate=1e-3, adam_beta2=0.95, weight_decay=0.1,
     )  # fmt: skip
     clock.report(size.tokens_per_step)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.common import IMAGE_SIZES, Clock, arguments, digits
+from bench.common import BF16, IMAGE_SIZES, Clock, arguments, digits
 from bigmodel.nn import ResNet
 
 
@@ -37,7 +37,7 @@ def main() -> None:
     clock = Clock(options.steps, options.warmup)
     for step, (pixels, targets) in zip(range(options.steps), batches(images, labels, size.batch_size), strict=False):
         inputs = (pixels.float() / 255 - mean) / std
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=BF16):
             logits = net(inputs)
         loss = F.cross_entropy(logits.float(), targets)
         loss.backward()

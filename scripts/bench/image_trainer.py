@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from bench.common import IMAGE_SIZES, Clock, ImageSize, arguments, digits
+from bench.common import BF16, IMAGE_SIZES, Clock, ImageSize, arguments, digits
 from bench.trainer import train
 from bigmodel.nn import ResNet
 
@@ -45,7 +45,7 @@ def main() -> None:
     options = arguments(__doc__)
     size, clock = IMAGE_SIZES[options.size], Clock(options.steps, options.warmup)
     train(
-        Classifier(size), Digits(size), clock, size.batch_size, bf16=True, save_strategy="no",
+        Classifier(size), Digits(size), clock, size.batch_size, bf16=BF16, save_strategy="no",
         optim="sgd", optim_args="momentum=0.9,nesterov=True,fused=True", learning_rate=0.05, weight_decay=5e-4,
     )  # fmt: skip
     clock.report(size.batch_size)

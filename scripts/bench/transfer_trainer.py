@@ -1,5 +1,4 @@
-"""Hugging Face's Trainer with the same encoder, head and texts, batches of like length, bfloat16, and all else at its
-defaults."""
+"""Hugging Face's Trainer with the same encoder, head and texts, batches of like length, and all else at its defaults."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding
 
-from bench.common import BENCH, Clock, arguments
+from bench.common import BENCH, BF16, Clock, arguments
 from bench.trainer import train
 from bigmodel.tasks.transfer_learning import LabelledTextData
 from bigmodel.tasks.transfer_learning.backbones.shipped import folder_of
@@ -64,7 +63,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder_of("{minilm}"))
     collator = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
     train(
-        Classifier(), Reviews(), clock, BATCH_SIZE, collator, bf16=True, save_strategy="no",
+        Classifier(), Reviews(), clock, BATCH_SIZE, collator, bf16=BF16, save_strategy="no",
         optim="adamw_torch_fused", learning_rate=1e-4, weight_decay=0.01, train_sampling_strategy="group_by_length",
     )  # fmt: skip
     clock.report(BATCH_SIZE)

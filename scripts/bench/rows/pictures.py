@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 
-from bench.common import BIGMODEL, IMAGE_SIZES
+from bench.common import BIGMODEL, IMAGE_SIZES, PRECISION
 from bench.rows.row import PYTHON, Bound, Row
 
 
@@ -33,6 +33,7 @@ def resnet(name: str, steps: int, warmup: int, limits: tuple[float, float]) -> R
     flags = ["--size", name, "--steps", str(steps), "--warmup", str(warmup)]
     fit = (
         f"fit -c scripts/bench/images.yaml --experiment bench-{name} --trainer.max_steps {steps}"
+        f" --trainer.precision {PRECISION}"
         f" --model.net.depth {s.depth} --model.net.widths {json.dumps(s.widths, separators=(',', ':'))}"
         f" --data.size {s.pixels} --data.channels {s.channels} --data.batch_size {s.batch_size}"
         f" --callbacks.timer bench.callbacks.Timer --callbacks.timer.warmup {warmup}"
@@ -40,7 +41,7 @@ def resnet(name: str, steps: int, warmup: int, limits: tuple[float, float]) -> R
     )
     return Row(
         name,
-        f"ResNet-{s.depth} of widths {s.widths}, {s.pixels}x{s.pixels}x{s.channels}, batch {s.batch_size}, bf16,"
+        f"ResNet-{s.depth} of widths {s.widths}, {s.pixels}x{s.pixels}x{s.channels}, batch {s.batch_size}, {PRECISION},"
         " channels_last: training, images/s",
         {
             "bigmodel fit": [BIGMODEL, *fit.split()],
@@ -61,7 +62,7 @@ def distillation(steps: int, warmup: int) -> Row:
     command, flags = [*PYTHON, "bench.distillation"], ["--steps", str(steps), "--warmup", str(warmup)]
     return Row(
         "distillation",
-        "A small ResNet taught by one four times as wide, 28x28, batch 64, bf16: ms per optimizer step",
+        f"A small ResNet taught by one four times as wide, 28x28, batch 64, {PRECISION}: ms per optimizer step",
         {name: [*command, way, *flags] for name, way in ways.items()},
         [
             Bound("teacher kept", "plain step", "at most", 1.05),

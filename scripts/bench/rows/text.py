@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from bench.common import BIGMODEL, SIZES, fit_gpt
+from bench.common import BIGMODEL, PRECISION, SIZES, fit_gpt
 from bench.others import LITGPT
 from bench.rows.row import ONE_THREAD, PYTHON, Bound, Row
 
@@ -63,7 +63,7 @@ def gpt(name: str, size: str, steps: int, warmup: int, limits: tuple[float, floa
     return Row(
         name,
         f"GPT of {s.depth} layers, {s.num_heads} heads, width {s.width}, context {s.context_length}, batch"
-        f" {s.batch_size}, bf16: training, tokens/s",
+        f" {s.batch_size}, {PRECISION}: training, tokens/s",
         {
             "bigmodel fit": fit_gpt(size, steps, f"{timer} --callbacks.timer.per_step {s.tokens_per_step}"),
             "plain loop": [*PYTHON, "bench.gpt_plain", *flags],
@@ -88,7 +88,7 @@ def parallel(name: str, hardware: str, plain_flags: list[str], steps: int, warmu
     return Row(
         name,
         f"GPT of {s.depth} layers, {s.num_heads} heads, width {s.width}, context {s.context_length}, batch"
-        f" {s.batch_size}, bf16, on two processes ({name.upper()}): training, tokens/s",
+        f" {s.batch_size}, {PRECISION}, on two processes ({name.upper()}): training, tokens/s",
         {
             "bigmodel fit": [
                 *ONE_THREAD,
@@ -119,6 +119,7 @@ def transfer(steps: int, warmup: int, probe_steps: int) -> Row:
     """Training speed of a pretrained encoder of texts; and of a head on it, its features computed before the first step."""
     fit = (
         "fit -c experiments/transfer_learning/minilm_text.yaml --runs_dir .bench/runs --data.cache_dir .bench/cache"
+        f" --trainer.precision {PRECISION}"
         " --data.max_length 64 --trainer.max_epochs null --trainer.limit_val_batches 0 --callbacks.best null"
         f" --callbacks.timer bench.callbacks.Timer --callbacks.timer.warmup {warmup} --callbacks.timer.per_step 32"
     )
@@ -126,7 +127,7 @@ def transfer(steps: int, warmup: int, probe_steps: int) -> Row:
     flags = ["--steps", str(steps), "--warmup", str(warmup)]
     return Row(
         "transfer",
-        "Fine-tuning MiniLM (22.6 M) on reviews of at most 64 tokens, batch 32, bf16: training, texts/s",
+        f"Fine-tuning MiniLM (22.6 M) on reviews of at most 64 tokens, batch 32, {PRECISION}: training, texts/s",
         {
             "bigmodel fit": [BIGMODEL, *fit.split(), "--trainer.max_steps", str(steps)],
             "HF Trainer": [*PYTHON, "bench.transfer_trainer", *flags],
