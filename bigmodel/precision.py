@@ -22,10 +22,22 @@ from torch import nn
 
 from bigmodel.machine import Shape, bf16_speed
 
+PRECISIONS = ("auto", "bf16-mixed", "32-true", "16-mixed", "bf16-true", "16-true", "64-true")
+_LIGHTNINGS_OTHERS = ("transformer-engine", "transformer-engine-float16", "bf16", "16", "32", "64", 16, 32, 64, None)
 _FASTER = 1.2  # times float32's speed: what bf16 must gain in products, for casts and all else gain nothing
 _EMULATED = 0.5  # times float32's speed: below, a device computes bf16 by other instructions
 _DEFAULT: Shape = (256, 256)  # of a weight, where there is no net yet
 _NUM_SHAPES = 4  # that are timed: those with most of the operations
+
+
+def check_precision(precision: Any) -> None:
+    """Refuse what neither `auto` nor Lightning knows.
+
+    Raises:
+        ValueError: for another word.
+    """
+    if precision not in (*PRECISIONS, *_LIGHTNINGS_OTHERS):
+        raise ValueError(f"--trainer.precision {precision}: choose one of {', '.join(PRECISIONS)}")
 
 
 @dataclass(frozen=True)

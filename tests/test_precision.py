@@ -129,7 +129,10 @@ def test_bf16_that_is_emulated_is_warned_of_with_the_factor(bm, tmp_path, speed)
 
 def test_auto_is_printed_as_such_and_other_words_are_refused(bm):
     assert yaml.safe_load(bm("fit", "--print_config"))["trainer"]["precision"] == "auto"
-    assert "--trainer.precision" in bm("fit", "--trainer.precision", "bf17", fails=True)
+    assert "--trainer.precision bf17: choose one of auto, bf16-mixed" in bm(
+        "fit", "--trainer.precision", "bf17", fails=True
+    )
+    assert yaml.safe_load(bm("fit", "--print_config", "--trainer.precision", "32"))["trainer"]["precision"] == 32
 
 
 # What was measured on a machine.

@@ -36,7 +36,7 @@ from bigmodel.cli import settings as layers
 from bigmodel.cli.class_help import print_class_help
 from bigmodel.cli.profiling import make_profiler
 from bigmodel.parallel import ShardedStrategy
-from bigmodel.precision import ChoosePrecision, Undecided
+from bigmodel.precision import ChoosePrecision, Undecided, check_precision
 from bigmodel.tracking import WandB
 
 # Lightning has a setting such as hf://owner/name fetched, to see whether it is a file of settings.
@@ -101,6 +101,7 @@ class _CLI(LightningCLI):
         self.extra_callbacks = extra_callbacks
         # Lightning's type for a precision does not have `auto`.
         trainer = dict(config.get("trainer") or {})
+        check_precision(trainer.get("precision"))
         self.auto_precision = trainer.get("precision") == "auto"
         if self.auto_precision:
             config = {**config, "trainer": {**trainer, "precision": None}}
