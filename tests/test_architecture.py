@@ -23,6 +23,7 @@ LOWER = [
     "workers",
     "launch",
     "course",
+    "devices",
     "protocols",
     "splits",
     "tables",
