@@ -24,9 +24,11 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 # Functions that compute in main memory, whatever the device is: file and name.
 IN_MAIN_MEMORY = {
     ("classification/metrics.py", "mean_area"), ("transfer_learning/metrics.py", "_measured"),
-    ("transfer_learning/metrics.py", "compute"), ("classification/report.py", "on_validation_batch_end"),
-    ("classification/report.py", "_largest"), ("classification/report.py", "_write"),
-    ("image_classification/geometry.py", "boxes"),
+    ("transfer_learning/metrics.py", "MultiLabelMetrics.compute"),
+    ("transfer_learning/metrics.py", "NumberMetrics.compute"),
+    ("classification/report.py", "Report.on_validation_batch_end"),
+    ("classification/report.py", "Report._largest"), ("classification/report.py", "Report._write"),
+    ("image_classification/geometry.py", "RandomResizedCrop.boxes"),
 }  # fmt: skip
 
 
@@ -49,7 +51,7 @@ def _in_main_memory() -> bool:
     frame = sys._getframe()
     while frame is not None:
         code = frame.f_code
-        if any(code.co_filename.endswith(file) and code.co_name == name for file, name in IN_MAIN_MEMORY):
+        if any(code.co_filename.endswith(file) and code.co_qualname == name for file, name in IN_MAIN_MEMORY):
             return True
         frame = frame.f_back
     return False
