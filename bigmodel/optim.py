@@ -13,8 +13,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -204,6 +207,45 @@ def _without(groups: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
     return [{key: value for key, value in group.items() if key not in keys} for group in groups]
 
 
+def _drop_missing_fused(built: Optimizer, optimizer: OptimizerFactory) -> None:
+    """Set `fused` to false where torch has no fused kernel of this optimizer for its parameters, and say so in a line.
+
+    Which ones there are (no SGD of sharded parameters, for example) depends on the version: each kind of parameter is tried.
+    """
+    kinds: dict[Any, Tensor] = {}  # of each the smallest
+    for group in built.param_groups:
+        for p in group["params"] if group.get("fused") else ():
+            kind = (p.device, p.dtype, (p.device_mesh, p.placements) if isinstance(p, DTensor) else None)
+            if p.device.type != "meta" and (kind not in kinds or p.numel() < kinds[kind].numel()):
+                kinds[kind] = p
+    missing = [p for p in kinds.values() if not _steps(optimizer, p)]
+    if not missing:
+        return
+    for group in (built.defaults, *built.param_groups):
+        group["fused"] = False
+    for attribute in ("_step_supports_amp_scaling", "_need_device_dtype_check_for_fused"):
+        if hasattr(built, attribute):
+            setattr(built, attribute, False)
+    p = missing[0]
+    kind_of = f"{'sharded ' if isinstance(p, DTensor) else ''}parameters in {str(p.dtype)[6:]} on {p.device.type}"
+    rank_zero_only(print)(
+        f"--model.optimizer.fused true: torch {torch.__version__} has no fused {type(built).__name__} for {kind_of}; the"
+        " ordinary one is used, which gives the same up to rounding",
+        flush=True,
+    )
+
+
+def _steps(optimizer: OptimizerFactory, parameter: Tensor) -> bool:
+    """Whether the optimizer takes a step on a parameter like this one."""
+    trial = torch.zeros_like(parameter.detach()).requires_grad_()
+    trial.grad = torch.zeros_like(trial)
+    try:
+        optimizer([trial]).step()
+    except RuntimeError:  # NotImplementedError is one
+        return False
+    return True
+
+
 def configure(
     module: LightningModule,
     optimizer: OptimizerFactory,
@@ -218,6 +260,7 @@ def configure(
     Args:
         module: the task; its trainable parameters are grouped by `parameter_groups`, unless `groups` are given.
         optimizer: makes the optimizer from parameter groups, for example `functools.partial(torch.optim.AdamW, lr=1e-3)`.
+            Where torch has no fused kernel of it, `fused` is set to false, and a line says so.
         schedule: the learning rate over the run's steps; None: constant.
         groups: parameter groups of the task's own, in place of `parameter_groups`; beside the optimizer's settings one may
             have `rate`, the factor by which its learning rate differs from the others'.
@@ -234,6 +277,7 @@ def configure(
             built = optimizer([p for group in chosen for p in group["params"]])
         else:
             built = optimizer(_without(chosen, "rate", "weight_decay"))
+    _drop_missing_fused(built, optimizer)
     if groups is not None:
         for group, given in zip(built.param_groups, chosen, strict=True):
             group["lr"] *= given.get("rate", 1.0)

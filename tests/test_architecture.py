@@ -24,6 +24,7 @@ LOWER = [
     "workers",
     "launch",
     "course",
+    "devices",
     "protocols",
     "splits",
     "tables",

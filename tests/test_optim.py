@@ -2,11 +2,14 @@
 
 import functools
 import math
+import sys
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from bigmodel import optim
 
@@ -116,3 +119,64 @@ def test_a_schedule_that_ends_needs_an_end():
         parameter.requires_grad = False
     with pytest.raises(ValueError, match="no trainable parameter"):
         optim.configure(module, torch.optim.AdamW)
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """Makes a parameter sharded over this one process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    return lambda values: nn.Parameter(distribute_tensor(values.clone(), mesh, [Shard(0)]))
+
+
+def stepped(parameters, optimizer):
+    """The parameters after three steps, and the optimizer of `configure`."""
+    module = LightningModule()
+    module.weight, module.bias = parameters
+    made = optim.configure(module, optimizer)["optimizer"]
+    for step in range(3):
+        for p in parameters:
+            grad = torch.linspace(-1, 1 + step, p.numel()).view(p.shape)
+            p.grad = distribute_tensor(grad, p.device_mesh, p.placements) if isinstance(p, DTensor) else grad
+        made.step()
+    return [p.full_tensor() if isinstance(p, DTensor) else p for p in parameters], made
+
+
+WEIGHTS = torch.linspace(-2, 2, 12).view(4, 3), torch.ones(3)
+SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1)
+ADAMW = functools.partial(torch.optim.AdamW, lr=0.1)
+
+
+@pytest.mark.parametrize(("make", "fused"), [(SGD, False), (ADAMW, True)], ids=["SGD", "AdamW"])
+def test_fused_is_kept_for_sharded_parameters_where_torch_has_it(make, fused, sharded, capsys):
+    values, made = stepped([sharded(w) for w in WEIGHTS], functools.partial(make, fused=True))
+    assert [bool(group["fused"]) for group in made.param_groups] == [fused] * 2
+    expected, _ = stepped([nn.Parameter(w.clone()) for w in WEIGHTS], make)
+    torch.testing.assert_close(values, expected)
+    said = capsys.readouterr().out
+    if fused:
+        assert not said
+    else:
+        assert said.count("\n") == 1
+        assert "fused true: torch" in said
+        assert "no fused SGD for sharded parameters in float32 on cpu; the ordinary one is used" in said
+
+
+@pytest.mark.parametrize("make", [SGD, ADAMW], ids=["SGD", "AdamW"])
+def test_fused_is_dropped_where_the_device_lacks_it(make, monkeypatch, capsys):
+    given = functools.partial(make, fused=True)
+    _, kept = stepped([nn.Parameter(w.clone()) for w in WEIGHTS], given)
+    assert all(group["fused"] for group in kept.param_groups)
+    assert not capsys.readouterr().out
+    inside = sys.modules["torch.optim.optimizer"]  # torch.optim hides it
+    monkeypatch.setattr(inside, "_get_fused_kernels_supported_devices", lambda: ["cuda"])
+    values, made = stepped([nn.Parameter(w.clone()) for w in WEIGHTS], given)
+    expected, plain = stepped([nn.Parameter(w.clone()) for w in WEIGHTS], make)
+    assert all(torch.equal(a, b) for a, b in zip(values, expected, strict=True))
+    assert f"no fused {type(made).__name__} for parameters in float32 on cpu" in capsys.readouterr().out
+    # A checkpoint of a fused optimizer is read, and its setting is not.
+    made.load_state_dict(kept.state_dict())
+    assert not any(group["fused"] for group in made.param_groups)
+    made.step()
+    assert not getattr(made, "_step_supports_amp_scaling", False)
+    assert made.defaults.keys() == plain.defaults.keys()

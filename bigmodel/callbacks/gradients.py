@@ -17,6 +17,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.optim import Optimizer
 
+from bigmodel.devices import accumulable
 from bigmodel.parallel.tensors import local, total_norm
 from bigmodel.sampling import num_replicas
 
@@ -87,9 +88,8 @@ class Gradients(Callback):
         self._count = self._loss = None
         replicas = num_replicas(trainer)
         if trainer.world_size > 1 and loss is not None:
-            sums = torch.stack(
-                [loss.double(), loss.new_zeros((), dtype=torch.double) if count is None else count.double()]
-            )
+            loss = accumulable(loss)
+            sums = torch.stack([loss, torch.zeros_like(loss) if count is None else count.to(loss.dtype)])
             torch.distributed.all_reduce(sums)  # the strategy's own waits at a barrier first, each time
             sums /= trainer.world_size // replicas  # processes that share a model have counted the same samples
             loss, count = sums[0], None if count is None else sums[1].long()

@@ -18,8 +18,14 @@ from torchmetrics.classification import MulticlassCalibrationError, MulticlassCo
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from bigmodel.devices import Accumulates, accumulable, accumulation_dtype
+
 _NUM_BINS = 15
 _BELOW_ONE = 1 - 2.0**-24  # torchmetrics gives a confidence of exactly 1 a sixteenth bin of its own
+
+
+class _Sum(Accumulates, SumMetric):
+    """A sum in the `accumulation_dtype` of its device."""
 
 
 class ClassMetrics(nn.Module):
@@ -45,7 +51,7 @@ class ClassMetrics(nn.Module):
         self.num_classes, self.full = k, full
         sums = ("count", "loss", "accuracy", "top5_accuracy") if k > 5 else ("count", "loss", "accuracy")
         self.sums: Any = nn.ModuleDict(
-            {name: SumMetric(nan_strategy="disable").set_dtype(torch.float64) for name in sums}
+            {name: _Sum(nan_strategy="disable").set_dtype(accumulation_dtype()) for name in sums}
         )
         if full:
             self.auroc = AUROC()
@@ -73,7 +79,7 @@ class ClassMetrics(nn.Module):
                 f"targets from {int(targets.min())} to {int(targets.max())} among {self.num_classes} classes (-1 is a"
                 " sample without a label: it cannot be evaluated)"
             )
-        log_p = logits.double().log_softmax(1)  # double: a confident net's scores would tie at 1
+        log_p = accumulable(logits).log_softmax(1)  # in float32 a confident net's scores would tie at 1
         predicted = logits.argmax(1)
         self.sums["count"].update(float(len(targets)))
         self.sums["loss"].update(-log_p.gather(1, targets[:, None]).sum())
@@ -141,7 +147,7 @@ def check_finite(loss: Tensor) -> None:
 
 def _by_class(confusion: Tensor) -> dict[str, Tensor]:
     """Precision, recall and F1, their means over the classes that are there or were predicted; 0 / 0 counts as 0."""
-    right = confusion.diagonal().double()
+    right = accumulable(confusion.diagonal())
     true, predicted = confusion.sum(1), confusion.sum(0)
     there = true + predicted > 0
     ratios = {"precision": right / predicted.clamp(min=1), "recall": right / true.clamp(min=1)}
@@ -183,11 +189,11 @@ class AUROC(AllSamples):
     """
 
     def compute(self) -> Tensor:
-        """A float64 number on the device."""
+        """A number on the device, in its `accumulation_dtype`."""
         scores, targets = super().compute()  # [N, K], [N] or [N, K]
         if targets.ndim == 1:
             targets = targets[:, None] == torch.arange(scores.shape[1])
-        return mean_area(scores, targets > 0).to(self.device)
+        return mean_area(scores, targets > 0).to(accumulation_dtype(self.device)).to(self.device)
 
 
 def mean_area(scores: Tensor, positive: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from bigmodel.classification.drawings import Mistake, draw_confusion, draw_mistakes
+from bigmodel.devices import accumulation_dtype
 from bigmodel.run import directory
 
 _FACTS = ("target", "predicted", "probability")
@@ -48,7 +49,8 @@ class Report(Callback):
         self.num_mistakes = num_mistakes
         self._widths: dict[str, int] = {}  # columns of _worst that each of _FACTS takes
         self._several = False  # labels
-        self._worst: Tensor | None = None  # [M, 2 + ...]: loss, index, _FACTS; float64 holds any index
+        # [M, 2 + ...]: loss, index, _FACTS. float64 holds any index; in main memory if the device has none.
+        self._worst: Tensor | None = None
         self._confusion: Tensor | None = None  # [K, K]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -74,9 +76,11 @@ class Report(Callback):
         self._widths = {name: fact.shape[1] for name, fact in facts.items()}
         self._several = outputs["target"].ndim == 2
         columns = [outputs["loss"][:, None], outputs["index"][:, None], *facts.values()]
+        if accumulation_dtype(columns[0].device) != torch.float64:
+            columns = [column.cpu() for column in columns]
         rows = torch.cat([column.double() for column in columns], dim=1)
         right = (facts["target"] == facts["predicted"]).all(1)
-        rows[:, 0].masked_fill_(right, -1)  # a loss is never negative: these stand behind
+        rows[:, 0].masked_fill_(right.to(rows.device), -1)  # a loss is never negative: these stand behind
         self._worst = self._largest(trainer, rows if self._worst is None else torch.cat([self._worst, rows]))
 
     def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:

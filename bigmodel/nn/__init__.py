@@ -10,6 +10,7 @@ from bigmodel.nn.factors import MatrixFactorization
 from bigmodel.nn.gru4rec import GRU4Rec
 from bigmodel.nn.hstu import HSTU
 from bigmodel.nn.loss import cross_entropy_sum
+from bigmodel.nn.memory_format import guard_convolutions, to_channels_last
 from bigmodel.nn.mlp import MLP
 from bigmodel.nn.resnet import ResNet
 from bigmodel.nn.sasrec import SASRec
@@ -36,4 +37,6 @@ __all__ = [
     "TwoTower",
     "ViT",
     "cross_entropy_sum",
+    "guard_convolutions",
+    "to_channels_last",
 ]

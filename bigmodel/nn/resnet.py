@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bigmodel.nn.arguments import check_choice, check_sizes
 from bigmodel.nn.drop_path import DropPath, linear_rates
+from bigmodel.nn.memory_format import guard_convolutions
 
 StemKind = Literal["auto", "imagenet", "cifar"]
 
@@ -146,6 +147,7 @@ class ResNet(nn.Module):
                 channels = block.out_channels
             self.stages.append(stage)
         self.head = nn.Linear(channels, num_classes)
+        guard_convolutions(self)  # shortcuts of few channels, in whatever format pictures come
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

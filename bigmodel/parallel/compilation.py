@@ -5,15 +5,20 @@ In blocks, because they are alike: one graph serves all, and compiling it takes 
 
 from __future__ import annotations
 
+import functools
+import os
+import shutil
+import sys
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 
 from bigmodel.parallel.blocks import after_configure_model, blocks_of
 
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+_FLAG = "--callbacks.compile"
 _MANY = 8  # recompilations that are told at once; then at each doubling
 
 
@@ -30,7 +35,7 @@ class Compile(Callback):
         fullgraph: refuse code that cannot be compiled as one graph, instead of running a part of it as it is.
 
     Raises:
-        ValueError: a net without blocks.
+        ValueError: a net without blocks; a device that torch cannot compile for, which is tried out before the first step.
     """
 
     def __init__(self, mode: Mode | None = None, dynamic: bool | None = None, fullgraph: bool = False) -> None:
@@ -45,7 +50,7 @@ class Compile(Callback):
         import torch._dynamo  # takes a second
 
         self._counters = torch._dynamo.utils.counters
-        blocks = [block for _, block in blocks_of(pl_module, "--callbacks.compile")]
+        blocks = [block for _, block in blocks_of(pl_module, _FLAG)]
         for block in blocks:
             if block._compiled_call_impl is None:
                 block.compile(mode=self.mode, dynamic=self.dynamic, fullgraph=self.fullgraph)
@@ -54,6 +59,9 @@ class Compile(Callback):
         # stochastic depth), it has its own graph, for training and for evaluation, or would run uncompiled.
         limit = max(torch._dynamo.config.recompile_limit, _MANY + 2 * len(blocks))
         torch._dynamo.config.recompile_limit = limit
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _check(trainer.strategy.root_device.type)
         torch._dynamo.utils.set_compilation_metrics_limit(1_000)
         torch._dynamo.utils.clear_compilation_metrics()
         self._graphs, self._told = self._num_graphs(), _MANY
@@ -81,6 +89,45 @@ class Compile(Callback):
         for block in self._compiled:
             block._compiled_call_impl = None
         self._compiled = []
+
+
+class _Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@functools.cache  # not of what is raised
+def _check(kind: str) -> None:
+    """Compile something small for a type of device.
+
+    Raises:
+        ValueError: if that fails: no compiler, no Triton, or a Python that torch cannot compile.
+    """
+    if kind == "cpu":  # a kernel of an earlier process would be found, but no new one made
+        _check_compiler()
+    net = _Doubled()
+    try:
+        net.compile()
+        net(torch.ones(64, device=kind))
+    except Exception as error:
+        cause = getattr(error, "inner_exception", error)  # of dynamo's BackendCompilerFailed
+        reason = " ".join(str(cause).split())[:300]
+        raise ValueError(
+            f"{_FLAG}: torch.compile fails for {kind} on this machine ({type(cause).__name__}: {reason}); set {_FLAG} null,"
+            " or install what is missing"
+        ) from error
+
+
+def _check_compiler() -> None:
+    from torch._inductor import config
+
+    given = config.cpp.cxx
+    names = [os.environ.get("CXX", "cl")] if sys.platform == "win32" else [given] if isinstance(given, str) else given
+    if not any(name and shutil.which(name) for name in names):
+        raise ValueError(
+            f"{_FLAG}: torch.compile needs a C++ compiler for a CPU, and there is no {' or '.join(filter(None, names))}: set"
+            f" {_FLAG} null, or install one, or name it in the variable CXX"
+        )
 
 
 def describe() -> str:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from bigmodel.callbacks import Gradients, TrainingLog
 from bigmodel.nn import CNN, GPT, MLP, ConvNeXt, ResNet, ViT
 from bigmodel.nn.loss import cross_entropy_sum
-from bigmodel.parallel import ActivationCheckpointing, Compile, find_blocks
+from bigmodel.parallel import ActivationCheckpointing, Compile, compilation, find_blocks
 
 SIZES = {"vocab_size": 32, "context_length": 16, "width": 16, "num_heads": 2}
 
@@ -249,3 +249,31 @@ def test_compiled_blocks_compute_the_same(monkeypatch, capsys):
     torch.testing.assert_close(pictures.losses, expected.losses)
     torch.testing.assert_close(pictures.state_dict(), expected.state_dict())  # batches are counted once here too
     assert "compiled " in capsys.readouterr().out
+
+
+@pytest.fixture
+def _nothing_tried():
+    compilation._check.cache_clear()
+    yield
+    compilation._check.cache_clear()
+
+
+@pytest.mark.usefixtures("_nothing_tried")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # as inductor is imported
+@pytest.mark.parametrize("cause", ["no compiler", "torch refuses"])
+def test_compiling_where_torch_cannot_is_refused_before_the_first_step(cause, monkeypatch):
+    message = r"torch\.compile needs a C\+\+ compiler.*there is no .*set --callbacks.compile null.*CXX"
+    if cause == "no compiler":
+        monkeypatch.setenv("PATH", "")
+    else:
+        message = r"torch\.compile fails for cpu .*Cannot find a working triton.*set --callbacks.compile null"
+
+        def fails(graph, inputs):
+            raise RuntimeError("Cannot find a working triton installation")
+
+        monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=fails))
+        monkeypatch.setattr(compilation, "_check_compiler", lambda: None)
+    task = Task(functools.partial(GPT, **SIZES, depth=2))
+    with pytest.raises(ValueError, match=f"(?s)^--callbacks.compile: {message}"):
+        fit(None, Compile(), task=task)
+    assert not task.losses

@@ -25,7 +25,7 @@ from bigmodel.callbacks import Gradients
 from bigmodel.callbacks.gradients import find
 from bigmodel.classification import ClassMetrics, Report
 from bigmodel.decode import decode
-from bigmodel.nn import ResNet
+from bigmodel.nn import ResNet, to_channels_last
 from bigmodel.run import set_sizes, sizes
 from bigmodel.tasks.image_classification.pictures import ImageBatch
 
@@ -86,7 +86,7 @@ class ImageClassification(LightningModule):
         known = sizes(self)
         kept = {"config": self.net_config} if self.net_config is not None else {}
         self.net = self.make_net(**known, **kept)  # type: ignore[call-arg]
-        self.net.to(memory_format=torch.channels_last)
+        to_channels_last(self.net)  # guarded: convolutions of few channels
         mean, std = self._statistics(known["in_channels"])
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)

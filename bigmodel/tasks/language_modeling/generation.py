@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from bigmodel.devices import accumulable
 from bigmodel.randomness import hashes
 
 Draw = Callable[[Tensor, int], Tensor]  # from probabilities [B, V], in the step of this number: ids [B]
@@ -159,8 +160,12 @@ def _by_seed(seed: int | None, device: torch.device) -> Draw:
 
 def draw_by_keys(keys: Tensor, probabilities: Tensor, step: int) -> Tensor:
     """Ids [B]: where the cumulative probabilities of each row [V] pass a number that its key and the step give."""
-    cumulative = probabilities.double().cumsum(-1)
-    uniform = (hashes(keys, step, 1) >> 12 & (1 << 52) - 1).double() * 2.0**-52  # [B, 1], in [0, 1)
+    cumulative = accumulable(probabilities).cumsum(-1)
+    # As many bits as follow the leading one: times the sum of all, the largest number stays below that sum.
+    bits = 52 if cumulative.dtype == torch.float64 else 23
+    uniform = (hashes(keys, step, 1) >> 64 - bits & (1 << bits) - 1).to(
+        cumulative.dtype
+    ) * 2.0**-bits  # [B, 1], in [0, 1)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(-1)  # [B, 1] -> [B]
 
 

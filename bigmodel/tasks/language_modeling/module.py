@@ -20,12 +20,17 @@ from torchmetrics import MeanMetric
 from bigmodel import optim
 from bigmodel.callbacks import Gradients
 from bigmodel.callbacks.gradients import find
+from bigmodel.devices import Accumulates, accumulable, accumulation_dtype
 from bigmodel.nn import GPT
 from bigmodel.nn.loss import IGNORE_INDEX, cross_entropy_sum
 from bigmodel.run import set_sizes, sizes
 from bigmodel.tasks.language_modeling.data import TextBatch
 from bigmodel.tasks.language_modeling.generation import generate
 from bigmodel.tasks.language_modeling.tokenizer import StreamDecoder, Tokenizer
+
+
+class _Mean(Accumulates, MeanMetric):
+    """A mean in the `accumulation_dtype` of its device."""
 
 
 class LanguageModeling(LightningModule):
@@ -54,7 +59,7 @@ class LanguageModeling(LightningModule):
         self.loss_chunk_size = loss_chunk_size
         self.net: Any = None
         self.tokenizer: Tokenizer | None = None
-        self.loss = MeanMetric().set_dtype(torch.float64)
+        self.loss = _Mean().set_dtype(accumulation_dtype())
 
     def configure_model(self) -> None:
         if self.net is None:
@@ -106,7 +111,7 @@ class LanguageModeling(LightningModule):
 
     def validation_step(self, batch: TextBatch) -> None:
         loss, count = cross_entropy_sum(self.logits, self.features(batch), self.targets(batch), self.loss_chunk_size)
-        self.loss.update(loss.double() / count.clamp(min=1), count)
+        self.loss.update(accumulable(loss) / count.clamp(min=1), count)
 
     def on_validation_epoch_end(self) -> None:
         self._log_loss("val")

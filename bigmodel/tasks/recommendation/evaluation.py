@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from bigmodel.devices import accumulable
 from bigmodel.tasks.recommendation.batches import EvalBatch
 from bigmodel.tasks.recommendation.metrics import RankingMetrics, RatingErrors
 from bigmodel.tasks.recommendation.negatives import evaluation_negatives
@@ -78,7 +79,7 @@ class Evaluation(nn.Module):
             self.sampled.update(sampled_rank(score_block, self.num_items, targets, drawn))
         if ratings is not None and batch.ratings is not None:
             rated = targets > 0
-            self.errors.update(ratings[rated].double(), batch.ratings[rated].double())
+            self.errors.update(accumulable(ratings[rated]), accumulable(batch.ratings[rated]))
 
     def compute(self, split: str) -> dict[str, Tensor]:
         """By name, `val/ndcg@10`; every process must call it."""

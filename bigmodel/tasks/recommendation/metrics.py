@@ -20,20 +20,20 @@ B users, K targets of a user, k length of a list, L lengths in all, I items (num
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, Metric, MetricCollection
 
+from bigmodel.devices import Accumulates, accumulable, accumulation_dtype
 from bigmodel.tasks.recommendation.negatives import check_counts
 
 _BY_CUTOFF = ("hr", "recall", "precision", "ndcg", "mrr")
 
 
-class RankingMetrics(Metric):
-    """Means over users, in float64 until they are reported.
+class RankingMetrics(Accumulates, Metric):
+    """Means over users, in the device's `accumulation_dtype` until they are reported.
 
     Args:
         cutoffs: lengths of the lists, k.
@@ -64,22 +64,19 @@ class RankingMetrics(Metric):
             )
         self.cutoffs, self.prefix = tuple(cutoffs), prefix
         self.longest = max(cutoffs)
-        discounts = 1 / torch.arange(2, self.longest + 2, dtype=torch.float64).log2()
+        dtype = accumulation_dtype()
+        discounts = 1 / torch.arange(2, self.longest + 2, dtype=dtype).log2()
         self.register_buffer("lengths", torch.tensor(self.cutoffs), persistent=False)
-        self.register_buffer("ideal", torch.cat([torch.zeros(1).double(), discounts.cumsum(0)]), persistent=False)
+        self.register_buffer("ideal", torch.cat([torch.zeros(1, dtype=dtype), discounts.cumsum(0)]), persistent=False)
         self.add_state("num_users", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("sums", torch.zeros(len(_BY_CUTOFF), len(cutoffs)).double(), dist_reduce_fx="sum")
-        self.add_state("reciprocal", torch.zeros(()).double(), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(len(_BY_CUTOFF), len(cutoffs), dtype=dtype), dist_reduce_fx="sum")
+        self.add_state("reciprocal", torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
         self.register_buffer("counts", None, persistent=False)
         if counts is not None:
             self.counts = check_counts(counts, len(counts) - 1)
             # The best place that each item had in any list; beyond all of them if it was in none.
             self.add_state("places", torch.full_like(self.counts, self.longest + 1), dist_reduce_fx="min")
             self.add_state("events", torch.zeros(2, len(cutoffs), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
-        """Go along to a device, but stay in float64 where the task around becomes bfloat16."""
-        return super()._apply(lambda x: x.to(fn(x).device), *args, **kwargs)
 
     @torch.no_grad()
     def update(self, ranks: Tensor, items: Tensor | None = None) -> None:
@@ -98,12 +95,12 @@ class RankingMetrics(Metric):
         counted = found.any(1)
         within = found[:, :, None] & (ranks[:, :, None] <= self.lengths)  # [B, K, L]
         num_targets = found.sum(1)[:, None]  # [B, 1]
-        hits = within.sum(1).double()  # [B, K, L] -> [B, L]
-        gains = (within / (ranks + 1).clamp(min=2).double().log2()[:, :, None]).sum(1)
+        hits = accumulable(within.sum(1))  # [B, K, L] -> [B, L]
+        gains = (within / accumulable((ranks + 1).clamp(min=2)).log2()[:, :, None]).sum(1)
         best = ranks.masked_fill(~found, torch.iinfo(ranks.dtype).max).amin(1) if ranks.shape[1] else ranks.sum(1)
-        reciprocal = torch.where(counted, 1 / best.double(), 0)  # [B]
+        reciprocal = torch.where(counted, 1 / accumulable(best), 0)  # [B]
         users = (
-            (hits > 0).double(),
+            accumulable(hits > 0),
             hits / num_targets.clamp(min=1),
             hits / self.lengths,
             gains / self.ideal[torch.minimum(num_targets, self.lengths).clamp(min=1)],
@@ -140,18 +137,14 @@ class RankingMetrics(Metric):
         for j, k in enumerate(self.cutoffs):
             values |= {f"{name}@{k}": means[i, j] for i, name in enumerate(_BY_CUTOFF)}
             if self.counts is not None:
-                values[f"coverage@{k}"] = (self.places[1:] <= k).double().mean()
-                values[f"popularity@{k}"] = self.events[0, j].double() / self.events[1, j].clamp(min=1)
+                values[f"coverage@{k}"] = accumulable(self.places[1:] <= k).mean()
+                values[f"popularity@{k}"] = accumulable(self.events[0, j]) / self.events[1, j].clamp(min=1)
         return {self.prefix + name: value.float() for name, value in values.items()}
 
 
-class RatingErrors(MetricCollection):
-    """`rmse` and `mae` of predicted ratings [n] against given ones [n], in float64."""
+class RatingErrors(Accumulates, MetricCollection):
+    """`rmse` and `mae` of predicted ratings [n] against given ones [n], in the device's `accumulation_dtype`."""
 
     def __init__(self) -> None:
         super().__init__({"rmse": MeanSquaredError(squared=False), "mae": MeanAbsoluteError()}, compute_groups=False)
-        self.set_dtype(torch.float64)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
-        """As of `RankingMetrics`."""
-        return super()._apply(lambda x: x.to(fn(x).device), *args, **kwargs)
+        self.set_dtype(accumulation_dtype())

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bigmodel.devices import accumulable
 from bigmodel.randomness import hashes, sample_keys, uniform
 from bigmodel.tasks.recommendation.ranking import top_k
 
@@ -74,7 +75,7 @@ class Negatives(nn.Module):
         if counts is not None:
             counts = check_counts(counts, num_items)[1:]
             self.total = int(counts.sum())
-            upper, log_shares = counts.cumsum(0), (counts.double() / self.total).log().float()
+            upper, log_shares = counts.cumsum(0), (accumulable(counts) / self.total).log().float()
         # Sums of the counts up to each item, and logarithms of the shares [I]; no weights, so not in checkpoints.
         self.upper: Tensor | None
         self.log_shares: Tensor

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bigmodel.classification import ClassMetrics
 from bigmodel.classification.metrics import AllSamples, check_finite, mean_area, mean_ranks
+from bigmodel.devices import accumulable
 
 Problem = Literal["class", "labels", "number"]
 
@@ -68,7 +69,7 @@ class SingleLabelMetrics(ClassMetrics):
 
     def compute(self) -> dict[str, Tensor]:
         values = super().compute()
-        confusion = self.confusion().double()
+        confusion = accumulable(self.confusion())
         true, predicted, total = confusion.sum(1), confusion.sum(0), confusion.sum()
         covariance = confusion.trace() * total - true @ predicted
         spread = (total**2 - true @ true) * (total**2 - predicted @ predicted)

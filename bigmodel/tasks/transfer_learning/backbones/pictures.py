@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bigmodel import hugging_face
 from bigmodel.cache import say
+from bigmodel.nn import guard_convolutions
 from bigmodel.tasks.transfer_learning.backbones.base import Backbone, probe_of
 from bigmodel.tasks.transfer_learning.backbones.files import FLAG, from_weights
 
@@ -46,6 +47,7 @@ class HuggingFaceImages(Backbone):
         super().__init__()
         settings = hugging_face.plain_settings(model.config)
         sizes = {name: data_sizes[name] for name in ("in_channels", "image_size")}
+        guard_convolutions(model)  # pictures come in channels_last
         self.model = model
         self.is_classifier = "ForImageClassification" in type(model).__name__
         for name, values in zip(("mean", "std"), normalization, strict=True):
