@@ -4,6 +4,8 @@ Source: oneDNN issue 6035 (the workspace of strided 1x1 convolutions is overrun 
 2.13, and as measured there. B batch, C channels, H and W pixels, K channels out.
 """
 
+from __future__ import annotations
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,13 +19,22 @@ class SubsampledConv2d(nn.Conv2d):
     Takes every s-th pixel, then convolves with stride 1, which computes what `nn.Conv2d` of the same arguments does.
     """
 
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d) -> SubsampledConv2d:
+        """A layer with the parameters of a 1x1 convolution, shared with it."""
+        down, right = conv.stride
+        with torch.device("meta"):  # no memory, no random draws
+            layer = cls(conv.in_channels, conv.out_channels, 1, (down, right), bias=conv.bias is not None)
+        layer.weight, layer.bias = conv.weight, conv.bias
+        return layer.train(conv.training)
+
     def forward(self, input: Tensor) -> Tensor:
         down, right = self.stride
         return F.conv2d(input[:, :, ::down, ::right], self.weight, self.bias)
 
 
 def guard_convolutions(net: nn.Module) -> None:
-    """Turn the net's convolutions that must not meet channels_last into `SubsampledConv2d`, in place.
+    """Replace the net's convolutions that must not meet channels_last by `SubsampledConv2d`, in place.
 
     On x86 processors the weights' gradient of a 1x1 convolution with a stride above 1, no padding, one group and fewer than
     16 input channels in channels_last overruns its workspace: wrong gradients, a hang, an abort or a segmentation fault. On
@@ -31,11 +42,12 @@ def guard_convolutions(net: nn.Module) -> None:
     pictures; never with 16 channels or more, stride 1, or a kernel larger than 1x1. The format of the input decides,
     whatever that of the weights, so a contiguous net is not safe from it. These convolutions are therefore computed in
     another way, in any format and on any device, so that results do not depend on the machine. All others stay as they are,
-    subclasses of `nn.Conv2d` too. Names and weights are kept. Calling it again changes nothing.
+    subclasses of `nn.Conv2d` too. Names and parameters are kept. Calling it again changes nothing.
     """
-    for module in net.modules():
-        if type(module) is nn.Conv2d and _is_broken(module):
-            module.__class__ = SubsampledConv2d
+    for parent in list(net.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Conv2d and _is_broken(child):
+                setattr(parent, name, SubsampledConv2d.from_conv(child))
 
 
 def _is_broken(conv: nn.Conv2d) -> bool:
