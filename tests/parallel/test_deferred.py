@@ -86,6 +86,7 @@ NETS = {
     "gpt_untied": lambda: GPT(50, 16, width=32, depth=2, num_heads=2, tied_head=False, norm="rms", bias=True),
     "vit": lambda: ViT(10, 3, 32, depth=2, width=48, positions="sincos", num_registers=2),
     "resnet": lambda: ResNet(10, 3, 32, depth=8),
+    "narrow resnet": lambda: ResNet(10, 3, 32, blocks=(1, 1), widths=(4, 8)),
     "convnext": lambda: ConvNeXt(10, 3, 32, depths=(1, 2), widths=(8, 16)),
     "vgg": lambda: VGG(10, 3, 32, depth=11),
     "sasrec": lambda: SASRec(20, 8, width=16),
