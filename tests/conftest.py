@@ -65,6 +65,21 @@ def table(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def digit_files(tmp_path_factory):
+    """A folder of 400 small PNG files in ten classes: unlike `{digits}`, they are checked once, not by each process."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    folder = tmp_path_factory.mktemp("digits") / "digits"
+    digits = load_digits()
+    for number, (picture, label) in enumerate(zip(digits.images[:400], digits.target, strict=False)):
+        path = folder / str(label) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((picture * 255 / 16).round().astype("uint8")).save(path)
+    return folder
+
+
 @pytest.fixture
 def bm(request, tmp_path, monkeypatch, table, capsys):
     """Type `bigmodel ...` in an empty folder; returns what it prints, both streams, or the message it fails with.

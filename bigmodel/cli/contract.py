@@ -196,7 +196,7 @@ class Contract:
     def _bf16(self) -> str:
         reference = self.reference or self._run
         trial = trials.Trial(dropout=self.reference is None)
-        settings = self._settings(comparable=self.reference is not None, precision="bf16-mixed")
+        settings = self._settings(comparable=self.reference is not None, precision="bf16-mixed", max_steps=1)
         there, here = reference.losses[0], trials.fit(settings, trial).losses[0]
         if self.draws and math.isfinite(here):
             return f"bf16-mixed trains; first loss {here:.5g}"

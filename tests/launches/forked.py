@@ -1,6 +1,7 @@
 """`python forked.py N SCRIPT WORDS`: a script in N processes at once, as `torchrun --standalone` runs it, at a third of the
 price: they are forked from one process, which has imported what each of them would import for seconds."""
 
+import gc
 import os
 import runpy
 import signal
@@ -47,4 +48,6 @@ if __name__ == "__main__":
         min_nodes=1, max_nodes=1, nproc_per_node=int(number), run_id="tests", rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=0, start_method="fork",
     )  # fmt: skip
+    gc.collect()  # here once, not in each process at the start of each run
+    gc.freeze()
     elastic_launch(config, work)(script, *words)
