@@ -6,8 +6,10 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -64,3 +66,13 @@ def test_a_fixture_may_not_hang_after_a_failure(tmp_path, options):
     status, printed = run(tmp_path, *options, "-o", "faulthandler_timeout=8")
     assert status == 1, printed
     assert re.search(r'File ".*test_it.py", line \d+ in slow', printed), "where it hung"
+
+
+def test_a_command_that_hangs_is_ended_with_what_it_has_started(monkeypatch):
+    monkeypatch.setattr(forked, "LIMIT", 3.0)
+    with pytest.raises(AssertionError, match=r"not ended within 3 s:\nchild \d+") as failure:
+        forked.call(["sh", "-c", "sleep 1000 & echo child $!; wait"])
+    child = re.search(r"child (\d+)$", str(failure.value), re.MULTILINE).group(1)
+    ask = ["ps", "-o", "stat=", "-p", child]
+    while subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()[:1] not in ("", "Z"):
+        time.sleep(0.01)  # it does not die at once
