@@ -11,7 +11,7 @@ help:  ## list the targets
 demo: .venv/core  ## train a small language model on Python's own source, compare it with gzip and xz, and let it write
 	$(BIN)/python scripts/demo.py
 
-test: .venv/test  ## lint, check types, run the tests, and try the package as installed
+test: .venv/test  ## lint, check types, run the tests (also as on a processor with AVX2 only), and try the package as installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

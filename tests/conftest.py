@@ -1,12 +1,15 @@
-"""Shared by all tests: one thread, so that sums come out bitwise alike; no tracking, unless a test asks for it."""
+"""Shared by all tests: one thread, so that sums come out bitwise alike; no tracking, unless a test asks for it; a cache
+of their own, which starts empty."""
 
 import os
 
 os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("BIGMODEL_RENDEZVOUS_SECONDS", "200")  # on a busy machine a process takes long to start
 
 import csv
 import gc
 import random
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,16 @@ import torch
 
 from bigmodel.cli import main
 
+pytest_plugins = ["suite"]
 OUTSIDER = Path(__file__).parent / "outsider" / "experiment.yaml"
+
+
+def pytest_configure(config):
+    """One cache for all processes of the suite, which inherit the variable."""
+    if not hasattr(config, "workerinput"):
+        cache = tempfile.TemporaryDirectory(prefix="bigmodel-cache-", ignore_cleanup_errors=True)
+        config.add_cleanup(cache.cleanup)
+        os.environ["BIGMODEL_CACHE"] = cache.name
 
 
 def pytest_collection_finish():
@@ -51,6 +63,21 @@ def table(tmp_path_factory):
             a, b = draw.random(), draw.random()
             writer.writerow([a, b, a * b])
     return path
+
+
+@pytest.fixture(scope="session")
+def digit_files(tmp_path_factory):
+    """A folder of 400 small PNG files in ten classes: unlike `{digits}`, they are checked once, not by each process."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    folder = tmp_path_factory.mktemp("digits") / "digits"
+    digits = load_digits()
+    for number, (picture, label) in enumerate(zip(digits.images[:400], digits.target, strict=False)):
+        path = folder / str(label) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((picture * 255 / 16).round().astype("uint8")).save(path)
+    return folder
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import transfer_runs
 from torch.utils.data import Dataset
 
 from bigmodel.cli import check_task, main, promises, verbs
@@ -59,20 +60,25 @@ def outsider(table, *flags):
 
 
 @pytest.fixture(scope="module")
-def found(table, tmp_path_factory):
+def found(table, digit_files, tmp_path_factory):
     """All findings: {name: {promise: finding}}. All tasks share one pair of processes."""
     folder = tmp_path_factory.mktemp("tasks")
     write_package("new_task", folder / "new_task")
     cache = [("data.cache_dir", str(folder / "cache"))]
+    transfer_runs.bert(folder / "bert")
+    small_net = [*cache, ("model.backbone", str(folder / "bert"))]
+    pictures = [*cache, ("data.path", str(digit_files))]
     experiments = resources.files("bigmodel") / "experiments"
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder / "new_task")
         new = str(folder / "new_task" / "new_task" / "experiment.yaml")
         plans = {
             "language_modeling": verbs.merge_settings([str(experiments / "language_modeling" / "check.yaml")], cache),
-            "image_classification": verbs.merge_settings([str(experiments / "image_classification/check.yaml")], cache),
+            "image_classification": verbs.merge_settings(
+                [str(experiments / "image_classification/check.yaml")], pictures
+            ),
             "recommendation": verbs.merge_settings([str(experiments / "recommendation/check.yaml")], cache),
-            "transfer_learning": verbs.merge_settings([str(experiments / "transfer_learning/check.yaml")], cache),
+            "transfer_learning": verbs.merge_settings([str(experiments / "transfer_learning/check.yaml")], small_net),
             "outsider": outsider(table, ("model.net.dropout", "0.2")),
             "new": verbs.merge_settings([new], [("data.packages", "[email, asyncio]")]),
             "batch norm": outsider(table, ("model.net", "broken_tasks.Normed")),

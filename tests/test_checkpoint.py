@@ -333,7 +333,7 @@ def test_of_two_processes_one_verifies_and_the_other_follows(bm, table, tmp_path
     shutil.copytree(run, two)
     for directory in (run, two):
         flip(directory / "checkpoints" / "last-10.ckpt")
-    result = forked.run(damaged_checkpoint.__file__, two, table, timeout=120)
+    result = forked.run(damaged_checkpoint.__file__, two, table)
     assert not (tmp_path / "verified.1").exists()
     assert set((tmp_path / "verified.0").read_text().split()) == {"last-10.ckpt", "last-9.ckpt"}
     assert result.stderr.count("last-9.ckpt is used instead; optimizer steps lost: 1") == 2, "once for each command"

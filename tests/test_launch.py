@@ -3,7 +3,6 @@
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from two_processes import experiment
@@ -27,7 +27,7 @@ def free_port():
         return one.getsockname()[1]
 
 
-def meet(facts, world_size, seconds=30.0):
+def meet(facts, world_size, seconds=200.0):
     """What each process of a meeting says: None for all is well."""
     port = free_port()
 
@@ -67,10 +67,10 @@ def test_who_has_what_is_said_by_the_first():
 
 def test_those_who_do_not_come_are_named():
     start = time.monotonic()
-    first, other = meet([ALIKE] * 2, 5, seconds=2.0)
-    assert time.monotonic() - start < 20
+    first, other = meet([ALIKE] * 2, 5, seconds=4.0)
+    assert time.monotonic() - start < 120, "not the half hour of PyTorch"
     assert first.startswith("3 of 5 processes did not come to 127.0.0.1:")
-    assert "within 2 s: missing ranks 2-4; here ranks 0-1 on" in first
+    assert "within 4 s: missing ranks 2-4; here ranks 0-1 on" in first
     assert "BIGMODEL_RENDEZVOUS_SECONDS" in first
     assert re.search("process 1 stops with the others|process 1 has lost the store", other)
 
@@ -80,7 +80,7 @@ def test_nobody_there(host, why):
     port, start = free_port(), time.monotonic()
     with pytest.raises(ValueError, match=rf"process 3 of 4 found nobody at {host}:{port} .* within 0.5 s: .*{why}"):
         launch.meet(host, port, 3, 4, ALIKE, seconds=0.5)
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 120
 
 
 def test_something_else_there():
@@ -174,10 +174,8 @@ def said(tmp_path_factory, table):
         (record,) = Path("other").glob("**/run.json")
         shutil.copytree(record.parent, "resumed")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run(
-        [*launcher, Path(__file__).parent / "launches" / "launch.py", table, folder / "resumed"],
-        cwd=folder, capture_output=True, text=True, check=False, timeout=200,
-    )  # fmt: skip
+    script = Path(__file__).parent / "launches" / "launch.py"
+    result = forked.call([*launcher, script, table, folder / "resumed"], cwd=folder)
     assert (folder / "done").exists(), result.stdout + result.stderr
     return {path.name: path.read_text() for path in folder.glob("*.[01]")} | {
         "printed": result.stdout,

@@ -1,8 +1,8 @@
 """Tasks and experiments of other packages are found without importing them, and a broken one never gets in the way."""
 
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -50,14 +50,13 @@ def plugged(tmp_path, monkeypatch):
 
 def test_help_and_list_answer_at_once_whatever_is_installed(plugged):
     for words in (["--help"], ["list"], ["new", "--help"], ["check-task", "--help"]):
-        times = []
-        for _ in range(3):  # the machine may be busy
-            start = time.perf_counter()
-            out = subprocess.check_output(
-                [sys.executable, "-c", HELP, *words], text=True, env={"PYTHONPATH": ":".join([str(plugged), *sys.path])}
-            )
-            times.append(time.perf_counter() - start)
-        assert min(times) < 1, words
+        before = os.times()
+        out = subprocess.check_output(
+            [sys.executable, "-c", HELP, *words], text=True, env={"PYTHONPATH": ":".join([str(plugged), *sys.path])}
+        )
+        after = os.times()  # of a processor: a busy machine lets it wait
+        spent = after.children_user - before.children_user + after.children_system - before.children_system
+        assert spent < 2, "importing Lightning takes 5 s and more"
         assert "good_5" in out or words != ["list"]
 
 

@@ -207,17 +207,16 @@ def test_two_processes_tell_which_of_them_the_other_waits_for(two):
     with open(run / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     ratios = {int(row["step"]): float(row["speed/slowest_over_median"] or 0) for row in rows if row["train/loss"]}
-    assert list(ratios) == [5, 10, 15, 20, 25, 30]
+    assert list(ratios) == [3, 6, 9]
     assert min(ratios.values()) > 1.5
     printed = (two / "printed").read_text()
     assert re.search(
-        rf"^step 10: process 1 on {platform.node()} takes [\d.]+ times as long .* as the median", printed, re.M
+        rf"^step 6: process 1 on {platform.node()} takes [\d.]+ times as long .* as the median", printed, re.M
     )
     assert printed.count("process 1 on") == 1, "told once, where it is so in two rows running"
     times = record(run)["sessions"][0]["times"]
-    steps, slept = 29, 0.04 * 2  # two micro-batches
-    assert times["communication"] == pytest.approx(steps * slept, rel=0.35), "the first process waits for the second"
-    assert times["forward"] + times["backward"] < 0.4 * times["communication"]
+    steps, slept = 8, 0.2 * 2  # two micro-batches; the first step is left out
+    assert times["communication"] > 0.5 * steps * slept, "the first process waits for the second"
 
 
 class Squares(torch.utils.data.Dataset):
@@ -240,7 +239,7 @@ def test_readers_go_on_until_the_training_process_ends_them():
 
     def end():
         os.kill(reader.pid, signal.SIGTERM)
-        time.sleep(10)  # which torch cuts short
+        time.sleep(100)  # which torch cuts short
 
     with pytest.raises(RuntimeError, match="killed by signal: Terminated"):  # asked again, it ends
         end()
@@ -262,7 +261,7 @@ def test_a_launcher_outside_sees_status_and_message(table, tmp_path):
             break
     os.killpg(process.pid, signal.SIGTERM)
     time.sleep(0.01)
-    rest, _ = process.communicate(timeout=60)
+    rest, _ = process.communicate(timeout=forked.LIMIT)
     assert process.returncode == 85, "".join(lines) + rest
     assert "goes on from there" in rest
     assert "Traceback" not in rest

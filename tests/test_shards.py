@@ -8,11 +8,11 @@ import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import shards
 import torch
@@ -45,7 +45,7 @@ def launched(tmp_path_factory, table):
         shutil.copytree(record.parent, folder / "run")
         shutil.copytree(record.parent, folder / "sharded")
         launch = [sys.executable, shards.__file__, str(folder / "sharded")]
-        result = subprocess.run(launch, capture_output=True, text=True, check=False, timeout=120)
+        result = forked.call(launch)
         assert result.returncode == 0, result.stdout + result.stderr
         yield folder
 

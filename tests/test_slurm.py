@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from stopping import experiment
 
@@ -33,10 +34,8 @@ def job(tmp_path):
 
     def run(words, restart=0):
         (tmp_path / "calls").unlink(missing_ok=True)
-        result = subprocess.run(
-            ["bash", SCRIPT, *words], env={**variables, "SLURM_RESTART_COUNT": str(restart)}, cwd=tmp_path,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=60,
-        )  # fmt: skip
+        environment = {**variables, "SLURM_RESTART_COUNT": str(restart)}
+        result = forked.call(["bash", SCRIPT, *words], env=environment, cwd=tmp_path, stderr=subprocess.STDOUT)
         calls = tmp_path / "calls"
         return result.stdout, result.returncode, calls.read_text() if calls.exists() else ""
 

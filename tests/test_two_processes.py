@@ -52,18 +52,18 @@ def same(a, b, **tolerance):
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory, table):
+def launched(tmp_path_factory, table, digit_files):
     """The straight run of one process, and what two processes did."""
     folder = tmp_path_factory.mktemp("two")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         torch.set_num_threads(1)
         main(["fit", *experiment(table, "one")])
-        main(["fit", *pictures("pictures-one")])
+        main(["fit", *pictures("pictures-one", digit_files)])
         stopped = folder / "stopped"
         shutil.copytree(only_run("one"), stopped)
         stop_at(stopped, 3)
-        (folder / "printed").write_text(forked.run(two_processes.__file__, table, stopped).stdout)
+        (folder / "printed").write_text(forked.run(two_processes.__file__, table, stopped, digit_files).stdout)
         yield folder
 
 

@@ -23,7 +23,9 @@ from bigmodel.cli.settings import Settings
 
 _LIMIT = 1e-3  # of `trials.distance`; rounding alone leaves 1e-6 to 1e-4
 _BF16 = 0.05  # of the loss
-_PATIENCE = 240.0  # seconds for what two processes do
+# How long to wait for one run on two processes: seconds, or so many times what one process took for all of its runs, since a
+# slow machine is no failure.
+_PATIENCE, _TIMES = 240.0, 10.0
 
 
 class Contract:
@@ -42,10 +44,12 @@ class Contract:
         self.straight: trials.Trial | None = None
         self.reference: trials.Trial | None = None  # without dropout, one process takes the whole batch
         self.whole: trials.Trial | None = None  # evaluated at once
+        self.spent = 0.0  # seconds of one process
         self.draws = self.normed = False  # what keeps runs from being compared
 
     def on_one_process(self) -> Iterator[Finding]:
         """All that one process finds out, as soon as it is known."""
+        start = time.monotonic()
         if (missing := promises.arguments(self.settings)) is not None:
             self._announce(None)
             yield Finding("FAIL", *missing)
@@ -72,6 +76,7 @@ class Contract:
         yield from self._try("Writes", lambda: promises.writes(run))
         yield from self._try("Rewrites", lambda: promises.rewrites(run))
         yield from self._try("Ranks", lambda: promises.ranks(run))
+        self.spent = time.monotonic() - start
 
     def on_two_processes(self) -> Iterator[Finding]:
         """What is found with two more; after `on_one_process`."""
@@ -196,11 +201,10 @@ class Contract:
     def _bf16(self) -> str:
         reference = self.reference or self._run
         trial = trials.Trial(dropout=self.reference is None)
-        settings = self._settings(comparable=self.reference is not None, precision="bf16-mixed")
-        if (
-            self.reference is not None
-        ):  # without a schedule one step is enough; some CPUs emulate bf16, and are slow at it
-            settings["trainer"]["max_steps"] = 1
+        comparable = self.reference is not None
+        # Some processors emulate bf16, slowly: one step, where no schedule wants more.
+        steps = 1 if comparable else trials.STEPS
+        settings = self._settings(comparable=comparable, precision="bf16-mixed", max_steps=steps)
         there, here = reference.losses[0], trials.fit(settings, trial).losses[0]
         if self.draws and math.isfinite(here):
             return f"bf16-mixed trains; first loss {here:.5g}"
@@ -244,7 +248,8 @@ class Contract:
 
     def _of_two(self, name: str) -> dict[str, Any]:
         """What they found."""
-        deadline = time.monotonic() + _PATIENCE
+        patience = max(_PATIENCE, _TIMES * self.spent)
+        deadline = time.monotonic() + patience
         path = self.folder / f"{name}.pt"
         while not path.exists():
             if (error := path.with_suffix(".error")).exists():
@@ -252,7 +257,7 @@ class Contract:
             if (self.folder.parent / "ended").exists() and not path.exists():
                 raise Failure(f"the processes ended without an answer: {(self.folder.parent / 'ended').read_text()}")
             if time.monotonic() > deadline:
-                raise Failure(f"no answer after {_PATIENCE:.0f} s: do both processes take part in every sum over them?")
+                raise Failure(f"no answer after {patience:.0f} s: do both processes take part in every sum over them?")
             time.sleep(0.05)
         found: dict[str, Any] = torch.load(path, weights_only=True)
         return found

@@ -1,6 +1,8 @@
 """`python forked.py N SCRIPT WORDS`: a script in N processes at once, as `torchrun --standalone` runs it, at a third of the
 price: they are forked from one process, which has imported what each of them would import for seconds."""
 
+import contextlib
+import gc
 import os
 import runpy
 import signal
@@ -8,13 +10,35 @@ import subprocess
 import sys
 import traceback
 
+LIMIT = 400.0  # seconds: far above what a launch needs beside other work, and below the time limit of a test
+GRACE = 45.0  # seconds in which a launcher ends its processes
 
-def run(script, *words, processes=2, cwd=None, timeout=300):
+
+def run(script, *words, processes=2, cwd=None):
     """Run a script in so many processes, of which none may fail; returns what they printed, as `subprocess.run` does."""
-    command = [sys.executable, __file__, str(processes), script, *words]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=timeout)
+    result = call([sys.executable, __file__, str(processes), script, *words], cwd=cwd)
     assert result.returncode == 0, result.stdout + result.stderr
     return result
+
+
+def call(command, *, stderr=subprocess.PIPE, **options):
+    """Run a command as `subprocess.run` does, its output captured; what hangs is ended, with all that it has started."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True, **options
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun's processes are in sessions of their own
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+            os.killpg(process.pid, signal.SIGKILL)
+            output, errors = process.communicate(timeout=GRACE)
+            raise AssertionError(f"{command} has not ended within {LIMIT:g} s:\n{output}{errors or ''}") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def work(script, *words):
@@ -47,4 +71,6 @@ if __name__ == "__main__":
         min_nodes=1, max_nodes=1, nproc_per_node=int(number), run_id="tests", rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=0, start_method="fork",
     )  # fmt: skip
+    gc.collect()  # here once, not in each process at the start of each run
+    gc.freeze()
     elastic_launch(config, work)(script, *words)

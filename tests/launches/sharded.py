@@ -1,6 +1,7 @@
-"""What four processes do together with sharded nets: `python forked.py 4 sharded.py TABLE SINGLE`.
+"""What four processes do together with sharded nets: `python forked.py 4 sharded.py TABLE SINGLE DIGITS`.
 
-Run by test_sharded.py in an empty folder, where SINGLE is the directory of a run of one process that was stopped.
+Run by test_sharded.py in an empty folder, where SINGLE is the directory of a run of one process that was stopped, and
+DIGITS a folder of pictures.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 REDUCE = (
     "reduce_scatter_single" if hasattr(distributed, "reduce_scatter_single") else "reduce_scatter_tensor"
 )  # FSDP2's
+MIXED = ("--trainer.precision", "bf16-mixed", "--trainer.max_steps", 2, "--trainer.limit_val_batches", 0)
 SHARDED = ("--trainer.devices", "4", "--trainer.strategy", "bigmodel.parallel.ShardedStrategy")
 
 
@@ -57,7 +59,7 @@ class Look(Callback):
 
 
 def text(name: str, *flags: object) -> list[str]:
-    """Words for `bigmodel fit` on a small GPT, six steps of sixteen sequences, clipped, averaged, validated after three."""
+    """Words for `bigmodel fit` on a small GPT, four steps of sixteen sequences, clipped, averaged, validated after two."""
     settings = {
         "model.net.width": 32, "model.net.depth": 2, "model.net.num_heads": 4, "model.net.num_kv_heads": 2,
         "model.net.activation": "swiglu", "model.net.norm": "rms", "model.net.qk_norm": True, "model.net.tied_head": False,
@@ -65,8 +67,8 @@ def text(name: str, *flags: object) -> list[str]:
         "model.loss_chunk_size": 100, "data.path": "text.txt", "data.tokenizer.vocab_size": 270,
         "data.split": "bigmodel.tasks.language_modeling.ByPosition", "data.split.val": 0.2,
         "data.exclude": "null", "data.cache_dir": "cache", "data.context_length": 32, "data.batch_size": 16,
-        "data.micro_batch_size": 2, "trainer.accelerator": "cpu", "trainer.precision": "32-true", "trainer.max_steps": 6,
-        "trainer.max_epochs": "null", "trainer.val_check_interval": 3, "trainer.limit_val_batches": 1.0,
+        "data.micro_batch_size": 2, "trainer.accelerator": "cpu", "trainer.precision": "32-true", "trainer.max_steps": 4,
+        "trainer.max_epochs": "null", "trainer.val_check_interval": 2, "trainer.limit_val_batches": 1.0,
         "trainer.log_every_n_steps": 1, "trainer.gradient_clip_val": 0.3, "callbacks.samples.prompts": "[The ]",
         "callbacks.samples.options": "{max_new_tokens: 4, temperature: 0}", "callbacks.ema": "bigmodel.callbacks.EMA",
         "callbacks.ema.decay": 0.8, "callbacks.last.every_n_steps": 2, "callbacks.last.every_n_minutes": "null",
@@ -77,27 +79,28 @@ def text(name: str, *flags: object) -> list[str]:
     return [str(word) for word in ("-c", EXPERIMENTS / "language_modeling" / "stdlib.yaml", *words, *flags)]
 
 
-def pictures(name: str, *flags: object) -> list[str]:
-    """Words for `bigmodel fit` on digits with a ResNet, which has BatchNorm, three steps."""
+def pictures(name: str, digits: object, *flags: object) -> list[str]:
+    """Words for `bigmodel fit` on digits with a ResNet, which has BatchNorm, two steps."""
     settings = {
         "model.net": "bigmodel.nn.ResNet", "model.net.blocks": "[1, 1]", "model.net.widths": "[16, 32]",
-        "data.cache_dir": "cache", "data.batch_size": 32, "trainer.accelerator": "cpu",
-        "trainer.max_epochs": "null", "trainer.max_steps": 3, "trainer.val_check_interval": 3,
-        "trainer.check_val_every_n_epoch": "null", "runs_dir": name, "wandb.mode": "disabled",
+        "data.path": digits, "data.cache_dir": "cache", "data.batch_size": 32, "trainer.accelerator": "cpu",
+        "trainer.max_epochs": "null", "trainer.max_steps": 2, "trainer.val_check_interval": 2,
+        "trainer.check_val_every_n_epoch": "null", "callbacks.report": "null", "runs_dir": name,
+        "wandb.mode": "disabled",
     }  # fmt: skip
     words = [word for key, value in settings.items() for word in (f"--{key}", value)]
     return [str(word) for word in ("-c", EXPERIMENTS / "image_classification" / "digits.yaml", *words, *flags)]
 
 
 def choices(name: str, task: str, *flags: object) -> list[str]:
-    """Words for `bigmodel fit` on a recommender with an item table, six steps of 32 samples, ranking all items twice."""
+    """Words for `bigmodel fit` on a recommender with an item table, four steps of 32 samples, ranking all items twice."""
     where = "bigmodel.tasks.recommendation"
     settings = {
         "model": f"{where}.{task}", "model.net.width": 16, "model.loss": f"{where}.SampledSoftmax",
         "model.loss.num_negatives": 8, "model.optimizer": "torch.optim.SGD", "model.optimizer.lr": 0.5,
         "model.cutoffs": "[5]", "data": f"{where}.InteractionData", "data.path": "events.csv", "data.max_length": 8,
         "data.batch_size": 32, "data.micro_batch_size": 4, "data.cache_dir": "cache", "trainer.accelerator": "cpu",
-        "trainer.max_epochs": "null", "trainer.max_steps": 6, "trainer.val_check_interval": 3,
+        "trainer.max_epochs": "null", "trainer.max_steps": 4, "trainer.val_check_interval": 2,
         "trainer.check_val_every_n_epoch": "null", "callbacks.best.monitor": "val/ndcg@5", "callbacks.best.mode": "max",
         "callbacks.last.every_n_minutes": "null", "runs_dir": name, "wandb.mode": "disabled",
     }  # fmt: skip
@@ -147,19 +150,30 @@ def refused_net(net: torch.nn.Module, **options: bool) -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    table, single = sys.argv[1:]
+    table, single, digits = sys.argv[1:]
     main(["fit", *text("fsdp", *strategy())])
     again = ("--callbacks.activation_checkpointing", "bigmodel.parallel.ActivationCheckpointing")
     hybrid = strategy(num_replicas=2, sharded_checkpoints=False, reduce_each_micro_batch=True)
     main(["fit", *text("hybrid", *hybrid, *again)])
-    main(["fit", *text("tensor", *strategy(tensor_parallel_size=2))])
+    larger = ("--data.micro_batch_size", 4)  # for half as many that read: two micro-batches as well
+    main(["fit", *text("tensor", *strategy(tensor_parallel_size=2), *larger)])
     sequence = strategy(tensor_parallel_size=2, sequence_parallel=True, cpu_offload=True)
-    main(["fit", *text("sequence", *sequence, *again)])
-    main(["fit", *text("mixed", *strategy(tensor_parallel_size=2), "--trainer.precision", "bf16-mixed")])
+    main(["fit", *text("sequence", *sequence, *again, *larger)])
+    main(["fit", *text("mixed", *strategy(tensor_parallel_size=2), *larger, *MIXED)])
     main(["fit", "--resume", single, "--callbacks.look.folder", "seen-file-to-shards", *strategy()])
     copy_stopped(only_run("fsdp"), Path("shards-to-mesh"), 2)
-    main(["fit", "--resume", "shards-to-mesh", "--callbacks.look", "null", *strategy(tensor_parallel_size=2)])
-    main(["fit", *pictures("pictures", *strategy(), "--trainer.precision", "bf16-mixed")])
+    main(
+        [
+            "fit",
+            "--resume",
+            "shards-to-mesh",
+            "--callbacks.look",
+            "null",
+            *strategy(tensor_parallel_size=2),
+            *map(str, larger),
+        ]
+    )
+    main(["fit", *pictures("pictures", digits, *strategy(), "--trainer.precision", "bf16-mixed")])
     main(["fit", *choices("histories", "SequenceRecommendation", "--model.net.dropout", 0, *strategy())])
     main(["fit", *choices("pairs", "PairRecommendation", *strategy())])
     outsider = Path(__file__).parents[1] / "outsider" / "experiment.yaml"

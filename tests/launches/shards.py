@@ -114,7 +114,7 @@ def work(rank, run):
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"file://{os.getcwd()}/meet", rank=rank, world_size=NUM_PROCESSES,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=200),
     )  # fmt: skip
     row = init_device_mesh("cpu", (4,))
     square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))

@@ -1,6 +1,7 @@
-"""What two processes do together, in one launch: `python forked.py 2 two_processes.py TABLE SINGLE`.
+"""What two processes do together, in one launch: `python forked.py 2 two_processes.py TABLE SINGLE DIGITS`.
 
-Run by test_two_processes.py in an empty folder, where SINGLE is the directory of a run of one process that was stopped.
+Run by test_two_processes.py in an empty folder, where SINGLE is the directory of a run of one process that was stopped, and
+DIGITS a folder of pictures.
 """
 
 import json
@@ -54,14 +55,14 @@ def experiment(table: str, runs_dir: str, *flags: object) -> list[str]:
     return [str(word) for word in (*words, *flags)]
 
 
-def pictures(runs_dir: str, *flags: object) -> list[str]:
+def pictures(runs_dir: str, digits: object, *flags: object) -> list[str]:
     """Words for `bigmodel fit` on digits, ten steps of 32, augmented, mixed and weighted by class, validated twice."""
     words: list[object] = ["-c", Path(__file__).parents[2] / "experiments" / "image_classification" / "digits.yaml"]
     settings = {
         "model.net": "bigmodel.nn.ViT", "model.net.patch_size": 4, "model.net.width": 32, "model.net.depth": 1,
         "model.net.num_heads": 2, "data.mix": "bigmodel.tasks.image_classification.Mix", "data.mix.mixup": 0.5,
-        "data.mix.cutmix": 0.5, "data.balance": "weights", "data.cache_dir": "cache", "data.batch_size": 32,
-        "model.optimizer": "torch.optim.SGD", "model.optimizer.lr": 0.1, "trainer.accelerator": "cpu",
+        "data.mix.cutmix": 0.5, "data.balance": "weights", "data.path": digits, "data.cache_dir": "cache",
+        "data.batch_size": 32, "model.optimizer": "torch.optim.SGD", "model.optimizer.lr": 0.1, "trainer.accelerator": "cpu",
         "trainer.max_epochs": "null", "trainer.max_steps": 10, "runs_dir": runs_dir,
         "trainer.val_check_interval": 5, "trainer.check_val_every_n_epoch": "null", "trainer.log_every_n_steps": 1,
     }  # fmt: skip
@@ -71,7 +72,7 @@ def pictures(runs_dir: str, *flags: object) -> list[str]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    table, single = sys.argv[1:]
+    table, single, digits = sys.argv[1:]
     two = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
     main(["fit", *experiment(table, "two", "--data.micro_batch_size", 3, *two)])
     main(
@@ -86,5 +87,5 @@ if __name__ == "__main__":
             *two,
         ]
     )
-    main(["fit", *pictures("pictures-two", "--data.micro_batch_size", 8, *two)])
+    main(["fit", *pictures("pictures-two", digits, "--data.micro_batch_size", 8, *two)])
     main(["check", *experiment(table, "checked", "--data.micro_batch_size", 3, *two)])

@@ -152,14 +152,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(straight, folder):
     slow = ["--callbacks.slow", "slow.Slow", "--runs_dir", "killed"]
     (folder / "slow.py").write_text(
         "import time\nfrom lightning.pytorch import Callback\n\n\nclass Slow(Callback):\n"
-        "    def on_train_batch_end(self, trainer, *args):\n        time.sleep(0.2 if trainer.global_step >= 8 else 0)\n"
+        "    def on_train_batch_end(self, trainer, *args):\n        time.sleep(1000 if trainer.global_step >= 10 else 0)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-m", "bigmodel", *words(*slow)], env=environment)
-    deadline = time.monotonic() + 120
     while not list(Path("killed").glob("**/last-9.ckpt")):
         assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
