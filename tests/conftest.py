@@ -36,6 +36,12 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(autouse=True)
+def _any_processor(monkeypatch):
+    """`trainer.precision auto` chooses float32 in the tests' own processes and those of `forked`, on any machine."""
+    monkeypatch.setattr("bigmodel.precision.bf16_speed", lambda shape: 1.0)
+
+
+@pytest.fixture(autouse=True)
 def _one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -28,6 +28,11 @@ def found(tmp_path_factory, digit_files):
     return json.loads((folder / "found.json").read_text())
 
 
+def test_float32_is_chosen_for_it(found):
+    assert found["precision"] == "32-true"
+    assert found["speed_of_bf16"] < 0.5  # of that of float32
+
+
 @pytest.mark.parametrize("name", other_processor.RUNS)
 def test_it_trains_as_this_one_does(found, name, digit_files, tmp_path, monkeypatch):
     assert found["capability"] == "AVX2", "the variables have no effect"

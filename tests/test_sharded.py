@@ -11,6 +11,7 @@ import forked
 import pytest
 import sharded
 import torch
+import yaml
 from safetensors.torch import load_file
 from sharded import MIXED, choices, only_run, pictures, stop_at, text
 
@@ -92,7 +93,9 @@ def test_autocast_and_shards_in_bfloat16(launched):
     one, many = only_run("one-mixed"), only_run("mixed")
     assert column(one, "train/loss") == pytest.approx(column(many, "train/loss"), rel=2e-3)
     assert {tensor.dtype for tensor in last(many, step=2)["state_dict"].values()} == {torch.float32}
-    one, many = only_run("pictures-one"), only_run("pictures")  # BatchNorm takes each process's own statistics
+    one, many = only_run("pictures-one"), only_run("pictures")
+    assert yaml.safe_load((many / "config.yaml").read_text())["trainer"]["precision"] == "bf16-mixed"
+    # BatchNorm takes each process's own statistics.
     assert column(one, "val/loss") == pytest.approx(column(many, "val/loss"), rel=0.5)
 
 

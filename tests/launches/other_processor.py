@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 from bigmodel.cli import main
+from bigmodel.nn import GPT
+from bigmodel.precision import choose
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 NET = ("--model.net", "bigmodel.nn.ResNet", "--model.net.blocks", "[1,1]", "--model.net.widths", "[32,64]")
@@ -41,7 +43,10 @@ def train(name: str, digits: object) -> list[float]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     digits, output = sys.argv[1:]
+    choice = choose(torch.device("cpu"), GPT(vocab_size=512, context_length=16, width=192, depth=1, num_heads=3))
     found = {
+        "precision": choice.precision,
+        "speed_of_bf16": choice.speed,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "losses": {name: train(name, digits) for name in RUNS},
     }
