@@ -126,7 +126,7 @@ def held(monkeypatch):
     release, replace = threading.Event(), os.replace
 
     def wait(source, target):
-        assert release.wait(10)
+        assert release.wait(300)
         replace(source, target)
 
     monkeypatch.setattr(files.os, "replace", wait)
