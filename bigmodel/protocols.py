@@ -33,7 +33,7 @@ class Batch(Protocol):
 
 @runtime_checkable
 class TaskData(Protocol):
-    """What a `LightningDataModule` has besides its loaders, which `bigmodel.sampling` makes.
+    """What a `LightningDataModule` has besides its loaders, which `bigmodel.data.sampling` makes.
 
     A property `augmentation`, if there is one, is a text that changes when training samples are changed otherwise at random,
     and empty when they are the same in each epoch: what is kept of a teacher is kept by it.
@@ -75,7 +75,7 @@ class Task(Protocol):
 
 
 @runtime_checkable
-class Predicts(Protocol):
+class SupportsLogits(Protocol):
     """Its prediction in two parts, for distillation, evaluation and export.
 
     A property `outcomes`, if there is one, says what the K logits are of, as plain values: the names of the classes, the
@@ -99,7 +99,7 @@ class Predicts(Protocol):
 
 
 @runtime_checkable
-class Tabulates(Protocol):
+class SupportsPredict(Protocol):
     """Rows of a table for each batch: what `bigmodel predict` writes. The data module has a `predict_dataloader`.
 
     A method `prediction_metadata() -> dict[str, str]`, if there is one, says what stands in the file beside the table.
@@ -113,8 +113,8 @@ class Tabulates(Protocol):
 
 
 @runtime_checkable
-class Generates(Protocol):
-    """Goes on with a prompt: `bigmodel generate`, and `bigmodel.callbacks.Samples`."""
+class SupportsGenerate(Protocol):
+    """Goes on with a prompt: `bigmodel generate`, and `bigmodel.training.callbacks.Samples`."""
 
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
         """The continuation in pieces; of its options, `max_new_tokens` and `seed` are known everywhere."""
@@ -126,18 +126,18 @@ class Generates(Protocol):
 
 
 @runtime_checkable
-class Writes(Protocol):
+class SupportsCorpusGeneration(Protocol):
     """Writes whole documents: `bigmodel generate --documents`. The data module has a method `beginnings(numbers, seed)`: the
     first characters of a training document for each of these numbers, the same for the same number and seed."""
 
     def write_documents(self, beginnings: Sequence[str], keys: Tensor, **options: Any) -> Sequence[tuple[str, bool]]:
         """For each beginning, a whole document and whether it came to an end. Keyword arguments are its options; what is
-        random about a document is a function of its key (`bigmodel.randomness`), of [B] int64."""
+        random about a document is a function of its key (`bigmodel.data.stateless_rng`), of [B] int64."""
         ...
 
 
 @runtime_checkable
-class Rewrites(Protocol):
+class SupportsOnPolicySampling(Protocol):
     """Writes training batches anew, as on-policy distillation needs them."""
 
     def rewrite(self, batch: Any, keys: Tensor, *, max_new_tokens: int, temperature: float) -> Any:
@@ -148,7 +148,7 @@ class Rewrites(Protocol):
 
 
 @runtime_checkable
-class Ranks(Protocol):
+class SupportsRecommend(Protocol):
     """Puts items in order for somebody: `bigmodel recommend`. The data module has a method `user(user_id, item_ids)`, which
     gives one of its users as a batch of one row.
 
@@ -176,7 +176,7 @@ class Ranks(Protocol):
 
 
 @runtime_checkable
-class Exports(Protocol):
+class SupportsExport(Protocol):
     """Says what `bigmodel export` writes; of other tasks it writes `net`."""
 
     def exported_net(self) -> Any:
@@ -185,12 +185,12 @@ class Exports(Protocol):
 
 
 @runtime_checkable
-class Imports(Protocol):
+class SupportsFromPretrained(Protocol):
     """Makes a trained task of a model that somebody published: what `--model.teacher` of distillation takes besides runs."""
 
     def imported(self, path: str, flag: str) -> Any:
-        """A trained task that *Predicts* the outcomes of this one from the same batches, in evaluation mode; its net is the
-        model at `path`, a folder or hf://owner/name (`bigmodel.published` loads such). It is called on a task that knows
+        """A trained task that *SupportsLogits* the outcomes of this one from the same batches, in evaluation mode; its net
+        is the model at `path`, a folder or hf://owner/name (see `bigmodel.pretrained`). It is called on a task that knows
         its data (`bigmodel.sizes`), whose net need not be there. A ValueError, which names the flag and the path, says why
         the model cannot be that."""
         ...

@@ -22,7 +22,7 @@ class Comparison(NamedTuple):
 def compare_bitwise(straight: Path, crashed: Path, killed_at_end: bool) -> Comparison:
     """Tensors and columns of metrics of two runs on the same layout. A run that is killed while its last checkpoint is being
     written has that in part, for nothing is left to resume; else it has the same files."""
-    from bigmodel.cli.figures import different
+    from bigmodel.cli.formatting import different
 
     both: list[dict[str, Any]] = []
     for directory in (straight, crashed):

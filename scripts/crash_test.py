@@ -53,7 +53,7 @@ ENVIRONMENT = {
 }
 MODULES = (
     "torch",
-    "bigmodel.cli.verbs",
+    "bigmodel.cli.trainer_cli",
     "crash_samples",
 )
 STEPS = 60  # optimizer steps of each run
@@ -77,7 +77,7 @@ def several(processes: int) -> Layout:
 SHARDED = ("--trainer.devices", "2", "--trainer.strategy", "bigmodel.parallel.ShardedStrategy")
 LAYOUTS = (several(1), several(2), Layout("2 sharded", 2, SHARDED))  # the first is that of the straight run
 COMMON = {
-    "experiment": "crash", "callbacks.progress": "null", "callbacks.ema": "bigmodel.callbacks.EMA",
+    "experiment": "crash", "callbacks.progress": "null", "callbacks.ema": "bigmodel.training.callbacks.EMA",
     "callbacks.ema.decay": 0.9, "callbacks.last.every_n_steps": 3, "callbacks.last.every_n_minutes": "null",
     "trainer.accelerator": "cpu", "trainer.log_every_n_steps": 4, "trainer.max_epochs": "null",
     "trainer.check_val_every_n_epoch": "null",

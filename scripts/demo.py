@@ -103,6 +103,6 @@ if __name__ == "__main__":
         f"--trainer.max_time={LONGEST}",
     ]
     main(["fit", "-c", str(EXPERIMENT), *length_flags, *sys.argv[1:]])
-    from bigmodel.run import find
+    from bigmodel.run import find_run
 
-    report(find("last"), length.val_share)
+    report(find_run("last"), length.val_share)

@@ -50,7 +50,7 @@ def find_teacher(distilled: Path, named: str | None) -> Path:
     Raises:
         ValueError: if the run was not distilled, had several teachers, or from others than this.
     """
-    kept = checkpoint.read(checkpoint.find_checkpoint(distilled), whole=False).get("distillation")
+    kept = checkpoint.read(checkpoint.find_checkpoint(distilled), whole=False)["bigmodel"].get("distillation")
     if kept is None:
         raise ValueError(f"{distilled} was not distilled: name the run of a distillation first")
     paths = yaml.safe_load((distilled / "config.yaml").read_text())["model"]["init_args"]["teacher"]
@@ -58,8 +58,8 @@ def find_teacher(distilled: Path, named: str | None) -> Path:
         if len(paths) != 1:
             raise ValueError(f"{distilled} had {len(paths)} teachers; name the one to be shown by --teacher")
         (paths,) = paths
-    teacher = run.find(named or paths)
-    if checkpoint.identity(checkpoint.find_checkpoint(teacher)) not in kept["teachers"]:
+    teacher = run.find_run(named or paths)
+    if checkpoint.content_hash(checkpoint.find_checkpoint(teacher)) not in kept["teachers"]:
         raise ValueError(f"{teacher} has not the weights that taught {distilled}; name the run that did by --teacher")
     return teacher
 
@@ -156,7 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--metric", help="such as test/accuracy (default: that by which its checkpoint was chosen)")
     options = parser.parse_args(arguments)
     try:
-        distilled, alone = run.find(options.run), run.find(options.alone)
+        distilled, alone = run.find_run(options.run), run.find_run(options.alone)
         runs = [find_teacher(distilled, options.teacher), alone, distilled]
         metric, values = qualities([distilled, *runs[:2]], options.metric)
     except ValueError as error:

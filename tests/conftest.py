@@ -16,8 +16,11 @@ import pytest
 import torch
 
 from bigmodel.cli import main
+from bigmodel.training import precision
 
 pytest_plugins = ["suite"]
+# `trainer.precision auto` chooses float32 in the tests' own processes, and in those of `forked`, on any machine.
+precision.bf16_speed = lambda shape: 1.0
 OUTSIDER = Path(__file__).parent / "outsider" / "experiment.yaml"
 
 
@@ -33,12 +36,6 @@ def pytest_collection_finish():
     """What has been imported stays: left to the garbage collector, it is walked through again and again."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture(autouse=True)
-def _any_processor(monkeypatch):
-    """`trainer.precision auto` chooses float32 in the tests' own processes and those of `forked`, on any machine."""
-    monkeypatch.setattr("bigmodel.precision.bf16_speed", lambda shape: 1.0)
 
 
 @pytest.fixture(autouse=True)

@@ -14,13 +14,14 @@ from lightning.pytorch import Trainer
 from outsider import MLP, TableData, TabularRegression
 from stopping import experiment, returning
 
-from bigmodel.callbacks import Anomalies, GoBack, Gradients, Resume
-from bigmodel.checkpoint import AtomicCheckpointIO, Checkpoint, find_checkpoint
+from bigmodel.checkpoint import AtomicCheckpointIO, find_checkpoint
 from bigmodel.cli import main
-from bigmodel.course import Position
-from bigmodel.optim import configure
-from bigmodel.randomness import mix
-from bigmodel.sampling import Permutation, train_loader
+from bigmodel.data.sampling import Permutation, train_loader
+from bigmodel.data.schedule import DataPosition
+from bigmodel.data.stateless_rng import hash_seed
+from bigmodel.training.callbacks import Anomalies, GradientScaling, Resume, RollbackRequested
+from bigmodel.training.callbacks.checkpoint import Checkpoint
+from bigmodel.training.optimizers import configure
 
 SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.01)
 ADAMW = functools.partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
@@ -64,7 +65,7 @@ def fit(table, folder=None, *, steps=(), micro=6, resume=None, clip=1.0, max_ste
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_steps=max_steps,
         gradient_clip_val=clip, plugins=[AtomicCheckpointIO()], enable_checkpointing=bool(saving),
-        callbacks=[Gradients(), Resume(), anomalies, *saving], limit_val_batches=0,
+        callbacks=[GradientScaling(), Resume(), anomalies, *saving], limit_val_batches=0,
     )  # fmt: skip
     trainer.fit(task, TableData(str(table), "y", batch_size=12, micro_batch_size=micro), ckpt_path=resume)
     return task, anomalies
@@ -249,7 +250,7 @@ def test_passing_over_is_training_on_the_rest(returned):
     optimizer = configure(task, functools.partial(torch.optim.AdamW, lr=0.01))["optimizer"]
     for step in range(10):
         batch = torch.utils.data.default_collate([data.train[i] for i in jumped[12 * step : 12 * step + 12]])
-        torch.manual_seed(mix(0, step, 0, 0))
+        torch.manual_seed(hash_seed(0, step, 0, 0))
         optimizer.zero_grad()
         (task.training_step(batch)["loss"] / 12).backward()
         torch.nn.utils.clip_grad_norm_(task.parameters(), 1.0)
@@ -330,9 +331,9 @@ def test_where_a_run_cannot_go_back_it_stops(returned, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("kind", [Anomalies, AsOnAGPU])
 def test_outside_the_command_the_fit_ends_with_what_is_to_be_done(table, tmp_path, kind):
-    with pytest.raises(GoBack, match="optimizer step 8: loss nan") as back:
+    with pytest.raises(RollbackRequested, match="optimizer step 8: loss nan") as back:
         fit(table, tmp_path, steps=[8], kind=kind, on_nan="back")
-    assert (back.value.step, back.value.beyond) == (8, Position(8, 1, 24, 96))
+    assert (back.value.step, back.value.beyond) == (8, DataPosition(8, 1, 24, 96))
     assert {path.stem for path in tmp_path.iterdir()} == {f"step-{step}" for step in range(1, 8)}, "nothing spoiled"
 
 

@@ -10,11 +10,11 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from bigmodel.callbacks import EMA, Gradients, ProgressLine, Resume, TrainingLog
-from bigmodel.checkpoint import Checkpoint
+from bigmodel.data.sampling import eval_loader, train_loader
 from bigmodel.nn import GPT
-from bigmodel.sampling import eval_loader, train_loader
 from bigmodel.tasks.language_modeling import LanguageModeling, TextBatch
+from bigmodel.training.callbacks import EMA, GradientScaling, ProgressLine, Resume, TrainingLog
+from bigmodel.training.callbacks.checkpoint import Checkpoint
 
 
 class Row(NamedTuple):
@@ -68,7 +68,7 @@ def train(micro, callbacks=(), clip=None, steps=4, module=None, **options):
     module = module or Autoencoder()
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_steps=steps,
-        enable_checkpointing=False, gradient_clip_val=clip, callbacks=[Gradients(), Resume(), *callbacks], **options,
+        enable_checkpointing=False, gradient_clip_val=clip, callbacks=[GradientScaling(), Resume(), *callbacks], **options,
     )  # fmt: skip
     trainer.fit(module, RaggedData(12, micro))
     return module
@@ -214,7 +214,7 @@ def test_flops_are_counted_and_tokens_seen(attention):
     log = TrainingLog()
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_steps=10,
-        enable_checkpointing=False, callbacks=[Gradients(), Resume(), log], log_every_n_steps=5, limit_val_batches=0,
+        enable_checkpointing=False, callbacks=[GradientScaling(), Resume(), log], log_every_n_steps=5, limit_val_batches=0,
     )  # fmt: skip
     trainer.fit(LanguageModeling(net), RandomText())
     matrices = depth * 12 * width**2 + width * vocab
@@ -231,11 +231,11 @@ def test_flops_are_counted_and_tokens_seen(attention):
 
 @pytest.mark.parametrize(("peak", "reported"), [(1e18, True), (1.0, False), (None, False)])
 def test_utilisation_is_reported_below_a_known_peak(monkeypatch, peak, reported):
-    monkeypatch.setattr("bigmodel.callbacks.training_log.peak_flops", lambda device, dtype: peak)
+    monkeypatch.setattr("bigmodel.training.callbacks.training_log.peak_flops", lambda device, dtype: peak)
     log = TrainingLog()
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_steps=4,
-        enable_checkpointing=False, callbacks=[Gradients(), Resume(), log], log_every_n_steps=2, limit_val_batches=0,
+        enable_checkpointing=False, callbacks=[GradientScaling(), Resume(), log], log_every_n_steps=2, limit_val_batches=0,
     )  # fmt: skip
     trainer.fit(LanguageModeling(functools.partial(GPT, width=64, depth=2, num_heads=2)), RandomText())
     assert log.latest["speed/samples_per_s"] > 0
@@ -248,7 +248,7 @@ def test_counting_flops_changes_no_bit():
     for log in (TrainingLog(mfu=True), TrainingLog(mfu=False)):
         trainer = Trainer(
             accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_steps=2,
-            enable_checkpointing=False, callbacks=[Gradients(), Resume(), log], limit_val_batches=0,
+            enable_checkpointing=False, callbacks=[GradientScaling(), Resume(), log], limit_val_batches=0,
         )  # fmt: skip
         task = LanguageModeling(net)
         trainer.fit(task, RandomText())

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigmodel.cli import main, probe
-from bigmodel.cli.figures import amount, describe, different, num_validations
+from bigmodel.cli import dry_run as probe
+from bigmodel.cli import main
+from bigmodel.cli.formatting import amount, describe, different, num_validations
 
 EXPERIMENT = str(Path(__file__).parent / "outsider" / "experiment.yaml")
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -44,7 +45,7 @@ def findings(out):
 def test_it_says_what_fit_will_do(checked):
     flags = ["--data.batch_size", 12, "--data.micro_batch_size", 4, "--model.net.width", 16, "--trainer.max_epochs", 6,
              "--trainer.val_check_interval", 4, "--trainer.log_every_n_steps", 1,
-             "--callbacks.ema", "bigmodel.callbacks.EMA"]  # fmt: skip
+             "--callbacks.ema", "bigmodel.training.callbacks.EMA"]  # fmt: skip
     found = findings(checked(*flags))
     assert found["first batch"].startswith("Rows(features [4, 2] float32, target [4] float32, index [4] int64")
     assert found["validation"].startswith("Rows(features [12, 2] float32")

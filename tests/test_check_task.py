@@ -11,31 +11,33 @@ import torch
 import transfer_runs
 from torch.utils.data import Dataset
 
-from bigmodel.cli import check_task, main, promises, verbs
+from bigmodel.cli import main, trainer_cli
 from bigmodel.cli.new import write_package
-from bigmodel.cli.promises import Finding
+from bigmodel.data.sampling import eval_loader
+from bigmodel.data.stateless_rng import uniform
 from bigmodel.protocols import PROTOCOL_VERSION
-from bigmodel.randomness import uniform
-from bigmodel.sampling import eval_loader
+from bigmodel.testing import checks
+from bigmodel.testing import command as check_task
+from bigmodel.testing.checks import Finding
 
 OUTSIDER = str(Path(__file__).parent / "outsider" / "experiment.yaml")
-PROMISES = ["task", "data", "batch", "loaders", "resume", "loss", "accumulation", "bf16", "evaluation", "Predicts"]
-PROMISES += ["Tabulates", "Generates", "Writes", "Rewrites", "Ranks", "reload", "two processes", "sharding"]
-TEXT = {"Generates", "Writes", "Rewrites"}
+PROMISES = ["task", "data", "batch", "loaders", "resume", "loss", "accumulation", "bf16", "evaluation", "logits"]
+PROMISES += ["predict", "generate", "corpus", "on_policy", "recommend", "reload", "two processes", "sharding"]
+TEXT = {"generate", "corpus", "on_policy"}
 GOOD = {  # and what is skipped
-    "language_modeling": {"Tabulates", "Ranks"},
-    "image_classification": {*TEXT, "Ranks"},
+    "language_modeling": {"predict", "recommend"},
+    "image_classification": {*TEXT, "recommend"},
     "recommendation": TEXT,
-    "transfer_learning": {*TEXT, "Ranks"},
-    "outsider": {"Predicts", *TEXT, "Ranks"},
-    "new": {"Predicts", "Tabulates", *TEXT, "Ranks"},
-    "batch norm": {"Predicts", *TEXT, "Ranks", "loss", "accumulation", "two processes", "sharding"},
+    "transfer_learning": {*TEXT, "recommend"},
+    "outsider": {"logits", *TEXT, "recommend"},
+    "new": {"logits", "predict", *TEXT, "recommend"},
+    "batch norm": {"logits", *TEXT, "recommend", "loss", "accumulation", "two processes", "sharding"},
 }
 DEFECTS = {  # which class, and what is found
     "model: MeanLoss": {
         "loss": "it is a mean; take the sum",
         "evaluation": "leave out rows of weight 0",
-        "Predicts": "it has features, and not all of features, logits, targets",
+        "logits": "it has features, and not all of features, logits, targets",
     },
     "model: EachForItself": {
         "task": "make the net in configure_model",
@@ -44,19 +46,19 @@ DEFECTS = {  # which class, and what is found
     "model: DrawsElsewhere": {
         "resume": r"state_dict/net.* differ .* draw random numbers from torch alone",
         "reload": "not attached to a `Trainer`",
-        "Tabulates": "no attribute 'train'",
+        "predict": "no attribute 'train'",
     },
     "model: NoCount": {"loss": 'must return {"loss": sum, "count": number}'},
     "model: Crashes": {"training": "RuntimeError: size mismatch.* Mend this first"},
     "data: Unsized": {"data": "takes no micro_batch_size: add to its __init__"},
-    "data: Plain": {"loaders": "make it with bigmodel.sampling.train_loader"},
+    "data: Plain": {"loaders": "make it with bigmodel.data.sampling.train_loader"},
     "data: Nameless": {"data": "plain int"},
     "data: Bare": {"batch": r"lacks index \[B\]", "evaluation": "did not meet each sample once"},
 }
 
 
 def outsider(table, *flags):
-    return verbs.merge_settings([OUTSIDER], [("data.path", str(table)), *flags])
+    return trainer_cli.merge_settings([OUTSIDER], [("data.path", str(table)), *flags])
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +75,18 @@ def found(table, digit_files, tmp_path_factory):
         patch.syspath_prepend(folder / "new_task")
         new = str(folder / "new_task" / "new_task" / "experiment.yaml")
         plans = {
-            "language_modeling": verbs.merge_settings([str(experiments / "language_modeling" / "check.yaml")], cache),
-            "image_classification": verbs.merge_settings(
+            "language_modeling": trainer_cli.merge_settings(
+                [str(experiments / "language_modeling" / "check.yaml")], cache
+            ),
+            "image_classification": trainer_cli.merge_settings(
                 [str(experiments / "image_classification/check.yaml")], pictures
             ),
-            "recommendation": verbs.merge_settings([str(experiments / "recommendation/check.yaml")], cache),
-            "transfer_learning": verbs.merge_settings([str(experiments / "transfer_learning/check.yaml")], small_net),
+            "recommendation": trainer_cli.merge_settings([str(experiments / "recommendation/check.yaml")], cache),
+            "transfer_learning": trainer_cli.merge_settings(
+                [str(experiments / "transfer_learning/check.yaml")], small_net
+            ),
             "outsider": outsider(table, ("model.net.dropout", "0.2")),
-            "new": verbs.merge_settings([new], [("data.packages", "[email, asyncio]")]),
+            "new": trainer_cli.merge_settings([new], [("data.packages", "[email, asyncio]")]),
             "batch norm": outsider(table, ("model.net", "broken_tasks.Normed")),
         }
         for name in DEFECTS:
@@ -195,9 +201,9 @@ def test_lists_are_ordered_short_and_new(kind, found):
 
     data = SimpleNamespace(user=print, predict_dataloader=lambda: eval_loader(Rows(), batch_size=2))
     try:
-        text = promises.ranks(SimpleNamespace(task=kind(), data=data, trainer=None))
+        text = checks.ranks(SimpleNamespace(task=kind(), data=data, trainer=None))
         assert kind in (Ranker, RanksUsers)
-    except promises.Failure as failure:
+    except checks.Failure as failure:
         text = str(failure)
     assert found in text
 
@@ -294,10 +300,10 @@ class Sequences(NamedTuple):
 def test_what_is_written_depends_on_keys_alone(kind, documents, batches):
     batch = Sequences(torch.zeros(4, 4, dtype=torch.int64), torch.arange(4) + 7, torch.ones(4))
     data = SimpleNamespace(beginnings=lambda numbers, seed: [f"no. {number}" for number in numbers])
-    for promise, expected in ((promises.writes, documents), (promises.rewrites, batches)):
+    for promise, expected in ((checks.writes, documents), (checks.rewrites, batches)):
         try:
             text = promise(SimpleNamespace(task=kind(), data=data, batch=batch))
-        except (promises.Failure, ValueError) as failure:
+        except (checks.Failure, ValueError) as failure:
             text = str(failure)
         assert expected in text
 
@@ -313,8 +319,8 @@ def test_what_is_written_depends_on_keys_alone(kind, documents, batches):
     ],
 )
 def test_documents_begin_as_the_data_do(data, message):
-    with pytest.raises(promises.Failure, match=message):
-        promises.writes(SimpleNamespace(task=Writer(), data=data))
+    with pytest.raises(checks.Failure, match=message):
+        checks.writes(SimpleNamespace(task=Writer(), data=data))
 
 
 @pytest.mark.parametrize("name", DEFECTS)

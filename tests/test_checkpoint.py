@@ -16,17 +16,10 @@ from lightning.pytorch import Callback, Trainer
 from outsider import MLP, TableData, TabularRegression
 
 import bigmodel
-from bigmodel.callbacks import Gradients, Resume
-from bigmodel.checkpoint import (
-    AtomicCheckpointIO,
-    Checkpoint,
-    callback,
-    checkpoint_step,
-    damage,
-    files,
-    find_checkpoint,
-    read,
-)
+from bigmodel.checkpoint import AtomicCheckpointIO, checkpoint_step, files, find_checkpoint, find_damage, read
+from bigmodel.training.callbacks import GradientScaling, Resume
+from bigmodel.training.callbacks import checkpoint as callback
+from bigmodel.training.callbacks.checkpoint import Checkpoint
 
 
 def run_directory():
@@ -60,13 +53,13 @@ def same(a, b):
 def test_every_flipped_bit_and_every_cut_is_found(tmp_path):
     path = tmp_path / "small.ckpt"
     AtomicCheckpointIO().save_checkpoint({"weight": torch.arange(3.0)}, path)
-    assert damage(path) is None
+    assert find_damage(path) is None
     content = path.read_bytes()
 
     def check(damaged, n):
         path.write_bytes(damaged)
         os.utime(path, ns=(n, n))  # the clock of files is coarse: else it might look unchanged
-        assert damage(path) is not None
+        assert find_damage(path) is not None
 
     for n in range(len(content)):
         check(content[:n] + bytes([content[n] ^ 1 << n % 8]) + content[n + 1 :], n)
@@ -103,7 +96,7 @@ def test_a_write_that_is_stopped_leaves_the_earlier_file_with_its_checksum(tmp_p
             patch.setattr(files.os, stopped, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 writer.save_checkpoint({"step": 2}, path)
-        assert damage(path) is None
+        assert find_damage(path) is None
         assert read(path) == {"step": 1}
         assert names(tmp_path) == ["last.ckpt"]
 
@@ -114,7 +107,7 @@ def test_a_checkpoint_without_a_checksum_is_read_and_that_is_said(tmp_path, caps
     assert read(path) == read(path) == {"step": 3}
     assert capsys.readouterr().err == f"{path} has no checksum to verify it by: an earlier version wrote it\n"
     path.write_bytes(path.read_bytes()[:-100])
-    assert damage(path) is not None
+    assert find_damage(path) is not None
 
 
 # A thread that writes
@@ -221,7 +214,7 @@ def fit(table, folder, *callbacks, resume=None, plugins=None, **options):
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, plugins=[AtomicCheckpointIO()] if plugins is None else plugins,
-        callbacks=[Gradients(), Resume(0), *callbacks], **options,
+        callbacks=[GradientScaling(), Resume(0), *callbacks], **options,
     )  # fmt: skip
     task = TabularRegression(functools.partial(MLP, width=8), functools.partial(torch.optim.AdamW, lr=0.01))
     trainer.fit(task, TableData(str(table), "y", batch_size=12), ckpt_path=resume)
@@ -299,7 +292,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(bm):
     assert instead in said
     assert "(resumed at step 9)" in said
     assert same(read(folder / "last-10.ckpt")["state_dict"], straight), "and the run ends as it had ended"
-    assert damage(folder / "last-10.ckpt") is None
+    assert find_damage(folder / "last-10.ckpt") is None
 
     for path in folder.iterdir():
         path.write_bytes(path.read_bytes()[:-1])

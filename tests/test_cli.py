@@ -13,7 +13,7 @@ import yaml
 
 import bigmodel
 from bigmodel.cli import main
-from bigmodel.run import find, find_checkpoint
+from bigmodel.run import find_checkpoint, find_run
 
 FIT_FLAGS = ["--trainer.log_every_n_steps", "10"]
 COLUMNS_OF_TIME = {"speed/samples_per_s", "speed/mfu"}
@@ -139,14 +139,14 @@ def test_two_runs_in_the_same_second_get_two_directories(bm, monkeypatch):
     bm("fit", "--trainer.max_epochs", 1)
     (first,) = runs()
     bm("fit", "--trainer.max_epochs", 1)
-    assert {first, find("last")} == set(runs())
-    assert find("last") != first, "`last` is the newest, whatever its name"
+    assert {first, find_run("last")} == set(runs())
+    assert find_run("last") != first, "`last` is the newest, whatever its name"
     monkeypatch.setenv("BIGMODEL_LAST", str(first))
-    assert find("last") == first, "in a fold, what it was before the first"
+    assert find_run("last") == first, "in a fold, what it was before the first"
 
 
 def test_the_average_is_evaluated_saved_and_loaded(bm):
-    bm("fit", "--callbacks.ema", "bigmodel.callbacks.EMA", "--callbacks.ema.decay", 0.5)
+    bm("fit", "--callbacks.ema", "bigmodel.training.callbacks.EMA", "--callbacks.ema.decay", 0.5)
     (run,) = runs()
     averaged, live = bigmodel.load(run, "last"), bigmodel.load(run, "last", ema=False)
     assert all(torch.equal(a, b) for a, b in zip(live.state_dict().values(), weights(run).values(), strict=True))
@@ -190,14 +190,14 @@ def test_what_an_offline_run_wrote_can_be_read_back(bm, monkeypatch):
         (["--model.net.width", "wide"], r"--model.net.width: Expected a <class 'int'>"),
         (
             ["--model.net", "torch.nn.ReLU"],
-            "ReLU is no net for these data, which know num_features: it takes no num_features",
+            "does not accept `num_features`, which the data module provides",
         ),
         (["--trainer.max_stepz", 3], "does not accept option 'max_stepz'"),
         (["--data.target", "z"], "has no column 'z'; --data.target can be one of"),
         (["--data.path", "none.csv"], "none.csv"),
         (["--data.micro_batch_size", 5], "32 is not a whole number of micro-batches"),
         (["--data.batch_size", 1000], "80 samples, fewer than one step"),
-        (["--callbacks.ema", "bigmodel.callbacks.EMA", "--callbacks.ema.decay", 2], "decay 2.0 must lie in"),
+        (["--callbacks.ema", "bigmodel.training.callbacks.EMA", "--callbacks.ema.decay", 2], "decay 2.0 must lie in"),
         (["--trainer.accumulate_grad_batches", 2], "accumulation follows from"),
         (["-c", "none.yaml"], "none.yaml cannot be read"),
         (["extra"], "unexpected argument 'extra'"),

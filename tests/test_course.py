@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from bigmodel.course import Course, Position
+from bigmodel.data.schedule import DataPosition, DataSchedule
 
 
 def walk(course, steps):
@@ -15,7 +15,7 @@ def walk(course, steps):
         while taken + course.batch_size > course.num_samples:  # what does not make a step is dropped
             epoch, taken = epoch + 1, 0
             starts[epoch] = step
-        positions.append(Position(step, epoch, taken, seen))
+        positions.append(DataPosition(step, epoch, taken, seen))
         step, taken, seen = step + 1, taken + course.batch_size, seen + course.batch_size
     return positions, starts
 
@@ -24,9 +24,9 @@ def walk(course, steps):
 def test_a_course_is_that_of_a_loop(seed):
     """Changed again and again: each course begins where another was left."""
     draw = random.Random(seed)
-    n, origin = draw.randrange(8, 60), Position()
+    n, origin = draw.randrange(8, 60), DataPosition()
     for _ in range(4):
-        course = Course(n, draw.randrange(1, 9), origin)
+        course = DataSchedule(n, draw.randrange(1, 9), origin)
         positions, starts = walk(course, 50)
         assert [course.at(origin.step + i) for i in range(51)] == positions
         for epoch, step in starts.items():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, features
 
-from bigmodel import decode as module
-from bigmodel.decode import Geometry, PictureError, decode, measure
+from bigmodel.data import image_decoding as module
+from bigmodel.data.image_decoding import Geometry, PictureError, decode, measure
 
 DRAW = np.random.default_rng(0)
 NOISE = DRAW.integers(0, 256, (6, 8, 3), np.uint8)  # [H, W, RGB]

@@ -12,9 +12,9 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bigmodel import devices
-from bigmodel.classification import ClassMetrics
 from bigmodel.cli import main
+from bigmodel.evaluation import ClassMetrics
+from bigmodel.nn import accumulation as devices
 from bigmodel.tasks.language_modeling import LanguageModeling
 from bigmodel.tasks.language_modeling.generation import draw_by_keys
 from bigmodel.tasks.recommendation.metrics import RankingMetrics, RatingErrors
@@ -23,11 +23,11 @@ from bigmodel.tasks.transfer_learning.metrics import MultiLabelMetrics, NumberMe
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 # Functions that compute in main memory, whatever the device is: file and name.
 IN_MAIN_MEMORY = {
-    ("classification/metrics.py", "mean_area"), ("transfer_learning/metrics.py", "_measured"),
+    ("evaluation/class_metrics.py", "mean_area"), ("transfer_learning/metrics.py", "_measured"),
     ("transfer_learning/metrics.py", "MultiLabelMetrics.compute"),
     ("transfer_learning/metrics.py", "NumberMetrics.compute"),
-    ("classification/report.py", "Report.on_validation_batch_end"),
-    ("classification/report.py", "Report._largest"), ("classification/report.py", "Report._write"),
+    ("evaluation/report.py", "Report.on_validation_batch_end"),
+    ("evaluation/report.py", "Report._largest"), ("evaluation/report.py", "Report._write"),
     ("image_classification/geometry.py", "RandomResizedCrop.boxes"),
 }  # fmt: skip
 
@@ -175,7 +175,8 @@ def test_tokens_are_drawn_by_keys_without_float64(device):
 def test_the_largest_random_number_stays_below_the_sum_of_all(lacking, monkeypatch):
     monkeypatch.setattr(devices, "_WITHOUT_FLOAT64", lacking)
     monkeypatch.setattr(
-        "bigmodel.tasks.language_modeling.generation.hashes", lambda keys, stream, count: torch.full((len(keys), 1), -1)
+        "bigmodel.tasks.language_modeling.generation.random_bits",
+        lambda keys, stream, count: torch.full((len(keys), 1), -1),
     )  # all bits set
     draw = torch.Generator().manual_seed(0)
     sums = 0.5 + torch.rand(10_000, 1, generator=draw)  # of rows that do not sum to 1 exactly, and some that do
@@ -195,7 +196,7 @@ FITS = {
     "language_modeling/stdlib.yaml": {
         "model.net": "bigmodel.nn.GPT", "model.net.width": 16, "model.net.depth": 2, "model.net.num_heads": 2,
         "data.path": "text", "data.num_processes": 1, "data.tokenizer": "bigmodel.tasks.language_modeling.Bytes",
-        "data.split": "bigmodel.tasks.language_modeling.ByPosition", "data.split.val": 0.3, "data.context_length": 32,
+        "data.split": "bigmodel.tasks.language_modeling.ContiguousSplit", "data.split.val": 0.3, "data.context_length": 32,
         "trainer.limit_val_batches": 1.0, "callbacks.samples.options": "{max_new_tokens: 4, temperature: 1.0}",
     },
     "image_classification/folder.yaml": {

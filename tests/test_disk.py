@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigmodel.callbacks.disk import _bytes
 from bigmodel.cli import main
-from bigmodel.run import record
+from bigmodel.run import run_directory
+from bigmodel.training.callbacks.disk import _bytes
 
 
 @pytest.mark.parametrize("free", [0, 10**12])
@@ -52,7 +52,7 @@ def test_a_run_that_a_full_disk_does_not_take_leaves_no_directory(table, tmp_pat
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(record.os, "replace", full)
+    monkeypatch.setattr(run_directory.os, "replace", full)
     experiment = str(Path(__file__).parent / "outsider" / "experiment.yaml")
     with pytest.raises(SystemExit):
         main(["fit", "-c", experiment, "--data.path", str(table), "--trainer.accelerator", "cpu"])

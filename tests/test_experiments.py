@@ -133,7 +133,7 @@ def test_what_a_distillation_was_worth(tmp_path, monkeypatch, capsys):
         "null",
     ]
     few += ["--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "1", "--data.augment", "[]"]
-    few += ["--callbacks.report", "bigmodel.classification.Report", "--callbacks.report.num_mistakes", "1"]
+    few += ["--callbacks.report", "bigmodel.evaluation.Report", "--callbacks.report.num_mistakes", "1"]
     taught = ["fit", "-c", str(EXPERIMENTS / "distillation" / "mnist5k.yaml"), *few, "--model.teacher", "teacher"]
     main(["fit", "-c", str(IMAGES / "mnist5k.yaml"), *few, "--model.net.width", "8", "--runs_dir", "teacher"])
     (record,) = Path("teacher").glob("**/run.json")

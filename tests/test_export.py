@@ -52,7 +52,7 @@ def same(exported, net):
 
 
 def test_what_is_exported_is_what_load_gives(bm):
-    bm("fit", "--callbacks.ema", "bigmodel.callbacks.EMA", "--callbacks.ema.decay", 0.5)
+    bm("fit", "--callbacks.ema", "bigmodel.training.callbacks.EMA", "--callbacks.ema.decay", 0.5)
     run = run_directory()
     out = bm("export", "last")
     (best,) = run.glob("*.safetensors")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from bigmodel.cli import folds, main
+from bigmodel.cli import cross_validation, main
 
-REAL_FIT = folds._fit
+REAL_FIT = cross_validation._fit
 EXPERIMENT = str(Path(__file__).parent / "outsider" / "experiment.yaml")
 DATA = """
 import signal, os
@@ -76,7 +76,7 @@ def bm(tmp_path, monkeypatch, table, capfd):
 def in_this_process(monkeypatch):
     """Fits are done here, which saves the seconds of a start, after a run that is the last; returns their places."""
     places = []
-    monkeypatch.setattr(folds, "find", lambda last, runs_dir: "before")
+    monkeypatch.setattr(cross_validation, "find_run", lambda last, runs_dir: "before")
 
     def fit(arguments, place, last):
         assert last == "before"  # whichever runs there are by now
@@ -89,7 +89,7 @@ def in_this_process(monkeypatch):
                 return stopped.code
         return 0
 
-    monkeypatch.setattr(folds, "_fit", fit)
+    monkeypatch.setattr(cross_validation, "_fit", fit)
     return places
 
 
@@ -126,7 +126,7 @@ def test_what_stopped_in_a_fold_goes_on_there(bm, in_this_process, monkeypatch):
     assert f"stopped in fold 1; `bigmodel fit --resume {parent}` goes on from there" in out
     before = (parent / "fold-0" / "run.json").read_text()
     Path("broken").unlink()
-    monkeypatch.setattr(folds, "_fit", REAL_FIT)  # once in a process of its own, as it is
+    monkeypatch.setattr(cross_validation, "_fit", REAL_FIT)  # once in a process of its own, as it is
     code, out = bm("--resume", parent.name)
     assert code == 0
     assert (parent / "fold-0" / "run.json").read_text() == before, "it had finished"
@@ -155,7 +155,7 @@ def test_signals_end_the_fold_and_no_other_begins(number, code, tmp_path, monkey
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     before = signal.getsignal(number)
-    assert folds._fit([], tmp_path / "fold-0", None) == code
+    assert cross_validation._fit([], tmp_path / "fold-0", None) == code
     assert signal.getsignal(number) is before
 
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from two_processes import experiment
 
-from bigmodel import launch
 from bigmodel.cli import main
+from bigmodel.parallel import rendezvous
 
 ALIKE = {"torch": "2.13.0", "--data.batch_size": "12"}
 
@@ -33,7 +33,9 @@ def meet(facts, world_size, seconds=200.0):
 
     def one(rank):
         try:
-            return launch.meet("127.0.0.1", port, rank, world_size, facts[rank], seconds=seconds, name="m"), None
+            return rendezvous.rendezvous(
+                "127.0.0.1", port, rank, world_size, facts[rank], seconds=seconds, name="m"
+            ), None
         except ValueError as error:
             return None, str(error)
 
@@ -51,7 +53,7 @@ def test_who_has_what_is_said_by_the_first():
     assert others == [f"process {rank} stops with the others: process 0 says why" for rank in (1, 2, 3)]
     assert "the 4 processes are not alike" in first
     table = [" ".join(line.split()) for line in first.splitlines()[1:]]
-    node = re.escape(launch.platform.node())
+    node = re.escape(rendezvous.platform.node())
     for line, pattern in zip(
         table,
         [
@@ -79,7 +81,7 @@ def test_those_who_do_not_come_are_named():
 def test_nobody_there(host, why):
     port, start = free_port(), time.monotonic()
     with pytest.raises(ValueError, match=rf"process 3 of 4 found nobody at {host}:{port} .* within 0.5 s: .*{why}"):
-        launch.meet(host, port, 3, 4, ALIKE, seconds=0.5)
+        rendezvous.rendezvous(host, port, 3, 4, ALIKE, seconds=0.5)
     assert time.monotonic() - start < 120
 
 
@@ -91,26 +93,28 @@ def test_something_else_there():
         with pytest.raises(
             ValueError, match=rf"process 0 cannot serve the others at 127.0.0.1:{port} .*address already"
         ):
-            launch.meet("127.0.0.1", port, 0, 2, ALIKE, seconds=5)
+            rendezvous.rendezvous("127.0.0.1", port, 0, 2, ALIKE, seconds=5)
         with pytest.raises(
             ValueError, match=rf"process 1 cannot use what listens at 127.0.0.1:{port} .*does not answer"
         ):
-            launch.meet("127.0.0.1", port, 1, 2, ALIKE, seconds=0.5)
+            rendezvous.rendezvous("127.0.0.1", port, 1, 2, ALIKE, seconds=0.5)
 
 
 def test_another_run_at_the_same_address():
     port = free_port()
     with ThreadPoolExecutor(2) as pool:
-        stores = list(pool.map(lambda rank: launch.meet("127.0.0.1", port, rank, 2, ALIKE, name="m"), range(2)))
+        stores = list(
+            pool.map(lambda rank: rendezvous.rendezvous("127.0.0.1", port, rank, 2, ALIKE, name="m"), range(2))
+        )
     with pytest.raises(ValueError, match=rf"another process 1 at 127.0.0.1:{port}.*MASTER_PORT"):
-        launch.meet("127.0.0.1", port, 1, 2, ALIKE, name="m")
+        rendezvous.rendezvous("127.0.0.1", port, 1, 2, ALIKE, name="m")
     del stores
 
 
 def test_a_time_limit_that_is_none(monkeypatch):
     monkeypatch.setenv("BIGMODEL_RENDEZVOUS_SECONDS", "soon")
     with pytest.raises(ValueError, match=r"BIGMODEL_RENDEZVOUS_SECONDS=soon: .* more than 0"):
-        launch.meet("127.0.0.1", 1, 1, 2, ALIKE)
+        rendezvous.rendezvous("127.0.0.1", 1, 1, 2, ALIKE)
 
 
 @pytest.mark.parametrize(
@@ -130,12 +134,12 @@ def test_processes_are_as_many_as_the_trainer_counts_on(variables, message, monk
         monkeypatch.setenv(name, value)
     trainer = SimpleNamespace(num_devices=2, num_nodes=2)
     with nullcontext() if message is None else pytest.raises(ValueError, match=message):
-        launch.check_world_size(trainer)
+        rendezvous.check_world_size(trainer)
 
 
 def test_long_tables_are_cut():
     facts = [{f"--model.a{i}": f"{rank}" * 100 for i in range(30)} for rank in range(2)]
-    table = launch.differences([{"rank": rank, "node": "n", **one} for rank, one in enumerate(facts)])
+    table = rendezvous.diff_ranks([{"rank": rank, "node": "n", **one} for rank, one in enumerate(facts)])
     assert len(table.splitlines()) == 21
     assert table.endswith("and 40 more lines")
     assert max(map(len, table.splitlines())) < 100

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bigmodel.cli import check_task, main, plugins
+from bigmodel.cli import main, plugins
 from bigmodel.cli.new import renamed
-from bigmodel.cli.promises import Finding
 from bigmodel.protocols import PROTOCOL_VERSION
+from bigmodel.testing import command as check_task
+from bigmodel.testing.checks import Finding
 
 TEMPLATE = Path(__file__).parents[1] / "bigmodel" / "cli" / "template"
 PAGE = Path(__file__).parents[1] / "bigmodel" / "tasks" / "README.md"

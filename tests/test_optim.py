@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from bigmodel import optim
+from bigmodel.training import optimizers, schedules
 
 
 def rates(schedule, total):
@@ -32,42 +32,44 @@ def torch_rates(make, total):
 @pytest.mark.parametrize(
     ("schedule", "reference"),
     [
-        (optim.Constant(), lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)),
-        (optim.Linear(final=0.1), lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.1, total_iters=20)),
-        (optim.Cosine(final=0.1), lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 20, eta_min=0.1)),
-        (optim.Exponential(final=0.01), lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.01 ** (1 / 20))),
-        (optim.Step(milestones=(0.5, 0.75)), lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [10, 15], 0.1)),
+        (schedules.Constant(), lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)),
+        (schedules.Linear(final=0.1), lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.1, total_iters=20)),
+        (schedules.Cosine(final=0.1), lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 20, eta_min=0.1)),
+        (schedules.Exponential(final=0.01), lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.01 ** (1 / 20))),
+        (schedules.Step(milestones=(0.5, 0.75)), lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [10, 15], 0.1)),
     ],
 )
 def test_schedules_agree_with_torch(schedule, reference):
     assert rates(schedule, 20) == pytest.approx(torch_rates(reference, 20), abs=1e-9)
 
 
-@pytest.mark.parametrize("kind", [optim.Constant, optim.Linear, optim.Cosine, optim.Exponential, optim.Step])
+@pytest.mark.parametrize(
+    "kind", [schedules.Constant, schedules.Linear, schedules.Cosine, schedules.Exponential, schedules.Step]
+)
 def test_warmup_comes_before_any_of_them(kind):
     assert rates(kind(warmup_steps=4), 24)[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates(kind(warmup_steps=4), 24)[4:] == rates(kind(), 20)
 
 
 def test_warmup_stable_decay():
-    assert rates(optim.WarmupStableDecay(2, final=0.0, decay=0.5), 10) == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert rates(schedules.WarmupStableDecay(2, final=0.0, decay=0.5), 10) == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
 
 
 def test_schedules_hold_their_end_and_refuse_nonsense():
-    assert optim.Cosine(final=0.2)(50, 20) == pytest.approx(0.2)
+    assert schedules.Cosine(final=0.2)(50, 20) == pytest.approx(0.2)
     with pytest.raises(ValueError, match=r"final 1.5"):
-        optim.Cosine(final=1.5)
+        schedules.Cosine(final=1.5)
     with pytest.raises(ValueError, match="warmup_steps -1"):
-        optim.Linear(warmup_steps=-1)
+        schedules.Linear(warmup_steps=-1)
     with pytest.raises(ValueError, match="never reached"):
-        optim.Exponential(final=0.0)
+        schedules.Exponential(final=0.0)
 
 
 def test_decay_acts_on_matrices_and_each_parameter_stands_once():
     tied = nn.Linear(3, 3)
     net = nn.ModuleDict({"a": tied, "b": tied, "norm": nn.LayerNorm(3), "embed": nn.Embedding(5, 3)})
     net["embed"].weight.requires_grad = False
-    decayed, exempt = optim.parameter_groups(net)
+    decayed, exempt = optimizers.parameter_groups(net)
     assert [p is tied.weight for p in decayed["params"]] == [True]
     assert {id(p) for p in exempt["params"]} == {id(tied.bias), id(net["norm"].weight), id(net["norm"].bias)}
     assert exempt["weight_decay"] == 0.0
@@ -82,12 +84,16 @@ def attached(**trainer_options):
 
 def test_explicit_settings_win_when_a_state_is_loaded():
     module = attached(max_steps=10)
-    old = optim.configure(module, functools.partial(torch.optim.AdamW, lr=1.0, weight_decay=0.1), optim.Linear())
+    old = optimizers.configure(
+        module, functools.partial(torch.optim.AdamW, lr=1.0, weight_decay=0.1), schedules.Linear()
+    )
     for _ in range(5):
         module.layer(torch.ones(2)).sum().backward()
         old["optimizer"].step()
         old["lr_scheduler"]["scheduler"].step()
-    new = optim.configure(module, functools.partial(torch.optim.AdamW, lr=0.5, weight_decay=0.3), optim.Linear())
+    new = optimizers.configure(
+        module, functools.partial(torch.optim.AdamW, lr=0.5, weight_decay=0.3), schedules.Linear()
+    )
     new["optimizer"].load_state_dict(old["optimizer"].state_dict())
     new["lr_scheduler"]["scheduler"].load_state_dict(old["lr_scheduler"]["scheduler"].state_dict())
     matrices, vectors = new["optimizer"].param_groups
@@ -103,7 +109,7 @@ def test_explicit_settings_win_when_a_state_is_loaded():
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "NAdam", "Adafactor", "Rprop"])
 def test_any_optimizer_of_torch_takes_the_groups(name):
     module = attached(max_steps=10)
-    built = optim.configure(module, functools.partial(getattr(torch.optim, name), lr=0.01))["optimizer"]
+    built = optimizers.configure(module, functools.partial(getattr(torch.optim, name), lr=0.01))["optimizer"]
     module.layer(torch.ones(2)).square().sum().backward()
     before = module.layer.weight.detach().clone()
     built.step()
@@ -114,11 +120,11 @@ def test_any_optimizer_of_torch_takes_the_groups(name):
 def test_a_schedule_that_ends_needs_an_end():
     module = attached(max_epochs=-1)
     with pytest.raises(ValueError, match=r"the run has no end: set --trainer.max_steps"):
-        optim.configure(module, torch.optim.AdamW, optim.Cosine())
+        optimizers.configure(module, torch.optim.AdamW, schedules.Cosine())
     for parameter in module.parameters():
         parameter.requires_grad = False
     with pytest.raises(ValueError, match="no trainable parameter"):
-        optim.configure(module, torch.optim.AdamW)
+        optimizers.configure(module, torch.optim.AdamW)
 
 
 @pytest.fixture
@@ -133,7 +139,7 @@ def stepped(parameters, optimizer):
     """The parameters after three steps, and the optimizer of `configure`."""
     module = LightningModule()
     module.weight, module.bias = parameters
-    made = optim.configure(module, optimizer)["optimizer"]
+    made = optimizers.configure(module, optimizer)["optimizer"]
     for step in range(3):
         for p in parameters:
             grad = torch.linspace(-1, 1 + step, p.numel()).view(p.shape)

@@ -14,19 +14,19 @@ import torch
 from outputs import FIELDS, Noisy, Sample, frozen, say
 from torch import nn
 
-from bigmodel import outputs as module
-from bigmodel.outputs import Field, Outputs, weights_digest
-from bigmodel.sampling import eval_loader, in_order, train_loader
+from bigmodel.data import output_cache as module
+from bigmodel.data.output_cache import FieldSpec, OutputCache, weights_digest
+from bigmodel.data.sampling import eval_loader, sequential_loader, train_loader
 
 NET = frozen()
 
 
 def store(folder, views=1, num_samples=10, fields=FIELDS, **key):
-    return Outputs(folder, {"net": "frozen", **key}, num_samples, fields, views)
+    return OutputCache(folder, {"net": "frozen", **key}, num_samples, fields, views)
 
 
 def batches(view=0, n=10, rows=4):
-    return in_order(train_loader(Noisy(n), batch_size=2), rows=rows, epoch=view)
+    return sequential_loader(train_loader(Noisy(n), batch_size=2), rows=rows, epoch=view)
 
 
 def files(outputs):
@@ -64,27 +64,28 @@ def test_order_batches_and_processes_change_no_bit(tmp_path):
     """Shuffled batches, and batches of fewer processes or more, hold the same samples each, so the same bits."""
     alone = launched.fit(tmp_path / "one")
     forked.run(launched.__file__, tmp_path / "two")
-    two = Outputs(tmp_path / "two", {"net": "frozen"}, 10, FIELDS, 2)
+    two = OutputCache(tmp_path / "two", {"net": "frozen"}, 10, FIELDS, 2)
     assert files(two) == files(alone)
     assert not list((tmp_path / "two").glob(".*"))
 
-    shuffled = Outputs(tmp_path / "shuffled", {"net": "frozen"}, 10, FIELDS, 2)
+    shuffled = OutputCache(tmp_path / "shuffled", {"net": "frozen"}, 10, FIELDS, 2)
     shuffled.compute(None, lambda view: list(batches(view, rows=3))[::-1], lambda batch: say(NET, batch))
     assert files(shuffled) == files(alone)
 
 
 def test_each_node_takes_all_samples_in_the_same_batches():
     loader = train_loader(Noisy(), batch_size=2)
-    alone = [batch.index.tolist() for batch in in_order(loader, rows=3)]
+    alone = [batch.index.tolist() for batch in sequential_loader(loader, rows=3)]
     assert alone == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 0, 0]]
-    assert [batch.weight.tolist() for batch in in_order(loader, rows=3)][-1] == [1, 0, 0]
-    parts = [in_order(loader, rows=3, trainer=SimpleNamespace(local_rank=r, num_devices=2)) for r in (0, 1)]
+    assert [batch.weight.tolist() for batch in sequential_loader(loader, rows=3)][-1] == [1, 0, 0]
+    parts = [sequential_loader(loader, rows=3, trainer=SimpleNamespace(local_rank=r, num_devices=2)) for r in (0, 1)]
     dealt = [batch.index.tolist() for pair in zip(*parts, strict=True) for batch in pair]
     assert dealt == alone
-    assert torch.equal(next(iter(in_order(loader, rows=3, epoch=5))).values, Noisy().__getitems__([0, 1, 2], 5).values)
+    first = next(iter(sequential_loader(loader, rows=3, epoch=5)))
+    assert torch.equal(first.values, Noisy().__getitems__([0, 1, 2], 5).values)
     with pytest.raises(ValueError, match=r"the samples of a DataLoader have no order .*train_loader"):
-        in_order(torch.utils.data.DataLoader(Noisy()), rows=3)
-    assert len(in_order(eval_loader(Noisy(), batch_size=4), rows=10)) == 1
+        sequential_loader(torch.utils.data.DataLoader(Noisy()), rows=3)
+    assert len(sequential_loader(eval_loader(Noisy(), batch_size=4), rows=10)) == 1
 
 
 def test_an_interrupted_computation_goes_on(tmp_path):
@@ -136,16 +137,16 @@ def test_another_run_may_end_the_work_first(tmp_path):
 def test_a_store_is_of_one_key_alone_and_says_what_differs(tmp_path):
     outputs = store(tmp_path, teacher="a", data="x")
     wanted = {"net": "frozen", "teacher": "c", "data": "x"}
-    assert Outputs.others(tmp_path, wanted, 10) == []
+    assert OutputCache.others(tmp_path, wanted, 10) == []
     outputs.compute(None, batches, lambda batch: say(NET, batch))
     store(tmp_path, teacher="b", data="y").compute(None, batches, lambda batch: say(NET, batch))
     assert store(tmp_path, data="x", teacher="a").complete, "the order of the entries is none"
     assert not store(tmp_path, teacher="c", data="x").complete
-    nearest, farther = Outputs.others(tmp_path, wanted, 10)
+    nearest, farther = OutputCache.others(tmp_path, wanted, 10)
     assert (nearest.path, nearest.differences) == (outputs.path, {"teacher": ("c", "a")})
     assert farther.differences == {"teacher": ("c", "b"), "data": ("x", "y")}
-    assert Outputs.others(tmp_path, wanted, 9)[0].differences["samples"] == (9, 10)
-    half = {**FIELDS, "logits": Field((7,), torch.float32)}
+    assert OutputCache.others(tmp_path, wanted, 9)[0].differences["samples"] == (9, 10)
+    half = {**FIELDS, "logits": FieldSpec((7,), torch.float32)}
     assert not store(tmp_path, fields=half, teacher="a", data="x").complete
     (outputs.path / "logits.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"logits.bin is damaged: 0 bytes, not 140. Delete "):
@@ -162,7 +163,7 @@ def test_what_cannot_be_kept_is_refused(tmp_path, monkeypatch):
 
     def of(values, **kind):
         sample = Sample(torch.zeros(1, 64), torch.tensor([0]), torch.ones(1))
-        field = {"logits": Field((2,), torch.float16)}
+        field = {"logits": FieldSpec((2,), torch.float16)}
         store(tmp_path, num_samples=1, fields=field, **kind).compute(
             None, lambda view: [sample], lambda batch: {"logits": torch.tensor([values])}
         )
@@ -178,7 +179,7 @@ def test_what_cannot_be_kept_is_refused(tmp_path, monkeypatch):
     of([-torch.inf, 1.0])  # the score of what must not be chosen
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e6))
-    large = Outputs(tmp_path, {"net": "large"}, 10**6, FIELDS, 2, "teacher logits", "set --data.views to less")
+    large = OutputCache(tmp_path, {"net": "large"}, 10**6, FIELDS, 2, "teacher logits", "set --data.views to less")
     needed = r"teacher logits of 1,000,000 samples in 2 views take 46.0 MB, and .* has 1.0 MB left: set --data.views"
     with pytest.raises(ValueError, match=needed):
         large.compute(None, batches, lambda batch: say(NET, batch))

@@ -8,10 +8,10 @@ import torch
 import yaml
 from torch import nn
 
-import bigmodel.precision
-from bigmodel import machine
+import bigmodel.training.precision
 from bigmodel.nn import GPT, ResNet
-from bigmodel.precision import choose, product_shapes
+from bigmodel.training import machine
+from bigmodel.training.precision import choose, product_shapes
 
 CPU = torch.device("cpu")
 FIT_FLAGS = ["--trainer.max_epochs", "1"]
@@ -23,7 +23,7 @@ def speed(monkeypatch):
 
     def set_speed(value):
         of_shape = value.__getitem__ if isinstance(value, dict) else lambda shape: value
-        monkeypatch.setattr(bigmodel.precision, "bf16_speed", of_shape)
+        monkeypatch.setattr(bigmodel.training.precision, "bf16_speed", of_shape)
 
     return set_speed
 

@@ -9,9 +9,9 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from outsider import TabularRegression
 
 import bigmodel
-from bigmodel.callbacks import predictions
-from bigmodel.callbacks.predictions import check_prediction, merge, record_batch
 from bigmodel.cli import main
+from bigmodel.evaluation import predictions
+from bigmodel.evaluation.predictions import check_prediction, merge, record_batch
 
 EXPERIMENT = str(Path(__file__).parent / "outsider" / "experiment.yaml")
 

@@ -20,8 +20,8 @@ from lightning.pytorch import Trainer
 from stopping import experiment, returning, tell
 
 from bigmodel.cli import main
+from bigmodel.data.sampling import train_loader
 from bigmodel.run import find_checkpoint
-from bigmodel.sampling import train_loader
 
 draw = random.Random(0)
 

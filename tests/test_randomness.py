@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from bigmodel.randomness import hashes, mix, sample_keys, uniform
+from bigmodel.data.stateless_rng import hash_seed, random_bits, sample_keys, uniform
 
 M = (1 << 64) - 1
 
@@ -21,9 +21,9 @@ def test_the_hash_is_splitmix64():
     assert splitmix(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF
     keys = np.array([0, 1, -1, 2**63 - 1, -(2**63)], np.int64)
     for stream in (0, 7):
-        found = hashes(keys, stream, 3)
+        found = random_bits(keys, stream, 3)
         for key, row in zip(keys.tolist(), found.tolist(), strict=True):
-            start = splitmix((key & M) ^ mix(stream))
+            start = splitmix((key & M) ^ hash_seed(stream))
             assert [x & M for x in row] == [splitmix(start + i * 0x9E3779B97F4A7C15 & M) for i in (1, 2, 3)]
 
 
@@ -62,5 +62,5 @@ def test_numbers_are_uniform_and_independent(across):
 
 
 def test_mix_separates_its_numbers():
-    assert len({mix(a, b) for a in range(50) for b in range(50)}) == 2500
-    assert mix(1, 2) != mix(2, 1)
+    assert len({hash_seed(a, b) for a in range(50) for b in range(50)}) == 2500
+    assert hash_seed(1, 2) != hash_seed(2, 1)

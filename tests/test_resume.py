@@ -10,10 +10,11 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from outsider import MLP, TableData, TabularRegression
 
-from bigmodel.callbacks import EMA, Gradients, Resume
-from bigmodel.checkpoint import AtomicCheckpointIO, Checkpoint, read
-from bigmodel.optim import Constant, Cosine
-from bigmodel.sampling import Permutation
+from bigmodel.checkpoint import AtomicCheckpointIO, read
+from bigmodel.data.sampling import Permutation
+from bigmodel.training.callbacks import EMA, GradientScaling, Resume
+from bigmodel.training.callbacks.checkpoint import Checkpoint
+from bigmodel.training.schedules import Constant, Cosine
 
 
 @dataclass
@@ -68,7 +69,7 @@ def fit(
         use_distributed_sampler=False,
         gradient_clip_val=1.0,
         plugins=[AtomicCheckpointIO()],
-        callbacks=[Gradients(), Resume(0, "data" in allow, "batch" in allow), average, recorder, every, best],
+        callbacks=[GradientScaling(), Resume(0, "data" in allow, "batch" in allow), average, recorder, every, best],
         **options,
     )
     trainer.fit(task, data, ckpt_path=resume)

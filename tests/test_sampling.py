@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from bigmodel.sampling import Permutation, eval_loader, micro_batches, train_loader
+from bigmodel.data.sampling import Permutation, eval_loader, micro_batches, train_loader
 
 
 class Sample(NamedTuple):
@@ -224,10 +224,10 @@ def test_each_epoch_is_grouped_by_its_own_lengths():
 
 
 def test_a_batch_size_changed_within_an_epoch_is_grouped_from_there():
-    from bigmodel.course import Position, set_origin
+    from bigmodel.data.schedule import DataPosition, set_origin
 
     trainer = process(global_step=60)
-    set_origin(trainer, Position(step=60, epoch=0, samples=720, seen=720))
+    set_origin(trainer, DataPosition(step=60, epoch=0, samples=720, seen=720))
     loader = train_loader(Squares(2_000), batch_size=20, seed=5, trainer=trainer, lengths=lengths_of)
     rest = [batch.index.tolist() for batch in loader]
     assert [len(step) for step in rest] == [20] * 64

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bigmodel.cli.settings import experiment_name, flag_value, layered, merge, parse_flags, read_yaml
+from bigmodel.run.config import experiment_name, flag_value, layered, merge, parse_flags, read_yaml
 
 ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "weight_decay": 0.01}}
 

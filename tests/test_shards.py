@@ -21,10 +21,10 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import bigmodel
-from bigmodel.checkpoint import AtomicCheckpointIO, damage, find_checkpoint, place, read
+from bigmodel.checkpoint import AtomicCheckpointIO, distribute_like, find_checkpoint, find_damage, read
 from bigmodel.checkpoint.parts import local_part
 from bigmodel.cli import main
-from bigmodel.cli.figures import different
+from bigmodel.cli.formatting import different
 
 EXPERIMENT = str(Path(__file__).parent / "outsider" / "experiment.yaml")
 
@@ -117,7 +117,7 @@ def test_any_region_is_read(launched):
             part = leaf.part([a for a, _ in ends], [b - a for a, b in ends])
             assert torch.equal(part, whole[tuple(slice(a, b) for a, b in ends)])
     with pytest.raises(ValueError, match=r"shape \[8, 3\] cannot be placed as one of \[3, 8\]"):
-        place(content["layouts"][0], torch.zeros(3, 8))
+        distribute_like(content["layouts"][0], torch.zeros(3, 8))
 
 
 # What goes wrong
@@ -137,7 +137,7 @@ def test_a_process_that_fails_is_named_and_nothing_is_left(launched):
 
 
 def test_the_checkpoint_that_was_to_be_replaced_is_whole(launched):
-    assert damage(launched / "last-1.ckpt") is None
+    assert find_damage(launched / "last-1.ckpt") is None
     assert different(read(launched / "last-1.ckpt"), torch.load(launched / "expected.pt", weights_only=True)) == []
     assert not [*launched.glob("full.ckpt"), *launched.glob("odd.ckpt"), *launched.glob(".last-1.*")]
 
@@ -146,7 +146,7 @@ def test_the_checkpoint_that_was_to_be_replaced_is_whole(launched):
     "name", ["state.ckpt", "shard-0-of-4.safetensors", "shard-3-of-4.safetensors", "manifest.json"]
 )
 def test_damage_is_found_and_named(launched, checkpoint, name):
-    assert damage(checkpoint) is None
+    assert find_damage(checkpoint) is None
     path = checkpoint / name
     content = path.read_bytes()
     moments = itertools.count()
@@ -157,15 +157,15 @@ def test_damage_is_found_and_named(launched, checkpoint, name):
 
     for position in range(0, len(content), 1 + len(content) // 40):
         write(content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :])
-        assert damage(checkpoint).startswith(f"{name} is not as it was written"), position
+        assert find_damage(checkpoint).startswith(f"{name} is not as it was written"), position
     write(content[:-1])
-    assert damage(checkpoint).startswith(name)
+    assert find_damage(checkpoint).startswith(name)
     with pytest.raises(ValueError, match=f"last-7.ckpt cannot be read as a checkpoint: {name}"):
         AtomicCheckpointIO().load_checkpoint(checkpoint)
     path.unlink()
-    assert damage(checkpoint) == f"{name} is missing"
+    assert find_damage(checkpoint) == f"{name} is missing"
     write(content)
-    assert damage(checkpoint) is None
+    assert find_damage(checkpoint) is None
 
 
 def test_a_damaged_one_is_passed_over(launched, checkpoint, capsys):

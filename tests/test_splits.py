@@ -2,7 +2,7 @@
 
 import pytest
 
-from bigmodel.splits import check_shares, split_in
+from bigmodel.data.split_shares import check_shares, split_in
 
 
 def test_names_say_splits():

@@ -13,10 +13,11 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import Dataset
 
 import bigmodel
-from bigmodel.callbacks import EMA, SWA, Gradients, Resume
-from bigmodel.checkpoint import AtomicCheckpointIO, Checkpoint, read
+from bigmodel.checkpoint import AtomicCheckpointIO, read
 from bigmodel.cli import main
-from bigmodel.sampling import eval_loader, train_loader
+from bigmodel.data.sampling import eval_loader, train_loader
+from bigmodel.training.callbacks import EMA, SWA, GradientScaling, Resume
+from bigmodel.training.callbacks.checkpoint import Checkpoint
 
 
 class Row(NamedTuple):
@@ -93,7 +94,7 @@ def fit(*callbacks, resume=None, folder=None, task=None, exact=True, **options):
         saved = [Checkpoint(every_n_steps=1, keep=-1, filename="step-{step}")]
         saved[0].dirpath = str(folder)
     task = task or Task()
-    always = [Gradients(), Resume()] if exact else []
+    always = [GradientScaling(), Resume()] if exact else []
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=bool(saved), plugins=[AtomicCheckpointIO()], callbacks=[*always, *callbacks, *saved],
@@ -253,7 +254,14 @@ def test_what_makes_no_average_is_refused():
 def test_the_average_is_what_a_run_is_loaded_with(tmp_path, monkeypatch, table):
     monkeypatch.chdir(tmp_path)
     experiment = str(Path(__file__).parent / "outsider" / "experiment.yaml")
-    flags = ["--data.path", str(table), "--trainer.accelerator", "cpu", "--callbacks.swa", "bigmodel.callbacks.SWA"]
+    flags = [
+        "--data.path",
+        str(table),
+        "--trainer.accelerator",
+        "cpu",
+        "--callbacks.swa",
+        "bigmodel.training.callbacks.SWA",
+    ]
     main(["fit", "-c", experiment, *flags, "--callbacks.swa.start", "0.2"])
     averaged, live = bigmodel.load("last", "last"), bigmodel.load("last", "last", ema=False)
     assert not torch.equal(averaged.net.layers[0].weight, live.net.layers[0].weight)

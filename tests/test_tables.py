@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bigmodel.tables import arrow, files_in, find_columns, find_files, hugging_face, read_table, text
-from bigmodel.tables.files import kind_of
+from bigmodel.data.tables import arrow, files_in, find_columns, find_files, hugging_face, read_table, text
+from bigmodel.data.tables.files import kind_of
 
 ROWS = [("a, b", 1), ('so "called"\nof two lines', 2), ("Zeilen – mit ünïcode", 3), ("  spaces kept ", 4)]
 

@@ -11,10 +11,11 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from outsider import MLP, TableData, TabularRegression
 
-from bigmodel.callbacks import Gradients, Resume, Times, TrainingLog
-from bigmodel.callbacks.clocks import DeviceClock
-from bigmodel.checkpoint import AtomicCheckpointIO, Checkpoint
+from bigmodel.checkpoint import AtomicCheckpointIO
 from bigmodel.cli import main
+from bigmodel.training.callbacks import GradientScaling, Resume, StepTimer, TrainingLog
+from bigmodel.training.callbacks.checkpoint import Checkpoint
+from bigmodel.training.callbacks.clocks import DeviceClock
 
 SLEPT = {"data": 5, "forward": 7, "backward": 9, "optimizer": 11, "validation": 13, "checkpoint": 15, "other": 17}  # ms
 STEPS, MICRO_BATCHES, VALIDATIONS = 12, 2, 3
@@ -81,13 +82,13 @@ def slow(table, tmp_path_factory):
         def on_train_end(self, *args):
             self.seconds = time.perf_counter() - self.start
 
-    times, clock = Times(), Clock()
+    times, clock = StepTimer(), Clock()
     saving = Checkpoint(every_n_steps=4, keep=1)
     saving.dirpath = str(tmp_path_factory.mktemp("slow"))
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_steps=STEPS + 1,
         plugins=[SlowSave()], num_sanity_val_steps=0, val_check_interval=4, check_val_every_n_epoch=None,
-        callbacks=[Gradients(), Resume(), times, clock, TrainingLog(), SlowCallback(), saving],
+        callbacks=[GradientScaling(), Resume(), times, clock, TrainingLog(), SlowCallback(), saving],
     )  # fmt: skip
     task = SlowTask(functools.partial(MLP, width=8), functools.partial(SlowSGD, lr=0.01))
     trainer.fit(task, SlowData(str(table), "y", batch_size=20, micro_batch_size=10))
@@ -149,7 +150,7 @@ def test_a_fit_leaves_the_trainer_as_it_was(table, tmp_path):
 
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_steps=4,
-        enable_checkpointing=False, callbacks=[Gradients(), Resume(), Times()],
+        enable_checkpointing=False, callbacks=[GradientScaling(), Resume(), StepTimer()],
     )  # fmt: skip
     with pytest.raises(RuntimeError, match="as meant"):
         trainer.fit(Fails(), TableData(str(table), "y", batch_size=20))

@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch import Callback, Trainer
 from outsider import TableData, TabularRegression
 
-from bigmodel.callbacks import Gradients, Resume, Watchdog, watchdog
+from bigmodel.training.callbacks import GradientScaling, Resume, Watchdog, watchdog
 
 
 class Clock:
@@ -48,7 +48,7 @@ class Slow(Callback):
 def fit(table, slow, minutes):
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_steps=3,
-        enable_checkpointing=False, callbacks=[Gradients(), Resume(), slow, Watchdog(minutes)],
+        enable_checkpointing=False, callbacks=[GradientScaling(), Resume(), slow, Watchdog(minutes)],
     )  # fmt: skip
     trainer.fit(TabularRegression(), TableData(str(table), "y", batch_size=4))
 

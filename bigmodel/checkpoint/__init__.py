@@ -1,25 +1,50 @@
 """Weights in and out: written atomically with a checksum, read as data only, and loaded strictly unless excused by name."""
 
-from bigmodel.checkpoint.archive import clear_hidden
-from bigmodel.checkpoint.callback import Checkpoint, validation_due
-from bigmodel.checkpoint.choose import checkpoint_step, find_checkpoint
-from bigmodel.checkpoint.files import AtomicCheckpointIO, damage, identity, read, size_on_disk
-from bigmodel.checkpoint.sharded import Sharded, assembled, place
-from bigmodel.checkpoint.weights import load_weights
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bigmodel.checkpoint.archive import clear_hidden
+    from bigmodel.checkpoint.files import AtomicCheckpointIO, content_hash, find_damage, read, size_on_disk
+    from bigmodel.checkpoint.selection import checkpoint_step, find_checkpoint
+    from bigmodel.checkpoint.sharded import LazyShardedTensor, distribute_like, gather_full
+    from bigmodel.checkpoint.weights import load_weights
 
 __all__ = [
     "AtomicCheckpointIO",
-    "Checkpoint",
-    "Sharded",
-    "assembled",
+    "LazyShardedTensor",
     "checkpoint_step",
     "clear_hidden",
-    "damage",
+    "content_hash",
+    "distribute_like",
     "find_checkpoint",
-    "identity",
+    "find_damage",
+    "gather_full",
     "load_weights",
-    "place",
     "read",
     "size_on_disk",
-    "validation_due",
 ]
+
+_MODULES = {
+    "AtomicCheckpointIO": "bigmodel.checkpoint.files",
+    "checkpoint_step": "bigmodel.checkpoint.selection",
+    "clear_hidden": "bigmodel.checkpoint.archive",
+    "content_hash": "bigmodel.checkpoint.files",
+    "distribute_like": "bigmodel.checkpoint.sharded",
+    "find_checkpoint": "bigmodel.checkpoint.selection",
+    "find_damage": "bigmodel.checkpoint.files",
+    "gather_full": "bigmodel.checkpoint.sharded",
+    "LazyShardedTensor": "bigmodel.checkpoint.sharded",
+    "load_weights": "bigmodel.checkpoint.weights",
+    "read": "bigmodel.checkpoint.files",
+    "size_on_disk": "bigmodel.checkpoint.files",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import when used: the table of renamed paths is read without torch."""
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    raise AttributeError(f"module 'bigmodel.checkpoint' has no attribute {name!r}")

@@ -17,7 +17,8 @@ from torch import distributed
 from bigmodel.checkpoint.archive import archive_damage, archive_digest, read_archive, remove, write_archive
 from bigmodel.checkpoint.manifest import MANIFEST, file_digest, folder_damage
 from bigmodel.checkpoint.parts import split
-from bigmodel.checkpoint.sharded import assembled, read_folder
+from bigmodel.checkpoint.renamed import current_callbacks
+from bigmodel.checkpoint.sharded import gather_full, read_folder
 from bigmodel.checkpoint.shards import FolderWriter
 
 
@@ -115,7 +116,7 @@ def size_on_disk(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def damage(path: str | os.PathLike[str]) -> str | None:
+def find_damage(path: str | os.PathLike[str]) -> str | None:
     """What is wrong with a checkpoint, by its checksums; None if it is as it was written.
 
     Reads all of it, once in a process as long as it is not changed. One without checksums, of an earlier version or written
@@ -130,7 +131,7 @@ def damage(path: str | os.PathLike[str]) -> str | None:
         return f"reading it fails: {error.strerror}"
 
 
-def identity(path: Path) -> str:
+def content_hash(path: Path) -> str:
     """64 hexadecimal digits that stand for a checkpoint's content: the SHA-256 that it carries, without reading the rest of
     it. Of one that carries none, the file is hashed."""
     if path.is_dir():
@@ -142,7 +143,7 @@ def _problem(path: str | os.PathLike[str]) -> str | None:
     """Why a checkpoint cannot be used, in a sentence that names it; None if it can."""
     if not Path(path).exists():
         return f"no checkpoint at {path}"
-    found = damage(path)
+    found = find_damage(path)
     return f"{path} cannot be read as a checkpoint: {found}" if found else None
 
 
@@ -152,7 +153,7 @@ def read(path: str | os.PathLike[str], verify: bool = True, whole: bool = True) 
     Args:
         path: the file, or the folder of a sharded one.
         verify: refuse one that is not as it was written; False where it has been verified.
-        whole: read sharded tensors whole; False: they are `Sharded`, to be read in part (see `place`).
+        whole: read sharded tensors whole; False: they are `LazyShardedTensor`, to be read in part (see `distribute_like`).
 
     Raises:
         ValueError: if it is missing, damaged, or holds more than tensors and plain values.
@@ -161,4 +162,6 @@ def read(path: str | os.PathLike[str], verify: bool = True, whole: bool = True) 
     if problem:
         raise ValueError(problem)
     checkpoint: dict[str, Any] = read_folder(Path(path)) if Path(path).is_dir() else read_archive(path)
-    return assembled(checkpoint) if whole and Path(path).is_dir() else checkpoint
+    if "callbacks" in checkpoint:
+        checkpoint["callbacks"] = current_callbacks(checkpoint["callbacks"])
+    return gather_full(checkpoint) if whole and Path(path).is_dir() else checkpoint

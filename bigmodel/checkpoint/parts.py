@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 Keys = tuple[str | int, ...]  # from the root of a checkpoint to a leaf
 
 
-def rebuilt(tree: Any, change: Callable[[Keys, Any], Any], at: Keys = ()) -> Any:
+def map_tree(tree: Any, change: Callable[[Keys, Any], Any], at: Keys = ()) -> Any:
     """A copy of nested dicts, lists and tuples, each leaf as `change(keys, leaf)` returns it."""
     if isinstance(tree, dict):
         made = copy.copy(tree)  # keeps the class, and what a state_dict has besides
         for key, value in tree.items():
-            made[key] = rebuilt(value, change, (*at, key))
+            made[key] = map_tree(value, change, (*at, key))
         return made
     if isinstance(tree, list | tuple):
-        values = [rebuilt(value, change, (*at, i)) for i, value in enumerate(tree)]
+        values = [map_tree(value, change, (*at, i)) for i, value in enumerate(tree)]
         return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     return change(at, tree)
 
@@ -41,7 +41,7 @@ def split(checkpoint: Any) -> tuple[Any, dict[Keys, DTensor]]:
         tensors[keys] = leaf
         return None
 
-    rest = rebuilt(checkpoint, take)
+    rest = map_tree(checkpoint, take)
     return (rest, tensors) if tensors else (checkpoint, tensors)
 
 

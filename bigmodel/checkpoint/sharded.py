@@ -13,10 +13,10 @@ from torch import Tensor
 
 from bigmodel.checkpoint.archive import read_archive
 from bigmodel.checkpoint.manifest import STATE, read_manifest, shard_name
-from bigmodel.checkpoint.parts import Keys, local_part, rebuilt
+from bigmodel.checkpoint.parts import Keys, local_part, map_tree
 
 
-class Sharded:
+class LazyShardedTensor:
     """A tensor of a sharded checkpoint that has not been read.
 
     Attributes:
@@ -30,7 +30,7 @@ class Sharded:
         self._name, self._parts, self._open_shard = name, entry["parts"], open_shard
 
     def __repr__(self) -> str:
-        return f"Sharded({self._name}, {list(self.shape)}, {self.dtype})"
+        return f"LazyShardedTensor({self._name}, {list(self.shape)}, {self.dtype})"
 
     def whole(self) -> Tensor:
         """All of it, on the CPU."""
@@ -64,7 +64,7 @@ def _slices(begins: Sequence[int], ends: Sequence[int], origin: Sequence[int]) -
 
 
 def read_folder(folder: Path) -> Any:
-    """The checkpoint in a folder, with a `Sharded` for each sharded tensor.
+    """The checkpoint in a folder, with a `LazyShardedTensor` for each sharded tensor.
 
     Raises:
         ValueError: if it cannot be read, or holds more than tensors and plain values.
@@ -84,31 +84,31 @@ def read_folder(folder: Path) -> Any:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read as a part of a checkpoint: {error}") from error
 
-    leaves: dict[Keys, Sharded] = {}
+    leaves: dict[Keys, LazyShardedTensor] = {}
     for name, entry in manifest["tensors"].items():
-        sharded = Sharded(name, entry, open_shard)
+        sharded = LazyShardedTensor(name, entry, open_shard)
         leaves |= {tuple(keys): sharded for keys in entry["paths"]}
-    return rebuilt(read_archive(folder / STATE), lambda keys, leaf: leaves.get(keys, leaf))
+    return map_tree(read_archive(folder / STATE), lambda keys, leaf: leaves.get(keys, leaf))
 
 
-def assembled(checkpoint: Any) -> Any:
-    """The same with each `Sharded` read whole; tied ones stay tied."""
-    read: dict[Sharded, Tensor] = {}
+def gather_full(checkpoint: Any) -> Any:
+    """The same with each `LazyShardedTensor` read whole; tied ones stay tied."""
+    read: dict[LazyShardedTensor, Tensor] = {}
 
     def whole(_: Keys, leaf: Any) -> Any:
-        if not isinstance(leaf, Sharded):
+        if not isinstance(leaf, LazyShardedTensor):
             return leaf
         if leaf not in read:
             read[leaf] = leaf.whole()
         return read[leaf]
 
-    return rebuilt(checkpoint, whole)
+    return map_tree(checkpoint, whole)
 
 
-def place(leaf: Tensor | Sharded, like: Tensor) -> Tensor:
+def distribute_like(leaf: Tensor | LazyShardedTensor, like: Tensor) -> Tensor:
     """A tensor laid out as `like`, on its device; the values and their type are the leaf's.
 
-    Where `like` is a DTensor, each process takes (and of a `Sharded` reads) only what it holds, and none communicates.
+    Where `like` is a DTensor, each process takes or reads only what it holds, without communication.
 
     Raises:
         ValueError: if the shapes differ, or a file cannot be read.
@@ -119,12 +119,12 @@ def place(leaf: Tensor | Sharded, like: Tensor) -> Tensor:
         raise ValueError(f"a tensor of shape {list(leaf.shape)} cannot be placed as one of {list(like.shape)}")
     assert not like.is_meta, "there is no memory to place it in"
     if not isinstance(like, DTensor):
-        return (leaf.whole() if isinstance(leaf, Sharded) else leaf).to(like.device)
+        return (leaf.whole() if isinstance(leaf, LazyShardedTensor) else leaf).to(like.device)
     placed = torch.empty_like(like, dtype=leaf.dtype)  # from_local would move what FSDP2 keeps on the CPU to the GPU
     own = local_part(like)
     if own is not None:
         offsets, sizes = own
-        if isinstance(leaf, Sharded):
+        if isinstance(leaf, LazyShardedTensor):
             part = leaf.part(offsets, sizes)
         else:
             part = leaf[_slices(offsets, [a + n for a, n in zip(offsets, sizes, strict=True)], [0] * leaf.ndim)]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from bigmodel import __version__
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 _HELP = f"""\
 bigmodel {__version__}: a research framework on Lightning, with plug-in tasks
@@ -18,18 +21,23 @@ bigmodel {__version__}: a research framework on Lightning, with plug-in tasks
   bigmodel fit --resume RUN [--KEY VALUE ...]                             go on with a run that was stopped
   bigmodel check -c EXPERIMENT.yaml [--KEY VALUE ...]                     a minute of it, before a long job
   bigmodel validate|test|predict RUN [--KEY VALUE ...]                    evaluate a run's best checkpoint
-  bigmodel generate RUN --prompt TEXT                                     let a trained model go on with a text
-  bigmodel generate RUN --documents N --out FOLDER                        let it write text for a student
-  bigmodel recommend RUN --user ID                                        the best items for a user
   bigmodel export RUN                                                     write a trained net's weights as safetensors
   bigmodel list [--check]                                                 tasks, experiments, runs
   bigmodel new NAME                                                       a package with a task that trains, to start from
-  bigmodel check-task TASK                                                does a task keep its word?
-
+{{commands}}
 A RUN is a run directory, the end of its name, or `last`. `bigmodel VERB --help` says more.
 """
+_GROUP = (
+    "bigmodel.commands"  # entry points: verbs of installed tasks, `name = "package.module:function"` of the arguments
+)
 
-_VERBS = list(dict.fromkeys(re.findall(r"^  bigmodel ([\w|-]+)", _HELP, re.MULTILINE)))
+_VERBS = {  # module and function of each
+    "check": "bigmodel.cli.check:run_check",
+    "export": "bigmodel.cli.export:run_export",
+    "list": "bigmodel.cli.listing:run_list",
+    "new": "bigmodel.cli.new:run_new",
+    **dict.fromkeys(("fit", "validate", "test", "predict"), "bigmodel.cli.trainer_cli:run_trainer"),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,43 +45,31 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     verb, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if verb in ("-h", "--help", "help"):
-        print(_HELP, end="")
+        print(_HELP.format(commands=_list_commands()), end="")
     elif verb in ("-V", "--version"):
         print(f"bigmodel {__version__}")
-    elif verb == "list":
-        from bigmodel.cli.listing import run_list
-
-        _with_clear_errors(run_list, rest)
-    elif verb == "new":
-        from bigmodel.cli.new import run_new
-
-        _with_clear_errors(run_new, rest)
-    elif verb == "check-task":
-        from bigmodel.cli.check_task import run_check_task
-
-        _with_clear_errors(run_check_task, rest)
-    elif verb in ("fit", "validate", "test", "predict"):
-        from bigmodel.cli.verbs import run_trainer
-
-        _with_clear_errors(run_trainer, verb, rest)
-    elif verb == "check":
-        from bigmodel.cli.check import run_check
-
-        _with_clear_errors(run_check, rest)
-    elif verb == "generate":
-        from bigmodel.cli.generate import run_generate
-
-        _with_clear_errors(run_generate, rest)
-    elif verb == "recommend":
-        from bigmodel.cli.recommend import run_recommend
-
-        _with_clear_errors(run_recommend, rest)
-    elif verb == "export":
-        from bigmodel.cli.export import run_export
-
-        _with_clear_errors(run_export, rest)
+    elif verb in _VERBS:
+        module, _, function = _VERBS[verb].partition(":")
+        run = getattr(importlib.import_module(module), function)
+        _with_clear_errors(run, *([verb] if function == "run_trainer" else []), rest)
+    elif command := next(iter(_installed_commands(verb)), None):
+        _with_clear_errors(command.load(), rest)
     else:
-        _fail(f"there is no verb {verb!r}; choose one of {', '.join(_VERBS)}")
+        known = [*_VERBS, *(command.name for command in _installed_commands())]
+        _fail(f"there is no verb {verb!r}; choose one of {', '.join(sorted(known))}")
+
+
+def _installed_commands(name: str | None = None) -> list[EntryPoint]:
+    """Verbs that packages register, by name; or the one of this name."""
+    import importlib.metadata
+
+    found = importlib.metadata.entry_points(group=_GROUP)
+    return sorted((command for command in found if name in (None, command.name)), key=lambda command: command.name)
+
+
+def _list_commands() -> str:
+    """A line for each, with the module that has it: importing them all to say more would take seconds."""
+    return "".join(f"  bigmodel {command.name:62} of {command.module}\n" for command in _installed_commands())
 
 
 class ClearError(ValueError):

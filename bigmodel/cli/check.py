@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import ProgressBar
 
-from bigmodel.callbacks import Anomalies, Times
-from bigmodel.cli import ClearError, verbs
-from bigmodel.cli import settings as layers
+from bigmodel.cli import ClearError, trainer_cli
 from bigmodel.cli.class_help import print_class_help
-from bigmodel.cli.figures import amount, num_saves, num_validations
-from bigmodel.cli.probe import Findings, Probe
+from bigmodel.cli.dry_run import Findings, Probe
+from bigmodel.cli.formatting import amount, num_saves, num_validations
+from bigmodel.run import config as run_config
+from bigmodel.training.callbacks import Anomalies, StepTimer
 
 _HELP = """\
 bigmodel check -c EXPERIMENT.yaml [-c MORE.yaml ...] [--KEY VALUE ...]
@@ -52,7 +52,7 @@ def run_check(argv: list[str]) -> Probe | None:
         ValueError: for whatever `fit` would refuse.
         SystemExit: with status 1, if a finding is a failure.
     """
-    positional, files, flags = layers.parse_flags(argv)
+    positional, files, flags = run_config.parse_flags(argv)
     if "help" in dict(flags) or "-h" in argv:
         print(_HELP, end="")
         return None
@@ -60,12 +60,12 @@ def run_check(argv: list[str]) -> Probe | None:
         raise ValueError(f"unexpected argument {positional[-1]!r} (a YAML file is given with -c)")
     if not files and not any(key.endswith(".help") for key, _ in flags):
         raise ValueError("nothing to check: give an experiment with -c FILE.yaml")
-    merged = verbs.merge_settings(files, flags)
+    merged = trainer_cli.merge_settings(files, flags)
     if print_class_help(flags, merged):
         return None
-    verbs.quiet_lightning()
+    trainer_cli.quiet_lightning()
     probe = Probe(merged)
-    cli = verbs.parse(merged, [probe])
+    cli = trainer_cli.parse(merged, [probe])
     runs_dir = Path(cli.config.runs_dir).absolute()
     probe.findings = findings = Findings(cli.trainer.is_global_zero)
     # On the disk that the checkpoints will go to, whose speed and space are what counts.
@@ -73,7 +73,7 @@ def run_check(argv: list[str]) -> Probe | None:
         probe.config = {**cli.resolved(), "runs_dir": folder}
         _shorten(cli.trainer, probe)
         try:
-            verbs.run_parsed("fit", cli, None, None)
+            trainer_cli.run_parsed("fit", cli, None, None)
         except ClearError:  # the configuration: nothing has begun
             raise
         except Exception as error:
@@ -103,7 +103,7 @@ def _shorten(trainer: Any, probe: Probe) -> None:
     """Leave away what would be left behind, or get between the lines."""
     trainer.loggers = []
     # The probe speaks instead of the bar, and looks at the loss itself.
-    trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, ProgressBar | Anomalies | Times)]
+    trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, ProgressBar | Anomalies | StepTimer)]
     trainer.num_sanity_val_steps = 0
     probe.limit_val = limit = trainer.limit_val_batches
     if limit:

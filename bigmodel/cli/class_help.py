@@ -12,7 +12,7 @@ from typing import Any
 from unittest import mock
 
 from bigmodel.cli import plugins
-from bigmodel.cli.settings import Settings, read_yaml
+from bigmodel.run.config import Settings, read_yaml
 
 
 def print_class_help(flags: list[tuple[str, Any]], merged: Settings) -> bool:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigmodel.cli.settings import parse_flags
+from bigmodel.run.config import parse_flags
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -47,7 +47,7 @@ def run_export(argv: list[str]) -> None:
     from bigmodel import run
     from bigmodel.checkpoint import find_checkpoint
 
-    directory = run.find(positional[0], flags.get("runs_dir", "runs"))
+    directory = run.find_run(positional[0], flags.get("runs_dir", "runs"))
     checkpoint = find_checkpoint(directory, flags.get("checkpoint", "best"))
     output = Path(flags.get("output") or directory / f"{checkpoint.stem}.{kind}")
     if output.exists():
@@ -61,12 +61,12 @@ def _write_safetensors(checkpoint: Path, output: Path) -> None:
     from safetensors.torch import save_file
 
     from bigmodel.checkpoint import read
-    from bigmodel.cli.figures import amount
-    from bigmodel.protocols import Exports
+    from bigmodel.cli.formatting import amount
+    from bigmodel.protocols import SupportsExport
     from bigmodel.run import find_average, load
 
     task = load(checkpoint)
-    net: Any = task.exported_net() if isinstance(task, Exports) else getattr(task, "net", None)
+    net: Any = task.exported_net() if isinstance(task, SupportsExport) else getattr(task, "net", None)
     if net is None:
         raise ValueError(f"{type(task).__name__} has no net to export: it should be in its attribute `net`")
     tensors, tied = _each_once(net)

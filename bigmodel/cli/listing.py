@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from bigmodel.cli import plugins
-from bigmodel.cli.settings import parse_flags
+from bigmodel.run.config import parse_flags
 
 _HELP = """\
 bigmodel list [--check] [--runs_dir DIR] [--experiments DIR]

@@ -15,7 +15,7 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from bigmodel.cli.settings import parse_flags
+from bigmodel.run.config import parse_flags
 
 _HELP = """\
 bigmodel new NAME [--into DIR]

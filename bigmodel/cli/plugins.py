@@ -16,7 +16,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
-from bigmodel.cli.settings import read_yaml
+from bigmodel.run.config import read_yaml
 
 GROUP = "bigmodel.tasks"
 

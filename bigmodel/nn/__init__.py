@@ -6,10 +6,10 @@ from bigmodel.nn.cnn import CNN
 from bigmodel.nn.convnext import ConvNeXt
 from bigmodel.nn.drop_path import DropPath
 from bigmodel.nn.esasrec import ESASRec
-from bigmodel.nn.factors import MatrixFactorization
 from bigmodel.nn.gru4rec import GRU4Rec
 from bigmodel.nn.hstu import HSTU
 from bigmodel.nn.loss import cross_entropy_sum
+from bigmodel.nn.matrix_factorization import MatrixFactorization
 from bigmodel.nn.memory_format import guard_convolutions, to_channels_last
 from bigmodel.nn.mlp import MLP
 from bigmodel.nn.resnet import ResNet

@@ -1,10 +1,10 @@
-"""What is done to parameters while a net is built, written down so that it can be done later.
+"""Recording of a net's parameter initialisation, to be repeated later.
 
-What a net's initialisation does to a parameter (draw, fill, scale, copy) is written down instead of done: the memory that
-`torch.empty` reserved is never touched. Random draws are made, though, into memory that is used again at once: the generator
-moves on as it would have, so everything drawn later is what it would have been, and each parameter can be drawn again alone,
-from the generator's state before it. Whoever reads a parameter meanwhile gets what it would hold. Recording an
-initialisation to repeat it is the idea of torchdistX's deferred_init.
+Operations on parameters (draw, fill, scale, copy) are recorded instead of executed: the memory that `torch.empty` reserved
+is never touched. Random initialisers still run, into a scratch buffer, so that the generator advances exactly as in a normal
+construction; each parameter can be drawn again by itself, from the generator's state before it. Reading a parameter
+meanwhile gives the value that it would hold. Recording an initialisation to repeat it is the idea of torchdistX's
+deferred_init.
 
 A *recipe* says how the contents of one storage come about; a *view* is a tensor's place in its storage, so that what is done
 to a part of a parameter (`weight[padding_index].fill_(0)`) is recorded like what is done to the whole.

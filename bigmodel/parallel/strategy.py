@@ -42,11 +42,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from bigmodel.checkpoint import AtomicCheckpointIO, Sharded, place
+from bigmodel.checkpoint import AtomicCheckpointIO, LazyShardedTensor, distribute_like
 from bigmodel.parallel.blocks import find_blocks
 from bigmodel.parallel.deferred import Initialization, deferred
 from bigmodel.parallel.tensor_parallel import tensor_parallel
-from bigmodel.precision import decide
 
 _Result = TypeVar("_Result")
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -154,9 +153,10 @@ class ShardedStrategy(ModelParallelStrategy):
         assert module is not None
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
-        decide(trainer)  # by it parameters are gathered
+        if hasattr(self.precision_plugin, "decide"):  # not chosen yet, and by it parameters are gathered
+            self.precision_plugin.decide(trainer)
         if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):  # a task may shard by itself
-            self._share_out(module)
+            self._apply_parallelism(module)
         if self._initial is not None:
             self._initial.materialize(module, self._storage_device)
             self._initial = None
@@ -171,7 +171,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def _storage_device(self) -> torch.device:
         return torch.device("cpu") if self.cpu_offload else self.root_device
 
-    def _share_out(self, module: LightningModule) -> None:
+    def _apply_parallelism(self, module: LightningModule) -> None:
         mesh = self.device_mesh
         if self.tensor_size > 1:
             for net in _nets(module):
@@ -313,7 +313,7 @@ class ShardedStrategy(ModelParallelStrategy):
                     f"Error(s) in loading state_dict: {name} has the shape {tuple(found[name].shape)} in the checkpoint, and"
                     f" {tuple(own[name].shape)} in the model"
                 )
-        placed = {name: place(leaf, own[name]) if name in own else leaf for name, leaf in found.items()}
+        placed = {name: distribute_like(leaf, own[name]) if name in own else leaf for name, leaf in found.items()}
         self.lightning_module.load_state_dict(placed, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -363,11 +363,11 @@ def _gathered(leaf: Any) -> Any:
 
 def _placed(leaf: Any, like: Tensor | None) -> Any:
     """What belongs to a parameter, laid out as it is; anything else that was sharded, whole."""
-    if not isinstance(leaf, Tensor | Sharded):
+    if not isinstance(leaf, Tensor | LazyShardedTensor):
         return leaf
     if like is not None and like.shape == leaf.shape:
-        return place(leaf, like)
-    return leaf.whole() if isinstance(leaf, Sharded) else leaf
+        return distribute_like(leaf, like)
+    return leaf.whole() if isinstance(leaf, LazyShardedTensor) else leaf
 
 
 def _placed_by_name(tree: Any, own: Mapping[str, Tensor]) -> Any:

@@ -13,10 +13,22 @@ how a script that launched it knows what to resume. BIGMODEL_RUN_DIRECTORY, wher
 run makes, and BIGMODEL_LAST the one that `last` means.
 """
 
-from bigmodel.checkpoint import checkpoint_step, find_checkpoint
-from bigmodel.run.loading import build, describe, find_average, load, load_data, set_sizes, sizes
-from bigmodel.run.places import find, new_directory
-from bigmodel.run.record import RunDirectory, directory, parameters, runs_dir, settle
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bigmodel.checkpoint import checkpoint_step, find_checkpoint
+    from bigmodel.run.loading import build, describe, find_average, load, load_data, set_sizes, sizes
+    from bigmodel.run.paths import find_run, new_directory
+    from bigmodel.run.run_directory import (
+        RunDirectory,
+        directory,
+        format_parameter_count,
+        record_resolved_argument,
+        runs_dir,
+    )
 
 __all__ = [
     "RunDirectory",
@@ -24,15 +36,41 @@ __all__ = [
     "checkpoint_step",
     "describe",
     "directory",
-    "find",
     "find_average",
     "find_checkpoint",
+    "find_run",
+    "format_parameter_count",
     "load",
     "load_data",
     "new_directory",
-    "parameters",
+    "record_resolved_argument",
     "runs_dir",
     "set_sizes",
-    "settle",
     "sizes",
 ]
+
+_MODULES = {
+    "build": "bigmodel.run.loading",
+    "checkpoint_step": "bigmodel.checkpoint",
+    "describe": "bigmodel.run.loading",
+    "directory": "bigmodel.run.run_directory",
+    "find_run": "bigmodel.run.paths",
+    "find_average": "bigmodel.run.loading",
+    "find_checkpoint": "bigmodel.checkpoint",
+    "load": "bigmodel.run.loading",
+    "load_data": "bigmodel.run.loading",
+    "new_directory": "bigmodel.run.paths",
+    "format_parameter_count": "bigmodel.run.run_directory",
+    "RunDirectory": "bigmodel.run.run_directory",
+    "runs_dir": "bigmodel.run.run_directory",
+    "set_sizes": "bigmodel.run.loading",
+    "record_resolved_argument": "bigmodel.run.run_directory",
+    "sizes": "bigmodel.run.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import when used: the command answers without Lightning where it can."""
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    raise AttributeError(f"module 'bigmodel.run' has no attribute {name!r}")

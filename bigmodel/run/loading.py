@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
 
-from bigmodel.callbacks import EMA, SWA
-from bigmodel.checkpoint import assembled, find_checkpoint, load_weights, read
-from bigmodel.run.places import find
+from bigmodel.checkpoint import find_checkpoint, gather_full, load_weights, read
+from bigmodel.checkpoint.renamed import current
+from bigmodel.run.config import read_yaml
+from bigmodel.run.paths import find_run
+from bigmodel.training.callbacks import EMA, SWA
 
 
 def sizes(module: LightningModule) -> dict[str, int]:
@@ -58,7 +59,7 @@ def load(
     """
     content = _content(run, checkpoint, runs_dir)
     content.pop("optimizer_states", None)  # most of a sharded checkpoint, which would be put together in memory
-    content = assembled(content)
+    content = gather_full(content)
     task = _built(_description(content), content, net=True)
     load_weights(task, content["state_dict"])
     average = find_average(content)
@@ -109,16 +110,16 @@ def _built(description: Mapping[str, Any], checkpoint: dict[str, Any], net: bool
     return task
 
 
-# What Lightning and bigmodel write into a checkpoint; all else is the task's own.
-_NOT_THE_TASKS = {
-    "bigmodel", "callbacks", "distillation", "epoch", "global_step", "hparams_name", "hparams_type", "hyper_parameters",
-    "loops", "lr_schedulers", "optimizer_states", "pytorch-lightning_version", "state_dict",
-}  # fmt: skip
+# Keys of a checkpoint that are not the task's, in those that do not list them (`bigmodel`, `keys`): written by 0.1.0 before.
+_NOT_THE_TASKS = (
+    "bigmodel", "callbacks", "epoch", "global_step", "hparams_name", "hparams_type", "hyper_parameters", "loops",
+    "lr_schedulers", "optimizer_states", "pytorch-lightning_version", "state_dict",
+)  # fmt: skip
 
 
 def _content(run: str | Path, checkpoint: str, runs_dir: str | Path) -> dict[str, Any]:
     """A checkpoint's content, its tensors not read yet."""
-    path = Path(run) if Path(run).suffix == ".ckpt" else find_checkpoint(find(run, runs_dir), checkpoint)
+    path = Path(run) if Path(run).suffix == ".ckpt" else find_checkpoint(find_run(run, runs_dir), checkpoint)
     content = read(path, whole=False)
     if "model" not in content.get("bigmodel", {}):
         raise ValueError(f"{path} says nothing of the task it belongs to: it was not written by `bigmodel fit`")
@@ -126,7 +127,8 @@ def _content(run: str | Path, checkpoint: str, runs_dir: str | Path) -> dict[str
 
 
 def _description(content: dict[str, Any]) -> dict[str, Any]:
-    saved = assembled({name: value for name, value in content.items() if name not in _NOT_THE_TASKS})
+    others = {"bigmodel", *content["bigmodel"].get("keys", _NOT_THE_TASKS)}
+    saved = gather_full({name: value for name, value in content.items() if name not in others})
     return {"model": content["bigmodel"]["model"], "sizes": content["bigmodel"]["sizes"], "saved": saved}
 
 
@@ -142,7 +144,7 @@ def load_data(run: str | Path, *, runs_dir: str | Path = "runs") -> LightningDat
     Raises:
         ValueError: if there is no such run.
     """
-    config = yaml.safe_load((find(run, runs_dir) / "config.yaml").read_text())
+    config = read_yaml(find_run(run, runs_dir) / "config.yaml")
     data: LightningDataModule = _instantiate(LightningDataModule, config["data"])
     return data
 
@@ -153,4 +155,4 @@ def _instantiate(kind: type, block: dict[str, Any]) -> Any:
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(kind, "block", fail_untyped=False)
-    return parser.instantiate(parser.parse_object({"block": block})).block
+    return parser.instantiate(parser.parse_object({"block": current(block)})).block

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from bench.common import Clock, report
 from bigmodel import load
-from bigmodel.callbacks.gradients import Gradients, find
+from bigmodel.training.callbacks.gradient_scaling import GradientScaling, get_callback
 
 
 class Timer(Callback):
@@ -49,7 +49,7 @@ class Predicted(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if trainer.global_step in (self.warmup, trainer.max_steps):
-            gradients = find(trainer, Gradients)
+            gradients = get_callback(trainer, GradientScaling)
             assert gradients is not None
             now = (time.process_time(), int(gradients.total_count))  # type: ignore[arg-type]
             if trainer.global_step == self.warmup:

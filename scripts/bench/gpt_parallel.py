@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bench.common import BF16, SIZES, TEXT, VOCAB_SIZE, Clock, arguments
 from bigmodel.nn import GPT
-from bigmodel.tasks.language_modeling import ByPosition, Characters, TextData
+from bigmodel.tasks.language_modeling import Characters, ContiguousSplit, TextData
 
 
 def shard(net: GPT) -> nn.Module:
@@ -33,7 +33,12 @@ def main() -> None:
     distributed.init_process_group("gloo")
     rank, share = distributed.get_rank(), size.batch_size // distributed.get_world_size()
     data = TextData(
-        str(TEXT), Characters(), ByPosition(val=0.1), size.context_length, size.batch_size, cache_dir=".bench/cache"
+        str(TEXT),
+        Characters(),
+        ContiguousSplit(val=0.1),
+        size.context_length,
+        size.batch_size,
+        cache_dir=".bench/cache",
     )
     if rank == 0:
         data.prepare_data()

@@ -10,14 +10,19 @@ import torch.nn.functional as F
 
 from bench.common import BF16, SIZES, TEXT, VOCAB_SIZE, Clock, arguments, report
 from bigmodel.nn import GPT
-from bigmodel.tasks.language_modeling import ByPosition, Characters, TextData
+from bigmodel.tasks.language_modeling import Characters, ContiguousSplit, TextData
 
 
 def main() -> None:
     options = arguments(__doc__)
     size = SIZES[options.size]
     data = TextData(
-        str(TEXT), Characters(), ByPosition(val=0.1), size.context_length, size.batch_size, cache_dir=".bench/cache"
+        str(TEXT),
+        Characters(),
+        ContiguousSplit(val=0.1),
+        size.context_length,
+        size.batch_size,
+        cache_dir=".bench/cache",
     )
     data.prepare_data()
     data.setup()

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from bigmodel.tasks.language_modeling.prepare import make_plan, prepare
 from bigmodel.tasks.language_modeling.sources import find_files
-from bigmodel.tasks.language_modeling.splits import ByDocument
-from bigmodel.tasks.language_modeling.tokenizer_choice import BPE, Pretrained
+from bigmodel.tasks.language_modeling.splits import DocumentHashSplit
+from bigmodel.tasks.language_modeling.tokenizer_config import BPE, Pretrained
 
 ENCODE = """
 import sys, time
@@ -68,7 +68,7 @@ def main() -> None:
             answer = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()
             theirs = float(answer[0])
             start = time.perf_counter()
-            plan = make_plan(str(text), choice, ByDocument(val=0), [], str(Path(scratch, "cache")))
+            plan = make_plan(str(text), choice, DocumentHashSplit(val=0), [], str(Path(scratch, "cache")))
             prepared = prepare(plan, options.processes)
             ours = time.perf_counter() - start
             written = sum(split.tokens - split.documents for split in prepared.splits.values())

@@ -85,7 +85,7 @@ def machine() -> str:
 
 def faster_precision() -> str:
     """The one in which this machine computes products of the large GPT's sizes faster."""
-    from bigmodel.machine import bf16_speed
+    from bigmodel.training.machine import bf16_speed
 
     return "bf16-mixed" if bf16_speed((384, 384)) > 1.2 else "32-true"
 

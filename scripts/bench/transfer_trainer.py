@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding
 from bench.common import BENCH, BF16, Clock, arguments
 from bench.trainer import train
 from bigmodel.tasks.transfer_learning import LabelledTextData
-from bigmodel.tasks.transfer_learning.backbones.shipped import folder_of
+from bigmodel.tasks.transfer_learning.backbones.bundled import folder_of
 
 MAX_LENGTH, BATCH_SIZE = 64, 32
 

@@ -9,8 +9,8 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from bigmodel import optim
-from bigmodel.sampling import eval_loader, train_loader
+from bigmodel.data.sampling import eval_loader, train_loader
+from bigmodel.training import optimizers
 
 BATCH_SIZE = 8  # points
 NUM_POINTS = 1 << 20  # more than any run takes, so that no epoch ends while the clock runs
@@ -52,13 +52,13 @@ class LineData(LightningDataModule):
 class TwoNumbers(LightningModule):
     """Squared error of slope and offset, summed over the points."""
 
-    def __init__(self, optimizer: optim.OptimizerFactory = torch.optim.AdamW) -> None:
+    def __init__(self, optimizer: optimizers.OptimizerFactory = torch.optim.AdamW) -> None:
         super().__init__()
         self.optimizer = optimizer
         self.net = nn.Linear(1, 1)
 
     def configure_optimizers(self) -> Any:
-        return optim.configure(self, self.optimizer)
+        return optimizers.configure(self, self.optimizer)
 
     def training_step(self, batch: Points) -> dict[str, Any]:
         return {"loss": (self.net(batch.x) - batch.y).square().sum(), "count": len(batch.y)}

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bigmodel.classification.balance import Balanced, class_weights
+from bigmodel.data.class_balance import Balanced, class_weights
 
 LABELS = np.array([1, 0, 1, 1, 2, 2, 1])
 

@@ -5,8 +5,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from bigmodel.classification import drawings
-from bigmodel.classification.drawings import Mistake, draw_confusion, draw_mistakes
+from bigmodel.evaluation import plots
+from bigmodel.evaluation.plots import Mistake, draw_confusion, draw_mistakes
 
 MATRIX = np.array([[8, 2, 0], [0, 50, 50], [0, 0, 0]])
 
@@ -14,8 +14,8 @@ MATRIX = np.array([[8, 2, 0], [0, 50, 50], [0, 0, 0]])
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that were drawn, as matplotlib holds them."""
-    figures, save = [], drawings._save
-    monkeypatch.setattr(drawings, "_save", lambda figure, path: (figures.append(figure), save(figure, path)))
+    figures, save = [], plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: (figures.append(figure), save(figure, path)))
     return figures
 
 

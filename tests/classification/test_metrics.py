@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
-from bigmodel.classification.metrics import ClassMetrics
+from bigmodel.evaluation.class_metrics import ClassMetrics
 
 
 def evaluation(num_classes, n=403, seed=0, scale=2.0, absent=()):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bigmodel.classification import Report
+from bigmodel.evaluation import Report
 from bigmodel.run import RunDirectory
 
 TEXTS = ["good, cheap", 'a "bad"\nline', "fair", "odd", "plain"]

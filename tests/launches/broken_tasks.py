@@ -10,7 +10,7 @@ from outsider.data import Rows, Table
 from torch import nn
 from torch.utils.data import DataLoader
 
-from bigmodel import optim
+from bigmodel.training import optimizers, schedules
 
 
 class MeanLoss(TabularRegression):
@@ -33,8 +33,8 @@ class EachForItself(TabularRegression):
     def __init__(
         self,
         net: Callable[[int], nn.Module] = MLP,
-        optimizer: optim.OptimizerFactory = torch.optim.AdamW,
-        schedule: optim.Schedule | None = None,
+        optimizer: optimizers.OptimizerFactory = torch.optim.AdamW,
+        schedule: schedules.Schedule | None = None,
     ) -> None:
         super().__init__(net, optimizer, schedule)
         self.net = MLP(num_features=2)

@@ -9,21 +9,22 @@ from pathlib import Path
 
 import torch
 
-from bigmodel.checkpoint import choose, damage, files
+from bigmodel.checkpoint import files, find_damage
+from bigmodel.checkpoint import selection as choose
 from bigmodel.cli import main
 
 
 def counted(path):
-    """`damage`, noted as asked for by this process."""
+    """`find_damage`, noted as asked for by this process."""
     with open(f"verified.{os.environ['RANK']}", "a") as file:
         file.write(Path(path).name + "\n")
-    return damage(path)
+    return find_damage(path)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run, table = sys.argv[1:]
-    files.damage = choose.damage = counted
+    files.find_damage = choose.find_damage = counted
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.path", table]
     main(["validate", run, "--checkpoint", "last", *two])
     main(["fit", "--resume", run, "--trainer.max_steps", "12", "--callbacks.last.asynchronous", "true", *two])

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 
-from bigmodel.callbacks import TrainingLog
-from bigmodel.callbacks.gradients import find
-from bigmodel.callbacks.training_log import outside_mfu
 from bigmodel.cli import main
+from bigmodel.training.callbacks import TrainingLog
+from bigmodel.training.callbacks.gradient_scaling import get_callback
+from bigmodel.training.callbacks.training_log import outside_mfu
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "image_classification" / "digits.yaml"
 OURS = "bigmodel.tasks.distillation"
@@ -24,7 +24,7 @@ QUICK = {
     "trainer.max_epochs": "null", "trainer.max_steps": 12, "trainer.accelerator": "cpu", "trainer.val_check_interval": 6,
     "trainer.check_val_every_n_epoch": "null", "trainer.log_every_n_steps": 1, "callbacks.progress": "null",
     "callbacks.last.every_n_steps": 6, "callbacks.last.every_n_minutes": "null", "callbacks.last.keep": -1,
-    "callbacks.report": "bigmodel.classification.Report", "callbacks.report.num_mistakes": 1,  # drawing takes long
+    "callbacks.report": "bigmodel.evaluation.Report", "callbacks.report.num_mistakes": 1,  # drawing takes long
 }  # fmt: skip
 STUDENT = {"net": MLP, "net.widths": "[8]", "optimizer": "torch.optim.SGD", "optimizer.lr": 0.05, "schedule": "null"}
 
@@ -60,7 +60,7 @@ WITNESS = {"callbacks.witness": "distillation.Witness"}
 LM = "bigmodel.tasks.language_modeling"
 TEXT = {
     "data": f"{LM}.TextData", "data.path": "text", "data.cache_dir": "cache", "data.num_processes": 1,
-    "data.tokenizer": f"{LM}.BPE", "data.tokenizer.vocab_size": 300, "data.split": f"{LM}.ByDocument",
+    "data.tokenizer": f"{LM}.BPE", "data.tokenizer.vocab_size": 300, "data.split": f"{LM}.DocumentHashSplit",
     "data.split.val": 0.2, "data.context_length": 16, "data.batch_size": 8, "callbacks.progress": "null",
     "callbacks.last.every_n_steps": 3, "callbacks.last.every_n_minutes": "null", "callbacks.last.keep": -1,
 }  # fmt: skip
@@ -130,7 +130,7 @@ class Witness(Callback):
         assert all(torch.equal(after[name], tensor) for name, tensor in self.before.items())
         weights = [p.numel() for p in pl_module.net.parameters() if p.ndim == 2]
         passes = [2 * weights[0], *(3 * n for n in weights[1:])]  # nobody needs the gradient of the pixels
-        assert find(trainer, TrainingLog)._flops == 2 * 32 * sum(passes), "the student's alone"
+        assert get_callback(trainer, TrainingLog)._flops == 2 * 32 * sum(passes), "the student's alone"
 
 
 if __name__ == "__main__":

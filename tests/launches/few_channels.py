@@ -11,7 +11,7 @@ from torch import nn
 from bigmodel.nn import ResNet
 from bigmodel.run import set_sizes
 from bigmodel.tasks.image_classification import ImageClassification
-from bigmodel.tasks.image_classification.pictures import ImageBatch
+from bigmodel.tasks.image_classification.batch import ImageBatch
 
 PICTURES = ((32, 8), (64, 8), (128, 2))  # pixels on a side, pictures
 STATISTICS = ([0.5] * 3, [0.25] * 3)
@@ -51,7 +51,7 @@ def published():
 def backbone():
     from transformers import ResNetModel
 
-    from bigmodel.tasks.transfer_learning.backbones.pictures import HuggingFaceImages
+    from bigmodel.tasks.transfer_learning.backbones.hf_vision import HuggingFaceImages
 
     sizes = {"in_channels": 3, "image_size": 32}
     net = HuggingFaceImages(ResNetModel(transformers_config()), STATISTICS, sizes)

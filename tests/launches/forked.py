@@ -64,10 +64,10 @@ if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"  # a process that has threads cannot be forked safely
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    import bigmodel.cli.verbs
-    import bigmodel.precision
+    import bigmodel.cli.trainer_cli
+    import bigmodel.training.precision
 
-    bigmodel.precision.bf16_speed = lambda shape: 1.0  # as in conftest.py: float32 is chosen on any machine
+    bigmodel.training.precision.bf16_speed = lambda shape: 1.0  # as in conftest.py: float32 is chosen on any machine
 
     number, script, *words = sys.argv[1:]
     config = LaunchConfig(

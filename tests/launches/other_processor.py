@@ -13,7 +13,7 @@ import torch
 
 from bigmodel.cli import main
 from bigmodel.nn import GPT
-from bigmodel.precision import choose
+from bigmodel.training.precision import choose
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 NET = ("--model.net", "bigmodel.nn.ResNet", "--model.net.blocks", "[1,1]", "--model.net.widths", "[32,64]")

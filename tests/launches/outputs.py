@@ -12,10 +12,10 @@ import torch.distributed as dist
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import nn
 
-from bigmodel.outputs import Field, Outputs
-from bigmodel.sampling import in_order, train_loader
+from bigmodel.data.output_cache import FieldSpec, OutputCache
+from bigmodel.data.sampling import sequential_loader, train_loader
 
-FIELDS = {"logits": Field((7,), torch.float16), "largest": Field((), torch.int64)}
+FIELDS = {"logits": FieldSpec((7,), torch.float16), "largest": FieldSpec((), torch.int64)}
 
 
 class Sample(NamedTuple):
@@ -62,7 +62,9 @@ class Student(LightningModule):
 
     def on_fit_start(self):
         def batches(view):
-            return in_order(self.trainer.datamodule.train_dataloader(), rows=3, trainer=self.trainer, epoch=view)
+            return sequential_loader(
+                self.trainer.datamodule.train_dataloader(), rows=3, trainer=self.trainer, epoch=view
+            )
 
         self.outputs.compute(self.trainer, batches, lambda batch: say(self.teacher[0], batch))
 
@@ -77,8 +79,8 @@ class Student(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(folder: Path, views: int = 2, devices: int = 1) -> Outputs:
-    outputs = Outputs(folder, {"net": "frozen"}, 10, FIELDS, views)
+def fit(folder: Path, views: int = 2, devices: int = 1) -> OutputCache:
+    outputs = OutputCache(folder, {"net": "frozen"}, 10, FIELDS, views)
     student = Student(outputs, views)
     quiet = {
         "logger": False,

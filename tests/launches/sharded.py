@@ -18,7 +18,7 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-import bigmodel.precision
+import bigmodel.training.precision
 from bigmodel.cli import main
 from bigmodel.nn import GPT, ViT
 from bigmodel.parallel.tensor_parallel import tensor_parallel
@@ -66,12 +66,13 @@ def text(name: str, *flags: object) -> list[str]:
         "model.net.activation": "swiglu", "model.net.norm": "rms", "model.net.qk_norm": True, "model.net.tied_head": False,
         "model.optimizer": "torch.optim.SGD", "model.optimizer.lr": 0.5, "model.optimizer.momentum": 0.9,
         "model.loss_chunk_size": 100, "data.path": "text.txt", "data.tokenizer.vocab_size": 270,
-        "data.split": "bigmodel.tasks.language_modeling.ByPosition", "data.split.val": 0.2,
+        "data.split": "bigmodel.tasks.language_modeling.ContiguousSplit", "data.split.val": 0.2,
         "data.exclude": "null", "data.cache_dir": "cache", "data.context_length": 32, "data.batch_size": 16,
         "data.micro_batch_size": 2, "trainer.accelerator": "cpu", "trainer.precision": "32-true", "trainer.max_steps": 4,
         "trainer.max_epochs": "null", "trainer.val_check_interval": 2, "trainer.limit_val_batches": 1.0,
         "trainer.log_every_n_steps": 1, "trainer.gradient_clip_val": 0.3, "callbacks.samples.prompts": "[The ]",
-        "callbacks.samples.options": "{max_new_tokens: 4, temperature: 0}", "callbacks.ema": "bigmodel.callbacks.EMA",
+        "callbacks.samples.options": "{max_new_tokens: 4, temperature: 0}",
+        "callbacks.ema": "bigmodel.training.callbacks.EMA",
         "callbacks.ema.decay": 0.8, "callbacks.last.every_n_steps": 2, "callbacks.last.every_n_minutes": "null",
         "callbacks.last.keep": -1, "callbacks.look": "sharded.Look", "callbacks.look.folder": f"seen-{name}",
         "runs_dir": name, "wandb.mode": "disabled",
@@ -175,12 +176,12 @@ if __name__ == "__main__":
         ]
     )
     # Here the first process alone computes bf16 faster: it chooses for all.
-    slow, bigmodel.precision.bf16_speed = (
-        bigmodel.precision.bf16_speed,
+    slow, bigmodel.training.precision.bf16_speed = (
+        bigmodel.training.precision.bf16_speed,
         lambda _: 2.0 if os.environ["RANK"] == "0" else 0.1,
     )
     main(["fit", *pictures("pictures", digits, *strategy(), "--trainer.precision", "auto")])
-    bigmodel.precision.bf16_speed = slow
+    bigmodel.training.precision.bf16_speed = slow
     main(["fit", *choices("histories", "SequenceRecommendation", "--model.net.dropout", 0, *strategy())])
     main(["fit", *choices("pairs", "PairRecommendation", *strategy())])
     outsider = Path(__file__).parents[1] / "outsider" / "experiment.yaml"

@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from bigmodel.checkpoint import AtomicCheckpointIO, read, shards
-from bigmodel.checkpoint.parts import rebuilt
-from bigmodel.checkpoint.sharded import Sharded, place
-from bigmodel.cli.figures import different
+from bigmodel.checkpoint.parts import map_tree
+from bigmodel.checkpoint.sharded import LazyShardedTensor, distribute_like
+from bigmodel.cli.formatting import different
 
 NUM_PROCESSES = 4
 
@@ -63,7 +63,7 @@ def make_tree(row, square):
 
 
 def change(tree, function):
-    return rebuilt(tree, lambda _, leaf: function(leaf) if isinstance(leaf, DTensor) else leaf)
+    return map_tree(tree, lambda _, leaf: function(leaf) if isinstance(leaf, DTensor) else leaf)
 
 
 def places_right(content, tree, row, square):
@@ -78,16 +78,16 @@ def places_right(content, tree, row, square):
             return
         whole = saved.full_tensor()
         for mesh, layout in layouts if saved.ndim == 2 else []:
-            placed = place(leaf, distribute_tensor(torch.zeros(saved.shape), mesh, layout))
+            placed = distribute_like(leaf, distribute_tensor(torch.zeros(saved.shape), mesh, layout))
             assert placed.placements == tuple(layout)
             assert torch.equal(placed.full_tensor(), whole), (keys, layout)
-        again = place(leaf, saved)
+        again = distribute_like(leaf, saved)
         assert again.placements == saved.placements
         assert again.dtype == saved.dtype
         assert torch.equal(again.to_local(), saved.to_local()), keys
-        assert torch.equal(place(leaf, torch.zeros(saved.shape)), whole)
+        assert torch.equal(distribute_like(leaf, torch.zeros(saved.shape)), whole)
 
-    rebuilt(content, compare)
+    map_tree(content, compare)
 
 
 def to_folders(run, row):
@@ -99,7 +99,7 @@ def to_folders(run, row):
             sharded = isinstance(leaf, torch.Tensor) and leaf.ndim and "torchmetrics" not in str(keys)
             return distribute_tensor(leaf, row, [Shard(0)]) if sharded else leaf
 
-        AtomicCheckpointIO().save_checkpoint(rebuilt(content, shard), path)
+        AtomicCheckpointIO().save_checkpoint(map_tree(content, shard), path)
 
 
 def expect_failure(tree, path, rank):
@@ -135,7 +135,7 @@ def work(rank, run):
     tree = before
 
     content = AtomicCheckpointIO().load_checkpoint("at-once.ckpt", whole=False)
-    assert isinstance(content["state_dict"]["0.weight"], Sharded)
+    assert isinstance(content["state_dict"]["0.weight"], LazyShardedTensor)
     assert different(tree, content) == []
     assert different(change(tree, lambda leaf: leaf + (rank == 3)), content) or rank < 3
     places_right(content, tree, row, square)

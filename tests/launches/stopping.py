@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
-from bigmodel.callbacks import Resume
-from bigmodel.callbacks.preemption import Preemption
 from bigmodel.cli import main
+from bigmodel.training.callbacks import Resume
+from bigmodel.training.callbacks.preemption import Preemption
 
 
 class Tell(Callback):
@@ -101,7 +101,7 @@ def experiment(table, runs_dir, *flags):
     settings = {
         "data.batch_size": 12, "model.net.dropout": 0.2, "trainer.accelerator": "cpu", "trainer.max_epochs": "null",
         "trainer.max_steps": 30, "trainer.val_check_interval": 3, "trainer.log_every_n_steps": 1,
-        "callbacks.ema": "bigmodel.callbacks.EMA", "callbacks.ema.decay": 0.9,
+        "callbacks.ema": "bigmodel.training.callbacks.EMA", "callbacks.ema.decay": 0.9,
     }  # fmt: skip
     words += [word for key, value in settings.items() for word in (f"--{key}", value)]
     return [str(word) for word in (*words, *flags)]

@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
-from bigmodel.callbacks import Gradients, TrainingLog
 from bigmodel.nn import CNN, GPT, MLP, ConvNeXt, ResNet, ViT
 from bigmodel.nn.loss import cross_entropy_sum
 from bigmodel.parallel import ActivationCheckpointing, Compile, compilation, find_blocks
+from bigmodel.training.callbacks import GradientScaling, TrainingLog
 
 SIZES = {"vocab_size": 32, "context_length": 16, "width": 16, "num_heads": 2}
 
@@ -70,7 +70,7 @@ def fit(make, *callbacks, kind=GPT, task=None, steps=3):
     loader = DataLoader(data(kind), batch_size=4)
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_steps=steps,
-        enable_checkpointing=False, callbacks=[Gradients(), *callbacks], num_sanity_val_steps=0,
+        enable_checkpointing=False, callbacks=[GradientScaling(), *callbacks], num_sanity_val_steps=0,
     )  # fmt: skip
     trainer.fit(task, loader, loader)
     return task

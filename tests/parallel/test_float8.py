@@ -11,10 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from bigmodel.callbacks import Gradients, TrainingLog
 from bigmodel.nn import GPT
 from bigmodel.nn.loss import cross_entropy_sum
 from bigmodel.parallel import ActivationCheckpointing, Float8, deferred
+from bigmodel.training.callbacks import GradientScaling, TrainingLog
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="float8 is an extra")
 
@@ -46,7 +46,7 @@ def fit(*callbacks, task=None, precision="32-true", **options):
     loader = DataLoader(TensorDataset(tokens[:, :-1], tokens[:, 1:]), batch_size=16)
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_epochs=10,
-        enable_checkpointing=False, callbacks=[Gradients(), *callbacks], precision=precision, **options,
+        enable_checkpointing=False, callbacks=[GradientScaling(), *callbacks], precision=precision, **options,
     )  # fmt: skip
     trainer.fit(task, loader)
     return task

@@ -1,10 +1,7 @@
 """Distillation: a trained task teaches an untrained one."""
 
 from bigmodel.tasks.distillation.cache import TeacherCache
-from bigmodel.tasks.distillation.mean_teacher import MeanTeacher
-from bigmodel.tasks.distillation.module import Distillation
-from bigmodel.tasks.distillation.on_policy import OnPolicy
-from bigmodel.tasks.distillation.terms import (
+from bigmodel.tasks.distillation.loss_terms import (
     DKD,
     KD,
     AttentionTransfer,
@@ -14,6 +11,9 @@ from bigmodel.tasks.distillation.terms import (
     SimilarityPreserving,
     Term,
 )
+from bigmodel.tasks.distillation.mean_teacher import MeanTeacher
+from bigmodel.tasks.distillation.module import Distillation
+from bigmodel.tasks.distillation.on_policy import OnPolicy
 
 __all__ = [
     "DKD",

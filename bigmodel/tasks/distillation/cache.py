@@ -1,7 +1,7 @@
 """What a teacher says of each sample, kept: all logits, or its likeliest classes with their probabilities.
 
 Kept by what it is a function of: the teacher's weights, the data, what the samples look like when they are augmented, and
-for probabilities the temperature. See `bigmodel.outputs` for the files.
+for probabilities the temperature. See `bigmodel.data.output_cache` for the files.
 
 B samples, n positions, K classes, k of them kept, T temperature.
 """
@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bigmodel.cache import cache_folder
-from bigmodel.outputs import Field, Outputs
+from bigmodel.data.cache import cache_folder
+from bigmodel.data.output_cache import FieldSpec, OutputCache
 from bigmodel.tasks.distillation import losses
 
 REMEDY = (
@@ -76,14 +76,14 @@ class TeacherCache:
         facts = {"teacher": teacher, "data": fingerprint, "augmentation": shown, "precision": precision}
         return {**facts, "dtype": self.dtype, "top_k": self.top_k, "temperature": temperature if self.top_k else None}
 
-    def fields(self, shape: torch.Size) -> dict[str, Field]:
+    def fields(self, shape: torch.Size) -> dict[str, FieldSpec]:
         """What is kept of a sample with logits of this shape [..., K]."""
         dtype = getattr(torch, self.dtype)
         if self.top_k is None:
-            return {"logits": Field(tuple(shape), dtype)}
+            return {"logits": FieldSpec(tuple(shape), dtype)}
         kept, K = self._num_kept(shape[-1]), shape[-1]
-        classes = Field((*shape[:-1], kept), torch.int16 if K <= _MOST_INT16 else torch.int32)
-        return {"classes": classes, "log_probabilities": Field((*shape[:-1], kept + 1), dtype)}
+        classes = FieldSpec((*shape[:-1], kept), torch.int16 if K <= _MOST_INT16 else torch.int32)
+        return {"classes": classes, "log_probabilities": FieldSpec((*shape[:-1], kept + 1), dtype)}
 
     def _num_kept(self, num_classes: int) -> int:
         return min(self.top_k or num_classes, num_classes)
@@ -136,9 +136,9 @@ def shown(batches: list[Any], augmentation: str) -> str:
     return sha256.hexdigest()
 
 
-def find_store(cache: TeacherCache, key: Mapping[str, Any], num_samples: int, views: int) -> Outputs | None:
+def find_store(cache: TeacherCache, key: Mapping[str, Any], num_samples: int, views: int) -> OutputCache | None:
     """The complete store of this key, if there is one."""
-    return Outputs.stored(cache.path, key, num_samples, views, "the teacher's logits")
+    return OutputCache.stored(cache.path, key, num_samples, views, "the teacher's logits")
 
 
 def check_others(
@@ -155,7 +155,7 @@ def check_others(
     Raises:
         ValueError: if it is of another teacher, of other data, or of anything else that the key says.
     """
-    others = [other for other in Outputs.others(cache.path, key, num_samples, views) if other.path not in own]
+    others = [other for other in OutputCache.others(cache.path, key, num_samples, views) if other.path not in own]
     if not others:
         return None
     path, differing = others[0].path, in_words(others[0].differences)
@@ -175,6 +175,8 @@ def in_words(differences: Mapping[str, tuple[Any, Any]]) -> str:
     )
 
 
-def new_store(cache: TeacherCache, key: Mapping[str, Any], num_samples: int, views: int, shape: torch.Size) -> Outputs:
+def new_store(
+    cache: TeacherCache, key: Mapping[str, Any], num_samples: int, views: int, shape: torch.Size
+) -> OutputCache:
     """A store to be computed, for logits of this shape [..., K] of a sample."""
-    return Outputs(cache.path, key, num_samples, cache.fields(shape), views, "the teacher's logits", REMEDY)
+    return OutputCache(cache.path, key, num_samples, cache.fields(shape), views, "the teacher's logits", REMEDY)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from bigmodel.callbacks.averaging import tensors
+from bigmodel.training.callbacks.averaging import tensors
 
 
 class MeanTeacher(Callback):

@@ -2,7 +2,8 @@
 
     loss = hard_weight * the student's own loss + sum over terms of weight * term
 
-Any task that *Predicts* can be either. What comes out is the student's run: its checkpoints are those of the plain task.
+Any task that *SupportsLogits* can be either. What comes out is the student's run: its checkpoints are those of the plain
+task.
 
 B samples, n positions (samples, or the tokens of all sequences), D width of the features, K classes.
 """
@@ -18,18 +19,18 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
-from bigmodel import optim
+from bigmodel.data.sampling import sequential_loader
 from bigmodel.nn.loss import IGNORE_INDEX
-from bigmodel.protocols import Predicts, Rewrites
+from bigmodel.protocols import SupportsLogits, SupportsOnPolicySampling
 from bigmodel.run import sizes
-from bigmodel.sampling import in_order
 from bigmodel.tasks.distillation.cache import TeacherCache
-from bigmodel.tasks.distillation.lessons import Lessons
+from bigmodel.tasks.distillation.loss_terms import KD, FeatureTerm, PredictionTerm, Term
 from bigmodel.tasks.distillation.losses import counted_sum, sum_in_chunks
 from bigmodel.tasks.distillation.mean_teacher import MeanTeacher
 from bigmodel.tasks.distillation.on_policy import OnPolicy
+from bigmodel.tasks.distillation.teacher_outputs import TeacherOutputs
 from bigmodel.tasks.distillation.teachers import Layers, evaluating
-from bigmodel.tasks.distillation.terms import KD, FeatureTerm, PredictionTerm, Term
+from bigmodel.training import optimizers
 
 _TERMS = "distillation_terms"  # in the student's state; regressors are kept apart in checkpoints
 
@@ -53,7 +54,7 @@ class Distillation(LightningModule):
     """
 
     trains = "student"  # which argument is the task that checkpoints are of
-    lessons: Lessons
+    lessons: TeacherOutputs
     net: Any
 
     def __init__(
@@ -66,7 +67,7 @@ class Distillation(LightningModule):
         on_policy: OnPolicy | None = None,
         chunk_size: int | None = None,
     ) -> None:
-        if not isinstance(student, Predicts):
+        if not isinstance(student, SupportsLogits):
             raise ValueError(
                 f"--model.student: {type(student).__name__} cannot be distilled: it has no features, logits and targets"
             )
@@ -87,10 +88,10 @@ class Distillation(LightningModule):
         object.__setattr__(self, "__dict__", student.__dict__)
         self.__class__ = type(f"Distilled{type(student).__name__}", (Distillation, type(student)), {})
         setattr(self, _TERMS, nn.ModuleDict(terms))
-        self.lessons = Lessons(teacher, list(terms.values()), cache)
+        self.lessons = TeacherOutputs(teacher, list(terms.values()), cache)
         self.hard_weight, self.chunk_size, self.on_policy = hard_weight, chunk_size, on_policy
         self._student_type = type(student)
-        self._heard: _Heard | None = None  # while the student's own step runs
+        self._heard: _StudentActivations | None = None  # while the student's own step runs
         self._student_layers: Layers | None = None
         self._num_steps = -1
 
@@ -135,7 +136,7 @@ class Distillation(LightningModule):
 
     def _prepare(self, terms: list[FeatureTerm]) -> None:
         """Show a sample to both nets, so that the terms know the shapes."""
-        loader = in_order(cast(Any, self.trainer).datamodule.train_dataloader(), rows=1)
+        loader = sequential_loader(cast(Any, self.trainer).datamodule.train_dataloader(), rows=1)
         batch = self.trainer.strategy.batch_to_device(next(iter(loader)), torch.device("cpu"))
         assert self._student_layers is not None
         with evaluating(self):
@@ -146,7 +147,7 @@ class Distillation(LightningModule):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        self._num_steps = optim.num_steps(self.trainer)
+        self._num_steps = optimizers.num_steps(self.trainer)
         ending = [name for name, term in self.terms.items() if term.is_scheduled]
         if self._num_steps < 0 and ending:
             raise ValueError(
@@ -196,7 +197,7 @@ class Distillation(LightningModule):
 
         What the student has written itself is no truth: there, its own loss is left out.
         """
-        heard, own = _Heard(), cast(Any, None)
+        heard, own = _StudentActivations(), cast(Any, None)
         step = self.trainer.global_step
         rewritten = self.on_policy is not None and self.on_policy.chosen(step)
         if rewritten:
@@ -222,7 +223,7 @@ class Distillation(LightningModule):
         return {**own, "loss": self.hard_weight * own["loss"] + loss, "parts": {**own.get("parts", {}), **told}}
 
     @contextmanager
-    def _listening(self, heard: _Heard) -> Iterator[None]:
+    def _listening(self, heard: _StudentActivations) -> Iterator[None]:
         self._heard = heard
         try:
             yield
@@ -249,7 +250,7 @@ class Distillation(LightningModule):
         Args:
             features: the student's [..., D].
             logits: what its own step made of them: [..., K], or in parts.
-            said: by the teacher, of all positions; see `Lessons.hear`.
+            said: by the teacher, of all positions; see `TeacherOutputs.hear`.
             counted: positions [...], bool.
             classes: of the positions [...]; None where targets are distributions.
         """
@@ -287,7 +288,7 @@ class Distillation(LightningModule):
         super().on_save_checkpoint(checkpoint)
         weights = checkpoint["state_dict"]
         learned = {name: weights.pop(name) for name in list(weights) if name.startswith(f"{_TERMS}.")}
-        checkpoint["distillation"] = {
+        checkpoint.setdefault("bigmodel", {})["distillation"] = {
             "teachers": self.lessons.identities,
             "cache": self.lessons.keys,
             "learned": learned,
@@ -295,7 +296,7 @@ class Distillation(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        kept = checkpoint.get("distillation")
+        kept = checkpoint.get("bigmodel", {}).get("distillation") or checkpoint.get("distillation")  # its earlier place
         if kept is None:
             return
         # Without a trainer where a run is measured: then a task is told what its checkpoint says before it has a net.
@@ -322,9 +323,10 @@ def _shares(batch: Any, counted: Tensor) -> Tensor:
 
 
 def _check_on_policy(student: LightningModule, terms: list[Term], cache: TeacherCache | None) -> None:
-    if not isinstance(student, Rewrites):
+    if not isinstance(student, SupportsOnPolicySampling):
         raise ValueError(
-            f"--model.on_policy: {type(student).__name__} writes no batches (bigmodel.protocols.Rewrites): leave it out"
+            f"--model.on_policy: {type(student).__name__} writes no batches"
+            " (bigmodel.protocols.SupportsOnPolicySampling): leave it out"
         )
     if cache is not None:
         raise ValueError(
@@ -339,7 +341,7 @@ def _check_on_policy(student: LightningModule, terms: list[Term], cache: Teacher
         )
 
 
-class _Heard:
+class _StudentActivations:
     """What the student's own step has computed."""
 
     def __init__(self) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from bigmodel.callbacks.training_log import outside_mfu
-from bigmodel.randomness import mix, sample_keys
+from bigmodel.data.stateless_rng import hash_seed, sample_keys
+from bigmodel.training.callbacks.training_log import outside_mfu
 
 _WHICH_STEPS = 1  # beside the seed, for the draw of a step
 
@@ -61,7 +61,7 @@ class OnPolicy:
 
     def chosen(self, step: int) -> bool:
         """Whether the student writes the batch of an optimizer step."""
-        return mix(self.seed, step, _WHICH_STEPS) < self.share * 2.0**64
+        return hash_seed(self.seed, step, _WHICH_STEPS) < self.share * 2.0**64
 
     def rewrite(self, student: Any, batch: Any, step: int) -> Any:
         """The batch [B, ...] of an optimizer step as the student writes it."""

@@ -11,10 +11,11 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from bigmodel import checkpoint, published, run
-from bigmodel.callbacks.training_log import outside_mfu
-from bigmodel.protocols import Imports, Predicts
+from bigmodel import checkpoint, run
+from bigmodel.pretrained import published
+from bigmodel.protocols import SupportsFromPretrained, SupportsLogits
 from bigmodel.tasks.distillation import losses
+from bigmodel.training.callbacks.training_log import outside_mfu
 
 _FLAG = "--model.teacher"
 _MAY_BE_LARGER = ("context_length", "max_length")  # in a teacher: it reads shorter samples too
@@ -72,7 +73,7 @@ class Teacher:
     def __init__(self, path: str, runs_dir: str = "runs") -> None:
         with _named(path):
             is_file = Path(path).suffix == ".ckpt"
-            self.path = path if is_file else str(run.find(path, runs_dir))
+            self.path = path if is_file else str(run.find_run(path, runs_dir))
             # Verified when it is loaded, which may not be needed.
             self.checkpoint = Path(path) if is_file else checkpoint.find_checkpoint(Path(self.path), verify=False)
             if not self.checkpoint.exists():
@@ -81,7 +82,7 @@ class Teacher:
             if "model" not in content:
                 raise ValueError("it says nothing of its task, for it was not written by `bigmodel fit`")
         self.sizes: dict[str, int] = content["sizes"]
-        self.identity = checkpoint.identity(self.checkpoint)
+        self.identity = checkpoint.content_hash(self.checkpoint)
 
     def check_sizes(self, sizes: dict[str, int]) -> None:
         """See that it predicts of the same data what the student does.
@@ -131,7 +132,7 @@ class Published:
 
     def __init__(self, path: str, student: LightningModule) -> None:
         self.path = path
-        if not isinstance(student, Imports):
+        if not isinstance(student, SupportsFromPretrained):
             raise ValueError(
                 f"{_FLAG} {path} is a model in Hugging Face's format, of which the student's task makes none of its kind"
                 " (bigmodel.protocols.Imports): name a run of `bigmodel fit`, which `bigmodel list` shows"
@@ -149,7 +150,7 @@ def _suiting(task: Any, student: LightningModule, path: str) -> Any:
     Raises:
         ValueError: if it does not predict what the student is to.
     """
-    if not isinstance(task, Predicts):
+    if not isinstance(task, SupportsLogits):
         raise ValueError(f"{_FLAG} {path}: {type(task).__name__} cannot teach: it has no features, logits and targets")
     own, others = getattr(student, "outcomes", None), getattr(task, "outcomes", None)
     if own is not None and others is not None and own != others:
@@ -166,7 +167,7 @@ def _suiting(task: Any, student: LightningModule, path: str) -> Any:
 
 
 def problem_of(task: Any) -> str:
-    """What a target is, see `bigmodel.protocols.Predicts`: class, labels or number."""
+    """What a target is, see `bigmodel.protocols.SupportsLogits`: class, labels or number."""
     return str(getattr(task, "problem", "class"))
 
 

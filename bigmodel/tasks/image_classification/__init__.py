@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bigmodel.tasks.image_classification.augment import Transform
+    from bigmodel.tasks.image_classification.auto_augment import RandAugment, TrivialAugment
+    from bigmodel.tasks.image_classification.batch import ImageBatch
     from bigmodel.tasks.image_classification.color import ColorJitter, Grayscale
     from bigmodel.tasks.image_classification.data import ImageData
-    from bigmodel.tasks.image_classification.erasing import RandomErasing
     from bigmodel.tasks.image_classification.geometry import Flip, RandomAffine, RandomCrop, RandomResizedCrop
     from bigmodel.tasks.image_classification.hugging_face import HuggingFace
-    from bigmodel.tasks.image_classification.mix import Mix
+    from bigmodel.tasks.image_classification.mixup import Mix
     from bigmodel.tasks.image_classification.module import ImageClassification
-    from bigmodel.tasks.image_classification.pictures import ImageBatch
-    from bigmodel.tasks.image_classification.policies import RandAugment, TrivialAugment
+    from bigmodel.tasks.image_classification.random_erasing import RandomErasing
     from bigmodel.tasks.image_classification.sources import Columns
     from bigmodel.tasks.image_classification.splits import Split
 
@@ -42,13 +42,13 @@ _WHERE = {
     "augment": ("Transform",),
     "color": ("ColorJitter", "Grayscale"),
     "data": ("ImageData",),
-    "erasing": ("RandomErasing",),
+    "random_erasing": ("RandomErasing",),
     "geometry": ("Flip", "RandomAffine", "RandomCrop", "RandomResizedCrop"),
     "hugging_face": ("HuggingFace",),
-    "mix": ("Mix",),
+    "mixup": ("Mix",),
     "module": ("ImageClassification",),
-    "pictures": ("ImageBatch",),
-    "policies": ("RandAugment", "TrivialAugment"),
+    "batch": ("ImageBatch",),
+    "auto_augment": ("RandAugment", "TrivialAugment"),
     "sources": ("Columns",),
     "splits": ("Split",),
 }

@@ -1,9 +1,10 @@
 """Augmentation of batches of pictures on the device that trains: what a transform is, and how a list of them is applied.
 
-Everything random about a picture is hashed from its key, see `bigmodel.randomness`. So a row of the result depends on its
-own picture and key alone: not on the batch it is in, nor on its place there, nor on the process.
+Everything random about a picture is hashed from its key, see `bigmodel.data.stateless_rng`. So a row of the result depends
+on its own picture and key alone: not on the batch it is in, nor on its place there, nor on the process.
 
-Transforms: `geometry` (crops, mirror images, affine maps), `color`, `erasing`, `policies` (RandAugment and TrivialAugment).
+Transforms: `geometry` (crops, mirror images, affine maps), `color`, `random_erasing`, and `auto_augment` (RandAugment,
+TrivialAugment).
 
 B pictures, C channels, H and W pixels.
 """
@@ -16,8 +17,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# Streams of random numbers (see `bigmodel.randomness`). Those below the first are for what is drawn outside of the list:
-# eight for crops at decoding, then those of mixing.
+# Streams of random numbers (see `bigmodel.data.stateless_rng`). Those below the first are for what is drawn outside of the
+# list: eight for crops at decoding, then those of mixing.
 CROP_STREAM, MIX_STREAM = 0, 8
 _FIRST_STREAM, _STREAMS_EACH = 64, 64
 

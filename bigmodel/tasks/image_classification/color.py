@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bigmodel.randomness import uniform
+from bigmodel.data.stateless_rng import uniform
 from bigmodel.tasks.image_classification.augment import Transform, require
 
 _FIXED_POINT = 65536

@@ -17,15 +17,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from bigmodel.cache import available_cores, cache_folder, digest
-from bigmodel.classification.balance import Balanced, class_weights
-from bigmodel.randomness import sample_keys
-from bigmodel.sampling import eval_loader, train_loader
+from bigmodel.data.cache import available_cores, cache_folder, digest
+from bigmodel.data.class_balance import Balanced, class_weights
+from bigmodel.data.sampling import eval_loader, train_loader
+from bigmodel.data.stateless_rng import sample_keys
 from bigmodel.tasks.image_classification.augment import Transform, augment
+from bigmodel.tasks.image_classification.batch import ImageBatch
 from bigmodel.tasks.image_classification.geometry import RandomResizedCrop
 from bigmodel.tasks.image_classification.images import Images
-from bigmodel.tasks.image_classification.mix import Mix
-from bigmodel.tasks.image_classification.pictures import ImageBatch
+from bigmodel.tasks.image_classification.mixup import Mix
 from bigmodel.tasks.image_classification.prepare import Prepared, prepare
 from bigmodel.tasks.image_classification.sources import Columns, find_source
 from bigmodel.tasks.image_classification.splits import Split

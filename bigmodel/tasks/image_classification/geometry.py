@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bigmodel.randomness import uniform
+from bigmodel.data.stateless_rng import uniform
 from bigmodel.tasks.image_classification.augment import CROP_STREAM, Transform, require
 
 Padding = Literal["zero", "reflect", "edge"]

@@ -13,8 +13,8 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
-from bigmodel import hugging_face, published
-from bigmodel.cache import say
+from bigmodel.data.cache import say
+from bigmodel.pretrained import hugging_face, published
 
 _PATH = "--model.net.path"
 _KIND = "image classifier"

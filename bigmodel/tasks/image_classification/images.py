@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from bigmodel.cache import write_text
-from bigmodel.decode import Box, Geometry, PictureError
+from bigmodel.data.cache import write_text
+from bigmodel.data.image_decoding import Box, Geometry, PictureError
 
 if TYPE_CHECKING:
-    from bigmodel.tasks.image_classification.pictures import Store
+    from bigmodel.tasks.image_classification.batch import Store
 
 VERSION = 1  # of this format
 

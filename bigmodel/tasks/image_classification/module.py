@@ -19,15 +19,15 @@ from lightning.pytorch import Callback, LightningModule
 from PIL import Image
 from torch import Tensor, nn
 
-from bigmodel import optim
-from bigmodel.cache import first_of
-from bigmodel.callbacks import Gradients
-from bigmodel.callbacks.gradients import find
-from bigmodel.classification import ClassMetrics, Report
-from bigmodel.decode import decode
+from bigmodel.data.cache import first_of
+from bigmodel.data.image_decoding import decode
+from bigmodel.evaluation import ClassMetrics, Report
 from bigmodel.nn import ResNet, to_channels_last
 from bigmodel.run import set_sizes, sizes
-from bigmodel.tasks.image_classification.pictures import ImageBatch
+from bigmodel.tasks.image_classification.batch import ImageBatch
+from bigmodel.training import optimizers, schedules
+from bigmodel.training.callbacks import GradientScaling
+from bigmodel.training.callbacks.gradient_scaling import get_callback
 
 Picture = Image.Image | np.ndarray | str | Path
 _LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow has it
@@ -54,8 +54,8 @@ class ImageClassification(LightningModule):
     def __init__(
         self,
         net: Callable[[int, int, int], nn.Module] = ResNet,
-        optimizer: optim.OptimizerFactory = torch.optim.AdamW,
-        schedule: optim.Schedule | None = None,
+        optimizer: optimizers.OptimizerFactory = torch.optim.AdamW,
+        schedule: schedules.Schedule | None = None,
         label_smoothing: float = 0.0,
         mean: list[float] | None = None,
         std: list[float] | None = None,
@@ -115,11 +115,11 @@ class ImageClassification(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         # The loss is a sum: also a bare Trainer must divide it by the count.
-        missing = [kind for kind in (Gradients, Report) if find(self.trainer, kind) is None]
+        missing = [kind for kind in (GradientScaling, Report) if get_callback(self.trainer, kind) is None]
         return [kind() for kind in missing]
 
     def configure_optimizers(self) -> Any:
-        return optim.configure(self, self.optimizer, self.schedule)
+        return optimizers.configure(self, self.optimizer, self.schedule)
 
     def normalize(self, images: Tensor) -> Tensor:
         """[B, C, S, S] in 0 to 255 (uint8) or 0 to 1 (float) -> float32 as the net reads it.
@@ -130,7 +130,7 @@ class ImageClassification(LightningModule):
             images = (images * images.new_tensor(_LUMINANCE)[:, None, None]).sum(1, keepdim=True)
         return (images - self.mean) / self.std
 
-    # What distillation, evaluation and export need of a task that *Predicts*.
+    # What distillation, evaluation and export need of a task that *SupportsLogits*.
 
     def features(self, batch: ImageBatch) -> Tensor:
         """[B, D], what the head reads; the logits themselves, if the net does not part the two."""
@@ -152,7 +152,7 @@ class ImageClassification(LightningModule):
 
     def imported(self, path: str, flag: str) -> ImageClassification:
         """A classifier of transformers that tells this task's classes, as it was published; see
-        `bigmodel.protocols.Imports`."""
+        `bigmodel.protocols.SupportsFromPretrained`."""
         from bigmodel.tasks.image_classification.hugging_face import as_published
 
         known = sizes(self)

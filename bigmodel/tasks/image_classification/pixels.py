@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bigmodel.decode import Geometry
+from bigmodel.data.image_decoding import Geometry
+from bigmodel.data.worker_pool import WorkerPool
 from bigmodel.tasks.image_classification.images import decode_from
 from bigmodel.tasks.image_classification.scan import BLOCK, load_store
-from bigmodel.workers import Workers
 
 BLOCK_BYTES = 2**24  # of pixels, about what a worker process decodes at once, if these are fewer pictures than `BLOCK`
 
@@ -58,7 +58,7 @@ class Decoding:
     whole: bool
     path: Path | None
 
-    def run(self, workers: Workers, rows: np.ndarray, shapes: np.ndarray, advance: Callable[[int], None]) -> Colours:
+    def run(self, workers: WorkerPool, rows: np.ndarray, shapes: np.ndarray, advance: Callable[[int], None]) -> Colours:
         """Decode pictures.
 
         Args:

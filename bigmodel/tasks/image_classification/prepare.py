@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from bigmodel.cache import available_cores, building, digest, disk_errors, first_of, progress, say, write_array
-from bigmodel.decode import Geometry
+from bigmodel.data.cache import available_cores, building, digest, disk_errors, first_of, progress, say, write_array
+from bigmodel.data.image_decoding import Geometry
+from bigmodel.data.worker_pool import WorkerPool
 from bigmodel.tasks.image_classification.images import VERSION, Prepared, SplitFacts, Stored
 from bigmodel.tasks.image_classification.pixels import Decoding
 from bigmodel.tasks.image_classification.scan import BLOCK, Scan, scan, store_files
 from bigmodel.tasks.image_classification.splits import Split, draw_shots
-from bigmodel.workers import Workers
 
 if TYPE_CHECKING:
-    from bigmodel.tasks.image_classification.pictures import Source, Store
+    from bigmodel.tasks.image_classification.batch import Source, Store
 
 DECODED_BYTES = 4 * 10**9  # up to which pictures are decoded if nobody says
 MEASURED = 5000  # pictures at most that mean and standard deviation are taken of, where squares of all are not at hand
@@ -292,7 +292,7 @@ def _make(prepared: Prepared, parts: dict[str, _Part], num_processes: int) -> No
         stack.enter_context(disk_errors(prepared.folder.parent, lambda: needed))
         folder = stack.enter_context(building(prepared.folder))
         files = stack.enter_context(store_files({name: part.store for name, part in parts.items()}))
-        workers = stack.enter_context(Workers(min(num_processes, num_blocks)))
+        workers = stack.enter_context(WorkerPool(min(num_processes, num_blocks)))
         colours = {}
         for name, part in parts.items():
             shapes = part.shapes(geometry)

@@ -25,12 +25,12 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from bigmodel.cache import disk_errors, progress
-from bigmodel.decode import PictureError, measure
-from bigmodel.workers import Workers
+from bigmodel.data.cache import disk_errors, progress
+from bigmodel.data.image_decoding import PictureError, measure
+from bigmodel.data.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
-    from bigmodel.tasks.image_classification.pictures import Store
+    from bigmodel.tasks.image_classification.batch import Store
 
 VERSION = 1  # of what is remembered
 BLOCK = 64  # pictures that a worker process takes at once
@@ -73,7 +73,7 @@ def scan(stores: Mapping[str, Store], cache: Path, max_pixels: int, num_processe
     with (
         progress("checking pictures", total, "pictures") as advance,
         store_files(stores) as files,
-        Workers(min(num_processes, -(-total // BLOCK))) as workers,
+        WorkerPool(min(num_processes, -(-total // BLOCK))) as workers,
     ):
         blocks = [(name, rows[name][i : i + BLOCK]) for name in stores for i in range(0, len(rows[name]), BLOCK)]
         found = workers.map(partial(_scan_block, max_pixels), ((files[name], block) for name, block in blocks))

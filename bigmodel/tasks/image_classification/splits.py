@@ -17,7 +17,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from bigmodel.splits import check_shares
+from bigmodel.data.split_shares import check_shares
 
 
 @dataclass

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bigmodel.tasks.language_modeling.data import TextBatch, TextData
     from bigmodel.tasks.language_modeling.module import LanguageModeling
-    from bigmodel.tasks.language_modeling.splits import ByDocument, ByFiles, ByPosition
-    from bigmodel.tasks.language_modeling.tokenizer_choice import BPE, Bytes, Characters, OfRun, Pretrained
+    from bigmodel.tasks.language_modeling.splits import ContiguousSplit, DocumentHashSplit, FileSplit
+    from bigmodel.tasks.language_modeling.tokenizer_config import BPE, Bytes, Characters, FromRun, Pretrained
 
 __all__ = [
     "BPE",
-    "ByDocument",
-    "ByFiles",
-    "ByPosition",
     "Bytes",
     "Characters",
+    "ContiguousSplit",
+    "DocumentHashSplit",
+    "FileSplit",
+    "FromRun",
     "LanguageModeling",
-    "OfRun",
     "Pretrained",
     "TextBatch",
     "TextData",
@@ -27,8 +27,8 @@ __all__ = [
 _WHERE = {
     "data": ("TextBatch", "TextData"),
     "module": ("LanguageModeling",),
-    "splits": ("ByDocument", "ByFiles", "ByPosition"),
-    "tokenizer_choice": ("BPE", "Bytes", "Characters", "OfRun", "Pretrained"),
+    "splits": ("DocumentHashSplit", "FileSplit", "ContiguousSplit"),
+    "tokenizer_config": ("BPE", "Bytes", "Characters", "FromRun", "Pretrained"),
 }
 
 

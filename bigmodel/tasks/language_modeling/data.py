@@ -15,13 +15,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bigmodel.sampling import Permutation, eval_loader, train_loader
+from bigmodel.data.sampling import Permutation, eval_loader, train_loader
 from bigmodel.tasks.language_modeling.prepare import Plan, make_plan, prepare
 from bigmodel.tasks.language_modeling.shards import Prepared, Tokens
 from bigmodel.tasks.language_modeling.sources import blocks, read_text
-from bigmodel.tasks.language_modeling.splits import ByDocument, Split
+from bigmodel.tasks.language_modeling.splits import DocumentHashSplit, Split
 from bigmodel.tasks.language_modeling.tokenizer import Tokenizer
-from bigmodel.tasks.language_modeling.tokenizer_choice import BPE, TokenizerChoice
+from bigmodel.tasks.language_modeling.tokenizer_config import BPE, TokenizerConfig
 
 IGNORED = -100  # a target that is not there
 BEGINNING = 2**14  # of a document that another begins with [bytes]: more than any prompt
@@ -85,8 +85,8 @@ class TextData(L.LightningDataModule):
     Args:
         path: files, folders or globs (** is any depth); each file is a document, in UTF-8. In a folder, the files with a
             suffix of text or code are taken. {stdlib} is the folder of this Python's standard library.
-        tokenizer: BPE (by default), Pretrained, OfRun, Bytes or Characters, all of bigmodel.tasks.language_modeling.
-        split: which documents are for validation and test: ByDocument (by default), ByPosition or ByFiles.
+        tokenizer: BPE (by default), Pretrained, FromRun, Bytes or Characters, all of bigmodel.tasks.language_modeling.
+        split: which documents are for validation and test: DocumentHashSplit (by default), ContiguousSplit or FileSplit.
         context_length: tokens per sequence.
         batch_size: sequences per optimizer step over all processes.
         micro_batch_size: sequences one process takes at once; by default its whole share of the batch.
@@ -111,7 +111,7 @@ class TextData(L.LightningDataModule):
     def __init__(
         self,
         path: str | list[str],
-        tokenizer: TokenizerChoice | None = None,
+        tokenizer: TokenizerConfig | None = None,
         split: Split | None = None,
         context_length: int = 256,
         batch_size: int = 16,
@@ -130,7 +130,7 @@ class TextData(L.LightningDataModule):
                 f"--data.num_processes {num_processes}: at least 1 is needed; leave it out for one per core"
             )
         self.path, self.exclude = path, exclude or []
-        self.choice, self.split = tokenizer or BPE(), split or ByDocument()
+        self.choice, self.split = tokenizer or BPE(), split or DocumentHashSplit()
         self.cache_dir, self.num_processes, self.num_workers = cache_dir, num_processes, num_workers
         self.context_length, self.batch_size, self.micro_batch_size = context_length, batch_size, micro_batch_size
         self.seed = seed

@@ -21,7 +21,7 @@ import numpy as np
 from bigmodel.tasks.language_modeling.shards import token_dtype
 from bigmodel.tasks.language_modeling.sources import Segment, blocks, read_text
 from bigmodel.tasks.language_modeling.tokenizer import Tokenizer, UnknownCharacter
-from bigmodel.tasks.language_modeling.tokenizer_choice import TokenizerChoice
+from bigmodel.tasks.language_modeling.tokenizer_config import TokenizerConfig
 
 BLOCK_BYTES = 2**17  # larger ones are no faster, and take 0.2 KB of memory a byte
 SAMPLE_BYTES = 2**16  # of text that goes to the tokenizer's training in one piece
@@ -128,7 +128,7 @@ def find_cut(tokenizer: Tokenizer, segment: Segment, near: int, step: int) -> in
     return None
 
 
-def make_tokenizer(choice: TokenizerChoice, segments: Sequence[Segment]) -> str:
+def make_tokenizer(choice: TokenizerConfig, segments: Sequence[Segment]) -> str:
     """The tokenizer made from the train split's segments, as JSON."""
     return choice.make(sample_text(segments, choice.text_bytes)).to_json()
 

@@ -13,8 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from bigmodel.devices import accumulable
-from bigmodel.randomness import hashes
+from bigmodel.data.stateless_rng import random_bits
+from bigmodel.nn.accumulation import accumulable
 
 Draw = Callable[[Tensor, int], Tensor]  # from probabilities [B, V], in the step of this number: ids [B]
 
@@ -63,7 +63,7 @@ def generate(
         top_p: sample among the fewest likeliest tokens whose probabilities reach this sum, after top_k.
         stop_tokens: a sequence ends with any of these, and repeats it until all have ended.
         seed: of this call's own random generator; None for one that differs from call to call.
-        keys: of the sequences [B] (`bigmodel.randomness.sample_keys`), in place of a seed: what is drawn for each depends
+        keys: of the sequences [B] (`stateless_rng.sample_keys`), in place of a seed: what is drawn for each depends
             neither on the others nor on the device.
         use_cache: keep keys and values, if the net can.
 
@@ -163,7 +163,7 @@ def draw_by_keys(keys: Tensor, probabilities: Tensor, step: int) -> Tensor:
     cumulative = accumulable(probabilities).cumsum(-1)
     # As many bits as follow the leading one: times the sum of all, the largest number stays below that sum.
     bits = 52 if cumulative.dtype == torch.float64 else 23
-    uniform = (hashes(keys, step, 1) >> 64 - bits & (1 << bits) - 1).to(
+    uniform = (random_bits(keys, step, 1) >> 64 - bits & (1 << bits) - 1).to(
         cumulative.dtype
     ) * 2.0**-bits  # [B, 1], in [0, 1)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(-1)  # [B, 1] -> [B]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigmodel import published
+from bigmodel.pretrained import published
 from bigmodel.tasks.language_modeling.tokenizer import Subwords, Tokenizer
-from bigmodel.tasks.language_modeling.tokenizer_choice import Pretrained
+from bigmodel.tasks.language_modeling.tokenizer_config import Pretrained
 
 _KIND = "language model"
 _REMEDY = "name a model that has all weights of its architecture"

@@ -17,16 +17,16 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from bigmodel import optim
-from bigmodel.callbacks import Gradients
-from bigmodel.callbacks.gradients import find
-from bigmodel.devices import Accumulates, accumulable, accumulation_dtype
 from bigmodel.nn import GPT
+from bigmodel.nn.accumulation import Accumulates, accumulable, accumulation_dtype
 from bigmodel.nn.loss import IGNORE_INDEX, cross_entropy_sum
 from bigmodel.run import set_sizes, sizes
 from bigmodel.tasks.language_modeling.data import TextBatch
 from bigmodel.tasks.language_modeling.generation import generate
 from bigmodel.tasks.language_modeling.tokenizer import StreamDecoder, Tokenizer
+from bigmodel.training import optimizers, schedules
+from bigmodel.training.callbacks import GradientScaling
+from bigmodel.training.callbacks.gradient_scaling import get_callback
 
 
 class _Mean(Accumulates, MeanMetric):
@@ -50,8 +50,8 @@ class LanguageModeling(LightningModule):
     def __init__(
         self,
         net: Callable[[int, int], nn.Module] = GPT,
-        optimizer: optim.OptimizerFactory = torch.optim.AdamW,
-        schedule: optim.Schedule | None = None,
+        optimizer: optimizers.OptimizerFactory = torch.optim.AdamW,
+        schedule: schedules.Schedule | None = None,
         loss_chunk_size: int | None = None,
     ) -> None:
         super().__init__()
@@ -67,12 +67,12 @@ class LanguageModeling(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         # The loss is a sum: also a bare Trainer must divide it by the count.
-        return [] if find(self.trainer, Gradients) else [Gradients()]
+        return [] if get_callback(self.trainer, GradientScaling) else [GradientScaling()]
 
     def configure_optimizers(self) -> Any:
-        return optim.configure(self, self.optimizer, self.schedule)
+        return optimizers.configure(self, self.optimizer, self.schedule)
 
-    # What distillation, evaluation and export need of a task that *Predicts*.
+    # What distillation, evaluation and export need of a task that *SupportsLogits*.
 
     def features(self, batch: TextBatch) -> Tensor:
         """[B, T, D], what the head reads; the logits themselves, if the net does not part the two."""
@@ -94,7 +94,7 @@ class LanguageModeling(LightningModule):
         return tokenizer.to_json() if tokenizer is not None else None
 
     def imported(self, path: str, flag: str) -> LanguageModeling:
-        """A language model of transformers with this task's tokenizer; see `bigmodel.protocols.Imports`."""
+        """A language model of transformers with this task's tokenizer; see `bigmodel.protocols.SupportsFromPretrained`."""
         from bigmodel.tasks.language_modeling.hugging_face import as_published
 
         known, tokenizer = sizes(self), self._known_tokenizer()

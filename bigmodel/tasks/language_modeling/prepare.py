@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bigmodel.cache import (
+from bigmodel.data.cache import (
     available_cores,
     building,
     cache_folder,
@@ -30,6 +30,7 @@ from bigmodel.cache import (
     say,
     write_text,
 )
+from bigmodel.data.worker_pool import WorkerPool
 from bigmodel.tasks.language_modeling.encode import BLOCK_BYTES, blocks_of, encode_blocks, make_tokenizer
 from bigmodel.tasks.language_modeling.shards import (
     SHARD_TOKENS,
@@ -42,8 +43,7 @@ from bigmodel.tasks.language_modeling.shards import (
 from bigmodel.tasks.language_modeling.sources import Segment, find_files, scan
 from bigmodel.tasks.language_modeling.splits import Split
 from bigmodel.tasks.language_modeling.tokenizer import Tokenizer
-from bigmodel.tasks.language_modeling.tokenizer_choice import TokenizerChoice
-from bigmodel.workers import Workers
+from bigmodel.tasks.language_modeling.tokenizer_config import TokenizerConfig
 
 ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # in each worker
 
@@ -61,7 +61,7 @@ class Plan:
 
     folder: Path
     splits: dict[str, list[Segment]]
-    choice: TokenizerChoice
+    choice: TokenizerConfig
     settings: dict[str, Any]
 
     @property
@@ -71,7 +71,7 @@ class Plan:
 
 
 def make_plan(
-    path: str | Sequence[str], choice: TokenizerChoice, split: Split, exclude: Sequence[str], cache_dir: str | None
+    path: str | Sequence[str], choice: TokenizerConfig, split: Split, exclude: Sequence[str], cache_dir: str | None
 ) -> Plan:
     """Find and check the input, deal it out, and name the folder it is prepared in. Writes nothing but the scan.
 
@@ -87,7 +87,7 @@ def make_plan(
         if not segments:
             raise ValueError(
                 f"the {name} split gets no document: {len(files)} in all, dealt out by {split}. Give more files, or a larger"
-                f" share (--data.split.{name}), or cut by position (--data.split ByPosition)"
+                f" share (--data.split.{name}), or cut by position (--data.split ContiguousSplit)"
             )
     chosen = choice.settings()
     settings = {**chosen, "split": str(split), "files": len(files), "empty_files_left_out": empty}
@@ -121,7 +121,7 @@ def _write(plan: Plan, folder: Path, num_processes: int) -> Prepared:
     read = written = 0  # [bytes]
     facts = {}
     with disk_errors(folder.parent, lambda: written * total // max(read, 1)), ExitStack() as stack:
-        workers = stack.enter_context(Workers(min(num_processes, -(-total // BLOCK_BYTES)), ONE_THREAD))
+        workers = stack.enter_context(WorkerPool(min(num_processes, -(-total // BLOCK_BYTES)), ONE_THREAD))
         tokenizer = _make_tokenizer(plan, folder)
         dtype = token_dtype(tokenizer.vocab_size)
         advance = stack.enter_context(progress("tokenizing", total))
@@ -158,7 +158,7 @@ def _make_tokenizer(plan: Plan, folder: Path) -> Tokenizer:
     if plan.choice.text_bytes == 0:
         tokenizer = plan.choice.make([])
     else:
-        with Workers(1) as workers:
+        with WorkerPool(1) as workers:
             tokenizer = Tokenizer.from_json(workers.call(make_tokenizer, plan.choice, plan.splits["train"]))
         say(f"made the tokenizer from the train split in {time.monotonic() - began:,.1f} s")
     write_text(folder / "tokenizer.json", tokenizer.to_json())

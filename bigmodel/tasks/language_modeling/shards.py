@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from bigmodel.cache import write_text
+from bigmodel.data.cache import write_text
 
 VERSION = 1  # of this format
 SHARD_TOKENS = 2**27

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from bigmodel.splits import check_shares
+from bigmodel.data.split_shares import check_shares
 from bigmodel.tasks.language_modeling.sources import File, Segment, blocks, matches
 
 
@@ -19,7 +19,7 @@ class Split(ABC):
 
 
 @dataclass(frozen=True)
-class ByDocument(Split):
+class DocumentHashSplit(Split):
     """By a hash of each document's content: stable when files are added, renamed or moved; copies stay together.
 
     Args:
@@ -43,7 +43,7 @@ class ByDocument(Split):
 
 
 @dataclass(frozen=True)
-class ByPosition(Split):
+class ContiguousSplit(Split):
     """By position in all files one after the other: first train, then val, then test. As published runs on one text do.
 
     A document that a border crosses is divided, and its first part gets no end-of-text.
@@ -77,7 +77,7 @@ class ByPosition(Split):
 
 
 @dataclass(frozen=True)
-class ByFiles(Split):
+class FileSplit(Split):
     """By the files' names; train gets those that no pattern names.
 
     Args:

@@ -1,6 +1,6 @@
 """Text to token ids and back: subwords, bytes, characters.
 
-A `Tokenizer` is made by a `TokenizerChoice` (``tokenizer_choice.py``) and travels as one JSON string, ``tokenizer.json``
+A `Tokenizer` is made by a `TokenizerConfig` (``tokenizer_config.py``) and travels as one JSON string, ``tokenizer.json``
 beside prepared text and inside every checkpoint::
 
     {"kind": "subwords" | "bytes" | "characters", ...}

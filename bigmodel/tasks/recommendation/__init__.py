@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from bigmodel.tasks.recommendation.batches import EvalBatch, PairBatch, SequenceBatch, UserBatch
     from bigmodel.tasks.recommendation.data import InteractionData
     from bigmodel.tasks.recommendation.filters import Filters
-    from bigmodel.tasks.recommendation.fitted import FittedRecommendation
     from bigmodel.tasks.recommendation.interactions import Interactions, SparseMatrix
     from bigmodel.tasks.recommendation.losses import BCE, BPR, GBCE, FullSoftmax, SampledSoftmax, SquaredError
     from bigmodel.tasks.recommendation.module import PairRecommendation, SequenceRecommendation
+    from bigmodel.tasks.recommendation.non_neural import FittedRecommendation
     from bigmodel.tasks.recommendation.splits import GlobalTime, LeaveOneOut, Ratio
 
 __all__ = [
@@ -41,7 +41,7 @@ _WHERE = {
     "batches": ("EvalBatch", "PairBatch", "SequenceBatch", "UserBatch"),
     "data": ("InteractionData",),
     "filters": ("Filters",),
-    "fitted": ("FittedRecommendation",),
+    "non_neural": ("FittedRecommendation",),
     "interactions": ("Interactions", "SparseMatrix"),
     "losses": ("BCE", "BPR", "GBCE", "FullSoftmax", "SampledSoftmax", "SquaredError"),
     "module": ("PairRecommendation", "SequenceRecommendation"),

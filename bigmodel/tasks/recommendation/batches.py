@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bigmodel.randomness import sample_keys
+from bigmodel.data.stateless_rng import sample_keys
 from bigmodel.tasks.recommendation.interactions import Interactions
 from bigmodel.tasks.recommendation.splits import Parts
 
@@ -29,7 +29,7 @@ class SequenceBatch(NamedTuple):
         users: [B] int64.
         index: [B] int64, which window.
         weight: [B] float32, 0 for rows that only fill up a batch.
-        key: [B] int64, what all of a sample's randomness (negatives, masks) is drawn from, see `bigmodel.randomness`.
+        key: [B] int64, what all of a sample's randomness (negatives, masks) is drawn from, see `data.stateless_rng`.
     """
 
     items: Tensor
@@ -50,7 +50,7 @@ class PairBatch(NamedTuple):
         ratings: [B] float32; None if the data have none.
         index: [B] int64, which training event.
         weight: [B] float32, 0 for rows that only fill up a batch.
-        key: [B] int64, what all of a sample's randomness (negatives, masks) is drawn from, see `bigmodel.randomness`.
+        key: [B] int64, what all of a sample's randomness (negatives, masks) is drawn from, see `data.stateless_rng`.
     """
 
     users: Tensor
@@ -70,7 +70,7 @@ class UserBatch(NamedTuple):
         ratings: [B, H] float32, 0 at padding; None if the data have none.
         index: [B] int64, which of the users who have training events.
         weight: [B] float32, 0 for rows that only fill up a batch.
-        key: [B] int64, what all of a sample's randomness (negatives, masks) is drawn from, see `bigmodel.randomness`.
+        key: [B] int64, what all of a sample's randomness (negatives, masks) is drawn from, see `data.stateless_rng`.
     """
 
     users: Tensor

@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Dataset
 
-from bigmodel.cache import cache_folder, digest, say
-from bigmodel.sampling import eval_loader, train_loader
+from bigmodel.data.cache import cache_folder, digest, say
+from bigmodel.data.sampling import eval_loader, train_loader
 from bigmodel.tasks.recommendation.batches import EvalBatch, Histories, Pairs, Users, Windows
 from bigmodel.tasks.recommendation.filters import Filters
 from bigmodel.tasks.recommendation.interactions import Interactions, SparseMatrix, ranges

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from bigmodel.devices import accumulable
+from bigmodel.nn.accumulation import accumulable
 from bigmodel.tasks.recommendation.batches import EvalBatch
 from bigmodel.tasks.recommendation.metrics import RankingMetrics, RatingErrors
 from bigmodel.tasks.recommendation.negatives import evaluation_negatives

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, Metric, MetricCollection
 
-from bigmodel.devices import Accumulates, accumulable, accumulation_dtype
+from bigmodel.nn.accumulation import Accumulates, accumulable, accumulation_dtype
 from bigmodel.tasks.recommendation.negatives import check_counts
 
 _BY_CUTOFF = ("hr", "recall", "precision", "ndcg", "mrr")

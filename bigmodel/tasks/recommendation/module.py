@@ -16,19 +16,19 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from bigmodel import optim
-from bigmodel.cache import say
-from bigmodel.callbacks import Gradients
-from bigmodel.callbacks.gradients import find
+from bigmodel.data.cache import say
+from bigmodel.data.stateless_rng import uniform
 from bigmodel.nn import MatrixFactorization, SASRec
 from bigmodel.nn.loss import IGNORE_INDEX
-from bigmodel.randomness import uniform
 from bigmodel.run import sizes
 from bigmodel.tasks.recommendation.batches import EvalBatch, PairBatch, SequenceBatch
 from bigmodel.tasks.recommendation.losses import BPR, FullSoftmax, SquaredError
 from bigmodel.tasks.recommendation.negatives import DrawKeys
 from bigmodel.tasks.recommendation.ranking import ScoreBlock, dot_products
 from bigmodel.tasks.recommendation.recommender import Recommender
+from bigmodel.training import optimizers, schedules
+from bigmodel.training.callbacks import GradientScaling
+from bigmodel.training.callbacks.gradient_scaling import get_callback
 
 _MASKS, _LAST_ONLY = 1, 2  # streams of random numbers
 _SECONDS = 10**11  # times from here on are in milliseconds
@@ -63,8 +63,8 @@ class SequenceRecommendation(Recommender):
         self,
         net: Callable[[int, int], nn.Module] = SASRec,
         loss: nn.Module | None = None,
-        optimizer: optim.OptimizerFactory = torch.optim.AdamW,
-        schedule: optim.Schedule | None = None,
+        optimizer: optimizers.OptimizerFactory = torch.optim.AdamW,
+        schedule: schedules.Schedule | None = None,
         cutoffs: Sequence[int] = (5, 10, 20),
         mask_rate: float = 0.3,
         mask_last_rate: float = 0.1,
@@ -92,12 +92,12 @@ class SequenceRecommendation(Recommender):
 
     def configure_callbacks(self) -> list[Callback]:
         # The loss is a sum: also a bare Trainer must divide it by the count.
-        return [] if find(self.trainer, Gradients) else [Gradients()]
+        return [] if get_callback(self.trainer, GradientScaling) else [GradientScaling()]
 
     def configure_optimizers(self) -> Any:
-        return optim.configure(self, self.optimizer, self.schedule)
+        return optimizers.configure(self, self.optimizer, self.schedule)
 
-    # What distillation, evaluation and export need of a task that *Predicts*.
+    # What distillation, evaluation and export need of a task that *SupportsLogits*.
 
     def features(self, batch: Any) -> Tensor:
         """What scores items: [B, T, D] after each position of training windows; [B, D] after each history."""
@@ -150,7 +150,7 @@ class SequenceRecommendation(Recommender):
     def score_block(self, batch: EvalBatch) -> ScoreBlock:
         return dot_products(self.features(batch), self.net.item_vectors(), self.net.item_bias)
 
-    # `bigmodel recommend`: what a task that *Ranks* offers.
+    # `bigmodel recommend`: what a task that *SupportsRecommend* offers.
 
     def recommend(
         self, history: Sequence[int | str], k: int = 10, times: Sequence[int] | None = None
@@ -214,8 +214,8 @@ class PairRecommendation(SequenceRecommendation):
         self,
         net: Callable[[int, int], nn.Module] = MatrixFactorization,
         loss: nn.Module | None = None,
-        optimizer: optim.OptimizerFactory = torch.optim.AdamW,
-        schedule: optim.Schedule | None = None,
+        optimizer: optimizers.OptimizerFactory = torch.optim.AdamW,
+        schedule: schedules.Schedule | None = None,
         cutoffs: Sequence[int] = (5, 10, 20),
         seed: int = 0,
         sampled_negatives: int | None = None,

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bigmodel.devices import accumulable
-from bigmodel.randomness import hashes, sample_keys, uniform
+from bigmodel.data.stateless_rng import random_bits, sample_keys, uniform
+from bigmodel.nn.accumulation import accumulable
 from bigmodel.tasks.recommendation.ranking import top_k
 
 _POSITIONS, _NEGATIVES, _EVALUATION = 1, 2, 1 << 32  # streams; of the last, one for each chunk of items
@@ -49,7 +49,7 @@ class DrawKeys(NamedTuple):
             num_positions: T.
         """
         shared = int(sample_keys(seed, step, np.array([_NO_SAMPLE]))[0])
-        keys = hashes(sample_keys(seed, step, index), _POSITIONS, num_positions)
+        keys = random_bits(sample_keys(seed, step, index), _POSITIONS, num_positions)
         # Filled in on the device: a copy would wait for it.
         return cls(torch.full((1,), shared, device=index.device), keys if num_positions > 1 else keys[:, 0])
 
@@ -85,7 +85,7 @@ class Negatives(nn.Module):
     def draw(self, keys: Tensor, num_negatives: int) -> Tensor:
         """Items [M, n] int64 from keys [M]; a row depends on its key alone."""
         # Of 63 bits: the remainders are biased by less than 1e-9 for any total below 2^33.
-        numbers = (hashes(keys, _NEGATIVES, num_negatives) & _POSITIVE) % self.total
+        numbers = (random_bits(keys, _NEGATIVES, num_negatives) & _POSITIVE) % self.total
         return 1 + (numbers if self.upper is None else torch.searchsorted(self.upper, numbers, right=True))
 
     def log_probability(self, items: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bigmodel.cache import building, digest, disk_errors, progress, say, write_array, write_text
+from bigmodel.data.cache import building, digest, disk_errors, progress, say, write_array, write_text
 from bigmodel.tasks.recommendation.filters import Filters
 from bigmodel.tasks.recommendation.interactions import Ids, Interactions
 from bigmodel.tasks.recommendation.sources import Columns, Source

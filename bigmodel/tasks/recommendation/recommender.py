@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch import LightningModule
 
 from bigmodel.tasks.recommendation.batches import EvalBatch
-from bigmodel.tasks.recommendation.catalogue import Catalogue
 from bigmodel.tasks.recommendation.evaluation import Evaluation
+from bigmodel.tasks.recommendation.item_catalog import ItemCatalog
 from bigmodel.tasks.recommendation.ranking import ScoreBlock
 
 
@@ -25,7 +25,7 @@ class Recommender(LightningModule):
     def __init__(self, cutoffs: Sequence[int], sampled_negatives: int | None = None) -> None:
         super().__init__()
         self.evaluation = Evaluation(cutoffs, sampled_negatives)
-        self.catalogue: Catalogue | None = None
+        self.catalogue: ItemCatalog | None = None
 
     def score_block(self, batch: EvalBatch) -> ScoreBlock:
         """The scores of all items for a batch of histories, block by block (see `ranking`)."""
@@ -72,15 +72,15 @@ class Recommender(LightningModule):
         checkpoint["catalogue"] = self._catalogue().state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.catalogue = Catalogue.from_state_dict(checkpoint["catalogue"])
+        self.catalogue = ItemCatalog.from_state_dict(checkpoint["catalogue"])
 
     @property
     def item_ids(self) -> list[int] | list[str] | None:
         """The ids of the items that it was trained on, in the order of their numbers; None before it is loaded."""
         return None if self.catalogue is None else self.catalogue.item_ids
 
-    def _catalogue(self) -> Catalogue:
-        return Catalogue.known_to(self.catalogue, self._data)
+    def _catalogue(self) -> ItemCatalog:
+        return ItemCatalog.known_to(self.catalogue, self._data)
 
     @torch.no_grad()
     def recommend_to(self, batch: EvalBatch, k: int = 10) -> list[dict[str, Any]]:

@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from bigmodel.randomness import sample_keys
-from bigmodel.splits import check_shares
+from bigmodel.data.split_shares import check_shares
+from bigmodel.data.stateless_rng import sample_keys
 from bigmodel.tasks.recommendation.interactions import Interactions, ranges
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bigmodel.classification.balance import Balanced
-from bigmodel.randomness import sample_keys
+from bigmodel.data.class_balance import Balanced
+from bigmodel.data.stateless_rng import sample_keys
 from bigmodel.tasks.transfer_learning.prepare import Prepared
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
 

@@ -14,9 +14,9 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
-from bigmodel.cache import cache_folder, digest, say
-from bigmodel.classification.balance import class_weights
-from bigmodel.sampling import eval_loader, train_loader
+from bigmodel.data.cache import cache_folder, digest, say
+from bigmodel.data.class_balance import class_weights
+from bigmodel.data.sampling import eval_loader, train_loader
 from bigmodel.tasks.transfer_learning.batches import UNKNOWN, LabelledTextBatch, Samples, Several, Texts
 from bigmodel.tasks.transfer_learning.labels import Labels, Problem
 from bigmodel.tasks.transfer_learning.prepare import Prepared, prepare

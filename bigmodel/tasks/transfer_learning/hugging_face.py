@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigmodel import hugging_face, published
-from bigmodel.tasks.transfer_learning.backbones.texts import encoder_from_files
+from bigmodel.pretrained import hugging_face, published
+from bigmodel.tasks.transfer_learning.backbones.hf_text import encoder_from_files
 from bigmodel.tasks.transfer_learning.batches import LabelledTextBatch, text_batch
 from bigmodel.tasks.transfer_learning.metrics import Problem
 from bigmodel.tasks.transfer_learning.pooling import Last
@@ -54,7 +54,7 @@ class TextClassifier(nn.Module):
         self._head_name = name
         alone = self.model(**self._inputs(whole)).logits
         if not torch.allclose(self(two)[:1], alone, rtol=1e-3, atol=1e-4):
-            raise ValueError("what it tells of a text depends on how far it is filled up")
+            raise ValueError("its logits depend on padding (it ignores attention_mask)")
 
     @property
     def head(self) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""From cells of a table to labels: a class for each text, several, or a number; which of these, the cells can say.
+"""Conversion of a label column to class indices, multi-hot labels or regression targets; the type can be inferred.
 
 `auto` takes a column of floats (of a CSV: all cells are numbers, and not all whole) for numbers, of lists (of a CSV: all
 cells are JSON lists) for several labels, and any other for classes. Classes are put in the order of their names, and if all
@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigmodel.tables.rows import Rows, first_true, is_text, plain
+from bigmodel.data.tables.rows import Rows, first_true, is_text, plain
 
 Problem = Literal["class", "labels", "number"]
 _SEPARATORS = re.compile(r"[|;]")

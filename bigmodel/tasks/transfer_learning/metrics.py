@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigmodel.classification import ClassMetrics
-from bigmodel.classification.metrics import AllSamples, check_finite, mean_area, mean_ranks
-from bigmodel.devices import accumulable
+from bigmodel.evaluation import ClassMetrics
+from bigmodel.evaluation.class_metrics import AllSamples, check_finite, mean_area, mean_ranks
+from bigmodel.nn.accumulation import accumulable
 
 Problem = Literal["class", "labels", "number"]
 

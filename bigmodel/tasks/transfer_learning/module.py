@@ -19,28 +19,28 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from bigmodel import optim
-from bigmodel.cache import first_of
-from bigmodel.callbacks import Gradients
-from bigmodel.callbacks.gradients import find
-from bigmodel.classification import Report
+from bigmodel.data.cache import first_of
+from bigmodel.evaluation import Report
 from bigmodel.run import set_sizes, sizes
-from bigmodel.tasks.transfer_learning import groups
-from bigmodel.tasks.transfer_learning.backbones import find_backbone, find_text_encoder, rebuild
+from bigmodel.tasks.transfer_learning import param_groups as groups
+from bigmodel.tasks.transfer_learning.backbones import build_backbone, find_text_encoder, rebuild
+from bigmodel.tasks.transfer_learning.inference import Picture, Sample, format_predictions, predict
 from bigmodel.tasks.transfer_learning.methods import WORDS, Method, find_method
-from bigmodel.tasks.transfer_learning.methods.base import settle
-from bigmodel.tasks.transfer_learning.methods.kept import FeatureBatch
+from bigmodel.tasks.transfer_learning.methods.base import eval_frozen_modules
+from bigmodel.tasks.transfer_learning.methods.feature_cache import FeatureBatch
 from bigmodel.tasks.transfer_learning.metrics import Problem, TransferMetrics, make_metrics
 from bigmodel.tasks.transfer_learning.net import TransferNet
 from bigmodel.tasks.transfer_learning.penalties import Penalty
-from bigmodel.tasks.transfer_learning.telling import Picture, Sample, tell, told
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
+from bigmodel.training import optimizers, schedules
+from bigmodel.training.callbacks import GradientScaling
+from bigmodel.training.callbacks.gradient_scaling import get_callback
 
 Word = Literal["full", "linear_probe", "knn_probe", "gradual", "lora", "bias_only"]
 
 
 class TransferLearning(LightningModule):
-    """Puts a new head on a pretrained backbone and trains what the method says; evaluates it; tells of texts or pictures.
+    """Fine-tunes a pretrained backbone with a new head on labelled texts or images.
 
     Args:
         backbone: a run directory of a task that predicts, a folder with a Hugging Face model, or owner/name on the hub.
@@ -79,8 +79,8 @@ class TransferLearning(LightningModule):
         dropout: float = 0.1,
         layer_decay: float = 1.0,
         penalty: Penalty | None = None,
-        optimizer: optim.OptimizerFactory = torch.optim.AdamW,
-        schedule: optim.Schedule | None = None,
+        optimizer: optimizers.OptimizerFactory = torch.optim.AdamW,
+        schedule: schedules.Schedule | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= dropout < 1:
@@ -153,7 +153,7 @@ class TransferLearning(LightningModule):
         if self.description is not None:
             backbone = rebuild(self.description)
         else:
-            backbone = find_backbone(
+            backbone = build_backbone(
                 self.backbone,
                 pretrained=self.pretrained,
                 excuse=self.excuse,
@@ -182,12 +182,12 @@ class TransferLearning(LightningModule):
         """Training mode; what is frozen stays in evaluation mode."""
         super().train(mode)
         if mode and self.net is not None:
-            settle(self.net.backbone)
+            eval_frozen_modules(self.net.backbone)
         return self
 
     def configure_callbacks(self) -> list[Callback]:
         # The loss is a sum: also a bare Trainer must divide it by the count.
-        missing = [kind for kind in (Gradients, Report) if find(self.trainer, kind) is None]
+        missing = [kind for kind in (GradientScaling, Report) if get_callback(self.trainer, kind) is None]
         return [kind() for kind in missing]
 
     def configure_optimizers(self) -> Any:
@@ -195,12 +195,12 @@ class TransferLearning(LightningModule):
             return torch.optim.SGD([p for _, p in self.method.trained(self.net)], lr=0.0)
         # Who extends the task may have parameters beside its net.
         beside = nn.ModuleList(child for name, child in self.named_children() if name != "net")
-        chosen = [*groups.groups(self._layers()), *optim.parameter_groups(beside)]
-        return optim.configure(self, self.optimizer, self.schedule, chosen)
+        chosen = [*groups.parameter_groups(self._layers()), *optimizers.parameter_groups(beside)]
+        return optimizers.configure(self, self.optimizer, self.schedule, chosen)
 
-    def _layers(self) -> list[groups.Layer]:
+    def _layers(self) -> list[groups.LayerGroup]:
         trained = [parameter for _, parameter in self.method.trained(self.net)]
-        return groups.layers(self.net, trained, self.layer_decay, self.method.by_layer)
+        return groups.layer_groups(self.net, trained, self.layer_decay, self.method.by_layer)
 
     def say_what_trains(self) -> None:
         """Print the parameter groups, with how fast they learn; to be called when there are optimizers."""
@@ -208,7 +208,7 @@ class TransferLearning(LightningModule):
             settings = self.trainer.optimizers[0].defaults
             groups.show(self._layers(), settings, self.method.joins(self))
 
-    # What distillation, evaluation and export need of a task that *Predicts*.
+    # What distillation, evaluation and export need of a task that *SupportsLogits*.
 
     def features(self, batch: Any) -> Tensor:
         """[B, D], pooled, before dropout."""
@@ -234,7 +234,7 @@ class TransferLearning(LightningModule):
 
     def imported(self, path: str, flag: str) -> TransferLearning:
         """A text classifier of transformers that tells this task's classes, as it was trained; see
-        `bigmodel.protocols.Imports`."""
+        `bigmodel.protocols.SupportsFromPretrained`."""
         from bigmodel.tasks.transfer_learning.hugging_face import as_published
 
         task = TransferLearning(backbone=path)
@@ -375,7 +375,7 @@ class TransferLearning(LightningModule):
         else:
             images = data.images("all")
             columns = {"path": [images.name(i) for i in numbers]}
-        return columns | told(logits, self.problem, self.facts["classes"])
+        return columns | format_predictions(logits, self.problem, self.facts["classes"])
 
     def prediction_metadata(self) -> dict[str, str]:
         """What is written into a file of predictions: the classes, in the order of `probabilities`, as JSON."""
@@ -392,8 +392,8 @@ class TransferLearning(LightningModule):
             The classes or labels with their probabilities, the likeliest first; or the number. For several samples, a list.
         """
         if isinstance(samples, str | tuple | Picture):
-            return tell(self, [samples])[0]
-        return tell(self, list(samples))
+            return predict(self, [samples])[0]
+        return predict(self, list(samples))
 
 
 def _kind(facts: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from bigmodel.outputs import weights_digest
+from bigmodel.data.output_cache import weights_digest
 
 
 class Penalty(ABC):

@@ -36,9 +36,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigmodel.cache import building, digest, disk_errors, progress, say, write_array, write_text
-from bigmodel.splits import SPLIT_WORDS, split_name
-from bigmodel.tables.rows import Rows, first_true, is_text, plain
+from bigmodel.data.cache import building, digest, disk_errors, progress, say, write_array, write_text
+from bigmodel.data.split_shares import SPLIT_WORDS, split_name
+from bigmodel.data.tables.rows import Rows, first_true, is_text, plain
 from bigmodel.tasks.transfer_learning.labels import LabelReader, Labels
 from bigmodel.tasks.transfer_learning.sources import Columns, Source
 from bigmodel.tasks.transfer_learning.sources.columns import Part

@@ -17,8 +17,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from bigmodel.randomness import hashes, mix
-from bigmodel.splits import check_shares
+from bigmodel.data.split_shares import check_shares
+from bigmodel.data.stateless_rng import hash_seed, random_bits
 from bigmodel.tasks.transfer_learning.labels import Labels
 from bigmodel.tasks.transfer_learning.prepare import SPLITS, Prepared
 
@@ -82,7 +82,7 @@ def divide(prepared: Prepared, split: Split, folds: Folds | None, tell: Tell) ->
     contents, content = np.unique(prepared.contents[pool], return_inverse=True)
     owner = np.full(len(contents), np.iinfo(np.int64).max)
     np.minimum.at(owner, content, strata)
-    drawn = hashes(contents, mix(_SPLIT_STREAM, split.seed), 1)[:, 0]
+    drawn = random_bits(contents, hash_seed(_SPLIT_STREAM, split.seed), 1)[:, 0]
     order = np.lexsort((drawn, owner))  # by class, then by the draw
     borders = np.flatnonzero(np.diff(owner[order], prepend=-2, append=-2)).tolist()
     if labels.problem == "class":
@@ -184,7 +184,7 @@ def draw_shots(prepared: Prepared, rows: np.ndarray, classes: list[str], shots: 
         )
     _, first = np.unique(prepared.contents[rows], return_index=True)  # one row of each content
     rows = rows[first]
-    rows = rows[np.argsort(hashes(prepared.contents[rows], mix(_SHOT_STREAM, seed), 1)[:, 0], kind="stable")]
+    rows = rows[np.argsort(random_bits(prepared.contents[rows], hash_seed(_SHOT_STREAM, seed), 1)[:, 0], kind="stable")]
     values, counts = labels.of(rows)
     order = np.argsort(values, kind="stable")
     values, owners = values[order], np.repeat(rows, counts)[order]  # by class, and within it as drawn
@@ -225,6 +225,6 @@ def _marks(labels: Labels) -> np.ndarray:
     """[N] numbers that differ where labels do."""
     if labels.offsets is None:
         return labels.values
-    sums = np.concatenate([[0], np.cumsum(hashes(labels.values.astype(np.int64), 0, 1)[:, 0])])
+    sums = np.concatenate([[0], np.cumsum(random_bits(labels.values.astype(np.int64), 0, 1)[:, 0])])
     marks: np.ndarray = sums[labels.offsets[1:]] - sums[labels.offsets[:-1]]
     return marks

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from bigmodel.cache import digest
+from bigmodel.data.cache import digest
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def asynchronous_checkpoint(steps: int, warmup: int, every: int) -> Row:
     """What a checkpoint of 38 M parameters, half a gigabyte, costs while a thread writes it. Training has one core, and
     writing another, as there are cores to spare where a GPU trains."""
     save = f"--callbacks.last.asynchronous true --callbacks.last.every_n_steps {every}"
-    save += " --callbacks.last.every_n_minutes null --callbacks.writes bench.callbacks.Writes"
+    save += " --callbacks.last.every_n_minutes null --callbacks.writes bench.callbacks.SupportsCorpusGeneration"
     save += f" --callbacks.writes.warmup {warmup} --callbacks.writes.every {every} --callbacks.writes.what"
     ways = {"step while written / step": "ratio", "seconds to copy it": "wait"}
     return Row(

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import Dataset
 
-from bigmodel.sampling import eval_loader, train_loader
+from bigmodel.data.sampling import eval_loader, train_loader
 
 
 class Rows(NamedTuple):

@@ -8,7 +8,7 @@ from torch import nn
 from torchmetrics import MeanMetric
 
 import bigmodel
-from bigmodel import optim
+from bigmodel.training import optimizers, schedules
 
 
 class MLP(nn.Module):
@@ -36,8 +36,8 @@ class TabularRegression(LightningModule):
     def __init__(
         self,
         net: Callable[[int], nn.Module] = MLP,
-        optimizer: optim.OptimizerFactory = torch.optim.AdamW,
-        schedule: optim.Schedule | None = None,
+        optimizer: optimizers.OptimizerFactory = torch.optim.AdamW,
+        schedule: schedules.Schedule | None = None,
     ) -> None:
         super().__init__()
         self.make_net, self.optimizer, self.schedule = net, optimizer, schedule
@@ -49,7 +49,7 @@ class TabularRegression(LightningModule):
             self.net = self.make_net(**bigmodel.sizes(self))
 
     def configure_optimizers(self):
-        return optim.configure(self, self.optimizer, self.schedule)
+        return optimizers.configure(self, self.optimizer, self.schedule)
 
     def training_step(self, batch):
         return {"loss": (self.net(batch.features) - batch.target).square().sum(), "count": len(batch.target)}

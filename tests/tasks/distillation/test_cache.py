@@ -68,7 +68,7 @@ def test_language_models_in_chunks_and_from_a_cache(tmp_path, monkeypatch):
             "data.cache_dir": "cache",
         }
         data |= {
-            "data.split": f"{lm}.ByPosition",
+            "data.split": f"{lm}.ContiguousSplit",
             "data.context_length": 16,
             "data.batch_size": 4,
             "callbacks.progress": "null",

@@ -35,7 +35,7 @@ from bigmodel.cli import main
 from bigmodel.run import set_sizes
 from bigmodel.tasks.distillation import teachers
 from bigmodel.tasks.image_classification import ImageClassification
-from bigmodel.tasks.image_classification.pictures import ImageBatch
+from bigmodel.tasks.image_classification.batch import ImageBatch
 from bigmodel.tasks.language_modeling import LanguageModeling, TextBatch
 from bigmodel.tasks.language_modeling.tokenizer import ByteTokenizer, Subwords
 from bigmodel.tasks.recommendation import SequenceRecommendation
@@ -77,7 +77,7 @@ def language(width):
     optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
     tokenizer = {"class_path": f"{LM}.BPE", "init_args": {"vocab_size": 300}}
     data = {"path": "text", "cache_dir": "cache", "num_processes": 1, "tokenizer": tokenizer, "context_length": T}
-    data["split"] = {"class_path": f"{LM}.ByDocument", "init_args": {"val": 0.2}}
+    data["split"] = {"class_path": f"{LM}.DocumentHashSplit", "init_args": {"val": 0.2}}
     return {
         "model": {"class_path": f"{LM}.LanguageModeling", "init_args": {"net": net, "optimizer": optimizer}},
         "data": {"class_path": f"{LM}.TextData", "init_args": {**data, "batch_size": 8}},

@@ -11,13 +11,13 @@ from distillation import LM, ON_POLICY, OURS, of_text
 from lightning.pytorch import Callback
 
 import bigmodel
-from bigmodel.callbacks import TrainingLog
-from bigmodel.callbacks.gradients import find
-from bigmodel.callbacks.training_log import _FlopCounter
 from bigmodel.cli import main
-from bigmodel.randomness import sample_keys
+from bigmodel.data.stateless_rng import sample_keys
 from bigmodel.tasks.distillation import OnPolicy
 from bigmodel.tasks.language_modeling import TextBatch
+from bigmodel.training.callbacks import TrainingLog
+from bigmodel.training.callbacks.gradient_scaling import get_callback
+from bigmodel.training.callbacks.training_log import _FlopCounter
 
 T = 16
 
@@ -60,7 +60,7 @@ def test_a_student_is_trained_on_what_the_teacher_wrote(folder, capsys, monkeypa
     assert 0 < cut < 50
     assert f"{cut} met --max_new_tokens before their end" in capsys.readouterr().err
 
-    run = fit("sequence", data__path="written", data__tokenizer=f"{LM}.OfRun", data__tokenizer__run="teacher-run")
+    run = fit("sequence", data__path="written", data__tokenizer=f"{LM}.FromRun", data__tokenizer__run="teacher-run")
     assert bigmodel.load(run).outcomes == teacher.outcomes
     main(["validate", str(run), "--data.path", "text"])
     assert json.loads((run / "validate.json").read_text())["val/loss"] > 0
@@ -154,7 +154,7 @@ class Witness(Callback):
             with _FlopCounter() as counter:
                 logits = pl_module.logits(pl_module.features(self.new)[:, 6:])
                 torch.autograd.grad(logits.sum(), list(pl_module.net.parameters()))
-            assert find(trainer, TrainingLog)._flops == counter.flops
+            assert get_callback(trainer, TrainingLog)._flops == counter.flops
         self.new = None
 
 

@@ -7,17 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bigmodel import optim
 from bigmodel.tasks.distillation import (
     AttentionTransfer,
     Hint,
     Relational,
     SimilarityPreserving,
+    loss_terms,
     losses,
     module,
-    terms,
 )
 from bigmodel.tasks.distillation.losses import log_probabilities
+from bigmodel.training import schedules
 
 S = torch.tensor([[1.0, 2.0, 0.5]], dtype=torch.float64)
 T = torch.tensor([[3.0, 1.0, 0.0]], dtype=torch.float64)
@@ -245,16 +245,16 @@ def test_what_fills_up_a_text_does_not_count():
     mask = torch.arange(6) < torch.tensor([4, 2, 3])[:, None]
     counted, batch = torch.ones(3, dtype=torch.bool), SimpleNamespace(mask=mask[:, :4])
     longer, filled = SimpleNamespace(mask=mask), [F.pad(x, (0, 0, 0, 2), value=7) for x in (student, teacher)]
-    hint = terms.Hint()
+    hint = loss_terms.Hint()
     hint.prepare(torch.Size([1, 4, 8]), torch.Size([1, 4, 8]))
-    for term in (hint, terms.AttentionTransfer(), terms.Relational(), terms.SimilarityPreserving()):
+    for term in (hint, loss_terms.AttentionTransfer(), loss_terms.Relational(), loss_terms.SimilarityPreserving()):
         value = term(student, teacher, module._shares(batch, counted))
         torch.testing.assert_close(term(*filled, module._shares(longer, counted)), value)
     alone = [hint(student[i : i + 1, :n], teacher[i : i + 1, :n], counted[:1]) for i, n in enumerate((4, 2, 3))]
     torch.testing.assert_close(hint(student, teacher, module._shares(batch, counted)), sum(alone))
 
 
-@pytest.mark.parametrize("schedule", [optim.Step(warmup_steps=2, gamma=0.0), optim.Linear(warmup_steps=2)])
+@pytest.mark.parametrize("schedule", [schedules.Step(warmup_steps=2, gamma=0.0), schedules.Linear(warmup_steps=2)])
 def test_a_temperature_that_ends_at_0_is_refused(schedule):
     with pytest.raises(ValueError, match="KD ends at temperature 0, which must be above 0"):
-        terms.KD(temperature_schedule=schedule)
+        loss_terms.KD(temperature_schedule=schedule)

@@ -86,7 +86,7 @@ def test_what_comes_out_is_the_students_run(folder, capsys):
     content = checkpoint("online")
     assert content["bigmodel"]["model"]["class_path"] == f"{IMAGES}.ImageClassification"
     assert set(content["state_dict"]) == set(student.state_dict()) >= {"mean", "std"}
-    assert content["distillation"]["learned"] == {}
+    assert content["bigmodel"]["distillation"]["learned"] == {}
     saved = (run / "checkpoints" / "last-12.ckpt").stat().st_size
     assert saved < sum(file.stat().st_size for file in Path("teacher-run/checkpoints").glob("last-60.ckpt")) / 2
     assert len(student.outcomes) == 10
@@ -168,7 +168,8 @@ FEATURES = {
     "losses__attention": f"{OURS}.AttentionTransfer", "losses__attention__student": "stages.0",
     "losses__attention__teacher": "stages.0", "losses__relations": f"{OURS}.Relational",
     "losses__similar": f"{OURS}.SimilarityPreserving", "losses__dkd": f"{OURS}.DKD", "losses__dkd__weight": 0.5,
-    "losses__dkd__schedule": "bigmodel.optim.Linear", "losses__jsd": f"{OURS}.GeneralizedJSD", "losses__kd": "null",
+    "losses__dkd__schedule": "bigmodel.training.schedules.Linear",
+    "losses__jsd": f"{OURS}.GeneralizedJSD", "losses__kd": "null",
 }  # fmt: skip
 
 
@@ -188,17 +189,21 @@ def test_all_terms_resume_bitwise(folder, capsys, monkeypatch):
     taken = checkpoint("terms")
     task.on_load_checkpoint(taken)  # as `trainer.test(task, ckpt_path=...)` does
     task.load_state_dict(taken["state_dict"])
-    assert [list(t.shape) for t in straight["distillation"]["learned"].values()] == [[16, 8, 1, 1], [16]]
+    assert [list(t.shape) for t in straight["bigmodel"]["distillation"]["learned"].values()] == [[16, 8, 1, 1], [16]]
     assert not [name for name in straight["state_dict"] if "distillation" in name]
     stopped = folder / "stopped"
     main(stopped_at_6("terms", stopped))
     resumed = torch.load(stopped / "checkpoints" / "last-12.ckpt", weights_only=True)
     same(resumed["state_dict"], straight["state_dict"], rtol=0, atol=0)
-    same(resumed["distillation"]["learned"], straight["distillation"]["learned"], rtol=0, atol=0)
+    same(
+        resumed["bigmodel"]["distillation"]["learned"], straight["bigmodel"]["distillation"]["learned"], rtol=0, atol=0
+    )
     assert losses(stopped) == losses(only("terms"))
     assert "train/hint_loss" in losses(stopped)["8"]
-    begun = torch.load(stopped / "checkpoints" / "last-6.ckpt", weights_only=True)["distillation"]["learned"]
-    assert not torch.equal(*(next(iter(x.values())) for x in (begun, straight["distillation"]["learned"])))
+    begun = torch.load(stopped / "checkpoints" / "last-6.ckpt", weights_only=True)["bigmodel"]["distillation"][
+        "learned"
+    ]
+    assert not torch.equal(*(next(iter(x.values())) for x in (begun, straight["bigmodel"]["distillation"]["learned"])))
     capsys.readouterr()
     other = ["--model.teacher", str(wide / "checkpoints" / "last-3.ckpt"), "--trainer.max_steps", "13"]
     with pytest.raises(SystemExit):
@@ -284,7 +289,9 @@ def test_accumulation_and_processes_change_nothing(folder, school, monkeypatch):
     one, *others = (read(only(name) / "checkpoints" / "last-6.ckpt") for name in ("one", "two", "sharded"))
     for other in others:
         same(other["state_dict"], one["state_dict"], rtol=0, atol=1e-5)
-        same(other["distillation"]["learned"], one["distillation"]["learned"], rtol=0, atol=1e-5)
+        same(
+            other["bigmodel"]["distillation"]["learned"], one["bigmodel"]["distillation"]["learned"], rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -304,7 +311,7 @@ def test_accumulation_and_processes_change_nothing(folder, school, monkeypatch):
         ({"teacher": "[teacher-run, teacher-run]", **CACHE, "cache__top_k": 3}, "several teachers have other likeliest"),
         (
             {**CACHE, "cache__top_k": 3, "losses__kd": f"{OURS}.KD", "losses__kd__temperature_schedule":
-             "{class_path: bigmodel.optim.Linear, init_args: {final: 0.5}}"},
+             "{class_path: bigmodel.training.schedules.Linear, init_args: {final: 0.5}}"},
             "known at one temperature alone",
         ),
         ({"more": {"data.mix": f"{IMAGES}.Mix", "data.mix.mixup": 0.5}, **CACHE}, "mixed with their neighbours"),

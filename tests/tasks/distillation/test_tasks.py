@@ -70,7 +70,7 @@ def test_any_task_is_taught_asked_and_kept_alike(make_config, kind, tmp_path, mo
         model["student"]["init_args"] = settings
         model["losses"] = {"hint": {"class_path": f"{OURS}.Hint"}}
         hinted = fit(tmp_path, "hinted", config, 2) / "checkpoints"  # a task with parameter groups of its own
-        learned = [torch.load(hinted / f"last-{step}.ckpt")["distillation"]["learned"] for step in (1, 2)]
+        learned = [torch.load(hinted / f"last-{step}.ckpt")["bigmodel"]["distillation"]["learned"] for step in (1, 2)]
         assert learned[0].keys() == {f"distillation_terms.hint.regressor.{name}" for name in ("weight", "bias")}
         assert not any(torch.equal(tensor, learned[1][name]) for name, tensor in learned[0].items())
         model.pop("losses")

@@ -5,13 +5,13 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from bigmodel.randomness import sample_keys
-from bigmodel.tasks.image_classification import policies
+from bigmodel.data.stateless_rng import sample_keys
+from bigmodel.tasks.image_classification import auto_augment as policies
 from bigmodel.tasks.image_classification.augment import Transform, augment
+from bigmodel.tasks.image_classification.auto_augment import RandAugment, TrivialAugment
 from bigmodel.tasks.image_classification.color import ColorJitter, Grayscale
-from bigmodel.tasks.image_classification.erasing import RandomErasing
 from bigmodel.tasks.image_classification.geometry import Flip, RandomAffine, RandomCrop, RandomResizedCrop
-from bigmodel.tasks.image_classification.policies import RandAugment, TrivialAugment
+from bigmodel.tasks.image_classification.random_erasing import RandomErasing
 
 TRANSFORMS = [
     RandomCrop(3),
@@ -95,7 +95,7 @@ def test_all_rows_computed_and_the_chosen_ones_taken_is_the_same(transform, shap
 
     images, keys = pictures(37, shape), keys_of(37)
     on_cpu = augment(images, keys, [transform])
-    for module in ("erasing", "policies"):
+    for module in ("random_erasing", "auto_augment"):
         monkeypatch.setattr(f"bigmodel.tasks.image_classification.{module}.change_rows_", as_on_a_gpu)
     assert torch.equal(augment(images, keys, [transform]), on_cpu)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from bigmodel.randomness import sample_keys, uniform
+from bigmodel.data.stateless_rng import sample_keys, uniform
 from bigmodel.tasks.image_classification import color
 from bigmodel.tasks.image_classification.color import ColorJitter, Grayscale
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bigmodel.sampling import eval_loader
+from bigmodel.data.sampling import eval_loader
 from bigmodel.tasks.image_classification import Flip, ImageData, Mix, RandomCrop, RandomResizedCrop, Split
 
 

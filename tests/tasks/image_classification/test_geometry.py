@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bigmodel.randomness import sample_keys, uniform
+from bigmodel.data.stateless_rng import sample_keys, uniform
 from bigmodel.tasks.image_classification.geometry import Flip, RandomAffine, RandomCrop, RandomResizedCrop, warp
 
 

@@ -9,9 +9,9 @@ import torch
 from scipy import stats
 from torch.nn import functional as F
 
-from bigmodel.randomness import sample_keys, uniform
+from bigmodel.data.stateless_rng import sample_keys, uniform
 from bigmodel.tasks.image_classification.augment import MIX_STREAM
-from bigmodel.tasks.image_classification.mix import Mix, _Beta
+from bigmodel.tasks.image_classification.mixup import Mix, _Beta
 
 NUM_CLASSES = 5
 MIXES = {

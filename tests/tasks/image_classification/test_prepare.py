@@ -13,7 +13,7 @@ import picture_stores
 import pytest
 from PIL import Image
 
-from bigmodel.decode import MAX_PIXELS, Geometry
+from bigmodel.data.image_decoding import MAX_PIXELS, Geometry
 from bigmodel.tasks.image_classification import images as images_module
 from bigmodel.tasks.image_classification import pixels, prepare, scan
 from bigmodel.tasks.image_classification.splits import Split

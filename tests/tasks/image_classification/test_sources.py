@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from bigmodel.tasks.image_classification.sources import Columns, find_source, folder, huggingface, parquet
-from bigmodel.tasks.image_classification.sources.found import Found, Split, to_source
-from bigmodel.tasks.image_classification.sources.stores import Chosen, Files, Joined, Packed, Pixels
+from bigmodel.tasks.image_classification.sources.dataset_index import Found, Split, to_source
+from bigmodel.tasks.image_classification.sources.image_storage import Chosen, Files, Joined, Packed, Pixels
 
 
 def png(value):

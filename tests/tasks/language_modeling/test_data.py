@@ -12,8 +12,8 @@ from jsonargparse import ArgumentParser
 from bigmodel.tasks.language_modeling import shards
 from bigmodel.tasks.language_modeling.data import TextBatch, TextData, Windows
 from bigmodel.tasks.language_modeling.shards import Prepared, ShardWriter, SplitFacts, Tokens
-from bigmodel.tasks.language_modeling.splits import ByDocument, ByFiles, ByPosition
-from bigmodel.tasks.language_modeling.tokenizer_choice import BPE, Bytes
+from bigmodel.tasks.language_modeling.splits import ContiguousSplit, DocumentHashSplit, FileSplit
+from bigmodel.tasks.language_modeling.tokenizer_config import BPE, Bytes
 
 END = 999
 
@@ -78,7 +78,13 @@ def text(tmp_path):
 
 
 def data_of(text, **settings):
-    settings = {"tokenizer": Bytes(), "split": ByDocument(0.3), "context_length": 32, "num_processes": 1, **settings}
+    settings = {
+        "tokenizer": Bytes(),
+        "split": DocumentHashSplit(0.3),
+        "context_length": 32,
+        "num_processes": 1,
+        **settings,
+    }
     data = TextData(str(text), cache_dir=str(text.parent / "cache"), **settings)
     data.prepare_data()
     data.setup("fit")
@@ -164,7 +170,7 @@ def trainer(tmp_path, **settings):
 
 @pytest.mark.filterwarnings("ignore")
 def test_under_a_trainer(text, tmp_path):
-    data = data_of(text, split=ByDocument(0.3, 0.2))
+    data = data_of(text, split=DocumentHashSplit(0.3, 0.2))
     module, run = _Nothing(), trainer(tmp_path, num_sanity_val_steps=0)
     run.fit(module, datamodule=data)
     run.test(module, datamodule=data, verbose=False)
@@ -175,7 +181,7 @@ def test_under_a_trainer(text, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_splits_that_are_not_there(text, tmp_path):
-    data = data_of(text, split=ByDocument(val=0))
+    data = data_of(text, split=DocumentHashSplit(val=0))
     module = _Nothing()
     trainer(tmp_path).fit(module, datamodule=data)
     assert module.seen["train"] > 0
@@ -199,7 +205,7 @@ def test_impossible_sizes_are_refused(text, settings, message):
 
 
 def test_unprepared_text_is_refused(text, tmp_path):
-    data = TextData(str(text), Bytes(), ByDocument(0.3), cache_dir=str(tmp_path / "none"))
+    data = TextData(str(text), Bytes(), DocumentHashSplit(0.3), cache_dir=str(tmp_path / "none"))
     with pytest.raises(ValueError, match=r"not prepared .*call prepare_data first"):
         data.setup("fit")
 
@@ -209,14 +215,14 @@ def test_choices_come_from_yaml_and_flags(text):
     parser.add_class_arguments(TextData, "data")
     here = "bigmodel.tasks.language_modeling"
     cases = [
-        ([], (BPE(), ByDocument())),
+        ([], (BPE(), DocumentHashSplit())),
         (
-            [f"--data.tokenizer={here}.tokenizer_choice.BPE", "--data.tokenizer.vocab_size=512"],
-            (BPE(512), ByDocument()),
+            [f"--data.tokenizer={here}.tokenizer_config.BPE", "--data.tokenizer.vocab_size=512"],
+            (BPE(512), DocumentHashSplit()),
         ),
-        ([f"--data.split={here}.splits.ByPosition"], (BPE(), ByPosition())),
-        ([f"--data.split={here}.splits.ByFiles", '--data.split.val=["a"]'], (BPE(), ByFiles(["a"]))),
-        ([f"--data.tokenizer={here}.tokenizer_choice.Bytes"], (Bytes(), ByDocument())),
+        ([f"--data.split={here}.splits.ContiguousSplit"], (BPE(), ContiguousSplit())),
+        ([f"--data.split={here}.splits.FileSplit", '--data.split.val=["a"]'], (BPE(), FileSplit(["a"]))),
+        ([f"--data.tokenizer={here}.tokenizer_config.Bytes"], (Bytes(), DocumentHashSplit())),
     ]
     for arguments, expected in cases:
         namespace = parser.parse_args([f"--data.path={text}", *arguments])

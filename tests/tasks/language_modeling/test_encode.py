@@ -10,7 +10,7 @@ from bigmodel.tasks.language_modeling import encode
 from bigmodel.tasks.language_modeling.encode import blocks_of, encode_blocks, find_cut, sample_text
 from bigmodel.tasks.language_modeling.sources import File, Segment, find_files
 from bigmodel.tasks.language_modeling.tokenizer import Subwords
-from bigmodel.tasks.language_modeling.tokenizer_choice import BPE, Bytes, Characters
+from bigmodel.tasks.language_modeling.tokenizer_config import BPE, Bytes, Characters
 
 PIECES = [
     "a",

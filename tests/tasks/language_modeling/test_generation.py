@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bigmodel.data.stateless_rng import sample_keys
 from bigmodel.nn import GPT
-from bigmodel.randomness import sample_keys
 from bigmodel.tasks.language_modeling.generation import draw_by_keys, generate, keep_top_k, keep_top_p
 
 V, C = 20, 16

@@ -18,11 +18,12 @@ import yaml
 
 import bigmodel
 from bigmodel.cli import main
+from bigmodel.data.sampling import train_loader
 from bigmodel.nn import GPT
-from bigmodel.optim import Cosine, parameter_groups
 from bigmodel.run import checkpoint_step
-from bigmodel.sampling import train_loader
-from bigmodel.tasks.language_modeling import ByPosition, TextData
+from bigmodel.tasks.language_modeling import ContiguousSplit, TextData
+from bigmodel.training.optimizers import parameter_groups
+from bigmodel.training.schedules import Cosine
 
 LM = "bigmodel.tasks.language_modeling"
 EXPERIMENT = Path(__file__).parents[3] / "experiments" / "language_modeling" / "stdlib.yaml"
@@ -34,7 +35,8 @@ def words(*flags):
     settings = {
         "model.net": "bigmodel.nn.GPT", "model.net.width": 16, "model.net.depth": 2, "model.net.num_heads": 2,
         "model.net.dropout": 0.1, "data.path": "text", "data.cache_dir": "cache", "data.num_processes": 1,
-        "data.tokenizer": f"{LM}.Bytes", "data.split": f"{LM}.ByPosition", "data.split.val": 0.3, "data.context_length": 64,
+        "data.tokenizer": f"{LM}.Bytes", "data.split": f"{LM}.ContiguousSplit", "data.split.val": 0.3,
+        "data.context_length": 64,
         "data.batch_size": 32, "data.micro_batch_size": 16, "trainer.precision": "32-true", "trainer.accelerator": "cpu",
         "trainer.max_steps": STEPS, "trainer.val_check_interval": 5, "trainer.log_every_n_steps": 1,
         "callbacks.samples": "null", "callbacks.progress": "null", "callbacks.last.every_n_steps": 3,
@@ -226,4 +228,4 @@ def test_a_checkpoint_of_another_vocabulary_or_changed_text_is_refused(straight,
 def test_an_unprepared_data_module_says_so(tmp_path):
     (tmp_path / "a.txt").write_text("some text\n" * 100)
     with pytest.raises(ValueError, match="not prepared"):
-        TextData(str(tmp_path / "a.txt"), split=ByPosition(val=0.1), cache_dir=str(tmp_path)).setup()
+        TextData(str(tmp_path / "a.txt"), split=ContiguousSplit(val=0.1), cache_dir=str(tmp_path)).setup()

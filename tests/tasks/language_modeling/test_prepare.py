@@ -11,11 +11,11 @@ import sys
 import numpy as np
 import pytest
 
+from bigmodel.data.worker_pool import WorkerPool
 from bigmodel.tasks.language_modeling import prepare, shards, sources
 from bigmodel.tasks.language_modeling.shards import Prepared, ShardWriter, Tokens
-from bigmodel.tasks.language_modeling.splits import ByDocument, ByFiles
-from bigmodel.tasks.language_modeling.tokenizer_choice import BPE, Bytes, Characters
-from bigmodel.workers import Workers
+from bigmodel.tasks.language_modeling.splits import DocumentHashSplit, FileSplit
+from bigmodel.tasks.language_modeling.tokenizer_config import BPE, Bytes, Characters
 
 
 def awkward(length, seed):
@@ -40,7 +40,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def plan(path, cache, choice=None, split=None, exclude=()):
-    return prepare.make_plan(str(path), choice or Bytes(), split or ByDocument(val=0.3), exclude, str(cache))
+    return prepare.make_plan(str(path), choice or Bytes(), split or DocumentHashSplit(val=0.3), exclude, str(cache))
 
 
 @pytest.mark.parametrize("choice", [BPE(vocab_size=300), Bytes()], ids=["bpe", "bytes"])
@@ -74,13 +74,15 @@ def test_unknown_character_is_named_with_its_place(tmp_path, cache):
     with pytest.raises(
         ValueError, match=r"b.txt: character 'é' at byte offset 4,500 does not occur in the train split"
     ):
-        prepare.prepare(plan(tmp_path / "*.txt", cache, Characters(), ByFiles(val=["b.txt"])), 1)
+        prepare.prepare(plan(tmp_path / "*.txt", cache, Characters(), FileSplit(val=["b.txt"])), 1)
     assert not list((cache / "language_modeling").glob("*/meta.json"))
 
 
 def test_split_without_a_document_is_refused(text, cache):
-    with pytest.raises(ValueError, match=r"the val split gets no document: 1 in all.*--data.split.val.*ByPosition"):
-        plan(text / "00.txt", cache, split=ByDocument(val=1e-6))
+    with pytest.raises(
+        ValueError, match=r"the val split gets no document: 1 in all.*--data.split.val.*ContiguousSplit"
+    ):
+        plan(text / "00.txt", cache, split=DocumentHashSplit(val=1e-6))
     assert not [path for path in cache.rglob("*") if path.is_dir() and path.name not in ("language_modeling", "scans")]
 
 
@@ -88,7 +90,7 @@ def test_split_without_a_document_is_refused(text, cache):
 
 
 def test_workers_keep_the_order_and_hand_on_errors():
-    with Workers(3) as workers:
+    with WorkerPool(3) as workers:
         assert list(workers.map(math.factorial, range(50))) == [math.factorial(i) for i in range(50)]
         with pytest.raises(ValueError, match="negative"):
             list(workers.map(math.factorial, [1, -1]))
@@ -96,7 +98,7 @@ def test_workers_keep_the_order_and_hand_on_errors():
 
 
 def test_worker_that_dies_is_reported():
-    with Workers(1) as workers, pytest.raises(RuntimeError, match="ended with exit status 7"):
+    with WorkerPool(1) as workers, pytest.raises(RuntimeError, match="ended with exit status 7"):
         workers.call(os._exit, 7)
 
 
@@ -140,7 +142,7 @@ def test_same_content_and_settings_are_prepared_once(text, cache, tmp_path):
 def test_other_content_or_settings_have_another_key(text, cache):
     folders = [
         plan(text, cache).folder,
-        plan(text, cache, split=ByDocument(val=0.5)).folder,
+        plan(text, cache, split=DocumentHashSplit(val=0.5)).folder,
         plan(text, cache, BPE(300)).folder,
         plan(text, cache, BPE(301)).folder,
         plan(text, cache, exclude=["03.txt"]).folder,
@@ -187,11 +189,11 @@ def test_cache_that_is_no_folder_is_refused(text, tmp_path):
 CHILD = """
 import os, signal, sys
 from bigmodel.tasks.language_modeling import prepare
-from bigmodel.tasks.language_modeling.splits import ByDocument
-from bigmodel.tasks.language_modeling.tokenizer_choice import Bytes
+from bigmodel.tasks.language_modeling.splits import DocumentHashSplit
+from bigmodel.tasks.language_modeling.tokenizer_config import Bytes
 if sys.argv[3] == "die":
     prepare.Prepared.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-made = prepare.make_plan(sys.argv[1], Bytes(), ByDocument(val=0.3), [], sys.argv[2])
+made = prepare.make_plan(sys.argv[1], Bytes(), DocumentHashSplit(val=0.3), [], sys.argv[2])
 prepare.prepare(made, 1)
 assert not {"torch", "lightning", "transformers"} & set(sys.modules), "preparing must stay light"
 print(made.folder)

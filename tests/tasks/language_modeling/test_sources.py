@@ -8,7 +8,7 @@ import pytest
 
 from bigmodel.tasks.language_modeling import sources
 from bigmodel.tasks.language_modeling.sources import find_files, scan
-from bigmodel.tasks.language_modeling.splits import ByDocument, ByFiles, ByPosition
+from bigmodel.tasks.language_modeling.splits import ContiguousSplit, DocumentHashSplit, FileSplit
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_scan_counts_characters_and_reads_only_once(tmp_path, monkeypatch):
 
 def test_split_by_document_is_stable(text, tmp_path):
     def where(folder):
-        assigned = ByDocument(val=0.2, test=0.2).assign(scanned(folder, tmp_path))
+        assigned = DocumentHashSplit(val=0.2, test=0.2).assign(scanned(folder, tmp_path))
         return {sources.read_text(s): name for name, segments in assigned.items() for s in segments}
 
     before = where(text)
@@ -138,23 +138,23 @@ def test_split_by_position_cuts_characters(tmp_path):
         (tmp_path / f"{i}.txt").write_text(content, newline="")
     whole = "".join(contents)
     a, b = int(0.7 * len(whole)), int(0.9 * len(whole))
-    assigned = ByPosition(val=0.2, test=0.1).assign(scanned(tmp_path, tmp_path))
+    assigned = ContiguousSplit(val=0.2, test=0.1).assign(scanned(tmp_path, tmp_path))
     texts = {name: "".join(map(sources.read_text, segments)) for name, segments in assigned.items()}
     assert texts == {"train": whole[:a], "val": whole[a:b], "test": whole[b:]}
     assert [s.ends_document for s in assigned["train"]] == [True, True, False]
 
 
 def test_split_by_files(text, tmp_path):
-    assigned = ByFiles(val=["0*.txt", str(text / "15.txt")], test=["1?.txt", "x.txt"][:1])
+    assigned = FileSplit(val=["0*.txt", str(text / "15.txt")], test=["1?.txt", "x.txt"][:1])
     with pytest.raises(ValueError, match=r"15.txt fits both"):
         assigned.assign(scanned(text, tmp_path))
-    assigned = ByFiles(val=["0*.txt"], test=[str(text / "15.txt")]).assign(scanned(text, tmp_path))
+    assigned = FileSplit(val=["0*.txt"], test=[str(text / "15.txt")]).assign(scanned(text, tmp_path))
     assert [len(assigned[name]) for name in ("train", "val", "test")] == [29, 10, 1]
     with pytest.raises(ValueError, match=r"--data.split.test 99.txt: fits none of the 40 files"):
-        ByFiles(val=["0*"], test=["99.txt"]).assign(scanned(text, tmp_path))
+        FileSplit(val=["0*"], test=["99.txt"]).assign(scanned(text, tmp_path))
 
 
 def test_impossible_shares_are_refused():
-    for split in (ByDocument, ByPosition):
+    for split in (DocumentHashSplit, ContiguousSplit):
         with pytest.raises(ValueError, match="leave nothing to train on"):
             split(0.5, 0.5)

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from bigmodel.tasks.language_modeling.tokenizer import StreamDecoder, Subwords, Tokenizer, UnknownCharacter
-from bigmodel.tasks.language_modeling.tokenizer_choice import BPE, Bytes, Characters, Pretrained
+from bigmodel.tasks.language_modeling.tokenizer_config import BPE, Bytes, Characters, Pretrained
 
 AWKWARD = [
     "",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bigmodel.randomness import sample_keys
+from bigmodel.data.stateless_rng import sample_keys
 from bigmodel.tasks.recommendation import Filters, GlobalTime, InteractionData, LeaveOneOut, Ratio
 
 

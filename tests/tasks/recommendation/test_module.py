@@ -12,8 +12,8 @@ import torch
 
 import bigmodel
 from bigmodel.cli import main
-from bigmodel.cli.figures import different
-from bigmodel.run import checkpoint_step, find
+from bigmodel.cli.formatting import different
+from bigmodel.run import checkpoint_step, find_run
 from bigmodel.tasks.recommendation import InteractionData
 from bigmodel.tasks.recommendation.batches import SequenceBatch
 from bigmodel.tasks.recommendation.module import SequenceRecommendation
@@ -53,7 +53,7 @@ def words(task, *flags):
 
 def measured():
     main(["test", "last"])
-    return json.loads((find("last") / "test.json").read_text())
+    return json.loads((find_run("last") / "test.json").read_text())
 
 
 def trained(task, *flags):
@@ -195,7 +195,7 @@ def test_a_run_stopped_in_mid_epoch_and_resumed_equals_one_left_alone(folder, ta
         -1,
     )
     main(words(task, *few, *every, *flags))
-    straight = find("last")
+    straight = find_run("last")
     stopped = straight.with_name(straight.name + "-stopped")
     shutil.copytree(straight, stopped)
     for path in (stopped / "checkpoints").glob("last-*.ckpt"):

@@ -12,7 +12,7 @@ import torch
 import bigmodel
 from bigmodel.cli import main
 from bigmodel.nn import MatrixFactorization
-from bigmodel.run import find
+from bigmodel.run import find_run
 from bigmodel.tasks.recommendation import PairRecommendation, SequenceRecommendation, SquaredError
 from bigmodel.tasks.recommendation.closed_form import recency
 
@@ -77,7 +77,7 @@ def measured(task, *flags):
     data = bigmodel.load_data("last")
     data.prepare_data()
     data.setup("test")
-    return json.loads((find("last") / "test.json").read_text()), bigmodel.load("last"), data
+    return json.loads((find_run("last") / "test.json").read_text()), bigmodel.load("last"), data
 
 
 def check(metrics, errors):

@@ -249,7 +249,7 @@ def test_a_path_to_nothing_is_refused(tmp_path):
 
 def test_blocks_of_a_file_are_read_as_one(tmp_path, monkeypatch):
     """Ids that turn out to be text, and rows that are named, in a later block."""
-    monkeypatch.setattr("bigmodel.tables.text._BLOCK_BYTES", 2**10)
+    monkeypatch.setattr("bigmodel.data.tables.text._BLOCK_BYTES", 2**10)
     lines = [f"{i % 37},{i % 11},{i % 5},{1500000000 + i}" for i in range(500)]
     path = tmp_path / "long.csv"
     path.write_text(HEADER + "\n".join(lines) + "\n")

@@ -39,7 +39,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from bigmodel.tasks.transfer_learning.backbones import find_backbone, find_text_encoder, rebuild
+from bigmodel.tasks.transfer_learning.backbones import build_backbone, find_text_encoder, rebuild
 from bigmodel.tasks.transfer_learning.net import TransferNet
 
 V, S = 30522, 32  # MiniLM's vocabulary, pixels
@@ -114,7 +114,7 @@ def some_batch(modality: str) -> Any:
 @pytest.mark.parametrize("kind", TEXTS)
 def test_texts_come_out_as_transformers_has_them_however_far_they_are_padded(kind: str, tmp_path: Path) -> None:
     model, rows = tiny(kind), [[5, 6, 7], [8, 9, 10, 11, 12]]
-    backbone = find_backbone(saved(model, tmp_path)).eval()
+    backbone = build_backbone(saved(model, tmp_path)).eval()
     assert (backbone.modality, backbone.width, backbone.num_layers) == ("text", 8, 2)
     assert backbone.pooling == ("last" if kind in ("gpt2", "llama") else "mean")
     features, mask = backbone(batch_of(rows))
@@ -133,7 +133,7 @@ def test_pictures_come_out_as_what_the_head_reads(kind: str, tmp_path: Path) -> 
     (tmp_path / "preprocessor_config.json").write_text(
         json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2] * 3})
     )
-    backbone = find_backbone(saved(model, tmp_path), data_sizes=PICTURES).eval()
+    backbone = build_backbone(saved(model, tmp_path), data_sizes=PICTURES).eval()
     batch = some_batch("images")
     pixels = (batch.images / 255 - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / 0.2
     features, mask = backbone(batch)
@@ -148,7 +148,7 @@ def test_pictures_come_out_as_what_the_head_reads(kind: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("kind", TEXTS + VISIONS)
 def test_every_parameter_is_read_and_has_a_layer_in_the_order_of_the_net(kind: str, tmp_path: Path) -> None:
-    backbone = find_backbone(saved(tiny(kind), tmp_path))
+    backbone = build_backbone(saved(tiny(kind), tmp_path))
     net = TransferNet(backbone, 3)
     net(some_batch(backbone.modality)).square().sum().backward()
     assert all(parameter.grad is not None for parameter in net.parameters())
@@ -165,7 +165,7 @@ def test_every_parameter_is_read_and_has_a_layer_in_the_order_of_the_net(kind: s
 
 @pytest.mark.parametrize("kind", [*TEXTS, *VISIONS])
 def test_its_description_builds_it_again_with_the_folder_gone(kind: str, tmp_path: Path) -> None:
-    backbone = find_backbone(saved(tiny(kind), tmp_path / "model"), data_sizes=PICTURES if kind in VISIONS else None)
+    backbone = build_backbone(saved(tiny(kind), tmp_path / "model"), data_sizes=PICTURES if kind in VISIONS else None)
     torch.save({"description": backbone.description, "weights": backbone.state_dict()}, tmp_path / "kept")
     shutil.rmtree(tmp_path / "model")
     kept = torch.load(tmp_path / "kept", weights_only=True)
@@ -182,12 +182,12 @@ def test_its_description_builds_it_again_with_the_folder_gone(kind: str, tmp_pat
 
 def test_not_pretrained_is_the_same_architecture_with_weights_of_its_own(tmp_path: Path) -> None:
     path = saved(tiny("bert"), tmp_path)
-    backbone = find_backbone(path)
+    backbone = build_backbone(path)
     (tmp_path / "model.safetensors").unlink()
     torch.manual_seed(1)
-    one = find_backbone(path, pretrained=False)
+    one = build_backbone(path, pretrained=False)
     torch.manual_seed(1)
-    other = find_backbone(path, pretrained=False)
+    other = build_backbone(path, pretrained=False)
     assert one.description == backbone.description
     assert {name: p.shape for name, p in one.named_parameters()} == {n: p.shape for n, p in backbone.named_parameters()}
     for name, parameter in one.named_parameters():
@@ -200,7 +200,7 @@ def test_heads_are_left_which_is_said_and_anything_else_is_refused_unless_excuse
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = saved(tiny("bert"), tmp_path)
-    find_backbone(path)
+    build_backbone(path)
     assert capsys.readouterr().err == f"{path}: left, as parts of the head of BertForMaskedLM: cls\n"
     config = json.loads((tmp_path / "config.json").read_text())
     changed = config | {"num_hidden_layers": 1, "intermediate_size": 20}
@@ -208,20 +208,20 @@ def test_heads_are_left_which_is_said_and_anything_else_is_refused_unless_excuse
     with pytest.raises(
         ValueError, match=r"do not fit:\n  bert.encoder.layer.1.attention.output.LayerNorm.bias: left over"
     ) as error:
-        find_backbone(path)
+        build_backbone(path)
     assert "encoder.layer.0.intermediate.dense.bias: shape (16,), the model has (20,)" in str(error.value)
     assert "--model.excuse" in str(error.value)
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(ValueError, match=r"encoder.layer.2.attention.output.LayerNorm.bias: missing"):
-        find_backbone(path)
+        build_backbone(path)
     capsys.readouterr()
-    assert find_backbone(path, excuse=["encoder.layer.2.*"]).num_layers == 3
+    assert build_backbone(path, excuse=["encoder.layer.2.*"]).num_layers == 3
     assert "as excused, not taken: encoder.layer.2." in capsys.readouterr().err
 
 
 def test_a_vision_model_without_a_trained_pooler_gives_its_class_token(tmp_path: Path) -> None:
     model = ViTModel(ViTConfig(**VISION), add_pooling_layer=False).eval()
-    backbone = find_backbone(saved(model, tmp_path), data_sizes=PICTURES).eval()
+    backbone = build_backbone(saved(model, tmp_path), data_sizes=PICTURES).eval()
     batch = some_batch("images")
     torch.testing.assert_close(backbone(batch)[0], model(pixel_values=batch.images / 255).last_hidden_state[:, 0])
     again = rebuild(backbone.description)
@@ -231,32 +231,32 @@ def test_a_vision_model_without_a_trained_pooler_gives_its_class_token(tmp_path:
 
 def test_grey_pictures_are_given_three_channels_and_other_sizes_are_refused(tmp_path: Path) -> None:
     path = saved(tiny("vit"), tmp_path)
-    backbone = find_backbone(path, data_sizes={**PICTURES, "in_channels": 1}).eval()
+    backbone = build_backbone(path, data_sizes={**PICTURES, "in_channels": 1}).eval()
     grey = torch.rand(2, 1, S, S)
     assert torch.equal(backbone(Images(grey))[0], backbone(Images(grey.expand(-1, 3, -1, -1)))[0])
     with pytest.raises(ValueError, match=r"position_embeddings: shape \(1, 17, 8\).*\n.*--data.size 32"):
-        find_backbone(path, data_sizes={**PICTURES, "image_size": 64})
+        build_backbone(path, data_sizes={**PICTURES, "image_size": 64})
     with pytest.raises(ValueError, match=r"cannot read pictures of 4 channel\(s\).*--data.channels"):
-        find_backbone(path, data_sizes={**PICTURES, "in_channels": 4})
+        build_backbone(path, data_sizes={**PICTURES, "in_channels": 4})
 
 
 def test_what_cannot_be_a_backbone_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--model.backbone .*none gives no model .*bigmodel list"):
-        find_backbone(str(tmp_path / "none"))
+        build_backbone(str(tmp_path / "none"))
     with pytest.raises(ValueError, match=r"has no tokenizer .*AutoTokenizer"):
         find_text_encoder(saved(tiny("bert"), tmp_path / "mute", tokenizer=False))
     path = saved(tiny("bert"), tmp_path / "bert")
     with pytest.raises(ValueError, match="reads texts, and the data are pictures"):
-        find_backbone(path, data_sizes=PICTURES)
+        build_backbone(path, data_sizes=PICTURES)
     with pytest.raises(ValueError, match="reads pictures, and the data are texts"):
-        find_backbone(saved(tiny("vit"), tmp_path / "vit"), data_sizes={"num_classes": 2})
+        build_backbone(saved(tiny("vit"), tmp_path / "vit"), data_sizes={"num_classes": 2})
     assert find_text_encoder(str(tmp_path / "vit")) is None
     with pytest.raises(ValueError, match=r"an encoder with a decoder \(t5\)"):
-        find_backbone(saved(T5Model(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)), tmp_path / "t5"))
+        build_backbone(saved(T5Model(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)), tmp_path / "t5"))
     weights = tmp_path / "bert" / "model.safetensors"
     weights.unlink()
     with pytest.raises(ValueError, match=r"has no weights .*--model.pretrained false"):
-        find_backbone(path)
+        build_backbone(path)
     with pytest.raises(ValueError, match="has no weights"):
         find_text_encoder(path, pretrained=True)
     assert find_text_encoder(path) is not None
@@ -264,15 +264,15 @@ def test_what_cannot_be_a_backbone_is_refused_before_its_weights_are_read(tmp_pa
     with pytest.raises(
         ValueError, match=r"as pickles \(pytorch_model.bin\).*save_pretrained.*--model.allow_pickle true"
     ):
-        find_backbone(path)
-    assert find_backbone(path, allow_pickle=True).width == 8
+        build_backbone(path)
+    assert build_backbone(path, allow_pickle=True).width == 8
 
 
 def test_positions_that_a_model_does_not_have_are_not_offered(tmp_path: Path) -> None:
     encoder = find_text_encoder(saved(tiny("roberta"), tmp_path))
     assert encoder is not None
     assert encoder.max_length == 64  # of 66, two come before the first token's
-    backbone = find_backbone(str(tmp_path)).eval()
+    backbone = build_backbone(str(tmp_path)).eval()
     assert backbone(batch_of([[5] * 64]))[0].shape == (1, 64, 8)
 
 
@@ -283,7 +283,7 @@ def test_minilm_gives_the_embeddings_that_sentence_transformers_makes_of_it() ->
     with torch.no_grad():
         hidden, mask = model(**found).last_hidden_state, found["attention_mask"][..., None]
         expected = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
-        net = TransferNet(find_backbone(str(MODEL_DIR)), 2).eval()
+        net = TransferNet(build_backbone(str(MODEL_DIR)), 2).eval()
         rows = [row.tolist() for row in net.backbone.text_encoder.encode(texts)]
         assert (net.backbone.pooling, net.backbone.num_layers, net.backbone.text_encoder.max_length) == ("mean", 6, 512)
         for length in (None, 64):
@@ -293,7 +293,7 @@ def test_minilm_gives_the_embeddings_that_sentence_transformers_makes_of_it() ->
 
 def test_some_layers_of_a_trained_encoder_make_a_smaller_one(minilm):
     """It computes what the layers do that were kept; a description rebuilds it; what is not there is refused."""
-    kept = find_backbone(minilm, layers=[0, 2, 4]).eval()
+    kept = build_backbone(minilm, layers=[0, 2, 4]).eval()
     whole = AutoModel.from_pretrained(minilm, dtype=torch.float32).eval()
     tokens = torch.tensor([[101, 7592, 2088, 102]])
     mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -306,4 +306,4 @@ def test_some_layers_of_a_trained_encoder_make_a_smaller_one(minilm):
     assert rebuild(kept.description).state_dict().keys() == kept.state_dict().keys()
     for layers in ([0, 6], [2, 0], []):
         with pytest.raises(ValueError, match=re.escape(f"--model.layers {layers}")):
-            find_backbone(minilm, layers=layers)
+            build_backbone(minilm, layers=layers)

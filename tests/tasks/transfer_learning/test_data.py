@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from bigmodel.randomness import sample_keys
+from bigmodel.data.stateless_rng import sample_keys
 from bigmodel.tasks.transfer_learning import LabelledTextData
 from bigmodel.tasks.transfer_learning.batches import Samples
 

@@ -8,11 +8,20 @@ import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
-from bigmodel.optim import configure
-from bigmodel.tasks.transfer_learning import L1, L2SP, BiasOnly, Full, Gradual, KNNProbe, LinearProbe, LoRA
-from bigmodel.tasks.transfer_learning import groups as grouping
+from bigmodel.tasks.transfer_learning import (
+    L1,
+    L2SP,
+    BiasOnly,
+    Full,
+    Gradual,
+    KNNProbe,
+    LinearProbe,
+    LoRA,
+    param_groups,
+)
 from bigmodel.tasks.transfer_learning.methods import find_method, knn_probe
-from bigmodel.tasks.transfer_learning.methods.base import settle
+from bigmodel.tasks.transfer_learning.methods.base import eval_frozen_modules
+from bigmodel.training.optimizers import configure
 
 
 class Stand(nn.Module):
@@ -73,7 +82,7 @@ def trained_for(net, method, steps=3):
     """Which of the net's values training changes."""
     method.prepare(net, "class")
     net.train()
-    settle(net.backbone)
+    eval_frozen_modules(net.backbone)
     optimizer = torch.optim.AdamW([parameter for _, parameter in method.trained(net)], lr=0.1)
     before = copied(net)
     for _ in range(steps):
@@ -124,9 +133,12 @@ def test_gradual_opens_from_the_top_and_keeps_each_parameter_once(net):
 
 
 def test_rates_fall_from_layer_to_layer_and_vectors_do_not_decay(net):
-    layers = grouping.layers(net, net.parameters(), 0.5, by_layer=False)
+    layers = param_groups.layer_groups(net, net.parameters(), 0.5, by_layer=False)
     built = configure(
-        None, lambda given: torch.optim.AdamW(given, lr=0.8, weight_decay=0.1), None, grouping.groups(layers)
+        None,
+        lambda given: torch.optim.AdamW(given, lr=0.8, weight_decay=0.1),
+        None,
+        param_groups.parameter_groups(layers),
     )
     rates = {}
     for group in built["optimizer"].param_groups:
@@ -138,7 +150,7 @@ def test_rates_fall_from_layer_to_layer_and_vectors_do_not_decay(net):
     for name, parameter in net.named_parameters():
         layer = net.backbone.layer_of(name.removeprefix("backbone.")) if "backbone" in name else None
         assert rates[id(parameter)] == pytest.approx(0.8 * (1 if layer is None else 0.5 ** (3 + 1 - layer))), name
-    alike = grouping.layers(net, net.parameters(), 1.0, by_layer=False)
+    alike = param_groups.layer_groups(net, net.parameters(), 1.0, by_layer=False)
     assert [layer.name for layer in alike] == ["head", "backbone"]
 
 

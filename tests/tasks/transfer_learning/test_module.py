@@ -17,7 +17,7 @@ from transfer_runs import RUNS, TASK, words
 import bigmodel
 from bigmodel.cli import main
 from bigmodel.run import checkpoint_step
-from bigmodel.tasks.transfer_learning.backbones.texts import HuggingFaceText
+from bigmodel.tasks.transfer_learning.backbones.hf_text import HuggingFaceText
 
 STEPS = 8
 DROPOUT = ["--model.dropout", 0.2]
@@ -261,7 +261,7 @@ def test_every_method_takes_a_run_of_our_own_that_reads_pictures(folder):
     small += ["--model.net.num_heads", 2, "--data.augment", "[]", "--data.mix", "null", "--data.cache_dir", "cache"]
     short = ["--trainer.max_epochs", "null", "--trainer.max_steps", 2, "--callbacks.progress", "null"]
     short += ["--trainer.val_check_interval", 2, "--trainer.check_val_every_n_epoch", "null"]
-    short += ["--callbacks.report", "bigmodel.classification.Report", "--callbacks.report.num_mistakes", 1]
+    short += ["--callbacks.report", "bigmodel.evaluation.Report", "--callbacks.report.num_mistakes", 1]
     first = ["fit", "-c", experiments / "check.yaml", *small, *short, "--runs_dir", "first"]
     main([str(word) for word in first])
     (record,) = Path("first").glob("**/run.json")

@@ -14,8 +14,8 @@ from torch import Tensor
 import bigmodel
 from bigmodel.cli import main
 from bigmodel.run import build, describe
-from bigmodel.tasks.transfer_learning.backbones import find_backbone, find_text_encoder, rebuild
-from bigmodel.tasks.transfer_learning.backbones.own_run import OwnRun
+from bigmodel.tasks.transfer_learning.backbones import build_backbone, find_text_encoder, rebuild
+from bigmodel.tasks.transfer_learning.backbones.from_run import RunBackbone
 from bigmodel.tasks.transfer_learning.net import TransferNet
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
@@ -28,7 +28,8 @@ COMMON = {
 TEXT = {
     "model.net": "bigmodel.nn.GPT", "model.net.width": 16, "model.net.depth": 2, "model.net.num_heads": 2,
     "model.net.tied_head": "false", "data.path": "text", "data.num_processes": 1,
-    "data.tokenizer": "bigmodel.tasks.language_modeling.Bytes", "data.split": "bigmodel.tasks.language_modeling.ByPosition",
+    "data.tokenizer": "bigmodel.tasks.language_modeling.Bytes",
+    "data.split": "bigmodel.tasks.language_modeling.ContiguousSplit",
     "data.split.val": 0.3, "data.context_length": 32, "callbacks.samples": "null",
 }  # fmt: skip
 IMAGE = {
@@ -92,12 +93,12 @@ def test_a_run_gives_the_features_of_its_task_and_is_built_again_without_it(
     modality: str, runs: dict[str, str], tmp_path: Path
 ) -> None:
     run = shutil.copytree(runs[modality], tmp_path / "run")
-    backbone, task, batch = find_backbone(str(run)), bigmodel.load(run), batch_of(modality)
+    backbone, task, batch = build_backbone(str(run)), bigmodel.load(run), batch_of(modality)
     assert backbone.training
     assert (backbone.modality, backbone.pooling) == (modality, "last" if modality == "text" else None)
     backbone.eval()
     assert torch.equal(backbone(batch)[0], task.features(batch))
-    scratch = find_backbone(str(run), pretrained=False)
+    scratch = build_backbone(str(run), pretrained=False)
     torch.save({"description": backbone.description, "weights": backbone.state_dict()}, tmp_path / "kept")
     shutil.rmtree(run)
     kept = torch.load(tmp_path / "kept", weights_only=True)
@@ -114,19 +115,19 @@ def test_a_language_model_brings_its_tokenizer_and_its_positions(runs: dict[str,
     assert encoder is not None
     assert [row.tolist() for row in encoder.encode(["ab"])] == [[256, 97, 98]]
     assert encoder.max_length == 32
-    assert find_backbone(runs["text"]).text_encoder.fingerprint == encoder.fingerprint
+    assert build_backbone(runs["text"]).text_encoder.fingerprint == encoder.fingerprint
     assert find_text_encoder(runs["images"]) is None
 
 
 def test_runs_that_the_data_do_not_suit_are_refused(runs: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="reads texts, and the data are pictures"):
-        find_backbone(runs["text"], data_sizes=PICTURES)
+        build_backbone(runs["text"], data_sizes=PICTURES)
     with pytest.raises(ValueError, match="reads pictures, and the data are texts"):
-        find_backbone(runs["images"], data_sizes={"num_classes": 2})
+        build_backbone(runs["images"], data_sizes={"num_classes": 2})
     with pytest.raises(
         ValueError, match=r"this CNN cannot read pictures of 3 channel\(s\) and 1 pixels.*image_size 16"
     ):
-        find_backbone(runs["images"], data_sizes=PICTURES | {"image_size": 1})
+        build_backbone(runs["images"], data_sizes=PICTURES | {"image_size": 1})
 
 
 def described(net: str, **options: object) -> dict[str, object]:
@@ -157,7 +158,7 @@ def test_every_parameter_is_read_and_has_a_layer_in_the_order_of_the_net(
 ) -> None:
     task = build(described(net, **options))
     assert describe(task) == described(net, **options)
-    backbone = OwnRun(task)
+    backbone = RunBackbone(task)
     assert backbone.num_layers == num_layers
     whole = TransferNet(backbone, 2)
     whole(batch_of("text") if net == "GPT" else Images(torch.rand(2, 3, 32, 32))).square().sum().backward()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from lightning.pytorch import LightningDataModule
 
-from bigmodel.sampling import eval_loader, train_loader
+from bigmodel.data.sampling import eval_loader, train_loader
 
 
 class Piece(NamedTuple):  # a sample; a batch of them has a dimension B in front. Every task's has `index` and `weight`

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 
 import bigmodel
-from bigmodel import optim
+from bigmodel.training import optimizers, schedules
 
 
 class NGrams(nn.Module):
@@ -32,8 +32,8 @@ class MyTask(LightningModule):
     def __init__(
         self,
         net: Callable[[int], nn.Module] = NGrams,
-        optimizer: optim.OptimizerFactory = torch.optim.AdamW,
-        schedule: optim.Schedule | None = None,
+        optimizer: optimizers.OptimizerFactory = torch.optim.AdamW,
+        schedule: schedules.Schedule | None = None,
     ) -> None:
         super().__init__()
         self.make_net, self.optimizer, self.schedule, self.net = net, optimizer, schedule, None
@@ -44,7 +44,7 @@ class MyTask(LightningModule):
             self.net = self.make_net(**bigmodel.sizes(self))  # {"num_classes": K}, from the data or the checkpoint
 
     def configure_optimizers(self):
-        return optim.configure(self, self.optimizer, self.schedule)
+        return optimizers.configure(self, self.optimizer, self.schedule)
 
     def training_step(self, batch):  # a sum and a count: bigmodel takes the mean over all micro-batches and processes
         return {"loss": cross_entropy(self.net(batch.text), batch.target, reduction="sum"), "count": len(batch.target)}

@@ -8,14 +8,14 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from bigmodel.tables.hugging_face import HUB, is_saved
-from bigmodel.tasks.image_classification.pictures import Source
+from bigmodel.data.tables.hugging_face import HUB, is_saved
+from bigmodel.tasks.image_classification.batch import Source
 from bigmodel.tasks.image_classification.sources.arrays import read_npz
 from bigmodel.tasks.image_classification.sources.cifar import cifar_archives, is_cifar, read_cifar
 from bigmodel.tasks.image_classification.sources.columns import Columns
+from bigmodel.tasks.image_classification.sources.dataset_index import KINDS, Found, to_source
 from bigmodel.tasks.image_classification.sources.examples import read_named
 from bigmodel.tasks.image_classification.sources.folder import read_folder
-from bigmodel.tasks.image_classification.sources.found import KINDS, Found, to_source
 from bigmodel.tasks.image_classification.sources.huggingface import read_hub, read_saved
 from bigmodel.tasks.image_classification.sources.idx import idx_files, read_idx
 from bigmodel.tasks.image_classification.sources.parquet import read_parquet

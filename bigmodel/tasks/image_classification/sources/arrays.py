@@ -11,9 +11,9 @@ import zlib
 
 import numpy as np
 
-from bigmodel.cache import say
-from bigmodel.tasks.image_classification.sources.found import Found, Labels, Split
-from bigmodel.tasks.image_classification.sources.stores import Pixels
+from bigmodel.data.cache import say
+from bigmodel.tasks.image_classification.sources.dataset_index import Found, Labels, Split
+from bigmodel.tasks.image_classification.sources.image_storage import Pixels
 
 # Members of an .npz: Keras's names, MedMNIST's, and those of data without splits.
 _PAIRS = {

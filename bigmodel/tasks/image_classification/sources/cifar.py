@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from bigmodel.tasks.image_classification.sources.found import Found, Split
-from bigmodel.tasks.image_classification.sources.stores import Joined, Pixels
+from bigmodel.tasks.image_classification.sources.dataset_index import Found, Split
+from bigmodel.tasks.image_classification.sources.image_storage import Joined, Pixels
 
 _PLANES = 3 * 32 * 32
 

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigmodel.splits import SPLIT_WORDS, split_name
-from bigmodel.tasks.image_classification.pictures import Store
-from bigmodel.tasks.image_classification.sources.found import Found, Labels, Split
-from bigmodel.tasks.image_classification.sources.stores import Chosen, Joined
+from bigmodel.data.split_shares import SPLIT_WORDS, split_name
+from bigmodel.tasks.image_classification.batch import Store
+from bigmodel.tasks.image_classification.sources.dataset_index import Found, Labels, Split
+from bigmodel.tasks.image_classification.sources.image_storage import Chosen, Joined
 
 
 @dataclass

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from bigmodel.cache import disk_errors, progress
+from bigmodel.data.cache import disk_errors, progress
 
 _BLOCK = 2**20
 _TIMEOUT = 30.0  # seconds without a byte

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from bigmodel.tables.files import example_package
+from bigmodel.data.tables.files import example_package
 from bigmodel.tasks.image_classification.sources.cifar import read_cifar
+from bigmodel.tasks.image_classification.sources.dataset_index import Found, Split
 from bigmodel.tasks.image_classification.sources.download import DOWNLOADS, download
-from bigmodel.tasks.image_classification.sources.found import Found, Split
 from bigmodel.tasks.image_classification.sources.idx import read_idx
-from bigmodel.tasks.image_classification.sources.stores import Pixels
+from bigmodel.tasks.image_classification.sources.image_storage import Pixels
 
 _FASHION = [
     "T-shirt/top",

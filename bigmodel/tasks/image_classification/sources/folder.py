@@ -10,10 +10,10 @@ from collections import Counter
 
 from PIL import Image
 
-from bigmodel.cache import say
-from bigmodel.decode import FORMATS
-from bigmodel.tasks.image_classification.sources.found import KINDS, SPLIT_WORDS, Found, Split, split_name
-from bigmodel.tasks.image_classification.sources.stores import Files
+from bigmodel.data.cache import say
+from bigmodel.data.image_decoding import FORMATS
+from bigmodel.tasks.image_classification.sources.dataset_index import KINDS, SPLIT_WORDS, Found, Split, split_name
+from bigmodel.tasks.image_classification.sources.image_storage import Files
 
 
 def picture_suffixes() -> set[str]:

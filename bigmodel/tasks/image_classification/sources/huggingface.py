@@ -8,12 +8,12 @@ from collections.abc import Mapping
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigmodel.tables.arrow import class_names
-from bigmodel.tables.hugging_face import hub_files, saved_files
-from bigmodel.tasks.image_classification.pictures import Store
+from bigmodel.data.tables.arrow import class_names
+from bigmodel.data.tables.hugging_face import hub_files, saved_files
+from bigmodel.tasks.image_classification.batch import Store
 from bigmodel.tasks.image_classification.sources.columns import Columns, holds_bytes, parts_found
-from bigmodel.tasks.image_classification.sources.found import Found, group_splits
-from bigmodel.tasks.image_classification.sources.stores import Arrow, open_arrow
+from bigmodel.tasks.image_classification.sources.dataset_index import Found, group_splits
+from bigmodel.tasks.image_classification.sources.image_storage import Arrow, open_arrow
 
 
 def read_saved(folder: str, columns: Columns, labelled: bool) -> Found:

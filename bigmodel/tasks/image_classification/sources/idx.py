@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bigmodel.tasks.image_classification.sources.found import Found, Split
-from bigmodel.tasks.image_classification.sources.stores import Pixels
+from bigmodel.tasks.image_classification.sources.dataset_index import Found, Split
+from bigmodel.tasks.image_classification.sources.image_storage import Pixels
 
 _PICTURES, _LABELS = 2051, 2049
 _NAME = re.compile(r"(train|t10k)-(images|labels)[.-]idx[13]-ubyte(\.gz)?", re.IGNORECASE)

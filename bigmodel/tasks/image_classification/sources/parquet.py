@@ -18,12 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigmodel.cache import building, digest, disk_errors, progress, write_text
-from bigmodel.tables.arrow import class_names, open_parquet
-from bigmodel.tasks.image_classification.pictures import Store
+from bigmodel.data.cache import building, digest, disk_errors, progress, write_text
+from bigmodel.data.tables.arrow import class_names, open_parquet
+from bigmodel.tasks.image_classification.batch import Store
 from bigmodel.tasks.image_classification.sources.columns import Columns, holds_bytes, parts_found
-from bigmodel.tasks.image_classification.sources.found import Found, group_splits
-from bigmodel.tasks.image_classification.sources.stores import Files, Packed, file_stamp
+from bigmodel.tasks.image_classification.sources.dataset_index import Found, group_splits
+from bigmodel.tasks.image_classification.sources.image_storage import Files, Packed, file_stamp
 
 _ROWS_AT_ONCE = 64  # of encoded pictures in memory
 

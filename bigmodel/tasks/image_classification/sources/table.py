@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bigmodel.splits import SPLIT_WORDS, split_name
+from bigmodel.data.split_shares import SPLIT_WORDS, split_name
 from bigmodel.tasks.image_classification.sources.columns import Columns, rows_of
-from bigmodel.tasks.image_classification.sources.found import Found, Split
-from bigmodel.tasks.image_classification.sources.stores import Files
+from bigmodel.tasks.image_classification.sources.dataset_index import Found, Split
+from bigmodel.tasks.image_classification.sources.image_storage import Files
 
 
 def read_table(path: str, columns: Columns, labelled: bool) -> Found:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from bigmodel.cache import digest, file_hashes
-from bigmodel.tables import Rows, files_in, find_files
-from bigmodel.tables.arrow import read_parquet
-from bigmodel.tables.files import kind_of
-from bigmodel.tables.hugging_face import HUB
-from bigmodel.tables.text import read_delimited
+from bigmodel.data.cache import digest, file_hashes
+from bigmodel.data.tables import Rows, files_in, find_files
+from bigmodel.data.tables.arrow import read_parquet
+from bigmodel.data.tables.files import kind_of
+from bigmodel.data.tables.hugging_face import HUB
+from bigmodel.data.tables.text import read_delimited
 from bigmodel.tasks.recommendation.sources.columns import Columns, Source
 from bigmodel.tasks.recommendation.sources.examples import find_named
 from bigmodel.tasks.recommendation.sources.huggingface import find_hub

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from bigmodel.tables import Rows, find_columns
+from bigmodel.data.tables import Rows, find_columns
 
 _USUAL = {
     "user": ("user_id", "userId"),

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigmodel.tables.rows import Rows, first_true, is_text, plain
+from bigmodel.data.tables.rows import Rows, first_true, is_text, plain
 
 _NOTHING = pa.array(["", "nan", "NaN", "null", "NULL", "None"])  # written where there is no id
 _IDS = ": whole numbers from 0 on, or text, are accepted"

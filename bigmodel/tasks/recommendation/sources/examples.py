@@ -7,10 +7,10 @@ from importlib.metadata import version
 
 import pyarrow as pa
 
-from bigmodel.cache import digest
-from bigmodel.tables import Rows
-from bigmodel.tables.arrow import rows_of
-from bigmodel.tables.files import example_package
+from bigmodel.data.cache import digest
+from bigmodel.data.tables import Rows
+from bigmodel.data.tables.arrow import rows_of
+from bigmodel.data.tables.files import example_package
 from bigmodel.tasks.recommendation.sources.columns import Columns, Source
 
 _COLUMNS = ["userId", "movieId", "rating", "timestamp", "title", "genres"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bigmodel.cache import digest, say
-from bigmodel.tables import Rows
-from bigmodel.tables.arrow import rows_of
-from bigmodel.tables.hugging_face import load_hub
+from bigmodel.data.cache import digest, say
+from bigmodel.data.tables import Rows
+from bigmodel.data.tables.arrow import rows_of
+from bigmodel.data.tables.hugging_face import load_hub
 from bigmodel.tasks.recommendation.sources.columns import Columns, Source
 
 _ROWS_AT_ONCE = 2**17

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 
-from bigmodel.tables.text import Layout, first_line, layout_of
+from bigmodel.data.tables.text import Layout, first_line, layout_of
 
 _MOVIELENS = ["user_id", "item_id", "rating", "timestamp"]
 

@@ -1,6 +1,6 @@
 """Pretrained nets, wherever they come from: models of transformers that read texts or pictures, and runs of our own."""
 
 from bigmodel.tasks.transfer_learning.backbones.base import Backbone, Modality, Pooling
-from bigmodel.tasks.transfer_learning.backbones.find import find_backbone, find_text_encoder, rebuild
+from bigmodel.tasks.transfer_learning.backbones.factory import build_backbone, find_text_encoder, rebuild
 
-__all__ = ["Backbone", "Modality", "Pooling", "find_backbone", "find_text_encoder", "rebuild"]
+__all__ = ["Backbone", "Modality", "Pooling", "build_backbone", "find_text_encoder", "rebuild"]

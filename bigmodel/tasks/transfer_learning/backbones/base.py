@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bigmodel.tasks.transfer_learning.backbones.layers import Layers, drop_unread
+from bigmodel.tasks.transfer_learning.backbones.layers import Layers, remove_unused_modules
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
 
 Modality = Literal["text", "images"]
@@ -81,7 +81,7 @@ class Backbone(nn.Module, ABC):
         with torch.inference_mode(False), torch.enable_grad(), self._layers.watched():
             features, _ = self(probe)
         self.width = features.shape[-1]
-        dropped = drop_unread(self, features)
+        dropped = remove_unused_modules(self, features)
         self.train(training)
         return dropped
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bigmodel import hugging_face
+from bigmodel.pretrained import hugging_face
 
 FLAG = "--model.backbone"
 LAYERS_FLAG = "--model.layers"

@@ -88,7 +88,7 @@ def _in_list(net: nn.Module, name: str) -> bool:
     return bool(name) and isinstance(net.get_submodule(name.rpartition(".")[0]), nn.ModuleList | nn.Sequential)
 
 
-def drop_unread(whole: nn.Module, features: Tensor) -> list[str]:
+def remove_unused_modules(whole: nn.Module, features: Tensor) -> list[str]:
     """Put identities where modules stand that features do not depend on; returns their names.
 
     Args:

@@ -121,8 +121,8 @@ def freeze(module: Any) -> None:
         parameter.requires_grad_(False)
 
 
-def settle(module: Any) -> None:
-    """Have what is frozen compute as in evaluation: without dropout, and leaving the statistics of its BatchNorm alone.
+def eval_frozen_modules(module: Any) -> None:
+    """Put frozen submodules in evaluation mode: no dropout, and BatchNorm statistics unchanged.
 
     To be called after `train()`. A module is frozen if it has parameters and none of them trains; a BatchNorm already if one
     of its own does not, for its statistics belong to them.

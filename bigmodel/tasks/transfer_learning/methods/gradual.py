@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
-from bigmodel.optim import num_steps
-from bigmodel.sampling import num_replicas
+from bigmodel.data.sampling import data_parallel_size
 from bigmodel.tasks.transfer_learning.methods.base import Method, Named, freeze
+from bigmodel.training.optimizers import num_steps
 
 if TYPE_CHECKING:
     from bigmodel.tasks.transfer_learning.module import TransferLearning
@@ -120,14 +120,14 @@ class Gradual(Method):
 
     def on_after_backward(self, task: TransferLearning) -> None:
         """DDP has seen the head alone as it was made: the gradients of what joined since are averaged here."""
-        if self.num_open == 0 or not self._last_of_step or num_replicas(task.trainer) == 1:
+        if self.num_open == 0 or not self._last_of_step or data_parallel_size(task.trainer) == 1:
             return
         grads = [p.grad for stage in self.stages[: self.num_open] for p in stage if p.grad is not None]
         if not grads:
             return
         flat = torch.cat([grad.flatten() for grad in grads])
         torch.distributed.all_reduce(flat)
-        flat /= num_replicas(task.trainer)
+        flat /= data_parallel_size(task.trainer)
         torch._foreach_copy_(
             grads, [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads, strict=True)]
         )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigmodel.tasks.transfer_learning.methods.base import Method, freeze
-from bigmodel.tasks.transfer_learning.methods.kept import check_keepable, keep_features
+from bigmodel.tasks.transfer_learning.methods.feature_cache import cache_features, check_cacheable
 
 if TYPE_CHECKING:
     from bigmodel.tasks.transfer_learning.module import TransferLearning
@@ -46,7 +46,7 @@ class Neighbors(nn.Module):
         self.answers: Tensor  # [N, K]: 1 for the class, or the labels, or the number
         self.register_buffer("features", torch.zeros(num_samples, width))
         self.register_buffer("answers", torch.zeros(num_samples, num_classes))
-        # Lightning counts optimizer steps, and saves checkpoints by their number: this number is for it to count by.
+        # A dummy parameter: Lightning needs an optimizer step in order to write a checkpoint.
         self.nominal = nn.Parameter(torch.zeros(()))
 
     def resize(self, num_samples: int) -> None:
@@ -122,10 +122,10 @@ class KNNProbe(Method):
         net.head = Neighbors(self.k, self.temperature, problem, num_classes, self.num_samples, width)
 
     def setup(self, task: TransferLearning) -> None:
-        check_keepable(task, "")
+        check_cacheable(task, "")
 
     def on_fit_start(self, task: TransferLearning) -> None:
-        kept = keep_features(task, "train")
+        kept = cache_features(task, "train")
         assert kept is not None
         self.num_samples = kept.num_samples
         if self.num_samples <= self.k:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bigmodel.outputs import Outputs
+from bigmodel.data.output_cache import OutputCache
 from bigmodel.tasks.transfer_learning.methods.base import Method, freeze
-from bigmodel.tasks.transfer_learning.methods.kept import FeatureBatch, check_keepable, keep_features
+from bigmodel.tasks.transfer_learning.methods.feature_cache import FeatureBatch, cache_features, check_cacheable
 
 if TYPE_CHECKING:
     from bigmodel.tasks.transfer_learning.module import TransferLearning
@@ -26,20 +26,20 @@ class LinearProbe(Method):
 
     def __init__(self, cache: bool = True) -> None:
         self.cache = cache
-        self.kept: dict[str, Outputs | None] = {}  # by split
+        self.kept: dict[str, OutputCache | None] = {}  # by split
 
     def prepare(self, net: Any, problem: str) -> None:
         freeze(net.backbone)
 
     def setup(self, task: TransferLearning) -> None:
         if self.cache:
-            check_keepable(task, ", or --model.method.cache false")
+            check_cacheable(task, ", or --model.method.cache false")
 
     def on_fit_start(self, task: TransferLearning) -> None:
         if self.cache:
-            self.kept = {"train": keep_features(task, "train")}
+            self.kept = {"train": cache_features(task, "train")}
             if task.trainer.limit_val_batches:
-                self.kept["val"] = keep_features(task, "val")
+                self.kept["val"] = cache_features(task, "val")
 
     def before_transfer(self, task: TransferLearning, batch: Any) -> Any:
         trainer = task.trainer

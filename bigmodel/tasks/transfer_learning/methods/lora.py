@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from bigmodel.cache import first_of
+from bigmodel.data.cache import first_of
 from bigmodel.parallel import find_blocks
 from bigmodel.tasks.transfer_learning.methods.base import Method, freeze
 

@@ -7,12 +7,12 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from bigmodel.cache import digest, file_hashes
-from bigmodel.splits import split_in
-from bigmodel.tables import files_in, find_files, read_table
-from bigmodel.tables.arrow import read_arrow
-from bigmodel.tables.files import kind_of
-from bigmodel.tables.hugging_face import HUB, hub_files, is_saved, saved_files
+from bigmodel.data.cache import digest, file_hashes
+from bigmodel.data.split_shares import split_in
+from bigmodel.data.tables import files_in, find_files, read_table
+from bigmodel.data.tables.arrow import read_arrow
+from bigmodel.data.tables.files import kind_of
+from bigmodel.data.tables.hugging_face import HUB, hub_files, is_saved, saved_files
 from bigmodel.tasks.transfer_learning.sources.columns import Columns, Part, Source
 from bigmodel.tasks.transfer_learning.sources.examples import find_named
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from bigmodel.tables import Rows, find_columns
+from bigmodel.data.tables import Rows, find_columns
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from bigmodel.cache import digest
-from bigmodel.tables import Rows
-from bigmodel.tables.arrow import rows_of
-from bigmodel.tables.files import example_package
+from bigmodel.data.cache import digest
+from bigmodel.data.tables import Rows
+from bigmodel.data.tables.arrow import rows_of
+from bigmodel.data.tables.files import example_package
 from bigmodel.tasks.transfer_learning.sources.columns import Columns, Part, Source
 
 _TABLES = {"train": "training_data", "test": "testing_data"}

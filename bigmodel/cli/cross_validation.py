@@ -1,0 +1,183 @@
+"""`bigmodel fit --data.folds K`: cross-validation, a fit for each fold one after another, and a report of all.
+
+Each is a process of its own, as if typed with `--data.fold i`, and leaves a run like any other::
+
+    runs/<experiment>/<time>-<id>/folds.json             what was typed, how many folds, and which run was `last`
+                                  fold-0/, fold-1/, ...   run directories
+                                  folds.md, folds.csv    when all have finished: each fold's best, mean and deviation
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bigmodel.checkpoint import checkpoint_step
+from bigmodel.run import find_run, new_directory
+from bigmodel.run.config import Settings
+
+_TOLD = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def num_folds(settings: Settings) -> int | None:
+    """How many fits are asked for; None: one, as usual.
+
+    Raises:
+        ValueError: for a number of folds that is none, or several processes where each would start its own fits.
+    """
+    data = settings.get("data") or {}
+    options = data.get("init_args") or {}
+    folds = options.get("folds")
+    if folds is None or options.get("fold") is not None:
+        return None
+    if not isinstance(folds, int) or folds < 2:
+        raise ValueError(f"--data.folds {folds} must be at least 2: into so many parts the samples are dealt")
+    if max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "SLURM_NTASKS")) > 1:
+        raise ValueError(
+            f"--data.folds {folds}: a launcher has started several processes, and each would go through all folds; launch"
+            " one fold after another, with --data.fold 0 and so on"
+        )
+    return folds
+
+
+def find_folds(source: str, runs_dir: str) -> Path | None:
+    """The directory of a cross-validation, from its path or the end of its name; None if it is none, or not the only one."""
+    if (Path(source) / "folds.json").is_file():
+        return Path(source)
+    found = [path.parent for path in Path(runs_dir).glob("**/folds.json") if str(path.parent).endswith(source)]
+    return found[0] if len(found) == 1 else None
+
+
+def run_folds(argv: list[str], folds: int, experiment: str, runs_dir: str) -> None:
+    """Fit all folds and report; `argv` is what follows `bigmodel fit`.
+
+    Raises:
+        SystemExit: with the exit status of the fold that did not finish.
+    """
+    last = None
+    with contextlib.suppress(ValueError):  # there is no run yet
+        last = str(find_run("last", runs_dir))
+    directory = new_directory(runs_dir, experiment)
+    facts = {"folds": folds, "arguments": argv, "last": last}
+    (directory / "folds.json").write_text(json.dumps(facts, indent=2) + "\n")
+    _go_on(directory, argv, [])
+
+
+def resume_folds(directory: Path, more: list[str]) -> None:
+    """Fit the folds of a cross-validation that have not finished, and report; `more` are flags on top of what was typed.
+
+    Raises:
+        SystemExit: with the exit status of the fold that did not finish.
+    """
+    _go_on(directory, json.loads((directory / "folds.json").read_text())["arguments"], more)
+
+
+def _go_on(directory: Path, argv: list[str], more: list[str]) -> None:
+    facts = json.loads((directory / "folds.json").read_text())
+    folds, last = facts["folds"], facts.get("last")
+    if file := os.environ.get("BIGMODEL_RUN_FILE"):
+        Path(file).write_text(f"{directory.resolve()}\n")
+    for number in range(folds):
+        place = directory / f"fold-{number}"
+        if _status(place) == "finished":
+            continue
+        if any(place.glob("checkpoints/*.ckpt")):
+            arguments = ["--resume", str(place)]
+        else:
+            shutil.rmtree(
+                place, ignore_errors=True
+            )  # stopped before its first checkpoint: it holds nothing to go on with
+            arguments = [*argv, f"--data.fold={number}"]
+        print(f"fold       {number} of {folds}", flush=True)
+        code = _fit([*arguments, *more], place, last)
+        if code:
+            if not any(directory.glob("fold-*/run.json")):  # refused before it began
+                shutil.rmtree(directory)
+            else:
+                print(f"stopped in fold {number}; `bigmodel fit --resume {directory}` goes on from there", flush=True)
+            sys.exit(code)
+    _report(directory, folds)
+
+
+def _status(run: Path) -> str | None:
+    record = run / "run.json"
+    return json.loads(record.read_text())["status"] if record.exists() else None
+
+
+def _fit(arguments: list[str], place: Path, last: str | None) -> int:
+    """`bigmodel fit` in a process of its own, with the run in this place; its exit status, not 0 if it was told to stop.
+    `last` is there what it was before the first fold: else a fold's teacher would be the fold before.
+
+    Ctrl-C reaches that process from the terminal; other signals are handed on to it.
+    """
+    environment = {**os.environ, "BIGMODEL_RUN_DIRECTORY": str(place)}
+    environment |= {"BIGMODEL_LAST": last} if last is not None else {}
+    environment.pop("BIGMODEL_RUN_FILE", None)  # which says where all folds are
+    told: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def receive(number: int, frame: Any) -> None:
+        told.append(number)
+        if process is not None and number in _TOLD:
+            process.send_signal(number)
+
+    handlers = {number: signal.signal(number, receive) for number in (*_TOLD, signal.SIGINT)}
+    try:
+        process = subprocess.Popen([sys.executable, "-m", "bigmodel", "fit", *arguments], env=environment)
+        code = process.wait()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if told:  # perhaps in its last step, which then finished the fold
+        return code or (130 if signal.SIGINT in told else 85)
+    return code if code >= 0 else 128 - code
+
+
+def _report(directory: Path, folds: int) -> None:
+    """Print and write each fold's metrics at its best checkpoint, their mean and standard deviation."""
+    found = [_best(directory / f"fold-{number}") for number in range(folds)]
+    names = [name for name in found[0] if all(name in values for values in found)]
+    head = ["metric", *(f"fold-{number}" for number in range(folds)), "mean", "std"]
+    table: list[list[Any]] = []
+    for name in names:
+        values = [one[name] for one in found]
+        table.append([name, *values, statistics.mean(values), statistics.stdev(values)])
+    with open(directory / "folds.csv", "w", newline="") as file:
+        csv.writer(file).writerows([head, *table])
+    cells: list[list[str]] = [head, *([row[0], *(f"{value:.4g}" for value in row[1:])] for row in table)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "| " + " | ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    text = "\n".join(lines)
+    (directory / "folds.md").write_text(
+        f"Each of {folds} folds at its best checkpoint; std is the standard deviation over folds (n - 1).\n\n{text}\n"
+    )
+    print(f"folds      {directory}\n\n{text}", flush=True)
+
+
+def _best(run: Path) -> dict[str, float]:
+    """The optimizer step of a run's best checkpoint and what was measured there, the monitored metric first; of the last
+    validation where no checkpoint is the best."""
+    best = json.loads((run / "run.json").read_text()).get("best")
+    rows: list[dict[str, str]] = []
+    with contextlib.suppress(FileNotFoundError), open(run / "metrics.csv", newline="") as file:  # it took few steps
+        rows = [row for row in csv.DictReader(file) if any(row[name] for name in row if name.startswith("val/"))]
+    if best is not None:
+        step = checkpoint_step(Path(best["checkpoint"]))
+        rows = [row for row in rows if int(row["step"]) == step] or rows
+    if not rows:
+        raise ValueError(f"{run} measured nothing on a validation split: there is nothing to report of its fold")
+    measured = {name: float(value) for name, value in rows[-1].items() if name.startswith("val/") and value}
+    first = {best["metric"]: float(best["value"])} if best is not None else {}
+    return {**first, **measured, "step": float(rows[-1]["step"])}

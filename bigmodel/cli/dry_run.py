@@ -1,0 +1,353 @@
+"""The run that `bigmodel check` takes some steps of: what is measured at each, and the lines that say so."""
+
+from __future__ import annotations
+
+import math
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from bigmodel import run
+from bigmodel.checkpoint import read, size_on_disk
+from bigmodel.cli.formatting import amount, describe, different
+from bigmodel.data.sampling import data_parallel_size
+from bigmodel.parallel.tensors import local
+from bigmodel.run.tracking import MetricsCSV
+from bigmodel.training.callbacks import GradientScaling, TrainingLog
+from bigmodel.training.callbacks.gradient_scaling import get_callback
+from bigmodel.training.callbacks.training_log import samples_per_step
+from bigmodel.training.optimizers import num_steps
+from bigmodel.training.precision import ChoosePrecision
+
+_MOST_STEPS, _SECONDS = 20, 15.0  # optimizer steps: at most so many, and about so long
+_MOST_REDUCED = 1 << 24  # float32 numbers in the sum over processes, 64 MB: a usual share of a net's gradients
+
+
+class Findings:
+    """Prints findings as they come; on the first process only.
+
+    Attributes:
+        failed: whether any of them was a failure.
+    """
+
+    def __init__(self, speaks: bool) -> None:
+        self.speaks, self.failed = speaks, False
+
+    def ok(self, what: str, figure: str) -> None:
+        """Something is as it should be."""
+        if self.speaks:
+            print(f"ok   {what:12} {figure}", flush=True)
+
+    def fail(self, what: str, why: str) -> None:
+        """Something is not; `why` says what to do as well."""
+        self.failed = True
+        if self.speaks:
+            print(f"FAIL {what}: {why}", flush=True)
+
+
+class Probe(run.RunDirectory):
+    """A run directory of which nothing is said; it measures the run, and ends it.
+
+    Attributes:
+        stage: what is being done, for the line that says where it failed.
+        step_seconds, batch_seconds, save_seconds: of an optimizer step, a validation batch and a checkpoint; None: unknown.
+        validation_seconds: of a whole validation, as configured; 0 without one.
+        size: of a checkpoint, in bytes.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config)
+        self.findings = Findings(False)
+        self.stage = "data"
+        self.step_seconds: float | None = None
+        self.batch_seconds: float | None = None
+        self.save_seconds, self.size = 0.0, 0
+        self.validation_seconds = 0.0
+        self.written: dict[str, Any] = {}
+        self.limit_val: int | float = 1.0  # as configured
+        self.validated = 0  # batches
+        self._begin = time.perf_counter()
+
+    # Before the first step.
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        data: Any = getattr(trainer, "datamodule", None)
+        self.findings.ok("data", f"{type(data).__name__}, ready after {time.perf_counter() - self._begin:.2f} s")
+        self.stage = "net"
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+        if trainer.world_size > 1:
+            self.stage = "processes"
+            self._check_processes(pl_module)
+        net: Any = getattr(pl_module, "net", None) or pl_module
+        trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in pl_module.parameters())
+        frozen = f", {(total - trainable) / total:.1%} of them frozen" if trainable < total else ""
+        self.findings.ok("net", f"{type(net).__name__}, {run.format_parameter_count(total)}{frozen}")
+
+    def _check_processes(self, pl_module: LightningModule) -> None:
+        """A sum over processes is right; that their software is the same, `bigmodel.parallel.rendezvous` has seen to."""
+        everywhere = _gather(platform.node())
+        size = min(_MOST_REDUCED, sum(p.numel() for p in pl_module.parameters()))
+        numbers = torch.ones(size, device=pl_module.device)
+        torch.distributed.all_reduce(numbers)  # the first one sets up connections
+        numbers.fill_(torch.distributed.get_rank() + 1)
+        _wait_for(pl_module.device)
+        start = time.perf_counter()
+        torch.distributed.all_reduce(numbers)
+        _wait_for(pl_module.device)
+        seconds, world = time.perf_counter() - start, len(everywhere)
+        right = all(_gather(bool((numbers == world * (world + 1) / 2).all())))
+        nodes = len(set(everywhere))
+        what = f"{world} on {nodes} node{'s' if nodes > 1 else ''}; summing {amount(4 * size)} over them"
+        if right:
+            self.findings.ok("processes", f"{what} is right, in {1e3 * seconds:.1f} ms")
+        else:
+            self.findings.fail("processes", f"{what} comes out wrong: the network between them or its driver is broken")
+
+    def _start_loggers(self, trainer: Trainer, directory: Path) -> None:
+        trainer.loggers = [MetricsCSV(directory / "metrics.csv", trainer)]  # some callbacks insist on having one
+
+    @staticmethod
+    def _say_what_runs(trainer: Trainer, pl_module: LightningModule) -> None:
+        """The findings say it."""
+
+    def _say_precision(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        chooser = get_callback(trainer, ChoosePrecision)
+        line = (chooser and chooser.describe(trainer, pl_module)) or trainer.precision
+        self.findings.ok("precision", line.removeprefix("precision").strip())
+
+    # Training.
+
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.stage = "training"
+        self.checkpoints = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
+        trainer.callbacks = [callback for callback in trainer.callbacks if callback not in self.checkpoints]
+        # Validation comes after the last step, whenever it would be due.
+        self._few, trainer.limit_val_batches = trainer.limit_val_batches, 0
+        self.every_n_epoch, trainer.check_val_every_n_epoch = trainer.check_val_every_n_epoch, 1
+        self.total, self.accumulation = num_steps(trainer), trainer.accumulate_grad_batches
+        self._gradients = get_callback(trainer, GradientScaling)
+        self._step, self._last = 0, self.total
+        self._loss: Tensor | None = None
+        self._losses: list[Tensor | None] = []  # sums over a step's micro-batches on this process
+        self._counts = [self._total_count()]
+        self._waited = 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._step == 0:
+            self._ended = time.perf_counter()
+
+    def _total_count(self) -> Tensor | None:
+        counted = self._gradients.total_count if self._gradients is not None else None
+        return counted.clone() if counted is not None else None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        waited = time.perf_counter() - self._ended
+        self._waited += waited
+        if self._step == 0 and batch_idx == 0:
+            self.findings.ok("first batch", f"{describe(batch)}, after {1e3 * waited:.1f} ms")
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs.get("loss")
+        if loss is not None:
+            self._loss = loss if self._loss is None else self._loss + loss
+        if trainer.global_step > self._step:
+            self._step = trainer.global_step
+            self._losses.append(self._loss)
+            self._counts.append(self._total_count())
+            self._loss = None
+            self._end_step(trainer, pl_module)
+        self._ended = time.perf_counter()
+
+    def _end_step(self, trainer: Any, pl_module: LightningModule) -> None:
+        if self._step == 1:  # slow: memory is claimed, FLOPs are counted, kernels are chosen
+            self._say_memory(trainer, pl_module)
+            _wait_for(pl_module.device)
+            self._start, self._waited = time.perf_counter(), 0.0
+        elif self._step == 2:
+            _wait_for(pl_module.device)
+            steps = min(_MOST_STEPS, max(3, int(_SECONDS / (time.perf_counter() - self._start))))
+            last = trainer.strategy.broadcast(steps)
+            self._last = min(last, self.total) if self.total > 0 else last
+        if self._step == self._last:
+            _wait_for(pl_module.device)
+            if self._step > 1:
+                self._say_speed(trainer, pl_module, time.perf_counter() - self._start)
+            self._say_loss(data_parallel_size(trainer))
+            self.stage = "checkpoint"
+            self._check_checkpoint(trainer)
+            self.stage = "validation"
+            trainer.limit_val_batches = self._few
+            trainer.should_stop = True  # after a validation
+
+    def _say_memory(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        parameters = list(pl_module.parameters())
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        state = [
+            value
+            for optimizer in trainer.optimizers
+            for values in optimizer.state.values()
+            for value in values.values()
+            if isinstance(value, Tensor)
+        ]
+        held: dict[str, list[Any]] = {"weights": parameters, "gradients": gradients, "optimizer state": state}
+        parts = [f"{name} {amount(_bytes(tensors))}" for name, tensors in held.items()]
+        self.findings.ok("memory", ", ".join(parts) + (" in each process" if trainer.world_size > 1 else ""))
+
+    def _say_speed(self, trainer: Trainer, pl_module: LightningModule, seconds: float) -> None:
+        steps = self._step - 1
+        self.step_seconds = seconds / steps
+        parts = [f"{1e3 * self.step_seconds:,.1f} ms a step"]
+        samples = samples_per_step(trainer)
+        if samples:
+            parts.append(f"{samples / self.step_seconds:,.0f} samples/s")
+        counts, first, last = getattr(pl_module, "counts", "samples"), self._counts[1], self._counts[-1]
+        if counts != "samples" and first is not None and last is not None:
+            parts.append(f"{int(last - first) / seconds:,.0f} {counts}/s")
+        log = get_callback(trainer, TrainingLog)
+        mfu = log.mfu_of(steps * self.accumulation, seconds) if log is not None else None
+        if mfu is not None:
+            parts.append(f"MFU {mfu:.1%}")
+        parts.append(f"{self._waited / seconds:.0%} of the time between batches (data, callbacks)")
+        self.findings.ok("speed", ", ".join(parts))
+
+    def _say_loss(self, replicas: int) -> None:
+        """Lightning has divided a micro-batch's loss by the accumulation."""
+        mine = [float(loss) * self.accumulation if loss is not None else None for loss in self._losses]
+        counts = [int(count) if count is not None else 0 for count in self._counts]
+        values = []
+        for step, losses in enumerate(zip(*_gather(mine), strict=True)):
+            count = counts[step + 1] - counts[step] or self.accumulation * replicas
+            total = (
+                sum(loss for loss in losses if loss is not None) * replicas / len(losses)
+            )  # those that share a model agree
+            values.append(total / count)
+        bad = next((step for step, value in enumerate(values) if not math.isfinite(value)), None)
+        if bad is not None:
+            self.findings.fail(
+                "loss",
+                f"it is {values[bad]} at step {bad + 1}: look at the data, lower --model.optimizer.lr, give a longer"
+                " --model.schedule.warmup_steps, or set --trainer.precision 32-true",
+            )
+            return
+        norm = self._gradients.grad_norm if self._gradients is not None else None
+        gradient = f", norm of the gradient {float(norm):.4g}" if norm is not None else ""
+        self.findings.ok("loss", f"{values[0]:.4f} at step 1, {values[-1]:.4f} at step {len(values)}{gradient}")
+
+    # The checkpoint.
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        self.written = checkpoint  # the tensors themselves: they stay as they are until the next step
+
+    def _check_checkpoint(self, trainer: Trainer) -> None:
+        assert self.directory is not None
+        path = self.directory / "checkpoints" / f"check-{self._step}.ckpt"
+        start = time.perf_counter()
+        trainer.save_checkpoint(path)
+        self.save_seconds = time.perf_counter() - start
+        if not trainer.is_global_zero:
+            return
+        self.size = size_on_disk(path)
+        wrong = different(self.written, read(path, whole=False))  # of sharded tensors, what this process holds
+        self.written = {}
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            self.findings.fail(
+                "checkpoint",
+                f"{', '.join(wrong[:3])}{more} came back changed: the disk, or a callback's state, is at fault",
+            )
+            return
+        try:
+            run.load(path)
+        except Exception as error:  # whatever the task's own code raises, the run's result would be of no use
+            self.findings.fail(
+                "checkpoint",
+                f"`bigmodel.load` cannot make the task from it with no data present: {type(error).__name__}: {error}",
+            )
+            return
+        self.findings.ok(
+            "checkpoint",
+            f"{amount(self.size)}, written in {self.save_seconds:.2f} s, read back bitwise the same, loaded without data",
+        )
+
+    # Validation.
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self.validated == 0:
+            self._described = describe(batch)
+            self._start = time.perf_counter()
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        _wait_for(pl_module.device)
+        now = time.perf_counter()
+        self.validated += 1
+        if self.validated == 1:  # as slow as a first step, and counted only where there is no other
+            self.batch_seconds, self._start = now - self._start, now
+        else:
+            self.batch_seconds = (now - self._start) / (self.validated - 1)
+
+    def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        found = "  ".join(f"{name} {value:.5g}" for name, value in metrics.items())
+        self.findings.ok("validation", f"{self._described}, {1e3 * (self.batch_seconds or 0):.1f} ms a batch; {found}")
+        for callback in [*self.checkpoints, *trainer.callbacks]:
+            monitor = getattr(callback, "monitor", None)
+            if monitor is not None and monitor not in trainer.callback_metrics:
+                self.findings.fail(
+                    "validation",
+                    f"{type(callback).__name__} monitors {monitor}, which is not logged: choose one of"
+                    f" {', '.join(metrics) or 'none'}, as in --callbacks.best.monitor",
+                )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self.validated == 0:
+            self.findings.ok("validation", "none: there is no validation split, or it is switched off")
+        if pl_module.device.type == "cuda":
+            most = max(_gather(torch.cuda.max_memory_allocated(pl_module.device)))
+            whole = torch.cuda.get_device_properties(pl_module.device).total_memory
+            self.findings.ok("peak memory", f"{amount(most)} of the GPU's {amount(whole)}")
+        else:
+            kilo = 1 if sys.platform == "darwin" else 1024
+            most = max(_gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo))
+            self.findings.ok("peak memory", f"{amount(most)} resident in a process")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """There is no run to go on with."""
+
+
+def _bytes(tensors: list[Any]) -> int:
+    return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
+
+
+def _gather(value: Any) -> list[Any]:
+    """The value of each process, on all of them."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,1 @@
+"""From the disk to a batch: order of samples, loaders, stateless random numbers, tables, image decoding, caches."""

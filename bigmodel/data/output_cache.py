@@ -1,0 +1,364 @@
+"""Memory-mapped on-disk cache of a frozen model's output for every sample.
+
+A store is named by a digest of all that its content is a function of, and is whole as soon as it has that name::
+
+    <folder>/<digest>/            computed
+        key.json                  what the content is a function of
+        <field>.bin               a row of numbers for each sample and nothing else; row v N + i is sample i in view v
+    <folder>/.<digest>.<host>/    being computed; one that was interrupted goes on from what is there
+        done.bin                  for each row a byte: whether it is there
+
+Each node computes all rows and its processes share them, so disks may be shared by nodes or not. All processes on a machine
+that compute the same store at once, of other runs too, fill the same files with the same numbers.
+
+N samples, V views of each (as many epochs of augmentation: `views` of `train_loader`), B rows of a batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from bigmodel.data.cache import digest, progress, publish, write_text
+from bigmodel.data.output_files import FieldSpec, Writer, map_rows
+
+VERSION = 1  # of this format
+RELEASE_READS = 1024  # after so many, mapped pages are let go, or resident memory grows to the size of the files
+
+
+@dataclass(frozen=True)
+class CacheMismatch:
+    """A store of another key.
+
+    Args:
+        path: where it is.
+        differences: the entries in which the keys differ, by name: as wanted, and as they are there.
+    """
+
+    path: Path
+    differences: dict[str, tuple[Any, Any]]
+
+
+class OutputCache:
+    """A store of outputs, which may not be computed yet; opened where it is first read.
+
+    Args:
+        folder: where stores of this kind are kept.
+        key: all that the outputs are a function of, plain values by name: net, data, augmentation.
+        num_samples: N.
+        fields: the kinds of output, by name.
+        views: V.
+        what: the outputs are called, in messages.
+        remedy: what a person can do where the disk is too small.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        key: Mapping[str, Any],
+        num_samples: int,
+        fields: Mapping[str, FieldSpec],
+        views: int = 1,
+        what: str = "outputs",
+        remedy: str = "set $BIGMODEL_CACHE to a folder on a larger one",
+    ) -> None:
+        self.folder, self.num_samples, self.views, self.fields = folder, num_samples, views, dict(fields)
+        self.what, self.remedy = what, remedy
+        kinds = {name: [list(field.shape), str(field.dtype)] for name, field in fields.items()}
+        facts = {"version": VERSION, "samples": num_samples, "views": views, "fields": kinds}
+        self.key: dict[str, Any] = json.loads(json.dumps({**key, **facts}, sort_keys=True))
+        self.path = folder / digest(self.key)
+        self._maps: dict[str, tuple[mmap.mmap, Tensor]] = {}
+        self._pinned = torch.cuda.is_available()  # asked once: it is slow
+        self._reads = 0
+
+    @classmethod
+    def stored(
+        cls, folder: Path, key: Mapping[str, Any], num_samples: int, views: int = 1, what: str = "outputs"
+    ) -> OutputCache | None:
+        """The complete store of this key, with the fields that it has; None if there is none. For who knows the fields only
+        when the net is there, which a complete store makes unnecessary."""
+        for file in sorted(folder.glob("[!.]*/key.json")):
+            kinds = json.loads(file.read_text(encoding="utf-8")).get("fields", {})
+            fields = {
+                name: FieldSpec(tuple(shape), getattr(torch, dtype.removeprefix("torch.")))
+                for name, (shape, dtype) in kinds.items()
+            }
+            found = cls(folder, key, num_samples, fields, views, what)
+            if found.path == file.parent:
+                return found
+        return None
+
+    @property
+    def num_rows(self) -> int:
+        """V N."""
+        return self.views * self.num_samples
+
+    @property
+    def num_bytes(self) -> int:
+        """On the disk, when all is there."""
+        return self.num_rows * sum(field.row_bytes for field in self.fields.values())
+
+    @property
+    def complete(self) -> bool:
+        """Whether all rows are there."""
+        return self.path.is_dir()
+
+    @staticmethod
+    def others(folder: Path, key: Mapping[str, Any], num_samples: int, views: int = 1) -> list[CacheMismatch]:
+        """The complete stores of other keys beside that of this one, those most like it first. Fields are not compared."""
+        wanted = json.loads(json.dumps({**key, "version": VERSION, "samples": num_samples, "views": views}))
+        found = []
+        for file in sorted(folder.glob("[!.]*/key.json")):
+            other = json.loads(file.read_text(encoding="utf-8"))
+            names = [name for name in {**wanted, **other} if wanted.get(name) != other.get(name) and name != "fields"]
+            if names:
+                found.append(CacheMismatch(file.parent, {name: (wanted.get(name), other.get(name)) for name in names}))
+        return sorted(found, key=lambda other: len(other.differences))
+
+    def compute(
+        self,
+        trainer: Trainer | None,
+        batches: Callable[[int], Iterable[Any]],
+        compute: Callable[[Any], Mapping[str, Tensor]],
+    ) -> None:
+        """Compute what is missing. All processes call this; each node's then have a complete store.
+
+        Args:
+            trainer: says which processes there are; None: this one alone.
+            batches: called with each view, gives batches that together have each sample once, as
+                `sampling.sequential_loader` makes them; rows of weight 0 are left out.
+            compute: a batch's outputs [B, *shape] by name, without gradients, on any device. The net is whole on each
+                process, and in evaluation mode.
+
+        Raises:
+            ValueError: if the disk is too small, or outputs have not the shape that was said, are not a number, or are too
+                large for their type; if a sample comes twice or never.
+        """
+        strategy = trainer.strategy if trainer is not None else None
+        if self.complete if strategy is None else strategy.reduce_boolean_decision(self.complete):
+            return
+
+        def wait_for_all() -> None:
+            if strategy is not None:
+                strategy.barrier()
+
+        first, share = (trainer.local_rank == 0, trainer.num_devices) if trainer is not None else (True, 1)
+        self.check_space()
+        wait_for_all()
+        if first and not self.complete:
+            with self._disk_errors():
+                self._allocate()
+        wait_for_all()
+        with contextlib.ExitStack() as stack:
+            writer = self._open_writer()
+            if writer is not None:
+                stack.callback(writer.close)
+                advance = stack.enter_context(progress(self.what, self.num_rows, "rows")) if first else None
+                for view in range(self.views):
+                    come = torch.zeros(self.num_samples, dtype=torch.bool)
+                    for batch in batches(view):
+                        num_rows = self._write(writer, batch, view, come, compute)
+                        if advance is not None:
+                            advance(num_rows * share)
+                writer.mark()
+            wait_for_all()
+            if writer is not None:
+                self._check_whole(writer)
+        if first:
+            self._publish()
+        wait_for_all()
+
+    @property
+    def _partial(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.{socket.gethostname()}")
+
+    @property
+    def num_missing_bytes(self) -> int:
+        """Still to be allocated on the disk."""
+        there = sum(file.stat().st_blocks * 512 for file in self._partial.glob("*.bin"))
+        return 0 if self.complete else self.num_bytes + self.num_rows - there
+
+    def check_space(self, beside: int = 0) -> None:
+        """See that there is room for what is still to be allocated; `compute` does so too.
+
+        Args:
+            beside: bytes that others will take there.
+
+        Raises:
+            ValueError: if the disk is too small, or not to be written to.
+        """
+        if self.complete:
+            return
+        with self._disk_errors():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "it is not to be written to")
+        needed, free = self.num_missing_bytes + beside, shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise ValueError(
+                f"{self.what} of {self.num_samples:,} samples{f' in {self.views} views' if self.views > 1 else ''} take"
+                f" {needed / 1e6:,.1f} MB, and {self.folder} has {free / 1e6:,.1f} MB left: {self.remedy}"
+            )
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """Turn an error of the disk into one that says what to do."""
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(
+                f"{self.what} cannot be kept in {self.folder} ({error.strerror}): {self.remedy}"
+            ) from error
+
+    def _allocate(self) -> None:
+        """Files of their final size: a disk that fills up shows here, and not as a signal when a page is written."""
+        self._partial.mkdir(exist_ok=True)
+        write_text(self._partial / "key.json", json.dumps(self.key, indent=2))
+        sizes = {name: field.row_bytes * self.num_rows for name, field in self.fields.items()}
+        for name, size in {**sizes, "done": self.num_rows}.items():
+            file = os.open(self._partial / f"{name}.bin", os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                # Where a disk cannot allocate, as over NFS, zeros are written instead: never over what is there.
+                if os.fstat(file).st_size < size:
+                    os.posix_fallocate(file, 0, size)
+            finally:
+                os.close(file)
+
+    def _open_writer(self) -> Writer | None:
+        """None where the processes of another run have just ended the work."""
+        try:
+            return Writer(self._partial, self.fields, self.num_rows)
+        except FileNotFoundError:
+            if not self.complete:
+                raise
+            return None
+
+    def _write(
+        self,
+        writer: Writer,
+        batch: Any,
+        view: int,
+        come: Tensor,
+        compute: Callable[[Any], Mapping[str, Tensor]],
+    ) -> int:
+        """Write a batch's rows, unless they are there; how many these are."""
+        real = batch.weight > 0
+        samples = batch.index[real]
+        outside = (samples < 0) | (samples >= self.num_samples)
+        if outside.any() or come[samples].any() or len(samples.unique()) < len(samples):
+            raise ValueError(
+                f"{self.what}: a sample comes twice, or has a number outside 0 to {self.num_samples - 1:,} (samples"
+                f" {_some(samples)}): what is kept by sample needs data that meet each once an epoch"
+            )
+        come[samples] = True
+        rows = view * self.num_samples + samples
+        if len(rows) and not writer.have(rows):
+            with torch.no_grad():
+                values = compute(batch)
+            writer.write(rows, {name: self._as_kept(name, values[name], real) for name in self.fields})
+        return len(rows)
+
+    def _as_kept(self, name: str, values: Tensor, real: Tensor) -> Tensor:
+        """The real rows of a field, as they are kept."""
+        field = self.fields[name]
+        if values.shape != (len(real), *field.shape):
+            raise ValueError(
+                f"{self.what}: {name} of {len(real)} samples has shape {list(values.shape)}, not"
+                f" {[len(real), *field.shape]}"
+            )
+        values = values.detach()[real.to(values.device)]
+        kept = values.to(field.dtype).cpu()
+        if field.dtype.is_floating_point:
+            values = values.cpu()
+            if (values.isnan() | values.isposinf()).any():  # -inf is the score of what must not be chosen
+                raise ValueError(
+                    f"{self.what}: {name} of some sample is not a number (NaN, or infinite): the net is broken, or"
+                    " overflows at this --trainer.precision"
+                )
+            if (kept.isinf() & values.isfinite()).any():
+                largest = float(values[values.isfinite()].abs().max())
+                raise ValueError(
+                    f"{self.what}: {name} reaches {largest:,.0f}, too large for {str(field.dtype).removeprefix('torch.')}:"
+                    " keep it as float32"
+                )
+        return kept
+
+    def _check_whole(self, writer: Writer) -> None:
+        missing = (writer.done == 0).nonzero().flatten()
+        if len(missing):
+            raise ValueError(
+                f"{self.what}: {len(missing):,} of {self.num_rows:,} rows never came (samples"
+                f" {_some(missing % self.num_samples)}): the batches must hold each sample once"
+            )
+
+    def _publish(self) -> None:
+        partial = self._partial
+        with contextlib.suppress(FileNotFoundError):  # another run of this machine was first
+            publish(partial, self.path)
+        shutil.rmtree(partial, ignore_errors=True)  # still there where another machine was first
+        (self.path / "done.bin").unlink(missing_ok=True)
+
+    def read(self, index: Tensor, view: int = 0) -> dict[str, Tensor]:
+        """The outputs [B, *shape] of samples [B] in a view, by field, on the CPU (in pinned memory where there is a GPU).
+
+        Costs what copying them does. `index` lies on the CPU: where a batch is on its way to a device, this is called before
+        (`on_before_batch_transfer`).
+
+        Raises:
+            ValueError: if the store is not complete, or a file has not its size.
+        """
+        if not self._maps:
+            self._open()
+        self._reads += 1
+        if self._reads % RELEASE_READS == 0:
+            for mapping, _ in self._maps.values():
+                mapping.madvise(mmap.MADV_DONTNEED)
+        rows = index + view * self.num_samples
+        outputs = {}
+        for name, (_, values) in self._maps.items():
+            out = torch.empty(len(rows), *values.shape[1:], dtype=values.dtype, pin_memory=self._pinned)
+            outputs[name] = torch.index_select(values, 0, rows, out=out)
+        return outputs
+
+    def _open(self) -> None:
+        if not self.complete:
+            raise ValueError(f"{self.what}: {self.path} is not there, or not all of it: compute it first")
+        for name, field in self.fields.items():
+            file, expected = self.path / f"{name}.bin", field.row_bytes * self.num_rows
+            size = file.stat().st_size if file.exists() else 0
+            if size != expected:
+                raise ValueError(
+                    f"{file} is damaged: {size:,} bytes, not {expected:,}. Delete {self.path} and start again"
+                )
+            # A copy-on-write mapping, because torch takes no read-only memory; nothing writes to it.
+            self._maps[name] = map_rows(file, field, self.num_rows, mmap.ACCESS_COPY)
+
+
+def _some(samples: Tensor) -> str:
+    numbers = samples.tolist()
+    return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 over the names, types, shapes and bytes of a module's parameters and buffers: the identity of a net whose
+    architecture is known."""
+    sha256 = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        sha256.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha256.hexdigest()

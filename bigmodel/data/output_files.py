@@ -1,0 +1,81 @@
+"""The files of a store of outputs (`bigmodel.data.output_cache`): rows of numbers, mapped into memory, and which of them are
+there.
+
+R rows.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MARK_SECONDS = 10.0  # between the moments at which rows are written through to the disk, and marked as done
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """One kind of output.
+
+    Args:
+        shape: of a row.
+        dtype: as which it is kept.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Writer:
+    """The files of a store that is being computed, mapped into memory."""
+
+    def __init__(self, folder: Path, fields: Mapping[str, FieldSpec], num_rows: int) -> None:
+        self._maps = {
+            name: map_rows(folder / f"{name}.bin", field, num_rows, mmap.ACCESS_WRITE) for name, field in fields.items()
+        }
+        self._done_map, self.done = map_rows(
+            folder / "done.bin", FieldSpec((), torch.uint8), num_rows, mmap.ACCESS_WRITE
+        )
+        self._unmarked: list[Tensor] = []
+        self._marked = time.monotonic()
+
+    def have(self, rows: Tensor) -> bool:
+        """Whether all these rows are there."""
+        return bool(self.done[rows].all())
+
+    def write(self, rows: Tensor, values: Mapping[str, Tensor]) -> None:
+        for name, (_, kept) in self._maps.items():
+            kept[rows] = values[name]
+        self._unmarked.append(rows)
+        if time.monotonic() - self._marked > MARK_SECONDS:
+            self.mark()
+
+    def mark(self) -> None:
+        """Mark what was written as done, once it is on the disk: a row that is marked is there after any crash."""
+        for mapping, _ in self._maps.values():
+            mapping.flush()
+        for rows in self._unmarked:
+            self.done[rows] = 1
+        self._done_map.flush()
+        self._unmarked, self._marked = [], time.monotonic()
+
+    def close(self) -> None:
+        """Mark what there is: an interrupted computation goes on from here."""
+        self.mark()
+
+
+def map_rows(file: Path, field: FieldSpec, num_rows: int, access: int) -> tuple[mmap.mmap, Tensor]:
+    """A file's memory, and the rows [R, *shape] in it."""
+    with open(file, "r+b" if access == mmap.ACCESS_WRITE else "rb") as stream:
+        mapping = mmap.mmap(stream.fileno(), 0, access=access)
+    return mapping, torch.frombuffer(mapping, dtype=field.dtype).view(num_rows, *field.shape)

@@ -1,0 +1,396 @@
+"""The global order of samples, the same on any number of processes, and the loaders that keep it.
+
+An epoch is a keyed permutation of the N samples: a pure function of (seed, epoch) in constant memory. One optimizer
+step takes the next S samples of it (the batch size, over all processes); process r of W takes them in A micro-batches
+of M::
+
+    position of row i in micro-batch a of process r in step s  =  s S + (a W + r) M + i,      S = A W M
+
+so the samples of a step do not depend on W or M, and where a run stands in the epoch follows from the number of
+optimizer steps taken and nothing else (`data.schedule`; s S becomes the samples taken so far, where the batch size was
+changed). A last, incomplete step of an epoch is dropped (other epochs meet its samples).
+
+Samples of differing lengths waste what fills up the shorter of a batch. Given their lengths, the samples of each 50 steps
+are put in the order of their length, cut into steps, and these shuffled by a key: again a function of (seed, epoch) alone,
+in memory for 50 steps. Where the batch size was changed within an epoch, the rest of that epoch is grouped anew from there:
+of 50 steps' samples some may be met twice in it, and others not.
+
+Source of the permutation: a balanced Feistel network (Luby and Rackoff 1988) over the smallest even number of bits that
+holds N, with cycle walking (Black and Rogaway 2002).
+"""
+
+from __future__ import annotations
+
+import inspect
+import signal
+from collections.abc import Callable, Iterator, Sized
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from bigmodel.data.schedule import DataPosition, DataSchedule, get_origin
+from bigmodel.data.stateless_rng import hash_seed
+
+_ROUNDS = 6
+_STEPS_AT_ONCE = 32  # for which sample numbers are computed together: one call costs as much as many
+_STEPS_GROUPED = 50  # whose samples are sorted by length together
+_PADDING = -1  # the sample number of a padding row
+
+
+class Permutation:
+    """A keyed permutation of range(n), evaluated where it is asked, never stored.
+
+    Args:
+        n: how many numbers are permuted.
+        seed: the key's first half.
+        epoch: the key's second half; each epoch has an order of its own.
+    """
+
+    def __init__(self, n: int, seed: int, epoch: int) -> None:
+        self.n = n
+        bits = max(2, (n - 1).bit_length())
+        self._half = np.uint64((bits + 1) // 2)
+        self._mask = np.uint64((1 << int(self._half)) - 1)
+        self._keys = [np.uint64(hash_seed(seed, epoch, r)) for r in range(_ROUNDS)]
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """Sample numbers [k] int64 at these positions [k] of the order, each in range(n)."""
+        numbers = self._encrypt(positions.astype(np.uint64))
+        while (outside := numbers >= self.n).any():  # fewer than 4 values a number are expected to be walked
+            numbers[outside] = self._encrypt(numbers[outside])
+        return numbers.astype(np.int64)
+
+    def _encrypt(self, x: np.ndarray) -> np.ndarray:
+        left, right = x >> self._half, x & self._mask
+        with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+            for key in self._keys:
+                f = (right ^ key) * np.uint64(0xBF58476D1CE4E5B9)
+                f = (f ^ f >> np.uint64(29)) * np.uint64(0x94D049BB133111EB)
+                left, right = right, left ^ (f >> np.uint64(32)) & self._mask
+        return left << self._half | right
+
+
+def micro_batches(batch_size: int, micro_batch_size: int | None, num_processes: int) -> tuple[int, int]:
+    """Samples one process takes at once, and how many times it does so before an optimizer step.
+
+    Args:
+        batch_size: samples per optimizer step over all processes.
+        micro_batch_size: samples one process takes at once; None: its whole share of the batch.
+        num_processes: processes that hold different data.
+
+    Raises:
+        ValueError: if the batch is not that many whole micro-batches on every process.
+    """
+    if batch_size < 1:
+        raise ValueError(f"--data.batch_size {batch_size}: at least 1 sample per optimizer step is needed")
+    if micro_batch_size is None:
+        if batch_size % num_processes:
+            raise ValueError(
+                f"--data.batch_size {batch_size} is not divisible by the {num_processes} processes; it counts the"
+                f" samples per optimizer step over all of them: choose a multiple of {num_processes}"
+            )
+        return batch_size // num_processes, 1
+    if micro_batch_size < 1 or batch_size % (micro_batch_size * num_processes):
+        raise ValueError(
+            f"--data.batch_size {batch_size} is not a whole number of micro-batches: {num_processes} process(es) times"
+            f" --data.micro_batch_size {micro_batch_size} = {micro_batch_size * num_processes} samples at once;"
+            f" choose a batch size that this divides"
+        )
+    return micro_batch_size, batch_size // (micro_batch_size * num_processes)
+
+
+_Numbers = tuple[int, list[int]]  # the epoch, as far as randomness goes, and sample numbers
+Lengths = Callable[[np.ndarray, int], np.ndarray]  # of samples [k] in an epoch, [k]
+
+
+class _TrainOrder(Sampler[_Numbers]):
+    """Batch sampler of one process: from the optimizer steps already taken to the end of that epoch."""
+
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        micro_batch_size: int | None,
+        seed: int,
+        trainer: Trainer | None,
+        shuffle: bool,
+        views: int | None,
+        lengths: Lengths | None,
+    ) -> None:
+        self.rank, self.num_processes = _place(trainer)
+        self.micro, self.accumulation = micro_batches(batch_size, micro_batch_size, self.num_processes)
+        if n < batch_size:
+            raise ValueError(
+                f"the training split has {n:,} samples, fewer than one step of --data.batch_size {batch_size:,};"
+                " give more data or a smaller batch size"
+            )
+        if views is not None and views < 1:
+            raise ValueError(
+                f"--data.views {views}: at least 1 is needed; leave it out for new randomness in every epoch"
+            )
+        if lengths is not None and not shuffle:
+            raise ValueError("shuffle=False keeps the samples' own order, but lengths group them: give one of the two")
+        self.n, self.batch_size, self.seed, self.shuffle, self.views = n, batch_size, seed, shuffle, views
+        self.lengths = lengths
+        self.trainer = trainer
+        self.epoch = 0  # for use without a trainer
+
+    @property
+    def course(self) -> DataSchedule:
+        """The trainer's way through these samples."""
+        return DataSchedule(
+            self.n, self.batch_size, DataPosition() if self.trainer is None else get_origin(self.trainer)
+        )
+
+    def __len__(self) -> int:
+        return self.course.steps_per_epoch * self.accumulation
+
+    def __iter__(self) -> Iterator[_Numbers]:
+        # Computed here and not at the first next(): by then a loader's workers have run ahead.
+        if self.trainer is None:
+            return self._from(self.epoch, 0, 0)
+        course = self.course
+        here = course.at(self.trainer.global_step)
+        return self._from(here.epoch, here.samples, course.origin.samples if here.epoch == course.origin.epoch else 0)
+
+    def _from(self, epoch: int, start: int, origin: int) -> Iterator[_Numbers]:
+        """The rest of an epoch of which `start` samples have been taken, in steps of this batch size since `origin`."""
+        first, num_steps = (start - origin) // self.batch_size, (self.n - origin) // self.batch_size
+        if self.views is not None:
+            epoch %= self.views
+        order = Permutation(self.n, self.seed, epoch)
+        at_once = _STEPS_AT_ONCE if self.lengths is None else _STEPS_GROUPED
+        for block in range(first - first % at_once, num_steps, at_once):
+            steps = np.arange(block, min(block + at_once, num_steps))
+            positions = origin + steps[:, None] * self.batch_size + np.arange(self.batch_size)  # [steps, S]
+            if self.lengths is None:
+                numbers = self._own(positions)[max(first - block, 0) :]  # [steps, A, M]
+                numbers = order(numbers.ravel()) if self.shuffle else numbers
+            else:
+                samples = order(positions.ravel())
+                grouped = self._grouped(samples, self.lengths(samples, epoch), epoch, block)
+                numbers = self._own(grouped)[max(first - block, 0) :]
+            yield from ((epoch, batch) for batch in numbers.reshape(-1, self.micro).tolist())
+
+    def _own(self, steps: np.ndarray) -> np.ndarray:
+        """What this process takes [steps, A, M] of steps [steps, S]."""
+        dealt: np.ndarray = steps.reshape(-1, self.accumulation, self.num_processes, self.micro)[:, :, self.rank]
+        return dealt
+
+    def _grouped(self, numbers: np.ndarray, lengths: np.ndarray, epoch: int, block: int) -> np.ndarray:
+        """The same sample numbers as steps [steps, S] of like length."""
+        by_length = numbers[np.argsort(lengths, kind="stable")].reshape(-1, self.batch_size)  # [steps, S]
+        turns = Permutation(len(by_length), hash_seed(self.seed, epoch), block)(np.arange(len(by_length)))
+        grouped: np.ndarray = by_length[turns]
+        return grouped
+
+
+class _EvaluationOrder(Sampler[_Numbers]):
+    """Batch sampler that deals the samples out once, in order; every process gets the same number of equal batches,
+    filled up with padding rows."""
+
+    epoch = 0  # whose randomness the samples have
+
+    def __init__(self, n: int, batch_size: int, trainer: Trainer | None) -> None:
+        self.rank, self.num_processes = _place(trainer)
+        self.n, self.batch_size = n, batch_size
+        # A data set smaller than a batch is not padded up to it.
+        self.rows = max(1, min(batch_size // self.num_processes, -(-n // self.num_processes)))
+
+    def __len__(self) -> int:
+        return -(-self.n // (self.rows * self.num_processes))
+
+    def __iter__(self) -> Iterator[_Numbers]:
+        for batch in range(len(self)):
+            start = (batch * self.num_processes + self.rank) * self.rows
+            yield self.epoch, [i if i < self.n else _PADDING for i in range(start, start + self.rows)]
+
+
+class _NodeOrder(_EvaluationOrder):
+    """The same dealt out to the processes of each node, each node all of it, in batches that do not depend on their number:
+    a net gives a sample the same bits wherever it is computed."""
+
+    def __init__(self, n: int, rows: int, epoch: int, trainer: Trainer | None) -> None:
+        self.rank, self.num_processes = (trainer.local_rank, trainer.num_devices) if trainer is not None else (0, 1)
+        self.n, self.rows, self.epoch = n, rows, epoch
+        self.batch_size = rows * self.num_processes
+
+
+def _place(trainer: Trainer | None) -> tuple[int, int]:
+    """Which share of the data this process takes, and of how many; processes that share a model share its data."""
+    share = trainer.distributed_sampler_kwargs if trainer is not None else None
+    return (share["rank"], share["num_replicas"]) if share else (0, 1)
+
+
+def data_parallel_size(trainer: Trainer) -> int:
+    """How many processes take different samples; with tensor parallelism, how many groups that share a model."""
+    return _place(trainer)[1]
+
+
+def data_parallel_rank(trainer: Trainer) -> int:
+    """Which of the `num_replicas` this process is, or is part of."""
+    return _place(trainer)[0] if trainer.distributed_sampler_kwargs else trainer.global_rank
+
+
+class _BatchFetcher(Dataset[Any]):
+    """Sample numbers in, one batch out; what a loader's workers run."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+        self.fetch = getattr(dataset, "__getitems__", None)
+        self.by_epoch = self.fetch is not None and "epoch" in inspect.signature(self.fetch).parameters
+
+    def __getitems__(self, epoch_and_numbers: _Numbers) -> Any:
+        epoch, numbers = epoch_and_numbers
+        rows = [max(number, 0) for number in numbers]
+        if self.fetch is None:
+            batch = default_collate([self.dataset[i] for i in rows])
+        else:
+            batch = self.fetch(rows, epoch=epoch) if self.by_epoch else self.fetch(rows)
+        if _PADDING in numbers:
+            kept = torch.tensor([number != _PADDING for number in numbers])
+            batch = batch._replace(weight=batch.weight * kept)
+        return batch
+
+
+class Loader(DataLoader[Any]):
+    """A DataLoader that Lightning can stop and resume anywhere in an epoch. Made by the two functions below."""
+
+    def __init__(self, dataset: Dataset[Any], order: _TrainOrder | _EvaluationOrder, num_workers: int) -> None:
+        super().__init__(
+            _BatchFetcher(dataset),
+            batch_sampler=cast(Any, order),  # it gives the epoch beside the list
+            num_workers=num_workers,
+            collate_fn=_as_is,
+            worker_init_fn=_ignore_termination_signals,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=num_workers > 0,
+        )
+        self.order = order
+        self.samples_per_step = order.batch_size  # over all processes
+        self.num_samples = order.n
+
+    @property
+    def course(self) -> DataSchedule | None:
+        """The trainer's way through the samples; None if they are for evaluation."""
+        return self.order.course if isinstance(self.order, _TrainOrder) else None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch the next pass takes, where there is no trainer to say."""
+        if isinstance(self.order, _TrainOrder):
+            self.order.epoch = epoch
+
+    def state_dict(self) -> dict[str, int]:
+        """How many samples the optimizer has consumed. Its presence tells Lightning that the loader is resumable; the
+        position itself follows from the trainer's optimizer step, which the checkpoint restores, and from `get_origin`."""
+        order = self.order
+        if isinstance(order, _EvaluationOrder) or order.trainer is None:
+            return {}
+        return {"samples": order.course.at(order.trainer.global_step).seen}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Nothing to restore, see `state_dict`."""
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _ignore_termination_signals(worker: int) -> None:
+    """Ignore SIGINT, SIGUSR1 and the first SIGTERM in a DataLoader worker, so that the current optimizer step can finish."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+def _num_samples(dataset: Dataset[Any], split: str) -> int:
+    n = len(cast(Sized, dataset))
+    if n == 0:
+        raise ValueError(f"the {split} split has no samples")
+    return n
+
+
+def train_loader(
+    dataset: Dataset[Any],
+    *,
+    batch_size: int,
+    micro_batch_size: int | None = None,
+    seed: int = 0,
+    trainer: Trainer | None = None,
+    num_workers: int = 0,
+    shuffle: bool = True,
+    views: int | None = None,
+    lengths: Lengths | None = None,
+) -> Loader:
+    """Training batches in the global order, resumable at any optimizer step on any number of processes.
+
+    Args:
+        dataset: has `__len__`, and `__getitem__(i)`: one sample as a NamedTuple with the fields `index` (its number)
+            and `weight` (1.0) among its own; or, faster, `__getitems__(numbers)`: a whole batch as such a NamedTuple of
+            tensors. If that takes `epoch` too, it is told, so that a sample's randomness can be a function of it.
+        batch_size: samples per optimizer step over all processes.
+        micro_batch_size: samples one process takes at once; None: its whole share.
+        seed: with the epoch, determines the order.
+        trainer: the data module's `self.trainer`; None: one process, and `set_epoch` says which epoch.
+        num_workers: worker processes that read ahead; 0: read in the training process.
+        shuffle: False keeps the samples' own order in every epoch.
+        views: the epochs' randomness, order included, comes again after so many epochs; None: never.
+        lengths: called with sample numbers [k] and an epoch, gives their lengths [k]; batches are then of samples of like
+            length. None: they are not looked at.
+
+    Raises:
+        ValueError: if the batch cannot be divided as asked, or the data set holds no whole batch.
+    """
+    n = _num_samples(dataset, "training")
+    order = _TrainOrder(n, batch_size, micro_batch_size, seed, trainer, shuffle, views, lengths)
+    return Loader(dataset, order, num_workers)
+
+
+def eval_loader(
+    dataset: Dataset[Any],
+    *,
+    batch_size: int,
+    micro_batch_size: int | None = None,
+    trainer: Trainer | None = None,
+    num_workers: int = 0,
+) -> Loader:
+    """Each sample exactly once, over all processes; rows that fill up a last batch have weight 0.
+
+    Args:
+        dataset: as for `train_loader`.
+        batch_size: samples at once over all processes.
+        micro_batch_size: samples one process takes at once, as in training; None: its share of those.
+        trainer: the data module's `self.trainer`; None: one process.
+        num_workers: worker processes that read ahead.
+
+    Raises:
+        ValueError: if the data set is empty.
+    """
+    if micro_batch_size:
+        batch_size = micro_batch_size * _place(trainer)[1]
+    return Loader(dataset, _EvaluationOrder(_num_samples(dataset, "evaluation"), batch_size, trainer), num_workers)
+
+
+def sequential_loader(loader: DataLoader[Any], *, rows: int, trainer: Trainer | None = None, epoch: int = 0) -> Loader:
+    """The samples of another loader, such as that of training, once and in their own order: for what a frozen net says of
+    each (`bigmodel.data.output_cache`). Each node takes them all, in batches dealt out to its processes.
+
+    Args:
+        loader: made by this module.
+        rows: samples that one process takes at once; every batch has so many, filled up with rows of weight 0.
+        trainer: the data module's `self.trainer`; None: one process.
+        epoch: whose randomness the samples have, where the data set knows of any.
+
+    Raises:
+        ValueError: if the loader is another's.
+    """
+    if not isinstance(loader, Loader):
+        raise ValueError(
+            f"the samples of a {type(loader).__name__} have no order of their own: make it with"
+            " bigmodel.data.sampling.train_loader"
+        )
+    samples = cast(_BatchFetcher, loader.dataset)
+    return Loader(samples.dataset, _NodeOrder(loader.num_samples, rows, epoch, trainer), loader.num_workers)

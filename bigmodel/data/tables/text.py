@@ -1,0 +1,173 @@
+"""Tables in text: CSV and TSV with a line of names, other layouts of lines, JSON Lines.
+
+In CSV, cells with line ends or delimiters stand in double quotes. In a .tsv file a quote is a character like any other, as
+its registration says (IANA, text/tab-separated-values).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+
+from bigmodel.data.tables.arrow import read_parquet
+from bigmodel.data.tables.files import kind_of
+from bigmodel.data.tables.rows import Columns, Rows
+
+_BLOCK_BYTES = 4 * 2**20  # a row must fit; some ten blocks are read ahead
+_LINES_AT_ONCE = 2**12
+
+
+def read_table(path: str, columns: Columns) -> Iterator[Rows]:
+    """The rows of a CSV, TSV, JSON Lines or Parquet file; see the reader of each.
+
+    Raises:
+        ValueError: if it is none of these, cannot be read, or lacks a column.
+    """
+    kind = kind_of(path)
+    if kind == "parquet":
+        return read_parquet(path, columns)
+    return read_json_lines(path, columns) if kind == "json" else read_delimited(path, layout_of(path), columns)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a text is laid out.
+
+    Args:
+        delimiter: one character, what divides the columns.
+        names: of the columns.
+        header: whether the first line holds these.
+        quotes: whether cells may stand in double quotes.
+        lines: whether each line is a row, whatever is quoted; rows are then called by their line, as in an editor.
+    """
+
+    delimiter: str
+    names: list[str]
+    header: bool = True
+    quotes: bool = True
+    lines: bool = False
+
+
+def layout_of(path: str, lines: bool = False) -> Layout:
+    """The layout that a table with a line of names shows: what divides it (a comma, tab, semicolon or bar) is most frequent
+    there.
+
+    Raises:
+        ValueError: if it has no such line, or cannot be read.
+    """
+    line = first_line(path)
+    if path.endswith(".tsv") and not lines:
+        return Layout("\t", line.rstrip("\r\n").split("\t"), quotes=False)
+    delimiter = max(",\t;|", key=line.count)
+    return Layout(delimiter, next(csv.reader([line], delimiter=delimiter)), lines=lines)
+
+
+def first_line(path: str) -> str:
+    """With its end.
+
+    Raises:
+        ValueError: if it is empty, or cannot be read.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as stream:
+            line = stream.readline()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} cannot be read as a table in UTF-8: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    if not line.strip():
+        raise ValueError(f"{path}: the first line, which names the columns, is empty")
+    return line
+
+
+def read_delimited(path: str, layout: Layout, columns: Columns) -> Iterator[Rows]:
+    """The rows of a text in a layout, counted from 1 below the names; or its lines, counted from 1. All columns are text.
+
+    Raises:
+        ValueError: if it cannot be read or lacks a column.
+    """
+    found = columns.found(path, layout.names)
+    kinds = dict.fromkeys(found.values(), pa.string())
+    first, word = (1 + layout.header, "line") if layout.lines else (1, "row")
+    left = os.path.getsize(path)
+    try:
+        with pa.OSFile(path) as file:
+            reader = pyarrow.csv.open_csv(
+                file,
+                pyarrow.csv.ReadOptions(
+                    block_size=_BLOCK_BYTES, column_names=layout.names, skip_rows=int(layout.header)
+                ),
+                pyarrow.csv.ParseOptions(
+                    delimiter=layout.delimiter,
+                    quote_char='"' if layout.quotes else False,
+                    newlines_in_values=not layout.lines,
+                ),
+                pyarrow.csv.ConvertOptions(include_columns=list(kinds), column_types=kinds),
+            )
+            for batch in reader:
+                size = min(left, _BLOCK_BYTES)  # the file itself is read ahead
+                left -= size
+                cells = {role: batch.column(name) for role, name in found.items()}
+                yield Rows(path, first, cells, typed=False, size=size, word=word)
+                first += len(batch)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} cannot be read as a table, after {word} {first - 1:,}: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def read_json_lines(path: str, columns: Columns) -> Iterator[Rows]:
+    """The lines of a JSON Lines file, an object in each, counted from 1.
+
+    Raises:
+        ValueError: if a line is no object or lacks a column, or a column's values are not of one type.
+    """
+    found: dict[str, str] = {}
+    first = 1
+    try:
+        with open(path, encoding="utf-8-sig") as stream:
+            while lines := list(islice(stream, _LINES_AT_ONCE)):
+                objects = [_object(path, first + i, line) for i, line in enumerate(lines)]
+                found = found or columns.found(f"{path} line 1", list(objects[0]))
+                cells = {
+                    role: _column(path, first, name, [value.get(name) for value in objects])
+                    for role, name in found.items()
+                }
+                yield Rows(path, first, cells, typed=True, size=sum(map(len, lines)), word="line")
+                first += len(lines)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} cannot be read as UTF-8, after line {first - 1:,}: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {os.strerror(error.errno or 0)}") from error
+
+
+def _object(path: str, number: int, line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        what = f"is no JSON: {error}" if line.strip() else "is empty: remove it"
+        raise ValueError(f"{path} line {number:,} {what}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} line {number:,}: an object is needed ({{...}}), not {line.strip()[:40]!r}")
+    return value
+
+
+def _column(path: str, first: int, name: str, values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        pass
+    kind = type(next(value for value in values if value is not None))
+    row = next((i for i, value in enumerate(values) if value is not None and type(value) is not kind), 0)
+    raise ValueError(
+        f"{path} line {first + row:,}: {str(values[row])[:40]!r} in {name!r} is of another type than those before, which are"
+        f" {kind.__name__}; bring all to one"
+    )

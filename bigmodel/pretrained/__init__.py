@@ -1,0 +1,1 @@
+"""Public weights in Hugging Face's formats, read as data only."""

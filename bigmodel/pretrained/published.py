@@ -1,0 +1,203 @@
+"""A model that somebody published in Hugging Face's format, taken as it is: its files, its weights, its classes, its tokens.
+
+Nothing of it starts anew and no code of the hub is run; weights are read from safetensors only. A path is a folder
+(config.json, model.safetensors) or hf://owner/name. This module imports transformers when it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch import nn
+
+from bigmodel.data.cache import say
+from bigmodel.pretrained import hugging_face
+
+HUB = "hf://"
+CONFIG = "config.json"
+_SHOWN = 5  # names of classes in a message
+
+
+def location(path: str) -> str:
+    """What transformers calls it: the folder, or owner/name."""
+    return path.removeprefix(HUB).strip("/") if path.startswith(HUB) else str(Path(path).expanduser())
+
+
+def _readable(path: str, flag: str, kind: str) -> AbstractContextManager[None]:
+    return hugging_face.readable(path, flag, kind, hub=f"{HUB}owner/name")
+
+
+def identity(path: str, flag: str) -> str:
+    """64 hexadecimal digits that stand for what a model says: of its configuration, its weights, and how pictures are
+    prepared for it. Files are hashed and not loaded.
+
+    Args:
+        path: of the model.
+        flag: that it was given by, for messages.
+
+    Raises:
+        ValueError: if there is no model with safetensors.
+    """
+    found = hashlib.sha256()
+    for file in _files(path, flag):
+        with open(file, "rb") as stream:
+            found.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return found.hexdigest()
+
+
+def _files(path: str, flag: str) -> list[Path]:
+    """The files that a model is made of, here or fetched from the hub."""
+    from transformers.utils import cached_file
+
+    def find(name: str, needed: bool = True) -> str | None:
+        file: str | None = cached_file(location(path), name, _raise_exceptions_for_missing_entries=needed)
+        return file
+
+    single, several = "model.safetensors", "model.safetensors.index.json"
+    with _readable(path, flag, "model"):
+        names = [single]
+        if find(single, needed=False) is None and (index := find(several, needed=False)) is not None:
+            names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [find(CONFIG), *map(find, names), find(hugging_face.PREPROCESSOR, needed=False)]
+    return [Path(file) for file in files if file is not None]
+
+
+def read_settings(path: str, flag: str, kind: str, mapping: Any) -> Any:
+    """A model's configuration.
+
+    Args:
+        path: of the model.
+        flag: that it was given by, for messages.
+        kind: of model that is looked for.
+        mapping: transformers' classes of such models, one of its MODEL_FOR_..._MAPPING.
+
+    Raises:
+        ValueError: if there is none, transformers does not know its architecture, or it is one of another kind.
+    """
+    from transformers import AutoConfig
+
+    with _readable(path, flag, kind):
+        settings = AutoConfig.from_pretrained(location(path), trust_remote_code=False)
+    known = mapping.get(type(settings), ())
+    names = [model.__name__ for model in (known if isinstance(known, list | tuple) else [known])]
+    written = settings.architectures or names
+    if not set(written) & set(names):
+        what = written[0] if written else settings.model_type
+        raise ValueError(f"{flag} {path} ({what}) is no {kind}: name a model that was trained as one")
+    return settings
+
+
+def load(auto: Any, path: str, flag: str, kind: str, settings: Any, remedy: str) -> Any:
+    """The model with all of its weights, in float32 and evaluation mode, no parameter of it to be trained.
+
+    Args:
+        auto: one of transformers' classes AutoModelFor...
+        path: of the model.
+        flag: that it was given by, for messages.
+        kind: of model that is looked for.
+        settings: its configuration, see `read_settings`; image sizes may have been changed.
+        remedy: what a person can do where a weight is missing or has another shape.
+
+    Raises:
+        ValueError: if a weight is missing, has another shape, or cannot be read. Weights that are left over are named in a
+            line.
+    """
+    with _readable(path, flag, kind), hugging_face.quiet():
+        model, loaded = auto.from_pretrained(
+            location(path),
+            config=settings,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    problems = hugging_face.mismatches(loaded, "the model")
+    unread = sorted(name for name, problem in problems.items() if problem == hugging_face.LEFT_OVER)
+    hugging_face.check_weights(
+        {name: problem for name, problem in problems.items() if name not in unread},
+        loaded["error_msgs"],
+        (),
+        f"{flag} {path}",
+        remedy,
+    )
+    if unread:
+        rank_zero_only(say)(
+            f"{path}: weights that a {type(model).__name__} does not have are left: {', '.join(unread)}"
+        )
+    return model.requires_grad_(False).eval()
+
+
+def class_order(settings: Any, classes: Sequence[str], path: str, flag: str) -> list[int]:
+    """Which output of a classifier is that of each class, by the names in its id2label, whose case does not count.
+
+    Where either side has no names but numbers (LABEL_0 or 0, and so on), class i is output i, which is said in a line.
+
+    Args:
+        settings: its configuration.
+        classes: the names that the data have, in their order.
+        path, flag: see `identity`.
+
+    Raises:
+        ValueError: if its classes are others, or not as many.
+    """
+    names = [str(settings.id2label.get(i, i)) for i in range(settings.num_labels)]
+    theirs, ours = ([" ".join(name.casefold().split()) for name in some] for some in (names, classes))
+    if len(theirs) != len(ours):
+        raise ValueError(
+            f"{flag} {path} tells {len(names):,} classes apart ({_some(names)}), and the data have {len(classes):,}"
+            f" ({_some(classes)}): a teacher must be trained on what the student is to predict"
+        )
+    if len(set(ours)) == len(ours) and sorted(theirs) == sorted(ours):
+        return [theirs.index(name) for name in ours]
+    if theirs != ours and not _are_numbers(theirs) and not _are_numbers(ours):
+        raise ValueError(
+            f"{flag} {path} tells {_some(names)} apart, and the data {_some(classes)}: a teacher must be trained on what the"
+            f" student is to predict. If these are the same, name them in id2label of its {CONFIG} as the data do"
+        )
+    if theirs != ours:
+        rank_zero_only(say)(
+            f"{path}: its classes ({_some(names)}) are taken by number for those of the data ({_some(classes)})"
+        )
+    return list(range(len(ours)))
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    return all(re.fullmatch(rf"(label_)?{i}", name) for i, name in enumerate(names))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")
+
+
+def reorder(head: nn.Linear, order: Sequence[int]) -> None:
+    """Give a head's outputs another order: output i becomes what `order[i]` was."""
+    head.weight.data = head.weight.data[list(order)]
+    if head.bias is not None:
+        head.bias.data = head.bias.data[list(order)]
+
+
+def tokenizer_difference(theirs: Any, ours: Any) -> str | None:
+    """In which way two tokenizers of the library `tokenizers` encode text otherwise; None if they do not.
+
+    What they put around a text, how they cut or fill it up, and how they decode makes no difference.
+    """
+    a, b = (tokenizer.get_vocab(with_added_tokens=True) for tokenizer in (theirs, ours))
+    if len(a) != len(b):
+        return f"{len(a):,} tokens, and the data's {len(b):,}"
+    if a != b:
+        token = min(a.items() ^ b.items(), key=lambda item: item[1])[1]
+        return f"token {token:,} is {theirs.id_to_token(token)!r}, and the data's {ours.id_to_token(token)!r}"
+    plain = [json.loads(tokenizer.to_str()) for tokenizer in (theirs, ours)]
+    for part in ("normalizer", "pre_tokenizer", "added_tokens", "model"):
+        if plain[0][part] != plain[1][part]:
+            return f"the same tokens, and text is cut into them in another way (its {part} differs)"
+    return None

@@ -1,0 +1,147 @@
+"""Settings from YAML files and flags, merged as plain mappings before any class is looked at.
+
+Later wins. Mappings merge key by key, with two rules for a block `{class_path: ..., init_args: {...}}`: another
+`class_path` replaces the whole block, so that no argument of the old class is left behind; and a key that is neither of
+the two is short for one in `init_args`, so that `--model.net.width 512` says what it means.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bigmodel.checkpoint.renamed import current
+
+Settings = dict[str, Any]
+_CLASS_KEYS = {"class_path", "init_args", "dict_kwargs"}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, a date is text, and a key given twice is refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for n, key in enumerate(keys) if key in keys[:n]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands here twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: node.value)
+
+
+def read_yaml(path: str | Path) -> Settings:
+    """The mapping in a YAML file, import paths of earlier versions replaced.
+
+    Raises:
+        ValueError: if it is missing, not YAML, or no mapping; it names file and line.
+    """
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the configuration {path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"the configuration {path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"the configuration {path} holds no keys; it should be a mapping such as `trainer: {{...}}`")
+    return current(content)
+
+
+def read_defaults() -> Settings:
+    """What every run starts from."""
+    return read_yaml(Path(__file__).parents[1] / "defaults.yaml")
+
+
+def merge(base: Any, over: Any) -> Any:
+    """`over` on top of `base`, neither changed; see the rules above."""
+    if isinstance(base, str) and isinstance(over, dict) and "class_path" not in over:
+        base = {"class_path": base}  # a class named by itself, now given arguments
+    if not isinstance(base, dict) or over is None:
+        return copy.deepcopy(over)
+    if "class_path" in base:
+        if isinstance(over, str) and ("." in over or over == base["class_path"]):  # else a name, such as strategy auto
+            over = {"class_path": over}
+        if isinstance(over, dict):
+            if over.get("class_path", base["class_path"]) != base["class_path"]:
+                return copy.deepcopy(over)
+            short = {key: value for key, value in over.items() if key not in _CLASS_KEYS}
+            over = {key: value for key, value in over.items() if key in _CLASS_KEYS}
+            if short:
+                over["init_args"] = merge(over.get("init_args") or {}, short)
+    if not isinstance(over, dict):
+        return copy.deepcopy(over)
+    return {**base, **{key: merge(base.get(key), value) for key, value in over.items()}}
+
+
+def parse_flags(argv: Sequence[str]) -> tuple[list[str], list[str], list[tuple[str, Any]]]:
+    """Positional arguments, configuration files (`-c`), and flags (`--key value`, `--key=value`, `--key` for true).
+
+    Raises:
+        ValueError: for a `-c` without a file, or a flag of one dash.
+    """
+    positional: list[str] = []
+    files: list[str] = []
+    flags: list[tuple[str, Any]] = []
+    tokens = list(argv)
+    while tokens:
+        token = tokens.pop(0)
+        key, equals, value = token.partition("=")
+        if key in ("-c", "--config"):
+            if not equals and not tokens:
+                raise ValueError(f"{key} needs a YAML file")
+            files.append(value if equals else tokens.pop(0))
+        elif key.startswith("--") and len(key) > 2:
+            if not equals:
+                value = tokens.pop(0) if tokens and not re.match(r"--?[a-zA-Z]", tokens[0]) else "true"
+            flags.append((key[2:].replace("-", "_"), value))
+        elif re.match(r"-[a-zA-Z]", token):
+            raise ValueError(f"there is no flag {token}; flags begin with two dashes, and -c names a YAML file")
+        else:
+            positional.append(token)
+    return positional, files, flags
+
+
+def flag_value(key: str, text: str) -> Any:
+    """What a flag's text means: YAML, and text as it stands where that is none, or a name in braces such as {stdlib}."""
+    if re.fullmatch(r"\{\w+\}", text):  # in YAML, a mapping without values
+        return text
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return text
+
+
+def layered(layers: Iterable[Settings], flags: Iterable[tuple[str, str]]) -> Settings:
+    """All layers merged in order, then the flags one by one."""
+    settings: Settings = {}
+    for layer in layers:
+        settings = merge(settings, layer)
+    for key, text in flags:
+        value = current(flag_value(key, text))
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        settings = merge(settings, value)
+    return settings
+
+
+def experiment_name(files: Sequence[str]) -> str:
+    """What a run is called: the first YAML's path below a folder `experiments`, or else its name; its folder's name, if
+    that is just `experiment.yaml`."""
+    if not files:
+        return "unnamed"
+    path = Path(files[0]).resolve().with_suffix("")
+    parts = path.parts
+    if "experiments" in parts[:-1]:
+        below = len(parts) - parts[::-1].index("experiments")
+        return "/".join(parts[below:])
+    return path.parent.name if path.name == "experiment" else path.name

@@ -1,0 +1,53 @@
+"""Run directories on the disk: a new one, and those that are there."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from pathlib import Path
+
+
+def new_directory(runs_dir: str | Path, experiment: str) -> Path:
+    """Make `runs_dir/experiment/<time>-<id>`, which did not exist before; two runs in the same second get two."""
+    while True:
+        directory = Path(runs_dir) / experiment / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        try:
+            directory.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return directory
+
+
+def find_run(run: str | Path, runs_dir: str | Path = "runs") -> Path:
+    """The directory of a run, from its path, from `last` (the newest under `runs_dir`, unless $BIGMODEL_LAST names one), or
+    from the end of its name.
+
+    Raises:
+        ValueError: if there is none, or more than one.
+    """
+    directory = Path(run)
+    if (directory / "config.yaml").is_file():
+        return directory
+    runs = [path.parent for path in sorted(Path(runs_dir).glob("**/run.json"), key=_created)]
+    if str(run) == "last":
+        if last := os.environ.get("BIGMODEL_LAST"):
+            return Path(last)
+        if not runs:
+            raise ValueError(f"there is no run under {runs_dir}/ (--runs_dir says where runs are)")
+        return runs[-1]
+    matches = [path for path in runs if str(path).endswith(str(run))]
+    if len(matches) != 1:
+        what = (
+            "no run directory (it has no config.yaml)"
+            if not matches
+            else f"more than one: {', '.join(map(str, matches))}"
+        )
+        raise ValueError(f"{run} is {what}; `bigmodel list` shows the runs under {runs_dir}/")
+    return matches[0]
+
+
+def _created(record: Path) -> str:
+    """When the run of this run.json was made; names tell no more than the second."""
+    return str(json.loads(record.read_text())["created"])

@@ -1,0 +1,184 @@
+"""Where metrics go: always a local `metrics.csv`, and Weights & Biases beside it."""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from bigmodel.training.callbacks import TrainingLog
+from bigmodel.training.callbacks.gradient_scaling import get_callback
+
+
+class MetricsCSV(Logger):
+    """Rows of metrics by optimizer step in one CSV file; a metric that appears later becomes a further column.
+
+    Rows are kept and written together: every few seconds, before each checkpoint (`bigmodel.run.RunDirectory` sees to
+    that), and at the end.
+
+    Args:
+        path: the file.
+        keep_until: on resuming, the optimizer step up to which rows stay; later ones, of steps that will be taken again,
+            are cut off. None: a new file.
+        trainer: whose optimizer step is written; Lightning's own step is one less during validation.
+        every_seconds: seconds between writes.
+    """
+
+    def __init__(self, path: Path, trainer: Trainer, keep_until: int | None = None, every_seconds: float = 5.0) -> None:
+        super().__init__()
+        self.path, self.trainer, self.every_seconds = path, trainer, every_seconds
+        self._columns: list[str] = ["step"]
+        self._rows: list[dict[str, Any]] = []
+        self._next = time.monotonic() + every_seconds
+        if keep_until is not None and path.exists():
+            with open(path, newline="") as file:
+                whole = [line for line in file if line.endswith("\n")]  # a last one may have been cut off by a kill
+                reader = csv.DictReader(whole)
+                self._columns = list(reader.fieldnames or ["step"])
+                kept = [row for row in reader if int(row["step"]) <= keep_until]
+            self._rewrite(kept)
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The run directory's `config.yaml` has them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self._rows.append({"step": self.trainer.global_step, **_with_seen(metrics, self.trainer)})
+
+    @rank_zero_only
+    def save(self) -> None:
+        if time.monotonic() >= self._next:
+            self.flush()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.flush()
+
+    @rank_zero_only
+    def flush(self) -> None:
+        """Write the rows that are kept back."""
+        self._next = time.monotonic() + self.every_seconds
+        if not self._rows:
+            return
+        rows, self._rows = self._rows, []
+        new = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in self._columns]
+        if new:
+            self._columns += new
+            earlier: list[dict[str, Any]] = []
+            if self.path.exists():
+                with open(self.path, newline="") as file:
+                    earlier = list(csv.DictReader(file))
+            self._rewrite([*earlier, *rows])
+        else:
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, self._columns).writerows(rows)
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        partial = self.path.with_suffix(".partial")
+        with open(partial, "w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(partial, self.path)
+
+
+def _with_seen(metrics: dict[str, float], trainer: Trainer) -> dict[str, float]:
+    """The metrics and how many samples and tokens were seen until then, so that either can be the axis."""
+    log = get_callback(trainer, TrainingLog)
+    return {**(log.seen(trainer) if log is not None else {}), **metrics}
+
+
+@dataclass
+class WandB:
+    """How runs are tracked in Weights & Biases.
+
+    Args:
+        mode: `auto` is online where there is a login (or WANDB_MODE says so) and offline elsewhere; `disabled` is off.
+        project: the W&B project.
+        entity: the W&B team or user; None: the login's own.
+        tags: tags of the run.
+        log_checkpoint: upload the best checkpoint as an artifact when training ends.
+    """
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str = "bigmodel"
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+    log_checkpoint: bool = False
+
+    def resolved_mode(self) -> str:
+        """`online`, `offline` or `disabled`, without asking anybody and without the network."""
+        if self.mode != "auto":
+            return self.mode
+        if os.environ.get("WANDB_MODE"):
+            return os.environ["WANDB_MODE"]
+        import wandb
+
+        return "online" if wandb.login(prompt=False, verify=False) else "offline"
+
+
+class WandBRun(WandbLogger):
+    """One W&B run for one run directory: its resolved configuration, metrics by optimizer step, the best checkpoint.
+
+    Args:
+        settings: see `WandB`.
+        directory: the run directory; W&B's files go to `wandb/` inside it.
+        run_id: the W&B run's id, the same when the run is resumed.
+        config: the resolved configuration, uploaded once, nested.
+        trainer: whose optimizer step is logged.
+    """
+
+    def __init__(self, settings: WandB, directory: Path, run_id: str, config: dict[str, Any], trainer: Trainer) -> None:
+        import wandb
+
+        mode = settings.resolved_mode()
+        super().__init__(
+            name="/".join(directory.parts[-2:]),
+            save_dir=directory,
+            id=run_id,
+            project=settings.project,
+            entity=settings.entity,
+            tags=settings.tags,
+            resume="allow",
+            mode=mode,
+            config=config,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        self._wandb_init.pop("anonymous", None)  # Lightning passes it, and W&B warns of it
+        self.settings, self.directory, self.trainer = settings, directory, trainer
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
+        super().log_metrics(_with_seen(metrics, self.trainer), step=self.trainer.global_step)
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        if checkpoint_callback.monitor is not None:
+            self.experiment.summary["best_checkpoint"] = str(checkpoint_callback.best_model_path)
+            self.experiment.summary[f"best/{checkpoint_callback.monitor}"] = float(checkpoint_callback.best_model_score)
+            self._best = checkpoint_callback.best_model_path
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        best = getattr(self, "_best", None)
+        if self.settings.log_checkpoint and best and status == "success":
+            import wandb
+
+            artifact = wandb.Artifact(f"checkpoint-{self.experiment.id}", type="model")
+            (artifact.add_dir if Path(best).is_dir() else artifact.add_file)(best)
+            self.experiment.log_artifact(artifact, aliases=["best"])
+        self.experiment.finish(exit_code=0 if status == "success" else 1)

@@ -1,0 +1,141 @@
+"""What a reader found at a path, and its way to a `Source`: split names, class numbers, and what is refused in any format.
+
+N pictures, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bigmodel.data.cache import say
+from bigmodel.data.split_shares import SPLIT_WORDS, split_name
+from bigmodel.tasks.image_classification.batch import UNKNOWN, Pictures, Source, Store
+from bigmodel.tasks.image_classification.sources.image_storage import Joined
+
+Labels = np.ndarray | Sequence[str]  # [N] integers, or names
+
+KINDS = (
+    "a folder of pictures (<class>/ or <train, val, test>/<class>/); a CSV or TSV table; Parquet (file, folder or glob); a"
+    " data set saved by Hugging Face datasets, or hf://owner/name; an .npz of arrays; MNIST's idx files; CIFAR-10 or"
+    " CIFAR-100 as published (python or binary version, or the .tar.gz); {mnist5k}, {digits}, {mnist}, {fashion_mnist},"
+    " {cifar10}, {cifar100}"
+)
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split as it was read.
+
+    Attributes:
+        store: its pictures.
+        labels: [N] class numbers or names; None where labels were not asked for.
+    """
+
+    store: Store
+    labels: Labels | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a reader found.
+
+    Attributes:
+        where: the path, for messages.
+        splits: by name: train, val, test; or all.
+        classes: names by class number, if the format states them; else they come from the labels.
+    """
+
+    where: str
+    splits: dict[str, Split]
+    classes: list[str] | None = None
+
+
+def group_splits(words: Iterable[str], where: str, labelled: bool) -> dict[str, list[str]]:
+    """The words under the split that each means; all of them under `all` where none means train or all are wanted."""
+    words = list(words)
+    meant = {word: split_name(word) for word in words}
+    if not labelled or "train" not in meant.values():
+        if labelled and any(meant.values()):
+            say(f"{where}: no training split among {words}; they are taken together and dealt out to splits")
+        return {"all": words}
+    if strange := [word for word in words if not meant[word]]:
+        say(f"{where}: {strange} mean no split and are left out (known are {SPLIT_WORDS})")
+    return {split: same for split in ("train", "val", "test") if (same := [w for w in words if meant[w] == split])}
+
+
+def to_source(found: Found, labelled: bool) -> Source:
+    """Number the classes and check every label.
+
+    Raises:
+        ValueError: if a split is empty, fewer than two classes are there, or a label is none of the classes.
+    """
+    where = found.where
+    for name, split in found.splits.items():
+        if len(split.store) == 0:
+            raise ValueError(f"--data.path {where}: no pictures in the split {name}")
+    if not labelled:
+        stores = [split.store for split in found.splits.values()]
+        store = stores[0] if len(stores) == 1 else Joined(stores)
+        return Source({"all": Pictures(store, np.full(len(store), UNKNOWN, np.int64))}, [])
+
+    splits: dict[str, Split] = {
+        name: found.splits[name] for name in ("all", "train", "val", "test") if name in found.splits
+    }
+    first = next(iter(splits))
+    if first not in ("all", "train"):
+        if len(splits) > 1:
+            raise ValueError(f"--data.path {where}: no training split, only {', '.join(splits)}")
+        say(f"{where}: the only split is {first}; it is dealt out to splits")
+        splits, first = {"all": splits[first]}, "all"
+    lookup = _lookup(splits[first], found.classes)
+    pictures: dict[str, Pictures] = {}
+    for name, split in splits.items():
+        values = _values(split)
+        if name != first and found.classes and set(values) == {UNKNOWN}:
+            say(f"{where}: the split {name} has no labels (all are {UNKNOWN}) and is left out")
+            continue
+        numbers = np.fromiter((lookup.get(value, UNKNOWN) for value in values), np.int64, len(values))
+        if (numbers < 0).any():
+            row = int(np.argmax(numbers < 0))
+            raise ValueError(f"{split.store.name(row)}: {_reason(values[row], first, lookup)}")
+        pictures[name] = Pictures(split.store, numbers)
+    classes = found.classes or [str(value) for value in lookup]
+    present = np.unique(pictures[first].labels)
+    if len(present) < 2:
+        raise ValueError(
+            f"--data.path {where}: all {len(splits[first].store):,} pictures to learn from are of one class,"
+            f" {classes[present[0]]!r}; at least 2 classes are needed"
+        )
+    return Source(pictures, classes)
+
+
+def _values(split: Split) -> list[int] | list[str]:
+    labels = split.labels
+    assert labels is not None
+    values = labels.tolist() if isinstance(labels, np.ndarray) else list(labels)
+    assert len(values) == len(split.store)
+    return values
+
+
+def _lookup(split: Split, classes: list[str] | None) -> dict[int | str, int]:
+    """Class numbers by label: of known classes, else of the labels that occur, in order (numbers as numbers)."""
+    values = _values(split)
+    if isinstance(values[0], str):
+        names = {str(value) for value in values}
+        as_numbers = all(name.isascii() and name.isdigit() for name in names)
+        order = classes or sorted(names, key=lambda name: (int(name), name) if as_numbers else name)
+        return {name: number for number, name in enumerate(order)}
+    if classes:
+        return {number: number for number in range(len(classes))}
+    return {value: number for number, value in enumerate(sorted({int(value) for value in values if int(value) >= 0}))}
+
+
+def _reason(value: int | str, first: str, lookup: dict[int | str, int]) -> str:
+    if isinstance(value, int) and value < 0:
+        return f"label {value} is negative; class numbers start at 0"
+    shown = ", ".join(map(repr, list(lookup)[:10])) + (", ..." if len(lookup) > 10 else "")
+    whose = "of the training split" if first == "train" else "known here"
+    return f"label {value!r} is none of the {len(lookup)} classes {whose} ({shown})"

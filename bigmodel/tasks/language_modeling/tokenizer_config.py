@@ -1,0 +1,234 @@
+"""Where a tokenizer comes from: trained byte-level BPE, Hugging Face, bytes, characters, a run. What an experiment names.
+
+This module imports neither torch nor Lightning, for it runs in small worker processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from bigmodel.tasks.language_modeling.tokenizer import (
+    END_OF_TEXT,
+    ByteTokenizer,
+    CharacterTokenizer,
+    Subwords,
+    Tokenizer,
+)
+
+
+class TokenizerConfig(ABC):
+    """Which tokenizer an experiment wants."""
+
+    @property
+    def text_bytes(self) -> int | None:
+        """How much training text `make` wants to see, evenly taken [bytes]; None: all of it."""
+        return 0
+
+    def settings(self) -> dict[str, Any]:
+        """What, with the training text, determines the tokenizer. Part of the key under which prepared text is kept."""
+        return {"tokenizer": type(self).__qualname__, **asdict(self)}  # type: ignore[call-overload]
+
+    @abstractmethod
+    def make(self, texts: Iterable[str]) -> Tokenizer:
+        """The tokenizer, from pieces of the training text."""
+
+
+@dataclass(frozen=True)
+class BPE(TokenizerConfig):
+    """Byte-level BPE (GPT-2's pre-tokenizer) trained on the training split. Encodes any text without loss.
+
+    Args:
+        vocab_size: number of tokens, the 256 bytes and end-of-text among them. A small text may give fewer.
+        train_bytes: train on at most so much of the training text, taken from it evenly [bytes of UTF-8].
+            Memory grows with it: about 0.15 GB for 16 MB of source code, 0.5 GB for 100 MB.
+    """
+
+    vocab_size: int = 8192
+    train_bytes: int = 2**24
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 257:
+            raise ValueError(
+                f"--data.tokenizer.vocab_size {self.vocab_size}: byte-level BPE needs at least 257 (256 bytes, end-of-text)"
+            )
+        if self.train_bytes < 1:
+            raise ValueError(f"--data.tokenizer.train_bytes {self.train_bytes}: must be positive")
+
+    @property
+    def text_bytes(self) -> int:
+        return self.train_bytes
+
+    def make(self, texts: Iterable[str]) -> Subwords:
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.vocab_size,
+            min_frequency=2,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(iter(texts), trainer)
+        return Subwords(backend, end_of_text=backend.get_vocab()[END_OF_TEXT])
+
+
+@dataclass(frozen=True)
+class Bytes(TokenizerConfig):
+    """The bytes of UTF-8: 257 tokens, nothing to train."""
+
+    def make(self, texts: Iterable[str]) -> ByteTokenizer:
+        return ByteTokenizer()
+
+
+@dataclass(frozen=True)
+class Characters(TokenizerConfig):
+    """The characters (Unicode code points) of the training split, sorted.
+
+    A character that only another split has is an error, since no loss could be stated for it: then take `Bytes` or `BPE`.
+    """
+
+    @property
+    def text_bytes(self) -> None:
+        return None
+
+    def make(self, texts: Iterable[str]) -> CharacterTokenizer:
+        characters: set[str] = set()
+        for text in texts:
+            characters.update(text)
+        return CharacterTokenizer("".join(sorted(characters)))
+
+
+@dataclass(frozen=True)
+class Pretrained(TokenizerConfig):
+    """A Hugging Face tokenizer.
+
+    Args:
+        path: a folder with tokenizer.json, or anything else that transformers' AutoTokenizer takes (a folder in an older
+            format, a name on the Hub).
+        end_of_text: the token that ends a document; by default the tokenizer's own `eos_token`.
+    """
+
+    path: str
+    end_of_text: str | None = None
+
+    def settings(self) -> dict[str, Any]:
+        digest = hashlib.sha256(self.make().to_json().encode()).hexdigest()
+        return {"tokenizer": type(self).__qualname__, "sha256": digest}
+
+    def make(self, texts: Iterable[str] = ()) -> Subwords:
+        """Load the tokenizer.
+
+        Raises:
+            ValueError: if the folder lacks a file, or the token that ends a document is not known.
+        """
+        backend, eos = self.read()
+        end_of_text = backend.token_to_id(eos)
+        if end_of_text is None:
+            raise ValueError(f"--data.tokenizer.end_of_text {eos!r} is not in the vocabulary of {self.path}")
+        return Subwords(backend, end_of_text)
+
+    def read(self) -> tuple[Backend, str]:
+        """The library's own object, and the token that is to end a document, which may not be in its vocabulary.
+
+        Raises:
+            ValueError: if the folder lacks a file, or no such token is named.
+        """
+        folder = Path(self.path).expanduser()
+        if not (folder / "tokenizer.json").is_file():
+            return self._from_transformers(folder)
+        try:
+            backend = Backend.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"{folder / 'tokenizer.json'} cannot be read by tokenizers: {error}") from error
+        return backend, self.end_of_text or _eos_token(folder)
+
+    def _from_transformers(self, folder: Path) -> tuple[Backend, str]:
+        if folder.is_dir():
+            _check_old_format(folder)
+        elif self.path.startswith((os.sep, ".", "~")):
+            raise ValueError(f"--data.tokenizer.path {self.path}: no such folder")
+        from transformers import AutoTokenizer  # takes seconds, so only where it is needed
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder) if folder.is_dir() else self.path, trust_remote_code=False
+            )
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            raise ValueError(
+                f"--data.tokenizer.path {self.path}: no folder with tokenizer.json, nor can transformers load it: {error}"
+            ) from error
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(f"--data.tokenizer.path {self.path}: transformers has no fast version of this tokenizer")
+        eos = self.end_of_text or tokenizer.eos_token
+        if eos is None:
+            raise ValueError(f"{self.path} names no eos_token: set --data.tokenizer.end_of_text")
+        return tokenizer.backend_tokenizer, eos
+
+
+@dataclass(frozen=True)
+class FromRun(TokenizerConfig):
+    """The tokenizer of a trained language model: for text that it wrote, or a student that it shall teach.
+
+    Args:
+        run: a run directory, `last`, the end of a run's name, or a checkpoint.
+    """
+
+    run: str
+
+    def settings(self) -> dict[str, Any]:
+        digest = hashlib.sha256(self.make().to_json().encode()).hexdigest()
+        return {"tokenizer": type(self).__qualname__, "sha256": digest}
+
+    def make(self, texts: Iterable[str] = ()) -> Tokenizer:
+        """Read the tokenizer.
+
+        Raises:
+            ValueError: if there is no such run, or it has none.
+        """
+        from bigmodel.run import describe  # imports Lightning, which the processes that tokenize do not need
+
+        saved = describe(self.run)["saved"]
+        if "tokenizer" not in saved:
+            raise ValueError(f"--data.tokenizer.run {self.run} is no language model: its checkpoint holds no tokenizer")
+        return Tokenizer.from_json(saved["tokenizer"])
+
+
+def _eos_token(folder: Path) -> str:
+    """The `eos_token` that a folder in Hugging Face format states."""
+    names = ("tokenizer_config.json", "special_tokens_map.json")
+    for path in (folder / name for name in names):
+        if path.is_file():
+            try:
+                token = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+            except (json.JSONDecodeError, AttributeError) as error:
+                raise ValueError(f"{path} is not a JSON object: {error}") from error
+            if token is not None:
+                return str(token["content"] if isinstance(token, dict) else token)
+    raise ValueError(
+        f"no eos_token is stated in {folder} (by {' or '.join(names)}): set --data.tokenizer.end_of_text to the token that"
+        " ends a document"
+    )
+
+
+def _check_old_format(folder: Path) -> None:
+    """Say which file an incomplete folder lacks."""
+    present = {path.name for path in folder.iterdir()}
+    for one, other in (("vocab.json", "merges.txt"), ("merges.txt", "vocab.json")):
+        if one in present and other not in present:
+            raise ValueError(f"the tokenizer folder {folder} is incomplete: it has {one}, but {other} is missing")
+    if not present & {"vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}:
+        raise ValueError(
+            f"the tokenizer folder {folder} is incomplete: tokenizer.json is missing (nor is there vocab.json with"
+            " merges.txt, vocab.txt or tokenizer.model)"
+        )

@@ -1,0 +1,127 @@
+"""From what a person names to a backbone, and from what a checkpoint keeps to the same again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bigmodel import run
+from bigmodel.tasks.transfer_learning.backbones import files
+from bigmodel.tasks.transfer_learning.backbones import from_run as own_run
+from bigmodel.tasks.transfer_learning.backbones import hf_text as texts
+from bigmodel.tasks.transfer_learning.backbones import hf_vision as pictures
+from bigmodel.tasks.transfer_learning.backbones.base import Backbone
+from bigmodel.tasks.transfer_learning.backbones.bundled import folder_of
+from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
+
+_KINDS: dict[str, Callable[[dict[str, Any]], Backbone]] = {
+    "hugging_face_text": texts.from_description,
+    "hugging_face_images": pictures.from_description,
+    "own_run": own_run.from_description,
+}
+
+
+def build_backbone(
+    path: str,
+    *,
+    pretrained: bool = True,
+    excuse: Iterable[str] = (),
+    allow_pickle: bool = False,
+    data_sizes: Mapping[str, int] | None = None,
+    layers: Sequence[int] | None = None,
+) -> Backbone:
+    """A pretrained net without its head, in training mode.
+
+    Args:
+        path: a run directory, `last`, the end of a run's name or a checkpoint; a folder that `save_pretrained` wrote; or
+            owner/name on the Hugging Face hub; or {minilm}. A folder or run that is there goes before the hub.
+        pretrained: take its weights; false: the architecture only, with new weights from torch's random state.
+        excuse: patterns (`*` as in file names) of weights that may be missing, left over or of another shape; they start
+            anew. Weights of a run are always its net's.
+        allow_pickle: read pickles too, which can run any code.
+        data_sizes: what the data know: `image_size` and `in_channels` if they are pictures. None: they are not known yet.
+        layers: of a model of transformers that reads text: the numbers of those to keep, from 0. None: all.
+
+    Raises:
+        ValueError: if there is no such model, it does not read what the data hold, or its weights do not fit.
+    """
+    path = folder_of(path)
+    own = _run(path)
+    if layers is not None and own is not None:
+        raise ValueError(f"{files.LAYERS_FLAG}: {path} is a run, of which all layers are taken: set it to null")
+    if own is not None:
+        backbone = own_run.from_run(own, data_sizes)
+        _check_modality(backbone.modality, data_sizes, path)
+        return backbone if pretrained else rebuild(backbone.description)
+    settings = files.read_settings(path)
+    modality = files.modality_of(settings, path)
+    _check_modality(modality, data_sizes, path)
+    files.check_folder(path, modality=modality, pretrained=pretrained, allow_pickle=allow_pickle)
+    options: dict[str, Any] = {"pretrained": pretrained, "excuse": list(excuse), "allow_pickle": allow_pickle}
+    if modality == "text":
+        return texts.from_files(path, settings, layers=layers, **options)
+    if layers is not None:
+        raise ValueError(f"{files.LAYERS_FLAG}: of {path}, which reads pictures, all layers are taken: set it to null")
+    return pictures.from_files(path, settings, data_sizes=data_sizes, **options)
+
+
+def find_text_encoder(path: str, *, pretrained: bool = False, allow_pickle: bool = False) -> TextEncoder | None:
+    """The tokenizer of a backbone, without its net; None if it reads pictures.
+
+    Args:
+        path: see `build_backbone`.
+        pretrained: its weights will be asked for: see that there are some, before texts are tokenized for them.
+        allow_pickle: see `build_backbone`.
+
+    Raises:
+        ValueError: if there is no such model, or it has no tokenizer, or no weights that will be read.
+    """
+    path = folder_of(path)
+    own = _run(path)
+    if own is not None:
+        return own_run.encoder_from_run(own)
+    settings = files.read_settings(path)
+    modality = files.modality_of(settings, path)
+    if modality == "images":
+        return None
+    files.check_folder(path, modality=modality, pretrained=pretrained, allow_pickle=allow_pickle)
+    return texts.encoder_from_files(path, settings)
+
+
+def rebuild(description: dict[str, Any]) -> Backbone:
+    """The architecture that `Backbone.description` described, with new weights; no file is read.
+
+    Raises:
+        ValueError: if no backbone wrote this.
+    """
+    if description.get("kind") not in _KINDS:
+        raise ValueError(f"not a backbone that bigmodel described: {sorted(description)}")
+    return _KINDS[description["kind"]](description)
+
+
+def _run(path: str) -> str | None:
+    """The run or checkpoint that a path names; None if it must be a model of transformers."""
+    folder = Path(path)
+    if folder.suffix == ".ckpt" or (folder / "config.yaml").is_file():
+        return path
+    if folder.is_dir() and path != "last":
+        return None
+    try:
+        return str(run.find_run(path))
+    except ValueError:
+        if path == "last":
+            raise
+        return None
+
+
+def _check_modality(modality: str, data_sizes: Mapping[str, int] | None, path: str) -> None:
+    if data_sizes is None:
+        return
+    given = "images" if "image_size" in data_sizes else "text"
+    if given != modality:
+        names = {"images": "pictures", "text": "texts"}
+        raise ValueError(
+            f"{files.FLAG} {path} reads {names[modality]}, and the data are {names[given]}: choose another backbone, or"
+            " other data (--data)"
+        )

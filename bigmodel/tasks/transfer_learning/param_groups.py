@@ -1,0 +1,125 @@
+"""Parameter groups of a pretrained net: which layer each parameter is of, how fast it learns, whether it decays.
+
+Source of the rates: Howard and Ruder 2018 (discriminative fine-tuning, arXiv 1801.06146, section 3.2), geometric as in
+Clark et al. 2020 (ELECTRA, arXiv 2003.10555)::
+
+    rate of layer i = rate of the head * decay^(L + 1 - i)
+
+L layers of the backbone; layer 0 is its embeddings or its stem, L + 1 what stands behind its blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+_BACKBONE = "backbone."
+
+
+@dataclass
+class LayerGroup:
+    """Parameters of one place in the net.
+
+    Attributes:
+        name: of the place.
+        number: of the layer; None: not one alone.
+        rate: its share of the head's learning rate.
+        matrices: those that train and decay.
+        vectors: those that train and do not: biases, norms.
+        frozen: how many numbers do not train.
+    """
+
+    name: str
+    number: int | None
+    rate: float
+    matrices: list[nn.Parameter] = field(default_factory=list)
+    vectors: list[nn.Parameter] = field(default_factory=list)
+    frozen: int = 0
+
+    @property
+    def num_trained(self) -> int:
+        """How many numbers train."""
+        return sum(parameter.numel() for parameter in (*self.matrices, *self.vectors))
+
+
+def layer_groups(net: Any, trained: Iterable[nn.Parameter], layer_decay: float, by_layer: bool) -> list[LayerGroup]:
+    """Head, then the layers of the backbone from the top to the input.
+
+    Args:
+        net: with `backbone`, which has `num_layers` and `layer_of(name)`; what is outside of it belongs to the head.
+        trained: the parameters that train now or later.
+        layer_decay: factor from layer to layer, in 0 < layer_decay <= 1.
+        by_layer: tell layers apart even if their rates are the same.
+    """
+    count = net.backbone.num_layers
+    names = {0: "embeddings" if net.backbone.modality == "text" else "stem", count + 1: "after the layers"}
+    places: dict[int | None, LayerGroup] = {None: LayerGroup("head", None, 1.0)}
+    if by_layer or layer_decay < 1:
+        for i in range(count + 1, -1, -1):
+            places[i] = LayerGroup(names.get(i, f"layer {i}"), i, layer_decay ** (count + 1 - i))
+    else:
+        everywhere = LayerGroup("backbone", None, 1.0)
+        places |= dict.fromkeys(range(count + 2), everywhere)
+    training = {id(parameter) for parameter in trained}
+    for name, parameter in net.named_parameters():
+        inside = name.startswith(_BACKBONE)
+        layer = places[net.backbone.layer_of(name.removeprefix(_BACKBONE)) if inside else None]
+        if id(parameter) not in training:
+            layer.frozen += parameter.numel()
+        elif parameter.ndim >= 2:
+            layer.matrices.append(parameter)
+        else:
+            layer.vectors.append(parameter)
+    distinct = {id(layer): layer for layer in places.values()}
+    return [layer for layer in distinct.values() if layer.num_trained or layer.frozen]
+
+
+def parameter_groups(of: Iterable[LayerGroup]) -> list[dict[str, Any]]:
+    """As `bigmodel.training.optimizers.configure` takes them: of each layer that trains its matrices, and its vectors
+    without decay."""
+    found = [group for layer in of for group in (
+        {"params": layer.matrices, "rate": layer.rate},
+        {"params": layer.vectors, "rate": layer.rate, "weight_decay": 0.0},
+    )]  # fmt: skip
+    return [group for group in found if group["params"]]
+
+
+def table(of: Sequence[LayerGroup], settings: Mapping[str, Any], joins: Mapping[int, int]) -> Table:
+    """What trains how, for a person to look at before it does.
+
+    Args:
+        of: the layers.
+        settings: the optimizer's defaults: `lr`, and `weight_decay` if it has one.
+        joins: optimizer steps before which layers join that are frozen at first, by number.
+    """
+    drawn = Table(box=None, pad_edge=False)
+    for column, justify in (
+        ("group", "left"),
+        ("parameters", "right"),
+        ("trained", "right"),
+        ("rate", "right"),
+        ("decay", "right"),
+    ):
+        drawn.add_column(column, justify=justify)  # type: ignore[arg-type]
+    decay = settings.get("weight_decay", 0.0)
+    for layer in of:
+        rate = f"{settings['lr'] * layer.rate:.3g}" if layer.num_trained else "frozen"
+        if layer.num_trained and layer.number is not None and layer.number in joins:
+            rate += f" from step {joins[layer.number] + 1:,}"
+        parts = [f"{decay:g}"] if layer.matrices else []
+        parts += ["0 (vectors)"] if layer.vectors and decay else []
+        total = layer.num_trained + layer.frozen
+        drawn.add_row(layer.name, f"{total:,}", f"{layer.num_trained:,}", rate, ", ".join(parts) or "-")
+    whole, trained = sum(layer.num_trained + layer.frozen for layer in of), sum(layer.num_trained for layer in of)
+    drawn.add_row("all", f"{whole:,}", f"{trained:,} ({100 * trained / whole:.3g} %)", "", "")
+    return drawn
+
+
+def show(of: Sequence[LayerGroup], settings: Mapping[str, Any], joins: Mapping[int, int]) -> None:
+    """Print the table."""
+    Console(soft_wrap=True, highlight=False).print(table(of, settings, joins))

@@ -1,0 +1,104 @@
+"""The part of `bigmodel check-task` on two processes: `torchrun --nproc-per-node 2 -m bigmodel.testing.worker FOLDER`.
+
+FOLDER/plans.json lists folders, one for a task, each with its settings.json; when a file `ready` is there, the runs of one
+process are done. Left in each: `reload.json`, `ddp.pt`, `sharded.pt` (what the first process found), or `NAME.error`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bigmodel import run
+from bigmodel.checkpoint import read
+from bigmodel.cli import trainer_cli
+from bigmodel.run.config import Settings
+from bigmodel.testing import short_runs
+
+_SHARDED = {"class_path": "bigmodel.parallel.ShardedStrategy"}
+
+
+def main(folder: Path) -> None:
+    """Work through all plans."""
+    torch.set_num_threads(1)
+    trainer_cli.quiet_lightning()
+    doors = _DataAccessGuard()
+    for name in json.loads((folder / "plans.json").read_text()):
+        plan = folder / name
+        while not (plan / "ready").exists():
+            time.sleep(0.05)
+        ready = json.loads((plan / "ready").read_text())
+        if ready["checkpoint"] is None:  # nothing runs even on one process
+            continue
+        settings, checkpoint = json.loads((plan / "settings.json").read_text()), Path(ready["checkpoint"])
+        if os.environ["RANK"] == "0":  # first, in a process that has not seen any data
+            _try(plan / "reload", lambda: doors.closed(settings, lambda: _reload(checkpoint)))  # noqa: B023
+        _try(plan / "ddp", lambda: _train(settings, plan, "ddp", checkpoint))  # noqa: B023
+        _try(plan / "sharded", lambda: _train(settings, plan, _SHARDED, None))  # noqa: B023
+
+
+def _try(path: Path, work: Callable[[], Any]) -> None:
+    try:
+        found = work()
+    except (Exception, SystemExit) as error:  # the task's own code may raise anything
+        path.with_suffix(".error").write_text(f"{type(error).__name__}: {error}")
+        return
+    if os.environ["RANK"] == "0":
+        partial = path.with_suffix(".partial")
+        torch.save(found, partial)
+        partial.rename(path.with_suffix(".pt"))
+
+
+def _train(settings: Settings, plan: Path, strategy: Any, checkpoint: Path | None) -> dict[str, Any]:
+    two = {"devices": 2, "strategy": strategy}
+    made = short_runs.short_run_settings(settings, plan / "runs", comparable=True, **two)
+    trial = short_runs.fit(made, short_runs.ShortRun(dropout=False))
+    taken: list[Any] = [None, None]
+    torch.distributed.all_gather_object(taken, trial.taken)
+    found = {"end": trial.end, "taken": [sorted(a + b) for a, b in zip(*taken, strict=True)]}
+    if checkpoint is not None and short_runs.has_split(trial.data, "val_dataloader"):
+        seen = short_runs.evaluate(made, checkpoint, short_runs.batch_size(settings) // 2)
+        evaluated: list[Any] = [None, None]
+        torch.distributed.all_gather_object(evaluated, seen.evaluated)
+        found |= {"evaluated": sorted(evaluated[0] + evaluated[1]), "metrics": seen.metrics}
+    return found
+
+
+def _reload(checkpoint: Path) -> dict[str, Any]:
+    return {"state_dict": run.load(checkpoint).state_dict(), "written": read(checkpoint)["state_dict"]}
+
+
+class _DataAccessGuard:
+    """Keeps what runs behind it from the files that the data's settings name."""
+
+    def __init__(self) -> None:
+        self._shut: tuple[Path, ...] = ()
+        sys.addaudithook(self._watch)  # which can never be taken away again
+
+    def _watch(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and self._shut and isinstance(arguments[0], str | bytes):
+            path = Path(os.fsdecode(arguments[0])).absolute()
+            for shut in self._shut:
+                if path == shut or shut in path.parents:
+                    raise FileNotFoundError(f"{path} belongs to the data, which are gone")
+
+    def closed(self, settings: Settings, work: Callable[[], Any]) -> Any:
+        arguments = json.loads(json.dumps(settings["data"].get("init_args") or {}))
+        words = [word for value in arguments.values() for word in (value if isinstance(value, list) else [value])]
+        paths = [Path(word).absolute() for word in words if isinstance(word, str) and os.path.exists(word)]
+        self._shut = tuple(path for path in paths if path not in Path.cwd().absolute().parents and path != Path.cwd())
+        try:
+            return work()
+        finally:
+            self._shut = ()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

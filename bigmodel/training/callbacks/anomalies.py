@@ -1,0 +1,293 @@
+"""Losses and gradients that are not finite, and losses that leap: recorded, and what is done about them."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor
+from torch.optim import Optimizer
+
+from bigmodel.data.sampling import Loader
+from bigmodel.data.schedule import DataPosition
+from bigmodel.parallel.tensors import total_norm
+from bigmodel.training.callbacks.gradient_scaling import GradientScaling, get_callback
+from bigmodel.training.callbacks.resume import Resume
+
+Action = Literal["stop", "skip", "back", "ignore"]
+_SAMPLES_SHOWN = 32
+
+
+class RollbackRequested(BaseException):
+    """What ends `Trainer.fit` for the run to go back. Not an Exception: the command goes on by itself.
+
+    Attributes:
+        step: the optimizer step that was bad.
+        beyond: the place in the data behind it.
+    """
+
+    def __init__(self, message: str, step: int, beyond: DataPosition) -> None:
+        super().__init__(message)
+        self.step, self.beyond = step, beyond
+
+
+@dataclass
+class _Step:
+    """What is known of an optimizer step: loss and gradient norm [2] float32, on their way to the host."""
+
+    number: int
+    values: Tensor
+    limit: float  # above it, the loss is a spike
+    samples: list[Tensor]  # on this process
+    arrived: Any = None  # an event of the device's stream; None: there already
+    read: tuple[float, float] | None = field(default=None, init=False)
+
+    def numbers(self) -> tuple[float, float]:
+        """Loss and gradient norm; waits for the device to have computed them."""
+        if self.read is None:
+            if self.arrived is not None:
+                self.arrived.synchronize()
+            loss, norm = self.values.tolist()
+            self.read = loss, norm
+        return self.read
+
+
+class Anomalies(Callback):
+    """Watches each optimizer step's loss (mean over what was predicted, all processes) and gradient norm.
+
+    An anomaly is a loss or norm that is not finite, or a finite loss above the mean of the last `window` steps by more than
+    `deviations` of their standard deviations. Each is told in a line with its samples, and `train/anomalies` (how many so
+    far) is logged. What is done:
+
+    * `stop`: `FloatingPointError`, which names step and samples. No checkpoint is written of weights that it spoiled.
+    * `skip`: the optimizer does not step: weights and its state stay as they are, bitwise, weight decay included. Position
+      in the data, step number and schedule move on as if it had. Running statistics of BatchNorm have seen the batch.
+    * `back`: the run returns to the newest checkpoint before that step, which `bigmodel fit` does by itself, and passes over
+      the samples between there and the step's end: step number, schedule and optimizer go on from the checkpoint, the data
+      from behind the step (as Chowdhery et al. 2022, PaLM, section 5.1: a loss that leapt did not leap again from an earlier
+      state with other samples). It costs the steps since that checkpoint; how far back it is, the `last` callback's interval
+      says. `run.json` has each return under `returns`, and a run that is killed after one resumes to the same result,
+      bitwise. A run bounded by epochs gets as many steps fewer; validations due among the steps passed over are not made up
+      for. After `most_returns`, or with nothing to go back to, it is `stop`.
+    * `ignore`: nothing.
+
+    On a GPU nothing waits for the step being computed: it is judged when the next one has been queued, and a fused
+    optimizer is told on the device whether to skip. Only `skip` with an optimizer that is not fused reads each step's
+    figures first. On a CPU `stop` comes before the weights change. With float16 (`16-mixed`) the gradient scaler skips
+    steps whose gradients are not finite, as it must, and the loss alone is watched here.
+
+    Args:
+        on_nan: what a loss or norm that is not finite leads to.
+        on_spike: what a leap of the loss leads to.
+        deviations: standard deviations above the mean that make a spike.
+        window: optimizer steps over which these are taken; nothing is a spike before there are as many.
+        most_returns: how many times in all a run goes `back`.
+
+    Attributes:
+        count: anomalies so far.
+    """
+
+    def __init__(
+        self,
+        on_nan: Action = "stop",
+        on_spike: Action = "ignore",
+        deviations: float = 6.0,
+        window: int = 100,
+        most_returns: int = 3,
+    ) -> None:
+        if deviations <= 0:
+            raise ValueError(f"--callbacks.anomalies.deviations {deviations} must be above 0")
+        if window < 2:
+            raise ValueError(f"--callbacks.anomalies.window {window} must be at least 2 optimizer steps")
+        if most_returns < 1:
+            raise ValueError(
+                f"--callbacks.anomalies.most_returns {most_returns} must be at least 1; to go back never, choose `stop`"
+            )
+        self.on_nan, self.on_spike, self.deviations = on_nan, on_spike, deviations
+        self.most_returns = most_returns
+        self.count = 0
+        self._logged = 0
+        self._losses: deque[float] = deque(maxlen=window)
+        self._latest: _Step | None = None  # not yet judged
+        self._samples: list[Tensor] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        gradients = get_callback(trainer, GradientScaling)
+        if gradients is None:
+            raise ValueError("Anomalies reads loss and gradient norm from Gradients: add that callback before it")
+        self._gradients = gradients
+        plugin = trainer.precision_plugin
+        self._scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
+        self._samples = []
+        if "back" in (self.on_nan, self.on_spike):
+            self._resume = get_callback(trainer, Resume)
+            if self._resume is None or not isinstance(trainer.train_dataloader, Loader):
+                raise ValueError(
+                    "to go back from an anomaly, the training loader must be one of bigmodel.data.sampling.train_loader,"
+                    " which skips samples; else set --callbacks.anomalies.on_nan and on_spike to stop, skip or ignore"
+                )
+            self.count += self._resume.new_returns  # the checkpoint does not know of what came after it
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if (index := getattr(batch, "index", None)) is not None:
+            self._samples.append(index)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._judge(trainer)  # the step before: always here, so that a resumed run has the same limits
+        loss, samples = self._gradients.loss, self._samples
+        self._samples = []
+        if loss is None:
+            return
+        limit = self._limit()
+        values = torch.stack([loss.float(), self._norm(optimizer, loss.device)])
+        if "skip" in (self.on_nan, self.on_spike):
+            _skip(optimizer, self._unwanted(values, limit))
+        step = _Step(trainer.global_step + 1, values, limit, samples)
+        if values.device.type != "cpu":
+            step.values = values.to("cpu", non_blocking=True)
+            step.arrived = torch.get_device_module(values.device).Event()
+            step.arrived.record()
+        self._latest = step
+        if step.arrived is None:
+            self._stop_if_spoiled(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Not when it is judged: a run resumed from the checkpoint before would find its row and write it again.
+        if self.count > self._logged:
+            self._log_count(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_if_spoiled(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._stop_if_spoiled(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._judge(trainer)
+        if self.count > self._logged:
+            self._log_count(trainer)
+
+    def _log_count(self, trainer: Trainer) -> None:
+        self._logged = self.count
+        for logger in trainer.loggers:
+            logger.log_metrics({"train/anomalies": self.count}, step=trainer.global_step)
+
+    def _norm(self, optimizer: Optimizer, device: torch.device) -> Tensor:
+        """2-norm of the gradient, where it says anything; Gradients has it where it clips."""
+        if self._scaled:
+            return torch.zeros((), device=device)
+        if self._gradients.grad_norm is not None:
+            return self._gradients.grad_norm.float()
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return total_norm(grads).float()
+
+    def _limit(self) -> float:
+        n = len(self._losses)
+        if n < (self._losses.maxlen or 0):
+            return math.inf
+        mean = sum(self._losses) / n
+        return mean + self.deviations * math.sqrt(sum((loss - mean) ** 2 for loss in self._losses) / n)
+
+    def _unwanted(self, values: Tensor, limit: float) -> Tensor:
+        """Whether this step is to be skipped, on the device."""
+        finite = values.isfinite().all()
+        spike = finite & (values[0] > limit)
+        if self.on_nan == self.on_spike:
+            return ~finite | spike
+        return ~finite if self.on_nan == "skip" else spike
+
+    def _action(self, step: _Step) -> Action | None:
+        loss, norm = step.numbers()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return self.on_nan
+        return self.on_spike if loss > step.limit else None
+
+    def _stop_if_spoiled(self, trainer: Trainer) -> None:
+        """A step that ends this fit does so now; any other waits for its turn."""
+        if self._latest is not None and self._action(self._latest) in ("stop", "back"):
+            self._judge(trainer)
+
+    def _judge(self, trainer: Trainer) -> None:
+        step, self._latest = self._latest, None
+        if step is None:
+            return
+        action = self._action(step)
+        loss, norm = step.numbers()
+        mean = sum(self._losses) / max(1, len(self._losses))
+        if math.isfinite(loss):
+            self._losses.append(loss)
+        self.count += action is not None
+        if action is None:
+            return
+        what = f"loss {loss:.4g}, gradient norm {norm:.4g}: not finite"
+        if math.isfinite(loss) and math.isfinite(norm):
+            what = (
+                f"loss {loss:.4g} is above {step.limit:.4g} (mean {mean:.4g} of the last {self._losses.maxlen} steps)"
+            )
+        message = f"optimizer step {step.number:,}: {what}{_named(trainer, step.samples)}"
+        if action == "back":
+            self._go_back(trainer, step, message)
+        if action == "stop":
+            self._log_count(trainer)
+            flag = "on_spike" if math.isfinite(loss) and math.isfinite(norm) else "on_nan"
+            raise FloatingPointError(f"{message}. `--callbacks.anomalies.{flag} skip` passes over such steps")
+        if trainer.is_global_zero:
+            print(f"{message}{'; skipped' if action == 'skip' else ''}", flush=True)
+
+    def _go_back(self, trainer: Trainer, step: _Step, message: str) -> None:
+        loader = trainer.train_dataloader
+        assert self._resume is not None
+        assert isinstance(loader, Loader)
+        assert loader.course is not None
+        if self._resume.num_returns >= self.most_returns:
+            raise FloatingPointError(
+                f"{message}. The run went back {self._resume.num_returns} times before;"
+                " --callbacks.anomalies.most_returns allows no more"
+            )
+        raise RollbackRequested(message, step.number, loader.course.at(step.number))
+
+    def state_dict(self) -> dict[str, Any]:
+        step = self._latest
+        latest = None
+        if step is not None:
+            samples = [index.tolist() for index in step.samples]
+            latest = {"number": step.number, "values": step.numbers(), "limit": step.limit, "samples": samples}
+        return {"count": self.count, "logged": self._logged, "losses": list(self._losses), "latest": latest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.count = state_dict["count"]
+        self._logged = state_dict.get("logged", self.count)
+        self._losses.extend(state_dict["losses"])
+        if (latest := state_dict["latest"]) is not None:
+            samples = [torch.tensor(index) for index in latest["samples"]]
+            self._latest = _Step(latest["number"], torch.tensor(latest["values"]), latest["limit"], samples)
+
+
+def _skip(optimizer: Optimizer, unwanted: Tensor) -> None:
+    """Have the optimizer pass over this step where `unwanted` (bool, no dimension) is true."""
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    if fused and optimizer.state:  # at its first step, fused SGD would take momentum that it has not written
+        optimizer.found_inf = unwanted.float()  # type: ignore[attr-defined]
+    elif bool(unwanted):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None  # for every optimizer of torch: not touched in this step
+
+
+def _named(trainer: Trainer, samples: list[Tensor]) -> str:
+    """The step's samples over all processes, which have all come here with as many."""
+    if not samples:
+        return ""
+    numbers = torch.cat([index.reshape(-1) for index in samples]).to(trainer.strategy.root_device)
+    if trainer.world_size > 1:
+        numbers = trainer.strategy.all_gather(numbers)
+    shown = numbers.reshape(-1).tolist()
+    more = f" and {len(shown) - _SAMPLES_SHOWN:,} more" if len(shown) > _SAMPLES_SHOWN else ""
+    return f"; samples {', '.join(map(str, shown[:_SAMPLES_SHOWN]))}{more}"

@@ -1,0 +1,44 @@
+"""Exponential moving average of the weights (Polyak and Juditsky 1992), evaluated and saved beside the live ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from bigmodel.training.callbacks.averaging import WeightAverage, tensors
+
+
+class EMA(WeightAverage):
+    """Keeps average = decay * average + (1 - decay) * weights after each optimizer step, and evaluates the average.
+
+    Floating-point buffers (running statistics) are averaged too, others copied. `state_dict` in a checkpoint stays the live
+    weights, so that training resumes exactly; `bigmodel.load` takes the average when there is one.
+
+    Args:
+        decay: weight of the old average per optimizer step, in [0, 1).
+        start_step: optimizer steps before which the average simply follows the weights.
+    """
+
+    def __init__(self, decay: float = 0.999, start_step: int = 0) -> None:
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise ValueError(f"--callbacks.ema.decay {decay} must lie in 0 <= decay < 1")
+        self.decay = decay
+        self.start_step = start_step
+        self._step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        live = tensors(pl_module)
+        if self.average.keys() != live.keys():
+            self.average = {name: tensor.clone() for name, tensor in live.items()}
+        super().on_train_start(trainer, pl_module)
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:  # accumulating
+            return
+        self._step = trainer.global_step
+        self._move(pl_module, 1 - self.decay if self._step > self.start_step else 1.0)

@@ -1,0 +1,129 @@
+"""One scaling of the gradients per optimizer step: to the mean over everything that was predicted, then clipped.
+
+A loss is a sum and a count. With A micro-batches on each of W processes (with tensor parallelism, groups of processes that
+share a model), Lightning and DDP or FSDP2 leave in `.grad` the sum of all gradients divided by A W; what is wanted is the
+sum divided by the global count N (tokens, samples, ...). A mean of the
+micro-batches' means differs from it whenever their counts differ.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor
+from torch.optim import Optimizer
+
+from bigmodel.data.sampling import data_parallel_size
+from bigmodel.nn.accumulation import accumulable
+from bigmodel.parallel.tensors import local, total_norm
+
+_Kind = TypeVar("_Kind", bound=Callback)
+
+
+class GradientScaling(Callback):
+    """Scales and clips gradients before each optimizer step. Always on.
+
+    A task whose `training_step` returns `{"loss": sum, "count": number}` is scaled by the global count; one that returns a
+    mean loss is left as Lightning does it (a mean of means, exact where counts are equal). `trainer.gradient_clip_val` is
+    applied here, after scaling, so that it also works where Lightning refuses it (fused optimizers under bf16-mixed).
+
+    Attributes:
+        total_count: what was predicted so far over all processes, int64 on the device; 0 if the task returns no count.
+        loss: of the last step, the mean over what was predicted on all processes, on the device; None before the first.
+        grad_norm: 2-norm of the scaled gradients of the last step before clipping; None unless clipping is on.
+    """
+
+    def __init__(self) -> None:
+        self.total_count: Tensor | None = None
+        self.loss: Tensor | None = None
+        self.grad_norm: Tensor | None = None
+        self._count: Tensor | None = None
+        self._loss: Tensor | None = None  # summed over micro-batches
+        self._restored = 0
+        self._clip: float | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        overridden = type(pl_module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping
+        if trainer.gradient_clip_val and trainer.gradient_clip_algorithm in (None, "norm") and not overridden:
+            self._clip, trainer.gradient_clip_val = float(trainer.gradient_clip_val), None
+        step = pl_module.training_step
+
+        @functools.wraps(step)
+        def counting_step(*args: Any, **kwargs: Any) -> Any:
+            output = step(*args, **kwargs)
+            if isinstance(output, dict) and "count" in output:
+                count = torch.as_tensor(output["count"], device=output["loss"].device)
+                # A tensor of our own: summing over processes is done in place.
+                self._count = count.detach().clone() if self._count is None else self._count + count
+            loss: Any = output.get("loss") if isinstance(output, dict) else output
+            if loss is not None:
+                loss = loss.detach().float()
+                self._loss = loss if self._loss is None else self._loss + loss
+            return output
+
+        pl_module.training_step = counting_step  # type: ignore[method-assign]
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pl_module.__dict__.pop("training_step", None)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.total_count = torch.tensor(self._restored, device=pl_module.device)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        scaled = isinstance(trainer.precision_plugin, MixedPrecision) and trainer.precision_plugin.scaler is not None
+        if scaled and any(group.get("fused") for optimizer in trainer.optimizers for group in optimizer.param_groups):
+            raise ValueError(
+                "a fused optimizer unscales float16 gradients only inside its own step, after they must be clipped: set"
+                " --model.optimizer.fused false or --trainer.precision bf16-mixed"
+            )
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        count, loss = self._count, self._loss
+        self._count = self._loss = None
+        replicas = data_parallel_size(trainer)
+        if trainer.world_size > 1 and loss is not None:
+            loss = accumulable(loss)
+            sums = torch.stack([loss, torch.zeros_like(loss) if count is None else count.to(loss.dtype)])
+            torch.distributed.all_reduce(sums)  # the strategy's own waits at a barrier first, each time
+            sums /= trainer.world_size // replicas  # processes that share a model have counted the same samples
+            loss, count = sums[0], None if count is None else sums[1].long()
+        micro_batches = trainer.accumulate_grad_batches * replicas
+        predicted: Tensor | int = micro_batches
+        scale: Tensor | None = None
+        if count is not None:
+            assert self.total_count is not None
+            self.total_count += count
+            predicted = count.clamp(min=1)
+            scale = micro_batches / predicted
+        self.loss = None if loss is None else loss / predicted
+        if scale is None and self._clip is None:
+            return
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not grads:
+            return
+        if self._clip is not None:
+            norm = total_norm(grads)
+            norm = norm if scale is None else norm * scale
+            self.grad_norm = norm
+            shrink = (self._clip / (norm + 1e-6)).clamp(max=1.0)
+            scale = shrink if scale is None else scale * shrink
+        assert scale is not None
+        parts = [local(grad) for grad in grads]
+        torch._foreach_mul_(parts, scale.to(parts[0].device))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total_count": int(self.total_count) if self.total_count is not None else self._restored}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict["total_count"]
+
+
+def get_callback(trainer: Any, kind: type[_Kind]) -> _Kind | None:
+    """The trainer's first callback of this class."""
+    return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)

@@ -1,0 +1,135 @@
+"""A run that is told to stop ends its optimizer step, saves, and stops at the same step on all processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer, callbacks
+
+from bigmodel.training.callbacks.checkpoint import Checkpoint, validation_due
+from bigmodel.training.optimizers import num_steps
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_STEPS_TO_AGREE = 10  # several processes agree on whether to stop at every tenth step,
+_SECONDS_TO_AGREE = 5.0  # or more often, where ten steps take longer than this: launchers kill after 30 s
+
+
+class Preempted(BaseException):
+    """What ends `Trainer.fit` when a run was told to stop. Not an Exception: nothing has failed.
+
+    Attributes:
+        signal: what it was told by.
+        saved: whether a checkpoint of this very step was written; not so where there is no `last` callback.
+        status: `interrupted` after Ctrl-C, else `preempted`.
+        exit_code: of the command, 130 after Ctrl-C, else 85.
+    """
+
+    def __init__(self, signum: int, saved: bool) -> None:
+        self.signal, self.saved = signal.Signals(signum), saved
+        by_hand = self.signal == signal.SIGINT
+        self.status, self.exit_code = ("interrupted", 130) if by_hand else ("preempted", 85)
+        super().__init__(f"{self.status} by {self.signal.name}")
+
+
+class Preemption(callbacks.Checkpoint):
+    """Stops a fit well on SIGTERM, SIGUSR1 and Ctrl-C (SIGINT); a second Ctrl-C stops at once, unsaved. Always on.
+
+    The optimizer step ends; where validation is due then, so does that (and a signal that comes during validation waits for
+    its end). The first `Checkpoint` without a `monitor`, by default `last`, saves, and `Preempted` is raised. On several
+    processes it is enough that one was told: they agree at every tenth optimizer step, or every few seconds where steps
+    are long, and stop at the same one. Signals are handled from the first step to the last; before and after, nothing would
+    be lost, and they do what they did.
+
+    It takes the place of Lightning's handling of SIGTERM and of its requeueing under SLURM, which would save without
+    regard to validation, elsewhere; and of the broadcast on each micro-batch that comes with it.
+    """
+
+    # A kind of checkpoint to Lightning, so that it is called after them: what they keep of a validation is saved too.
+
+    def __init__(self) -> None:
+        self._signal = 0  # what this process was told; 0: nothing
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            trainer._signal_connector.register_signal_handlers = _nothing
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._signal, self._speaks = 0, trainer.is_global_zero
+        self._last_step, self._step = num_steps(trainer), trainer.global_step
+        self._next, self._agreed_step, self._agreed_at = self._step + 1, self._step, time.monotonic()
+        if threading.current_thread() is threading.main_thread():  # no other can have handlers
+            self._handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT == self._signal:
+            raise KeyboardInterrupt
+        if self._speaks and not self._signal:
+            again = "; Ctrl-C again stops at once, unsaved" if number == signal.SIGINT else ""
+            what = f"\n{signal.Signals(number).name}: stopping after this optimizer step, with a checkpoint{again}\n"
+            os.write(2, what.encode())  # print may be what was interrupted
+        self._signal = number
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._step:  # accumulating
+            return
+        self._step = step
+        told = self._signal
+        if trainer.world_size > 1:
+            told = self._agree(trainer) if step >= self._next else 0
+        if told and not validation_due(trainer):  # else when it has ended, `on_validation_end`
+            self._stop(trainer, told)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        told = self._agree(trainer) if trainer.world_size > 1 else self._signal
+        if told:
+            self._stop(trainer, told)
+
+    def _agree(self, trainer: Trainer) -> int:
+        """What any process was told; and when to ask again, by the slowest one's time."""
+        now, steps = time.monotonic(), self._step - self._agreed_step
+        seconds = (now - self._agreed_at) / steps if steps else 0.0
+        news = torch.tensor([self._signal, seconds], dtype=torch.float32, device=trainer.strategy.root_device)
+        told, seconds = trainer.strategy.reduce(news, reduce_op="max").tolist()
+        if steps:
+            self._next = self._step + max(1, min(_STEPS_TO_AGREE, int(_SECONDS_TO_AGREE / max(seconds, 1e-6))))
+            self._agreed_step, self._agreed_at = self._step, now
+        return int(told)
+
+    def _stop(self, trainer: Any, told: int) -> None:
+        ends = trainer.should_stop and trainer.fit_loop._can_stop_early
+        if ends or self._step == self._last_step:  # the run is about to end by itself
+            return
+        last = next((c for c in trainer.callbacks if isinstance(c, Checkpoint) and c.monitor is None), None)
+        if last is not None:
+            last.save(trainer)
+        raise Preempted(told, saved=last is not None)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restore(trainer)
+
+    def _restore(self, trainer: Any) -> None:
+        for number, handler in self._handlers.items():
+            if handler is not None:  # None: not made by Python, which cannot put it back
+                signal.signal(number, handler)
+        self._handlers = {}
+        trainer._signal_connector.__dict__.pop("register_signal_handlers", None)
+        trainer.fit_loop.epoch_loop.__dict__.pop("_broadcast_sigterm_tensor", None)
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,194 @@
+"""Progress: a bar on a terminal, plain lines elsewhere; redrawn by the clock, so that it costs a step next to nothing."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from bigmodel.training.callbacks.checkpoint import Checkpoint
+from bigmodel.training.callbacks.gradient_scaling import get_callback
+from bigmodel.training.callbacks.training_log import TrainingLog
+from bigmodel.training.optimizers import num_steps
+
+_MOST, _SHOWN = 10, 6  # metrics on a line: if there are more than the first, only so many as the second
+
+
+class ProgressLine(ProgressBar):
+    """Shows step, loss, speed and time left while training, and the metrics of each validation on a line that stays; batches
+    done while `bigmodel validate`, `test` and `predict` run. Of more than ten metrics six are shown: the one by which the
+    best checkpoint is kept, and such as belong to it.
+
+    Args:
+        every_seconds: seconds between lines where the output is no terminal. A terminal's bar moves twice a second.
+    """
+
+    def __init__(self, every_seconds: float = 10.0) -> None:
+        super().__init__()
+        self.every_seconds = every_seconds
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._enabled = True
+        self._next = 0.0
+
+    def disable(self) -> None:
+        """What Lightning calls on every process but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """The opposite of `disable`."""
+        self._enabled = True
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print a line above the bar, for the task's own messages."""
+        if self._enabled:
+            self._console.print(*args, **kwargs)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._total = num_steps(trainer)
+        self._log = get_callback(trainer, TrainingLog)
+        self._counts = str(getattr(pl_module, "counts", "samples"))
+        self._start_step, self._start_time = trainer.global_step, time.monotonic()
+        self._next = self._start_time
+        if self._enabled and self._console.is_terminal:
+            self._start_bar("training", self._total if self._total > 0 else None, trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.monotonic()
+        if now < self._next or not self._enabled:
+            return
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=trainer.global_step, metrics=self._summary())
+            self._bar.refresh()
+            self._next = now + 0.5
+        elif self._log is None or self._log.latest:
+            self._console.print(f"step {trainer.global_step:,}{self._of_total(trainer, now)}  {self._summary()}")
+            self._next = now + self.every_seconds
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_bar()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            self._start_evaluation("validating", trainer.num_val_batches)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start_evaluation("testing", trainer.num_test_batches)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start_evaluation("predicting", trainer.num_predict_batches)
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.state.fn != "fit":
+            self._show_evaluation()
+
+    def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self._show_evaluation()
+
+    def on_predict_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self._show_evaluation()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_evaluation()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_evaluation()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop_bar()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.training or (trainer.state.fn == "fit" and not trainer.sanity_checking):
+            metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+            self.print(f"step {trainer.global_step:,}  {_line(metrics, _monitored(trainer))}")
+        if trainer.state.fn != "fit":
+            self._end_evaluation()
+
+    def _start_evaluation(self, name: str, num_batches: Sequence[int | float]) -> None:
+        self._evaluating, self._total, self._done = name, int(sum(num_batches)), 0
+        self._next = time.monotonic() + self.every_seconds
+        if self._enabled and self._console.is_terminal:
+            self._start_bar(name, self._total, 0)
+            self._next = 0.0
+
+    def _show_evaluation(self) -> None:
+        self._done += 1
+        now = time.monotonic()
+        if now < self._next or not self._enabled:
+            return
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._done)
+            self._bar.refresh()
+            self._next = now + 0.5
+        else:
+            self._console.print(f"{self._evaluating}  {self._done:,} of {self._total:,} batches")
+            self._next = now + self.every_seconds
+
+    def _end_evaluation(self) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._done)
+        self._stop_bar()
+
+    def _of_total(self, trainer: Trainer, now: float) -> str:
+        done = trainer.global_step - self._start_step
+        if self._total < 0 or done == 0:
+            return ""
+        left = (now - self._start_time) / done * (self._total - trainer.global_step)
+        return f" of {self._total:,}, {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d} left"
+
+    def _summary(self) -> str:
+        row = self._log.latest if self._log is not None else {}
+        parts = [f"loss {row['train/loss']:.4f}"] if "train/loss" in row else []
+        for unit in dict.fromkeys((self._counts, "samples")):
+            if f"speed/{unit}_per_s" in row:
+                parts.append(f"{row[f'speed/{unit}_per_s']:,.0f} {unit}/s")
+                break
+        if "speed/mfu" in row:
+            parts.append(f"MFU {row['speed/mfu']:.1%}")
+        return "  ".join(parts)
+
+    def _start_bar(self, name: str, total: int | None, completed: int) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[metrics]}"),
+        )
+        self._bar = Progress(*columns, console=self._console, auto_refresh=False)
+        self._task = self._bar.add_task(name, total=total, completed=completed, metrics="")
+        self._bar.start()
+
+    def _stop_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.refresh()
+            self._bar.stop()
+            self._bar = self._task = None
+
+
+def _monitored(trainer: Trainer) -> str:
+    """The metric by which the best checkpoint is kept."""
+    kept = (one.monitor for one in trainer.checkpoint_callbacks if isinstance(one, Checkpoint) and one.monitor)
+    return next(kept, "")
+
+
+def _line(metrics: dict[str, float], monitored: str) -> str:
+    """Few metrics as they are; of many, the monitored one, the loss, those with the same cutoff (`@10`), and then any."""
+
+    def cutoff(name: str) -> str:
+        return name.partition("@")[2]
+
+    names, more = list(metrics), ""
+    if len(names) > _MOST:
+        names.sort(key=lambda name: (name != monitored, name != "val/loss", cutoff(name) != cutoff(monitored)))
+        names, more = names[:_SHOWN], f"  and {len(names) - _SHOWN} more in metrics.csv"
+    return "  ".join(f"{name} {metrics[name]:.5g}" for name in names) + more

@@ -1,0 +1,216 @@
+"""Global batch size, and exact resume: a run stopped anywhere goes on as if it had not been stopped.
+
+What Lightning's loops count are micro-batches on one process, so their state is that of one layout. Here it is written anew
+from the one number that is the same on any layout, the optimizer steps taken; see `bigmodel.data.sampling` for the data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils.data.distributed import DistributedSampler
+
+from bigmodel.data.sampling import Loader, data_parallel_rank, micro_batches
+from bigmodel.data.schedule import DataPosition, DataSchedule, get_origin, set_origin
+from bigmodel.data.stateless_rng import hash_seed
+
+
+class Resume(Callback):
+    """Makes `data.batch_size` global and resuming exact. Always on.
+
+    Sets the trainer's accumulation from the data module's `batch_size` and `micro_batch_size`; takes an integer
+    `val_check_interval` as optimizer steps, so that it means the same on every layout; seeds torch for each micro-batch,
+    so that dropout needs no stored state; on loading, checks that data and batch are those of the checkpoint and
+    rewrites the loops' progress for this layout.
+
+    Args:
+        seed: what dropout and other draws of the training step are seeded by, with step, micro-batch and process.
+        allow_changed_data: go on although the data's fingerprint is not that of the checkpoint. With as many samples as
+            before, from the same place in their order; else with a new epoch of these, if one had begun.
+        allow_changed_batch: go on although the batch size is not that of the checkpoint, with the first sample that was not
+            yet seen. Optimizer steps, and with them the schedule, are counted on; a run bounded by epochs has as many more
+            or fewer of them.
+
+    Attributes:
+        returns: of the run so far, as in `run.json` (see `Anomalies`): `to` which step it went back, and the `epoch` and the
+            number of its `samples` behind which it went on. Set before a checkpoint is loaded.
+        num_returns: returns in the past of the weights that are trained.
+        new_returns: those of them that the checkpoint does not know of.
+    """
+
+    def __init__(self, seed: int = 0, allow_changed_data: bool = False, allow_changed_batch: bool = False) -> None:
+        self.seed = seed
+        self.allow_changed_data, self.allow_changed_batch = allow_changed_data, allow_changed_batch
+        self.returns: list[dict[str, Any]] = []
+        self.num_returns = self.new_returns = 0
+        self._course: DataSchedule | None = None  # through these data with this batch size, from the start
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        torch.manual_seed(self.seed)  # the net is made next: its weights depend on the seed alone
+        batch_size = getattr(_data(trainer), "batch_size", None)
+        if stage != "fit" or batch_size is None:
+            return
+        if trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                f"--trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}: accumulation follows from"
+                " --data.batch_size and --data.micro_batch_size; set these, and leave it at 1"
+            )
+        share = trainer.distributed_sampler_kwargs or {"num_replicas": 1}
+        micro = getattr(_data(trainer), "micro_batch_size", None)
+        _, trainer.accumulate_grad_batches = micro_batches(batch_size, micro, share["num_replicas"])
+        if isinstance(trainer.val_check_interval, int):
+            trainer.val_check_interval *= trainer.accumulate_grad_batches
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            # Right behind the validation, and not at the epoch's end: a checkpoint saved in between knows of it.
+            if isinstance(callback, EarlyStopping) and callback._check_on_train_epoch_end is None:
+                callback._check_on_train_epoch_end = not callback.monitor.startswith("val/")
+        # Made once for what they may refuse (too few samples, an empty split): the run has left nothing behind yet.
+        set_origin(trainer, DataPosition())
+        loader = _data(trainer).train_dataloader()
+        self._course = loader.course if isinstance(loader, Loader) else None
+        if trainer.limit_val_batches and is_overridden("val_dataloader", _data(trainer)):
+            _data(trainer).val_dataloader()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loader: Any = trainer.train_dataloader
+        if trainer.world_size > 1 and not isinstance(loader, Loader):
+            sampler = getattr(loader, "sampler", None)
+            if not isinstance(sampler, DistributedSampler):
+                raise ValueError(
+                    f"{trainer.world_size} processes would all read the same samples from this {type(loader).__name__}:"
+                    " make it with bigmodel.data.sampling.train_loader, or set --trainer.use_distributed_sampler true"
+                )
+        every = trainer.val_check_batch
+        accumulation = trainer.accumulate_grad_batches
+        if isinstance(every, int) and every % accumulation:  # a fraction of an epoch: validate between optimizer steps
+            trainer.val_check_batch = max(1, round(every / accumulation)) * accumulation
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        micro_batch = batch_idx % trainer.accumulate_grad_batches
+        seed = hash_seed(self.seed, trainer.global_step, micro_batch, data_parallel_rank(trainer))
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a hundred times as long
+        if pl_module.device.type != "cpu":
+            torch.get_device_module(pl_module.device).manual_seed(seed)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        data, loader = _data(trainer), trainer.train_dataloader
+        checkpoint["data"] = {
+            "batch_size": getattr(data, "batch_size", None),
+            "fingerprint": getattr(data, "fingerprint", None),
+            "num_samples": loader.course.num_samples if isinstance(loader, Loader) and loader.course else None,
+            "origin": asdict(get_origin(trainer)),
+            "returns": self.num_returns,
+        }
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != "fit" or "data" not in checkpoint:
+            return
+        saved, step = checkpoint["data"], checkpoint["global_step"]
+        changed = self._changed(saved, _data(trainer), step)
+        if self._course is None or not (saved.get("num_samples") or saved.get("steps_per_epoch")):
+            return  # another's loader
+        before, now = _course_of(saved, self._course), self._course
+        here = before.at(step)
+        from_here = [entry for entry in self.returns if entry["to"] == step]
+        self.new_returns = len(from_here)
+        self.num_returns = saved.get("returns", 0) + self.new_returns
+        if from_here:
+            here = replace(here, epoch=from_here[-1]["epoch"], samples=from_here[-1]["samples"])
+        if before.num_samples != now.num_samples and here.samples:  # another order: what was seen cannot be told
+            here = replace(here, epoch=here.epoch + 1, samples=0)
+        now = replace(now, origin=here if changed or from_here else before.origin)
+        set_origin(trainer, now.origin)
+        if changed and trainer.is_global_zero:
+            print(f"{changed}, on purpose. {_goes_on(now, step)}", flush=True)
+        _place_loops(checkpoint["loops"]["fit_loop"], now, step, trainer.accumulate_grad_batches)
+
+    def _changed(self, saved: dict[str, Any], data: Any, step: int) -> str:
+        """What is not as the checkpoint has it, in words; empty if nothing.
+
+        Raises:
+            ValueError: if that is not allowed.
+        """
+        batch_size, fingerprint = getattr(data, "batch_size", None), getattr(data, "fingerprint", None)
+        num_samples = self._course.num_samples if self._course is not None else None
+        was = saved.get("num_samples") or num_samples  # an earlier version did not write it
+        changes = []
+        if saved["fingerprint"] != fingerprint or was != num_samples:
+            changes.append(
+                f"the data are not those that the checkpoint was trained on ({num_samples} samples, fingerprint"
+                f" {fingerprint}; in the checkpoint {was}, {saved['fingerprint']})"
+            )
+            if not self.allow_changed_data:
+                raise ValueError(
+                    f"{changes[0]}: a resumed run would see other samples. Restore the data and its settings, or set"
+                    f" --allow_changed_data true to go on with these, {_how_data_go_on(was == num_samples)}"
+                )
+        if saved["batch_size"] != batch_size:
+            changes.append(f"--data.batch_size {batch_size} is not the checkpoint's {saved['batch_size']}")
+            if not self.allow_changed_batch:
+                raise ValueError(
+                    f"{changes[-1]}: a resumed run would be another optimization. Keep it (micro_batch_size and the number"
+                    " of processes may change), or set --allow_changed_batch true to go on with this one: from the first"
+                    f" sample not yet seen, with optimizer step {step + 1:,} of the same schedule"
+                )
+        return "; ".join(changes)
+
+
+def _how_data_go_on(as_many: bool) -> str:
+    return "from the same place in their order" if as_many else "from the start of an epoch: their order is another"
+
+
+def _course_of(saved: dict[str, Any], now: DataSchedule) -> DataSchedule:
+    """The course that a checkpoint was on."""
+    batch_size = saved["batch_size"]
+    num_samples = saved.get("num_samples")
+    if num_samples is None:  # written by an earlier version, which knew whole steps only
+        as_now = saved["steps_per_epoch"] == now.num_samples // batch_size
+        num_samples = now.num_samples if as_now else saved["steps_per_epoch"] * batch_size
+    return DataSchedule(num_samples, batch_size, DataPosition(**saved.get("origin", {})))
+
+
+def _goes_on(course: DataSchedule, step: int) -> str:
+    """Where a run goes on whose batch size or data were changed, in words."""
+    here, left = course.origin, course.steps_left(course.origin)
+    place = f"{here.seen:,} samples were seen in {step:,} optimizer steps; epoch {here.epoch} goes on after {here.samples:,}"
+    dropped = course.num_samples - here.samples - left * course.batch_size
+    rest = f" of its {course.num_samples:,} samples, with {left:,} steps of {course.batch_size:,}"
+    if left == 0:
+        return (
+            f"{place}{rest}: the {dropped:,} samples left make no step and are left out, and so is its last validation"
+        )
+    return f"{place}{rest}" + (f" (the last {dropped:,} make no step)" if dropped else "")
+
+
+def _data(trainer: Trainer) -> Any:
+    return getattr(trainer, "datamodule", None)
+
+
+def _place_loops(loops: dict[str, Any], course: DataSchedule, step: int, accumulation: int) -> None:
+    """Write into the state of Lightning's fit loop that `step` optimizer steps were taken, in `accumulation` micro-batches
+    each, and that the validation due there, if any, was run (`bigmodel.training.callbacks.Checkpoint` sees to that)."""
+    here, steps_per_epoch = course.at(step), course.steps_per_epoch
+    # Counted from the epoch's end, where Lightning must end it: the batch size may have been changed within.
+    epoch, step_in_epoch = here.epoch, steps_per_epoch - course.steps_left(here)
+    if step_in_epoch == 0 and step > 0:  # still inside the epoch that it ends, for Lightning to end
+        epoch, step_in_epoch = epoch - 1, steps_per_epoch
+    batches = loops["epoch_loop.batch_progress"]
+    batches["current"] = _progress(step_in_epoch * accumulation)
+    batches["total"] = _progress(step * accumulation)
+    batches["is_last_batch"] = step_in_epoch == steps_per_epoch
+    for key in ("current", "total"):
+        loops["epoch_progress"][key] = {
+            "ready": epoch + 1,
+            "started": epoch + 1,
+            "processed": epoch,
+            "completed": epoch,
+        }
+
+
+def _progress(done: int) -> dict[str, int]:
+    return {"ready": done, "started": done, "processed": done, "completed": done - 1}

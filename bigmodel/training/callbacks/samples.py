@@ -1,0 +1,56 @@
+"""Samples to look at while a generating task trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
+
+from bigmodel.training.callbacks.gradient_scaling import get_callback
+
+
+class Samples(Callback):
+    """After each validation, lets the task go on with each prompt: into `samples.md` beside the checkpoints' folder, and
+    to W&B. For a task that *SupportsGenerate*: it has `generate(prompt, **options) -> str`.
+
+    Args:
+        prompts: where to start, each a sample of its own.
+        options: passed to `generate`, for example `{max_new_tokens: 128, temperature: 0.8, seed: 0}`.
+    """
+
+    def __init__(self, prompts: list[str], options: dict[str, Any] | None = None) -> None:
+        self.prompts, self.options = prompts, options or {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not hasattr(pl_module, "generate"):
+            raise ValueError(
+                f"{type(pl_module).__name__} has no method `generate(prompt, ...)`, so there are no samples to look at:"
+                " switch them off with --callbacks.samples null"
+            )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        run_as_step = getattr(
+            trainer.strategy, "run_as_step", None
+        )  # where no process has the whole net, all take part
+        if trainer.sanity_checking or trainer.state.fn != "fit" or not (trainer.is_global_zero or run_as_step):
+            return
+        task: Any = pl_module
+
+        def generate() -> list[str]:
+            return [prompt + task.generate(prompt, **self.options) for prompt in self.prompts]
+
+        texts = run_as_step(generate) if run_as_step else generate()
+        if not trainer.is_global_zero:
+            return
+        checkpoint = get_callback(trainer, ModelCheckpoint)
+        if checkpoint is not None and checkpoint.dirpath:
+            with open(Path(checkpoint.dirpath).parent / "samples.md", "a", encoding="utf-8") as file:
+                for text in texts:
+                    file.write(f"## step {trainer.global_step:,}\n\n```\n{text}\n```\n\n")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                rows = [[trainer.global_step, *pair] for pair in zip(self.prompts, texts, strict=True)]
+                logger.log_text("samples", columns=["step", "prompt", "text"], data=rows)

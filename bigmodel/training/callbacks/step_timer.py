@@ -1,0 +1,248 @@
+"""Where the time of a run went: to data, computing, waiting for other processes, validation, checkpoints."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+
+from bigmodel.training.callbacks.clocks import Clock, DeviceClock, HostClock
+from bigmodel.training.callbacks.gradient_scaling import GradientScaling, get_callback
+from bigmodel.training.callbacks.preemption import Preempted
+from bigmodel.training.callbacks.training_log import TrainingLog, samples_per_step
+
+_OWN = ("data", "forward", "backward")  # what a process does by itself, without waiting for another
+_SLOW = 1.5  # times the median
+_WORTH = 0.1  # seconds between two rows; that the others wait for less is not told
+
+
+class StepTimer(Callback):
+    """Tells, in a table at the end of a fit and in run.json, where the first process's time went, and which process holds up
+    the others.
+
+    At any moment the time belongs to one of these, so that they add up to the total:
+
+    * `data`: until the next batch is there and on its device. Zero where workers read ahead fast enough.
+    * `forward`: `training_step`, and setting gradients to zero.
+    * `backward`: the backward pass; under DDP with the communication that it hides.
+    * `communication` (DDP): what the backward pass does not hide: from this process's last gradient until the sums over all
+      processes are there, and so the wait for a slower one.
+    * `optimizer`: scaling, clipping, the optimizer's step, the schedule.
+    * `validation`, and `checkpoint`: what training waits for it; not the writing of an asynchronous one.
+    * `other`: callbacks, logging, Lightning's loops.
+
+    On a GPU they are told apart by events in its stream, read once they have passed: nothing waits for them, and `data` is
+    what the GPU waits for, not the process. Elsewhere by the clock. The first optimizer step is left out (warm-up,
+    compilation, counting of FLOPs).
+
+    On several processes under DDP, each row of `TrainingLog` has `speed/slowest_over_median`: the longest time of a process
+    in `data`, `forward` and `backward` since the last row, over the median of all. Where it
+    is above 1.5 in two rows running, and by more than a tenth of a second, a line names process and host. A net with buffers
+    (BatchNorm) waits for the first process in `forward`, which hides that this one is the slowest.
+    """
+
+    def __init__(self) -> None:
+        self._clock: Clock | None = None  # runs from the first step to the end of training
+        self._started = False  # the first step is over
+        self._seconds: dict[str, float] | None = None  # at the end
+        self._hooks: list[Any] = []
+        self._undo: list[Callable[[], object]] = []
+
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        self._clock = DeviceClock() if pl_module.device.type == "cuda" else HostClock()
+        self._mark = self._clock.mark
+        self._started, self._first, self._micro_batches = False, trainer.global_step, 0
+        self._seconds = None
+        self._accumulation, self._steps = trainer.accumulate_grad_batches, False
+        self._measure(trainer.fit_loop.epoch_loop.val_loop, "run", "validation")
+        self._measure(trainer, "save_checkpoint", "checkpoint")
+        self._measure_fetching(trainer.fit_loop.epoch_loop)
+        self._tells_apart = trainer.world_size > 1 and isinstance(trainer.strategy, DDPStrategy)
+        if self._tells_apart:
+            self._watch_last_gradient(pl_module)
+            if (log := get_callback(trainer, TrainingLog)) is not None:
+                log.further.append(self._slowest)
+                self._undo.append(lambda: log.further.remove(self._slowest))
+
+    def _measure(self, owner: Any, method: str, part: str) -> None:
+        """Count an object's method under a part, and go on with what was being counted."""
+        original = getattr(owner, method)
+
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            with self._during(part):
+                return original(*args, **kwargs)
+
+        setattr(owner, method, measured)
+        self._undo.append(lambda: delattr(owner, method))
+
+    @contextmanager
+    def _during(self, part: str) -> Iterator[None]:
+        assert self._clock is not None
+        before = self._clock.part
+        self._mark(part)
+        try:
+            yield
+        finally:
+            self._mark(before)
+
+    def _measure_fetching(self, loop: Any) -> None:
+        """Lightning's loop calls this on either side of taking a batch, for its profilers."""
+        before_fetch = loop._on_before_fetch
+
+        def fetching() -> None:
+            self._mark("data")
+            before_fetch()
+
+        loop._on_before_fetch = fetching
+        self._undo.append(lambda: delattr(loop, "_on_before_fetch"))
+
+    def _watch_last_gradient(self, pl_module: LightningModule) -> None:
+        """In the first step, find the parameter that is last to get its gradient: DDP then waits for what is under way."""
+        self._last: Tensor | None = None
+
+        def note(parameter: Tensor) -> None:
+            self._last = parameter
+
+        parameters = [p for p in pl_module.parameters() if p.requires_grad]
+        self._hooks = [p.register_post_accumulate_grad_hook(note) for p in parameters]
+
+    # Callbacks are called in their order: `times` stands before those that take long.
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._steps = (batch_idx + 1) % self._accumulation == 0
+        self._mark("forward")
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._mark("backward")
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._mark("optimizer" if self._steps else "other")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._mark("other")
+        if self._started:
+            self._micro_batches += 1
+        elif trainer.global_step > self._first:
+            self._start(trainer)
+
+    def _start(self, trainer: Trainer) -> None:
+        assert self._clock is not None
+        self._started, self._first = True, trainer.global_step
+        gradients = get_callback(trainer, GradientScaling)
+        counted = gradients.total_count if gradients is not None else None
+        self._count = None if counted is None else counted.clone()
+        self._remove_hooks()
+        if self._tells_apart and self._last is not None:
+            self._hooks = [self._last.register_post_accumulate_grad_hook(self._have_gradients)]
+        self._own = 0.0  # until the last row
+        self._suspect: int | None = None  # the slowest in the last row, if too slow
+        self._told: int | None = None
+        self._clock.reset()
+
+    def _have_gradients(self, parameter: Tensor) -> None:
+        if self._steps:  # while accumulating, nothing is sent
+            self._mark("communication")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end(trainer)
+        self.finish()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._print(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._end(trainer)
+        if isinstance(exception, Preempted):
+            self._print(trainer, pl_module)
+
+    def _end(self, trainer: Trainer) -> None:
+        self._num_steps = trainer.global_step - self._first if self._started else 0
+        self._remove_hooks()
+        while self._undo:
+            self._undo.pop()()
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def finish(self) -> dict[str, float]:
+        """Stop the clock. Seconds of this process in each part, and in `total`, without the first optimizer step; empty if
+        there was but one. Waits for a GPU to have done what it was given."""
+        if self._clock is None or not self._started:
+            return {}
+        if self._seconds is None:
+            self._seconds = self._clock.read()
+            if not self._tells_apart:
+                self._seconds.pop("communication")
+            self._seconds["total"] = sum(self._seconds.values())
+        return self._seconds
+
+    def _print(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        seconds = self.finish()
+        if not trainer.is_global_zero or not self._num_steps:
+            return
+        total = seconds["total"]
+        lines = [f"where the time of {self._num_steps:,} steps went, the first one left out{_whose(trainer)}"]
+        lines.append(f"  {'':13}{'s':>11}{'ms a step':>12}{'%':>8}")
+        for part, spent in seconds.items():
+            lines.append(f"  {part:13}{spent:11,.2f}{spent / self._num_steps * 1e3:12,.2f}{spent / total:8.1%}"[:-1])
+        lines.append("  " + self._speed(trainer, pl_module, total))
+        if trainer.world_size > 1 and not self._tells_apart:
+            lines.append("  communication is inside forward and backward: only DDP lets it be told apart")
+        print("\n".join(lines), flush=True)
+
+    def _speed(self, trainer: Trainer, pl_module: LightningModule, total: float) -> str:
+        """Over all of the time."""
+        unit, done = "samples", self._num_steps * samples_per_step(trainer)
+        gradients = get_callback(trainer, GradientScaling)
+        counted = gradients.total_count if gradients is not None else None
+        if counted is not None and self._count is not None and int(counted) > int(self._count):
+            unit, done = str(getattr(pl_module, "counts", "samples")), int(counted) - int(self._count)
+        log = get_callback(trainer, TrainingLog)
+        mfu = log.mfu_of(self._micro_batches, total) if log is not None else None
+        return f"{done / total:,.0f} {unit}/s over all of it" + ("" if mfu is None else f", MFU {mfu:.1%}")
+
+    def _slowest(self, trainer: Trainer) -> dict[str, float]:
+        """For a row of the log: how far behind the slowest process is. Called on all of them."""
+        if not self._started or self._clock is None:
+            return {}
+        own = sum(self._clock.so_far(part) for part in _OWN)
+        spent, self._own = own - self._own, own
+        mine = torch.tensor([spent], dtype=torch.float32, device=trainer.strategy.root_device)
+        gathered = [torch.empty_like(mine) for _ in range(trainer.world_size)]
+        torch.distributed.all_gather(gathered, mine)
+        each = torch.cat(gathered).tolist()
+        median = statistics.median_low(each)  # of two, the faster
+        if median <= 0:
+            return {}
+        slowest = max(range(len(each)), key=each.__getitem__)
+        ratio = each[slowest] / median
+        suspect = slowest if ratio > _SLOW and each[slowest] - median > _WORTH else None
+        if suspect is None or suspect == self._suspect:
+            if suspect is not None and suspect != self._told:
+                self._tell(trainer, suspect, ratio)
+            self._told = suspect
+        self._suspect = suspect
+        return {"speed/slowest_over_median": ratio}
+
+    @staticmethod
+    def _tell(trainer: Trainer, rank: int, ratio: float) -> None:
+        hosts: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(hosts, platform.node())
+        if trainer.is_global_zero:
+            what = f"process {rank} on {hosts[rank]} takes {ratio:.1f} times as long for its own work as the median"
+            print(f"step {trainer.global_step:,}: {what}: the others wait for it", flush=True)
+
+
+def _whose(trainer: Trainer) -> str:
+    return f" (process 0 of {trainer.world_size})" if trainer.world_size > 1 else ""

@@ -1,0 +1,170 @@
+"""Parameter groups, the optimizer and its learning-rate scheduler: what a task's `configure_optimizers` returns.
+
+Weight decay is kept off biases, norms and other vectors, as is usual for transformers. Gradients are scaled and clipped in
+`bigmodel.training.callbacks.gradient_scaling`; the schedules are in `bigmodel.training.schedules`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from bigmodel.data.sampling import Loader
+from bigmodel.training.schedules import Constant, Schedule
+
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices, which weight decay acts on, and vectors (biases, norms), exempt.
+
+    Each parameter stands in one group once, tied ones included. Empty groups are left out.
+    """
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    decayed = [p for p in trainable if p.ndim >= 2]
+    exempt = [p for p in trainable if p.ndim < 2]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def num_steps(trainer: Trainer) -> int:
+    """Optimizer steps of the whole run, from `max_steps` and `max_epochs`; -1 if neither bounds it.
+
+    Lightning's own `estimated_stepping_batches` is not used: it starts to read data before a checkpoint is restored.
+    """
+    bounds = [trainer.max_steps] if trainer.max_steps > 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        source: Any = getattr(trainer, "datamodule", None) or trainer.lightning_module
+        loader = source.train_dataloader()
+        batches, limit = len(loader), trainer.limit_train_batches
+        taken = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        course = loader.course if isinstance(loader, Loader) else None
+        if course is not None and taken == batches:
+            bounds.append(course.steps_until(trainer.max_epochs))
+        else:
+            bounds.append(trainer.max_epochs * -(-taken // trainer.accumulate_grad_batches))
+    return min(bounds, default=-1)
+
+
+class _StepSchedule(LambdaLR):
+    """Restores only where it stands: base rates and shape are those of the configuration, so explicit flags win."""
+
+    def __init__(self, optimizer: Optimizer, schedule: Schedule, trainer: Trainer) -> None:
+        self.trainer, self.total = trainer, num_steps(trainer)
+        super().__init__(optimizer, lambda step: schedule(step, self.total))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().state_dict().items() if key not in ("trainer", "total")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.total = num_steps(self.trainer)  # where it was resumed with another batch size
+        self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
+        rates = [base * factor(self.last_epoch) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self._last_lr = rates
+
+
+def _without(groups: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
+    return [{key: value for key, value in group.items() if key not in keys} for group in groups]
+
+
+def _drop_missing_fused(built: Optimizer, optimizer: OptimizerFactory) -> None:
+    """Set `fused` to false where torch has no fused kernel of this optimizer for its parameters, and say so in a line.
+
+    Which ones there are (no SGD of sharded parameters, for example) depends on the version: each kind of parameter is tried.
+    """
+    kinds: dict[Any, Tensor] = {}  # of each the smallest
+    for group in built.param_groups:
+        for p in group["params"] if group.get("fused") else ():
+            kind = (p.device, p.dtype, (p.device_mesh, p.placements) if isinstance(p, DTensor) else None)
+            if p.device.type != "meta" and (kind not in kinds or p.numel() < kinds[kind].numel()):
+                kinds[kind] = p
+    missing = [p for p in kinds.values() if not _steps(optimizer, p)]
+    if not missing:
+        return
+    for group in (built.defaults, *built.param_groups):
+        group["fused"] = False
+    for attribute in ("_step_supports_amp_scaling", "_need_device_dtype_check_for_fused"):
+        if hasattr(built, attribute):
+            setattr(built, attribute, False)
+    p = missing[0]
+    kind_of = f"{'sharded ' if isinstance(p, DTensor) else ''}parameters in {str(p.dtype)[6:]} on {p.device.type}"
+    rank_zero_only(print)(
+        f"--model.optimizer.fused true: torch {torch.__version__} has no fused {type(built).__name__} for {kind_of}; the"
+        " ordinary one is used, which gives the same up to rounding",
+        flush=True,
+    )
+
+
+def _steps(optimizer: OptimizerFactory, parameter: Tensor) -> bool:
+    """Whether the optimizer takes a step on a parameter like this one."""
+    trial = torch.zeros_like(parameter.detach()).requires_grad_()
+    trial.grad = torch.zeros_like(trial)
+    try:
+        optimizer([trial]).step()
+    except RuntimeError:  # NotImplementedError is one
+        return False
+    return True
+
+
+def configure(
+    module: LightningModule,
+    optimizer: OptimizerFactory,
+    schedule: Schedule | None = None,
+    groups: Iterable[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """What a task's `configure_optimizers` returns.
+
+    When a run is resumed, the optimizer's state and the position in the schedule come from the checkpoint, and every
+    setting (rate, betas, weight decay) from the configuration.
+
+    Args:
+        module: the task; its trainable parameters are grouped by `parameter_groups`, unless `groups` are given.
+        optimizer: makes the optimizer from parameter groups, for example `functools.partial(torch.optim.AdamW, lr=1e-3)`.
+            Where torch has no fused kernel of it, `fused` is set to false, and a line says so.
+        schedule: the learning rate over the run's steps; None: constant.
+        groups: parameter groups of the task's own, in place of `parameter_groups`; beside the optimizer's settings one may
+            have `rate`, the factor by which its learning rate differs from the others'.
+
+    Raises:
+        ValueError: if nothing is trainable, or a schedule that ends has no end to aim at.
+    """
+    chosen = parameter_groups(module) if groups is None else list(groups)
+    if not chosen:
+        raise ValueError(f"{type(module).__name__} has no trainable parameter: nothing to give to the optimizer")
+    built = optimizer(_without(chosen, "rate"))
+    if "weight_decay" not in built.defaults:  # an optimizer without it would carry the key along unread
+        if groups is None:
+            built = optimizer([p for group in chosen for p in group["params"]])
+        else:
+            built = optimizer(_without(chosen, "rate", "weight_decay"))
+    _drop_missing_fused(built, optimizer)
+    if groups is not None:
+        for group, given in zip(built.param_groups, chosen, strict=True):
+            group["lr"] *= given.get("rate", 1.0)
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in built.param_groups]
+
+    def keep_settings(loaded: Optimizer) -> None:
+        for group, own in zip(loaded.param_groups, settings, strict=True):
+            group.update(own)
+
+    built.register_load_state_dict_post_hook(keep_settings)
+    if schedule is None:
+        return {"optimizer": built}
+    total = num_steps(module.trainer)
+    if total < 0 and type(schedule) is not Constant:
+        raise ValueError(
+            f"{type(schedule).__name__} ends with the run, and the run has no end: set --trainer.max_steps or"
+            " --trainer.max_epochs"
+        )
+    scheduler = _StepSchedule(built, schedule, module.trainer)
+    return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
