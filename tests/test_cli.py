@@ -1,10 +1,12 @@
 """The command, as a person types it, with the outsider's task: runs, resuming, tracking, loading, and what is refused."""
 
 import csv
+import importlib.metadata
 import json
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -249,3 +251,19 @@ def test_help_shows_what_a_class_takes(bm):
     out = bm("fit", "--model.net.help")
     assert "--model.net.width" in out
     assert "experiment" in bm("fit", "--help")
+
+
+def test_a_package_brings_verbs_of_its_own(monkeypatch, capsys):
+    greeted = []
+    module = types.ModuleType("greetings")
+    module.run_greet = greeted.extend
+    monkeypatch.setitem(sys.modules, "greetings", module)
+    entry = importlib.metadata.EntryPoint("greet", "greetings:run_greet", "bigmodel.commands")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry] * (group == "bigmodel.commands"))
+    main(["--help"])
+    assert "bigmodel greet" in capsys.readouterr().out
+    main(["greet", "--name", "you"])
+    assert greeted == ["--name", "you"]
+    with pytest.raises(SystemExit):
+        main(["greed"])
+    assert "there is no verb 'greed'; choose one of check, export, fit, greet, list" in capsys.readouterr().err
