@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """These live in `bigmodel.run`, which imports Lightning: that waits until they are used."""
+    """Import from `bigmodel.run` lazily, because it imports Lightning."""
     if name in ("load", "load_data", "sizes"):
         from bigmodel import run
 
