@@ -1,4 +1,4 @@
-"""A research framework on Lightning for the whole life of a large model, with plug-in tasks."""
+"""Research framework on Lightning for the whole life of a large model, with plug-in tasks."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ PROTOCOL_VERSION = 2
 
 @runtime_checkable
 class Batch(Protocol):
-    """A `NamedTuple` of tensors, each with B rows, including these two.
+    """`NamedTuple` of tensors, each with B rows, including these two.
 
     Attributes:
         index: [B] int64, the number of each row's sample in its split.

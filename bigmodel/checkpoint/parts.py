@@ -46,13 +46,15 @@ def split(checkpoint: Any) -> tuple[Any, dict[Keys, DTensor]]:
 
 
 def local_part(tensor: DTensor, name: str = "a tensor") -> tuple[list[int], list[int]] | None:
-    """Offsets and sizes of what this process holds of a DTensor; None if it is not in its mesh.
+    """Return the offsets and sizes of this process's part of a DTensor; None if it is not in its mesh.
 
-    torch's own `compute_local_shape_and_global_offset` is wrong for some uneven sizes of FSDP2 over tensor parallelism (7
-    rows on 3 x 2 processes). There, _StridedShard means that the mesh dimensions to its right divide the tensor before it.
+    torch's own `compute_local_shape_and_global_offset` is wrong for some uneven sizes of FSDP2 over tensor parallelism
+    (7
+    rows on 3 x 2 processes). There, _StridedShard means that the mesh dimensions to its right divide the tensor before
+    it.
 
     Raises:
-        ValueError: if the layout is not one of contiguous parts.
+        ValueError: if the layout does not consist of contiguous parts.
     """
     mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
     if coordinate is None:

@@ -43,7 +43,7 @@ def _configured(key: str, merged: Settings) -> str | None:
 
 
 def _at(key: str, merged: Settings) -> Any:
-    """Return the value configured at a key without its `init_args` levels; None if there is none."""
+    """Return the value at a key that omits `init_args`; None if there is none."""
     block: Any = merged
     for part in key.split("."):
         block = block.get("init_args", block) if isinstance(block, dict) and part not in block else block

@@ -1,4 +1,4 @@
-"""The run of `bigmodel check`: measurements at each step, and the printed findings."""
+"""Run of `bigmodel check`: measurements at each step, and the printed findings."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from bigmodel.training.callbacks.training_log import samples_per_step
 from bigmodel.training.optimizers import num_steps
 from bigmodel.training.precision import ChoosePrecision
 
-_MOST_STEPS, _SECONDS = 20, 15.0  # optimizer steps: at most so many, and about so long
-_MOST_REDUCED = 1 << 24  # float32 numbers in the sum over processes, 64 MB: a usual share of a net's gradients
+_MOST_STEPS, _SECONDS = 20, 15.0  # maximum number of optimizer steps, and approximate duration
+_MOST_REDUCED = 1 << 24  # float32 numbers in the sum over processes, 64 MB: a typical part of a net's gradients
 
 
 class Findings:

@@ -38,7 +38,7 @@ from bigmodel.training.callbacks import DiskSpace, GradientScaling, Preempted, P
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 from bigmodel.training.precision import ChoosePrecision, Undecided, check_precision
 
-# Otherwise jsonargparse would fetch a value such as hf://owner/name, to check for a configuration file.
+# Lightning enables fsspec in jsonargparse, which fetches values such as hf://owner/name to check for a config file.
 set_parsing_settings(config_read_mode_fsspec_enabled=False)
 
 _HELP = {

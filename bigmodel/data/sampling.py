@@ -215,11 +215,10 @@ class _EvaluationOrder(Sampler[_Numbers]):
 
 
 class _NodeOrder(_EvaluationOrder):
-    """The evaluation order split over the processes of each node; each node covers all samples.
+    """Evaluation order split over the processes of each node; each node covers all samples.
 
-    The size of the batches does not depend on the number of processes: a net gives a sample the same bits wherever it
-    is
-    computed.
+    The batch size does not depend on the number of processes, so that a net computes the same bits for a sample on any
+    number.
     """
 
     def __init__(self, n: int, rows: int, epoch: int, trainer: Trainer | None) -> None:

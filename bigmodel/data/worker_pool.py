@@ -56,7 +56,7 @@ class WorkerPool:
             process.wait()
             for stream in (process.stdin, process.stdout):
                 if stream is not None:
-                    with contextlib.suppress(BrokenPipeError):  # a call that was being sent
+                    with contextlib.suppress(BrokenPipeError):  # from a call that was being sent
                         stream.close()
 
     def call(self, function: Callable[..., Result], *arguments: Any) -> Result:

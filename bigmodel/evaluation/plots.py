@@ -148,7 +148,7 @@ def _save(figure: Figure, path: Path) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # of a name; drawn as a box
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # glyph of a name; drawn as a box
             figure.savefig(partial, format="png", dpi=150, bbox_inches="tight", pad_inches=0.1)
         os.replace(partial, path)
     finally:

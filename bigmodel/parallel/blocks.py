@@ -1,4 +1,4 @@
-"""A net's repeated units (blocks), and activation checkpointing of them.
+"""Repeated units of a net (blocks), and activation checkpointing of them.
 
 Source: Chen et al. 2016 (arXiv 1604.06174): a block's activations are discarded and recomputed in the backward pass.
 """

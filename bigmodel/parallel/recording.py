@@ -102,7 +102,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Call:
-    """In-place operation. A `View` argument refers to the current contents, a `Part` to those of another recipe."""
+    """In-place operation. Its `View` arguments refer to the current contents, `Part` arguments to those of another
+    recipe.
+    """
 
     function: Callable[..., Any]
     args: tuple[Any, ...]

@@ -1,6 +1,6 @@
-"""A published model in Hugging Face's format, used unchanged: its files, its weights, its classes, its tokens.
+"""Published models in Hugging Face's format, used unchanged: files, weights, classes, tokens.
 
-Nothing of it is reinitialized and no code of the hub is run; weights are read from safetensors only. A path is a folder
+Nothing is reinitialized and no code of the hub is run; weights are read from safetensors only. A path is a folder
 (config.json, model.safetensors) or hf://owner/name. This module imports transformers lazily.
 """
 

@@ -1,7 +1,8 @@
-"""Learning-rate schedules: the rate as a factor of its peak, by optimizer step.
+"""Learning-rate schedules: the learning rate as a factor of its peak, by optimizer step.
 
-Sources: cosine decay from Loshchilov and Hutter (2017); warm-up, stable, decay from Hu et al. (2024, MiniCPM). The scheduler
-that moves with every optimizer step is made by `bigmodel.training.optimizers.configure`.
+Sources: cosine decay from Loshchilov and Hutter (2017); warm-up, stable, decay from Hu et al. (2024, MiniCPM). The
+scheduler
+that is stepped at every optimizer step is created by `bigmodel.training.optimizers.configure`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 
 class Schedule(ABC):
-    """The learning rate as a factor of its peak, from the optimizer steps taken."""
+    """Learning rate as a factor of its peak, by the number of optimizer steps taken."""
 
     @abstractmethod
     def __call__(self, step: int, total: int) -> float:

@@ -152,7 +152,7 @@ class Anomalies(Callback):
             self._samples.append(index)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self._judge(trainer)  # the step before: always here, so that a resumed run has the same limits
+        self._judge(trainer)  # the previous step: always here, so that a resumed run has the same limits
         loss, samples = self._gradients.loss, self._samples
         self._samples = []
         if loss is None:

@@ -1,4 +1,4 @@
-"""Callback that decides when checkpoints are saved and which are kept."""
+"""Callback that decides when checkpoints are saved and which are retained."""
 
 from __future__ import annotations
 

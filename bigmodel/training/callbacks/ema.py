@@ -1,4 +1,6 @@
-"""Exponential moving average of the weights (Polyak and Juditsky 1992), evaluated and saved beside the live ones."""
+"""Exponential moving average of the weights (Polyak and Juditsky 1992), evaluated and saved in addition to the live
+ones.
+"""
 
 from __future__ import annotations
 

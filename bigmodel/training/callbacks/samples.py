@@ -33,9 +33,7 @@ class Samples(Callback):
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        run_as_step = getattr(
-            trainer.strategy, "run_as_step", None
-        )  # where no process has the whole net, all take part
+        run_as_step = getattr(trainer.strategy, "run_as_step", None)  # if no process has the whole net, all take part
         if trainer.sanity_checking or trainer.state.fn != "fit" or not (trainer.is_global_zero or run_as_step):
             return
         task: Any = pl_module
