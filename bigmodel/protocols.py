@@ -1,9 +1,8 @@
 """Contract of a task and its data, as protocols for `isinstance` and type checkers.
 
 A task needs `Task` and `TaskData`; each other protocol is required only for the feature that uses it. `bigmodel
-check-task`
-checks a task against all of them. A change of these requirements increases `PROTOCOL_VERSION`, and is listed in the
-changelog.
+check-task` checks a task against all of them. A change of these requirements increases `PROTOCOL_VERSION`, and is
+listed in the changelog.
 
 B samples in a batch, D width of the features, K classes.
 """
@@ -38,17 +37,15 @@ class TaskData(Protocol):
     """Required attributes of a `LightningDataModule`, besides its loaders, which `bigmodel.data.sampling` creates.
 
     An optional property `augmentation` is a string that changes when the random augmentation of training samples
-    changes, and
-    is empty if they are the same in each epoch: cached outputs of a teacher are keyed by it.
+    changes, and is empty if they are the same in each epoch: cached outputs of a teacher are keyed by it.
 
     Attributes:
         batch_size: samples per optimizer step, over all processes.
         micro_batch_size: samples per process and forward pass; None: the process's whole share of the batch.
         sizes: the numbers that the data define and the net needs, such as `{"num_classes": 10}`, set in `setup`; passed
-        to
-            the net by name, and saved in the checkpoint, so that a run can be loaded without data.
+            to the net by name, and saved in the checkpoint, so that a run can be loaded without data.
         fingerprint: identifies the samples and their order, set in `setup`; a resume on data with another one is
-        refused.
+            refused.
     """
 
     batch_size: int
@@ -62,14 +59,11 @@ class Task(Protocol):
     """Required interface of a `LightningModule`, whose arguments include `net`, `optimizer` and `schedule`.
 
     `net` and `optimizer` are factories; other arguments that define the net, such as a backbone's name, may replace
-    `net`.
-    `configure_model` creates the net from `bigmodel.sizes(self)`, once, however often it is called. `training_step`
-    returns
-    `{"loss": sum, "count": number}`: the sum of the loss over the predicted elements, and their number. An optional
-    entry
-    `parts` holds further such sums by name, detached, whose means are logged as `train/<name>`. Metrics are
-    torchmetrics,
-    called with the batch's weight. An optional attribute `counts` names the unit of the count, by default "samples".
+    `net`. `configure_model` creates the net from `bigmodel.sizes(self)`, once, however often it is called.
+    `training_step` returns `{"loss": sum, "count": number}`: the sum of the loss over the predicted elements, and their
+    number. An optional entry `parts` holds further such sums by name, detached, whose means are logged as
+    `train/<name>`. Metrics are torchmetrics, called with the batch's weight. An optional attribute `counts` names the
+    unit of the count, by default "samples".
 
     Attributes:
         net: the net; None until `configure_model`.
@@ -88,10 +82,8 @@ class SupportsLogits(Protocol):
     """Prediction in two parts, for distillation, evaluation and export.
 
     An optional property `outcomes` identifies the meaning of the K logits, as plain values: the names of the classes,
-    the
-    tokenizer. A teacher with other outcomes is refused. An optional property `problem` is the kind of target: `class`
-    (one of
-    K, or a distribution over them; the default), `labels` (each of K is 0 or 1), or `number`.
+    the tokenizer. A teacher with other outcomes is refused. An optional property `problem` is the kind of target:
+    `class` (one of K, or a distribution over them; the default), `labels` (each of K is 0 or 1), or `number`.
     """
 
     def features(self, batch: Any) -> Tensor:
@@ -122,8 +114,7 @@ class SupportsPredict(Protocol):
         """Return columns by name: a list of str, a tensor [n] or [n, K], or for any other type a pyarrow Array.
 
         One row per sample of the batch, without those of weight 0. Every LightningModule has such a method; the
-        protocol requires
-        an overridden one.
+        protocol requires an overridden one.
         """
         ...
 
@@ -146,16 +137,14 @@ class SupportsCorpusGeneration(Protocol):
     """Generation of whole documents: for `bigmodel generate --documents`.
 
     The data module has a method `beginnings(numbers, seed)`: the first characters of a training document for each of
-    these
-    numbers, the same for the same number and seed.
+    these numbers, the same for the same number and seed.
     """
 
     def write_documents(self, beginnings: Sequence[str], keys: Tensor, **options: Any) -> Sequence[tuple[str, bool]]:
         """Return, for each beginning, a whole document and whether it was completed.
 
         Keyword arguments are options; all randomness in a document is a function of its key
-        (`bigmodel.data.stateless_rng`), from
-        keys [B] int64.
+        (`bigmodel.data.stateless_rng`), from keys [B] int64.
         """
         ...
 
@@ -168,9 +157,8 @@ class SupportsOnPolicySampling(Protocol):
         """Return a batch like this one, with the last `max_new_tokens` tokens of each sequence generated by the net.
 
         They are drawn at the temperature by the sample's key [B], and are the only targets. Uses no other randomness,
-        leaves the
-        net unchanged, and takes the same number of steps for every batch. Raises a ValueError if no tokens are left as
-        a prompt.
+        leaves the net unchanged, and takes the same number of steps for every batch. Raises a ValueError if no tokens
+        are left as a prompt.
         """
         ...
 
@@ -180,12 +168,9 @@ class SupportsRecommend(Protocol):
     """Ranking of items for a user: for `bigmodel recommend`.
 
     The data module has a method `user(user_id, item_ids)`, which returns one of its users as a batch of one row. Both
-    methods
-    return a list of at most k entries, the best first, without items chosen before and without duplicates: mappings
-    with
-    `item` (its id), `title` (text or None) and `score` (a number, in non-increasing order). A shorter list is a prefix
-    of a
-    longer one. An invalid k is a ValueError.
+    methods return a list of at most k entries, the best first, without items chosen before and without duplicates:
+    mappings with `item` (its id), `title` (text or None) and `score` (a number, in non-increasing order). A shorter
+    list is a prefix of a longer one. An invalid k is a ValueError.
 
     Attributes:
         item_ids: ids of the items of a loaded task, in the order of its item numbers; None: those of its data.
@@ -226,9 +211,8 @@ class SupportsFromPretrained(Protocol):
         """Return a trained task, in evaluation mode, whose net is the model at `path`.
 
         The path is a folder or hf://owner/name (see `bigmodel.pretrained`). The result *SupportsLogits* with the
-        outcomes of this
-        task from the same batches. It is called on a task whose data are available (`bigmodel.sizes`); its net need not
-        exist. A
-        ValueError, which names the flag and the path, gives the reason if the model cannot be used.
+        outcomes of this task from the same batches. It is called on a task whose data are available (`bigmodel.sizes`);
+        its net need not exist. A ValueError, which names the flag and the path, gives the reason if the model cannot be
+        used.
         """
         ...

@@ -124,8 +124,7 @@ def put_in_place(partial: Path, target: Path) -> None:
     """Rename what has been written, file or folder, to its target; replace any earlier file or folder there.
 
     If either is a folder, the earlier one is renamed first: a kill between the two renames leaves both hidden, and the
-    next
-    search for a checkpoint finds the one before.
+    next search for a checkpoint finds the one before.
     """
     if not target.is_dir() and not (partial.is_dir() and target.exists()):
         os.replace(partial, target)

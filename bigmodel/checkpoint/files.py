@@ -26,16 +26,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes to a temporary name and renames: a crash or a full disk leaves the earlier checkpoint intact.
 
     A checkpoint that contains DTensors becomes a folder, and all processes must save it. Any other is a file, saved by
-    the
-    first process. Each contains its checksums, and is verified before it is loaded, by the first process for all.
-    Loading
-    uses `weights_only`: a checkpoint holds tensors and plain values, and reading one runs no code.
+    the first process. Each contains its checksums, and is verified before it is loaded, by the first process for all.
+    Loading uses `weights_only`: a checkpoint holds tensors and plain values, and reading one runs no code.
 
     Args:
         asynchronous: a save copies the checkpoint into memory, and a thread writes it while training continues. The
-        next
-            save, a load, and the end of the run (also by an exception) wait for the thread and raise its exceptions.
-            `Checkpoint` sets this for its own saves.
+            next save, a load, and the end of the run (also by an exception) wait for the thread and raise its
+            exceptions. `Checkpoint` sets this for its own saves.
     """
 
     def __init__(self, asynchronous: bool = False) -> None:
@@ -123,8 +120,7 @@ def find_damage(path: str | os.PathLike[str]) -> str | None:
     """Describe the damage of a checkpoint, by its checksums; None if it matches them.
 
     Reads all of it, once per process as long as it does not change. A checkpoint without checksums (of an earlier
-    version or
-    written by Lightning) is accepted, and a line is printed.
+    version or written by Lightning) is accepted, and a line is printed.
     """
     try:
         if Path(path).is_dir():
@@ -160,7 +156,7 @@ def read(path: str | os.PathLike[str], verify: bool = True, whole: bool = True) 
         path: the file, or the folder of a sharded one.
         verify: raise an error if it does not match its checksums; False if it has been verified.
         whole: read sharded tensors completely; False: they are `LazyShardedTensor`, to be read in part
-        (`distribute_like`).
+            (`distribute_like`).
 
     Raises:
         ValueError: if it is missing, damaged, or holds more than tensors and plain values.

@@ -49,9 +49,8 @@ def local_part(tensor: DTensor, name: str = "a tensor") -> tuple[list[int], list
     """Return the offsets and sizes of this process's part of a DTensor; None if it is not in its mesh.
 
     torch's own `compute_local_shape_and_global_offset` is wrong for some uneven sizes of FSDP2 over tensor parallelism
-    (7
-    rows on 3 x 2 processes). There, _StridedShard means that the mesh dimensions to its right divide the tensor before
-    it.
+    (7 rows on 3 x 2 processes). There, _StridedShard means that the mesh dimensions to its right divide the tensor
+    before it.
 
     Raises:
         ValueError: if the layout does not consist of contiguous parts.

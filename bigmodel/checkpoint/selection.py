@@ -20,8 +20,7 @@ def find_checkpoint(directory: Path, which: str = "best", verify: bool = True) -
     """Return a run's checkpoint: `best` (by its monitored metric; the newest, if none), `last`, or a file's name.
 
     A damaged one is never returned. In place of a damaged `best` or `last`, another undamaged one is returned, and a
-    line is
-    printed: of the same kind (`best-...`) if there is one, and the newest of these.
+    line is printed: of the same kind (`best-...`) if there is one, and the newest of these.
 
     Args:
         directory: the run directory.

@@ -12,9 +12,8 @@
 
 All is written into a hidden folder, which is renamed when every process has written: a kill at any moment leaves the
 earlier checkpoints intact. Processes do not communicate in the meantime: the first detects from the files that the
-others
-are done, so a thread can write while training continues. (torch.distributed.checkpoint has no checksums, overwrites in
-place, and stores its metadata as a pickle.)
+others are done, so a thread can write while training continues. (torch.distributed.checkpoint has no checksums,
+overwrites in place, and stores its metadata as a pickle.)
 """
 
 from __future__ import annotations

@@ -80,8 +80,7 @@ def _with_clear_errors(function: Callable[..., object], *args: Any) -> None:
     """Report errors that the user can correct in one line, without a traceback; let all others propagate.
 
     The former are ValueError, OSError and FloatingPointError if raised by bigmodel itself, whose messages are written
-    for
-    users, or by a task or its data before the run began. BIGMODEL_TRACEBACK=1 shows their traceback as well.
+    for users, or by a task or its data before the run began. BIGMODEL_TRACEBACK=1 shows their traceback as well.
     """
     try:
         function(*args)

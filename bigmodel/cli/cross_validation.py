@@ -117,8 +117,7 @@ def _fit(arguments: list[str], place: Path, last: str | None) -> int:
     """Run `bigmodel fit` in a separate process, with the run in this place; return its exit status.
 
     The status is not 0 if it was interrupted. `last` has the value from before the first fold: else a fold's teacher
-    would be
-    the previous fold. Ctrl-C reaches that process from the terminal; other signals are forwarded to it.
+    would be the previous fold. Ctrl-C reaches that process from the terminal; other signals are forwarded to it.
     """
     environment = {**os.environ, "BIGMODEL_RUN_DIRECTORY": str(place)}
     environment |= {"BIGMODEL_LAST": last} if last is not None else {}

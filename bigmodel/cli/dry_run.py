@@ -59,7 +59,7 @@ class Probe(run.RunDirectory):
     Attributes:
         stage: the current activity, for the line that reports a failure.
         step_seconds, batch_seconds, save_seconds: of an optimizer step, a validation batch and a checkpoint; None:
-        unknown.
+            unknown.
         validation_seconds: of a whole validation, as configured; 0 without one.
         size: of a checkpoint, in bytes.
     """

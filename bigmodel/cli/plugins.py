@@ -1,10 +1,8 @@
 """Installed tasks, and the experiments in their packages: from metadata and files only.
 
 A package registers its tasks as entry points of the group `bigmodel.tasks`, `name = "package.module:Class"`.
-Experiments
-are YAML files inside the package: `package/experiment.yaml`, and all below `package/experiments/`. They are named by
-their
-path relative to the package's parent folder; bigmodel's own also by `experiments/...`.
+Experiments are YAML files inside the package: `package/experiment.yaml`, and all below `package/experiments/`. They are
+named by their path relative to the package's parent folder; bigmodel's own also by `experiments/...`.
 """
 
 from __future__ import annotations

@@ -30,8 +30,7 @@ class Trace(Profiler):
     """Traces three micro-batches, after twelve for warm-up, and writes a table of the operations in them.
 
     The trace is for a browser (https://ui.perfetto.dev). The rest of the run is not slowed down. Lightning's own
-    profiler
-    continues to the end, with a file for each five micro-batches, alternating between training and validation.
+    profiler continues to the end, with a file for each five micro-batches, alternating between training and validation.
     """
 
     def __init__(self) -> None:

@@ -78,8 +78,7 @@ def building(final: Path) -> Iterator[Path]:
     """Create a temporary folder to fill; rename it to `final` if the block succeeds, and remove it otherwise.
 
     Any number of processes may fill one each: the first to finish gets the name. Remains of killed processes of this
-    machine
-    are removed.
+    machine are removed.
     """
     _remove_remains(final)
     folder = final.with_name(f".{final.name}.{socket.gethostname()}.{os.getpid()}")

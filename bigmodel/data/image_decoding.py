@@ -2,12 +2,10 @@
 
 In evaluation the shorter edge is resized to R pixels and the central S x S pixels are kept (Krizhevsky, Sutskever and
 Hinton 2012, section 2). Resampling is bilinear with antialiasing, as in torchvision's reference recipes, in Pillow's
-8-bit
-arithmetic; only the pixels that are kept are computed. If the sizes already agree, pixels are copied.
+8-bit arithmetic; only the pixels that are kept are computed. If the sizes already agree, pixels are copied.
 
 A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size (by fewer coefficients of its discrete cosine transform), as long
-as
-that leaves `DRAFT_MARGIN` times the requested pixels along each edge.
+as that leaves `DRAFT_MARGIN` times the requested pixels along each edge.
 
 Transparent pixels are drawn over white, the orientation in EXIF is applied, and only the first frame of an animation is
 read. Embedded ICC profiles and gamma are not applied, nor are they in the usual data sets' recipes.
@@ -169,9 +167,8 @@ def open_picture(content: bytes | np.ndarray | Image.Image, max_pixels: int = MA
 
     Args:
         content: bytes of a file in one of the usual formats, independent of its name; or pixels [H, W] or [H, W, C] of
-        uint8
-            or uint16 (the upper 8 bits are used), C of 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha);
-            or a Pillow image, which is not modified.
+            uint8 or uint16 (the upper 8 bits are used), C of 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha); or a
+            Pillow image, which is not modified.
         max_pixels: a file with more is refused.
 
     Raises:

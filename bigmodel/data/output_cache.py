@@ -9,8 +9,7 @@ A store is named by a digest of everything that its content depends on, and is c
         done.bin                  a byte per row: 1 if it is computed
 
 Each node computes all rows and its processes share them, so the disk may or may not be shared by nodes. All processes
-on a
-machine that compute the same store at once, also of other runs, fill the same files with the same numbers.
+on a machine that compute the same store at once, also of other runs, fill the same files with the same numbers.
 
 N samples, V views of each (as many epochs of augmentation: `views` of `train_loader`), B rows of a batch.
 """
@@ -146,13 +145,11 @@ class OutputCache:
             batches: called with each view, returns batches that together contain each sample once, as
                 `sampling.sequential_loader` creates them; rows of weight 0 are left out.
             compute: returns a batch's outputs [B, *shape] by name, without gradients, on any device. The net is whole
-            on each
-                process, and in evaluation mode.
+                on each process, and in evaluation mode.
 
         Raises:
             ValueError: if the disk is too small, outputs do not have the declared shape, are not a number, or are too
-            large for
-                their type; if a sample occurs twice or never.
+                large for their type; if a sample occurs twice or never.
         """
         strategy = trainer.strategy if trainer is not None else None
         if self.complete if strategy is None else strategy.reduce_boolean_decision(self.complete):

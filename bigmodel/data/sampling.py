@@ -8,15 +8,12 @@ of M::
 
 so the samples of a step do not depend on W or M, and the position in the epoch depends only on the number of optimizer
 steps taken (`data.schedule`; s S becomes the samples taken so far, if the batch size was changed). A last, incomplete
-step
-of an epoch is dropped (its samples appear in other epochs).
+step of an epoch is dropped (its samples appear in other epochs).
 
 Batches of samples of different lengths waste computation on padding. If lengths are given, the samples of each 50 steps
 are sorted by length, cut into steps, and the steps shuffled by a key: again a function of (seed, epoch) alone, in
-memory
-for 50 steps. If the batch size was changed within an epoch, the rest of that epoch is grouped anew from there: of 50
-steps'
-samples, some may then appear twice in that epoch, and others not at all.
+memory for 50 steps. If the batch size was changed within an epoch, the rest of that epoch is grouped anew from there:
+of 50 steps' samples, some may then appear twice in that epoch, and others not at all.
 
 Source of the permutation: a balanced Feistel network (Luby and Rackoff 1988) over the smallest even number of bits that
 holds N, with cycle walking (Black and Rogaway 2002).
@@ -298,8 +295,7 @@ class Loader(DataLoader[Any]):
         """Return the number of samples that the optimizer has consumed.
 
         The existence of this method marks the loader as resumable for Lightning; the position itself follows from the
-        trainer's
-        optimizer step, which the checkpoint restores, and from `get_origin`.
+        trainer's optimizer step, which the checkpoint restores, and from `get_origin`.
         """
         order = self.order
         if isinstance(order, _EvaluationOrder) or order.trainer is None:
@@ -354,8 +350,7 @@ def train_loader(
         shuffle: False keeps the samples' own order in every epoch.
         views: the epochs' randomness, order included, repeats after this number of epochs; None: never.
         lengths: maps sample numbers [k] and an epoch to the samples' lengths [k]; batches are then of samples of
-        similar
-            length. None: lengths are not used.
+            similar length. None: lengths are not used.
 
     Raises:
         ValueError: if the batch cannot be divided as configured, or the data set is smaller than one batch.
@@ -394,8 +389,7 @@ def sequential_loader(loader: DataLoader[Any], *, rows: int, trainer: Trainer | 
     """Return a loader of another loader's samples (such as training samples), once and in their own order.
 
     Used to cache a frozen net's outputs (`bigmodel.data.output_cache`). Each node covers all samples, in batches
-    divided among
-    its processes.
+    divided among its processes.
 
     Args:
         loader: created by this module.

@@ -36,8 +36,7 @@ class DataSchedule:
         num_samples: N.
         batch_size: S.
         origin: the position from which the run takes S of these N samples per step; its start, unless they were changed
-        on a
-            resume, or samples were skipped.
+            on a resume, or samples were skipped.
     """
 
     num_samples: int

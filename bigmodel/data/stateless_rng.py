@@ -1,12 +1,9 @@
 """Random numbers that are a function of (seed, epoch, sample) only.
 
 They do not depend on the batch that contains the sample, the process or device that draws, or earlier draws. Each
-sample of
-an epoch has a key of 64 bits; each random property of it (position of a crop, masked tokens) is hashed from its key and
-a
-stream, one stream for each kind of draw. The same key and stream give the same bits in numpy and in torch, on any
-device.
-The hash is the finalizer of SplitMix64 (Steele, Lea and Flood 2014).
+sample of an epoch has a key of 64 bits; each random property of it (position of a crop, masked tokens) is hashed from
+its key and a stream, one stream for each kind of draw. The same key and stream give the same bits in numpy and in
+torch, on any device. The hash is the finalizer of SplitMix64 (Steele, Lea and Flood 2014).
 
 B samples.
 """

@@ -1,9 +1,8 @@
 """Metrics of a classifier, over all processes: their states are gathered, their averages not averaged.
 
 Expected calibration error: Guo et al. 2017 (arXiv 1706.04599), eq. 3, with 15 bins of equal width. Area under the ROC
-curve,
-each class against the rest: the probability that a sample of the class scores above one of another, ties counting half
-(Hanley and McNeil 1982), exact and not binned.
+curve, each class against the rest: the probability that a sample of the class scores above one of another, ties
+counting half (Hanley and McNeil 1982), exact and not binned.
 
 B samples in a batch, N in all, K classes.
 """
@@ -38,9 +37,8 @@ class ClassMetrics(nn.Module):
     Args:
         num_classes: K, at least 2.
         full: False measures loss and accuracies only, in constant memory: for frequent validation. The other metrics
-        store the
-            scores of every sample, 4 N K bytes in the main memory of each process (200 MB for 50,000 samples of 1,000
-            classes), and sort them once for every class.
+            store the scores of every sample, 4 N K bytes in the main memory of each process (200 MB for 50,000 samples
+            of 1,000 classes), and sort them once for every class.
 
     Raises:
         ValueError: if there are fewer than two classes.
@@ -98,11 +96,9 @@ class ClassMetrics(nn.Module):
         """Return the metrics over all batches of all processes since the last `reset`; every process must call it.
 
         They are float32 numbers. `loss` is the mean cross-entropy in nats; the others are in 0 to 1: `accuracy`,
-        `top5_accuracy`
-        (with more than five classes), and if full `precision`, `recall`, `f1` (means over the classes that occur or
-        were
-        predicted), `auroc` (mean over the classes with positive and negative samples; left out if there is none) and
-        `calibration_error`. None is ever NaN.
+        `top5_accuracy` (with more than five classes), and if full `precision`, `recall`, `f1` (means over the classes
+        that occur or were predicted), `auroc` (mean over the classes with positive and negative samples; left out if
+        there is none) and `calibration_error`. None is ever NaN.
 
         Raises:
             ValueError: if there were no samples, or the net's outputs were not finite.
@@ -190,8 +186,7 @@ class AUROC(AllSamples):
     """Mean over classes of the area under the ROC curve against the rest; NaN if no class has both.
 
     Scores [B, K] may be in any unit that increases with the probability; targets are class numbers [B], or for several
-    labels
-    [B, K] 0 or 1. torchmetrics' version warns about absent classes, counts them as 0, and sums in float32.
+    labels [B, K] 0 or 1. torchmetrics' version warns about absent classes, counts them as 0, and sums in float32.
     """
 
     def compute(self) -> Tensor:

@@ -1,10 +1,8 @@
 """Predictions of any task, streamed into one Parquet file in the order of the samples, on any number of processes.
 
 Each process appends its batches to a part of its own (an Arrow stream) beside the file; at the end the first process
-puts
-batch b of process r into place b W + r, as `bigmodel.data.sampling.eval_loader` distributed them, and gives the file
-its
-name. Memory use does not grow with the number of samples, and a file with its final name is complete.
+puts batch b of process r into place b W + r, as `bigmodel.data.sampling.eval_loader` distributed them, and gives the
+file its name. Memory use does not grow with the number of samples, and a file with its final name is complete.
 
 N samples, n of them in a batch, W processes.
 """
@@ -36,8 +34,7 @@ class PredictionWriter(Callback):
     """Writes the columns returned by the task's `predict_step` for each batch, without padding rows.
 
     `predict_step` returns a dict of columns. A column is a list of str (or None), a tensor [n] of numbers, a tensor [n,
-    K],
-    which becomes a list of K numbers in each row, or for any other type a pyarrow Array. A task may have a method
+    K], which becomes a list of K numbers in each row, or for any other type a pyarrow Array. A task may have a method
     `prediction_metadata() -> dict[str, str]`, which returns the metadata of the file, such as the names of the classes.
 
     Args:

@@ -33,8 +33,8 @@ class Report(Callback):
     `<split>_mistakes.csv`.
 
     The task needs an attribute `metrics` with a method `confusion()`, which returns [K, K] int64, or None if not
-    applicable;
-    and steps of validation and test that return, for the batch's rows without padding, `index` [n], `loss` [n], and
+    applicable; and steps of validation and test that return, for the batch's rows without padding, `index` [n], `loss`
+    [n], and
 
     * for one class per sample: `target` and `predicted` [n], class numbers, and `probability` [n] of the predicted one;
     * for several labels per sample: `target` and `predicted` [n, K], 0 or 1, and `probability` [n, K];

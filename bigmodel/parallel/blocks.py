@@ -30,8 +30,7 @@ def find_blocks(net: nn.Module) -> list[Block]:
         2. modules of the classes that a Hugging Face model names in `_no_split_modules`;
         3. the elements of each list or sequence called `stages`;
         4. the children that have parameters, except embeddings (`nn.Embedding`): a net may read these from the outside,
-        as for
-           scores of all items.
+           as for scores of all items.
 
     For a LightningModule, the units of each child that has parameters: of the task's net, or of a student and its
     teacher.
@@ -111,12 +110,9 @@ class ActivationCheckpointing(Callback):
     """Discards activations of blocks in training, and recomputes them in the backward pass.
 
     The inputs of these blocks, and the activations of one of them, stay in memory; the cost is one more forward pass,
-    about a
-    third of a step's work, which `speed/mfu` does not count. Losses and gradients are bitwise the same: dropout masks
-    are
-    reproduced, and batch normalisation counts a batch once. The blocks are those of `bigmodel.parallel.find_blocks`.
-    Names in
-    the state dict do not change.
+    about a third of a step's work, which `speed/mfu` does not count. Losses and gradients are bitwise the same: dropout
+    masks are reproduced, and batch normalisation counts a batch once. The blocks are those of
+    `bigmodel.parallel.find_blocks`. Names in the state dict do not change.
 
     Args:
         every: checkpoint every n-th block, from the first: 2 saves half of the memory at half of the cost.

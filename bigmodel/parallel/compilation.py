@@ -26,16 +26,14 @@ class Compile(Callback):
     """Compiles each block of the net with torch.compile, in place, for training and its validations.
 
     Names in the state dict do not change. The blocks are those of `bigmodel.parallel.find_blocks`. The first steps are
-    slow,
-    and so is each with something new: another shape, another number, the first validation. At the end of the run, and
-    earlier
-    if they are many, a line gives the number of compiled graphs, and the reason for the last recompilation.
+    slow, and so is each with something new: another shape, another number, the first validation. At the end of the run,
+    and earlier if they are many, a line gives the number of compiled graphs, and the reason for the last recompilation.
 
     Args:
         mode: torch.compile's: `reduce-overhead` uses CUDA graphs, `max-autotune` tries kernels; null: its default.
         dynamic: graphs for any shape (true), one for each shape (false), or for any from the second on (null).
         fullgraph: raise an error for code that cannot be compiled as one graph, instead of running a part of it
-        eagerly.
+            eagerly.
 
     Raises:
         ValueError: a net without blocks; a device that torch cannot compile for, which is tested before the first step.

@@ -30,8 +30,8 @@ class Initialization:
         """Allocate and initialize the parameters of `module`, and move everything else to the device.
 
         Parameters may be sharded by now (`fully_shard`, `parallelize_module`): each process gets its part of them. One
-        whole
-        parameter at a time is created on the CPU. A dtype that was changed since is preserved. Tied ones stay tied.
+        whole parameter at a time is created on the CPU. A dtype that was changed since is preserved. Tied ones stay
+        tied.
 
         Args:
             module: the net, or a module that contains it.
@@ -84,18 +84,16 @@ def deferred(draw: bool = True) -> Iterator[Initialization]:
     """Context in which nets get parameters on the meta device, with their initialization recorded.
 
     Works for any torch modules, without changes to their code. Buffers and other tensors are real. A parameter that has
-    values
-    when it is registered (`nn.Parameter(torch.randn(3))`), and values that are copied into one (`load_state_dict`), are
-    stored
-    until `materialize`. Until the end of the block, parameters behave like real ones on the CPU, and can be read.
+    values when it is registered (`nn.Parameter(torch.randn(3))`), and values that are copied into one
+    (`load_state_dict`), are stored until `materialize`. Until the end of the block, parameters behave like real ones on
+    the CPU, and can be read.
 
     Args:
         draw: False if a checkpoint will replace the weights: nothing is drawn, the parameters are zero instead.
 
     Raises:
         ValueError: for operations that cannot be recorded, such as `parameter.numpy()` or changing a list of parameters
-        in one
-            call.
+            in one call.
     """
     log = Initialization()
     recorder = Recorder(draw)

@@ -1,8 +1,7 @@
 """Matrix products of the blocks' linear layers in 8-bit floating point, with torchao.
 
 Source: Micikevicius et al. 2022 (arXiv 2209.05433). Inputs, weights and gradients are scaled to the range of the format
-and
-rounded for each product; weights, their gradients and everything between the products keep their precision.
+and rounded for each product; weights, their gradients and everything between the products keep their precision.
 """
 
 from __future__ import annotations
@@ -27,18 +26,14 @@ class Float8(Callback):
     """Trains with the matrix products of the blocks' `nn.Linear` in float8.
 
     Intended for large layers, and faster than bf16 only with `--callbacks.compile`. The parameters and their names are
-    the
-    same as without it, so checkpoints are the same, and only training needs torchao. After training the layers are
-    ordinary
-    ones again. Layers whose sizes are not multiples of 16 are not converted, and a line lists them; the tokens of a
-    micro-batch on a process must be such a multiple too. In a list of callbacks it must come before the other two that
-    act on
-    blocks, because it replaces layers in them.
+    the same as without it, so checkpoints are the same, and only training needs torchao. After training the layers are
+    ordinary ones again. Layers whose sizes are not multiples of 16 are not converted, and a line lists them; the tokens
+    of a micro-batch on a process must be such a multiple too. In a list of callbacks it must come before the other two
+    that act on blocks, because it replaces layers in them.
 
     Args:
         recipe: the scaling of values: `tensorwise`, by one factor per tensor (faster), or `rowwise`, by one per row
-        (more
-            accurate).
+            (more accurate).
         only: patterns of names of linear layers to choose from, `["net.blocks.*.mlp.*"]`; null: all in blocks.
         skip: patterns of those to leave out, for example the first and last block.
         emulate: emulate float8 in higher precision, on any device and slowly, for experiments.

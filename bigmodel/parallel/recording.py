@@ -1,17 +1,14 @@
 """Recording of a net's parameter initialisation, to be repeated later.
 
 Operations on parameters (draw, fill, scale, copy) are recorded instead of executed: the memory that `torch.empty`
-reserved
-is never touched. Random initialisers still run, into a scratch buffer, so that the generator advances exactly as in a
-normal
-construction; each parameter can be drawn again separately, from the generator's state before it. Reading a parameter in
-the meantime returns the value that it would hold. Recording an initialisation to repeat it is the idea of torchdistX's
-deferred_init.
+reserved is never touched. Random initialisers still run, into a scratch buffer, so that the generator advances exactly
+as in a normal construction; each parameter can be drawn again separately, from the generator's state before it. Reading
+a parameter in the meantime returns the value that it would hold. Recording an initialisation to repeat it is the idea
+of torchdistX's deferred_init.
 
 A *recipe* is the sequence of operations that produces the contents of one storage; a *view* is a tensor's location in
-its
-storage, so that an operation on a part of a parameter (`weight[padding_index].fill_(0)`) is recorded like one on the
-whole.
+its storage, so that an operation on a part of a parameter (`weight[padding_index].fill_(0)`) is recorded like one on
+the whole.
 """
 
 from __future__ import annotations
@@ -102,9 +99,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Call:
-    """In-place operation. Its `View` arguments refer to the current contents, `Part` arguments to those of another
-    recipe.
-    """
+    """In-place operation. `View` arguments refer to the current contents, `Part` arguments to another recipe's."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]

@@ -1,17 +1,14 @@
 """Rendezvous of a launch's processes before they connect: missing or differing ones are named within a minute.
 
 PyTorch waits half an hour for a missing process, and does not report which one is missing. Here the first process
-serves a
-store of keys at MASTER_ADDR:MASTER_PORT (under torchrun, its agent does), in which all processes register with the
-facts
-that must be the same for all of them: versions, kind of device, resolved configuration. Only then does the strategy
-connect
-them, at the same address. It happens once per fit, validate, test or predict, and takes a fraction of a second.
+serves a store of keys at MASTER_ADDR:MASTER_PORT (under torchrun, its agent does), in which all processes register with
+the facts that must be the same for all of them: versions, kind of device, resolved configuration. Only then does the
+strategy connect them, at the same address. It happens once per fit, validate, test or predict, and takes a fraction of
+a second.
 
 A process stops waiting when no further process has registered for BIGMODEL_RENDEZVOUS_SECONDS (an environment variable;
 60): set more if nodes start slowly. The agents of torchrun connect before that, at --rdzv-endpoint, with a limit of
-their
-own (`--rdzv-conf join_timeout=60`).
+their own (`--rdzv-conf join_timeout=60`).
 """
 
 from __future__ import annotations
@@ -148,8 +145,7 @@ def rendezvous(
 
     Raises:
         ValueError: if nothing listens there, processes are missing, or they differ. The first registered one reports
-        the
-            error, the others refer to it.
+            the error, the others refer to it.
     """
     seconds = _limit() if seconds is None else seconds
     where = f"{host}:{port}"

@@ -4,11 +4,9 @@ Sources: Zhao et al. 2023 (arXiv 2304.11277) for fully sharded data parallelism 
 `fully_shard`.
 
 The processes form a mesh [replicas, shards, tensor]. Processes that differ in `tensor` work on the same samples, each
-on its
-part of every matrix. Those that differ in `shards` hold different parts of parameters, gradients and optimizer state,
-and
-gather a block's parameters when it is computed. `replicas` are whole copies of all that, between which gradients are
-averaged, for example one on each machine, so that only gradients cross the slow links.
+on its part of every matrix. Those that differ in `shards` hold different parts of parameters, gradients and optimizer
+state, and gather a block's parameters when it is computed. `replicas` are whole copies of all that, between which
+gradients are averaged, for example one on each machine, so that only gradients cross the slow links.
 """
 
 from __future__ import annotations
@@ -58,16 +56,13 @@ class ShardedStrategy(ModelParallelStrategy):
     """FSDP2 block by block, with optional tensor parallelism; for any task that creates its net in `configure_model`.
 
     Each of the net's blocks (`bigmodel.parallel.find_blocks`) is sharded as a unit; parameters outside blocks are
-    gathered once
-    a step. With `bf16-mixed`, parameters are gathered in bfloat16 (in float32 if there is BatchNorm) and gradients
-    reduced in
-    float32; the sharded parameters and the optimizer's state stay float32. A step of one process and of many agree up
-    to
-    rounding, and initial weights bitwise.
+    gathered once a step. With `bf16-mixed`, parameters are gathered in bfloat16 (in float32 if there is BatchNorm) and
+    gradients reduced in float32; the sharded parameters and the optimizer's state stay float32. A step of one process
+    and of many agree up to rounding, and initial weights bitwise.
 
     Args:
         num_replicas: whole copies of the sharded model (hybrid sharding); `nodes`: one on each machine; 1: sharded over
-        all.
+            all.
         tensor_parallel_size: processes that share each matrix, on the same machine, and work on the same samples.
         sequence_parallel: with tensor parallelism, shard activations between attention and MLP along the sequence.
         reshard_after_forward: free a block's gathered parameters after its forward pass and gather them again for the
@@ -76,10 +71,9 @@ class ShardedStrategy(ModelParallelStrategy):
         reduce_each_micro_batch: reduce gradients after each micro-batch, so that no device holds whole ones while it
             accumulates; by default once an optimizer step.
         deferred_init: create the net without memory, and its initial weights one parameter at a time, so that a model
-        larger
-            than a device, or than the host's memory, can start.
+            larger than a device, or than the host's memory, can start.
         sharded_checkpoints: each process writes its own part, into a folder; false: the first process writes all in a
-        file.
+            file.
         timeout_minutes: the timeout of collective operations.
     """
 

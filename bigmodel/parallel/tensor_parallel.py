@@ -1,19 +1,17 @@
 """Tensor parallelism: the matrices of a transformer sharded over processes that work on the same samples.
 
 Source: Shoeybi et al. 2019 (arXiv 1909.08053), section 3: a matrix that is sharded by columns, followed by one sharded
-by
-rows, needs one sum over the processes; sequence parallelism, Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.2:
-between such pairs, norms and residuals are sharded along the sequence, and the sum becomes a reduce-scatter and an
-all-gather.
+by rows, needs one sum over the processes; sequence parallelism, Korthikanti et al. 2022 (arXiv 2205.05198), section
+4.2.2: between such pairs, norms and residuals are sharded along the sequence, and the sum becomes a reduce-scatter and
+an all-gather.
 
 A net declares its sharding by a class attribute `tensor_plan`, which maps names of modules (with `*`) to one of:
 
-    column      a linear layer sharded by its outputs; the module around it reads its one tensor [B, T, D] only by such
-    layers
+    column      a linear layer sharded by its outputs; the module around it reads its one tensor [B, T, D] only by
+                such layers
     row         a linear layer sharded by its inputs; its output is the sum over the processes
     vocabulary  an embedding sharded by its rows. The net's `logits(features)`, which multiplies by it or by a `head`,
-    returns
-                each process's part of the vocabulary in training, and cross-entropy is computed from the parts
+                returns each process's part of the vocabulary in training, and cross-entropy is computed from the parts
     heads       a norm of single heads [B, heads, T, K], of which each process has some
     norm        a norm of [B, T, D], on parts of the sequence with sequence parallelism
 
@@ -48,15 +46,12 @@ def tensor_parallel(net: nn.Module, mesh: DeviceMesh, sequence_parallel: bool = 
         net: has a `tensor_plan`, see above. May be on the meta device.
         mesh: the processes that share the net.
         sequence_parallel: in training, shard the residual stream between blocks along the sequence: saved activations
-        become
-            smaller, communication stays the same. Needs `blocks` that map [B, T, D] to [B, T, D], and T divisible by
-            the
-            processes.
+            become smaller, communication stays the same. Needs `blocks` that map [B, T, D] to [B, T, D], and T
+            divisible by the processes.
 
     Raises:
         ValueError: for a net without a plan, parameters that no plan covers, outputs or heads that are not divisible,
-        and
-            dropout with `sequence_parallel`.
+            and dropout with `sequence_parallel`.
     """
     plan: dict[str, str] | None = getattr(net, "tensor_plan", None)
     name = type(net).__name__

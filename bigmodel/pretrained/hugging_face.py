@@ -91,8 +91,7 @@ def find_head(model: nn.Module, **inputs: Tensor) -> str | None:
 
     Returns:
         The name; None if the model does not end in a linear layer. For a text model, the layer may compute logits at
-        each
-        token, and those at the last one are the text's.
+        each token, and those at the last one are the text's.
 
     Raises:
         RuntimeError, ValueError, TypeError: by the model, if it cannot process such inputs.

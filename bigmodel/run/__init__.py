@@ -3,17 +3,14 @@
 runs/<experiment>/<time>-<id>/
     config.yaml      the resolved configuration; `bigmodel fit -c` on it repeats the run, in a directory of its own
     run.json         command, git revision, package versions, step, best metric, W&B id, and the status: running,
-    finished,
-                     preempted (stopped by a signal), interrupted (by hand) or failed
+                     finished, preempted (stopped by a signal), interrupted (by hand) or failed
     metrics.csv      every metric by optimizer step
     checkpoints/     last-<step>.ckpt and best-<step>.ckpt: files, or folders if tensors are sharded
     wandb/           files of Weights & Biases
 
 If the environment variable BIGMODEL_RUN_FILE names a file, a fit writes its run directory there when it begins, so that
-a
-script that launched it can resume it. BIGMODEL_RUN_DIRECTORY, if set, is the directory of a new run, and BIGMODEL_LAST
-the
-run that `last` refers to.
+a script that launched it can resume it. BIGMODEL_RUN_DIRECTORY, if set, is the directory of a new run, and
+BIGMODEL_LAST the run that `last` refers to.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Settings from YAML files and flags, merged as plain mappings before any class is imported.
 
 Later values take precedence. Mappings merge key by key, with two rules for a block `{class_path: ..., init_args:
-{...}}`:
-another `class_path` replaces the whole block, so that no argument of the old class remains; and a key other than these
-is
-short for one in `init_args`, as in `--model.net.width 512`.
+{...}}`: another `class_path` replaces the whole block, so that no argument of the old class remains; and a key other
+than these is short for one in `init_args`, as in `--model.net.width 512`.
 """
 
 from __future__ import annotations
@@ -142,8 +140,7 @@ def experiment_name(files: Sequence[str]) -> str:
     """Return the name of a run's experiment.
 
     This is the first YAML's path below a folder `experiments`, or else its name; its folder's name, if the file is
-    called
-    `experiment.yaml`.
+    called `experiment.yaml`.
     """
     if not files:
         return "unnamed"

@@ -20,8 +20,7 @@ def sizes(module: LightningModule) -> dict[str, int]:
     """Return the sizes that the data define and the net needs (vocabulary, classes, features), for `configure_model`.
 
     They come from the data module's attribute `sizes`; from the checkpoint if a task is loaded without data, or its
-    data do
-    not define them (unlabelled images to classify).
+    data do not define them (unlabelled images to classify).
 
     Raises:
         ValueError: if neither is available.
@@ -56,8 +55,7 @@ def load(
 
     Raises:
         ValueError: if there is no such run, its checkpoint is damaged (the named one, or all), or its weights do not
-        fit the
-            model that its configuration describes.
+            fit the model that its configuration describes.
     """
     content = _content(run, checkpoint, runs_dir)
     content.pop("optimizer_states", None)  # most of a sharded checkpoint, which would be assembled in memory
@@ -77,7 +75,7 @@ def describe(task: LightningModule | str | Path, *, runs_dir: str | Path = "runs
 
     Args:
         task: from `load` or `build`; or a run, given as for `load`, whose best checkpoint is read except for its
-        weights.
+            weights.
         runs_dir: the folder in which runs are searched by name.
 
     Returns:

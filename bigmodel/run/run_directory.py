@@ -67,8 +67,7 @@ class RunDirectory(Callback):
         config: the resolved configuration, plain values.
         resumed: the directory of the run to resume; None: a new one.
         checkpoint: the checkpoint that is resumed or evaluated; None: none. With several processes, that of the first
-        counts,
-            because only the first has verified it.
+            counts, because only the first has verified it.
 
     Attributes:
         restart_step: the optimizer step from which a resumed run continues.

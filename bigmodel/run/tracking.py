@@ -21,15 +21,13 @@ class MetricsCSV(Logger):
     """Rows of metrics by optimizer step in one CSV file; a metric that appears later becomes a new column.
 
     Rows are buffered and written together: every few seconds, before each checkpoint (by `bigmodel.run.RunDirectory`),
-    and at
-    the end.
+    and at the end.
 
     Args:
         path: the file.
         trainer: its optimizer step is written; Lightning's own step is one less during validation.
         keep_until: on resuming, the optimizer step up to which rows are kept; later ones, of steps that will be
-        repeated, are
-            removed. None: a new file.
+            repeated, are removed. None: a new file.
         every_seconds: seconds between writes.
     """
 

@@ -40,7 +40,7 @@ def short_run_settings(given: Settings, folder: Path, *, comparable: bool = Fals
         given: the merged settings.
         folder: the folder of run directories.
         comparable: plain gradient descent without a schedule and without clipping, so that rounding errors are not
-        amplified.
+            amplified.
         changes: of `micro_batch_size` (samples), or of keys of the trainer.
     """
     settings = copy.deepcopy(given)

@@ -2,8 +2,7 @@
 
 Those that compare runs check equalities: a run that is stopped and resumed equals an uninterrupted one, bitwise;
 accumulated micro-batches, two processes, and a sharded net equal one process that takes the batch at once, up to
-rounding
-in float32.
+rounding in float32.
 """
 
 from __future__ import annotations

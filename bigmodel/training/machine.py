@@ -169,8 +169,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Return the peak rate of matrix products of this type on a device, in FLOP/s; None if it is unknown.
 
     For a GPU, from its manufacturer's data sheet. For a CPU, that of one thread times the number of threads: the best
-    of square
-    products of several sizes, in this run or an earlier one on this machine.
+    of square products of several sizes, in this run or an earlier one on this machine.
 
     Args:
         device: where the products are computed.

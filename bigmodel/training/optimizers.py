@@ -81,8 +81,7 @@ def _drop_missing_fused(built: Optimizer, optimizer: OptimizerFactory) -> None:
     """Set `fused` to false, and print a line, if torch has no fused kernel of this optimizer for its parameters.
 
     The supported combinations (not SGD of sharded parameters, for example) depend on the version: each kind of
-    parameter is
-    tried.
+    parameter is tried.
     """
     kinds: dict[Any, Tensor] = {}  # the smallest parameter of each kind
     for group in built.param_groups:
@@ -132,12 +131,10 @@ def configure(
     Args:
         module: the task; its trainable parameters are grouped by `parameter_groups`, unless `groups` are given.
         optimizer: creates the optimizer from parameter groups, for example `functools.partial(torch.optim.AdamW,
-        lr=1e-3)`.
-            If torch has no fused kernel of it, `fused` is set to false, and a line is printed.
+            lr=1e-3)`. If torch has no fused kernel of it, `fused` is set to false, and a line is printed.
         schedule: the learning rate over the run's steps; None: constant.
         groups: the task's own parameter groups, in place of `parameter_groups`; in addition to the optimizer's settings
-        a
-            group may have `rate`, the factor applied to its learning rate.
+            a group may have `rate`, the factor applied to its learning rate.
 
     Raises:
         ValueError: if no parameter is trainable, or a schedule needs the number of steps and the run is unbounded.

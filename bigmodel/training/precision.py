@@ -1,10 +1,8 @@
 """`--trainer.precision auto`: bf16-mixed if this device computes the net faster in it than in float32, else 32-true.
 
 A CPU with bf16 instructions computes large products about twice as fast in bf16; one without emulates it, at a tenth to
-a
-thirtieth of float32's speed. On a CPU, the net's own products are timed (`bigmodel.training.machine`); a GPU is queried
-for
-its capabilities.
+a thirtieth of float32's speed. On a CPU, the net's own products are timed (`bigmodel.training.machine`); a GPU is
+queried for its capabilities.
 
 `ChoosePrecision` is the callback that the command adds. It needs the net, which is created after the trainer, so the
 trainer starts with `Undecided` in place of Lightning's precision plugin.
@@ -90,8 +88,7 @@ def product_shapes(net: nn.Module) -> Counter[Shape]:
     """Return the shapes of a net's multiplied weights, [out, in, ...], with the number of operations per row.
 
     All matrices and the weights of convolutions. Embeddings are included, because a net that ties its head multiplies
-    by them
-    as well.
+    by them as well.
     """
     kernels = {module.weight for module in net.modules() if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)}
     operations: Counter[Shape] = Counter()

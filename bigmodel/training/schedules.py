@@ -1,8 +1,7 @@
 """Learning-rate schedules: the learning rate as a factor of its peak, by optimizer step.
 
 Sources: cosine decay from Loshchilov and Hutter (2017); warm-up, stable, decay from Hu et al. (2024, MiniCPM). The
-scheduler
-that is stepped at every optimizer step is created by `bigmodel.training.optimizers.configure`.
+scheduler that is stepped at every optimizer step is created by `bigmodel.training.optimizers.configure`.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class Rows:
         first: the number of the first row, for messages.
         columns: by role; arrays of M each.
         typed: True if the columns' types are the source's own. If not, all are text that may represent numbers or
-        lists.
+            lists.
         size: approximate bytes of these rows in the file.
         word: the term for a row, for messages.
         classes: names stored by Hugging Face's `datasets` for a column of class numbers, by role.

@@ -61,45 +61,35 @@ class Anomalies(Callback):
     """Monitors the loss (mean over all predicted elements, all processes) and gradient norm of each optimizer step.
 
     An anomaly is a non-finite loss or norm, or a finite loss that exceeds the mean of the last `window` steps by more
-    than
-    `deviations` standard deviations. Each anomaly is printed on one line with its samples, and `train/anomalies` (the
-    number
-    so far) is logged. The possible actions are:
+    than `deviations` standard deviations. Each anomaly is printed on one line with its samples, and `train/anomalies`
+    (the number so far) is logged. The possible actions are:
 
     * `stop`: raise `FloatingPointError`, which names step and samples. No checkpoint of the affected weights is
-    written.
+      written.
     * `skip`: do not step the optimizer: weights and optimizer state stay bitwise unchanged, including weight decay.
-    Position
-      in the data, step number and schedule advance as usual. Running statistics of BatchNorm have already seen the
-      batch.
+      Position in the data, step number and schedule advance as usual. Running statistics of BatchNorm have already seen
+      the batch.
     * `back`: return to the newest checkpoint before that step (`bigmodel fit` does so automatically), and skip the
-    samples
-      between that checkpoint and the end of the step: step number, schedule and optimizer continue from the checkpoint,
-      the
-      data from after the step (as Chowdhery et al. 2022, PaLM, section 5.1: a spike did not recur from an earlier state
-      with
-      other samples). This costs the steps since that checkpoint, at most the interval of the `last` callback.
-      `run.json`
-      lists each rollback under `returns`, and a run that is killed after one resumes to the same result, bitwise. A run
-      bounded by epochs gets correspondingly fewer steps; validations that were due in the skipped steps are not
-      repeated.
-      After `most_returns` rollbacks, or without a checkpoint to return to, the action is `stop`.
+      samples between that checkpoint and the end of the step: step number, schedule and optimizer continue from the
+      checkpoint, the data from after the step (as Chowdhery et al. 2022, PaLM, section 5.1: a spike did not recur from
+      an earlier state with other samples). This costs the steps since that checkpoint; the interval of the `last`
+      callback determines how many. `run.json` lists each rollback under `returns`, and a run that is killed after one resumes to the
+      same result, bitwise. A run bounded by epochs gets correspondingly fewer steps; validations that were due in the
+      skipped steps are not repeated. After `most_returns` rollbacks, or without a checkpoint to return to, the action
+      is `stop`.
     * `ignore`: do nothing.
 
     On a GPU the check does not wait for the current step: a step is checked after the next one has been queued, and a
-    fused
-    optimizer reads on the device whether to skip. Only `skip` with a non-fused optimizer reads each step's values
-    first. On a
-    CPU `stop` takes effect before the weights change. With float16 (`16-mixed`) the gradient scaler already skips steps
-    with
-    non-finite gradients, so only the loss is monitored here.
+    fused optimizer reads on the device whether to skip. Only `skip` with a non-fused optimizer reads each step's values
+    first. On a CPU `stop` takes effect before the weights change. With float16 (`16-mixed`) the gradient scaler already
+    skips steps with non-finite gradients, so only the loss is monitored here.
 
     Args:
         on_nan: the action for a non-finite loss or norm.
         on_spike: the action for a loss spike.
         deviations: number of standard deviations above the mean that defines a spike.
         window: optimizer steps over which mean and deviation are computed; spikes are not detected before that many
-        steps.
+            steps.
         most_returns: the maximum number of rollbacks (`back`) in a run.
 
     Attributes:

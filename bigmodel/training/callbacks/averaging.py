@@ -15,12 +15,11 @@ class WeightAverage(Callback):
     """Holds `average`, which a subclass updates in `on_train_batch_end`, and evaluates it in place of the live weights.
 
     `state_dict` in a checkpoint holds the live weights, so that training resumes exactly; `bigmodel.load` uses the
-    average
-    if there is one.
+    average if there is one.
 
     Attributes:
         average: each parameter and saved buffer by name, once (tied weights have one average); empty before the first
-        update.
+            update.
     """
 
     def __init__(self) -> None:

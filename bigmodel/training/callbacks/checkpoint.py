@@ -29,7 +29,7 @@ class Checkpoint(ModelCheckpoint):
         keep: how many to keep, the best or the latest; -1 keeps all.
         filename: name of the file; `{step}` and metrics in braces are filled in.
         asynchronous: continue training while a thread writes the file. Needs memory for one more copy of the
-        checkpoint.
+            checkpoint.
 
     Raises:
         ValueError: for conflicting settings, or `asynchronous` with a strategy that writes its own checkpoints.

@@ -56,8 +56,7 @@ class DeviceClock:
     """Measures with events in the current CUDA stream, each read after it has completed.
 
     Pending events are stored; their number is bounded, because the CUDA launch queue (about a thousand entries) blocks
-    the
-    process when it is full.
+    the process when it is full.
     """
 
     def __init__(self) -> None:

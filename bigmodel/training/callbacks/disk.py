@@ -19,9 +19,8 @@ class DiskSpace(Callback):
     """Prints a warning, before training and at each checkpoint, if the disk is too full for the next ones. Always on.
 
     Each `Checkpoint` callback writes its next file before it deletes its previous one, so one more file of each must
-    fit.
-    The size is that of the state about to be saved; before training, that of the newest checkpoint, or three times the
-    trainable weights if there is none yet.
+    fit. The size is that of the state about to be saved; before training, that of the newest checkpoint, or three times
+    the trainable weights if there is none yet.
     """
 
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:

@@ -1,5 +1,6 @@
-"""Exponential moving average of the weights (Polyak and Juditsky 1992), evaluated and saved in addition to the live
-ones.
+"""Exponential moving average of the weights (Polyak and Juditsky 1992), saved in addition to the live ones.
+
+It is evaluated in place of the live weights.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ class EMA(WeightAverage):
     """Updates average = decay * average + (1 - decay) * weights after each optimizer step, and evaluates the average.
 
     Floating-point buffers (running statistics) are averaged too, others copied. `state_dict` in a checkpoint holds the
-    live
-    weights, so that training resumes exactly; `bigmodel.load` uses the average if there is one.
+    live weights, so that training resumes exactly; `bigmodel.load` uses the average if there is one.
 
     Args:
         decay: weight of the old average per optimizer step, in [0, 1).

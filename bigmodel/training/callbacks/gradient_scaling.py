@@ -1,12 +1,9 @@
 """Gradient scaling once per optimizer step: to the mean over all predicted elements, followed by clipping.
 
 A loss is a sum and a count. With A micro-batches on each of W processes (with tensor parallelism, groups of processes
-that
-share a model), Lightning and DDP or FSDP2 leave in `.grad` the sum of all gradients divided by A W; the required value
-is
-the sum divided by the global count N (tokens, samples, ...). A mean of the micro-batches' means differs from it
-whenever
-their counts differ.
+that share a model), Lightning and DDP or FSDP2 leave in `.grad` the sum of all gradients divided by A W; the required
+value is the sum divided by the global count N (tokens, samples, ...). A mean of the micro-batches' means differs from
+it whenever their counts differ.
 """
 
 from __future__ import annotations
@@ -31,15 +28,14 @@ class GradientScaling(Callback):
     """Scales and clips gradients before each optimizer step. Always on.
 
     If `training_step` returns `{"loss": sum, "count": number}`, gradients are scaled by the global count; if it returns
-    a mean
-    loss, they are left as Lightning computes them (a mean of means, exact for equal counts).
-    `trainer.gradient_clip_val` is
-    applied here, after scaling, so that it also works where Lightning refuses it (fused optimizers under bf16-mixed).
+    a mean loss, they are left as Lightning computes them (a mean of means, exact for equal counts).
+    `trainer.gradient_clip_val` is applied here, after scaling, so that it also works where Lightning refuses it (fused
+    optimizers under bf16-mixed).
 
     Attributes:
         total_count: elements predicted so far over all processes, int64 on the device; 0 if the task returns no count.
         loss: of the last step, the mean over the predicted elements of all processes, on the device; None before the
-        first.
+            first.
         grad_norm: 2-norm of the scaled gradients of the last step before clipping; None unless clipping is on.
     """
 

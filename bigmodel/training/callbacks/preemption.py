@@ -40,18 +40,14 @@ class Preemption(callbacks.Checkpoint):
     """Stops a fit gracefully on SIGTERM, SIGUSR1 and Ctrl-C (SIGINT); a second Ctrl-C stops at once. Always on.
 
     The current optimizer step is finished, and so is a validation that is due after it (a signal during validation
-    takes
-    effect at its end). The first `Checkpoint` without a `monitor`, by default `last`, saves, and `Preempted` is raised.
-    After
-    a second Ctrl-C nothing is saved. With several processes, a signal to any of them suffices: they exchange it at
-    every tenth
-    optimizer step, or every few seconds if steps are long, and stop at the same step. Signals are handled from the
-    first step
-    to the last; before and after, no work would be lost, and the previous handlers stay in place.
+    takes effect at its end). The first `Checkpoint` without a `monitor`, by default `last`, saves, and `Preempted` is
+    raised. After a second Ctrl-C nothing is saved. With several processes, a signal to any of them suffices: they
+    exchange it at every tenth optimizer step, or every few seconds if steps are long, and stop at the same step.
+    Signals are handled from the first step to the last; before and after, no work would be lost, and the previous
+    handlers stay in place.
 
     It replaces Lightning's handling of SIGTERM and its requeueing under SLURM, which would save without regard to
-    validation
-    and at another path, and the broadcast on each micro-batch that belongs to them.
+    validation and at another path, and the broadcast on each micro-batch that belongs to them.
     """
 
     # A subclass of Lightning's Checkpoint, so that it is called last and saves the others' state after a validation.

@@ -24,12 +24,11 @@ class ProgressLine(ProgressBar):
     """Shows step, loss, speed and time left during training, and the metrics of each validation on a permanent line.
 
     During `bigmodel validate`, `test` and `predict` it shows the number of batches done. If there are more than ten
-    metrics,
-    six are shown: the one that selects the best checkpoint, and those related to it.
+    metrics, six are shown: the one that selects the best checkpoint, and those related to it.
 
     Args:
         every_seconds: seconds between lines if the output is not a terminal. A terminal's bar is redrawn twice a
-        second.
+            second.
     """
 
     def __init__(self, every_seconds: float = 10.0) -> None:

@@ -1,8 +1,7 @@
 """Global batch size, and exact resume: a run that is stopped anywhere continues as if uninterrupted.
 
 Lightning's loops count micro-batches on one process, so their state depends on the number of processes. It is
-recomputed
-here from the number of optimizer steps, which does not; see `bigmodel.data.sampling` for the data.
+recomputed here from the number of optimizer steps, which does not; see `bigmodel.data.sampling` for the data.
 """
 
 from __future__ import annotations
@@ -32,17 +31,14 @@ class Resume(Callback):
     Args:
         seed: combined with step, micro-batch and process to seed dropout and other draws of the training step.
         allow_changed_data: continue although the data's fingerprint differs from the checkpoint's. If the number of
-        samples
-            is the same, from the same position in their order; else with a new epoch, if one had begun.
+            samples is the same, from the same position in their order; else with a new epoch, if one had begun.
         allow_changed_batch: continue although the batch size differs from the checkpoint's, from the first sample not
-        yet
-            seen. The count of optimizer steps, and with it the schedule, continues; a run bounded by epochs gets
+            yet seen. The count of optimizer steps, and with it the schedule, continues; a run bounded by epochs gets
             correspondingly more or fewer steps.
 
     Attributes:
         returns: rollbacks of the run so far, as in `run.json` (see `Anomalies`): the step `to` which it returned, and
-        the
-            `epoch` and the number of its `samples` after which it continued. Set before a checkpoint is loaded.
+            the `epoch` and the number of its `samples` after which it continued. Set before a checkpoint is loaded.
         num_returns: the number of rollbacks in the history of the current weights.
         new_returns: the number of those that the checkpoint does not include.
     """

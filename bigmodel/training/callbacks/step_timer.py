@@ -27,32 +27,25 @@ class StepTimer(Callback):
     """Reports the time per part at the end of a fit (table and run.json), and the process that slows down the others.
 
     The table is that of the first process. At any moment the time is attributed to one of these parts, so that they add
-    up to
-    the total:
+    up to the total:
 
     * `data`: until the next batch is on the device. Zero if workers prefetch fast enough.
     * `forward`: `training_step`, and setting gradients to zero.
     * `backward`: the backward pass; under DDP including the communication that overlaps with it.
     * `communication` (DDP): communication that does not overlap with the backward pass: from this process's last
-    gradient
-      until the sums over all processes are available, including the wait for a slower process.
+      gradient until the sums over all processes are available, including the wait for a slower process.
     * `optimizer`: scaling, clipping, the optimizer's step, the schedule.
     * `validation`, and `checkpoint`: the time that training waits for it; not the writing of an asynchronous one.
     * `other`: callbacks, logging, Lightning's loops.
 
     On a GPU the parts are measured by events in its stream, read once they have completed: nothing waits for them, and
-    `data`
-    is the time that the GPU waits, not the process. Elsewhere the process's clock is used. The first optimizer step is
-    left
-    out (warm-up, compilation, counting of FLOPs).
+    `data` is the time that the GPU waits, not the process. Elsewhere the process's clock is used. The first optimizer
+    step is left out (warm-up, compilation, counting of FLOPs).
 
     With several processes under DDP, each row of `TrainingLog` has `speed/slowest_over_median`: the longest time of a
-    process
-    in `data`, `forward` and `backward` since the last row, over the median of all. If it exceeds 1.5 in two consecutive
-    rows,
-    by more than a tenth of a second, a line names process and host. A net with buffers (BatchNorm) waits for the first
-    process
-    in `forward`, which hides that this one is the slowest.
+    process in `data`, `forward` and `backward` since the last row, over the median of all. If it exceeds 1.5 in two
+    consecutive rows, by more than a tenth of a second, a line names process and host. A net with buffers (BatchNorm)
+    waits for the first process in `forward`, which hides that this one is the slowest.
     """
 
     def __init__(self) -> None:

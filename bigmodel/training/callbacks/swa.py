@@ -1,9 +1,8 @@
 """Stochastic weight averaging (Izmailov et al. 2018, arXiv 1803.05407).
 
 The equal mean of weights over the last part of a run is evaluated and saved beside the live weights. Running statistics
-of
-BatchNorm are not weights: those of the mean net are not the mean of theirs. They are recomputed over training batches
-(section 3.2), just before the average is evaluated or saved, if it has changed since.
+of BatchNorm are not weights: those of the mean net are not the mean of theirs. They are recomputed over training
+batches (section 3.2), just before the average is evaluated or saved, if it has changed since.
 """
 
 from __future__ import annotations
@@ -30,22 +29,17 @@ class SWA(WeightAverage):
     """Averages the weights at certain optimizer steps, with equal weight, and evaluates the average.
 
     Training of the live weights does not change. The learning rate is set by --model.schedule: the paper keeps it high
-    and
-    constant, or cyclic, while averaging; under a schedule that falls to 0 the averaged weights hardly differ.
-    `state_dict` in
-    a checkpoint holds the live weights, so that training resumes exactly; `bigmodel.load` uses the average if there is
-    one.
+    and constant, or cyclic, while averaging; under a schedule that falls to 0 the averaged weights hardly differ.
+    `state_dict` in a checkpoint holds the live weights, so that training resumes exactly; `bigmodel.load` uses the
+    average if there is one.
 
     Args:
         start: the fraction of the run's optimizer steps, 0 to 1, after which weights are averaged; before it the live
-        ones
-            are evaluated.
+            ones are evaluated.
         every_n_steps: optimizer steps between two updates of the average; null: at the end of each epoch.
         bn_batches: micro-batches of each process, from the beginning of the first epoch's order, over which the
-        statistics
-            of BatchNorm are computed, with the task's `features(batch)` and `logits(features)`; 0: use their mean over
-            the
-            run. Unused for a net without BatchNorm.
+            statistics of BatchNorm are computed, with the task's `features(batch)` and `logits(features)`; 0: use their
+            mean over the run. Unused for a net without BatchNorm.
 
     Raises:
         ValueError: for a setting out of range, a run without an end, or one in which no weights would be averaged.

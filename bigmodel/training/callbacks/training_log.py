@@ -2,10 +2,8 @@
 
 MFU is model FLOPs utilisation (Chowdhery et al. 2022, PaLM): FLOPs per second over the device's peak. The FLOPs are
 counted on the first micro-batch, forward and backward, not declared. They are those of the trained net: recomputation
-of
-checkpointed activations is not counted, nor is computation under `outside_mfu` (a teacher, generation of training
-text),
-although its time is.
+of checkpointed activations is not counted, nor is computation under `outside_mfu` (a teacher, generation of training
+text), although its time is.
 """
 
 from __future__ import annotations
@@ -34,17 +32,13 @@ class TrainingLog(Callback):
 
     `train/loss` (mean over all predicted elements, all processes), `train/lr`, `train/grad_norm` (when clipping); if a
     training step returns `parts`, sums by name beside its loss, also their means as `train/<name>`;
-    `speed/samples_per_s`
-    and, if the task counts, `speed/<counts>_per_s` (all processes); `speed/mfu` (0 to 1, per device, if its peak is
-    known);
-    `seen/samples`, `seen/<counts>`. Time in validation is excluded. The task's attribute `counts` names the unit of its
-    count,
-    for example `counts = "tokens"`. Between rows nothing is read from the device.
+    `speed/samples_per_s` and, if the task counts, `speed/<counts>_per_s` (all processes); `speed/mfu` (0 to 1, per
+    device, if its peak is known); `seen/samples`, `seen/<counts>`. Time in validation is excluded. The task's attribute
+    `counts` names the unit of its count, for example `counts = "tokens"`. Between rows nothing is read from the device.
 
     Args:
         mfu: count the FLOPs of the trained net on the first micro-batch, and log `speed/mfu`: their rate over the peak
-        of
-            the type in which matrix products are computed (`bigmodel.training.machine.peak_flops`).
+            of the type in which matrix products are computed (`bigmodel.training.machine.peak_flops`).
 
     Attributes:
         latest: the last row.
@@ -217,8 +211,7 @@ class _FlopCounter(TorchDispatchMode):
     """Counts the FLOPs of matrix products, convolutions and attention inside the context.
 
     Unlike torch's FlopCounterMode it does not decompose operations, which would change the last bit of some results:
-    counting
-    must not change the training.
+    counting must not change the training.
     """
 
     paused = False  # by `outside_mfu`

@@ -15,10 +15,8 @@ class Watchdog(Callback):
     """Prints the stacks of all threads of this process to standard error if no batch has ended for too long.
 
     Only training and validation batches reset the timer; anything else (compiling, saving, the start) must finish
-    within the
-    same time. A hang is reported once, with process and step, and nothing is terminated: a launcher's or SLURM's time
-    limits
-    do that. Each process has its own watchdog. The cost per step is one reading of the clock.
+    within the same time. A hang is reported once, with process and step, and nothing is terminated: a launcher's or
+    SLURM's time limits do that. Each process has its own watchdog. The cost per step is one reading of the clock.
 
     Args:
         minutes: minutes without a batch that count as a hang.
