@@ -73,10 +73,10 @@ class Anomalies(Callback):
       samples between that checkpoint and the end of the step: step number, schedule and optimizer continue from the
       checkpoint, the data from after the step (as Chowdhery et al. 2022, PaLM, section 5.1: a spike did not recur from
       an earlier state with other samples). This costs the steps since that checkpoint; the interval of the `last`
-      callback determines how many. `run.json` lists each rollback under `returns`, and a run that is killed after one resumes to the
-      same result, bitwise. A run bounded by epochs gets correspondingly fewer steps; validations that were due in the
-      skipped steps are not repeated. After `most_returns` rollbacks, or without a checkpoint to return to, the action
-      is `stop`.
+      callback determines how many. `run.json` lists each rollback under `returns`, and a run that is killed after one
+      resumes to the same result, bitwise. A run bounded by epochs gets correspondingly fewer steps; validations that
+      were due in the skipped steps are not repeated. After `most_returns` rollbacks, or without a checkpoint to return
+      to, the action is `stop`.
     * `ignore`: do nothing.
 
     On a GPU the check does not wait for the current step: a step is checked after the next one has been queued, and a
