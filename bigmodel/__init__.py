@@ -1,4 +1,4 @@
-"""A research framework on Lightning for the whole life of a large model, with plug-in tasks."""
+"""Research framework on Lightning for the whole life of a large model, with plug-in tasks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """These live in `bigmodel.run`, which imports Lightning: that waits until they are used."""
+    """Import from `bigmodel.run` lazily, because it imports Lightning."""
     if name in ("load", "load_data", "sizes"):
         from bigmodel import run
 

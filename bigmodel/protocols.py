@@ -1,7 +1,8 @@
-"""What a task and its data offer: the contract, as protocols that `isinstance` and type checkers understand.
+"""Contract of a task and its data, as protocols for `isinstance` and type checkers.
 
-A task needs `Task` and `TaskData`; each other protocol is needed only by who wants what it gives. `bigmodel check-task` runs
-them all against a task. A change of what is asked here raises `PROTOCOL_VERSION`, and stands in the changelog.
+A task needs `Task` and `TaskData`; each other protocol is required only for the feature that uses it. `bigmodel
+check-task` checks a task against all of them. A change of these requirements increases `PROTOCOL_VERSION`, and is
+listed in the changelog.
 
 B samples in a batch, D width of the features, K classes.
 """
@@ -18,11 +19,11 @@ PROTOCOL_VERSION = 2
 
 @runtime_checkable
 class Batch(Protocol):
-    """A `NamedTuple` of tensors, each with B rows, and these two among them.
+    """`NamedTuple` of tensors, each with B rows, including these two.
 
     Attributes:
-        index: [B] int64, which sample of its split each row is.
-        weight: [B] float32, 1; 0 in rows that only fill up a last batch, which must not count in any metric.
+        index: [B] int64, the number of each row's sample in its split.
+        weight: [B] float32, 1; 0 in padding rows of a last batch, which must not count in any metric.
     """
 
     @property
@@ -33,17 +34,18 @@ class Batch(Protocol):
 
 @runtime_checkable
 class TaskData(Protocol):
-    """What a `LightningDataModule` has besides its loaders, which `bigmodel.data.sampling` makes.
+    """Required attributes of a `LightningDataModule`, besides its loaders, which `bigmodel.data.sampling` creates.
 
-    A property `augmentation`, if there is one, is a text that changes when training samples are changed otherwise at random,
-    and empty when they are the same in each epoch: what is kept of a teacher is kept by it.
+    An optional property `augmentation` is a string that changes when the random augmentation of training samples
+    changes, and is empty if they are the same in each epoch: cached outputs of a teacher are keyed by it.
 
     Attributes:
         batch_size: samples per optimizer step, over all processes.
-        micro_batch_size: samples one process takes at once; None: its whole share of the batch.
-        sizes: the numbers that the data know and the net needs, such as `{"num_classes": 10}`, set in `setup`; handed to
-            the net by name, and kept in the checkpoint, so that a run is loaded with no data present.
-        fingerprint: of the samples and their order, set in `setup`; a resume on data of another is refused.
+        micro_batch_size: samples per process and forward pass; None: the process's whole share of the batch.
+        sizes: the numbers that the data define and the net needs, such as `{"num_classes": 10}`, set in `setup`; passed
+            to the net by name, and saved in the checkpoint, so that a run can be loaded without data.
+        fingerprint: identifies the samples and their order, set in `setup`; a resume on data with another one is
+            refused.
     """
 
     batch_size: int
@@ -54,13 +56,14 @@ class TaskData(Protocol):
 
 @runtime_checkable
 class Task(Protocol):
-    """What a `LightningModule` has: it takes `optimizer` and `schedule`, and `net` (or what else its net is made of, such as
-    a backbone's name); `net` and `optimizer` as what makes them.
+    """Required interface of a `LightningModule`, whose arguments include `net`, `optimizer` and `schedule`.
 
-    `configure_model` makes the net from `bigmodel.sizes(self)`, once, however often it is called. `training_step` returns
-    `{"loss": sum, "count": number}`: the sum of the loss over what was predicted, and how much that was. An entry `parts`,
-    if there is one, holds further such sums by name, detached, whose means are logged as `train/<name>`. Metrics are
-    torchmetrics, given the batch's weight. An attribute `counts` says what the count counts, "samples" if there is none.
+    `net` and `optimizer` are factories; other arguments that define the net, such as a backbone's name, may replace
+    `net`. `configure_model` creates the net from `bigmodel.sizes(self)`, once, however often it is called.
+    `training_step` returns `{"loss": sum, "count": number}`: the sum of the loss over the predicted elements, and their
+    number. An optional entry `parts` holds further such sums by name, detached, whose means are logged as
+    `train/<name>`. Metrics are torchmetrics, called with the batch's weight. An optional attribute `counts` names the
+    unit of the count, by default "samples".
 
     Attributes:
         net: the net; None until `configure_model`.
@@ -76,88 +79,101 @@ class Task(Protocol):
 
 @runtime_checkable
 class SupportsLogits(Protocol):
-    """Its prediction in two parts, for distillation, evaluation and export.
+    """Prediction in two parts, for distillation, evaluation and export.
 
-    A property `outcomes`, if there is one, says what the K logits are of, as plain values: the names of the classes, the
-    tokenizer. A teacher of other outcomes is refused. A property `problem`, if there is one, says what a target is: `class`
-    (one of K, or a distribution over them; so it is without the property), `labels` (each of K is there or not, 0 or 1), or
-    `number`.
+    An optional property `outcomes` identifies the meaning of the K logits, as plain values: the names of the classes,
+    the tokenizer. A teacher with other outcomes is refused. An optional property `problem` is the kind of target:
+    `class` (one of K, or a distribution over them; the default), `labels` (each of K is 0 or 1), or `number`.
     """
 
     def features(self, batch: Any) -> Tensor:
-        """[B, ..., D], what the head reads; the logits themselves, if the net does not part the two."""
+        """Return [B, ..., D], the input of the head; the logits themselves, if the net has no separate head."""
         ...
 
     def logits(self, features: Tensor) -> Tensor:
-        """[..., D] -> [..., K]; it may be called on chunks."""
+        """Map features [..., D] to logits [..., K]; may be called on chunks."""
         ...
 
     def targets(self, batch: Any) -> Tensor:
-        """What the logits are compared with: class numbers [B, ...] (-100 where nothing is predicted), distributions or
-        labels [B, ..., K], or numbers [B, ...]."""
+        """Return the targets of the logits.
+
+        Class numbers [B, ...] (-100 for positions without a target), distributions or labels [B, ..., K], or numbers
+        [B, ...].
+        """
         ...
 
 
 @runtime_checkable
 class SupportsPredict(Protocol):
-    """Rows of a table for each batch: what `bigmodel predict` writes. The data module has a `predict_dataloader`.
+    """Rows of a table for each batch, as written by `bigmodel predict`. The data module has a `predict_dataloader`.
 
-    A method `prediction_metadata() -> dict[str, str]`, if there is one, says what stands in the file beside the table.
+    An optional method `prediction_metadata() -> dict[str, str]` returns the metadata of the file.
     """
 
     def predict_step(self, batch: Any) -> Mapping[str, Any]:
-        """A column by name: a list of str, a tensor [n] or [n, K], or for anything else a pyarrow Array; a row for each of
-        the batch, those of weight 0 left out. Every LightningModule has such a method; the contract is kept by one that has
-        its own."""
+        """Return columns by name: a list of str, a tensor [n] or [n, K], or for any other type a pyarrow Array.
+
+        One row per sample of the batch, without those of weight 0. Every LightningModule has such a method; the
+        protocol requires an overridden one.
+        """
         ...
 
 
 @runtime_checkable
 class SupportsGenerate(Protocol):
-    """Goes on with a prompt: `bigmodel generate`, and `bigmodel.training.callbacks.Samples`."""
+    """Continuation of a prompt: for `bigmodel generate`, and `bigmodel.training.callbacks.Samples`."""
 
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
-        """The continuation in pieces; of its options, `max_new_tokens` and `seed` are known everywhere."""
+        """Yield the continuation in pieces; every implementation supports the options `max_new_tokens` and `seed`."""
         ...
 
     def generate(self, prompt: str, **options: Any) -> str:
-        """All pieces at once."""
+        """Return the whole continuation."""
         ...
 
 
 @runtime_checkable
 class SupportsCorpusGeneration(Protocol):
-    """Writes whole documents: `bigmodel generate --documents`. The data module has a method `beginnings(numbers, seed)`: the
-    first characters of a training document for each of these numbers, the same for the same number and seed."""
+    """Generation of whole documents: for `bigmodel generate --documents`.
+
+    The data module has a method `beginnings(numbers, seed)`: the first characters of a training document for each of
+    these numbers, the same for the same number and seed.
+    """
 
     def write_documents(self, beginnings: Sequence[str], keys: Tensor, **options: Any) -> Sequence[tuple[str, bool]]:
-        """For each beginning, a whole document and whether it came to an end. Keyword arguments are its options; what is
-        random about a document is a function of its key (`bigmodel.data.stateless_rng`), of [B] int64."""
+        """Return, for each beginning, a whole document and whether it was completed.
+
+        Keyword arguments are options; all randomness in a document is a function of its key
+        (`bigmodel.data.stateless_rng`), from keys [B] int64.
+        """
         ...
 
 
 @runtime_checkable
 class SupportsOnPolicySampling(Protocol):
-    """Writes training batches anew, as on-policy distillation needs them."""
+    """Regeneration of training batches, for on-policy distillation."""
 
     def rewrite(self, batch: Any, keys: Tensor, *, max_new_tokens: int, temperature: float) -> Any:
-        """A batch like this one, of which the last `max_new_tokens` tokens of each sequence are the net's own, drawn at the
-        temperature by the sample's key [B]; no others are targets. Draws nothing else, leaves the net as it was, and takes
-        as many steps for every batch. A ValueError says where no tokens are left to begin with."""
+        """Return a batch like this one, with the last `max_new_tokens` tokens of each sequence generated by the net.
+
+        They are drawn at the temperature by the sample's key [B], and are the only targets. Uses no other randomness,
+        leaves the net unchanged, and takes the same number of steps for every batch. Raises a ValueError if no tokens
+        are left as a prompt.
+        """
         ...
 
 
 @runtime_checkable
 class SupportsRecommend(Protocol):
-    """Puts items in order for somebody: `bigmodel recommend`. The data module has a method `user(user_id, item_ids)`, which
-    gives one of its users as a batch of one row.
+    """Ranking of items for a user: for `bigmodel recommend`.
 
-    Either method gives a list of at most k entries, the best first, with no item that was chosen before and none twice:
-    mappings with `item` (its id), `title` (text or None) and `score` (a number; none is above the one before). A list of
-    fewer is the beginning of one of more. A k that cannot be is a ValueError.
+    The data module has a method `user(user_id, item_ids)`, which returns one of its users as a batch of one row. Both
+    methods return a list of at most k entries, the best first, without items chosen before and without duplicates:
+    mappings with `item` (its id), `title` (text or None) and `score` (a number, in non-increasing order). A shorter
+    list is a prefix of a longer one. An invalid k is a ValueError.
 
     Attributes:
-        item_ids: ids of the items that a loaded task knows, in the order of its own numbers; None: those of its data.
+        item_ids: ids of the items of a loaded task, in the order of its item numbers; None: those of its data.
     """
 
     @property
@@ -166,31 +182,37 @@ class SupportsRecommend(Protocol):
     def recommend(
         self, history: Sequence[int | str], k: int = 10, times: Sequence[int] | None = None
     ) -> Sequence[Mapping[str, Any]]:
-        """For somebody who chose these, by their ids, one after the other, at these times (seconds since 1970; None: not
-        known). A task that knows only those it was trained on raises a ValueError that says so."""
+        """Recommend to a user who chose the items of `history` (ids), in this order.
+
+        `times` are in seconds since 1970; None: unknown. A task that supports only the users it was trained on raises a
+        ValueError.
+        """
         ...
 
     def recommend_to(self, batch: Any, k: int = 10) -> Sequence[Mapping[str, Any]]:
-        """For the one user of a batch."""
+        """Recommend to the one user of a batch."""
         ...
 
 
 @runtime_checkable
 class SupportsExport(Protocol):
-    """Says what `bigmodel export` writes; of other tasks it writes `net`."""
+    """Customizes `bigmodel export`; for other tasks it writes `net`."""
 
     def exported_net(self) -> Any:
-        """The net as others shall have it, adapters merged. It is called on a loaded task, which is not used any more."""
+        """Return the net to publish, adapters merged. It is called on a loaded task, which is not used afterwards."""
         ...
 
 
 @runtime_checkable
 class SupportsFromPretrained(Protocol):
-    """Makes a trained task of a model that somebody published: what `--model.teacher` of distillation takes besides runs."""
+    """Creation of a trained task from a published model: `--model.teacher` of distillation accepts these besides runs."""
 
     def imported(self, path: str, flag: str) -> Any:
-        """A trained task that *SupportsLogits* the outcomes of this one from the same batches, in evaluation mode; its net
-        is the model at `path`, a folder or hf://owner/name (see `bigmodel.pretrained`). It is called on a task that knows
-        its data (`bigmodel.sizes`), whose net need not be there. A ValueError, which names the flag and the path, says why
-        the model cannot be that."""
+        """Return a trained task, in evaluation mode, whose net is the model at `path`.
+
+        The path is a folder or hf://owner/name (see `bigmodel.pretrained`). The result *SupportsLogits* with the
+        outcomes of this task from the same batches. It is called on a task whose data are available (`bigmodel.sizes`);
+        its net need not exist. A ValueError, which names the flag and the path, gives the reason if the model cannot be
+        used.
+        """
         ...

@@ -1,4 +1,4 @@
-"""Weights in and out: written atomically with a checksum, read as data only, and loaded strictly unless excused by name."""
+"""Checkpoints: written atomically with a checksum, read as data only, and loaded strictly unless excused by name."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import when used: the table of renamed paths is read without torch."""
+    """Import lazily, so that the table of renamed paths is read without importing torch."""
     if name in _MODULES:
         return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'bigmodel.checkpoint' has no attribute {name!r}")

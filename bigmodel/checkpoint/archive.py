@@ -1,11 +1,11 @@
-"""A checkpoint in one file: written beside its target, with its checksum inside, and renamed into place.
+"""Checkpoint in one file: written to a temporary file, with its checksum inside, and renamed to its target.
 
 A file is the zip archive that `torch.save` writes, and the archive's comment is its SHA-256:
 
     the archive, up to the two bytes that give the comment's length | 71 | sha256:<64 hexadecimal digits>
 
-The digest is that of the archive as torch wrote it, where the length is 0. So one rename puts file and checksum in place,
-neither is ever without the other, however the file is copied, and torch, zipfile and unzip read it like any archive.
+The digest is that of the archive as torch wrote it, where the length is 0. So one rename publishes file and checksum
+together, they stay together however the file is copied, and torch, zipfile and unzip read it like any archive.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import torch
 
-_END = b"PK\x05\x06"  # opens the last record of a zip archive, 22 bytes of which the last two are the comment's length
+_END = b"PK\x05\x06"  # starts the last record of a zip archive: 22 bytes, the last two are the comment's length
 _END_SIZE = 22
 _MARK = b"sha256:"
 _COMMENT_SIZE = len(_MARK) + 64
@@ -32,7 +32,7 @@ _BLOCK = 1 << 20  # bytes
 
 
 class _HashedFile:
-    """A file that is open for writing and reading, hashed as it is written."""
+    """File open for writing and reading, hashed while it is written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._sha256 = file, hashlib.sha256()
@@ -45,7 +45,7 @@ class _HashedFile:
         self._file.flush()
 
     def seal(self) -> None:
-        """Write the digest as the comment of the archive, which is complete."""
+        """Write the digest as the comment of the completed archive."""
         comment = _MARK + self._sha256.hexdigest().encode()
         self._file.seek(-_END_SIZE, os.SEEK_END)
         end = self._file.read(_END_SIZE)
@@ -56,7 +56,7 @@ class _HashedFile:
 
 
 def write_archive(target: Path, fill: Callable[[Any], object]) -> None:
-    """Write what `fill` writes, and its checksum, in place of `target` or not at all."""
+    """Write the output of `fill` and its checksum to `target`, or leave `target` unchanged on failure."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
@@ -74,9 +74,9 @@ def write_archive(target: Path, fill: Callable[[Any], object]) -> None:
 
 @functools.cache
 def archive_damage(path: str, size: int, modified: int) -> str | None:
-    """What is wrong with the archive at `path`; None if it is as it was written.
+    """Describe the damage of the archive at `path`; None if it matches its checksum.
 
-    Reads it all, once in a process as long as its `size` (bytes) and the time it was `modified` (ns) stay the same.
+    Reads it all, once per process as long as its `size` (bytes) and the time it was `modified` (ns) stay the same.
     """
     with open(path, "rb") as file:
         file.seek(max(0, size - _END_SIZE - _COMMENT_SIZE))
@@ -99,7 +99,7 @@ def archive_damage(path: str, size: int, modified: int) -> str | None:
 
 
 def archive_digest(path: str | os.PathLike[str]) -> str | None:
-    """The SHA-256 that the archive carries, not compared with what is in it; None if it carries none."""
+    """Return the SHA-256 stored in the archive, not compared with its content; None if it has none."""
     with open(path, "rb") as file:
         file.seek(0, os.SEEK_END)
         file.seek(max(0, file.tell() - _COMMENT_SIZE))
@@ -108,7 +108,7 @@ def archive_digest(path: str | os.PathLike[str]) -> str | None:
 
 
 def read_archive(path: str | os.PathLike[str]) -> Any:
-    """What is in the file, on the CPU, memory-mapped.
+    """Return the content of the file, on the CPU, memory-mapped.
 
     Raises:
         ValueError: if it cannot be read, or holds more than tensors and plain values.
@@ -116,15 +116,15 @@ def read_archive(path: str | os.PathLike[str]) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0].split(". ")[0][:200]  # of torch's advice, what was wrong
+        reason = str(error).strip().splitlines()[0].split(". ")[0][:200]  # the first sentence of torch's message
         raise ValueError(f"{path} cannot be read as a checkpoint (damaged, or not one): {reason}") from error
 
 
 def put_in_place(partial: Path, target: Path) -> None:
-    """Give what has been written, file or folder, its name. What had the name is replaced, whatever it is.
+    """Rename what has been written, file or folder, to its target; replace any earlier file or folder there.
 
-    Where either is a folder, the earlier is moved aside first: a kill between the two renames leaves it hidden, and its
-    replacement too, so whoever looks for a checkpoint then finds the one before.
+    If either is a folder, the earlier one is renamed first: a kill between the two renames leaves both hidden, and the
+    next search for a checkpoint finds the one before.
     """
     if not target.is_dir() and not (partial.is_dir() and target.exists()):
         os.replace(partial, target)
@@ -140,7 +140,7 @@ def put_in_place(partial: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint, file or folder; a kill leaves no half folder that looks whole."""
+    """Remove a checkpoint, file or folder; a kill leaves no partial folder that looks complete."""
     if path.is_dir():
         aside = _hidden(path)
         os.replace(path, aside)
@@ -149,20 +149,20 @@ def remove(path: Path) -> None:
 
 
 def clear_hidden(folder: Path) -> None:
-    """Remove what was being written, replaced or removed in `folder` when its process was killed."""
+    """Remove the files in `folder` that were being written, replaced or removed when their process was killed."""
     for partial in folder.glob(".*.partial"):
         _delete(partial)
 
 
 def _hidden(path: Path) -> Path:
-    """A name that only `clear_hidden` finds."""
+    """Return a name that only `clear_hidden` finds."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
 def _delete(path: Path) -> None:
     if path.is_dir():
-        # Where files are still mapped into memory, a network file system keeps them, and so the folder, until they are not:
-        # what stays is hidden, and cleared when the next fit begins.
+        # A network file system keeps files, and so the folder, as long as they are mapped into memory. They stay hidden,
+        # and are removed when the next fit begins.
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -170,7 +170,7 @@ def _delete(path: Path) -> None:
 
 @contextlib.contextmanager
 def full_disk_explained(target: Path) -> Iterator[None]:
-    """Turn the errors that a full disk causes into one that says so, how much is free, and what to do."""
+    """Convert errors caused by a full disk to one that states the free space and what to do."""
     try:
         yield
     except Exception as error:
@@ -186,7 +186,7 @@ def full_disk_explained(target: Path) -> Iterator[None]:
 
 
 def _disk_full(error: Exception, folder: Path) -> bool:
-    """torch and safetensors report a failed write without its number, so look at the text and the disk as well."""
+    """True if the disk is full; torch and safetensors report no errno, so the message and the disk are checked as well."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return "No space left" in str(error) or (

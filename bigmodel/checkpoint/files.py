@@ -1,4 +1,4 @@
-"""Checkpoints, each a file (`archive`) or, of sharded tensors, a folder (`shards`): written, verified, read as data only."""
+"""Checkpoints as a file (`archive`) or, for sharded tensors, a folder (`shards`): written, verified, read as data only."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from bigmodel.checkpoint.shards import FolderWriter
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target and renames: a crash or a full disk leaves the earlier checkpoint as it was.
+    """Writes to a temporary name and renames: a crash or a full disk leaves the earlier checkpoint intact.
 
-    A checkpoint in which there are DTensors becomes a folder: then all processes must save it. Any other is a file, saved by
-    the first process. Each carries its checksums, and is verified before it is loaded, by the first process for all. Loading
-    is `weights_only`: a checkpoint holds tensors and plain values, and reading one runs no code.
+    A checkpoint that contains DTensors becomes a folder, and all processes must save it. Any other is a file, saved by
+    the first process. Each contains its checksums, and is verified before it is loaded, by the first process for all.
+    Loading uses `weights_only`: a checkpoint holds tensors and plain values, and reading one runs no code.
 
     Args:
-        asynchronous: a save copies the checkpoint into memory, and a thread writes it while training goes on. The next
-            save, a load, and the end of the run, by an exception too, wait for the thread and raise what it has raised.
-            `Checkpoint` sets this for its own saves.
+        asynchronous: a save copies the checkpoint into memory, and a thread writes it while training continues. The
+            next save, a load, and the end of the run (also by an exception) wait for the thread and raise its
+            exceptions. `Checkpoint` sets this for its own saves.
     """
 
     def __init__(self, asynchronous: bool = False) -> None:
         self.asynchronous = asynchronous
         self._thread: ThreadPoolExecutor | None = None
-        self._pending: list[Future[None]] = []  # a write, and the removals that wait for it
+        self._pending: list[Future[None]] = []  # a write, and the removals that follow it
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         self.wait()
         rest, tensors = split(checkpoint)
         fill: Callable[[Any], object] = functools.partial(torch.save, rest)
         if self.asynchronous and (not tensors or distributed.get_rank() == 0):
-            content = io.BytesIO()  # the bytes of the file: nothing that training changes is looked at later
+            content = io.BytesIO()  # the bytes of the file: later changes by training have no effect
             fill(content)
             fill = functools.partial(_copy, content)
         write: Callable[[], None]
@@ -60,7 +60,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self._pending.append(self._thread.submit(write))
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Removes a checkpoint, but not before the one being written is in place, and not at all if that has failed."""
+        """Remove a checkpoint, after the pending write has finished, and not at all if that has failed."""
         if not self._pending:
             remove(Path(path))
             return
@@ -78,7 +78,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         weights_only: bool | None = None,
         whole: bool = True,
     ) -> dict[str, Any]:
-        """See `read`; `map_location` and `weights_only` are not used."""
+        """Return the checkpoint, see `read`; `map_location` and `weights_only` are not used."""
         self.wait()
         together = distributed.is_available() and distributed.is_initialized()
         verdict: list[str | None] = [str(path), None]
@@ -91,13 +91,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read(str(verdict[0]), verify=False, whole=whole)
 
     def wait(self) -> None:
-        """Wait until all is written, and raise what went wrong."""
+        """Wait for pending writes, and raise their exceptions."""
         pending, self._pending = self._pending, []
         for future in pending:
             future.result()
 
     def teardown(self) -> None:
-        """What Lightning calls at the end of a run, however it came."""
+        """Finish pending writes; Lightning calls this at the end of every run, also after an exception."""
         try:
             self.wait()
         finally:
@@ -111,16 +111,16 @@ def _copy(content: io.BytesIO, file: Any) -> None:
 
 
 def size_on_disk(path: Path) -> int:
-    """Bytes of a checkpoint, file or folder."""
+    """Return the size of a checkpoint, file or folder, in bytes."""
     files = path.iterdir() if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files)
 
 
 def find_damage(path: str | os.PathLike[str]) -> str | None:
-    """What is wrong with a checkpoint, by its checksums; None if it is as it was written.
+    """Describe the damage of a checkpoint, by its checksums; None if it matches them.
 
-    Reads all of it, once in a process as long as it is not changed. One without checksums, of an earlier version or written
-    by Lightning, is let pass, which is said in a line.
+    Reads all of it, once per process as long as it does not change. A checkpoint without checksums (of an earlier
+    version or written by Lightning) is accepted, and a line is printed.
     """
     try:
         if Path(path).is_dir():
@@ -132,15 +132,17 @@ def find_damage(path: str | os.PathLike[str]) -> str | None:
 
 
 def content_hash(path: Path) -> str:
-    """64 hexadecimal digits that stand for a checkpoint's content: the SHA-256 that it carries, without reading the rest of
-    it. Of one that carries none, the file is hashed."""
+    """Return 64 hexadecimal digits that identify a checkpoint's content.
+
+    They are its stored SHA-256, read without the rest of it. If it has none, the file is hashed.
+    """
     if path.is_dir():
-        return file_digest(path / MANIFEST)  # it lists the digests of all files
+        return file_digest(path / MANIFEST)  # lists the digests of all files
     return archive_digest(path) or file_digest(path)
 
 
 def _problem(path: str | os.PathLike[str]) -> str | None:
-    """Why a checkpoint cannot be used, in a sentence that names it; None if it can."""
+    """Describe, in a sentence with its path, why a checkpoint cannot be used; None if it can."""
     if not Path(path).exists():
         return f"no checkpoint at {path}"
     found = find_damage(path)
@@ -148,12 +150,13 @@ def _problem(path: str | os.PathLike[str]) -> str | None:
 
 
 def read(path: str | os.PathLike[str], verify: bool = True, whole: bool = True) -> dict[str, Any]:
-    """The checkpoint at `path`, on the CPU, memory-mapped.
+    """Return the checkpoint at `path`, on the CPU, memory-mapped.
 
     Args:
         path: the file, or the folder of a sharded one.
-        verify: refuse one that is not as it was written; False where it has been verified.
-        whole: read sharded tensors whole; False: they are `LazyShardedTensor`, to be read in part (see `distribute_like`).
+        verify: raise an error if it does not match its checksums; False if it has been verified.
+        whole: read sharded tensors completely; False: they are `LazyShardedTensor`, to be read in part
+            (`distribute_like`).
 
     Raises:
         ValueError: if it is missing, damaged, or holds more than tensors and plain values.

@@ -1,4 +1,4 @@
-"""The manifest of a sharded checkpoint: what belongs to it, and whether all of it is as it was written."""
+"""Manifest of a sharded checkpoint: its files, tensors and checksums."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def shard_name(rank: int, num_processes: int) -> str:
 
 
 def file_facts(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file, which is on the disk when this returns."""
+    """Return size and SHA-256 of a file, after flushing it to the disk."""
     with ThreadPoolExecutor(1) as thread, open(path, "rb") as file:
-        digest = thread.submit(file_digest, path)  # while the disk writes
+        digest = thread.submit(file_digest, path)  # in parallel with fsync
         os.fsync(file.fileno())
         return {"size": path.stat().st_size, "sha256": digest.result()}
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write all of a text, to the disk, or nothing."""
+    """Write a text to the disk, completely or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "w") as file:
         file.write(text)
@@ -45,16 +45,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def listing(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, bytes and time of change (ns) of each file."""
+    """Return name, bytes and time of change (ns) of each file."""
     found = []
     for entry in os.scandir(folder):
-        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+        with contextlib.suppress(FileNotFoundError):  # renamed in the meantime
             found.append((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns))
     return sorted(found)
 
 
 def _seal(text: str) -> str:
-    """What stands before the text of a manifest."""
+    """Return the prefix of a manifest's text, which holds its checksum."""
     return f'{{"sha256": "{hashlib.sha256(text.encode()).hexdigest()}", '
 
 
@@ -64,10 +64,10 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a sharded checkpoint.
+    """Return the manifest of a sharded checkpoint.
 
     Raises:
-        ValueError: if it is missing or damaged, and says which.
+        ValueError: if it is missing or damaged; the message states which.
     """
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"{MANIFEST} is missing")
@@ -80,9 +80,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def folder_damage(folder: Path) -> str | None:
-    """What is wrong with a sharded checkpoint, by the checksums of its files; None if it is as it was written.
+    """Describe the damage of a sharded checkpoint, by the checksums of its files; None if it matches them.
 
-    Reads all of it, once in a process as long as no file of it changes.
+    Reads all of it, once per process as long as none of its files changes.
     """
     return _folder_damage(folder, tuple(listing(folder)))
 

@@ -1,4 +1,4 @@
-"""The sharded tensors of a checkpoint, and which part of each a process holds."""
+"""Sharded tensors of a checkpoint, and the part of each that a process holds."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Keys = tuple[str | int, ...]  # from the root of a checkpoint to a leaf
 
 
 def map_tree(tree: Any, change: Callable[[Keys, Any], Any], at: Keys = ()) -> Any:
-    """A copy of nested dicts, lists and tuples, each leaf as `change(keys, leaf)` returns it."""
+    """Return a copy of nested dicts, lists and tuples with each leaf replaced by `change(keys, leaf)`."""
     if isinstance(tree, dict):
-        made = copy.copy(tree)  # keeps the class, and what a state_dict has besides
+        made = copy.copy(tree)  # keeps the class, and attributes such as a state_dict's _metadata
         for key, value in tree.items():
             made[key] = map_tree(value, change, (*at, key))
         return made
@@ -29,7 +29,7 @@ def map_tree(tree: Any, change: Callable[[Keys, Any], Any], at: Keys = ()) -> An
 
 
 def split(checkpoint: Any) -> tuple[Any, dict[Keys, DTensor]]:
-    """The checkpoint with None in place of each DTensor, and the DTensors; itself, where there is no process group."""
+    """Return the checkpoint with None in place of each DTensor, and the DTensors; unchanged without a process group."""
     tensors: dict[Keys, DTensor] = {}
     if not (distributed.is_available() and distributed.is_initialized()):
         return checkpoint, tensors
@@ -46,18 +46,19 @@ def split(checkpoint: Any) -> tuple[Any, dict[Keys, DTensor]]:
 
 
 def local_part(tensor: DTensor, name: str = "a tensor") -> tuple[list[int], list[int]] | None:
-    """Offsets and sizes of what this process holds of a DTensor; None if it is not in its mesh.
+    """Return the offsets and sizes of this process's part of a DTensor; None if it is not in its mesh.
 
-    torch's own `compute_local_shape_and_global_offset` is wrong for some uneven sizes of FSDP2 over tensor parallelism (7
-    rows on 3 x 2 processes). There, _StridedShard means that the mesh dimensions to its right divide the tensor before it.
+    torch's own `compute_local_shape_and_global_offset` is wrong for some uneven sizes of FSDP2 over tensor parallelism
+    (7 rows on 3 x 2 processes). There, _StridedShard means that the mesh dimensions to its right divide the tensor
+    before it.
 
     Raises:
-        ValueError: if the layout is not one of contiguous parts.
+        ValueError: if the layout does not consist of contiguous parts.
     """
     mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return None
-    order: list[tuple[int, int]] = []  # mesh dimension, tensor dimension: in the order in which they divide
+    order: list[tuple[int, int]] = []  # mesh dimension, tensor dimension: in the order of division
     for mesh_dim, placement in reversed(list(enumerate(tensor.placements))):
         assert not placement.is_partial(), f"{name}: a gradient that is not reduced yet"
         dim, strides = getattr(placement, "dim", None), getattr(placement, "split_factor", 1)
@@ -79,7 +80,7 @@ def local_part(tensor: DTensor, name: str = "a tensor") -> tuple[list[int], list
 
 
 def own_parts(tensors: dict[Keys, DTensor], copied: bool) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """A record of each tensor, with the name of its part if this process writes one; and these parts, on the CPU."""
+    """Return a record of each tensor, with its part's name if this process writes one; and these parts, on the CPU."""
     records: list[dict[str, Any]] = []
     parts: dict[str, Tensor] = {}
     tied: dict[Any, str] = {}
@@ -102,7 +103,7 @@ def own_parts(tensors: dict[Keys, DTensor], copied: bool) -> tuple[list[dict[str
         same = (local.data_ptr(), local.dtype, local.shape, local.stride(), tensor.shape, tensor.placements)
         if same not in tied:
             tied[same] = name
-            shared = local.untyped_storage().data_ptr() in memory  # by tensors that overlap: each is stored
+            shared = local.untyped_storage().data_ptr() in memory  # with an overlapping tensor: each is stored
             memory.add(local.untyped_storage().data_ptr())
             parts[name] = local.contiguous().to("cpu", copy=copied or shared)
         record |= {"name": tied[same], "part": own}
@@ -110,7 +111,7 @@ def own_parts(tensors: dict[Keys, DTensor], copied: bool) -> tuple[list[dict[str
 
 
 def _is_first_copy(tensor: DTensor) -> bool:
-    """Whether this process is the first along each mesh dimension over which the tensor is replicated."""
+    """True if this process is the first along each mesh dimension over which the tensor is replicated."""
     coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None
     return not any(at for at, placement in zip(coordinate, tensor.placements, strict=True) if placement.is_replicate())

@@ -1,11 +1,11 @@
-"""Names of earlier versions in YAML files, run directories and checkpoints, and what each is called now."""
+"""Earlier names in YAML files, run directories and checkpoints, mapped to current names."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-# Earlier import path of a module or class: its path now. The longest that matches counts.
+# Earlier import path of a module or class: its current path. The longest match is used.
 RENAMED = {
     "bigmodel.callbacks": "bigmodel.training.callbacks",
     "bigmodel.callbacks.Gradients": "bigmodel.training.callbacks.GradientScaling",
@@ -17,16 +17,16 @@ RENAMED = {
     "bigmodel.tasks.language_modeling.ByPosition": "bigmodel.tasks.language_modeling.ContiguousSplit",
     "bigmodel.tasks.language_modeling.OfRun": "bigmodel.tasks.language_modeling.FromRun",
 }
-# Callbacks by whose names their state stands in a checkpoint.
+# Earlier class names of callbacks, the keys of their states in a checkpoint: current names.
 RENAMED_CALLBACKS = {"Gradients": "GradientScaling", "Times": "StepTimer"}
 _PATTERN = re.compile(rf"({'|'.join(re.escape(old) for old in sorted(RENAMED, key=len, reverse=True))})(?=\.|$)")
 
 
 def current(tree: Any) -> Any:
-    """A configuration, or a part of one, with paths of earlier versions replaced.
+    """Return a configuration, or a part of one, with paths of earlier versions replaced.
 
     Args:
-        tree: plain values: mappings, lists, texts and numbers. It is not changed.
+        tree: plain values: mappings, lists, strings and numbers. It is not changed.
     """
     if isinstance(tree, str):
         return _PATTERN.sub(lambda found: RENAMED[found[1]], tree, count=1) if _PATTERN.match(tree) else tree
@@ -36,5 +36,5 @@ def current(tree: Any) -> Any:
 
 
 def current_callbacks(states: dict[str, Any]) -> dict[str, Any]:
-    """The states of callbacks in a checkpoint, by what their classes are called now."""
+    """Return the states of callbacks in a checkpoint, keyed by the current names of their classes."""
     return {RENAMED_CALLBACKS.get(name, name): state for name, state in states.items()}

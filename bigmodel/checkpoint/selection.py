@@ -1,4 +1,4 @@
-"""Which of a run's checkpoints is used: one that is whole."""
+"""Selection of an undamaged checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from bigmodel.checkpoint.files import find_damage
 
 
 def checkpoint_step(path: Path) -> int:
-    """The optimizer step in a checkpoint's name, as in `last-<step>.ckpt`; -1 if it has none."""
+    """Return the optimizer step in a checkpoint's name, as in `last-<step>.ckpt`; -1 if it has none."""
     match = re.search(r"-(\d+)\.ckpt$", path.name)
     return int(match[1]) if match else -1
 
 
 def find_checkpoint(directory: Path, which: str = "best", verify: bool = True) -> Path:
-    """A run's checkpoint: `best` (by its monitored metric; the newest, if none was kept so), `last`, or a file's name.
+    """Return a run's checkpoint: `best` (by its monitored metric; the newest, if none), `last`, or a file's name.
 
-    A damaged one is not returned. In place of `best` or `last` it is another that is whole, which is said in a line: of the
-    same kind (`best-...`) if there is one, and the newest of these.
+    A damaged one is never returned. In place of a damaged `best` or `last`, another undamaged one is returned, and a
+    line is printed: of the same kind (`best-...`) if there is one, and the newest of these.
 
     Args:
         directory: the run directory.
         which: `best`, `last`, or a file in its `checkpoints/`.
-        verify: read the file and compare its checksum; False where another process does so (see `RunDirectory`).
+        verify: read the file and compare its checksum; False if another process does so (see `RunDirectory`).
 
     Raises:
-        ValueError: if there is none, or the file that was named is damaged.
+        ValueError: if there is none, or the named file is damaged.
     """
     checkpoints = sorted(
         (directory / "checkpoints").glob("*.ckpt"), key=lambda path: (checkpoint_step(path), path.name)
@@ -53,12 +53,12 @@ def find_checkpoint(directory: Path, which: str = "best", verify: bool = True) -
 
 
 def _kind(path: Path) -> str:
-    """`best` of `best-<step>.ckpt`."""
+    """Return the kind of a checkpoint: `best` for `best-<step>.ckpt`."""
     return path.stem.rpartition("-")[0]
 
 
 def _first_whole(choices: list[Path]) -> Path:
-    """The first checkpoint that is not damaged; says which were, and what taking another means."""
+    """Return the first undamaged checkpoint; print which ones are damaged, and the steps lost."""
     damaged: list[tuple[Path, str]] = []
     for path in choices:
         problem = find_damage(path)

@@ -1,4 +1,4 @@
-"""Tensors of a sharded checkpoint: read whole or in part, and placed onto whatever mesh there is now."""
+"""Tensors of a sharded checkpoint: read completely or in part, and distributed over the current mesh."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bigmodel.checkpoint.parts import Keys, local_part, map_tree
 
 
 class LazyShardedTensor:
-    """A tensor of a sharded checkpoint that has not been read.
+    """Tensor of a sharded checkpoint that has not been read.
 
     Attributes:
         shape: that of the whole tensor.
@@ -33,13 +33,13 @@ class LazyShardedTensor:
         return f"LazyShardedTensor({self._name}, {list(self.shape)}, {self.dtype})"
 
     def whole(self) -> Tensor:
-        """All of it, on the CPU."""
+        """Return the whole tensor, on the CPU."""
         return self.part([0] * len(self.shape), self.shape)
 
     def part(self, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        """What begins at `offsets` and has `sizes`, on the CPU. Only what overlaps is read.
+        """Return the part that begins at `offsets` and has `sizes`, on the CPU. Only overlapping pieces are read.
 
-        What lies in one file stays memory-mapped, and may be a view that is not contiguous.
+        A part that lies in one file stays memory-mapped, and may be a non-contiguous view.
 
         Raises:
             ValueError: if a file cannot be read.
@@ -64,7 +64,7 @@ def _slices(begins: Sequence[int], ends: Sequence[int], origin: Sequence[int]) -
 
 
 def read_folder(folder: Path) -> Any:
-    """The checkpoint in a folder, with a `LazyShardedTensor` for each sharded tensor.
+    """Return the checkpoint in a folder, with a `LazyShardedTensor` for each sharded tensor.
 
     Raises:
         ValueError: if it cannot be read, or holds more than tensors and plain values.
@@ -92,7 +92,7 @@ def read_folder(folder: Path) -> Any:
 
 
 def gather_full(checkpoint: Any) -> Any:
-    """The same with each `LazyShardedTensor` read whole; tied ones stay tied."""
+    """Return the checkpoint with each `LazyShardedTensor` read completely; tied ones stay tied."""
     read: dict[LazyShardedTensor, Tensor] = {}
 
     def whole(_: Keys, leaf: Any) -> Any:
@@ -106,9 +106,9 @@ def gather_full(checkpoint: Any) -> Any:
 
 
 def distribute_like(leaf: Tensor | LazyShardedTensor, like: Tensor) -> Tensor:
-    """A tensor laid out as `like`, on its device; the values and their type are the leaf's.
+    """Return a tensor with the layout and device of `like`, and the values and type of the leaf.
 
-    Where `like` is a DTensor, each process takes or reads only what it holds, without communication.
+    If `like` is a DTensor, each process takes or reads only its own part, without communication.
 
     Raises:
         ValueError: if the shapes differ, or a file cannot be read.
@@ -120,7 +120,7 @@ def distribute_like(leaf: Tensor | LazyShardedTensor, like: Tensor) -> Tensor:
     assert not like.is_meta, "there is no memory to place it in"
     if not isinstance(like, DTensor):
         return (leaf.whole() if isinstance(leaf, LazyShardedTensor) else leaf).to(like.device)
-    placed = torch.empty_like(like, dtype=leaf.dtype)  # from_local would move what FSDP2 keeps on the CPU to the GPU
+    placed = torch.empty_like(like, dtype=leaf.dtype)  # from_local would move CPU-offloaded tensors to the GPU
     own = local_part(like)
     if own is not None:
         offsets, sizes = own

@@ -1,19 +1,19 @@
-"""A checkpoint of sharded tensors: a folder into which each process writes what it holds, and nothing is read as code.
+"""Checkpoint of sharded tensors: a folder into which each process writes its own parts; reading it runs no code.
 
     last-<step>.ckpt/
         state.ckpt                       the checkpoint with None in place of each DTensor (`archive`)
         shard-<rank>-of-<n>.safetensors  the parts of DTensors that one process holds, by name
-        manifest.json                    what belongs together:
+        manifest.json                    the contents of the folder:
             sha256     of the text that follows it
             files      name: size in bytes, SHA-256
             processes  n
             tensors    name: paths (keys from the checkpoint's root; several for tied weights), shape, dtype, and parts:
                        [rank of its file, offsets, sizes]
 
-All is written into a hidden folder, which gets its name when every process has written: a kill at any moment leaves the
-earlier checkpoints whole. Processes do not communicate meanwhile: the first sees from the files that the others are done,
-so a thread can do it while training goes on. (torch.distributed.checkpoint has no checksums, overwrites in place, and keeps
-its metadata as a pickle.)
+All is written into a hidden folder, which is renamed when every process has written: a kill at any moment leaves the
+earlier checkpoints intact. Processes do not communicate in the meantime: the first detects from the files that the
+others are done, so a thread can write while training continues. (torch.distributed.checkpoint has no checksums,
+overwrites in place, and stores its metadata as a pickle.)
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from bigmodel.checkpoint.parts import Keys, own_parts
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-_PATIENCE = 600.0  # seconds for which no process writes anything, before the first gives up
+_PATIENCE = 600.0  # seconds without a write by any process before the first raises TimeoutError
 
 
 class FolderWriter:
-    """What one process does to write a sharded checkpoint. All processes make one, and call it.
+    """Writer of one process's share of a sharded checkpoint. All processes create one, and call it.
 
     Args:
         target: the folder, on a file system that all processes share.
-        tensors: the DTensors, from `split`; the same on all processes, but for what they hold.
+        tensors: the DTensors, from `split`; the same on all processes, except for their local parts.
         fill: writes the rest into a file; used by the first process.
-        copied: hold copies, so that training may go on before it is called.
+        copied: hold copies, so that training may continue before it is called.
 
     Raises:
         ValueError: for a tensor that cannot be stored.
@@ -57,7 +57,7 @@ class FolderWriter:
     def __init__(self, target: Path, tensors: dict[Keys, DTensor], fill: Callable[[Any], object], copied: bool) -> None:
         self.target, self.fill = target, fill
         self.rank, self.num_processes = distributed.get_rank(), distributed.get_world_size()
-        attempt = [secrets.token_hex(4)]  # what is left of an earlier attempt never mixes with this
+        attempt = [secrets.token_hex(4)]  # keeps remains of an earlier attempt separate
         distributed.broadcast_object_list(attempt)
         self._partial = target.with_name(f".{target.name}.{attempt[0]}.partial")
         self._partial.mkdir(parents=True, exist_ok=True)
@@ -65,10 +65,10 @@ class FolderWriter:
             self._records, self._parts = own_parts(tensors, copied)
 
     def __call__(self) -> None:
-        """Write; the first process returns when the whole checkpoint is in place, another when its own part is.
+        """Write; the first process returns when the whole checkpoint is in place, the others when their own part is.
 
         Raises:
-            OSError: if the disk is full, or a process fails or falls silent (TimeoutError).
+            OSError: if the disk is full, or a process fails or stops writing (TimeoutError).
         """
         with self._failure_told(), full_disk_explained(self.target):
             self._write_shard()
@@ -77,7 +77,7 @@ class FolderWriter:
 
     @contextlib.contextmanager
     def _failure_told(self) -> Iterator[None]:
-        """What goes wrong here is told to the first process, which waits for this one."""
+        """Report exceptions in this context to the first process, which waits for this one."""
         try:
             yield
         except BaseException as error:
@@ -91,7 +91,7 @@ class FolderWriter:
             raise
 
     def _record_of(self, rank: int) -> Path:
-        """What a process writes last."""
+        """Return the path of the file that a process writes last."""
         return self._partial / f"shard-{rank}.json"
 
     def _write_shard(self) -> None:
@@ -120,7 +120,7 @@ class FolderWriter:
         _sync_folder(self.target.parent)
 
     def _others(self) -> list[dict[str, Any]]:
-        """What each process has written, as soon as all have."""
+        """Wait until all processes have written, and return their records."""
         records: dict[int, dict[str, Any]] = {}
         seen: list[Any] = []
         pause, since = 0.001, time.monotonic()
@@ -134,7 +134,7 @@ class FolderWriter:
             if len(records) == self.num_processes:
                 return [records[rank] for rank in range(self.num_processes)]
             now = listing(self._partial)
-            if now != seen:  # somebody is writing
+            if now != seen:  # a process is writing
                 seen, since = now, time.monotonic()
             elif time.monotonic() - since > _PATIENCE:
                 missing = ", ".join(str(rank) for rank in range(self.num_processes) if rank not in records)
@@ -148,10 +148,10 @@ class FolderWriter:
 
 
 def _merged(records: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """The manifest's `tensors`, from the records of each process.
+    """Merge the records of all processes into the manifest's `tensors`.
 
     Raises:
-        ValueError: if the parts of a tensor are not all of it.
+        ValueError: if the parts of a tensor do not cover it.
     """
     by_keys: dict[Keys, dict[str, Any]] = {}
     for rank, own in enumerate(records):
@@ -174,7 +174,7 @@ def _merged(records: list[list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system can
+    with contextlib.suppress(OSError):  # not supported by every file system
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Weights into a module: all of them, each of its shape, unless a mismatch is excused by name."""
+"""Strict loading of weights into a module, except for names that are excused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], excuse: Iterable
     """Load weights into a module strictly.
 
     Args:
-        module: where they go.
+        module: the module to load into.
         weights: tensors by name, as in `module.state_dict()`.
         excuse: patterns (`*` as in file names) of names that may be missing, unexpected or of another shape.
 
@@ -20,7 +20,7 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], excuse: Iterable
         The names that were excused and not loaded.
 
     Raises:
-        ValueError: that lists every other mismatch.
+        ValueError: with a list of every other mismatch.
     """
     own, patterns = module.state_dict(), list(excuse)
     problems = dict.fromkeys(own.keys() - weights.keys(), "missing")

@@ -1,4 +1,4 @@
-"""The command. What can answer without Lightning does so at once: importing that takes seconds."""
+"""Command line. Verbs that do not need Lightning do not import it, which would take seconds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _GROUP = (
     "bigmodel.commands"  # entry points: verbs of installed tasks, `name = "package.module:function"` of the arguments
 )
 
-_VERBS = {  # module and function of each
+_VERBS = {  # module and function of each verb
     "check": "bigmodel.cli.check:run_check",
     "export": "bigmodel.cli.export:run_export",
     "list": "bigmodel.cli.listing:run_list",
@@ -41,7 +41,7 @@ _VERBS = {  # module and function of each
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command; `argv` is what follows `bigmodel`, by default this process's arguments."""
+    """Run the command; `argv` are the arguments after `bigmodel`, by default this process's arguments."""
     argv = sys.argv[1:] if argv is None else argv
     verb, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if verb in ("-h", "--help", "help"):
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _installed_commands(name: str | None = None) -> list[EntryPoint]:
-    """Verbs that packages register, by name; or the one of this name."""
+    """Return the verbs registered by packages, by name; or the one of this name."""
     import importlib.metadata
 
     found = importlib.metadata.entry_points(group=_GROUP)
@@ -68,28 +68,28 @@ def _installed_commands(name: str | None = None) -> list[EntryPoint]:
 
 
 def _list_commands() -> str:
-    """A line for each, with the module that has it: importing them all to say more would take seconds."""
+    """Format a line per installed verb, with its module; importing them for a description would take seconds."""
     return "".join(f"  bigmodel {command.name:62} of {command.module}\n" for command in _installed_commands())
 
 
 class ClearError(ValueError):
-    """An error of which the message says all that is needed to mend it."""
+    """Error whose message is sufficient for the user to correct it."""
 
 
 def _with_clear_errors(function: Callable[..., object], *args: Any) -> None:
-    """Say what a person can mend in a line, without a traceback; let everything else through as it is.
+    """Report errors that the user can correct in one line, without a traceback; let all others propagate.
 
-    A ValueError, OSError or FloatingPointError is of the first kind when bigmodel itself raised it, for then it was written
-    to be read, or when a task or its data did before the run began. BIGMODEL_TRACEBACK=1 shows the traceback of these too.
+    The former are ValueError, OSError and FloatingPointError if raised by bigmodel itself, whose messages are written
+    for users, or by a task or its data before the run began. BIGMODEL_TRACEBACK=1 shows their traceback as well.
     """
     try:
         function(*args)
         sys.stdout.flush()
-    except BrokenPipeError:  # what reads the output has read enough, as `| head` does
+    except BrokenPipeError:  # the reader of the output has closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
-        sys.exit(130)  # a fit has said how to go on (`bigmodel.run.RunDirectory`)
+        sys.exit(130)  # a fit has printed how to resume (`bigmodel.run.RunDirectory`)
     except (ValueError, OSError, FloatingPointError) as error:
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:

@@ -1,7 +1,7 @@
-"""`bigmodel check`: a few steps of a run, to find before a long job what would stop it, and how long it will take.
+"""`bigmodel check`: a few steps of a run, to find errors before a long job, and to estimate its duration.
 
-It is a `fit` like any other, of the same configuration, whose run directory is a temporary folder and which stops itself
-after some steps, a checkpoint and a few batches of validation. What it finds is printed a line each.
+It is a `fit` of the same configuration, with a temporary folder as run directory, which stops after some steps, a
+checkpoint and a few batches of validation. It prints one line per finding.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ _VALIDATION_BATCHES = 4
 
 
 def run_check(argv: list[str]) -> Probe | None:
-    """Check what `bigmodel fit` would run with these words.
+    """Check the run that `bigmodel fit` would start with these arguments.
 
     Returns:
-        What was measured; None if only help was asked for.
+        The measurements; None if only help was requested.
 
     Raises:
-        ValueError: for whatever `fit` would refuse.
+        ValueError: for anything that `fit` would refuse.
         SystemExit: with status 1, if a finding is a failure.
     """
     positional, files, flags = run_config.parse_flags(argv)
@@ -68,13 +68,13 @@ def run_check(argv: list[str]) -> Probe | None:
     cli = trainer_cli.parse(merged, [probe])
     runs_dir = Path(cli.config.runs_dir).absolute()
     probe.findings = findings = Findings(cli.trainer.is_global_zero)
-    # On the disk that the checkpoints will go to, whose speed and space are what counts.
+    # On the disk of the checkpoints, to measure its speed and free space.
     with _temporary_folder(runs_dir) as folder:
         probe.config = {**cli.resolved(), "runs_dir": folder}
         _shorten(cli.trainer, probe)
         try:
             trainer_cli.run_parsed("fit", cli, None, None)
-        except ClearError:  # the configuration: nothing has begun
+        except ClearError:  # the configuration: before the run has begun
             raise
         except Exception as error:
             if not _out_of_memory(error):
@@ -100,9 +100,9 @@ def _temporary_folder(runs_dir: Path) -> tempfile.TemporaryDirectory[str]:
 
 
 def _shorten(trainer: Any, probe: Probe) -> None:
-    """Leave away what would be left behind, or get between the lines."""
+    """Disable loggers, callbacks and settings that would leave files, or print between the findings."""
     trainer.loggers = []
-    # The probe speaks instead of the bar, and looks at the loss itself.
+    # The probe prints instead of the bar, and checks the loss itself.
     trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, ProgressBar | Anomalies | StepTimer)]
     trainer.num_sanity_val_steps = 0
     probe.limit_val = limit = trainer.limit_val_batches
@@ -116,7 +116,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _conclude(trainer: Any, probe: Probe, free: int, runs_dir: Path) -> None:
-    """How long the whole run takes, and what its checkpoints need."""
+    """Report the duration of the whole run, and the disk space of its checkpoints."""
     findings, steps, step_seconds = probe.findings, probe.total, probe.step_seconds
     if step_seconds is None:
         findings.ok("whole run", "one step: too short for a figure")
@@ -142,7 +142,7 @@ def _conclude(trainer: Any, probe: Probe, free: int, runs_dir: Path) -> None:
     seconds += sum(saves) * probe.save_seconds
     included.append(f"{sum(saves):,} checkpoint(s)")
     findings.ok("whole run", f"{steps:,} steps take {_clock(seconds)} at this speed, with {' and '.join(included)}")
-    # The next one is written before the one that it replaces is deleted.
+    # The next one is written before the previous one is deleted.
     kept = [n if c.save_top_k < 0 else min(n, c.save_top_k + 1) for c, n in zip(probe.checkpoints, saves, strict=True)]
     need = sum(kept) * probe.size
     if need > free:

@@ -1,4 +1,4 @@
-"""`--model.help`, `--model.net.help` and the like: what a class takes, with our classes among those that can stand there."""
+"""`--model.help`, `--model.net.help` and the like: a class's arguments, and the available classes for each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bigmodel.run.config import Settings, read_yaml
 
 
 def print_class_help(flags: list[tuple[str, Any]], merged: Settings) -> bool:
-    """Answer a flag such as --model.net.help, if there is one; whether there was.
+    """Print the help of a flag such as --model.net.help, if there is one; return True if there was.
 
     Raises:
         ValueError: if no class is named and none configured, or it cannot be imported.
@@ -43,7 +43,7 @@ def _configured(key: str, merged: Settings) -> str | None:
 
 
 def _at(key: str, merged: Settings) -> Any:
-    """What is configured at a key, in which `init_args` is left out; None if nothing is."""
+    """Return the value at a key that omits `init_args`; None if there is none."""
     block: Any = merged
     for part in key.split("."):
         block = block.get("init_args", block) if isinstance(block, dict) and part not in block else block
@@ -52,7 +52,7 @@ def _at(key: str, merged: Settings) -> Any:
 
 
 def _named(key: str, name: str) -> str:
-    """A class path as it stands; for a task's name, its class, or that of the data in its own experiment."""
+    """Return a class path unchanged; for a task's name, its class, or the data class in its own experiment."""
     task = plugins.find_task(name) if key in ("model", "data") else None
     if task is None or (key == "data" and task.path == name):
         if "." not in name:
@@ -74,8 +74,10 @@ def _list_tasks(key: str) -> None:
 
 
 def _print_choice(key: str, merged: Settings) -> None:
-    """What may stand at a key where no class does: what the class above it says of this argument, and where several stand
-    by names of their own, these."""
+    """Print the options of a key without a configured class.
+
+    These are the description of this argument in the class above it, and the named entries if it is a mapping.
+    """
     above = key.rpartition(".")[0]
     class_path = _configured(above, merged) if above else None
     lines = _help_of(above, class_path).splitlines() if class_path is not None else []
@@ -100,20 +102,20 @@ def _help_of(key: str, class_path: str) -> str:
 
     try:
         found = import_object(class_path)
-    except Exception as error:  # whatever a package's own code does when it is imported
+    except Exception as error:  # any exception of a package's own code during import
         raise ValueError(
             f"--{key}.help {class_path}: it cannot be imported ({type(error).__name__}: {error}); `bigmodel list --check`"
             " shows which tasks can"
         ) from error
     parser = ArgumentParser(prog=f"--{key} {class_path}", usage=f"--{key} {class_path} --{key}.ARGUMENT VALUE ...")
     parser.add_class_arguments(found, key, fail_untyped=False)
-    with mock.patch.dict(os.environ, {"COLUMNS": "100000"}):  # a line each, to be shortened and wrapped here
+    with mock.patch.dict(os.environ, {"COLUMNS": "100000"}):  # one line per argument, to be shortened and wrapped here
         text = parser.format_help()
     return _readable(text, key)
 
 
 def _readable(text: str, key: str) -> str:
-    """The parser's own help without what it says of itself, and without the hundreds of classes of other libraries."""
+    """Return the parser's help without its own options, and without the hundreds of classes of other libraries."""
     width = min(shutil.get_terminal_size().columns, 120)
     lines: list[str] = []
     flag = ""
@@ -123,7 +125,7 @@ def _readable(text: str, key: str) -> str:
             flag = ""
             lines += [words] if words != "options:" else []
             continue
-        if not line.startswith("   "):  # an argument, and what it means if there is room behind it
+        if not line.startswith("   "):  # an argument, and its description if it fits on the line
             usage, _, words = words.partition("  ")
             flag = re.split(r"[ ,]", usage)[0]
             lines += [f"  {flag}"] if flag.startswith(f"--{key}.") and not flag.endswith(".help") else []
@@ -134,12 +136,12 @@ def _readable(text: str, key: str) -> str:
 
 
 def _ours(text: str, flag: str) -> str:
-    """Of the classes that may stand here, those of packages with tasks; and how to see what one takes."""
+    """Keep only the known subclasses from packages with tasks, and append the flag that shows their arguments."""
     known = re.search(r", known subclasses: ([^()]*)\)$", text)
     if known is None:
         return text
     packages = {"bigmodel", *(task.top for task in plugins.installed_tasks())}
-    tasks = {task.path for task in plugins.installed_tasks()}  # which are modules, and no net
+    tasks = {task.path for task in plugins.installed_tasks()}  # LightningModules, not nets
     candidates = set(known[1].split(", ")) - tasks
     ours = [name for name in candidates if name.split(".")[0] in packages and not _is_part(name)]
     ours = [name for name in ours if abc.ABC not in plugins.import_class(name).__bases__]
@@ -149,5 +151,5 @@ def _ours(text: str, flag: str) -> str:
 
 
 def _is_part(name: str) -> bool:
-    """A class that its package does not offer by a short name, such as bigmodel.nn.vit.Block, is a part of another."""
+    """True for a class without a short public name, such as bigmodel.nn.vit.Block, which is a part of another."""
     return name.startswith("bigmodel.nn.") and name.count(".") > 2

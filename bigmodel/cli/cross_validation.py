@@ -1,10 +1,10 @@
-"""`bigmodel fit --data.folds K`: cross-validation, a fit for each fold one after another, and a report of all.
+"""`bigmodel fit --data.folds K`: cross-validation, with one fit per fold in sequence, and a report of all.
 
-Each is a process of its own, as if typed with `--data.fold i`, and leaves a run like any other::
+Each fit is a separate process, as if typed with `--data.fold i`, and leaves a run like any other::
 
-    runs/<experiment>/<time>-<id>/folds.json             what was typed, how many folds, and which run was `last`
+    runs/<experiment>/<time>-<id>/folds.json             the arguments, the number of folds, and the run of `last`
                                   fold-0/, fold-1/, ...   run directories
-                                  folds.md, folds.csv    when all have finished: each fold's best, mean and deviation
+                                  folds.md, folds.csv    after all have finished: each fold's best, mean and deviation
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _TOLD = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def num_folds(settings: Settings) -> int | None:
-    """How many fits are asked for; None: one, as usual.
+    """Return the number of fits; None: one, as usual.
 
     Raises:
-        ValueError: for a number of folds that is none, or several processes where each would start its own fits.
+        ValueError: for an invalid number of folds, or several processes, each of which would start its own fits.
     """
     data = settings.get("data") or {}
     options = data.get("init_args") or {}
@@ -50,7 +50,7 @@ def num_folds(settings: Settings) -> int | None:
 
 
 def find_folds(source: str, runs_dir: str) -> Path | None:
-    """The directory of a cross-validation, from its path or the end of its name; None if it is none, or not the only one."""
+    """Return the directory of a cross-validation, from its path or the end of its name; None if missing or ambiguous."""
     if (Path(source) / "folds.json").is_file():
         return Path(source)
     found = [path.parent for path in Path(runs_dir).glob("**/folds.json") if str(path.parent).endswith(source)]
@@ -58,7 +58,7 @@ def find_folds(source: str, runs_dir: str) -> Path | None:
 
 
 def run_folds(argv: list[str], folds: int, experiment: str, runs_dir: str) -> None:
-    """Fit all folds and report; `argv` is what follows `bigmodel fit`.
+    """Fit all folds and report; `argv` are the arguments after `bigmodel fit`.
 
     Raises:
         SystemExit: with the exit status of the fold that did not finish.
@@ -73,7 +73,7 @@ def run_folds(argv: list[str], folds: int, experiment: str, runs_dir: str) -> No
 
 
 def resume_folds(directory: Path, more: list[str]) -> None:
-    """Fit the folds of a cross-validation that have not finished, and report; `more` are flags on top of what was typed.
+    """Fit the unfinished folds of a cross-validation, and report; `more` are flags on top of the original arguments.
 
     Raises:
         SystemExit: with the exit status of the fold that did not finish.
@@ -95,7 +95,7 @@ def _go_on(directory: Path, argv: list[str], more: list[str]) -> None:
         else:
             shutil.rmtree(
                 place, ignore_errors=True
-            )  # stopped before its first checkpoint: it holds nothing to go on with
+            )  # stopped before its first checkpoint: there is no checkpoint to resume
             arguments = [*argv, f"--data.fold={number}"]
         print(f"fold       {number} of {folds}", flush=True)
         code = _fit([*arguments, *more], place, last)
@@ -114,14 +114,14 @@ def _status(run: Path) -> str | None:
 
 
 def _fit(arguments: list[str], place: Path, last: str | None) -> int:
-    """`bigmodel fit` in a process of its own, with the run in this place; its exit status, not 0 if it was told to stop.
-    `last` is there what it was before the first fold: else a fold's teacher would be the fold before.
+    """Run `bigmodel fit` in a separate process, with the run in this place; return its exit status.
 
-    Ctrl-C reaches that process from the terminal; other signals are handed on to it.
+    The status is not 0 if it was interrupted. `last` has the value from before the first fold: else a fold's teacher
+    would be the previous fold. Ctrl-C reaches that process from the terminal; other signals are forwarded to it.
     """
     environment = {**os.environ, "BIGMODEL_RUN_DIRECTORY": str(place)}
     environment |= {"BIGMODEL_LAST": last} if last is not None else {}
-    environment.pop("BIGMODEL_RUN_FILE", None)  # which says where all folds are
+    environment.pop("BIGMODEL_RUN_FILE", None)  # it names the directory of all folds
     told: list[int] = []
     process: subprocess.Popen[bytes] | None = None
 
@@ -137,7 +137,7 @@ def _fit(arguments: list[str], place: Path, last: str | None) -> int:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if told:  # perhaps in its last step, which then finished the fold
+    if told:  # possibly in its last step, which then completed the fold
         return code or (130 if signal.SIGINT in told else 85)
     return code if code >= 0 else 128 - code
 
@@ -167,11 +167,13 @@ def _report(directory: Path, folds: int) -> None:
 
 
 def _best(run: Path) -> dict[str, float]:
-    """The optimizer step of a run's best checkpoint and what was measured there, the monitored metric first; of the last
-    validation where no checkpoint is the best."""
+    """Return the optimizer step and metrics of a run's best checkpoint, the monitored metric first.
+
+    Without a best checkpoint, those of the last validation.
+    """
     best = json.loads((run / "run.json").read_text()).get("best")
     rows: list[dict[str, str]] = []
-    with contextlib.suppress(FileNotFoundError), open(run / "metrics.csv", newline="") as file:  # it took few steps
+    with contextlib.suppress(FileNotFoundError), open(run / "metrics.csv", newline="") as file:  # too few steps
         rows = [row for row in csv.DictReader(file) if any(row[name] for name in row if name.startswith("val/"))]
     if best is not None:
         step = checkpoint_step(Path(best["checkpoint"]))

@@ -1,4 +1,4 @@
-"""The run that `bigmodel check` takes some steps of: what is measured at each, and the lines that say so."""
+"""Run of `bigmodel check`: measurements at each step, and the printed findings."""
 
 from __future__ import annotations
 
@@ -27,38 +27,39 @@ from bigmodel.training.callbacks.training_log import samples_per_step
 from bigmodel.training.optimizers import num_steps
 from bigmodel.training.precision import ChoosePrecision
 
-_MOST_STEPS, _SECONDS = 20, 15.0  # optimizer steps: at most so many, and about so long
-_MOST_REDUCED = 1 << 24  # float32 numbers in the sum over processes, 64 MB: a usual share of a net's gradients
+_MOST_STEPS, _SECONDS = 20, 15.0  # maximum number of optimizer steps, and approximate duration
+_MOST_REDUCED = 1 << 24  # float32 numbers in the sum over processes, 64 MB: a typical part of a net's gradients
 
 
 class Findings:
-    """Prints findings as they come; on the first process only.
+    """Prints findings as they occur; on the first process only.
 
     Attributes:
-        failed: whether any of them was a failure.
+        failed: True if any of them was a failure.
     """
 
     def __init__(self, speaks: bool) -> None:
         self.speaks, self.failed = speaks, False
 
     def ok(self, what: str, figure: str) -> None:
-        """Something is as it should be."""
+        """Print a successful finding."""
         if self.speaks:
             print(f"ok   {what:12} {figure}", flush=True)
 
     def fail(self, what: str, why: str) -> None:
-        """Something is not; `why` says what to do as well."""
+        """Print a failure; `why` includes a remedy."""
         self.failed = True
         if self.speaks:
             print(f"FAIL {what}: {why}", flush=True)
 
 
 class Probe(run.RunDirectory):
-    """A run directory of which nothing is said; it measures the run, and ends it.
+    """Run directory without its usual output; it measures the run, and ends it.
 
     Attributes:
-        stage: what is being done, for the line that says where it failed.
-        step_seconds, batch_seconds, save_seconds: of an optimizer step, a validation batch and a checkpoint; None: unknown.
+        stage: the current activity, for the line that reports a failure.
+        step_seconds, batch_seconds, save_seconds: of an optimizer step, a validation batch and a checkpoint; None:
+            unknown.
         validation_seconds: of a whole validation, as configured; 0 without one.
         size: of a checkpoint, in bytes.
     """
@@ -98,7 +99,7 @@ class Probe(run.RunDirectory):
         self.findings.ok("net", f"{type(net).__name__}, {run.format_parameter_count(total)}{frozen}")
 
     def _check_processes(self, pl_module: LightningModule) -> None:
-        """A sum over processes is right; that their software is the same, `bigmodel.parallel.rendezvous` has seen to."""
+        """Check a sum over processes; `bigmodel.parallel.rendezvous` has compared their software."""
         everywhere = _gather(platform.node())
         size = min(_MOST_REDUCED, sum(p.numel() for p in pl_module.parameters()))
         numbers = torch.ones(size, device=pl_module.device)
@@ -118,11 +119,11 @@ class Probe(run.RunDirectory):
             self.findings.fail("processes", f"{what} comes out wrong: the network between them or its driver is broken")
 
     def _start_loggers(self, trainer: Trainer, directory: Path) -> None:
-        trainer.loggers = [MetricsCSV(directory / "metrics.csv", trainer)]  # some callbacks insist on having one
+        trainer.loggers = [MetricsCSV(directory / "metrics.csv", trainer)]  # some callbacks require one
 
     @staticmethod
     def _say_what_runs(trainer: Trainer, pl_module: LightningModule) -> None:
-        """The findings say it."""
+        """Do nothing: the findings contain it."""
 
     def _say_precision(self, trainer: Trainer, pl_module: LightningModule) -> None:
         chooser = get_callback(trainer, ChoosePrecision)
@@ -136,7 +137,7 @@ class Probe(run.RunDirectory):
         self.stage = "training"
         self.checkpoints = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
         trainer.callbacks = [callback for callback in trainer.callbacks if callback not in self.checkpoints]
-        # Validation comes after the last step, whenever it would be due.
+        # Validation runs after the last step, independent of the configured interval.
         self._few, trainer.limit_val_batches = trainer.limit_val_batches, 0
         self.every_n_epoch, trainer.check_val_every_n_epoch = trainer.check_val_every_n_epoch, 1
         self.total, self.accumulation = num_steps(trainer), trainer.accumulate_grad_batches
@@ -176,7 +177,7 @@ class Probe(run.RunDirectory):
         self._ended = time.perf_counter()
 
     def _end_step(self, trainer: Any, pl_module: LightningModule) -> None:
-        if self._step == 1:  # slow: memory is claimed, FLOPs are counted, kernels are chosen
+        if self._step == 1:  # slow: memory is allocated, FLOPs are counted, kernels are chosen
             self._say_memory(trainer, pl_module)
             _wait_for(pl_module.device)
             self._start, self._waited = time.perf_counter(), 0.0
@@ -228,7 +229,7 @@ class Probe(run.RunDirectory):
         self.findings.ok("speed", ", ".join(parts))
 
     def _say_loss(self, replicas: int) -> None:
-        """Lightning has divided a micro-batch's loss by the accumulation."""
+        """Report the loss; Lightning has divided a micro-batch's loss by the accumulation."""
         mine = [float(loss) * self.accumulation if loss is not None else None for loss in self._losses]
         counts = [int(count) if count is not None else 0 for count in self._counts]
         values = []
@@ -236,7 +237,7 @@ class Probe(run.RunDirectory):
             count = counts[step + 1] - counts[step] or self.accumulation * replicas
             total = (
                 sum(loss for loss in losses if loss is not None) * replicas / len(losses)
-            )  # those that share a model agree
+            )  # processes that share a model are equal
             values.append(total / count)
         bad = next((step for step, value in enumerate(values) if not math.isfinite(value)), None)
         if bad is not None:
@@ -254,7 +255,7 @@ class Probe(run.RunDirectory):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        self.written = checkpoint  # the tensors themselves: they stay as they are until the next step
+        self.written = checkpoint  # the tensors themselves: unchanged until the next step
 
     def _check_checkpoint(self, trainer: Trainer) -> None:
         assert self.directory is not None
@@ -265,7 +266,7 @@ class Probe(run.RunDirectory):
         if not trainer.is_global_zero:
             return
         self.size = size_on_disk(path)
-        wrong = different(self.written, read(path, whole=False))  # of sharded tensors, what this process holds
+        wrong = different(self.written, read(path, whole=False))  # of sharded tensors, this process's part
         self.written = {}
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -276,7 +277,7 @@ class Probe(run.RunDirectory):
             return
         try:
             run.load(path)
-        except Exception as error:  # whatever the task's own code raises, the run's result would be of no use
+        except Exception as error:  # any exception of the task's code: the run's result would be unusable
             self.findings.fail(
                 "checkpoint",
                 f"`bigmodel.load` cannot make the task from it with no data present: {type(error).__name__}: {error}",
@@ -300,7 +301,7 @@ class Probe(run.RunDirectory):
         _wait_for(pl_module.device)
         now = time.perf_counter()
         self.validated += 1
-        if self.validated == 1:  # as slow as a first step, and counted only where there is no other
+        if self.validated == 1:  # slow like a first step, and counted only if there is no other
             self.batch_seconds, self._start = now - self._start, now
         else:
             self.batch_seconds = (now - self._start) / (self.validated - 1)
@@ -332,7 +333,7 @@ class Probe(run.RunDirectory):
             self.findings.ok("peak memory", f"{amount(most)} resident in a process")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """There is no run to go on with."""
+        """Do nothing: there is no run to resume."""
 
 
 def _bytes(tensors: list[Any]) -> int:
@@ -340,7 +341,7 @@ def _bytes(tensors: list[Any]) -> int:
 
 
 def _gather(value: Any) -> list[Any]:
-    """The value of each process, on all of them."""
+    """Return the values of all processes, on all of them."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()

@@ -1,4 +1,4 @@
-"""`bigmodel export RUN`: the trained net's weights in a file that other programs read."""
+"""`bigmodel export RUN`: the trained net's weights in a file for other programs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ tensor it shares).
 
 
 def run_export(argv: list[str]) -> None:
-    """Write the weights, and say what was written."""
+    """Write the weights, and print a summary."""
     if {"-h", "--help"} & set(argv):
         print(_HELP, end="")
         return
@@ -91,7 +91,7 @@ def _write_safetensors(checkpoint: Path, output: Path) -> None:
 
 
 def _each_once(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The net's tensors, contiguous, none in the memory of another; and the names of those that are tied to one of them."""
+    """Return the net's tensors, contiguous and without shared memory; and the names of those tied to one of them."""
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
@@ -101,6 +101,6 @@ def _each_once(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             tied[name] = first[same]
             continue
         first[same] = name
-        whole = tensor.untyped_storage().nbytes() == tensor.nbytes  # else a part of another's memory, or of a buffer
+        whole = tensor.untyped_storage().nbytes() == tensor.nbytes  # else a view of other memory
         tensors[name] = tensor.contiguous() if whole else tensor.clone().contiguous()
     return tensors, tied

@@ -1,4 +1,4 @@
-"""What `bigmodel check` counts, compares and describes: functions of their arguments alone."""
+"""Calculations, comparisons and descriptions for `bigmodel check`: pure functions."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from bigmodel.checkpoint import LazyShardedTensor, distribute_like
 
 
 def num_validations(batches: float, per_epoch: float, every: float, every_n_epoch: int | None) -> int:
-    """How often a run validates.
+    """Return the number of validations in a run.
 
     Args:
         batches: micro-batches of the whole run.
         per_epoch: micro-batches of an epoch.
-        every: micro-batches between validations: of an epoch, or of the run where `every_n_epoch` is None.
-        every_n_epoch: only in every so manieth epoch.
+        every: micro-batches between validations: of an epoch, or of the run if `every_n_epoch` is None.
+        every_n_epoch: validate only in every n-th epoch.
     """
     if every_n_epoch is None:
         return int(batches // every)
@@ -29,20 +29,20 @@ def num_validations(batches: float, per_epoch: float, every: float, every_n_epoc
 
 
 def num_saves(callback: ModelCheckpoint, steps: int, seconds: float, validations: int) -> int:
-    """How many checkpoints a callback writes in a run of so many steps, seconds and validations, at most."""
+    """Return the maximum number of checkpoints of a callback in a run of so many steps, seconds and validations."""
     if callback.save_top_k == 0:
         return 0
     every, interval = callback._every_n_train_steps, callback._train_time_interval
     if callback.monitor is None and every:
-        return -(-steps // every)  # the last step is always kept
+        return -(-steps // every)  # the last step is always saved
     if callback.monitor is None and interval is not None:
         return int(seconds // interval.total_seconds()) + 1
     return validations
 
 
 def different(a: Any, b: Any, name: str = "") -> list[str]:
-    """Names of what is not bitwise the same in two checkpoints, such as `state_dict/net.weight`."""
-    if isinstance(b, LazyShardedTensor) and isinstance(a, Tensor) and a.shape == b.shape:  # what is held here
+    """Return the names of entries that are not bitwise equal in two checkpoints, such as `state_dict/net.weight`."""
+    if isinstance(b, LazyShardedTensor) and isinstance(a, Tensor) and a.shape == b.shape:  # the local part
         a, b = (tensor.to_local() for tensor in (a, distribute_like(b, a)))  # type: ignore[attr-defined]
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         same = a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
@@ -51,7 +51,7 @@ def different(a: Any, b: Any, name: str = "") -> list[str]:
         return [wrong for key in a for wrong in different(a[key], b[key], f"{name}/{key}".lstrip("/"))]
     if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
         return [wrong for i, pair in enumerate(zip(a, b, strict=True)) for wrong in different(*pair, f"{name}/{i}")]
-    # NaN is not equal to itself, yet the same.
+    # NaN is not equal to itself, but counts as the same.
     return [] if type(a) is type(b) and (a == b or repr(a) == repr(b)) else [name]
 
 
@@ -60,7 +60,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def describe(batch: Any) -> str:
-    """Shapes and types of a batch, as in `Rows(features [32, 2] float32, ...)`."""
+    """Format the shapes and types of a batch, as in `Rows(features [32, 2] float32, ...)`."""
     if isinstance(batch, Tensor):
         return f"{list(batch.shape)} {str(batch.dtype).removeprefix('torch.')}"
     if isinstance(batch, dict):
@@ -74,7 +74,7 @@ def describe(batch: Any) -> str:
 
 
 def amount(num_bytes: float) -> str:
-    """Bytes for people, in powers of 1000."""
+    """Format a number of bytes in powers of 1000."""
     for unit in ("bytes", "kB", "MB"):
         if num_bytes < 1000:
             return f"{num_bytes:,.3g} {unit}"

@@ -1,4 +1,4 @@
-"""`bigmodel list`: tasks, experiments and runs, from metadata and files alone; no task is imported, unless that is asked."""
+"""`bigmodel list`: tasks, experiments and runs, from metadata and files only; tasks are imported only with --check."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run_list(argv: list[str]) -> None:
     """Print the three lists.
 
     Raises:
-        SystemExit: with status 1, if a task that was to be imported cannot be.
+        SystemExit: with status 1, if `--check` is given and a task cannot be imported.
     """
     if {"-h", "--help"} & set(argv):
         print(_HELP, end="")
@@ -40,7 +40,7 @@ def run_list(argv: list[str]) -> None:
 
 
 def _list_tasks(check: bool) -> bool:
-    """Whether all can be imported, if that is asked."""
+    """Print the tasks; return False if `check` is set and one cannot be imported."""
     print("tasks")
     tasks, broken = plugins.installed_tasks(), False
     names = [task.name for task in tasks]
@@ -57,10 +57,10 @@ def _list_tasks(check: bool) -> bool:
 
 
 def _problem(task: plugins.InstalledTask) -> str | None:
-    """Why a task cannot be imported; None if it can."""
+    """Return the reason why a task cannot be imported; None if it can."""
     try:
         task.entry_point.load()
-    except (Exception, SystemExit) as error:  # whatever the package's own code does, the others are listed
+    except (Exception, SystemExit) as error:  # any error of the package's own code: continue with the others
         return f"{type(error).__name__}: {error}; mend {task.package or 'its package'}, or uninstall it"
     return None
 

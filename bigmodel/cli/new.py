@@ -1,6 +1,6 @@
-"""`bigmodel new NAME`: a package with a task that trains, to be changed into a task of one's own.
+"""`bigmodel new NAME`: a package with a task that trains, as a starting point for a new task.
 
-What it writes stands in `template/`, as a package called my_task with a class MyTask; these two names are replaced.
+Its source is in `template/`, as a package called my_task with a class MyTask; these two names are replaced.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ its data, an experiment, tests and a page that says how to go on.
 
 
 def run_new(argv: list[str]) -> None:
-    """Write the package, and say what to do next.
+    """Write the package, and print the next commands.
 
     Raises:
-        ValueError: for a name that no new package can have, or a folder that is there already.
+        ValueError: for an invalid or taken name, or a folder that exists.
     """
     if {"-h", "--help"} & set(argv):
         print(_HELP, end="")
@@ -69,7 +69,7 @@ def _check_name(name: str) -> None:
 
 
 def _check_free(name: str) -> None:
-    """That no other package, and no other task, is called so: the one would hide the other."""
+    """Raise if another package or task has this name: one would hide the other."""
     if importlib.util.find_spec(name) is not None:
         raise ValueError(f"a package {name!r} is there already, and a second would hide it; choose another name")
     for task in importlib.metadata.entry_points(group="bigmodel.tasks", name=name):
@@ -77,19 +77,19 @@ def _check_free(name: str) -> None:
 
 
 def write_package(name: str, folder: Path) -> None:
-    """Write the template's files under another name; nothing stays behind if that fails.
+    """Write the template's files under another name, completely or not at all.
 
     Args:
-        name: of the package, such as `my_task`; the class is called `MyTask` then.
-        folder: where to; it is not there yet.
+        name: of the package, such as `my_task`; the class is then called `MyTask`.
+        folder: the target, which must not exist.
 
     Raises:
-        ValueError: if nothing can be written there.
+        ValueError: if it cannot be written.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as partial:
-            whole = Path(partial) / name  # made here, for the usual permissions
+            whole = Path(partial) / name  # a new folder, for the usual permissions
             whole.mkdir()
             _write(resources.files("bigmodel") / "cli" / "template", whole, name)
             os.rename(whole, folder)
@@ -110,6 +110,6 @@ def _write(template: Traversable, to: Path, name: str) -> None:
 
 
 def renamed(text: str, name: str) -> str:
-    """A text of the template for a package of this name."""
+    """Return a text of the template for a package of this name."""
     class_name = "".join(part[:1].upper() + part[1:] for part in name.split("_"))
     return text.replace("my_task", name).replace("MyTask", class_name)

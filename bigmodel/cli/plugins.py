@@ -1,8 +1,8 @@
-"""What tasks are installed, and what experiments their packages bring: from metadata and files alone.
+"""Installed tasks, and the experiments in their packages: from metadata and files only.
 
-A package with tasks names them as entry points of the group `bigmodel.tasks`, `name = "package.module:Class"`. Experiments
-are YAML files inside the package: `package/experiment.yaml`, and all below `package/experiments/`. They are called by their
-path from the package's name on, wherever that is installed; bigmodel's own also by `experiments/...`.
+A package registers its tasks as entry points of the group `bigmodel.tasks`, `name = "package.module:Class"`.
+Experiments are YAML files inside the package: `package/experiment.yaml`, and all below `package/experiments/`. They are
+named by their path relative to the package's parent folder; bigmodel's own also by `experiments/...`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ GROUP = "bigmodel.tasks"
 
 @dataclass(frozen=True)
 class InstalledTask:
-    """A task that some package names.
+    """Task registered by a package.
 
     Attributes:
-        name: what the package calls it.
-        path: where it is imported from, `package.module.Class`.
+        name: its registered name.
+        path: its import path, `package.module.Class`.
         package: name and version of the distribution, as in `my_task 0.1.0`; empty if unknown.
-        entry_point: which imports it.
+        entry_point: imports it.
     """
 
     name: str
@@ -39,13 +39,13 @@ class InstalledTask:
 
     @property
     def top(self) -> str:
-        """The package that it is imported from, without what follows a dot."""
+        """Top-level package of its import path."""
         return self.path.split(".")[0]
 
 
 @functools.cache
 def installed_tasks() -> tuple[InstalledTask, ...]:
-    """All of them, by name; two may have the same."""
+    """Return all registered tasks, by name; names may be duplicated."""
     found = []
     for entry in importlib.metadata.entry_points(group=GROUP):
         package = f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else ""
@@ -54,7 +54,7 @@ def installed_tasks() -> tuple[InstalledTask, ...]:
 
 
 def find_task(name: str) -> InstalledTask | None:
-    """The task of this name, or of this import path; None if no package names it.
+    """Return the task of this name, or of this import path; None if it is not registered.
 
     Raises:
         ValueError: if several packages have one of this name.
@@ -69,29 +69,29 @@ def find_task(name: str) -> InstalledTask | None:
 
 @functools.cache
 def package_folder(package: str) -> Path | None:
-    """Where a package without dots in its name is; None if it is not installed, or no folder."""
+    """Return the folder of a top-level package; None if it is not installed, or not a folder."""
     try:
         spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):  # of a module that was put together by hand
+    except (ImportError, ValueError):  # raised for modules created at runtime
         return None
     places = list(spec.submodule_search_locations or []) if spec is not None else []
     return Path(places[0]) if places else None
 
 
 def installed_experiments() -> list[tuple[str, Path]]:
-    """Experiments of all packages with tasks: what `-c` takes, and the file."""
+    """Return the experiments of all packages with tasks: the argument for `-c`, and the file."""
     found = []
     for package in sorted({"bigmodel", *(task.top for task in installed_tasks())}):
         folder = package_folder(package)
         if folder is not None:
             paths = [*sorted(folder.glob("experiment.yaml")), *sorted(folder.glob("experiments/**/*.yaml"))]
-            above = folder if package == "bigmodel" else folder.parent  # its own are called experiments/...
+            above = folder if package == "bigmodel" else folder.parent  # its own are named experiments/...
             found += [(str(path.relative_to(above)), path) for path in paths]
     return found
 
 
 def find_experiment(name: str) -> Path | None:
-    """The file that `-c name` means where there is no such file: one inside a package; None if there is none."""
+    """Return the packaged experiment of this name, used if `-c name` is not a file; None if there is none."""
     first, *rest = Path(name).parts or ("",)
     packages = {"bigmodel", *(task.top for task in installed_tasks())}
     if first == "experiments":
@@ -102,7 +102,7 @@ def find_experiment(name: str) -> Path | None:
 
 
 def read_experiment(name: str) -> tuple[Path, dict[str, Any]]:
-    """The file that `-c name` means, and its content: a path, or an experiment inside a package.
+    """Return the file of `-c name`, and its content: a path, or an experiment inside a package.
 
     Raises:
         ValueError: if it is neither, or cannot be read.
@@ -124,8 +124,10 @@ def read_experiment(name: str) -> tuple[Path, dict[str, Any]]:
 
 
 def experiment_of(task: InstalledTask) -> Path | None:
-    """The experiment that shows a task: `experiment.yaml` beside its module, or `experiments/<name>/check.yaml` in its
-    package; None without any."""
+    """Return the example experiment of a task; None if there is none.
+
+    It is `experiment.yaml` in the folder of its module or one above, or `experiments/<name>/check.yaml` in its package.
+    """
     folder = package_folder(task.top)
     if folder is None:
         return None
@@ -135,16 +137,16 @@ def experiment_of(task: InstalledTask) -> Path | None:
 
 
 def import_class(path: str) -> Any:
-    """What stands at `package.module.Class`; whatever the package's own code raises goes through."""
+    """Return the object at `package.module.Class`; exceptions of the package's own code propagate."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
 
 
 def check_classes(settings: Any, key: str = "") -> None:
-    """See that the packages of all configured classes are there, without importing them.
+    """Check that the packages of all configured classes are installed, without importing them.
 
     Raises:
-        ValueError: if one is not; it says which package has such a task, if that is known.
+        ValueError: if one is not; the message names a package with such a task, if known.
     """
     if not isinstance(settings, dict):
         return
@@ -157,9 +159,9 @@ def check_classes(settings: Any, key: str = "") -> None:
 
 
 def resolve_words(settings: Any) -> None:
-    """Put class paths in the place of words that were given arguments, `--model.method lora --model.method.rank 16`.
+    """Replace short names by class paths if they have arguments, as in `--model.method lora --model.method.rank 16`.
 
-    A class that takes a word or an object has an attribute `words`: by argument, the class path that each word stands for.
+    A class that accepts a short name or an object has an attribute `words`: by argument, the class path of each name.
     """
     if not isinstance(settings, dict):
         return
@@ -176,8 +178,10 @@ def resolve_words(settings: Any) -> None:
 
 
 def _is_installed(class_path: str) -> bool:
-    """Whether the package of a class is there. A folder of its name without an __init__.py, maybe a project's own, is it
-    only if it has the module that is meant."""
+    """True if the package of a class is installed.
+
+    A folder of its name without an __init__.py, possibly a project's own, counts only if it contains the module.
+    """
     package, module, *_ = class_path.split(".")
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is not None or not spec.submodule_search_locations:
@@ -196,5 +200,5 @@ def _where_is(class_path: str) -> str:
 
 
 def _install(package: str) -> str:
-    """How to install a package: from a folder, where there is one of that name."""
+    """Return the command that installs a package: from a folder, if there is one of that name."""
     return f"pip install {'-e ' if (Path(package) / 'pyproject.toml').is_file() else ''}{package}"

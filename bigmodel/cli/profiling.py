@@ -1,4 +1,4 @@
-"""`--trainer.profiler`: what each of Lightning's names stands for here, and no profiler at all by default."""
+"""`--trainer.profiler`: implementations of Lightning's names; by default no profiler at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SKIPPED, _WARM_UP, _TRACED = 10, 2, 3  # micro-batches
 
 
 class _NoProfiler(PassThroughProfiler):
-    """Lightning's own, which does nothing either, makes a generator each of the hundred times it is asked in a step."""
+    """Replacement of Lightning's PassThroughProfiler, which creates a generator at each of its hundred calls per step."""
 
     _nothing = contextlib.nullcontext()
 
@@ -27,19 +27,19 @@ class _NoProfiler(PassThroughProfiler):
 
 
 class Trace(Profiler):
-    """Traces three micro-batches, after twelve that warm the run up, for a browser to show (https://ui.perfetto.dev), and
-    writes a table of the operations in them. The rest of the run is as fast as ever.
+    """Traces three micro-batches, after twelve for warm-up, and writes a table of the operations in them.
 
-    Lightning's own goes on to the end, with a file for each five micro-batches, in training and validation by turns.
+    The trace is for a browser (https://ui.perfetto.dev). The rest of the run is not slowed down. Lightning's own
+    profiler continues to the end, with a file for each five micro-batches, alternating between training and validation.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._profiler: torch.profiler.profile | None = None  # while it warms up or traces
+        self._profiler: torch.profiler.profile | None = None  # during warm-up and tracing
         self._modules: RegisterRecordFunction | None = None
         self._open: dict[str, record_function] = {}
         self._step, self._count, self._table = "training_step", 0, ""
-        self._lightning_module: LightningModule | None = None  # which the trainer sets
+        self._lightning_module: LightningModule | None = None  # set by the trainer
 
     def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
         super().setup(stage, local_rank, log_dir)
@@ -65,7 +65,7 @@ class Trace(Profiler):
 
     def _begin(self) -> None:
         net = self._lightning_module
-        if net is not None and not any(map(_is_compiled, net.modules())):  # its hooks would have the net compiled anew
+        if net is not None and not any(map(_is_compiled, net.modules())):  # its hooks would cause recompilation
             self._modules = RegisterRecordFunction(net)
             self._modules.__enter__()
         schedule = torch.profiler.schedule(wait=0, warmup=_WARM_UP, active=_TRACED, repeat=1)
@@ -90,7 +90,7 @@ class Trace(Profiler):
         self._profiler = self._modules = None
 
     def summary(self) -> str:
-        """The operations that were traced, those first that took longest by themselves."""
+        """Return the traced operations, sorted by their own time, the longest first."""
         needed = _SKIPPED + _WARM_UP + _TRACED
         return self._table or f"no trace: {self._count} micro-batches were taken, and {needed} are needed\n"
 
@@ -104,9 +104,9 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def make_profiler(asked: Profiler | str | None) -> Profiler:
-    """The profiler for what is asked: `simple`, `advanced`, `pytorch` (see `Trace`), one that is made already, or None.
+    """Return the profiler for a name: `simple`, `advanced`, `pytorch` (see `Trace`), an instance, or None.
 
-    Where it writes, `bigmodel.run.RunDirectory` says.
+    Its output folder is set by `bigmodel.run.RunDirectory`.
 
     Raises:
         ValueError: for another name.

@@ -1,4 +1,4 @@
-"""`bigmodel fit`, `validate`, `test`, `predict`: LightningCLI, fed with settings that are already merged."""
+"""`bigmodel fit`, `validate`, `test`, `predict`: LightningCLI with settings that are already merged."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from bigmodel.training.callbacks import DiskSpace, GradientScaling, Preempted, P
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 from bigmodel.training.precision import ChoosePrecision, Undecided, check_precision
 
-# Lightning has a setting such as hf://owner/name fetched, to see whether it is a file of settings.
+# Lightning enables fsspec in jsonargparse, which fetches values such as hf://owner/name to check for a config file.
 set_parsing_settings(config_read_mode_fsspec_enabled=False)
 
 _HELP = {
@@ -94,11 +94,11 @@ _HELP_KEYS = """
 
 
 class _CLI(LightningCLI):
-    """Parses and instantiates; the verb is run afterwards."""
+    """LightningCLI that parses and instantiates; the verb is run separately."""
 
     def __init__(self, config: run_config.Settings, extra_callbacks: list[Callback]) -> None:
         self.extra_callbacks = extra_callbacks
-        # Lightning's type for a precision does not have `auto`.
+        # Lightning's type for a precision does not include `auto`.
         trainer = dict(config.get("trainer") or {})
         check_precision(trainer.get("precision"))
         self.auto_precision = trainer.get("precision") == "auto"
@@ -126,7 +126,7 @@ class _CLI(LightningCLI):
         self.config = parser.parse_object(args)
 
     def resolved(self) -> dict[str, Any]:
-        """The configuration as plain values, every default filled in."""
+        """Return the configuration as plain values, with every default filled in."""
         config: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         config.pop("config", None)
         if self.auto_precision:
@@ -135,7 +135,7 @@ class _CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         named = [callback for callback in (self.config_init.get("callbacks") or {}).values() if callback is not None]
-        # Gradients are scaled first, and what records a step comes before what saves it.
+        # Gradients are scaled first, and callbacks that record a step run before those that save it.
         always: list[Callback] = [
             GradientScaling(),
             ChoosePrecision(),
@@ -176,10 +176,10 @@ def _name(value: Any) -> Any:
 
 
 def run_trainer(verb: str, argv: list[str]) -> None:
-    """One of LightningCLI's verbs.
+    """Run one of LightningCLI's verbs.
 
     Raises:
-        ValueError: for whatever in the arguments can be mended by who typed them.
+        ValueError: for any error in the arguments that the user can correct.
     """
     positional, files, flags = run_config.parse_flags(argv)
     own_keys = ["resume", "checkpoint", "print_config", "help", *(["output"] if verb == "predict" else [])]
@@ -209,7 +209,7 @@ def run_trainer(verb: str, argv: list[str]) -> None:
     source = own.get("resume") if verb == "fit" else next(iter(positional), None)
     directory = run.find_run(source, runs_dir) if source is not None else None
     which = "last" if verb == "fit" else own.get("checkpoint", "best")
-    # The first process verifies the file, and the others follow it (`run.RunDirectory`, `AtomicCheckpointIO`).
+    # The first process verifies the file, and the others use its choice (`run.RunDirectory`, `AtomicCheckpointIO`).
     verify = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     checkpoint = find_checkpoint(directory, which, verify) if directory is not None else None
     if directory is None and not files and not any(key.endswith("help") for key, _ in flags):
@@ -234,13 +234,13 @@ def run_trainer(verb: str, argv: list[str]) -> None:
         directory, checkpoint = record.directory, earlier
         merged = merge_settings(files, flags, directory)
         del cli, record
-        gc.collect()  # the net that is left behind has gone before another is made
+        gc.collect()  # free the previous net before another is created
 
 
 def _assemble(
     verb: str, merged: run_config.Settings, directory: Path | None, checkpoint: Path | None, own: dict[str, Any]
 ) -> tuple[_CLI, run.RunDirectory]:
-    """Trainer, task and data, and the record of the run that they are to be."""
+    """Return the parsed trainer, task and data, and the callback that records the run."""
     record = run.RunDirectory(merged, directory, checkpoint)
     extra: list[Callback] = [record]
     if verb == "predict" and directory is not None and checkpoint is not None:
@@ -253,7 +253,7 @@ def _assemble(
 def merge_settings(
     files: list[str], flags: list[tuple[str, Any]], directory: Path | None = None
 ) -> run_config.Settings:
-    """The defaults, a run's own configuration, files and flags, the later on top; and what the run is called."""
+    """Merge the defaults, a run's own configuration, files and flags, in this order; add the experiment's name."""
     stack = [run_config.read_defaults()]
     if directory is not None:
         stack.append(run_config.read_yaml(directory / "config.yaml"))
@@ -266,14 +266,14 @@ def merge_settings(
     trainer = merged.get("trainer") or {}
     if (
         isinstance(strategy := trainer.get("strategy"), str) and "." in strategy
-    ):  # a class, not one of Lightning's names
+    ):  # an import path, not one of Lightning's names
         trainer["strategy"] = {"class_path": strategy}
     plugins.resolve_words(merged)
     return merged
 
 
 def _new_predictions(directory: Path, checkpoint: Path) -> Path:
-    """A file for predictions that was not there before."""
+    """Return a new path for a file of predictions."""
     name = f"{checkpoint.stem}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}.parquet"
     return directory / "predictions" / name
 
@@ -283,10 +283,10 @@ def _or_a_run(verb: str) -> str:
 
 
 def parse(merged: run_config.Settings, extra_callbacks: list[Callback]) -> _CLI:
-    """Trainer, task and data, made from settings.
+    """Create trainer, task and data from settings.
 
     Raises:
-        ClearError: for what does not parse.
+        ClearError: for settings that cannot be parsed.
     """
     plugins.check_classes(merged)
     try:
@@ -296,7 +296,7 @@ def parse(merged: run_config.Settings, extra_callbacks: list[Callback]) -> _CLI:
 
 
 def _readable(message: str) -> str:
-    """What jsonargparse found wrong, as `--flag: problem` lines, without its own vocabulary."""
+    """Convert an error message of jsonargparse to `--flag: problem` lines, without its internal terms."""
     keys: list[tuple[int, str]] = []
     problems: list[str] = []
     noise = "Does not validate|Subtypes:|Errors:|Given value|Problem with given class_path"
@@ -318,10 +318,10 @@ def _readable(message: str) -> str:
 
 
 def run_parsed(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | None) -> Path | None:
-    """Let the trainer do what the verb says. What a person can mend becomes a ClearError until the run has begun.
+    """Run the verb with the trainer. Errors that the user can correct become a ClearError until the run has begun.
 
     Returns:
-        The checkpoint from which the fit is to go on, if it has to go back (see `Anomalies`); None: it is done.
+        The checkpoint from which the fit continues after a rollback (see `Anomalies`); None: it is done.
     """
     trainer, task, data = cli.trainer, cli.model, cli.datamodule
     record = get_callback(trainer, run.RunDirectory)
@@ -337,28 +337,28 @@ def run_parsed(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | 
             raise ValueError(f"nothing to {verb}: name a run, as in `bigmodel {verb} RUN`")
         if verb == "predict":
             check_prediction(task, data)
-        if recall := getattr(task, "recall", None):  # where data or net are prepared by what a task has saved
+        if recall := getattr(task, "recall", None):  # optional: restores saved state that data or net depend on
             recall(read(checkpoint, verify=False, whole=False))
         quiet = {"return_predictions": False} if verb == "predict" else {"verbose": False}
         metrics = getattr(trainer, verb)(task, datamodule=data, ckpt_path=checkpoint, **quiet)
     except RollbackRequested as cause:
-        trainer.strategy.barrier()  # the first process has written what it had to write
+        trainer.strategy.barrier()  # until the first process has finished writing
         return record.go_back(cause)
     except Preempted as stopped:
-        trainer.strategy.barrier()  # the first process has told its loggers: a launcher ends all when one has gone
-        # Lightning's own launcher kills the rest, unless the processes that it started end with 0.
+        trainer.strategy.barrier()  # until the first process has updated its loggers: a launcher kills all when one exits
+        # Lightning's own launcher kills the rest, unless the processes that it started exit with 0.
         environment = getattr(trainer.strategy, "cluster_environment", None)
         sys.exit(0 if trainer.global_rank > 0 and isinstance(environment, LightningEnvironment) else stopped.exit_code)
-    except SystemExit as error:  # what Lightning makes of Ctrl-C
+    except SystemExit as error:  # Lightning converts Ctrl-C to it
         if isinstance(error.__context__, KeyboardInterrupt):
             raise error.__context__ from None
         raise
-    except MisconfigurationException as error:  # Lightning's name for what a person can mend
+    except MisconfigurationException as error:  # Lightning's error for a wrong setting
         raise ClearError(str(error)) from error
     except (ValueError, OSError) as error:
         if record.started:
             raise
-        raise ClearError(str(error)) from error  # data, sizes, configuration: nothing has begun
+        raise ClearError(str(error)) from error  # data, sizes, configuration: before the run has begun
     except TypeError as error:
         sizes = getattr(data, "sizes", None) or {}
         unknown = re.search(r"__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
@@ -384,17 +384,17 @@ def run_parsed(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | 
 
 
 def quiet_lightning() -> None:
-    """Leave out what Lightning says of itself; its warnings of real trouble stay."""
+    """Suppress Lightning's informational messages and known harmless warnings; other warnings remain."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers which may be a bottleneck.*",  # batches are read from memory maps
         ".*Total length of `list` across ranks is zero.*",  # no split for validation
         ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run's own
-        ".*module\\(s\\) in eval mode at the start of training.*",  # frozen parts are meant
+        ".*module\\(s\\) in eval mode at the start of training.*",  # frozen parts are intended
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*is smaller than the logging interval.*",
-        ".*overridden `on_before_batch_transfer` in `LightningModule`.*",  # a task may do it for any data
-        ".*torch.distributed.nn.functional.all_gather is deprecated.*",  # which Lightning calls
+        ".*overridden `on_before_batch_transfer` in `LightningModule`.*",  # allowed for a task
+        ".*torch.distributed.nn.functional.all_gather is deprecated.*",  # called by Lightning
     ):
         warnings.filterwarnings("ignore", message=message)

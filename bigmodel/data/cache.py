@@ -1,7 +1,7 @@
-"""What data are prepared in and with: a folder that is whole as soon as it has its name, progress, errors of the disk.
+"""Cache folders for prepared data, published atomically, with progress display and disk errors.
 
-A folder is written beside its final name and renamed when all of it is on the disk, so what has the final name is whole,
-however many processes prepare at once::
+A folder is written under a temporary name and renamed when all of it is on the disk, so a folder with its final name is
+complete, however many processes prepare at once::
 
     <cache>/<task>/<key>/                           prepared
     <cache>/<task>/.<key>.<host>.<process id>/      being written
@@ -26,22 +26,22 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
+LINE_SECONDS = 10.0  # between lines of progress without a terminal
 
 
 def cache_folder(task: str, cache_dir: str | None = None) -> Path:
-    """A task's folder in `cache_dir`, else in $BIGMODEL_CACHE, else in ~/.cache/bigmodel."""
+    """Return a task's folder in `cache_dir`, else in $BIGMODEL_CACHE, else in ~/.cache/bigmodel."""
     root = cache_dir or os.environ.get("BIGMODEL_CACHE") or "~/.cache/bigmodel"
     return Path(root).expanduser() / task
 
 
 def digest(value: object) -> str:
-    """32 hexadecimal digits that stand for a value of plain types: the key of what was made from it."""
+    """Return 32 hexadecimal digits that identify a value of plain types, used as cache key."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
 
 
 def file_hashes(files: Sequence[str], cache: Path) -> list[str]:
-    """SHA-256 of each file's content, remembered in `cache` until a file changes.
+    """Return the SHA-256 of each file's content, cached in `cache` until a file changes.
 
     Raises:
         ValueError: if a file cannot be read.
@@ -69,16 +69,16 @@ def _sha256(path: str) -> str:
 
 
 def available_cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
 def building(final: Path) -> Iterator[Path]:
-    """A new folder to be filled; it takes the name `final` when the block ends well, and is removed when it does not.
+    """Create a temporary folder to fill; rename it to `final` if the block succeeds, and remove it otherwise.
 
-    Any number of processes may fill one each: the first to end gives it the name. What a killed process of this machine
-    left behind is removed.
+    Any number of processes may fill one each: the first to finish gets the name. Remains of killed processes of this
+    machine are removed.
     """
     _remove_remains(final)
     folder = final.with_name(f".{final.name}.{socket.gethostname()}.{os.getpid()}")
@@ -92,7 +92,7 @@ def building(final: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file through to the disk."""
+    """Write a small file and flush it to the disk."""
     with open(path, "w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
@@ -100,7 +100,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """Write an array through to the disk, as .npy."""
+    """Write an array as .npy and flush it to the disk."""
     with open(path, "wb") as stream:
         np.save(stream, array)
         stream.flush()
@@ -108,7 +108,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 
 def publish(folder: Path, final: Path) -> None:
-    """Give a whole folder its final name, unless another process was first."""
+    """Rename a complete folder to its final name, unless another process did so first."""
     _sync(folder)
     try:
         folder.rename(final)
@@ -127,14 +127,14 @@ def _sync(folder: Path) -> None:
 
 
 def _remove_remains(final: Path) -> None:
-    """Remove what a killed process of this machine left behind."""
+    """Remove folders of killed processes of this machine."""
     for folder in final.parent.glob(f".{final.name}.{socket.gethostname()}.*"):
         if not _alive(int(folder.suffix[1:])):
-            shutil.rmtree(folder, ignore_errors=True)  # another process may be at it too
+            shutil.rmtree(folder, ignore_errors=True)  # another process may be removing it too
 
 
 def _alive(process: int) -> bool:
-    """Whether another process of this number runs on this machine."""
+    """True if another process with this id runs on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -146,7 +146,7 @@ def _alive(process: int) -> bool:
 
 @contextmanager
 def disk_errors(cache: Path, needed: Callable[[], int] = lambda: 0) -> Iterator[None]:
-    """Turn a full or closed disk into an error that says what to do. `needed`: bytes in all, as far as is known."""
+    """Convert errors of a full or read-only disk to one that states a remedy. `needed`: estimated total bytes."""
     flag = "set --data.cache_dir to another place"
     try:
         yield
@@ -161,23 +161,23 @@ def disk_errors(cache: Path, needed: Callable[[], int] = lambda: 0) -> Iterator[
 
 
 def say(line: str) -> None:
-    """A line for the person at the terminal."""
+    """Print a line for the user, to standard error."""
     Console(stderr=True, soft_wrap=True, highlight=False).print(line, markup=False)
 
 
 def first_of(names: Sequence[str], most: int) -> str:
-    """Names for a line or a message: `a, b and 5 more`."""
+    """Format names for a line or a message: `a, b and 5 more`."""
     return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 @contextmanager
 def progress(what: str, total: int, unit: str = "MB") -> Iterator[Callable[[int], None]]:
-    """A progress bar; without a terminal, a line now and then. Gives a function to call with what was done.
+    """Show a progress bar, or lines at intervals without a terminal; yields a function to call with the amount done.
 
     Args:
-        what: is being done.
-        total: of what is counted.
-        unit: its name; with MB, bytes are counted.
+        what: the description of the work.
+        total: the total amount.
+        unit: its unit; with MB, amounts are in bytes.
     """
     scale, digits = (1e6, 1) if unit == "MB" else (1.0, 0)
     console = Console(stderr=True)

@@ -1,4 +1,4 @@
-"""What is done for classes of uneven size: weights, or samples that meet each class as often.
+"""Handling of class imbalance: weights, or samples with equal frequency of each class.
 
 N training samples, K classes, B samples of a batch.
 """
@@ -9,17 +9,18 @@ import numpy as np
 
 
 def class_weights(counts: np.ndarray) -> np.ndarray:
-    """[K] float32, inverse to the classes' sizes [K], with mean 1 over the samples."""
+    """Return weights [K] float32, inverse to the classes' sizes [K], with mean 1 over the samples."""
     weights: np.ndarray = (counts.sum() / (len(counts) * counts)).astype(np.float32)
     return weights
 
 
 class Balanced:
-    """Each class has m samples in an epoch, as many as the largest has rows: sample n is of class n // m. Rows of a smaller
-    class come again in turn, and the next epoch goes on where the last one ended.
+    """Oversampling with m samples per class in an epoch, the size of the largest class: sample n is of class n // m.
+
+    Rows of a smaller class repeat cyclically, and the next epoch continues where the last one ended.
 
     Args:
-        labels: [N] class numbers; each class has some.
+        labels: [N] class numbers; each class has at least one.
     """
 
     def __init__(self, labels: np.ndarray) -> None:
@@ -31,7 +32,7 @@ class Balanced:
         return int(self._counts.max()) * len(self._counts)
 
     def rows(self, samples: np.ndarray, epoch: int) -> np.ndarray:
-        """Which row each of these samples [B] is in an epoch, [B]."""
+        """Return the row of each of these samples [B] in an epoch, [B]."""
         classes, turns = np.divmod(samples, self._counts.max())
         members = (turns + epoch * self._counts.max()) % self._counts[classes]
         rows: np.ndarray = self._by_class[self._starts[classes] + members]

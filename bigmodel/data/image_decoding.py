@@ -1,16 +1,16 @@
-"""From the bytes or pixels of one picture to the array that a net reads.
+"""Decoding of one image's bytes or pixels to the array that a net takes as input.
 
-In evaluation the shorter edge is resized to R pixels and the S x S pixels in the middle are kept (Krizhevsky, Sutskever and
-Hinton 2012, section 2). Resampling is bilinear with antialiasing, as in torchvision's reference recipes, in Pillow's 8-bit
-arithmetic; it computes the pixels that are kept and no others. Where the sizes agree already, pixels are copied.
+In evaluation the shorter edge is resized to R pixels and the central S x S pixels are kept (Krizhevsky, Sutskever and
+Hinton 2012, section 2). Resampling is bilinear with antialiasing, as in torchvision's reference recipes, in Pillow's
+8-bit arithmetic; only the pixels that are kept are computed. If the sizes already agree, pixels are copied.
 
-A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size (by fewer coefficients of its discrete cosine transform), as long as
-that leaves `DRAFT_MARGIN` times the pixels asked for along each edge.
+A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size (by fewer coefficients of its discrete cosine transform), as long
+as that leaves `DRAFT_MARGIN` times the requested pixels along each edge.
 
-Transparent pixels lie over white, the orientation in EXIF is applied, of an animation the first frame is read. Colours are
-taken as they stand: embedded ICC profiles and gamma are not applied, and neither are they in the usual data sets' recipes.
+Transparent pixels are drawn over white, the orientation in EXIF is applied, and only the first frame of an animation is
+read. Embedded ICC profiles and gamma are not applied, nor are they in the usual data sets' recipes.
 
-H and W pixels of an upright picture, C channels (1: grey, 3: RGB), S and R as above.
+H and W pixels of an upright image, C channels (1: grey, 3: RGB), S and R as above.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ import numpy as np
 from PIL import Image
 
 MAX_PIXELS = 2**27
-DRAFT_MARGIN = 1.5  # on photographs 41 dB and more from decoding all; 1 leaves 35
+DRAFT_MARGIN = 1.5  # on photographs, at least 41 dB from full decoding; 1 gives 35
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
-# Recognized by their first bytes. Left out are formats without such a mark (TGA) and those that run a program (EPS).
+# Recognized by their first bytes. Formats without such a signature (TGA), or that run a program (EPS), are excluded.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-_ORIENTATION = 0x0112  # tag of EXIF
-_TURNS = {  # what makes a picture of this orientation upright
+_ORIENTATION = 0x0112  # EXIF tag
+_TURNS = {  # transposition that makes an image of this orientation upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -50,18 +50,18 @@ _pillow_limit = threading.Lock()
 
 
 class PictureError(ValueError):
-    """A picture that cannot be used. Says why; the caller knows which."""
+    """Error for an unusable image. The message gives the reason; the caller adds the name."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What pictures become.
+    """Output format of decoded images.
 
     Attributes:
         channels: 1 or 3.
-        size: S, edge of the square that a net reads [pixels].
-        resize: R, to which the shorter edge is resized before S x S pixels are cut out [pixels].
-        max_pixels: a picture with more is refused before it is decoded.
+        size: S, edge of the net's square input [pixels].
+        resize: R, size of the shorter edge before S x S pixels are cropped [pixels].
+        max_pixels: an image with more is refused before it is decoded.
     """
 
     channels: int
@@ -70,14 +70,14 @@ class Geometry:
     max_pixels: int = MAX_PIXELS
 
     def decode(self, content: bytes | np.ndarray | Image.Image, box: Box | None = None) -> np.ndarray:
-        """Pixels [S, S, C] uint8: of the box, else of the middle.
+        """Return the pixels [S, S, C] uint8 of the box, by default of the centre.
 
         Args:
-            content: bytes of a picture's file, or pixels; see `open_picture`.
-            box: what is resized to S x S, in pixels of the upright original, within it.
+            content: bytes of an image file, or pixels; see `open_picture`.
+            box: the region that is resized to S x S, in pixels of the upright original, within it.
 
         Raises:
-            PictureError: if the content is no picture, is damaged, too large, or does not hold the box.
+            PictureError: if the content is not an image, is damaged, too large, or does not contain the box.
         """
         with _errors():
             image = open_picture(content, self.max_pixels)
@@ -90,7 +90,10 @@ class Geometry:
             return self._array(_resample(image, (self.size, self.size), reduced))
 
     def decode_whole(self, content: bytes | np.ndarray) -> np.ndarray:
-        """All of a picture, [H', W', C] uint8 with H' and W' by `whole_sizes`. Arguments and errors as for `decode`."""
+        """Return the whole image, [H', W', C] uint8 with H' and W' by `whole_sizes`.
+
+        Arguments and errors as for `decode`.
+        """
         with _errors():
             image = open_picture(content, self.max_pixels)
             width, height = upright_size(image)
@@ -99,12 +102,12 @@ class Geometry:
             return self._array(_resample(image, (new_width, new_height), (0, 0, width / scale, height / scale)))
 
     def whole_sizes(self, sizes: np.ndarray) -> np.ndarray:
-        """Edges of pictures, [..., 2], once the shorter one is resized to R, which never enlarges it."""
+        """Return the edges of images, [..., 2], after resizing the shorter one to R, without enlarging."""
         shorter = sizes.min(-1, keepdims=True)
         return np.where(shorter <= self.resize, sizes, self.resize * sizes.astype(np.int64) // shorter)
 
     def _middle(self, width: int, height: int) -> Box:
-        """The box whose resizing to S x S equals resizing the whole and cutting out the middle."""
+        """Return the box whose resizing to S x S equals resizing the whole and cropping the centre."""
         shorter = min(width, height)
         new_width, new_height = self.resize * width // shorter, self.resize * height // shorter
         x, y = width / new_width, height / new_height
@@ -128,7 +131,7 @@ def decode(
     box: Box | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
-    """Pixels [S, S, C] uint8 of one picture that belongs to no data set, see `Geometry` and its `decode`; it may be a path.
+    """Return the pixels [S, S, C] uint8 of a single image or path, see `Geometry` and its `decode`.
 
     Raises:
         ValueError: if it cannot be used.
@@ -144,7 +147,9 @@ def decode(
 
 
 def measure(content: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> tuple[int, int, bool]:
-    """Height and width of the upright picture, and whether it is grey in all pixels. Reads all data, so damage is found.
+    """Return height and width of the upright image, and True if all its pixels are grey.
+
+    Reads all data, so damage is detected.
 
     Raises:
         PictureError: as `Geometry.decode`.
@@ -158,16 +163,16 @@ def measure(content: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> tuple[
 
 
 def open_picture(content: bytes | np.ndarray | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A picture with its header read, its pixels not decoded yet.
+    """Return an image with its header read, its pixels not decoded yet.
 
     Args:
-        content: bytes of a file in one of the usual formats, whatever its name says; or pixels [H, W] or [H, W, C] of uint8
-            or uint16 (the upper 8 bits count), C of 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha);
-            or a picture of Pillow's, which stays as it is.
+        content: bytes of a file in one of the usual formats, independent of its name; or pixels [H, W] or [H, W, C] of
+            uint8 or uint16 (the upper 8 bits are used), C of 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha); or a
+            Pillow image, which is not modified.
         max_pixels: a file with more is refused.
 
     Raises:
-        PictureError: if it is no picture, or too large.
+        PictureError: if it is not an image, or too large.
     """
     if isinstance(content, np.ndarray):
         return _from_array(content)
@@ -175,7 +180,7 @@ def open_picture(content: bytes | np.ndarray | Image.Image, max_pixels: int = MA
         return content.copy()
     if not content:
         raise PictureError("the file is empty")
-    with _pillow_limit:  # Pillow's own bounds are neither ours nor settable per call
+    with _pillow_limit:  # Pillow's own limit is global, not settable per call
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             image = Image.open(io.BytesIO(content), formats=_formats())
@@ -191,13 +196,13 @@ def open_picture(content: bytes | np.ndarray | Image.Image, max_pixels: int = MA
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height of an opened picture once it is turned upright."""
+    """Return width and height of an opened image in upright orientation."""
     return (image.height, image.width) if _orientation(image) in _SIDEWAYS else (image.width, image.height)
 
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """Whatever Pillow and its libraries raise for a damaged file is a `PictureError`; what they only warn of is none."""
+    """Convert any exception of Pillow and its libraries to a `PictureError`; ignore their warnings."""
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
@@ -209,7 +214,7 @@ def _errors() -> Iterator[None]:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those that this Pillow was built with."""
+    """Return the formats that this Pillow was built with."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -229,8 +234,8 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """From 1 (upright) to 8. EXIF that cannot be read turns nothing."""
-    if image.format == "TIFF":  # Pillow turns these itself
+    """Return the orientation, from 1 (upright) to 8; 1 if EXIF cannot be read."""
+    if image.format == "TIFF":  # Pillow rotates these itself
         return 1
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
@@ -239,12 +244,12 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _pixels(image: Image.Image, mode: str | None, shrink: float) -> tuple[Image.Image, int]:
-    """The upright picture in `mode` (None: L or RGB, whichever it is), and by how much its edges were divided.
+    """Return the upright image in `mode` (None: L or RGB as it is), and the factor by which its edges were divided.
 
     Args:
         image: opened, not decoded.
         mode: L or RGB.
-        shrink: by how much it may be divided at most, but for the margin.
+        shrink: the maximum factor, apart from the margin.
     """
     turn = _TURNS.get(_orientation(image))
     scale = max(s for s in (1, 2, 4, 8) if s == 1 or s * DRAFT_MARGIN <= shrink)
@@ -258,7 +263,7 @@ def _pixels(image: Image.Image, mode: str | None, shrink: float) -> tuple[Image.
 
 
 def _flat(image: Image.Image) -> Image.Image:
-    """The same picture in L or RGB."""
+    """Return the same image in L or RGB."""
     if image.mode.startswith("I"):
         return _from_16_bits(image)
     if image.mode == "F":
@@ -291,9 +296,9 @@ def _from_floats(image: Image.Image) -> Image.Image:
 
 
 def _resample(image: Image.Image, size: tuple[int, int], box: Box) -> Image.Image:
-    """The box of a picture as width x height pixels."""
+    """Resample the box of an image to width x height pixels."""
     left, top, right, bottom = box
     if (right - left, bottom - top) == size and left == int(left) and top == int(top):
         return image.crop((int(left), int(top), int(right), int(bottom)))
-    within = (left, top, min(right, image.width), min(bottom, image.height))  # rounding may lead past the edge
+    within = (left, top, min(right, image.width), min(bottom, image.height))  # rounding may exceed the edge
     return image.resize(size, Image.Resampling.BILINEAR, box=within)

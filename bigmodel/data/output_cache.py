@@ -1,15 +1,15 @@
 """Memory-mapped on-disk cache of a frozen model's output for every sample.
 
-A store is named by a digest of all that its content is a function of, and is whole as soon as it has that name::
+A store is named by a digest of everything that its content depends on, and is complete as soon as it has that name::
 
     <folder>/<digest>/            computed
-        key.json                  what the content is a function of
-        <field>.bin               a row of numbers for each sample and nothing else; row v N + i is sample i in view v
-    <folder>/.<digest>.<host>/    being computed; one that was interrupted goes on from what is there
-        done.bin                  for each row a byte: whether it is there
+        key.json                  the values that the content depends on
+        <field>.bin               a row of numbers per sample and nothing else; row v N + i is sample i in view v
+    <folder>/.<digest>.<host>/    being computed; an interrupted computation continues from the existing rows
+        done.bin                  a byte per row: 1 if it is computed
 
-Each node computes all rows and its processes share them, so disks may be shared by nodes or not. All processes on a machine
-that compute the same store at once, of other runs too, fill the same files with the same numbers.
+Each node computes all rows and its processes share them, so the disk may or may not be shared by nodes. All processes
+on a machine that compute the same store at once, also of other runs, fill the same files with the same numbers.
 
 N samples, V views of each (as many epochs of augmentation: `views` of `train_loader`), B rows of a batch.
 """
@@ -37,16 +37,16 @@ from bigmodel.data.cache import digest, progress, publish, write_text
 from bigmodel.data.output_files import FieldSpec, Writer, map_rows
 
 VERSION = 1  # of this format
-RELEASE_READS = 1024  # after so many, mapped pages are let go, or resident memory grows to the size of the files
+RELEASE_READS = 1024  # after so many, mapped pages are released; else resident memory grows to the size of the files
 
 
 @dataclass(frozen=True)
 class CacheMismatch:
-    """A store of another key.
+    """Store with a different key.
 
     Args:
-        path: where it is.
-        differences: the entries in which the keys differ, by name: as wanted, and as they are there.
+        path: its path.
+        differences: the entries in which the keys differ, by name: the requested value, and the stored one.
     """
 
     path: Path
@@ -54,16 +54,16 @@ class CacheMismatch:
 
 
 class OutputCache:
-    """A store of outputs, which may not be computed yet; opened where it is first read.
+    """Store of outputs, possibly not computed yet; opened on the first read.
 
     Args:
-        folder: where stores of this kind are kept.
-        key: all that the outputs are a function of, plain values by name: net, data, augmentation.
+        folder: the folder of such stores.
+        key: everything that the outputs depend on, plain values by name: net, data, augmentation.
         num_samples: N.
         fields: the kinds of output, by name.
         views: V.
-        what: the outputs are called, in messages.
-        remedy: what a person can do where the disk is too small.
+        what: the name of the outputs, for messages.
+        remedy: advice for messages if the disk is too small.
     """
 
     def __init__(
@@ -83,15 +83,17 @@ class OutputCache:
         self.key: dict[str, Any] = json.loads(json.dumps({**key, **facts}, sort_keys=True))
         self.path = folder / digest(self.key)
         self._maps: dict[str, tuple[mmap.mmap, Tensor]] = {}
-        self._pinned = torch.cuda.is_available()  # asked once: it is slow
+        self._pinned = torch.cuda.is_available()  # queried once, because it is slow
         self._reads = 0
 
     @classmethod
     def stored(
         cls, folder: Path, key: Mapping[str, Any], num_samples: int, views: int = 1, what: str = "outputs"
     ) -> OutputCache | None:
-        """The complete store of this key, with the fields that it has; None if there is none. For who knows the fields only
-        when the net is there, which a complete store makes unnecessary."""
+        """Return the complete store of this key, with its fields; None if there is none.
+
+        For callers that would need the net to determine the fields; a complete store makes the net unnecessary.
+        """
         for file in sorted(folder.glob("[!.]*/key.json")):
             kinds = json.loads(file.read_text(encoding="utf-8")).get("fields", {})
             fields = {
@@ -105,22 +107,22 @@ class OutputCache:
 
     @property
     def num_rows(self) -> int:
-        """V N."""
+        """Number of rows: V N."""
         return self.views * self.num_samples
 
     @property
     def num_bytes(self) -> int:
-        """On the disk, when all is there."""
+        """Size on the disk of the complete store."""
         return self.num_rows * sum(field.row_bytes for field in self.fields.values())
 
     @property
     def complete(self) -> bool:
-        """Whether all rows are there."""
+        """True if all rows are computed."""
         return self.path.is_dir()
 
     @staticmethod
     def others(folder: Path, key: Mapping[str, Any], num_samples: int, views: int = 1) -> list[CacheMismatch]:
-        """The complete stores of other keys beside that of this one, those most like it first. Fields are not compared."""
+        """Return the complete stores of other keys in the folder, the most similar first. Fields are not compared."""
         wanted = json.loads(json.dumps({**key, "version": VERSION, "samples": num_samples, "views": views}))
         found = []
         for file in sorted(folder.glob("[!.]*/key.json")):
@@ -136,18 +138,18 @@ class OutputCache:
         batches: Callable[[int], Iterable[Any]],
         compute: Callable[[Any], Mapping[str, Tensor]],
     ) -> None:
-        """Compute what is missing. All processes call this; each node's then have a complete store.
+        """Compute missing rows. All processes call this; afterwards each node has a complete store.
 
         Args:
-            trainer: says which processes there are; None: this one alone.
-            batches: called with each view, gives batches that together have each sample once, as
-                `sampling.sequential_loader` makes them; rows of weight 0 are left out.
-            compute: a batch's outputs [B, *shape] by name, without gradients, on any device. The net is whole on each
-                process, and in evaluation mode.
+            trainer: provides the processes; None: only this one.
+            batches: called with each view, returns batches that together contain each sample once, as
+                `sampling.sequential_loader` creates them; rows of weight 0 are left out.
+            compute: returns a batch's outputs [B, *shape] by name, without gradients, on any device. The net is whole
+                on each process, and in evaluation mode.
 
         Raises:
-            ValueError: if the disk is too small, or outputs have not the shape that was said, are not a number, or are too
-                large for their type; if a sample comes twice or never.
+            ValueError: if the disk is too small, outputs do not have the declared shape, are not a number, or are too
+                large for their type; if a sample occurs twice or never.
         """
         strategy = trainer.strategy if trainer is not None else None
         if self.complete if strategy is None else strategy.reduce_boolean_decision(self.complete):
@@ -189,18 +191,18 @@ class OutputCache:
 
     @property
     def num_missing_bytes(self) -> int:
-        """Still to be allocated on the disk."""
+        """Bytes still to be allocated on the disk."""
         there = sum(file.stat().st_blocks * 512 for file in self._partial.glob("*.bin"))
         return 0 if self.complete else self.num_bytes + self.num_rows - there
 
     def check_space(self, beside: int = 0) -> None:
-        """See that there is room for what is still to be allocated; `compute` does so too.
+        """Check that there is space for the bytes still to be allocated; `compute` does so too.
 
         Args:
-            beside: bytes that others will take there.
+            beside: bytes that others will use there.
 
         Raises:
-            ValueError: if the disk is too small, or not to be written to.
+            ValueError: if the disk is too small, or not writable.
         """
         if self.complete:
             return
@@ -217,7 +219,7 @@ class OutputCache:
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
-        """Turn an error of the disk into one that says what to do."""
+        """Convert an error of the disk to one that states a remedy."""
         try:
             yield
         except OSError as error:
@@ -226,21 +228,21 @@ class OutputCache:
             ) from error
 
     def _allocate(self) -> None:
-        """Files of their final size: a disk that fills up shows here, and not as a signal when a page is written."""
+        """Create files of their final size, so that a full disk raises here, not as a signal when a page is written."""
         self._partial.mkdir(exist_ok=True)
         write_text(self._partial / "key.json", json.dumps(self.key, indent=2))
         sizes = {name: field.row_bytes * self.num_rows for name, field in self.fields.items()}
         for name, size in {**sizes, "done": self.num_rows}.items():
             file = os.open(self._partial / f"{name}.bin", os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                # Where a disk cannot allocate, as over NFS, zeros are written instead: never over what is there.
+                # If the disk cannot allocate (NFS), zeros are written instead: never over existing data.
                 if os.fstat(file).st_size < size:
                     os.posix_fallocate(file, 0, size)
             finally:
                 os.close(file)
 
     def _open_writer(self) -> Writer | None:
-        """None where the processes of another run have just ended the work."""
+        """Return a writer; None if the processes of another run have just finished the work."""
         try:
             return Writer(self._partial, self.fields, self.num_rows)
         except FileNotFoundError:
@@ -256,7 +258,7 @@ class OutputCache:
         come: Tensor,
         compute: Callable[[Any], Mapping[str, Tensor]],
     ) -> int:
-        """Write a batch's rows, unless they are there; how many these are."""
+        """Write a batch's rows, unless they exist; return their number."""
         real = batch.weight > 0
         samples = batch.index[real]
         outside = (samples < 0) | (samples >= self.num_samples)
@@ -274,7 +276,7 @@ class OutputCache:
         return len(rows)
 
     def _as_kept(self, name: str, values: Tensor, real: Tensor) -> Tensor:
-        """The real rows of a field, as they are kept."""
+        """Return the real rows of a field, in its stored type."""
         field = self.fields[name]
         if values.shape != (len(real), *field.shape):
             raise ValueError(
@@ -285,7 +287,7 @@ class OutputCache:
         kept = values.to(field.dtype).cpu()
         if field.dtype.is_floating_point:
             values = values.cpu()
-            if (values.isnan() | values.isposinf()).any():  # -inf is the score of what must not be chosen
+            if (values.isnan() | values.isposinf()).any():  # -inf is the score of an excluded choice
                 raise ValueError(
                     f"{self.what}: {name} of some sample is not a number (NaN, or infinite): the net is broken, or"
                     " overflows at this --trainer.precision"
@@ -308,19 +310,19 @@ class OutputCache:
 
     def _publish(self) -> None:
         partial = self._partial
-        with contextlib.suppress(FileNotFoundError):  # another run of this machine was first
+        with contextlib.suppress(FileNotFoundError):  # another run on this machine was first
             publish(partial, self.path)
-        shutil.rmtree(partial, ignore_errors=True)  # still there where another machine was first
+        shutil.rmtree(partial, ignore_errors=True)  # still exists if another machine was first
         (self.path / "done.bin").unlink(missing_ok=True)
 
     def read(self, index: Tensor, view: int = 0) -> dict[str, Tensor]:
-        """The outputs [B, *shape] of samples [B] in a view, by field, on the CPU (in pinned memory where there is a GPU).
+        """Return the outputs [B, *shape] of samples [B] in a view, by field, on the CPU (pinned if there is a GPU).
 
-        Costs what copying them does. `index` lies on the CPU: where a batch is on its way to a device, this is called before
+        The cost is that of copying them. `index` must be on the CPU: call this before the batch is moved to a device
         (`on_before_batch_transfer`).
 
         Raises:
-            ValueError: if the store is not complete, or a file has not its size.
+            ValueError: if the store is not complete, or a file has the wrong size.
         """
         if not self._maps:
             self._open()
@@ -345,7 +347,7 @@ class OutputCache:
                 raise ValueError(
                     f"{file} is damaged: {size:,} bytes, not {expected:,}. Delete {self.path} and start again"
                 )
-            # A copy-on-write mapping, because torch takes no read-only memory; nothing writes to it.
+            # A copy-on-write mapping, because torch does not accept read-only memory; it is never written to.
             self._maps[name] = map_rows(file, field, self.num_rows, mmap.ACCESS_COPY)
 
 
@@ -355,8 +357,10 @@ def _some(samples: Tensor) -> str:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """SHA-256 over the names, types, shapes and bytes of a module's parameters and buffers: the identity of a net whose
-    architecture is known."""
+    """Return the SHA-256 over the names, types, shapes and bytes of a module's parameters and buffers.
+
+    It identifies a net of a given architecture.
+    """
     sha256 = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

@@ -1,5 +1,4 @@
-"""The files of a store of outputs (`bigmodel.data.output_cache`): rows of numbers, mapped into memory, and which of them are
-there.
+"""Files of an output store (`bigmodel.data.output_cache`): memory-mapped rows, and a mask of computed rows.
 
 R rows.
 """
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-MARK_SECONDS = 10.0  # between the moments at which rows are written through to the disk, and marked as done
+MARK_SECONDS = 10.0  # interval at which rows are flushed to the disk and marked as done
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class FieldSpec:
 
     Args:
         shape: of a row.
-        dtype: as which it is kept.
+        dtype: of the stored values.
     """
 
     shape: tuple[int, ...]
@@ -37,7 +36,7 @@ class FieldSpec:
 
 
 class Writer:
-    """The files of a store that is being computed, mapped into memory."""
+    """Memory-mapped files of a store that is being computed."""
 
     def __init__(self, folder: Path, fields: Mapping[str, FieldSpec], num_rows: int) -> None:
         self._maps = {
@@ -50,7 +49,7 @@ class Writer:
         self._marked = time.monotonic()
 
     def have(self, rows: Tensor) -> bool:
-        """Whether all these rows are there."""
+        """True if all these rows are computed."""
         return bool(self.done[rows].all())
 
     def write(self, rows: Tensor, values: Mapping[str, Tensor]) -> None:
@@ -61,7 +60,7 @@ class Writer:
             self.mark()
 
     def mark(self) -> None:
-        """Mark what was written as done, once it is on the disk: a row that is marked is there after any crash."""
+        """Flush the written rows to the disk, then mark them as done: a marked row exists after any crash."""
         for mapping, _ in self._maps.values():
             mapping.flush()
         for rows in self._unmarked:
@@ -70,12 +69,12 @@ class Writer:
         self._unmarked, self._marked = [], time.monotonic()
 
     def close(self) -> None:
-        """Mark what there is: an interrupted computation goes on from here."""
+        """Mark the written rows: an interrupted computation continues from here."""
         self.mark()
 
 
 def map_rows(file: Path, field: FieldSpec, num_rows: int, access: int) -> tuple[mmap.mmap, Tensor]:
-    """A file's memory, and the rows [R, *shape] in it."""
+    """Return a file's mapping, and the rows [R, *shape] in it."""
     with open(file, "r+b" if access == mmap.ACCESS_WRITE else "rb") as stream:
         mapping = mmap.mmap(stream.fileno(), 0, access=access)
     return mapping, torch.frombuffer(mapping, dtype=field.dtype).view(num_rows, *field.shape)

@@ -1,4 +1,4 @@
-"""The global order of samples, the same on any number of processes, and the loaders that keep it.
+"""Global order of samples, independent of the number of processes, and the data loaders that follow it.
 
 An epoch is a keyed permutation of the N samples: a pure function of (seed, epoch) in constant memory. One optimizer
 step takes the next S samples of it (the batch size, over all processes); process r of W takes them in A micro-batches
@@ -6,14 +6,14 @@ of M::
 
     position of row i in micro-batch a of process r in step s  =  s S + (a W + r) M + i,      S = A W M
 
-so the samples of a step do not depend on W or M, and where a run stands in the epoch follows from the number of
-optimizer steps taken and nothing else (`data.schedule`; s S becomes the samples taken so far, where the batch size was
-changed). A last, incomplete step of an epoch is dropped (other epochs meet its samples).
+so the samples of a step do not depend on W or M, and the position in the epoch depends only on the number of optimizer
+steps taken (`data.schedule`; s S becomes the samples taken so far, if the batch size was changed). A last, incomplete
+step of an epoch is dropped (its samples appear in other epochs).
 
-Samples of differing lengths waste what fills up the shorter of a batch. Given their lengths, the samples of each 50 steps
-are put in the order of their length, cut into steps, and these shuffled by a key: again a function of (seed, epoch) alone,
-in memory for 50 steps. Where the batch size was changed within an epoch, the rest of that epoch is grouped anew from there:
-of 50 steps' samples some may be met twice in it, and others not.
+Batches of samples of different lengths waste computation on padding. If lengths are given, the samples of each 50 steps
+are sorted by length, cut into steps, and the steps shuffled by a key: again a function of (seed, epoch) alone, in
+memory for 50 steps. If the batch size was changed within an epoch, the rest of that epoch is grouped anew from there:
+of 50 steps' samples, some may then appear twice in that epoch, and others not at all.
 
 Source of the permutation: a balanced Feistel network (Luby and Rackoff 1988) over the smallest even number of bits that
 holds N, with cycle walking (Black and Rogaway 2002).
@@ -35,18 +35,18 @@ from bigmodel.data.schedule import DataPosition, DataSchedule, get_origin
 from bigmodel.data.stateless_rng import hash_seed
 
 _ROUNDS = 6
-_STEPS_AT_ONCE = 32  # for which sample numbers are computed together: one call costs as much as many
-_STEPS_GROUPED = 50  # whose samples are sorted by length together
+_STEPS_AT_ONCE = 32  # sample numbers are computed for so many steps at once: the cost is mostly per call
+_STEPS_GROUPED = 50  # samples of so many steps are sorted by length together
 _PADDING = -1  # the sample number of a padding row
 
 
 class Permutation:
-    """A keyed permutation of range(n), evaluated where it is asked, never stored.
+    """Keyed permutation of range(n), evaluated at the given positions, never stored.
 
     Args:
-        n: how many numbers are permuted.
-        seed: the key's first half.
-        epoch: the key's second half; each epoch has an order of its own.
+        n: the size of the permutation.
+        seed: the first half of the key.
+        epoch: the second half of the key; each epoch has a different order.
     """
 
     def __init__(self, n: int, seed: int, epoch: int) -> None:
@@ -57,15 +57,15 @@ class Permutation:
         self._keys = [np.uint64(hash_seed(seed, epoch, r)) for r in range(_ROUNDS)]
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """Sample numbers [k] int64 at these positions [k] of the order, each in range(n)."""
+        """Return the sample numbers [k] int64 at the positions [k], each in range(n)."""
         numbers = self._encrypt(positions.astype(np.uint64))
-        while (outside := numbers >= self.n).any():  # fewer than 4 values a number are expected to be walked
+        while (outside := numbers >= self.n).any():  # the expected cycle walk is shorter than 4 steps
             numbers[outside] = self._encrypt(numbers[outside])
         return numbers.astype(np.int64)
 
     def _encrypt(self, x: np.ndarray) -> np.ndarray:
         left, right = x >> self._half, x & self._mask
-        with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+        with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is intended
             for key in self._keys:
                 f = (right ^ key) * np.uint64(0xBF58476D1CE4E5B9)
                 f = (f ^ f >> np.uint64(29)) * np.uint64(0x94D049BB133111EB)
@@ -74,15 +74,15 @@ class Permutation:
 
 
 def micro_batches(batch_size: int, micro_batch_size: int | None, num_processes: int) -> tuple[int, int]:
-    """Samples one process takes at once, and how many times it does so before an optimizer step.
+    """Return the micro-batch size of one process, and the number of micro-batches per optimizer step.
 
     Args:
         batch_size: samples per optimizer step over all processes.
-        micro_batch_size: samples one process takes at once; None: its whole share of the batch.
+        micro_batch_size: samples per process and forward pass; None: the process's whole share of the batch.
         num_processes: processes that hold different data.
 
     Raises:
-        ValueError: if the batch is not that many whole micro-batches on every process.
+        ValueError: if the batch is not a whole number of micro-batches on every process.
     """
     if batch_size < 1:
         raise ValueError(f"--data.batch_size {batch_size}: at least 1 sample per optimizer step is needed")
@@ -102,12 +102,12 @@ def micro_batches(batch_size: int, micro_batch_size: int | None, num_processes: 
     return micro_batch_size, batch_size // (micro_batch_size * num_processes)
 
 
-_Numbers = tuple[int, list[int]]  # the epoch, as far as randomness goes, and sample numbers
+_Numbers = tuple[int, list[int]]  # the epoch that seeds randomness, and sample numbers
 Lengths = Callable[[np.ndarray, int], np.ndarray]  # of samples [k] in an epoch, [k]
 
 
 class _TrainOrder(Sampler[_Numbers]):
-    """Batch sampler of one process: from the optimizer steps already taken to the end of that epoch."""
+    """Batch sampler of one process, from the current optimizer step to the end of its epoch."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class _TrainOrder(Sampler[_Numbers]):
 
     @property
     def course(self) -> DataSchedule:
-        """The trainer's way through these samples."""
+        """Schedule of these samples from the trainer's origin."""
         return DataSchedule(
             self.n, self.batch_size, DataPosition() if self.trainer is None else get_origin(self.trainer)
         )
@@ -149,7 +149,7 @@ class _TrainOrder(Sampler[_Numbers]):
         return self.course.steps_per_epoch * self.accumulation
 
     def __iter__(self) -> Iterator[_Numbers]:
-        # Computed here and not at the first next(): by then a loader's workers have run ahead.
+        # Computed here, not at the first next(): by then a loader's workers have prefetched.
         if self.trainer is None:
             return self._from(self.epoch, 0, 0)
         course = self.course
@@ -157,7 +157,7 @@ class _TrainOrder(Sampler[_Numbers]):
         return self._from(here.epoch, here.samples, course.origin.samples if here.epoch == course.origin.epoch else 0)
 
     def _from(self, epoch: int, start: int, origin: int) -> Iterator[_Numbers]:
-        """The rest of an epoch of which `start` samples have been taken, in steps of this batch size since `origin`."""
+        """Yield the rest of an epoch after `start` samples, in steps of this batch size counted from `origin`."""
         first, num_steps = (start - origin) // self.batch_size, (self.n - origin) // self.batch_size
         if self.views is not None:
             epoch %= self.views
@@ -176,12 +176,12 @@ class _TrainOrder(Sampler[_Numbers]):
             yield from ((epoch, batch) for batch in numbers.reshape(-1, self.micro).tolist())
 
     def _own(self, steps: np.ndarray) -> np.ndarray:
-        """What this process takes [steps, A, M] of steps [steps, S]."""
+        """Return this process's micro-batches [steps, A, M] of steps [steps, S]."""
         dealt: np.ndarray = steps.reshape(-1, self.accumulation, self.num_processes, self.micro)[:, :, self.rank]
         return dealt
 
     def _grouped(self, numbers: np.ndarray, lengths: np.ndarray, epoch: int, block: int) -> np.ndarray:
-        """The same sample numbers as steps [steps, S] of like length."""
+        """Return the same sample numbers as steps [steps, S] of similar length."""
         by_length = numbers[np.argsort(lengths, kind="stable")].reshape(-1, self.batch_size)  # [steps, S]
         turns = Permutation(len(by_length), hash_seed(self.seed, epoch), block)(np.arange(len(by_length)))
         grouped: np.ndarray = by_length[turns]
@@ -189,15 +189,17 @@ class _TrainOrder(Sampler[_Numbers]):
 
 
 class _EvaluationOrder(Sampler[_Numbers]):
-    """Batch sampler that deals the samples out once, in order; every process gets the same number of equal batches,
-    filled up with padding rows."""
+    """Batch sampler that covers the samples once, in order.
 
-    epoch = 0  # whose randomness the samples have
+    Every process gets the same number of equal batches, filled with padding rows.
+    """
+
+    epoch = 0  # the epoch that seeds the samples' randomness
 
     def __init__(self, n: int, batch_size: int, trainer: Trainer | None) -> None:
         self.rank, self.num_processes = _place(trainer)
         self.n, self.batch_size = n, batch_size
-        # A data set smaller than a batch is not padded up to it.
+        # A data set smaller than a batch is not padded to the batch size.
         self.rows = max(1, min(batch_size // self.num_processes, -(-n // self.num_processes)))
 
     def __len__(self) -> int:
@@ -210,8 +212,11 @@ class _EvaluationOrder(Sampler[_Numbers]):
 
 
 class _NodeOrder(_EvaluationOrder):
-    """The same dealt out to the processes of each node, each node all of it, in batches that do not depend on their number:
-    a net gives a sample the same bits wherever it is computed."""
+    """Evaluation order split over the processes of each node; each node covers all samples.
+
+    The batch size does not depend on the number of processes, so that a net computes the same bits for a sample on any
+    number.
+    """
 
     def __init__(self, n: int, rows: int, epoch: int, trainer: Trainer | None) -> None:
         self.rank, self.num_processes = (trainer.local_rank, trainer.num_devices) if trainer is not None else (0, 1)
@@ -220,23 +225,26 @@ class _NodeOrder(_EvaluationOrder):
 
 
 def _place(trainer: Trainer | None) -> tuple[int, int]:
-    """Which share of the data this process takes, and of how many; processes that share a model share its data."""
+    """Return the index of this process's share of the data, and the number of shares.
+
+    Processes that share a model share its data.
+    """
     share = trainer.distributed_sampler_kwargs if trainer is not None else None
     return (share["rank"], share["num_replicas"]) if share else (0, 1)
 
 
 def data_parallel_size(trainer: Trainer) -> int:
-    """How many processes take different samples; with tensor parallelism, how many groups that share a model."""
+    """Return the number of processes with different samples; with tensor parallelism, of groups that share a model."""
     return _place(trainer)[1]
 
 
 def data_parallel_rank(trainer: Trainer) -> int:
-    """Which of the `num_replicas` this process is, or is part of."""
+    """Return the index of this process, or of its group, among the `num_replicas`."""
     return _place(trainer)[0] if trainer.distributed_sampler_kwargs else trainer.global_rank
 
 
 class _BatchFetcher(Dataset[Any]):
-    """Sample numbers in, one batch out; what a loader's workers run."""
+    """Dataset that maps sample numbers to one batch; runs in a loader's workers."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
@@ -257,12 +265,12 @@ class _BatchFetcher(Dataset[Any]):
 
 
 class Loader(DataLoader[Any]):
-    """A DataLoader that Lightning can stop and resume anywhere in an epoch. Made by the two functions below."""
+    """DataLoader that Lightning can stop and resume anywhere in an epoch. Created by the functions below."""
 
     def __init__(self, dataset: Dataset[Any], order: _TrainOrder | _EvaluationOrder, num_workers: int) -> None:
         super().__init__(
             _BatchFetcher(dataset),
-            batch_sampler=cast(Any, order),  # it gives the epoch beside the list
+            batch_sampler=cast(Any, order),  # it yields the epoch and the list
             num_workers=num_workers,
             collate_fn=_as_is,
             worker_init_fn=_ignore_termination_signals,
@@ -275,24 +283,27 @@ class Loader(DataLoader[Any]):
 
     @property
     def course(self) -> DataSchedule | None:
-        """The trainer's way through the samples; None if they are for evaluation."""
+        """Schedule of the training samples; None for evaluation."""
         return self.order.course if isinstance(self.order, _TrainOrder) else None
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch the next pass takes, where there is no trainer to say."""
+        """Set the epoch of the next pass, for use without a trainer."""
         if isinstance(self.order, _TrainOrder):
             self.order.epoch = epoch
 
     def state_dict(self) -> dict[str, int]:
-        """How many samples the optimizer has consumed. Its presence tells Lightning that the loader is resumable; the
-        position itself follows from the trainer's optimizer step, which the checkpoint restores, and from `get_origin`."""
+        """Return the number of samples that the optimizer has consumed.
+
+        The existence of this method marks the loader as resumable for Lightning; the position itself follows from the
+        trainer's optimizer step, which the checkpoint restores, and from `get_origin`.
+        """
         order = self.order
         if isinstance(order, _EvaluationOrder) or order.trainer is None:
             return {}
         return {"samples": order.course.at(order.trainer.global_step).seen}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Nothing to restore, see `state_dict`."""
+        """Do nothing, see `state_dict`."""
 
 
 def _as_is(batch: Any) -> Any:
@@ -325,24 +336,24 @@ def train_loader(
     views: int | None = None,
     lengths: Lengths | None = None,
 ) -> Loader:
-    """Training batches in the global order, resumable at any optimizer step on any number of processes.
+    """Return a loader of training batches in the global order, resumable at any step on any number of processes.
 
     Args:
         dataset: has `__len__`, and `__getitem__(i)`: one sample as a NamedTuple with the fields `index` (its number)
             and `weight` (1.0) among its own; or, faster, `__getitems__(numbers)`: a whole batch as such a NamedTuple of
-            tensors. If that takes `epoch` too, it is told, so that a sample's randomness can be a function of it.
+            tensors. If that has a parameter `epoch`, it is passed, so that a sample's randomness can depend on it.
         batch_size: samples per optimizer step over all processes.
-        micro_batch_size: samples one process takes at once; None: its whole share.
+        micro_batch_size: samples per process and forward pass; None: the process's whole share.
         seed: with the epoch, determines the order.
-        trainer: the data module's `self.trainer`; None: one process, and `set_epoch` says which epoch.
-        num_workers: worker processes that read ahead; 0: read in the training process.
+        trainer: the data module's `self.trainer`; None: one process, and `set_epoch` sets the epoch.
+        num_workers: worker processes that prefetch; 0: read in the training process.
         shuffle: False keeps the samples' own order in every epoch.
-        views: the epochs' randomness, order included, comes again after so many epochs; None: never.
-        lengths: called with sample numbers [k] and an epoch, gives their lengths [k]; batches are then of samples of like
-            length. None: they are not looked at.
+        views: the epochs' randomness, order included, repeats after this number of epochs; None: never.
+        lengths: maps sample numbers [k] and an epoch to the samples' lengths [k]; batches are then of samples of
+            similar length. None: lengths are not used.
 
     Raises:
-        ValueError: if the batch cannot be divided as asked, or the data set holds no whole batch.
+        ValueError: if the batch cannot be divided as configured, or the data set is smaller than one batch.
     """
     n = _num_samples(dataset, "training")
     order = _TrainOrder(n, batch_size, micro_batch_size, seed, trainer, shuffle, views, lengths)
@@ -357,14 +368,14 @@ def eval_loader(
     trainer: Trainer | None = None,
     num_workers: int = 0,
 ) -> Loader:
-    """Each sample exactly once, over all processes; rows that fill up a last batch have weight 0.
+    """Return a loader of each sample exactly once, over all processes; padding rows of a last batch have weight 0.
 
     Args:
         dataset: as for `train_loader`.
-        batch_size: samples at once over all processes.
-        micro_batch_size: samples one process takes at once, as in training; None: its share of those.
+        batch_size: samples per batch over all processes.
+        micro_batch_size: samples per process and forward pass, as in training; None: the process's share of the batch.
         trainer: the data module's `self.trainer`; None: one process.
-        num_workers: worker processes that read ahead.
+        num_workers: worker processes that prefetch.
 
     Raises:
         ValueError: if the data set is empty.
@@ -375,17 +386,19 @@ def eval_loader(
 
 
 def sequential_loader(loader: DataLoader[Any], *, rows: int, trainer: Trainer | None = None, epoch: int = 0) -> Loader:
-    """The samples of another loader, such as that of training, once and in their own order: for what a frozen net says of
-    each (`bigmodel.data.output_cache`). Each node takes them all, in batches dealt out to its processes.
+    """Return a loader of another loader's samples (such as training samples), once and in their own order.
+
+    Used to cache a frozen net's outputs (`bigmodel.data.output_cache`). Each node covers all samples, in batches
+    divided among its processes.
 
     Args:
-        loader: made by this module.
-        rows: samples that one process takes at once; every batch has so many, filled up with rows of weight 0.
+        loader: created by this module.
+        rows: samples per batch of one process; a smaller batch is padded with rows of weight 0.
         trainer: the data module's `self.trainer`; None: one process.
-        epoch: whose randomness the samples have, where the data set knows of any.
+        epoch: the epoch that seeds the samples' randomness, if the data set has any.
 
     Raises:
-        ValueError: if the loader is another's.
+        ValueError: if the loader was not created by this module.
     """
     if not isinstance(loader, Loader):
         raise ValueError(

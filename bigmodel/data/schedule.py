@@ -1,6 +1,6 @@
 """Mapping from an optimizer step to (epoch, sample offset), across changes of batch size or data.
 
-N samples in an epoch, S samples to an optimizer step (the batch size).
+N samples in an epoch, S samples per optimizer step (the batch size).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from lightning.pytorch import Trainer
 
 @dataclass(frozen=True)
 class DataPosition:
-    """A place in the data.
+    """Position in the training data.
 
     Attributes:
-        step: optimizer steps taken until there.
-        epoch: the epoch it lies in, from 0.
-        samples: samples of that epoch that lie before it.
-        seen: samples trained on until there, over all epochs.
+        step: optimizer steps taken before this position.
+        epoch: its epoch, from 0.
+        samples: samples of that epoch before this position.
+        seen: samples trained on before this position, over all epochs.
     """
 
     step: int = 0
@@ -30,13 +30,13 @@ class DataPosition:
 
 @dataclass(frozen=True)
 class DataSchedule:
-    """The way of a run through its data.
+    """Positions of a run in its data, by optimizer step.
 
     Args:
         num_samples: N.
         batch_size: S.
-        origin: from where on the run takes S of these N samples; its start, unless they were changed on a resume, or
-            samples were passed over.
+        origin: the position from which the run takes S of these N samples per step; its start, unless they were changed
+            on a resume, or samples were skipped.
     """
 
     num_samples: int
@@ -45,15 +45,15 @@ class DataSchedule:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Of a whole epoch; what does not make a last step is dropped."""
+        """Optimizer steps of a whole epoch; an incomplete last step is dropped."""
         return self.num_samples // self.batch_size
 
     def steps_left(self, position: DataPosition) -> int:
-        """Optimizer steps from a position to the end of its epoch."""
+        """Return the optimizer steps from a position to the end of its epoch."""
         return (self.num_samples - position.samples) // self.batch_size
 
     def at(self, step: int) -> DataPosition:
-        """Where the run stands after so many optimizer steps; at the end of an epoch, at the start of the next."""
+        """Return the position after `step` optimizer steps; at the end of an epoch, the start of the next."""
         done, origin = step - self.origin.step, self.origin
         seen, left = origin.seen + done * self.batch_size, self.steps_left(origin)
         if done < left:
@@ -62,7 +62,7 @@ class DataSchedule:
         return DataPosition(step, origin.epoch + 1 + epochs, steps * self.batch_size, seen)
 
     def steps_until(self, epoch: int) -> int:
-        """Optimizer steps of the whole run until this epoch begins, from 0."""
+        """Return the optimizer steps of the whole run before this epoch (from 0) begins."""
         origin = self.origin
         if epoch <= origin.epoch:
             return origin.step
@@ -70,10 +70,10 @@ class DataSchedule:
 
 
 def set_origin(trainer: Any, position: DataPosition) -> None:
-    """From where on this trainer's loaders take the batch size and the samples that they have now."""
+    """Set the position from which this trainer's loaders use their current batch size and samples."""
     trainer._bigmodel_origin = position
 
 
 def get_origin(trainer: Trainer) -> DataPosition:
-    """What `set_origin` has set; the start of a run, if nothing."""
+    """Return the position set by `set_origin`; the start of the run by default."""
     return getattr(trainer, "_bigmodel_origin", DataPosition())

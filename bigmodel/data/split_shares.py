@@ -1,4 +1,4 @@
-"""What splits are called, and how much of the data each gets. This module imports neither torch nor Lightning."""
+"""Names of splits, and validation of their shares. This module imports neither torch nor Lightning."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ SPLIT_WORDS = ", ".join(_NAMES)
 
 
 def split_name(word: str) -> str | None:
-    """`train`, `val` or `test` for a word that means one of them."""
+    """Return `train`, `val` or `test` for one of their synonyms; None for any other word."""
     return _NAMES.get(word.strip().lower())
 
 
 def split_in(name: str) -> str | None:
-    """The split that the name of a file or split says (train-00000-of-00002, sst2_dev, validation_matched); None if none,
-    or several."""
+    """Return the split in a file's or split's name (train-00000-of-00002, sst2_dev, validation_matched).
+
+    None if it contains no split, or several.
+    """
     found = {split for word in re.split(r"[^a-zA-Z]+", name) if (split := split_name(word)) is not None}
     return found.pop() if len(found) == 1 else None
 
 
 def check_shares(val: float, test: float) -> None:
-    """Refuse shares of the data for validation and test (--data.split.val, --data.split.test) that are none.
+    """Raise for invalid shares of the data for validation and test (--data.split.val, --data.split.test).
 
     Raises:
-        ValueError: if one is not from 0 to below 1, or nothing is left to train on.
+        ValueError: if one is not in [0, 1), or nothing is left to train on.
     """
     for name, share in (("val", val), ("test", test)):
         if not 0 <= share < 1:

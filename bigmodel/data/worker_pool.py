@@ -1,8 +1,8 @@
 """Small worker processes that share nothing with their parent, and start in a tenth of a second.
 
-The standard pools copy the parent (unsafe beside torch's threads) or import its ``__main__`` anew (seconds for Lightning,
-and an endless loop in a script without a guard). A worker here is ``python -m`` of this module: it reads pickled calls from
-its standard input and answers on its standard output. It ends when its parent does.
+The standard pools fork the parent (unsafe with torch's threads) or import its ``__main__`` again (seconds for
+Lightning, and an endless loop in a script without a guard). A worker here is ``python -m`` of this module: it reads
+pickled calls from its standard input and writes results to its standard output. It ends when its parent does.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Result = TypeVar("Result")
 
 
 class WorkerPool:
-    """A pool of worker processes, to be used as a context manager.
+    """Pool of worker processes, to be used as a context manager.
 
     Args:
-        num_processes: how many; all start at once.
-        environment: variables set for the workers, beside the parent's.
+        num_processes: number of workers; all start at once.
+        environment: variables set for the workers, in addition to the parent's.
     """
 
     def __init__(self, num_processes: int, environment: dict[str, str] | None = None) -> None:
@@ -54,15 +54,15 @@ class WorkerPool:
             process.wait()
             for stream in (process.stdin, process.stdout):
                 if stream is not None:
-                    with contextlib.suppress(BrokenPipeError):  # a call that was being sent
+                    with contextlib.suppress(BrokenPipeError):  # from a call that was being sent
                         stream.close()
 
     def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """The function's result, from one worker. What it raises is raised here."""
+        """Return the function's result, computed by one worker. Its exceptions are raised here."""
         return self._threads.submit(self._call, function, arguments).result()
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Results in the order of the items. At most two items a process are read ahead of the result that is waited for."""
+        """Yield results in the order of the items, with at most two items per process read ahead."""
         running: deque[Future[Result]] = deque()
         for item in items:
             running.append(self._threads.submit(self._call, function, (item,)))
@@ -91,10 +91,10 @@ class WorkerPool:
 
 
 def serve() -> None:
-    """Answer calls until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    """Process calls until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not get between the answers
+    os.dup2(2, 1)  # output printed by a library must not mix with the results
     while True:
         try:
             function, arguments = pickle.load(sys.stdin.buffer)

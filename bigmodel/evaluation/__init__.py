@@ -1,4 +1,4 @@
-"""What tasks that classify share: the metrics of an evaluation, and a report of how the classifier errs."""
+"""Evaluation of classification tasks: metrics, and a report of the errors."""
 
 from bigmodel.evaluation.class_metrics import AUROC, ClassMetrics
 from bigmodel.evaluation.report import Report

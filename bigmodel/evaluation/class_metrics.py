@@ -1,8 +1,8 @@
-"""What an evaluation of a classifier measures, over all processes: their states are gathered, their averages not averaged.
+"""Metrics of a classifier, over all processes: their states are gathered, their averages not averaged.
 
-Expected calibration error: Guo et al. 2017 (arXiv 1706.04599), eq. 3, with 15 bins of equal width. Area under the ROC curve,
-each class against the rest: the probability that a sample of the class scores above one of another, ties counting half
-(Hanley and McNeil 1982), exact and not binned.
+Expected calibration error: Guo et al. 2017 (arXiv 1706.04599), eq. 3, with 15 bins of equal width. Area under the ROC
+curve, each class against the rest: the probability that a sample of the class scores above one of another, ties
+counting half (Hanley and McNeil 1982), exact and not binned.
 
 B samples in a batch, N in all, K classes.
 """
@@ -21,23 +21,24 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from bigmodel.nn.accumulation import Accumulates, accumulable, accumulation_dtype
 
 _NUM_BINS = 15
-_BELOW_ONE = 1 - 2.0**-24  # torchmetrics gives a confidence of exactly 1 a sixteenth bin of its own
+_BELOW_ONE = 1 - 2.0**-24  # torchmetrics puts a confidence of exactly 1 into a separate sixteenth bin
 
 
 class _Sum(Accumulates, SumMetric):
-    """A sum in the `accumulation_dtype` of its device."""
+    """Sum in the `accumulation_dtype` of its device."""
 
 
 class ClassMetrics(nn.Module):
-    """Loss, accuracy, and how the errors are spread, from logits and true classes.
+    """Loss, accuracy, and the distribution of errors, from logits and true classes.
 
-    Two classes are treated as any other number: precision, recall and F1 are the mean over both, not those of a "positive".
+    Two classes are treated like any other number: precision, recall and F1 are the mean over both, not those of a
+    "positive".
 
     Args:
         num_classes: K, at least 2.
-        full: False measures loss and accuracies only, in constant memory: for frequent validation. The rest keeps the scores
-            of every sample, 4 N K bytes in the main memory of each process (200 MB for 50,000 samples of 1,000 classes),
-            and sorts them once for every class.
+        full: False measures loss and accuracies only, in constant memory: for frequent validation. The other metrics
+            store the scores of every sample, 4 N K bytes in the main memory of each process (200 MB for 50,000 samples
+            of 1,000 classes), and sort them once for every class.
 
     Raises:
         ValueError: if there are fewer than two classes.
@@ -60,11 +61,11 @@ class ClassMetrics(nn.Module):
 
     @torch.no_grad()
     def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Take in a batch.
+        """Add a batch.
 
         Args:
             logits: [B, K], any floating-point type; B may be 0.
-            targets: [B] int64, each in 0 to K - 1; rows that only fill up a batch are left out by the caller.
+            targets: [B] int64, each in 0 to K - 1; the caller must leave out padding rows.
 
         Raises:
             ValueError: for other shapes, or classes out of range.
@@ -79,7 +80,7 @@ class ClassMetrics(nn.Module):
                 f"targets from {int(targets.min())} to {int(targets.max())} among {self.num_classes} classes (-1 is a"
                 " sample without a label: it cannot be evaluated)"
             )
-        log_p = accumulable(logits).log_softmax(1)  # in float32 a confident net's scores would tie at 1
+        log_p = accumulable(logits).log_softmax(1)  # in float32, probabilities of a confident net would tie at 1
         predicted = logits.argmax(1)
         self.sums["count"].update(float(len(targets)))
         self.sums["loss"].update(-log_p.gather(1, targets[:, None]).sum())
@@ -92,15 +93,15 @@ class ClassMetrics(nn.Module):
             self.confusion_matrix.update(predicted, targets)
 
     def compute(self) -> dict[str, Tensor]:
-        """Over all batches of all processes since the last `reset`, float32 numbers; every process must call it.
+        """Return the metrics over all batches of all processes since the last `reset`; every process must call it.
 
-        `loss` is the mean cross-entropy in nats; the others lie in 0 to 1: `accuracy`, `top5_accuracy` (with more than five
-        classes), and if full `precision`, `recall`, `f1` (means over the classes that are there or were predicted), `auroc`
-        (mean over the classes that some samples are of and others not; left out if there is none) and
-        `calibration_error`. None is ever NaN.
+        They are float32 numbers. `loss` is the mean cross-entropy in nats; the others are in 0 to 1: `accuracy`,
+        `top5_accuracy` (with more than five classes), and if full `precision`, `recall`, `f1` (means over the classes
+        that occur or were predicted), `auroc` (mean over the classes with positive and negative samples; left out if
+        there is none) and `calibration_error`. None is ever NaN.
 
         Raises:
-            ValueError: if there was nothing to evaluate, or the net's outputs were not finite.
+            ValueError: if there were no samples, or the net's outputs were not finite.
         """
         sums = {name: metric.compute() for name, metric in self.sums.items() if metric.update_called}
         if not sums or sums["count"] == 0:
@@ -116,7 +117,7 @@ class ClassMetrics(nn.Module):
         return {name: value.float() for name, value in values.items()}
 
     def confusion(self) -> Tensor:
-        """[K, K] int64: how many samples of a class (row) were taken for another (column), over all processes.
+        """Return [K, K] int64: counts of samples of a class (row) predicted as another (column), over all processes.
 
         Raises:
             ValueError: if only loss and accuracies were measured.
@@ -126,14 +127,14 @@ class ClassMetrics(nn.Module):
         return self.confusion_matrix.compute()
 
     def reset(self) -> None:
-        """Forget all batches."""
+        """Remove all batches."""
         for metric in self.modules():
             if isinstance(metric, Metric):
                 metric.reset()
 
 
 def check_finite(loss: Tensor) -> None:
-    """Refuse to measure a net that has diverged.
+    """Raise if the net has diverged.
 
     Raises:
         ValueError: if the mean loss is not finite.
@@ -146,7 +147,7 @@ def check_finite(loss: Tensor) -> None:
 
 
 def _by_class(confusion: Tensor) -> dict[str, Tensor]:
-    """Precision, recall and F1, their means over the classes that are there or were predicted; 0 / 0 counts as 0."""
+    """Return the means of precision, recall and F1 over the classes that occur or were predicted; 0 / 0 counts as 0."""
     right = accumulable(confusion.diagonal())
     true, predicted = confusion.sum(1), confusion.sum(0)
     there = true + predicted > 0
@@ -156,7 +157,7 @@ def _by_class(confusion: Tensor) -> dict[str, Tensor]:
 
 
 class AllSamples(Metric):
-    """Keeps what it is given of all samples, for what cannot be measured from sums; in main memory."""
+    """Stores scores and targets of all samples, for metrics that cannot be computed from sums; in main memory."""
 
     full_state_update = False
     scores: list[Tensor]
@@ -168,28 +169,28 @@ class AllSamples(Metric):
         self.add_state("targets", [], dist_reduce_fx="cat")
 
     def _gather(self, state: Tensor, group: Any = None) -> list[Tensor]:
-        """What every process holds: it lies in main memory, but is sent from device to device."""
+        """Gather the state of every process: it is stored in main memory, but sent from device to device."""
         return [part.cpu() for part in gather_all_tensors(state.to(self.device), group)]
 
     def update(self, scores: Tensor, targets: Tensor) -> None:
-        """Take in a batch: scores [B] or [B, K], and what is to be compared with them."""
+        """Add a batch: scores [B] or [B, K], and their targets."""
         self.scores.append(scores)
         self.targets.append(targets)
 
     def compute(self) -> Any:
-        """All scores and targets, of all processes."""
+        """Return all scores and targets, of all processes."""
         return dim_zero_cat(self.scores), dim_zero_cat(self.targets)
 
 
 class AUROC(AllSamples):
-    """Mean over classes of the area under the ROC curve against the rest; NaN if no class has both. Scores [B, K] may be in
-    any unit that grows with the probability; targets are class numbers [B], or of several labels [B, K] 0 or 1.
+    """Mean over classes of the area under the ROC curve against the rest; NaN if no class has both.
 
-    torchmetrics has one, which warns of absent classes, counts them as 0, and sums in float32.
+    Scores [B, K] may be in any unit that increases with the probability; targets are class numbers [B], or for several
+    labels [B, K] 0 or 1. torchmetrics' version warns about absent classes, counts them as 0, and sums in float32.
     """
 
     def compute(self) -> Tensor:
-        """A number on the device, in its `accumulation_dtype`."""
+        """Return a number on the device, in its `accumulation_dtype`."""
         scores, targets = super().compute()  # [N, K], [N] or [N, K]
         if targets.ndim == 1:
             targets = targets[:, None] == torch.arange(scores.shape[1])
@@ -197,7 +198,7 @@ class AUROC(AllSamples):
 
 
 def mean_area(scores: Tensor, positive: Tensor) -> Tensor:
-    """Mean area under the ROC curve over the columns that have positives and negatives; NaN if there is none.
+    """Return the mean area under the ROC curve over the columns with positives and negatives; NaN if there is none.
 
     Args:
         scores: [N, K].
@@ -208,7 +209,7 @@ def mean_area(scores: Tensor, positive: Tensor) -> Tensor:
 
 
 def _area(scores: Tensor, positive: Tensor) -> float:
-    """The share of pairs of a positive and a negative in which the positive scores higher, ties half: from its rank sum."""
+    """Return the fraction of (positive, negative) pairs with the positive score higher, ties half: from its rank sum."""
     num_positive = int(positive.sum())
     num_negative = len(scores) - num_positive
     above = float(mean_ranks(scores)[positive].sum()) - num_positive * (num_positive + 1) / 2
@@ -216,6 +217,6 @@ def _area(scores: Tensor, positive: Tensor) -> float:
 
 
 def mean_ranks(values: Tensor) -> Tensor:
-    """[N] float64, the rank of each from 1; those that tie have the mean of their ranks."""
+    """Return the rank of each value from 1, [N] float64; ties have the mean of their ranks."""
     _, place, ties = values.unique(return_inverse=True, return_counts=True)
     return (ties.cumsum(0).double() - (ties - 1) / 2)[place]

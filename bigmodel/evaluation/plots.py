@@ -1,4 +1,4 @@
-"""Pictures of how a classifier errs: its confusion matrix, and a sheet of what it took for something else.
+"""Figures of a classifier's errors: its confusion matrix, and a sheet of misclassified images.
 
 K classes, H and W pixels, C channels.
 """
@@ -17,21 +17,21 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-_MAX_WRITTEN = 20  # classes up to which the counts are written into their cells
-_MAX_NAMED = 40  # classes up to which each has its name at the axes
+_MAX_WRITTEN = 20  # maximum number of classes for counts in the cells
+_MAX_NAMED = 40  # maximum number of classes for names at the axes
 _COLUMNS = 8  # of a sheet
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A picture that was taken for something else.
+    """Misclassified image.
 
     Attributes:
         image: [H, W, C] uint8, C 1 or 3.
         true: the name of its class.
-        predicted: the name of the class it was taken for.
-        probability: that the net gave to that class, 0 to 1.
-        name: what a person calls the picture, such as its path.
+        predicted: the name of the predicted class.
+        probability: of the predicted class, 0 to 1.
+        name: identifies the image, such as its path.
     """
 
     image: np.ndarray
@@ -42,13 +42,15 @@ class Mistake:
 
 
 def draw_confusion(matrix: np.ndarray, classes: Sequence[str], path: Path, things: str = "pictures") -> None:
-    """Draw a confusion matrix as PNG: each row coloured by its shares, with counts for few classes and names for some more.
+    """Draw a confusion matrix as PNG, each row coloured by its fractions.
+
+    Counts are written for few classes, and names for somewhat more.
 
     Args:
         matrix: [K, K] counts, rows true and columns predicted.
         classes: K names.
-        path: the file; replaced if it is there.
-        things: what was classified.
+        path: the file; replaced if it exists.
+        things: the term for the classified samples.
     """
     num_classes = len(classes)
     assert matrix.shape == (num_classes, num_classes), (matrix.shape, num_classes)
@@ -60,7 +62,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], path: Path, thing
     margin = 0.08 * max(map(len, labels)) if named else 0.2
     figure = Figure(figsize=(side + margin + 1.5, side + margin + 0.9), layout="constrained")
     axes = figure.add_subplot()
-    # By the root of the share where no counts are written: else one saw the diagonal and nothing beside it.
+    # By the square root of the fraction if there are no counts: else only the diagonal would be visible.
     scale = PowerNorm(1.0 if written else 0.5, vmin=0, vmax=1)
     drawn = axes.imshow(shares, cmap="Blues", norm=scale, interpolation="nearest")
     total = int(matrix.sum())
@@ -89,17 +91,17 @@ def _write_counts(axes: Axes, matrix: np.ndarray, shares: np.ndarray) -> None:
             str(matrix[row, column]),
             ha="center",
             va="center",
-            fontsize=min(9.0, 36 / longest),  # so that it fits its cell
+            fontsize=min(9.0, 36 / longest),  # fits the cell
             color="white" if shares[row, column] > 0.5 else "black",
         )
 
 
 def draw_mistakes(mistakes: Sequence[Mistake], path: Path) -> None:
-    """Draw pictures in a grid as PNG, each with its true class, what it was taken for and how surely.
+    """Draw images in a grid as PNG, each with its true class, the predicted one and its probability.
 
     Args:
-        mistakes: in the order in which they are drawn, at least one.
-        path: the file; replaced if it is there.
+        mistakes: in the order of drawing, at least one.
+        path: the file; replaced if it exists.
     """
     assert mistakes
     columns = min(_COLUMNS, len(mistakes))
@@ -120,7 +122,7 @@ def draw_mistakes(mistakes: Sequence[Mistake], path: Path) -> None:
 
 def _draw_mistake(axes: Axes, mistake: Mistake) -> None:
     height, width, channels = mistake.image.shape
-    # A small picture keeps its pixels: smoothed, one would not see what the net saw.
+    # A small image keeps its pixels: smoothing would hide the net's actual input.
     smoothing = "nearest" if max(height, width) <= 128 else "antialiased"
     pixels = mistake.image[..., 0] if channels == 1 else mistake.image
     axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation=smoothing)
@@ -129,7 +131,7 @@ def _draw_mistake(axes: Axes, mistake: Mistake) -> None:
         (1, f"{_short(mistake.predicted, 17)}  {mistake.probability:.0%}", 8, "firebrick"),
         (2, _short(Path(mistake.name).name, 28), 6, "0.5"),
     ):
-        below = (0, -3 - 11 * line)  # points from the middle of the picture's lower edge
+        below = (0, -3 - 11 * line)  # points from the middle of the image's lower edge
         axes.annotate(
             text, (0.5, 0), below, "axes fraction", "offset points",
             ha="center", va="top", fontsize=size, color=color, parse_math=False,
@@ -141,12 +143,12 @@ def _short(name: str, longest: int = 24) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Write the PNG beside its name and rename it: a reader never finds half of it."""
+    """Write the PNG to a temporary name and rename it: a reader never sees a partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # of a name; drawn as a box
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # glyph of a name; drawn as a box
             figure.savefig(partial, format="png", dpi=150, bbox_inches="tight", pad_inches=0.1)
         os.replace(partial, path)
     finally:

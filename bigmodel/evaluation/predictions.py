@@ -1,8 +1,8 @@
 """Predictions of any task, streamed into one Parquet file in the order of the samples, on any number of processes.
 
-Each process appends its batches to a part of its own (an Arrow stream) beside the file; at the end the first process deals
-batch b of process r into place b W + r, as `bigmodel.data.sampling.eval_loader` dealt them out, and gives the file its name.
-What is in memory does not grow with the number of samples, and a file that has its name is whole.
+Each process appends its batches to a part of its own (an Arrow stream) beside the file; at the end the first process
+puts batch b of process r into place b W + r, as `bigmodel.data.sampling.eval_loader` distributed them, and gives the
+file its name. Memory use does not grow with the number of samples, and a file with its final name is complete.
 
 N samples, n of them in a batch, W processes.
 """
@@ -31,21 +31,21 @@ _ROWS_SHOWN = 5
 
 
 class PredictionWriter(Callback):
-    """Writes what the task's `predict_step` returns for each batch: a dict of columns, without the rows that only fill up.
+    """Writes the columns returned by the task's `predict_step` for each batch, without padding rows.
 
-    A column is a list of str (or None), a tensor [n] of numbers, a tensor [n, K], which becomes a list of K numbers in each
-    row, or for anything else a pyarrow Array. A task may have a method `prediction_metadata() -> dict[str, str]`: what
-    stands in the file beside the table, such as the names of the classes.
+    `predict_step` returns a dict of columns. A column is a list of str (or None), a tensor [n] of numbers, a tensor [n,
+    K], which becomes a list of K numbers in each row, or for any other type a pyarrow Array. A task may have a method
+    `prediction_metadata() -> dict[str, str]`, which returns the metadata of the file, such as the names of the classes.
 
     Args:
-        path: the Parquet file; it must not be there yet.
+        path: the Parquet file; it must not exist.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._part: Path | None = None
         self._stream: Any = None
-        self._num_rows: int | None = None  # when all is written
+        self._num_rows: int | None = None  # set when all is written
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.path.exists():
@@ -59,7 +59,7 @@ class PredictionWriter(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         data: Any = getattr(trainer, "datamodule", None) or pl_module
         data.__dict__.pop("predict_dataloader", None)
-        if self._num_rows is not None:  # only now: a progress bar is gone
+        if self._num_rows is not None:  # only now, after the progress bar has been removed
             print(f"wrote {self._num_rows:,} predictions to {self.path}")
             print(_head(self.path), flush=True)
 
@@ -106,7 +106,7 @@ class PredictionWriter(Callback):
             self._num_rows = merge(parts, self.path, describe())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        with contextlib.suppress(OSError):  # of a full disk, which has been told
+        with contextlib.suppress(OSError):  # of a full disk, which has been reported
             self._close()
         if self._part is not None:
             self._part.unlink(missing_ok=True)
@@ -121,10 +121,10 @@ class PredictionWriter(Callback):
 
 
 def check_prediction(task: LightningModule, data: Any) -> None:
-    """See that there is something to predict, and how.
+    """Check that task and data support prediction.
 
     Raises:
-        ValueError: if the task or its data module lacks what prediction needs.
+        ValueError: if the task or its data module lacks a required method.
     """
     if not is_overridden("predict_step", task):
         raise ValueError(
@@ -139,7 +139,7 @@ def check_prediction(task: LightningModule, data: Any) -> None:
 
 
 class _Batches:
-    """What a loader gives, and no DataLoader: to predict, Lightning would make such a one anew, with samplers of its own."""
+    """Iterable over a loader's batches that is not a DataLoader, which Lightning would re-create with its own samplers."""
 
     def __init__(self, loader: DataLoader[Any], trainer: Trainer) -> None:
         self.loader = loader
@@ -171,10 +171,10 @@ def _disk_errors(path: Path) -> Iterator[None]:
 
 
 def record_batch(columns: Mapping[str, Any]) -> pa.RecordBatch:
-    """The columns that a `predict_step` returned, as Arrow has them.
+    """Convert the columns returned by a `predict_step` to Arrow.
 
     Raises:
-        ValueError: if they are no columns of the kinds above, or not of the same length.
+        ValueError: if they are not columns of the kinds above, or not of the same length.
     """
     if not isinstance(columns, Mapping) or not columns:
         raise ValueError(f"predict_step must return a dict of columns, not {type(columns).__name__}")
@@ -204,13 +204,14 @@ def _array(name: str, column: Any) -> pa.Array:
 
 
 def merge(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -> int:
-    """Write the batches of all parts into one Parquet file, the first of each part, then the second of each, and so on; then
-    remove the parts.
+    """Write the batches of all parts into one Parquet file, and remove the parts.
+
+    The order is the first batch of each part, then the second of each, and so on.
 
     Args:
         parts: Arrow streams, by process.
-        path: the file, which is there only when it is whole.
-        metadata: what stands beside the table.
+        path: the file, which exists only when it is complete.
+        metadata: of the file.
 
     Returns:
         N, the number of rows.
@@ -244,7 +245,7 @@ def merge(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -> int
 
 
 def _row_groups(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
-    """The batches put together, some thousand rows at once."""
+    """Yield the batches combined to tables of several thousand rows."""
     waiting: list[pa.RecordBatch] = []
     for batch in batches:
         waiting.append(batch)
@@ -260,7 +261,7 @@ def _columns(schema: pa.Schema) -> str:
 
 
 def _head(path: Path) -> str:
-    """The first rows, as a table to read."""
+    """Format the first rows as a table."""
     with pq.ParquetFile(path) as file:
         first = next(file.iter_batches(batch_size=_ROWS_SHOWN), None)
         rows = [file.schema_arrow.names]

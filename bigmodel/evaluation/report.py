@@ -1,4 +1,4 @@
-"""What to look at after an evaluation: the confusion matrix, and the samples that the net was most wrong about.
+"""Report of an evaluation: the confusion matrix, and the samples with the largest loss among the errors.
 
 n samples of a batch, M mistakes, K classes or labels, W processes.
 """
@@ -26,28 +26,29 @@ _FACTS = ("target", "predicted", "probability")
 
 
 class Report(Callback):
-    """Writes into the run directory and to W&B how a classifier errs: when training ends, of the last validation; and after
-    `bigmodel validate` and `test`. Always on.
+    """Writes a classifier's errors to the run directory and to W&B. Always on.
 
-    `<split>_confusion.png`, and its mistakes, the largest loss first: of pictures `<split>_mistakes.png`, of texts
+    It runs when training ends, for the last validation; and after `bigmodel validate` and `test`. It writes
+    `<split>_confusion.png`, and the mistakes, the largest loss first: of images `<split>_mistakes.png`, of texts
     `<split>_mistakes.csv`.
 
-    Of the task it needs an attribute `metrics` with a method `confusion()`, [K, K] int64, or None where there is no such
-    thing; and steps of validation and test that return, of the batch's real rows, `index` [n], `loss` [n], and
+    The task needs an attribute `metrics` with a method `confusion()`, which returns [K, K] int64, or None if not
+    applicable; and steps of validation and test that return, for the batch's rows without padding, `index` [n], `loss`
+    [n], and
 
-    * where each has one class: `target` and `predicted` [n], class numbers, and `probability` [n] of the one predicted;
-    * where each may have several labels: `target` and `predicted` [n, K], 0 or 1, and `probability` [n, K];
-    * where each has a number: `target` and `predicted` [n].
+    * for one class per sample: `target` and `predicted` [n], class numbers, and `probability` [n] of the predicted one;
+    * for several labels per sample: `target` and `predicted` [n, K], 0 or 1, and `probability` [n, K];
+    * for a number per sample: `target` and `predicted` [n].
 
-    Of the data it needs `classes`, and `images(split)`, with `read(numbers)` and `name(number)`, or `texts(split)[number]`.
+    The data need `classes`, and `images(split)`, with `read(numbers)` and `name(number)`, or `texts(split)[number]`.
 
     Args:
-        num_mistakes: so many at most; by default 40 pictures or 200 texts.
+        num_mistakes: maximum number of mistakes; by default 40 images or 200 texts.
     """
 
     def __init__(self, num_mistakes: int | None = None) -> None:
         self.num_mistakes = num_mistakes
-        self._widths: dict[str, int] = {}  # columns of _worst that each of _FACTS takes
+        self._widths: dict[str, int] = {}  # number of columns in _worst for each of _FACTS
         self._several = False  # labels
         # [M, 2 + ...]: loss, index, _FACTS. float64 holds any index; in main memory if the device has none.
         self._worst: Tensor | None = None
@@ -72,7 +73,7 @@ class Report(Callback):
             return
         num_rows = len(outputs["loss"])
         given = {name: outputs[name] for name in _FACTS if name in outputs}
-        facts = {name: fact.view(num_rows, math.prod(fact.shape[1:])) for name, fact in given.items()}  # 0 rows, maybe
+        facts = {name: fact.view(num_rows, math.prod(fact.shape[1:])) for name, fact in given.items()}  # maybe 0 rows
         self._widths = {name: fact.shape[1] for name, fact in facts.items()}
         self._several = outputs["target"].ndim == 2
         columns = [outputs["loss"][:, None], outputs["index"][:, None], *facts.values()]
@@ -80,7 +81,7 @@ class Report(Callback):
             columns = [column.cpu() for column in columns]
         rows = torch.cat([column.double() for column in columns], dim=1)
         right = (facts["target"] == facts["predicted"]).all(1)
-        rows[:, 0].masked_fill_(right.to(rows.device), -1)  # a loss is never negative: these stand behind
+        rows[:, 0].masked_fill_(right.to(rows.device), -1)  # a loss is never negative: sorts these last
         self._worst = self._largest(trainer, rows if self._worst is None else torch.cat([self._worst, rows]))
 
     def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
@@ -101,7 +102,7 @@ class Report(Callback):
         self._gather(pl_module)
 
     def _gather(self, pl_module: LightningModule) -> None:
-        """Over all processes, before the task resets its metrics."""
+        """Gather over all processes, before the task resets its metrics."""
         task: Any = pl_module
         self._confusion = task.metrics.confusion()
         if pl_module.trainer.world_size > 1 and self._worst is not None:
@@ -135,7 +136,7 @@ class Report(Callback):
         path = folder / f"{split}_mistakes.{'csv' if texts else 'png'}"
         rows: list[list[Any]] = []
         if not len(wrong):
-            path.unlink(missing_ok=True)  # an earlier evaluation's
+            path.unlink(missing_ok=True)  # of an earlier evaluation
         elif texts:
             rows = self._list(wrong, data, split, path)
         else:
@@ -149,7 +150,7 @@ class Report(Callback):
                     logger.log_table(f"{split}/mistakes", columns=rows[0], data=rows[1:])
 
     def _list(self, wrong: Tensor, data: Any, split: str, path: Path) -> list[list[Any]]:
-        """Write the mistakes as a table; its rows, with the head."""
+        """Write the mistakes as a table; return its rows, including the header."""
         texts, parts = data.texts(split), wrong[:, 2:].split(list(self._widths.values()), dim=1)
         facts = {name: part.tolist() for name, part in zip(self._widths, parts, strict=True)}
         rows: list[list[Any]] = [["text", "true", *list(self._widths)[1:], "loss"]]
@@ -164,7 +165,7 @@ class Report(Callback):
 
 
 def _words(row: dict[str, list[float]], classes: list[str], several: bool) -> list[str]:
-    """What a row's target, prediction and probability are called."""
+    """Format a row's target, prediction and probability."""
     target, predicted, probability = row["target"], row["predicted"], row.get("probability")
     if probability is None:
         return [f"{target[0]:.6g}", f"{predicted[0]:.6g}"]

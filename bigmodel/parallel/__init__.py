@@ -1,6 +1,6 @@
-"""Larger than a device: nets built without memory, sharded and cut over processes, and made to need less memory and time.
+"""Training of nets larger than a device: deferred initialization, sharding, tensor parallelism, lower memory and time.
 
-All of it is applied to a net from outside of it, by its blocks.
+All of it is applied to a net from the outside, by its blocks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imported when used: callbacks and strategy import from parts of this package that callbacks themselves need."""
+    """Import lazily: callbacks and strategy depend on parts of this package that callbacks themselves import."""
     if name in _MODULES:
         return getattr(importlib.import_module(f"bigmodel.parallel.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'bigmodel.parallel' has no attribute {name!r}")

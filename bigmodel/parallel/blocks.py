@@ -1,6 +1,6 @@
-"""A net's repeated units, and activation checkpointing of them.
+"""Repeated units of a net (blocks), and activation checkpointing of them.
 
-Source: Chen et al. 2016 (arXiv 1604.06174): what a block computed is forgotten and made again in the backward pass.
+Source: Chen et al. 2016 (arXiv 1604.06174): a block's activations are discarded and recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ Block = tuple[str, nn.Module]
 
 
 def find_blocks(net: nn.Module) -> list[Block]:
-    """The repeated units of a net, by name, in order; none is inside another.
+    """Return the repeated units of a net, by name, in order; none is inside another.
 
-    The first of these that finds any:
+    The first of these rules that finds any:
         1. the elements of each list or sequence called `blocks`;
         2. modules of the classes that a Hugging Face model names in `_no_split_modules`;
         3. the elements of each list or sequence called `stages`;
-        4. the children that have parameters, but no tables (`nn.Embedding`): a net may look into these from outside of them,
+        4. the children that have parameters, except embeddings (`nn.Embedding`): a net may read these from the outside,
            as for scores of all items.
 
-    Of a LightningModule, the units of each child that has parameters: of the task's net, or of a student and its teacher.
+    For a LightningModule, the units of each child that has parameters: of the task's net, or of a student and its
+    teacher.
     """
     if isinstance(net, LightningModule):
         children = [(name, child) for name, child in net.named_children() if any(True for _ in child.parameters())]
@@ -58,7 +59,7 @@ def _elements(net: nn.Module, called: str) -> list[Block]:
 
 
 def _outermost(net: nn.Module, is_one: Callable[[str, nn.Module], bool]) -> list[Block]:
-    """The modules for which it is true, none of them inside another."""
+    """Return the modules that satisfy a condition, none of them inside another."""
     found: list[Block] = []
     for name, module in net.named_modules():
         inside = bool(found) and name.startswith(f"{found[-1][0]}.")  # modules come in depth-first order
@@ -68,7 +69,7 @@ def _outermost(net: nn.Module, is_one: Callable[[str, nn.Module], bool]) -> list
 
 
 def blocks_of(pl_module: LightningModule, flag: str, only: list[str] | None = None) -> list[Block]:
-    """The blocks whose names match one of the patterns, as in a shell; all of them without patterns.
+    """Return the blocks whose names match one of the shell-style patterns; all of them without patterns.
 
     Raises:
         ValueError: there are none, or a pattern matches none; `flag` is the setting that the message names.
@@ -88,9 +89,9 @@ def blocks_of(pl_module: LightningModule, flag: str, only: list[str] | None = No
 
 
 def after_configure_model(pl_module: LightningModule, act: Callable[[LightningModule], None]) -> None:
-    """Act on a task when its net is made, before it is moved or sharded; at once where the net was made with the task.
+    """Run `act` on a task when its net is created, before it is moved or sharded; at once if the net already exists.
 
-    To be called in a callback's `setup`; its `teardown` shall pop `configure_model` from the task's `__dict__`.
+    To be called in a callback's `setup`; its `teardown` must pop `configure_model` from the task's `__dict__`.
     """
     if not is_overridden("configure_model", pl_module):
         act(pl_module)
@@ -106,15 +107,15 @@ def after_configure_model(pl_module: LightningModule, act: Callable[[LightningMo
 
 
 class ActivationCheckpointing(Callback):
-    """Forgets what blocks compute in training, and computes it again in the backward pass.
+    """Discards activations of blocks in training, and recomputes them in the backward pass.
 
-    In memory stay the inputs of these blocks, and what one of them computes; it costs one more forward pass, about a third
-    of a step's work, which `speed/mfu` does not count. Losses and gradients are bitwise the same: dropout is drawn again
-    alike, and batch normalisation counts a batch once. Which modules are blocks: `bigmodel.parallel.find_blocks`. Names in
-    the state dict stay as they are.
+    The inputs of these blocks, and the activations of one of them, stay in memory; the cost is one more forward pass,
+    about a third of a step's work, which `speed/mfu` does not count. Losses and gradients are bitwise the same: dropout
+    masks are reproduced, and batch normalisation counts a batch once. The blocks are those of
+    `bigmodel.parallel.find_blocks`. Names in the state dict do not change.
 
     Args:
-        every: of the blocks, every n-th, from the first: 2 saves half of it at half of the cost.
+        every: checkpoint every n-th block, from the first: 2 saves half of the memory at half of the cost.
         only: patterns of names of blocks to choose from, `["net.blocks.*"]`; null: all.
 
     Raises:
@@ -139,7 +140,7 @@ class ActivationCheckpointing(Callback):
         for _, block in blocks[:: self.every]:
             if _KEY not in block.__dict__:
                 block.__dict__[_KEY] = _Checkpointed.of(block)
-                # A method, not a function that knows this block: a copy of the block is to call its own forward.
+                # A bound method, not a closure over this block: a copy of the block must call its own forward.
                 block.forward = MethodType(_forward, block)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -157,10 +158,10 @@ _KEY = "_checkpointed"
 
 @dataclass
 class _Checkpointed:
-    """What a block remembers while its activations are checkpointed.
+    """State of a block while its activations are checkpointed.
 
     Attributes:
-        forward: the method it had of its own, if any.
+        forward: the instance's own `forward`, if any.
         norms: modules that count batches in their buffers; their output in training does not depend on these.
         others: other modules with buffers.
     """
@@ -179,7 +180,7 @@ class _Checkpointed:
 
     @contextmanager
     def first(self) -> Iterator[None]:
-        """The forward pass: buffers that it changes would be changed again by the second."""
+        """Context of the forward pass: raise if it changes buffers, since recomputation would change them again."""
         before = [
             (module, name, buffer, buffer._version)
             for module in self.others
@@ -196,7 +197,7 @@ class _Checkpointed:
 
     @contextmanager
     def second(self) -> Iterator[None]:
-        """In the backward pass: running statistics are updated in copies."""
+        """Context of the recomputation in the backward pass: running statistics are updated in copies."""
         kept = [(norm, dict(norm._buffers)) for norm in self.norms]
         try:
             for norm, buffers in kept:
@@ -208,16 +209,16 @@ class _Checkpointed:
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What a checkpointed block's `forward` is."""
+    """Forward of a checkpointed block."""
     checkpointed: _Checkpointed = self.__dict__[_KEY]
     forward = checkpointed.forward or functools.partial(type(self).forward, self)
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     options: dict[str, Any] = {"use_reentrant": False}
-    # A compiled graph changes buffers once, whatever it computes again.
+    # A compiled graph changes buffers once, even if it recomputes activations.
     if (checkpointed.norms or checkpointed.others) and not torch.compiler.is_compiling():
         options["context_fn"] = lambda: (checkpointed.first(), checkpointed.second())
-    # With the keywords among the arguments, the random states of their devices are kept too.
+    # Keyword arguments are passed positionally, so that the random states of their devices are saved too.
     return checkpoint(_call, forward, args, kwargs, **options)
 
 

@@ -1,6 +1,6 @@
-"""Compilation of a net's blocks, with a count of how often they were compiled and why.
+"""Compilation of a net's blocks, with a count of compilations and their reasons.
 
-In blocks, because they are alike: one graph serves all, and compiling it takes as long as one block does.
+Blocks are compiled because they are alike: one graph serves all, and compiling it takes as long as for one block.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from bigmodel.parallel.blocks import after_configure_model, blocks_of
 
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 _FLAG = "--callbacks.compile"
-_MANY = 8  # recompilations that are told at once; then at each doubling
+_MANY = 8  # recompilations before the first report; then one at each doubling
 
 
 class Compile(Callback):
     """Compiles each block of the net with torch.compile, in place, for training and its validations.
 
-    Names in the state dict stay as they are. Which modules are blocks: `bigmodel.parallel.find_blocks`. The first steps
-    are slow, and so is each that brings something new: another shape, another number, the first validation. At the end of
-    the run, and meanwhile where they are many, a line says how many graphs were compiled, and why the last one anew.
+    Names in the state dict do not change. The blocks are those of `bigmodel.parallel.find_blocks`. The first steps are
+    slow, and so is each with something new: another shape, another number, the first validation. At the end of the run,
+    and earlier if they are many, a line gives the number of compiled graphs, and the reason for the last recompilation.
 
     Args:
         mode: torch.compile's: `reduce-overhead` uses CUDA graphs, `max-autotune` tries kernels; null: its default.
-        dynamic: graphs for any shape (true), for each shape its own (false), or for any from the second on (null).
-        fullgraph: refuse code that cannot be compiled as one graph, instead of running a part of it as it is.
+        dynamic: graphs for any shape (true), one for each shape (false), or for any from the second on (null).
+        fullgraph: raise an error for code that cannot be compiled as one graph, instead of running a part of it
+            eagerly.
 
     Raises:
-        ValueError: a net without blocks; a device that torch cannot compile for, which is tried out before the first step.
+        ValueError: a net without blocks; a device that torch cannot compile for, which is tested before the first step.
     """
 
     def __init__(self, mode: Mode | None = None, dynamic: bool | None = None, fullgraph: bool = False) -> None:
@@ -55,8 +56,8 @@ class Compile(Callback):
             if block._compiled_call_impl is None:
                 block.compile(mode=self.mode, dynamic=self.dynamic, fullgraph=self.fullgraph)
                 self._compiled.append(block)
-        # Blocks share the code, and with it the limit: where each has a number of its own (a layer's index, a rate of
-        # stochastic depth), it has its own graph, for training and for evaluation, or would run uncompiled.
+        # Blocks share the code, and with it the limit: if each has a different constant (a layer's index, a rate of
+        # stochastic depth), each needs its own graph, for training and for evaluation, or would run uncompiled.
         limit = max(torch._dynamo.config.recompile_limit, _MANY + 2 * len(blocks))
         torch._dynamo.config.recompile_limit = limit
 
@@ -96,14 +97,14 @@ class _Doubled(nn.Module):
         return 2 * x
 
 
-@functools.cache  # not of what is raised
+@functools.cache  # exceptions are not cached
 def _check(kind: str) -> None:
-    """Compile something small for a type of device.
+    """Compile a small module for a type of device.
 
     Raises:
-        ValueError: if that fails: no compiler, no Triton, or a Python that torch cannot compile.
+        ValueError: if that fails: no compiler, no Triton, or a Python version that torch cannot compile.
     """
-    if kind == "cpu":  # a kernel of an earlier process would be found, but no new one made
+    if kind == "cpu":  # a cached kernel of an earlier process would hide a missing compiler
         _check_compiler()
     net = _Doubled()
     try:
@@ -131,13 +132,13 @@ def _check_compiler() -> None:
 
 
 def describe() -> str:
-    """How much was compiled in this process since the net was made, in a line."""
+    """Format, in one line, the compilations in this process since the net was created."""
     known = torch._dynamo.utils.get_compilation_metrics()
     graphs = [frame for frame in known if frame.co_name is not None and not frame.fail_type]
     failed = [frame for frame in known if frame.fail_type]
     reasons = [frame.recompile_reason for frame in graphs if frame.recompile_reason]
     line = f"compiled {len(graphs)} graphs in {sum(graph.entire_frame_compile_time_s or 0 for graph in graphs):.1f} s"
-    if reasons:  # as in "0/1: GLOBAL_STATE changed: grad_mode", with the source behind a # and in more lines
+    if reasons:  # as in "0/1: GLOBAL_STATE changed: grad_mode", followed by the source after a # and in more lines
         last = reasons[-1].splitlines()[0].partition(": ")[2].partition("  #")[0].strip()
         line += f", {len(reasons)} of them anew, the last because this no longer held: {last}"
     if failed:

@@ -1,7 +1,7 @@
-"""Nets larger than one device: built without memory for weights, which are made once the net is sharded.
+"""Deferred initialization of nets larger than one device: weights are allocated after the net is sharded.
 
-Each process makes its own part of them, and they come out bit for bit as if the net had been built whole on the CPU. How
-that is done: `bigmodel.parallel.recording`.
+Each process creates its own part of them, bitwise as if the whole net had been built on the CPU. The mechanism is in
+`bigmodel.parallel.recording`.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from bigmodel.parallel.recording import ADVICE, Guard, Part, Recorder
 
 
 class Initialization:
-    """What the initialisation of a net did to its parameters, and how to do it now. Comes from `deferred`."""
+    """Recorded initialization of a net's parameters, to be executed later. Returned by `deferred`."""
 
     def __init__(self) -> None:
         self._parts: weakref.WeakKeyDictionary[nn.Module, dict[str, Part]] = weakref.WeakKeyDictionary()
 
     def materialize(self, module: nn.Module, device: torch.device | str) -> None:
-        """Give the parameters of `module` memory and their initial values, and move everything else to the device.
+        """Allocate and initialize the parameters of `module`, and move everything else to the device.
 
         Parameters may be sharded by now (`fully_shard`, `parallelize_module`): each process gets its part of them. One
-        whole parameter at a time is made on the CPU. A dtype that was changed since is respected. Tied ones stay tied.
+        whole parameter at a time is created on the CPU. A dtype that was changed since is preserved. Tied ones stay
+        tied.
 
         Args:
-            module: the net, or what contains it.
-            device: where parameters shall be; for sharded ones of the type of their mesh's.
+            module: the net, or a module that contains it.
+            device: the device of the parameters; for sharded ones of the same type as their mesh's.
 
         Raises:
-            ValueError: a parameter without memory was not built under `deferred`, or has another shape than then.
+            ValueError: a parameter without memory was not built under `deferred`, or its shape has changed since.
         """
         names = {id(owner): f"{name}." if name else "" for name, owner in module.named_modules()}
         for name, buffer in module.named_buffers():
@@ -66,7 +67,7 @@ class Initialization:
                 if id(parameter) not in made:
                     made[id(parameter)] = _like(parameter, torch.empty_like(parameter, device=device))
                 setattr(owner, key, made[id(parameter)])
-        # FSDP2 takes notice of its parameters' new memory in its own `_apply`.
+        # FSDP2 registers its parameters' new memory in its own `_apply`.
         module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
         filled: set[int] = set()
         for owner, key, part in places:
@@ -75,22 +76,24 @@ class Initialization:
             if id(parameter) not in filled:
                 _fill(parameter, part.read())
                 filled.add(id(parameter))
-            del self._parts[owner][key]  # with the tensors it was made from
+            del self._parts[owner][key]  # frees the tensors that it refers to
 
 
 @contextlib.contextmanager
 def deferred(draw: bool = True) -> Iterator[Initialization]:
-    """Nets that are built under it get parameters on the meta device, and remember how they were to be initialised.
+    """Context in which nets get parameters on the meta device, with their initialization recorded.
 
-    Any torch modules: nothing is asked of their code. Buffers and other tensors are real. A parameter with values when a
-    module takes it (`nn.Parameter(torch.randn(3))`), and values that are copied into one (`load_state_dict`), are kept as
-    they are until `materialize`. Until the end of the block parameters look like real ones on the CPU, and can be read.
+    Works for any torch modules, without changes to their code. Buffers and other tensors are real. A parameter that has
+    values when it is registered (`nn.Parameter(torch.randn(3))`), and values that are copied into one
+    (`load_state_dict`), are stored until `materialize`. Until the end of the block, parameters behave like real ones on
+    the CPU, and can be read.
 
     Args:
-        draw: False where a checkpoint will replace the weights: nothing is drawn, the parameters will be zero instead.
+        draw: False if a checkpoint will replace the weights: nothing is drawn, the parameters are zero instead.
 
     Raises:
-        ValueError: for what cannot be recorded, such as `parameter.numpy()` or changing a list of parameters in one call.
+        ValueError: for operations that cannot be recorded, such as `parameter.numpy()` or changing a list of parameters
+            in one call.
     """
     log = Initialization()
     recorder = Recorder(draw)
@@ -110,7 +113,7 @@ def deferred(draw: bool = True) -> Iterator[Initialization]:
         owners.add(module)
 
     def recorded(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """These look at their own draws: they are repeated as a whole, or each would keep its result in memory."""
+        """Record the whole call of an initializer that reads its own draws; else each step would be stored."""
 
         @functools.wraps(function)
         def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -136,7 +139,7 @@ def deferred(draw: bool = True) -> Iterator[Initialization]:
 
 
 def _to_meta(owners: Iterable[nn.Module], recorder: Recorder, log: Initialization) -> None:
-    """Put parameters without memory into the place of all that the modules have."""
+    """Replace all parameters of the modules by parameters without memory."""
     swapped: dict[int, nn.Parameter] = {}
     for owner in owners:
         for name, parameter in list(owner._parameters.items()):
@@ -150,7 +153,7 @@ def _to_meta(owners: Iterable[nn.Module], recorder: Recorder, log: Initializatio
 
 
 def _like(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
-    """A parameter with these data, and everything else that this one has: class, attributes, requires_grad."""
+    """Return a parameter with these data, and the class, attributes and requires_grad of this one."""
     new = torch.Tensor._make_subclass(type(parameter), data.detach(), parameter.requires_grad)
     new.__dict__.update(parameter.__dict__)
     return new
@@ -158,7 +161,7 @@ def _like(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
 
 @torch.no_grad()
 def _fill(parameter: Tensor, whole: Tensor) -> None:
-    """Copy what this process holds of the whole into a parameter; rounds where the dtype was changed."""
+    """Copy this process's part of the whole tensor into a parameter; rounds if the dtype was changed."""
     if isinstance(parameter, DTensor):
         part = local_part(parameter)
         if part is None:  # this process is not in its mesh

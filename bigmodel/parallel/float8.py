@@ -1,7 +1,7 @@
-"""Matrix products of the blocks' linear layers in 8-bit floating point, by torchao.
+"""Matrix products of the blocks' linear layers in 8-bit floating point, with torchao.
 
-Source: Micikevicius et al. 2022 (arXiv 2209.05433). Inputs, weights and gradients are scaled to the range of the format and
-rounded anew for each product; weights, their gradients and everything between the products keep their precision.
+Source: Micikevicius et al. 2022 (arXiv 2209.05433). Inputs, weights and gradients are scaled to the range of the format
+and rounded for each product; weights, their gradients and everything between the products keep their precision.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from torch import nn
 from bigmodel.parallel.blocks import after_configure_model, blocks_of
 
 _FLAG = "--callbacks.float8"
-_MULTIPLE = 16  # of the sizes that the hardware multiplies
+_MULTIPLE = 16  # required of the sizes by the hardware
 _CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
 
 
 class Float8(Callback):
     """Trains with the matrix products of the blocks' `nn.Linear` in float8.
 
-    It is for large layers, and faster than bf16 only with `--callbacks.compile`. The optimizer sees the same parameters
-    under the same names as without, so checkpoints are the same, and nothing but training needs torchao. After training the
-    layers are ordinary ones again. Layers whose sizes are not multiples of 16 stay as they are, and a line says so; tokens
-    of a micro-batch on a process must be such a multiple too. In a list of callbacks it comes before the
-    other two of blocks, because it puts other layers into them.
+    Intended for large layers, and faster than bf16 only with `--callbacks.compile`. The parameters and their names are
+    the same as without it, so checkpoints are the same, and only training needs torchao. After training the layers are
+    ordinary ones again. Layers whose sizes are not multiples of 16 are not converted, and a line lists them; the tokens
+    of a micro-batch on a process must be such a multiple too. In a list of callbacks it must come before the other two
+    that act on blocks, because it replaces layers in them.
 
     Args:
-        recipe: how values are scaled: `tensorwise`, by one number for a tensor (faster), or `rowwise`, by one for each row
+        recipe: the scaling of values: `tensorwise`, by one factor per tensor (faster), or `rowwise`, by one per row
             (more accurate).
         only: patterns of names of linear layers to choose from, `["net.blocks.*.mlp.*"]`; null: all in blocks.
         skip: patterns of those to leave out, for example the first and last block.
-        emulate: compute in higher precision what float8 would give, on any device and slowly, to try things out.
+        emulate: emulate float8 in higher precision, on any device and slowly, for experiments.
 
     Raises:
-        ValueError: torchao is missing, the device has no float8 products, or no layer is left to convert.
+        ValueError: torchao is missing, the device has no float8 products, or there is no layer to convert.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Float8(Callback):
             f"{name}.{inner}" if inner else name: module
             for name, block in blocks_of(pl_module, _FLAG)
             for inner, module in block.named_modules()
-            if type(module) in (nn.Linear, Float8Linear)  # another subclass may compute something else
+            if type(module) in (nn.Linear, Float8Linear)  # not other subclasses, which may compute something else
         }
         for flag, patterns in (("only", self.only), ("skip", self.skip)):
             for pattern in patterns or ():
@@ -95,7 +95,7 @@ class Float8(Callback):
                 f" sizes must be multiples of {_MULTIPLE}; set {_FLAG} null"
             )
         if all(isinstance(module, Float8Linear) for module in fitting.values()):
-            return  # the net was kept since an earlier fit that failed
+            return  # the net was converted by an earlier fit that failed
         config = dataclasses.replace(Float8LinearConfig.from_recipe_name(self.recipe), emulate=self.emulate)
         convert_to_float8_training(
             pl_module,

@@ -1,13 +1,14 @@
 """Recording of a net's parameter initialisation, to be repeated later.
 
-Operations on parameters (draw, fill, scale, copy) are recorded instead of executed: the memory that `torch.empty` reserved
-is never touched. Random initialisers still run, into a scratch buffer, so that the generator advances exactly as in a normal
-construction; each parameter can be drawn again by itself, from the generator's state before it. Reading a parameter
-meanwhile gives the value that it would hold. Recording an initialisation to repeat it is the idea of torchdistX's
-deferred_init.
+Operations on parameters (draw, fill, scale, copy) are recorded instead of executed: the memory that `torch.empty`
+reserved is never touched. Random initialisers still run, into a scratch buffer, so that the generator advances exactly
+as in a normal construction; each parameter can be drawn again separately, from the generator's state before it. Reading
+a parameter in the meantime returns the value that it would hold. Recording an initialisation to repeat it is the idea
+of torchdistX's deferred_init.
 
-A *recipe* says how the contents of one storage come about; a *view* is a tensor's place in its storage, so that what is done
-to a part of a parameter (`weight[padding_index].fill_(0)`) is recorded like what is done to the whole.
+A *recipe* is the sequence of operations that produces the contents of one storage; a *view* is a tensor's location in
+its storage, so that an operation on a part of a parameter (`weight[padding_index].fill_(0)`) is recorded like one on
+the whole.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ ADVICE = "build the net as usual with --trainer.strategy.deferred_init false"
 _aten = torch.ops.aten
 _EMPTY = {_aten.empty, _aten.empty_strided, _aten.empty_like, _aten.new_empty, _aten.new_empty_strided}
 _COPIES = {_aten.clone, _aten._to_copy}
-_OVERWRITES = {_aten.normal_, _aten.uniform_, _aten.fill_, _aten.zero_, _aten.copy_}  # nothing before them matters
+_OVERWRITES = {_aten.normal_, _aten.uniform_, _aten.fill_, _aten.zero_, _aten.copy_}  # earlier contents are irrelevant
 _PAST_RECORDING = {"numpy", "__array__", "tolist", "__dlpack__"}  # Tensor's methods that torch does not dispatch
 
 
 @dataclass(frozen=True)
 class View:
-    """A tensor's place in its storage, in elements."""
+    """Location of a tensor in its storage, in elements."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -45,16 +46,16 @@ class View:
         return cls(tuple(tensor.size()), tensor.stride(), int(tensor.storage_offset()))
 
     def read(self, contents: Tensor) -> Tensor:
-        """This place in the contents [length] of a storage."""
+        """Return this view of the contents [length] of a storage."""
         return contents.as_strided(self.size, self.stride, self.offset)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A tensor with values that an initialisation used."""
+    """Tensor whose values an initialisation used."""
 
     tensor: Tensor
-    version: int  # overwritten since, it would give other values; -1: a copy of our own
+    version: int  # detects later overwriting; -1: a private copy
 
     @classmethod
     def of(cls, tensor: Tensor) -> Kept:
@@ -71,14 +72,14 @@ class Kept:
 
 @dataclass
 class Recipe:
-    """How the contents of a storage come about: `calls`, in order, on memory for `length` elements."""
+    """Operations that produce the contents of a storage: `calls`, in order, on memory for `length` elements."""
 
     length: int
     dtype: torch.dtype
     calls: tuple[Call, ...] = ()
 
     def make(self) -> Tensor:
-        """The contents [length], on the CPU."""
+        """Return the contents [length], on the CPU."""
         contents = torch.empty(self.length, dtype=self.dtype, device="cpu")
         for call in self.calls:
             call.run(contents)
@@ -87,7 +88,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Part:
-    """A view of what a recipe makes: a parameter when the net is built, or an argument that is read from another one."""
+    """View of a recipe's contents: a parameter when the net is built, or an argument that is read from another one."""
 
     recipe: Recipe
     view: View
@@ -98,15 +99,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Call:
-    """An in-place operation. Of its arguments, a `View` is of the contents worked on, a `Part` of another recipe's."""
+    """In-place operation. `View` arguments refer to the current contents, `Part` arguments to another recipe's."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    state: Tensor | None = None  # the generator's, before a random operation
+    state: Tensor | None = None  # of the generator, before a random operation
 
     def run(self, contents: Tensor, generator: torch.Generator | None = None) -> None:
-        """Do it to the contents; draw from the generator, by default from a new one in the state of then."""
+        """Apply it to the contents; draw from `generator`, by default from a new one in the recorded state."""
         references = (View, Part, Kept)
         args, kwargs = tree_map_only(references, lambda argument: argument.read(contents), (self.args, self.kwargs))
         if self.state is not None:
@@ -116,16 +117,16 @@ class Call:
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down what is done in place to the storages of parameters that nobody has written to yet."""
+    """Records in-place operations on parameters whose storages have not been written to yet."""
 
     def __init__(self, draw: bool) -> None:
         super().__init__()
         self.draw = draw
-        # By storage. A weak reference keeps the address from being used again.
+        # By storage. A weak reference prevents reuse of the address.
         self._unwritten: dict[int, StorageWeakRef] = {}
         self._recipes: dict[int, tuple[StorageWeakRef, Recipe, str]] = {}
         self._scratch = torch.empty(0, dtype=torch.uint8)
-        self._latest: tuple[Recipe, tuple[Call, ...], Tensor] | None = None  # the contents that were made last
+        self._latest: tuple[Recipe, tuple[Call, ...], Tensor] | None = None  # the most recently computed contents
 
     def adopt(self, parameter: Tensor, name: str) -> None:
         """Record a parameter from now on, if it comes from `torch.empty`."""
@@ -143,11 +144,11 @@ class Recorder(TorchDispatchMode):
         return None if found is None else found[1]
 
     def part(self, tensor: Tensor) -> Part:
-        """What the tensor holds now; what is done to it later is not in it."""
+        """Return the tensor's current contents, without later operations."""
         recipe = self.recipe(tensor)
         if recipe is not None:
             return Part(Recipe(recipe.length, recipe.dtype, recipe.calls), View.of(tensor))
-        dense = torch.empty_like(tensor, device="meta")  # of a slice, without what lies between
+        dense = torch.empty_like(tensor, device="meta")  # for a slice, without the elements between its rows
         view = View(tuple(tensor.size()), dense.stride(), 0)
         return Part(Recipe(tensor.numel(), tensor.dtype, (Call(_aten.copy_, (view, Kept.of(tensor)), {}),)), view)
 
@@ -174,7 +175,7 @@ class Recorder(TorchDispatchMode):
     def record(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[Tensor], *, random: bool
     ) -> Any:
-        """Write a call down; of a random one also make the draw."""
+        """Record a call; a random one is also executed."""
         target = written[0]
         key = _key(target)
         recipe = self._recipes[key][1] if key in self._recipes else None
@@ -205,18 +206,20 @@ class Recorder(TorchDispatchMode):
         return target
 
     def _scratch_for(self, recipe: Recipe) -> Tensor:
-        """Memory [length] to draw into, always the same: fresh memory would come back as that of the next parameter, which
-        is then no longer untouched."""
+        """Return memory [length] to draw into, always the same.
+
+        Newly allocated memory would be reused for the next parameter, which would then no longer be untouched.
+        """
         size = recipe.length * recipe.dtype.itemsize
         if len(self._scratch) < size:
             self._scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
         return self._scratch[:size].view(recipe.dtype)
 
     def _copy(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """A copy of a recorded tensor: its recipe begins with the other's."""
+        """Return a copy of a recorded tensor: its recipe begins with the source's."""
         source, *rest = args
         found = self._recipes[_key(source)]
-        kwargs = {name: value for name, value in kwargs.items() if name != "device"}  # chosen when it is made
+        kwargs = {name: value for name, value in kwargs.items() if name != "device"}  # chosen in `materialize`
         shape = func(torch.empty_like(source, device="meta"), *rest, **kwargs)
         result = torch.empty_strided(shape.size(), shape.stride(), dtype=shape.dtype, device="cpu")
         recipe = Recipe(result.numel(), result.dtype)
@@ -225,7 +228,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _read(self, tensor: Tensor) -> Tensor:
-        """The tensor, with what it would hold by now."""
+        """Return the tensor with the contents that it would hold by now."""
         recipe = self.recipe(tensor)
         if recipe is None:
             return tensor
@@ -234,7 +237,7 @@ class Recorder(TorchDispatchMode):
         return View.of(tensor).read(self._latest[2])
 
     def write_the_rest(self) -> None:
-        """Give their contents to recorded tensors that are no parameters after all: buffers, attributes."""
+        """Write the contents of recorded tensors that did not become parameters: buffers, attributes."""
         for reference, recipe, _ in self._recipes.values():
             storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
             if storage is not None:
@@ -242,7 +245,7 @@ class Recorder(TorchDispatchMode):
 
 
 class Guard(TorchFunctionMode):
-    """Refuses to hand out the memory of a parameter that is only recorded."""
+    """Raises if code requests the memory of a parameter that is only recorded."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -259,12 +262,12 @@ class Guard(TorchFunctionMode):
 
 
 def _key(tensor: Tensor) -> int:
-    """Which storage; 0 for a tensor without one."""
+    """Return a key of the tensor's storage; 0 for a tensor without one."""
     return tensor.untyped_storage()._cdata if torch._C._has_storage(tensor) else 0
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that an operation writes to."""
+    """Return the tensors that an operation writes to."""
     written: list[Any] = []
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:

@@ -1,13 +1,14 @@
 """Rendezvous of a launch's processes before they connect: missing or differing ones are named within a minute.
 
-PyTorch waits half an hour for a process that does not come, and does not say which. Here the first process serves a store
-of keys at MASTER_ADDR:MASTER_PORT (under torchrun, its agent does), where all announce themselves with what must be the
-same for all of them: versions, kind of device, resolved configuration. Only then does the strategy connect them, at the same
-address. It happens once per fit, validate, test or predict, and takes a fraction of a second.
+PyTorch waits half an hour for a missing process, and does not report which one is missing. Here the first process
+serves a store of keys at MASTER_ADDR:MASTER_PORT (under torchrun, its agent does), in which all processes register with
+the facts that must be the same for all of them: versions, kind of device, resolved configuration. Only then does the
+strategy connect them, at the same address. It happens once per fit, validate, test or predict, and takes a fraction of
+a second.
 
-Whoever waits gives up when nobody new has come for BIGMODEL_RENDEZVOUS_SECONDS (an environment variable; 60): set more where
-nodes start slowly. The agents of torchrun meet before that, at --rdzv-endpoint, by a limit of their own
-(`--rdzv-conf join_timeout=60`).
+A process stops waiting when no further process has registered for BIGMODEL_RENDEZVOUS_SECONDS (an environment variable;
+60): set more if nodes start slowly. The agents of torchrun connect before that, at --rdzv-endpoint, with a limit of
+their own (`--rdzv-conf join_timeout=60`).
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ from bigmodel import __version__
 
 _SECONDS = "BIGMODEL_RENDEZVOUS_SECONDS"
 _POLL = 0.2  # seconds
-_COURTESY = 2.0  # seconds between the end of the one who says what is wrong and that of the others
-_SAY_AFTER = 10.0  # seconds of waiting that are not worth a line
-_MOST_LINES, _MOST_CHARACTERS = 20, 40  # of a table of differences, and of a value in it
-_meetings = itertools.count()  # processes that run several verbs meet once for each
+_COURTESY = 2.0  # seconds between the exit of the rank that reports the error and that of the others
+_SAY_AFTER = 10.0  # seconds of waiting before a line is printed
+_MOST_LINES, _MOST_CHARACTERS = 20, 40  # in a table of differences, and in a value of it
+_meetings = itertools.count()  # one rendezvous per verb that the processes run
 
 
 def check_strategy(strategy: Any) -> None:
-    """Refuse strategies that no run can use.
+    """Raise for strategies that are not supported.
 
     Raises:
-        ValueError: for FSDP1, which needs CUDA and cannot clip by norm, and for processes that are spawned.
+        ValueError: for FSDP1, which needs CUDA and cannot clip by norm, and for spawned processes.
     """
     name = strategy.lower() if isinstance(strategy, str) else type(strategy).__name__
     if isinstance(strategy, FSDPStrategy) or name.startswith("fsdp"):
@@ -60,15 +61,15 @@ def check_strategy(strategy: Any) -> None:
 
 
 def check_world_size(trainer: Trainer) -> None:
-    """Compare the processes that a launcher has started with those that the trainer counts on.
+    """Compare the number of processes started by a launcher with the number that the trainer expects.
 
     Raises:
         ValueError: if they differ, or this process is beyond the last node or device.
     """
     if "LOCAL_RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return  # Lightning starts the others itself, or SLURM does, whose tasks Lightning counts
+        return  # Lightning starts the others itself, or SLURM does, and Lightning checks the number of tasks
     started, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
-    devices = trainer.num_devices  # of a node; trainer.world_size is what the launcher says
+    devices = trainer.num_devices  # per node; trainer.world_size is the launcher's value
     wanted = devices * trainer.num_nodes
     have = f"--trainer.devices {devices} x --trainer.num_nodes {trainer.num_nodes} = {wanted}"
     if started != wanted:
@@ -88,11 +89,11 @@ def check_world_size(trainer: Trainer) -> None:
 
 
 def install_rendezvous(trainer: Trainer, config: Mapping[str, Any]) -> None:
-    """Have the trainer's processes meet just before its strategy connects them. Nothing is done for one process.
+    """Run the rendezvous just before the trainer's strategy connects its processes. Does nothing for one process.
 
     Args:
-        trainer: what is going to fit or evaluate.
-        config: the resolved configuration, plain values, which is to be the same in all processes.
+        trainer: the trainer that is about to fit or evaluate.
+        config: the resolved configuration, plain values, which must be the same in all processes.
     """
     if not isinstance(trainer.strategy, DDPStrategy | ModelParallelStrategy):
         return
@@ -114,7 +115,7 @@ def install_rendezvous(trainer: Trainer, config: Mapping[str, Any]) -> None:
             at = strategy.cluster_environment
             store = rendezvous(at.main_address, at.main_port, strategy.global_rank, strategy.world_size, facts)
         connect()
-        del store  # until here, for in the first process it is the server, which the strategy now holds as well
+        del store  # not earlier: in the first process it is the server, which the strategy now also holds
 
     strategy.setup_environment = meet_and_connect
 
@@ -129,22 +130,22 @@ def rendezvous(
     seconds: float | None = None,
     name: str | None = None,
 ) -> Store:
-    """Wait until all processes are here, and make sure that they are alike.
+    """Wait until all processes have registered, and check that their facts are equal.
 
     Args:
-        host, port: where the first process serves the store.
+        host, port: the address at which the first process serves the store.
         rank: of this process.
-        world_size: how many processes are to come.
-        facts: what must be the same for all, by name.
-        seconds: how long to wait for another process to come; None: see the head of this module.
-        name: of this meeting; None: they are numbered.
+        world_size: the number of processes.
+        facts: values that must be the same for all, by name.
+        seconds: how long to wait for a further process; None: see the head of this module.
+        name: of this rendezvous; None: they are numbered.
 
     Returns:
         The store; in the first process it is also the server, which ends with it.
 
     Raises:
-        ValueError: if nobody answers there, not all processes come, or they differ. The first of those that came says what
-            it is, the others refer to it.
+        ValueError: if nothing listens there, processes are missing, or they differ. The first registered one reports
+            the error, the others refer to it.
     """
     seconds = _limit() if seconds is None else seconds
     where = f"{host}:{port}"
@@ -184,7 +185,7 @@ def rendezvous(
 
 
 def diff_ranks(everybody: list[dict[str, Any]]) -> str:
-    """A table of the facts that differ, a line for each value and who has it.
+    """Format a table of the facts that differ, a line for each value with its ranks.
 
     Args:
         everybody: each process's facts by name, with its `rank` and `node`.
@@ -215,15 +216,15 @@ def _limit() -> float:
 
 
 def _flags(config: Any, key: str = "-") -> dict[str, str]:
-    """A configuration's values as flags, such as `--data.batch_size: 12`."""
+    """Return a configuration's values as flags, such as `--data.batch_size: 12`."""
     if isinstance(config, Mapping) and config:
         inner = {name: f"{key}.{name}" if key != "-" else f"--{name}" for name in config}
         return {flag: text for name in config for flag, text in _flags(config[name], inner[name]).items()}
-    return {key.replace(".init_args", ""): json.dumps(config, default=str)}  # as a person would type it
+    return {key.replace(".init_args", ""): json.dumps(config, default=str)}  # as typed on the command line
 
 
 def _connect(host: str, port: int, rank: int, world_size: int, seconds: float) -> TCPStore:
-    """The store at this address, made there by the first process."""
+    """Return the store at this address, created by the first process."""
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if not serves:
         _wait_for_port(host, port, rank, world_size, seconds)
@@ -237,7 +238,7 @@ def _connect(host: str, port: int, rank: int, world_size: int, seconds: float) -
         except Exception as error:
             failed.append(error)
 
-    # In a thread, since PyTorch waits forever for an answer of something else that listens there.
+    # In a thread, because PyTorch waits forever if another program listens there.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(seconds + 1)
@@ -252,7 +253,7 @@ def _connect(host: str, port: int, rank: int, world_size: int, seconds: float) -
 
 
 def _wait_for_port(host: str, port: int, rank: int, world_size: int, seconds: float) -> None:
-    """Wait until somebody listens there; quietly, whereas PyTorch prints a trace for each attempt."""
+    """Wait until the port is open; silently, whereas PyTorch prints a trace for each attempt."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -270,7 +271,7 @@ def _wait_for_port(host: str, port: int, rank: int, world_size: int, seconds: fl
 
 
 def _wait_for_all(store: Store, where: str, rank: int, world_size: int, seconds: float) -> list[int]:
-    """The processes that came: all, unless nobody new has come for so many seconds."""
+    """Return the registered ranks: all, unless no further one has registered for `seconds`."""
     here = store.add("came", 1)
     start = latest = time.monotonic()
     said = rank != 0
@@ -288,8 +289,10 @@ def _wait_for_all(store: Store, where: str, rank: int, world_size: int, seconds:
 
 
 def _exit_after_reporting(store: Store, speaks: bool, came: int) -> None:
-    """Let the rank that reports the error exit first, because the launcher kills all ranks when one exits; but only after
-    the others have read the store, which that rank may serve."""
+    """Make the rank that reports the error exit first, because the launcher kills all ranks when one exits.
+
+    It waits until the others have read the store, which it may serve.
+    """
     gone, start = store.add("gone", 0 if speaks else 1), time.monotonic()
     if not speaks:
         time.sleep(_COURTESY)
@@ -299,7 +302,7 @@ def _exit_after_reporting(store: Store, speaks: bool, came: int) -> None:
 
 
 def _places(who: list[dict[str, Any]]) -> str:
-    """Who that is, as `ranks 0-3 on node-1, ranks 4-7 on node-2`."""
+    """Format ranks by node, as `ranks 0-3 on node-1, ranks 4-7 on node-2`."""
     nodes: dict[str, list[int]] = {}
     for one in who:
         nodes.setdefault(one["node"], []).append(one["rank"])
@@ -307,7 +310,7 @@ def _places(who: list[dict[str, Any]]) -> str:
 
 
 def _ranks(numbers: Iterable[int]) -> str:
-    """Numbers with runs drawn together, as `ranks 0-3, 6`."""
+    """Format numbers with ranges, as `ranks 0-3, 6`."""
     runs: list[list[int]] = []
     for n in sorted(numbers):
         if runs and runs[-1][-1] == n - 1:

@@ -1,11 +1,12 @@
-"""The strategy for a net, gradients and optimizer state that are shared out over processes: FSDP2, tensor parallelism, both.
+"""Strategy for nets, gradients and optimizer state sharded over processes: FSDP2, tensor parallelism, or both.
 
-Sources: Zhao et al. 2023 (arXiv 2304.11277) for fully sharded data parallelism and hybrid sharding; torch's `fully_shard`.
+Sources: Zhao et al. 2023 (arXiv 2304.11277) for fully sharded data parallelism and hybrid sharding; torch's
+`fully_shard`.
 
-The processes form a mesh [replicas, shards, tensor]. Processes that differ in `tensor` work on the same samples, each on its
-part of every matrix. Those that differ in `shards` hold different parts of parameters, gradients and optimizer state, and
-gather a block's parameters when its turn comes. `replicas` are whole copies of all that, between which gradients are
-averaged, for example one on each machine, so that only gradients cross the slow links.
+The processes form a mesh [replicas, shards, tensor]. Processes that differ in `tensor` work on the same samples, each
+on its part of every matrix. Those that differ in `shards` hold different parts of parameters, gradients and optimizer
+state, and gather a block's parameters when it is computed. `replicas` are whole copies of all that, between which
+gradients are averaged, for example one on each machine, so that only gradients cross the slow links.
 """
 
 from __future__ import annotations
@@ -52,26 +53,28 @@ _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2 block by block, tensor parallelism where asked for; for any task that makes its net in `configure_model`.
+    """FSDP2 block by block, with optional tensor parallelism; for any task that creates its net in `configure_model`.
 
-    Each of the net's blocks (`bigmodel.parallel.find_blocks`) is sharded as a unit; what is in no block is gathered once a
-    step. With `bf16-mixed`, parameters are gathered in bfloat16 (in float32 where there is BatchNorm) and gradients reduced
-    in float32; the sharded parameters and the optimizer's state stay float32. A step of one process and of many agree up to
-    rounding, and initial weights bitwise.
+    Each of the net's blocks (`bigmodel.parallel.find_blocks`) is sharded as a unit; parameters outside blocks are
+    gathered once a step. With `bf16-mixed`, parameters are gathered in bfloat16 (in float32 if there is BatchNorm) and
+    gradients reduced in float32; the sharded parameters and the optimizer's state stay float32. A step of one process
+    and of many agree up to rounding, and initial weights bitwise.
 
     Args:
-        num_replicas: whole copies of the sharded model (hybrid sharding); `nodes`: one on each machine; 1: sharded over all.
+        num_replicas: whole copies of the sharded model (hybrid sharding); `nodes`: one on each machine; 1: sharded over
+            all.
         tensor_parallel_size: processes that share each matrix, on the same machine, and work on the same samples.
-        sequence_parallel: with tensor parallelism, hold activations between attention and MLP in parts of the sequence.
-        reshard_after_forward: give a block's gathered parameters back after its forward pass and gather them again for the
+        sequence_parallel: with tensor parallelism, shard activations between attention and MLP along the sequence.
+        reshard_after_forward: free a block's gathered parameters after its forward pass and gather them again for the
             backward pass: less memory, half as much communication again.
-        cpu_offload: hold parameters, gradients and optimizer state in the host's memory; optimizer steps are taken there.
+        cpu_offload: hold parameters, gradients and optimizer state in the host's memory; optimizer steps run there.
         reduce_each_micro_batch: reduce gradients after each micro-batch, so that no device holds whole ones while it
             accumulates; by default once an optimizer step.
-        deferred_init: make the net without memory, and its initial weights one parameter at a time, so that a model larger
-            than a device, or than the host's memory, can start.
-        sharded_checkpoints: each process writes its own part, into a folder; false: the first process writes all in a file.
-        timeout_minutes: after which a process that waits for another gives up.
+        deferred_init: create the net without memory, and its initial weights one parameter at a time, so that a model
+            larger than a device, or than the host's memory, can start.
+        sharded_checkpoints: each process writes its own part, into a folder; false: the first process writes all in a
+            file.
+        timeout_minutes: the timeout of collective operations.
     """
 
     def __init__(
@@ -132,7 +135,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Processes that share matrices take the same samples."""
+        """Arguments of the sampler: processes that share matrices take the same samples."""
         return {"num_replicas": self.world_size // self.tensor_size, "rank": self.global_rank // self.tensor_size}
 
     # The net
@@ -143,7 +146,7 @@ class ShardedStrategy(ModelParallelStrategy):
             yield
             return
         assert self.lightning_module is not None
-        # The weights of a checkpoint come in place of drawn ones, but for those that it may lack.
+        # A checkpoint's weights replace drawn ones, except for any that it lacks.
         draw = self.lightning_module.trainer.ckpt_path is None or not self.lightning_module.strict_loading
         with deferred(draw=draw) as self._initial:
             yield
@@ -153,7 +156,7 @@ class ShardedStrategy(ModelParallelStrategy):
         assert module is not None
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
-        if hasattr(self.precision_plugin, "decide"):  # not chosen yet, and by it parameters are gathered
+        if hasattr(self.precision_plugin, "decide"):  # not chosen yet; sets the type of gathering
             self.precision_plugin.decide(trainer)
         if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):  # a task may shard by itself
             self._apply_parallelism(module)
@@ -176,7 +179,7 @@ class ShardedStrategy(ModelParallelStrategy):
         if self.tensor_size > 1:
             for net in _nets(module):
                 tensor_parallel(net, mesh["tensor_parallel"], self.sequence_parallel)
-            # What tensor parallelism hands on are views, which nothing writes to; gathers along two dimensions are rare.
+            # Tensor parallelism returns views, which are never written to; gathers along two dimensions are rare.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
             self._loss_parallel = loss_parallel()
@@ -187,7 +190,7 @@ class ShardedStrategy(ModelParallelStrategy):
         }
         if self.cpu_offload:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda")
-        for parameter in module.parameters():  # FSDP2 takes no other memory format, such as channels_last
+        for parameter in module.parameters():  # FSDP2 accepts only contiguous parameters, not channels_last
             if not parameter.is_contiguous():
                 parameter.data = parameter.data.contiguous()
         blocks = find_blocks(module)
@@ -195,7 +198,7 @@ class ShardedStrategy(ModelParallelStrategy):
             # The last block's backward pass comes right after its forward pass.
             again = self.reshard_after_forward and i + 1 < len(blocks)
             fully_shard(block, reshard_after_forward=again, **options)
-        # The task is the root: in its steps, and in them only, parameters outside of blocks are whole.
+        # The task is the root: parameters outside of blocks are whole only in its steps.
         fully_shard(module, **options)
         root: Any = module
         root._run_as_step = lambda function: function()
@@ -206,11 +209,11 @@ class ShardedStrategy(ModelParallelStrategy):
         group = mesh["replicas", "data_parallel"]._flatten("replicas_data_parallel").get_group()
         for part in module.modules():
             if isinstance(part, Metric) and part.process_group is None:
-                part.process_group = group  # of those that took different samples
+                part.process_group = group  # the processes with different samples
 
     def _precision_policy(self, module: LightningModule) -> MixedPrecisionPolicy:
-        # Inputs are left to autocast, which knows what must stay float32 (labels, weights of rows, losses). BatchNorm's
-        # weights must be of its statistics' type: such nets, which are small, are gathered in float32.
+        # Inputs are cast by autocast, which leaves float32 where needed (labels, weights of rows, losses). BatchNorm's
+        # weights must have its statistics' type: such nets, which are small, are gathered in float32.
         whole = any(isinstance(part, _BatchNorm) for part in module.modules())
         if isinstance(self.precision_plugin, MixedPrecision) and not whole:
             return MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -230,7 +233,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """While accumulating, gradients stay on each process, whole, in float32."""
+        """Keep whole float32 gradients on each process while accumulating."""
         root = self._root()
         if root is None or self.reduce_each_micro_batch:
             yield
@@ -249,7 +252,7 @@ class ShardedStrategy(ModelParallelStrategy):
             return step(*args, **kwargs)
         finally:
             if (root := self._root()) is not None:
-                root.reshard()  # else it waits for a backward pass
+                root.reshard()  # else it stays gathered until a backward pass
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         return self._evaluate(super().validation_step, args, kwargs)
@@ -261,7 +264,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return self._evaluate(super().predict_step, args, kwargs)
 
     def run_as_step(self, function: Callable[[], _Result]) -> _Result:
-        """Call a function that uses the net outside of the task's steps; by all processes."""
+        """Call a function that uses the net outside of the task's steps; must be called by all processes."""
         with torch.no_grad(), self.precision_plugin.forward_context():
             if self._root() is None:
                 return function()
@@ -273,7 +276,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self._loss_parallel = nullcontext()
         super().teardown()
 
-    # Checkpoints: the same tree as on one process, in which what is sharded is a DTensor
+    # Checkpoints: the same tree as on one process, with DTensors for sharded tensors
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
@@ -299,7 +302,7 @@ class ShardedStrategy(ModelParallelStrategy):
         assert self.lightning_module is not None
         checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path, whole=False)
         own = dict(self.lightning_module.named_parameters())
-        # What a callback keeps of a parameter, under its name, is shared out as the parameter is.
+        # A callback's tensor under a parameter's name is sharded like the parameter.
         checkpoint["callbacks"] = _placed_by_name(checkpoint.get("callbacks", {}), own)
         return checkpoint
 
@@ -327,24 +330,24 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def _leave_processes() -> None:
-    """Before the interpreter goes: gloo's threads abort a process that they outlive."""
+    """Destroy the process group before the interpreter exits: gloo's threads abort a process that they outlive."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 def _as_forward(step: Callable[..., Any], run: Callable[[Callable[[], Any]], Any]) -> Callable[..., Any]:
-    """A task's step as what FSDP2 takes for the root's forward pass."""
+    """Wrap a task's step so that FSDP2 treats it as the root's forward pass."""
 
     @functools.wraps(step)
     def in_forward(*args: Any, **kwargs: Any) -> Any:
         return run(lambda: step(*args, **kwargs))
 
-    in_forward.__wrapped__ = inspect.unwrap(step)  # whose arguments Lightning looks at
+    in_forward.__wrapped__ = inspect.unwrap(step)  # Lightning inspects its arguments
     return in_forward
 
 
 def _nets(module: LightningModule) -> list[nn.Module]:
-    """The modules with parameters that a task holds."""
+    """Return a task's child modules with parameters."""
     return [child for child in module.children() if any(True for _ in child.parameters())]
 
 
@@ -357,12 +360,12 @@ def _map(tree: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def _gathered(leaf: Any) -> Any:
-    """On the CPU, so that no device holds more than one whole tensor at a time."""
+    """Return a DTensor whole on the CPU, so that no device holds more than one whole tensor at a time."""
     return leaf.full_tensor().cpu() if isinstance(leaf, DTensor) else leaf
 
 
 def _placed(leaf: Any, like: Tensor | None) -> Any:
-    """What belongs to a parameter, laid out as it is; anything else that was sharded, whole."""
+    """Return a parameter's tensor in the parameter's layout; any other sharded tensor whole."""
     if not isinstance(leaf, Tensor | LazyShardedTensor):
         return leaf
     if like is not None and like.shape == leaf.shape:

@@ -1,19 +1,21 @@
-"""Tensor parallelism: the matrices of a transformer cut over processes that work on the same samples.
+"""Tensor parallelism: the matrices of a transformer sharded over processes that work on the same samples.
 
-Source: Shoeybi et al. 2019 (arXiv 1909.08053), section 3: a matrix that is cut by columns, then one by rows, need one sum
-over the processes between them; sequence parallelism, Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.2: between
-the two, norms and residuals are held in parts of the sequence, and the sum becomes a reduce-scatter and an all-gather.
+Source: Shoeybi et al. 2019 (arXiv 1909.08053), section 3: a matrix that is sharded by columns, followed by one sharded
+by rows, needs one sum over the processes; sequence parallelism, Korthikanti et al. 2022 (arXiv 2205.05198), section
+4.2.2: between such pairs, norms and residuals are sharded along the sequence, and the sum becomes a reduce-scatter and
+an all-gather.
 
-How a net is cut it says itself, by a class attribute `tensor_plan`, names of modules (with `*`) to one of:
+A net declares its sharding by a class attribute `tensor_plan`, which maps names of modules (with `*`) to one of:
 
-    column      a linear layer cut by its outputs; the module around it reads its one tensor [B, T, D] by such layers only
-    row         a linear layer cut by its inputs; its output is the sum over the processes
-    vocabulary  an embedding cut by its rows. The net's `logits(features)`, which multiplies by it or by a `head`, gives each
-                process its part of the vocabulary while training, and cross-entropy is computed from the parts
+    column      a linear layer sharded by its outputs; the module around it reads its one tensor [B, T, D] only by
+                such layers
+    row         a linear layer sharded by its inputs; its output is the sum over the processes
+    vocabulary  an embedding sharded by its rows. The net's `logits(features)`, which multiplies by it or by a `head`,
+                returns each process's part of the vocabulary in training, and cross-entropy is computed from the parts
     heads       a norm of single heads [B, heads, T, K], of which each process has some
-    norm        a norm of [B, T, D], taken on parts of the sequence with sequence parallelism
+    norm        a norm of [B, T, D], on parts of the sequence with sequence parallelism
 
-What is not named is whole on every process. Numbers of heads (and key/value heads) must be divisible by the processes.
+Other modules are whole on every process. Numbers of heads (and key/value heads) must be divisible by the processes.
 
 B sequences, T tokens, D width, K head size.
 """
@@ -38,17 +40,17 @@ from torch.distributed.tensor.parallel import (
 
 
 def tensor_parallel(net: nn.Module, mesh: DeviceMesh, sequence_parallel: bool = False) -> None:
-    """Cut a net over the processes of a mesh of one dimension, in place.
+    """Shard a net over the processes of a mesh of one dimension, in place.
 
     Args:
         net: has a `tensor_plan`, see above. May be on the meta device.
         mesh: the processes that share the net.
-        sequence_parallel: while training, hold the residual stream between blocks in parts of the sequence: activations
-            that are kept for the backward pass become smaller, communication stays the same. Needs `blocks` that map
-            [B, T, D] to [B, T, D], and T divisible by the processes.
+        sequence_parallel: in training, shard the residual stream between blocks along the sequence: saved activations
+            become smaller, communication stays the same. Needs `blocks` that map [B, T, D] to [B, T, D], and T
+            divisible by the processes.
 
     Raises:
-        ValueError: for a net without a plan, parameters that no plan can place, outputs or heads that cannot be dealt out,
+        ValueError: for a net without a plan, parameters that no plan covers, outputs or heads that are not divisible,
             and dropout with `sequence_parallel`.
     """
     plan: dict[str, str] | None = getattr(net, "tensor_plan", None)
@@ -100,7 +102,7 @@ def _role(path: str, plan: dict[str, str]) -> str | None:
 
 
 def _check(path: str, role: str, module: nn.Module, size: int) -> None:
-    """Refuse what cannot be cut evenly; a vocabulary can be cut unevenly."""
+    """Raise for sizes that are not divisible; a vocabulary can be sharded unevenly."""
     count, what = 1 << 62, ""
     if role == "column" and isinstance(module, nn.Linear):
         count, what = module.out_features, "outputs"
@@ -120,24 +122,24 @@ def _style(role: str, module: nn.Module, stream: _Stream) -> ParallelStyle:
         return _Row(stream)
     if role == "vocabulary" and isinstance(module, nn.Embedding):
         return RowwiseParallel(input_layouts=Replicate())
-    if role == "vocabulary":  # the head, whose output stays in parts
+    if role == "vocabulary":  # the head, whose output stays sharded
         return ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
     if role == "heads":
-        return SequenceParallel(sequence_dim=1, use_local_output=True)  # the dimension that is cut is that of the heads
+        return SequenceParallel(sequence_dim=1, use_local_output=True)  # the sharded dimension is that of the heads
     if role == "norm":
         return _Whole(stream)
     raise ValueError(f"tensor_plan: {role!r} is none of column, row, vocabulary, heads, norm")
 
 
 class _Stream:
-    """The residual stream [B, T, D] between attention and MLP: whole, or in equal parts of the sequence."""
+    """Residual stream [B, T, D] between attention and MLP: whole, or in equal parts of the sequence."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh = mesh
         self.placement: Placement = Replicate()
 
     def cut(self, module: nn.Module, inputs: Any) -> Any:
-        """Before the first block. Without gradients no activations are kept, and one token at a time may be asked for."""
+        """Shard the input of the first block; only with gradients, since inference may process one token at a time."""
         self.placement = Shard(1) if torch.is_grad_enabled() else Replicate()
         length, size = inputs[0].shape[1], self.mesh.size()
         if self.placement.is_shard() and length % size:
@@ -148,11 +150,11 @@ class _Stream:
         return (self.laid_out(inputs[0], Replicate(), self.placement).to_local(), *inputs[1:])
 
     def whole(self, module: nn.Module, inputs: Any) -> Any:
-        """Before attention or MLP: as one DTensor, so that gradients of all that read it are summed once."""
+        """Gather the input of attention or MLP as one DTensor, so that gradients of all its readers are summed once."""
         return (self.laid_out(inputs[0], self.placement, Replicate()), *inputs[1:])
 
     def gather(self, module: nn.Module, inputs: Any, output: Tensor) -> Any:
-        """After the last block."""
+        """Gather the output of the last block."""
         return self.laid_out(output, self.placement, Replicate()).to_local()
 
     def laid_out(self, x: Tensor, source: Placement, target: Placement) -> Any:
@@ -160,7 +162,7 @@ class _Stream:
 
 
 class _Row(RowwiseParallel):
-    """A linear layer cut by its inputs, whose sum goes into the residual stream as that is laid out."""
+    """Linear layer sharded by its inputs, whose sum has the layout of the residual stream."""
 
     def __init__(self, stream: _Stream) -> None:
         super().__init__(output_layouts=Partial(), use_local_output=False)
@@ -175,7 +177,7 @@ class _Row(RowwiseParallel):
 
 
 class _Whole(ParallelStyle):
-    """A module whose parameters are whole on every process, and its activations as the stream's, or whole."""
+    """Module with whole parameters on every process, and activations in the layout of the stream, or whole."""
 
     def __init__(self, stream: _Stream | None = None) -> None:
         self.stream = stream
@@ -192,13 +194,13 @@ class _Whole(ParallelStyle):
 
 
 def _wrap(x: Any, mesh: DeviceMesh, placement: Placement) -> Any:
-    """A plain tensor as the DTensor that it is a part of."""
+    """Wrap a plain tensor as the local part of a DTensor."""
     plain = isinstance(x, Tensor) and not isinstance(x, DTensor)
     return DTensor.from_local(x, mesh, [placement], run_check=False) if plain else x
 
 
 def _cut_logits(net: Any, mesh: DeviceMesh) -> None:
-    """`logits` in parts of the vocabulary while training, whole otherwise; what `forward` gives is always whole."""
+    """Make `logits` return parts of the vocabulary in training, else all of it; `forward` always returns all."""
     logits = net.logits
 
     @functools.wraps(logits)

@@ -1,7 +1,7 @@
-"""What runs at each step on tensors that may be sharded: on each process's own part, without DTensor's dispatch.
+"""Per-step operations on possibly sharded tensors: on each process's local part, without DTensor's dispatch.
 
-An operation that acts on each element for itself gives the same on the parts as on the whole; DTensor would take a hundred
-microseconds to find that out, for each operation.
+An elementwise operation gives the same result on the parts as on the whole; DTensor's dispatch would take a hundred
+microseconds per operation.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch.distributed.tensor import DTensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, sharing its memory; any other tensor as it is."""
+    """Return this process's part of a sharded tensor, sharing its memory; any other tensor unchanged."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """2-norm of all elements of all tensors, each counted once on whatever mesh they are sharded.
+    """Return the 2-norm of all elements of all tensors, each counted once on any mesh.
 
     Returns:
         A scalar, the same on every process; float32 for tensors of lower precision.

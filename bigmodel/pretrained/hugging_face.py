@@ -1,9 +1,9 @@
-"""What it takes to use models of transformers: one kind of error, weights that are checked, sizes, heads, normalisation.
+"""Helpers for models of transformers: one kind of error, checked weights, sizes, heads, normalisation.
 
-No code of the hub is run, and weights are read from safetensors only, unless told. This module imports transformers when it
-is used.
+No code of the hub is run, and weights are read from safetensors only, unless configured otherwise. This module imports
+transformers lazily.
 
-B pictures, C channels, S pixels on a side, K classes.
+B images, C channels, S pixels on a side, K classes.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from torch import Tensor, nn
 from bigmodel.data.cache import say
 
 PREPROCESSOR = "preprocessor_config.json"
-LEFT_OVER = "left over"  # what `mismatches` calls weights that the model does not have
+LEFT_OVER = "left over"  # label in `mismatches` for weights that the model does not have
 
 
 @contextmanager
 def readable(path: str, flag: str, kind: str, also: str = "", hub: str = "owner/name") -> Iterator[None]:
-    """Turn what transformers raises where it finds no model that it can read into one kind of error.
+    """Convert exceptions of transformers for a missing or unreadable model to one kind of error.
 
     Args:
         path: a folder, or owner/name.
-        flag: that it was given by.
-        kind: of model that is looked for.
-        also: what else the flag takes, to end the message with.
-        hub: how the flag spells a model of the hub.
+        flag: the flag that gave the path.
+        kind: the expected kind of model.
+        also: other values of the flag, appended to the message.
+        hub: the flag's notation for a model of the hub.
     """
     from safetensors import SafetensorError
 
@@ -49,7 +49,7 @@ def readable(path: str, flag: str, kind: str, also: str = "", hub: str = "owner/
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' report of what it loaded, which `mismatches` reads, and without its bar of seconds."""
+    """Suppress transformers' loading report, which `mismatches` replaces, and its progress bar."""
     from transformers.utils import logging
 
     before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -64,12 +64,12 @@ def quiet() -> Iterator[None]:
 
 
 def vision_settings(settings: Any) -> Any:
-    """The part of a configuration that says how pictures are read: models of pictures and text have it inside."""
+    """Return the part of a configuration for images, which is nested in models of images and text."""
     return getattr(settings, "vision_config", settings)
 
 
 def set_image_size(settings: Any, image_size: int) -> None:
-    """Write the pixels on a side into a configuration that names them."""
+    """Set the pixels on a side in a configuration that has them."""
     vision = vision_settings(settings)
     if hasattr(vision, "image_size"):
         pair = isinstance(vision.image_size, list | tuple)
@@ -77,24 +77,24 @@ def set_image_size(settings: Any, image_size: int) -> None:
 
 
 def plain_settings(settings: Any) -> dict[str, Any]:
-    """A configuration as plain values; `AutoConfig.for_model(**values)` makes it again."""
+    """Return a configuration as plain values; `AutoConfig.for_model(**values)` recreates it."""
     values: dict[str, Any] = json.loads(settings.to_json_string(use_diff=False))
     return values
 
 
 def find_head(model: nn.Module, **inputs: Tensor) -> str | None:
-    """The name of the linear layer whose output is what a classifier returns, found by asking for logits.
+    """Return the name of the linear layer that computes a classifier's logits, found by a forward pass.
 
     Args:
         model: of transformers; left in evaluation mode.
-        inputs: what it is asked of: pictures [B, C, S, S], or one text.
+        inputs: of the forward pass: images [B, C, S, S], or one text.
 
     Returns:
-        The name; None if the model ends in no linear layer. Of one that reads text, the layer may give logits at each token,
-        those at the last one being the text's.
+        The name; None if the model does not end in a linear layer. For a text model, the layer may compute logits at
+        each token, and those at the last one are the text's.
 
     Raises:
-        RuntimeError, ValueError, TypeError: by the model, if it cannot read such inputs.
+        RuntimeError, ValueError, TypeError: by the model, if it cannot process such inputs.
     """
     outputs: list[tuple[str, Tensor]] = []
     hooks = [
@@ -119,11 +119,11 @@ def find_head(model: nn.Module, **inputs: Tensor) -> str | None:
 
 
 def mismatches(loaded: dict[str, Any], owner: str) -> dict[str, str]:
-    """What is wrong with each weight, by name, as `from_pretrained(..., output_loading_info=True)` reports it.
+    """Return the problem of each weight, by name, from the report of `from_pretrained(..., output_loading_info=True)`.
 
     Args:
         loaded: the report.
-        owner: who has the other shape, as the messages name it.
+        owner: the owner of the other shape, for messages.
     """
     problems = dict.fromkeys(loaded["missing_keys"], "missing")
     problems |= dict.fromkeys(loaded["unexpected_keys"], LEFT_OVER)
@@ -135,17 +135,17 @@ def mismatches(loaded: dict[str, Any], owner: str) -> dict[str, str]:
 def check_weights(
     problems: dict[str, str], errors: Iterable[str], excuse: Iterable[str], path: str, remedy: str
 ) -> None:
-    """Refuse weights that do not fit, unless excused; say which were.
+    """Raise for weights that do not fit, unless excused; print which were excused.
 
     Args:
-        problems: see `mismatches`, without those that are none.
+        problems: see `mismatches`, without those that are acceptable.
         errors: other messages of the report.
         excuse: patterns (`*` as in file names) of names.
-        path: where the weights are from.
-        remedy: what a person can do.
+        path: the source of the weights.
+        remedy: advice for the message.
 
     Raises:
-        ValueError: that lists them.
+        ValueError: with a list of them.
     """
     patterns = list(excuse)
     excused = sorted(name for name in problems if any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
@@ -159,8 +159,10 @@ def check_weights(
 
 
 def normalization(path: str, in_channels: int) -> tuple[list[float], list[float]] | None:
-    """Mean and standard deviation by channel that preprocessor_config.json gives, for pixels in 0 to 1; None if it does not,
-    for as many channels."""
+    """Return mean and standard deviation by channel from preprocessor_config.json, for pixels in 0 to 1.
+
+    None if it does not have them for this number of channels.
+    """
     from transformers.utils import cached_file
 
     file = cached_file(
@@ -173,7 +175,7 @@ def normalization(path: str, in_channels: int) -> tuple[list[float], list[float]
         return None
     with open(file, encoding="utf-8") as stream:
         settings = json.load(stream)
-    # Their pixels are 0 to 255 times this factor before the mean is taken off.
+    # Their pixels are 0 to 255 times this factor before the mean is subtracted.
     scale = 255 * settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 255
     mean, std = [0.0] * in_channels, [1.0] * in_channels
     if settings.get("do_normalize", True):

@@ -1,7 +1,7 @@
-"""A model that somebody published in Hugging Face's format, taken as it is: its files, its weights, its classes, its tokens.
+"""Published models in Hugging Face's format, used unchanged: files, weights, classes, tokens.
 
-Nothing of it starts anew and no code of the hub is run; weights are read from safetensors only. A path is a folder
-(config.json, model.safetensors) or hf://owner/name. This module imports transformers when it is used.
+Nothing is reinitialized and no code of the hub is run; weights are read from safetensors only. A path is a folder
+(config.json, model.safetensors) or hf://owner/name. This module imports transformers lazily.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SHOWN = 5  # names of classes in a message
 
 
 def location(path: str) -> str:
-    """What transformers calls it: the folder, or owner/name."""
+    """Return transformers' name of it: the folder, or owner/name."""
     return path.removeprefix(HUB).strip("/") if path.startswith(HUB) else str(Path(path).expanduser())
 
 
@@ -36,12 +36,13 @@ def _readable(path: str, flag: str, kind: str) -> AbstractContextManager[None]:
 
 
 def identity(path: str, flag: str) -> str:
-    """64 hexadecimal digits that stand for what a model says: of its configuration, its weights, and how pictures are
-    prepared for it. Files are hashed and not loaded.
+    """Return 64 hexadecimal digits that identify a model's outputs.
+
+    They depend on its configuration, its weights, and its image preprocessing. Files are hashed and not loaded.
 
     Args:
         path: of the model.
-        flag: that it was given by, for messages.
+        flag: the flag that gave the path, for messages.
 
     Raises:
         ValueError: if there is no model with safetensors.
@@ -54,7 +55,7 @@ def identity(path: str, flag: str) -> str:
 
 
 def _files(path: str, flag: str) -> list[Path]:
-    """The files that a model is made of, here or fetched from the hub."""
+    """Return the files of a model, local or downloaded from the hub."""
     from transformers.utils import cached_file
 
     def find(name: str, needed: bool = True) -> str | None:
@@ -71,16 +72,16 @@ def _files(path: str, flag: str) -> list[Path]:
 
 
 def read_settings(path: str, flag: str, kind: str, mapping: Any) -> Any:
-    """A model's configuration.
+    """Return a model's configuration.
 
     Args:
         path: of the model.
-        flag: that it was given by, for messages.
-        kind: of model that is looked for.
+        flag: the flag that gave the path, for messages.
+        kind: the expected kind of model.
         mapping: transformers' classes of such models, one of its MODEL_FOR_..._MAPPING.
 
     Raises:
-        ValueError: if there is none, transformers does not know its architecture, or it is one of another kind.
+        ValueError: if there is none, its architecture is unknown to transformers, or it is of another kind.
     """
     from transformers import AutoConfig
 
@@ -96,19 +97,18 @@ def read_settings(path: str, flag: str, kind: str, mapping: Any) -> Any:
 
 
 def load(auto: Any, path: str, flag: str, kind: str, settings: Any, remedy: str) -> Any:
-    """The model with all of its weights, in float32 and evaluation mode, no parameter of it to be trained.
+    """Return the model with all of its weights, in float32 and evaluation mode, without trainable parameters.
 
     Args:
         auto: one of transformers' classes AutoModelFor...
         path: of the model.
-        flag: that it was given by, for messages.
-        kind: of model that is looked for.
+        flag: the flag that gave the path, for messages.
+        kind: the expected kind of model.
         settings: its configuration, see `read_settings`; image sizes may have been changed.
-        remedy: what a person can do where a weight is missing or has another shape.
+        remedy: advice for the message if a weight is missing or has another shape.
 
     Raises:
-        ValueError: if a weight is missing, has another shape, or cannot be read. Weights that are left over are named in a
-            line.
+        ValueError: if a weight is missing, has another shape, or cannot be read. Unused weights are printed in a line.
     """
     with _readable(path, flag, kind), hugging_face.quiet():
         model, loaded = auto.from_pretrained(
@@ -137,17 +137,17 @@ def load(auto: Any, path: str, flag: str, kind: str, settings: Any, remedy: str)
 
 
 def class_order(settings: Any, classes: Sequence[str], path: str, flag: str) -> list[int]:
-    """Which output of a classifier is that of each class, by the names in its id2label, whose case does not count.
+    """Return the output number of each class in a classifier, by the names in its id2label, ignoring case.
 
-    Where either side has no names but numbers (LABEL_0 or 0, and so on), class i is output i, which is said in a line.
+    If either side has numbers instead of names (LABEL_0 or 0, and so on), class i is output i, and a line is printed.
 
     Args:
         settings: its configuration.
-        classes: the names that the data have, in their order.
+        classes: the data's class names, in order.
         path, flag: see `identity`.
 
     Raises:
-        ValueError: if its classes are others, or not as many.
+        ValueError: if its classes differ, or their number.
     """
     names = [str(settings.id2label.get(i, i)) for i in range(settings.num_labels)]
     theirs, ours = ([" ".join(name.casefold().split()) for name in some] for some in (names, classes))
@@ -179,16 +179,16 @@ def _some(names: Sequence[str]) -> str:
 
 
 def reorder(head: nn.Linear, order: Sequence[int]) -> None:
-    """Give a head's outputs another order: output i becomes what `order[i]` was."""
+    """Reorder a head's outputs: output i becomes the former `order[i]`."""
     head.weight.data = head.weight.data[list(order)]
     if head.bias is not None:
         head.bias.data = head.bias.data[list(order)]
 
 
 def tokenizer_difference(theirs: Any, ours: Any) -> str | None:
-    """In which way two tokenizers of the library `tokenizers` encode text otherwise; None if they do not.
+    """Describe how two tokenizers of the library `tokenizers` encode text differently; None if they do not.
 
-    What they put around a text, how they cut or fill it up, and how they decode makes no difference.
+    Special tokens around a text, truncation, padding and decoding are ignored.
     """
     a, b = (tokenizer.get_vocab(with_added_tokens=True) for tokenizer in (theirs, ours))
     if len(a) != len(b):

@@ -1,16 +1,16 @@
-"""The run directory: make one, find one, resume one, load a finished one.
+"""Run directories: create, find, resume and load runs.
 
 runs/<experiment>/<time>-<id>/
-    config.yaml      the resolved configuration; `bigmodel fit -c` on it is the same run again, in a directory of its own
-    run.json         command, git revision, package versions, step, best metric, W&B id, and the status: running, finished,
-                     preempted (told to stop), interrupted (by hand) or failed
+    config.yaml      the resolved configuration; `bigmodel fit -c` on it repeats the run, in a directory of its own
+    run.json         command, git revision, package versions, step, best metric, W&B id, and the status: running,
+                     finished, preempted (stopped by a signal), interrupted (by hand) or failed
     metrics.csv      every metric by optimizer step
-    checkpoints/     last-<step>.ckpt and best-<step>.ckpt: files, or folders where tensors are sharded
-    wandb/           what Weights & Biases keeps
+    checkpoints/     last-<step>.ckpt and best-<step>.ckpt: files, or folders if tensors are sharded
+    wandb/           files of Weights & Biases
 
-Where the environment variable BIGMODEL_RUN_FILE names a file, a fit writes its run directory there when it begins: that is
-how a script that launched it knows what to resume. BIGMODEL_RUN_DIRECTORY, where it is set, is the run directory that a new
-run makes, and BIGMODEL_LAST the one that `last` means.
+If the environment variable BIGMODEL_RUN_FILE names a file, a fit writes its run directory there when it begins, so that
+a script that launched it can resume it. BIGMODEL_RUN_DIRECTORY, if set, is the directory of a new run, and
+BIGMODEL_LAST the run that `last` refers to.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import when used: the command answers without Lightning where it can."""
+    """Import lazily, so that the command can respond without importing Lightning."""
     if name in _MODULES:
         return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'bigmodel.run' has no attribute {name!r}")

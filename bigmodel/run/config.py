@@ -1,8 +1,8 @@
-"""Settings from YAML files and flags, merged as plain mappings before any class is looked at.
+"""Settings from YAML files and flags, merged as plain mappings before any class is imported.
 
-Later wins. Mappings merge key by key, with two rules for a block `{class_path: ..., init_args: {...}}`: another
-`class_path` replaces the whole block, so that no argument of the old class is left behind; and a key that is neither of
-the two is short for one in `init_args`, so that `--model.net.width 512` says what it means.
+Later values take precedence. Mappings merge key by key, with two rules for a block `{class_path: ..., init_args:
+{...}}`: another `class_path` replaces the whole block, so that no argument of the old class remains; and a key other
+than these is short for one in `init_args`, as in `--model.net.width 512`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CLASS_KEYS = {"class_path", "init_args", "dict_kwargs"}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, a date is text, and a key given twice is refused."""
+    """YAML loader in which 1e-3 is a number, a date is text, and a duplicate key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -41,10 +41,10 @@ _Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: node
 
 
 def read_yaml(path: str | Path) -> Settings:
-    """The mapping in a YAML file, import paths of earlier versions replaced.
+    """Return the mapping in a YAML file, with import paths of earlier versions replaced.
 
     Raises:
-        ValueError: if it is missing, not YAML, or no mapping; it names file and line.
+        ValueError: if the file is missing, not YAML, or not a mapping; the message names file and line.
     """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
@@ -58,14 +58,14 @@ def read_yaml(path: str | Path) -> Settings:
 
 
 def read_defaults() -> Settings:
-    """What every run starts from."""
+    """Return the default settings of every run."""
     return read_yaml(Path(__file__).parents[1] / "defaults.yaml")
 
 
 def merge(base: Any, over: Any) -> Any:
-    """`over` on top of `base`, neither changed; see the rules above."""
+    """Return `over` merged onto `base`, without changing either; see the rules above."""
     if isinstance(base, str) and isinstance(over, dict) and "class_path" not in over:
-        base = {"class_path": base}  # a class named by itself, now given arguments
+        base = {"class_path": base}  # a class given by name only, to which arguments are added
     if not isinstance(base, dict) or over is None:
         return copy.deepcopy(over)
     if "class_path" in base:
@@ -84,10 +84,12 @@ def merge(base: Any, over: Any) -> Any:
 
 
 def parse_flags(argv: Sequence[str]) -> tuple[list[str], list[str], list[tuple[str, Any]]]:
-    """Positional arguments, configuration files (`-c`), and flags (`--key value`, `--key=value`, `--key` for true).
+    """Return positional arguments, configuration files (`-c`), and flags.
+
+    Flags are `--key value`, `--key=value`, or `--key` for true.
 
     Raises:
-        ValueError: for a `-c` without a file, or a flag of one dash.
+        ValueError: for a `-c` without a file, or a flag with a single dash.
     """
     positional: list[str] = []
     files: list[str] = []
@@ -112,7 +114,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[list[str], list[str], list[tuple[s
 
 
 def flag_value(key: str, text: str) -> Any:
-    """What a flag's text means: YAML, and text as it stands where that is none, or a name in braces such as {stdlib}."""
+    """Parse a flag's text as YAML; text that is not YAML, or a name in braces such as {stdlib}, is returned unchanged."""
     if re.fullmatch(r"\{\w+\}", text):  # in YAML, a mapping without values
         return text
     try:
@@ -122,7 +124,7 @@ def flag_value(key: str, text: str) -> Any:
 
 
 def layered(layers: Iterable[Settings], flags: Iterable[tuple[str, str]]) -> Settings:
-    """All layers merged in order, then the flags one by one."""
+    """Merge all layers in order, then the flags one by one."""
     settings: Settings = {}
     for layer in layers:
         settings = merge(settings, layer)
@@ -135,8 +137,11 @@ def layered(layers: Iterable[Settings], flags: Iterable[tuple[str, str]]) -> Set
 
 
 def experiment_name(files: Sequence[str]) -> str:
-    """What a run is called: the first YAML's path below a folder `experiments`, or else its name; its folder's name, if
-    that is just `experiment.yaml`."""
+    """Return the name of a run's experiment.
+
+    This is the first YAML's path below a folder `experiments`, or else its name; its folder's name, if the file is
+    called `experiment.yaml`.
+    """
     if not files:
         return "unnamed"
     path = Path(files[0]).resolve().with_suffix("")

@@ -1,4 +1,4 @@
-"""A finished run in use: its trained task, its data."""
+"""Loading of a finished run: its trained task, its data."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from bigmodel.training.callbacks import EMA, SWA
 
 
 def sizes(module: LightningModule) -> dict[str, int]:
-    """The numbers that the data know and the net needs (vocabulary, classes, features), for `configure_model`.
+    """Return the sizes that the data define and the net needs (vocabulary, classes, features), for `configure_model`.
 
-    They come from the data module's attribute `sizes`; from the checkpoint when a task is loaded without data, or its data
-    do not know them (pictures without labels, to be classified).
+    They come from the data module's attribute `sizes`; from the checkpoint if a task is loaded without data, or its
+    data do not define them (unlabelled images to classify).
 
     Raises:
-        ValueError: if neither is there.
+        ValueError: if neither is available.
     """
     data = module._trainer.datamodule if module._trainer is not None else None  # type: ignore[attr-defined]
     found = getattr(data, "sizes", None)
@@ -38,45 +38,48 @@ def sizes(module: LightningModule) -> dict[str, int]:
 
 
 def set_sizes(module: LightningModule, known: Mapping[str, int]) -> None:
-    """Tell a task that has no data what `sizes` is to give."""
+    """Set the result of `sizes` for a task without data."""
     module._sizes = dict(known)  # type: ignore[assignment]
 
 
 def load(
     run: str | Path, checkpoint: str = "best", *, ema: bool = True, runs_dir: str | Path = "runs"
 ) -> LightningModule:
-    """The trained task of a run, in evaluation mode, ready to use; no data needed.
+    """Return the trained task of a run, in evaluation mode, ready to use; no data needed.
 
     Args:
-        run: a run directory, `last`, the end of a run's name, or a checkpoint, a file or a folder.
+        run: a run directory, `last`, the end of a run's name, or a checkpoint (a file or a folder).
         checkpoint: `best`, `last`, or the name of a file in the run's `checkpoints/`.
-        ema: take the averaged weights where the run kept them.
-        runs_dir: where runs are looked for by name.
+        ema: use the averaged weights if the run saved them.
+        runs_dir: the folder in which runs are searched by name.
 
     Raises:
-        ValueError: if there is no such run, its checkpoint is damaged (a named one, or all), or its weights do not fit the
-            model that its configuration describes.
+        ValueError: if there is no such run, its checkpoint is damaged (the named one, or all), or its weights do not
+            fit the model that its configuration describes.
     """
     content = _content(run, checkpoint, runs_dir)
-    content.pop("optimizer_states", None)  # most of a sharded checkpoint, which would be put together in memory
+    content.pop("optimizer_states", None)  # most of a sharded checkpoint, which would be assembled in memory
     content = gather_full(content)
     task = _built(_description(content), content, net=True)
     load_weights(task, content["state_dict"])
     average = find_average(content)
     if ema and average is not None:
-        task.load_state_dict(average[1], strict=False)  # tied weights stand in it once
+        task.load_state_dict(average[1], strict=False)  # tied weights occur in it once
     return task.eval()
 
 
 def describe(task: LightningModule | str | Path, *, runs_dir: str | Path = "runs") -> dict[str, Any]:
-    """What builds a task again, untrained, with no run present: plain values, to be kept in another checkpoint.
+    """Return a plain description from which a task can be rebuilt, untrained, without the run.
+
+    It consists of plain values, to be stored in another checkpoint.
 
     Args:
-        task: from `load` or `build`; or a run, named as for `load`, whose best checkpoint is read but for its weights.
-        runs_dir: where runs are looked for by name.
+        task: from `load` or `build`; or a run, given as for `load`, whose best checkpoint is read except for its
+            weights.
+        runs_dir: the folder in which runs are searched by name.
 
     Returns:
-        `model` (class_path and init_args), `sizes` (what the data knew), and `saved`: what the task itself put into its
+        `model` (class_path and init_args), `sizes` (defined by the data), and `saved`: the task's own entries in its
         checkpoint, such as a tokenizer or the names of classes.
 
     Raises:
@@ -91,11 +94,11 @@ def describe(task: LightningModule | str | Path, *, runs_dir: str | Path = "runs
 
 
 def build(description: Mapping[str, Any], *, net: bool = True) -> LightningModule:
-    """The task that `describe` described, in training mode, its weights new: drawn from torch's random state.
+    """Return the task that `describe` described, in training mode, with new weights drawn from torch's random state.
 
     Args:
         description: from `describe`.
-        net: make its net; false: only the task around it, with its tokenizer or its classes, at next to no cost.
+        net: create its net; false: only the task around it, with its tokenizer or its classes, at little cost.
     """
     return _built(description, dict(description["saved"]), net)
 
@@ -110,7 +113,7 @@ def _built(description: Mapping[str, Any], checkpoint: dict[str, Any], net: bool
     return task
 
 
-# Keys of a checkpoint that are not the task's, in those that do not list them (`bigmodel`, `keys`): written by 0.1.0 before.
+# Keys that are not the task's, for checkpoints that do not list them (`bigmodel`, `keys`): from early versions of 0.1.0.
 _NOT_THE_TASKS = (
     "bigmodel", "callbacks", "epoch", "global_step", "hparams_name", "hparams_type", "hyper_parameters", "loops",
     "lr_schedulers", "optimizer_states", "pytorch-lightning_version", "state_dict",
@@ -118,7 +121,7 @@ _NOT_THE_TASKS = (
 
 
 def _content(run: str | Path, checkpoint: str, runs_dir: str | Path) -> dict[str, Any]:
-    """A checkpoint's content, its tensors not read yet."""
+    """Return a checkpoint's content, its tensors not read yet."""
     path = Path(run) if Path(run).suffix == ".ckpt" else find_checkpoint(find_run(run, runs_dir), checkpoint)
     content = read(path, whole=False)
     if "model" not in content.get("bigmodel", {}):
@@ -133,13 +136,13 @@ def _description(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_average(checkpoint: dict[str, Any]) -> tuple[str, dict[str, Tensor]] | None:
-    """The averaged weights in a checkpoint's content, with the name of the callback that formed them; None without any."""
+    """Return the averaged weights in a checkpoint's content, with the name of their callback; None if there are none."""
     states = ((name, checkpoint["callbacks"].get(name, {})) for name in (EMA.__name__, SWA.__name__))
     return next(((name, state["average"]) for name, state in states if state.get("average")), None)
 
 
 def load_data(run: str | Path, *, runs_dir: str | Path = "runs") -> LightningDataModule:
-    """The data module of a run as it was configured, not yet prepared or set up.
+    """Return the data module of a run as it was configured, before prepare_data and setup.
 
     Raises:
         ValueError: if there is no such run.
@@ -150,7 +153,7 @@ def load_data(run: str | Path, *, runs_dir: str | Path = "runs") -> LightningDat
 
 
 def _instantiate(kind: type, block: dict[str, Any]) -> Any:
-    """What a block of class_path and init_args describes."""
+    """Instantiate a block of class_path and init_args."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)

@@ -1,4 +1,4 @@
-"""Run directories on the disk: a new one, and those that are there."""
+"""Paths of run directories: creation and search."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def new_directory(runs_dir: str | Path, experiment: str) -> Path:
-    """Make `runs_dir/experiment/<time>-<id>`, which did not exist before; two runs in the same second get two."""
+    """Create `runs_dir/experiment/<time>-<id>`, which must not exist; two runs in the same second get different ones."""
     while True:
         directory = Path(runs_dir) / experiment / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         try:
@@ -21,8 +21,9 @@ def new_directory(runs_dir: str | Path, experiment: str) -> Path:
 
 
 def find_run(run: str | Path, runs_dir: str | Path = "runs") -> Path:
-    """The directory of a run, from its path, from `last` (the newest under `runs_dir`, unless $BIGMODEL_LAST names one), or
-    from the end of its name.
+    """Return the directory of a run, from its path, from `last`, or from the end of its name.
+
+    `last` is the newest run under `runs_dir`, unless $BIGMODEL_LAST names one.
 
     Raises:
         ValueError: if there is none, or more than one.
@@ -49,5 +50,5 @@ def find_run(run: str | Path, runs_dir: str | Path = "runs") -> Path:
 
 
 def _created(record: Path) -> str:
-    """When the run of this run.json was made; names tell no more than the second."""
+    """Return the creation time in this run.json; names are precise only to the second."""
     return str(json.loads(record.read_text())["created"])

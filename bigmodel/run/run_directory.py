@@ -1,4 +1,4 @@
-"""What a run leaves: a callback makes its directory, keeps the record of it, and points loggers and checkpoints to it."""
+"""Callback that creates the run directory, updates its record, and directs loggers and checkpoints to it."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ _PACKAGES = ("bigmodel", "torch", "lightning", "torchmetrics", "transformers", "
 
 
 def directory(trainer: Trainer) -> Path | None:
-    """The directory of the run that is trained or evaluated; None outside the command."""
+    """Return the directory of the run that is trained or evaluated; None outside the command."""
     record = get_callback(trainer, RunDirectory)
     return record.directory if record is not None else None
 
 
 def runs_dir(trainer: Trainer) -> str:
-    """Where this run's neighbours are, among which `last` and the end of a name are looked for."""
+    """Return the folder of this run and its neighbours, in which `last` and the end of a name are searched."""
     record = get_callback(trainer, RunDirectory)
     return record.runs_dir if record is not None else "runs"
 
@@ -54,23 +54,24 @@ def record_resolved_argument(trainer: Trainer, argument: str, value: Any) -> Non
 
 
 def format_parameter_count(count: int) -> str:
-    """A number of parameters in words, exact below a million."""
+    """Format a number of parameters, exact below a million."""
     return f"{count:,} parameters" if count < 1_000_000 else f"{count / 1e6:,.2f} M parameters"
 
 
 class RunDirectory(Callback):
-    """Makes the run directory when a fit is about to start, keeps its record, and points loggers and checkpoints to it. In
-    an evaluation, it says which directory that is.
+    """Creates the run directory when a fit starts, updates its record, and directs loggers and checkpoints to it.
+
+    In an evaluation, it provides the path of that directory.
 
     Args:
         config: the resolved configuration, plain values.
-        resumed: the directory to go on in; None: a new one.
-        checkpoint: what is resumed or evaluated; None: nothing. On several processes that of the first counts, which alone
-            has verified it.
+        resumed: the directory of the run to resume; None: a new one.
+        checkpoint: the checkpoint that is resumed or evaluated; None: none. With several processes, that of the first
+            counts, because only the first has verified it.
 
     Attributes:
-        restart_step: the optimizer step at which a resumed run goes on.
-        runs_dir: where other runs are.
+        restart_step: the optimizer step from which a resumed run continues.
+        runs_dir: the folder of other runs.
     """
 
     def __init__(self, config: dict[str, Any], resumed: Path | None = None, checkpoint: Path | None = None) -> None:
@@ -78,7 +79,7 @@ class RunDirectory(Callback):
         self.runs_dir = str(config.get("runs_dir", "runs"))
         self.restart_step = 0
         self.resumed = resumed is not None
-        self.started = False  # data, sizes and weights are in place
+        self.started = False  # data, sizes and weights are ready
         self._froze = False
         self.record: dict[str, Any] = {}
 
@@ -89,19 +90,19 @@ class RunDirectory(Callback):
         if self.directory is not None:
             self._place_profile(trainer, self.directory)
         if stage == "fit":
-            if self.directory is not None:  # for the checkpoint that is read next
+            if self.directory is not None:  # needed for the checkpoint that is read next
                 self._place_checkpoints(trainer, self.directory)
                 resume = get_callback(trainer, Resume)
                 if resume is not None:
                     resume.returns = trainer.strategy.broadcast(_read_record(self.directory).get("returns", []))
         elif (
             self.checkpoint is not None and not (self.checkpoint / ".metadata").exists()
-        ):  # not a folder of Lightning's own
+        ):  # not a folder in Lightning's own format
             content: dict[str, Any] = read(self.checkpoint, verify=False, whole=False).get("bigmodel", {})
             pl_module._sizes = content.get("sizes")  # type: ignore[assignment]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Only now: whatever is wrong with configuration, data, sizes or weights has shown, and leaves nothing behind.
+        # Only now: errors in configuration, data, sizes or weights have been raised before, and leave no directory.
         total = num_steps(trainer)
         if self.resumed and 0 <= total <= self.restart_step:
             raise ValueError(
@@ -125,10 +126,10 @@ class RunDirectory(Callback):
             self._say_precision(trainer, pl_module)
 
     def _open(self) -> Path:
-        """The directory, with configuration and record in it.
+        """Return the directory, with configuration and record in it.
 
         Raises:
-            ValueError: if the disk takes none; then a new directory is not left behind.
+            ValueError: if it cannot be written; a new directory is then removed.
         """
         made: Path | None = None
         try:
@@ -164,8 +165,8 @@ class RunDirectory(Callback):
         self.started = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # What is there now stays. Left to the garbage collector, a million objects of imported packages are walked through
-        # again and again while training: 3 % of the time of a small model's steps. A program may have done so before.
+        # Current objects stay alive. Without freezing, the garbage collector repeatedly scans a million objects of imported
+        # packages during training: 3 % of the time of a small model's steps. The program may have frozen them already.
         if gc.get_freeze_count() == 0:
             gc.collect()
             gc.freeze()
@@ -188,13 +189,13 @@ class RunDirectory(Callback):
 
     @staticmethod
     def _place_profile(trainer: Any, directory: Path) -> None:
-        """Have the profiler, if there is one, write into the directory, unless it was told another."""
+        """Direct the profiler, if there is one, to the directory, unless another was configured."""
         profiler = trainer.profiler
         if isinstance(profiler, PassThroughProfiler):  # none
             return
-        if profiler.dirpath == trainer.log_dir:  # what Lightning has made of nothing
+        if profiler.dirpath == trainer.log_dir:  # Lightning's default
             profiler.dirpath = str(directory / "profile")
-            profiler.filename = profiler.filename or "profile"  # else it writes nowhere
+            profiler.filename = profiler.filename or "profile"  # else it writes no file
 
     def _write_config(self, directory: Path) -> None:
         path, text = directory / "config.yaml", yaml.safe_dump(self.config, sort_keys=False)
@@ -202,7 +203,7 @@ class RunDirectory(Callback):
             if path.read_text() == text:
                 return
             shutil.copyfile(path, directory / f"config.until-step-{self.restart_step}.yaml")
-        partial = directory / ".config.yaml.partial"  # a run killed now keeps a whole one, and can be resumed
+        partial = directory / ".config.yaml.partial"  # if killed here, the old file is still complete
         partial.write_text(text)
         os.replace(partial, path)
 
@@ -240,7 +241,7 @@ class RunDirectory(Callback):
         print(f"run        {directory}{f' (resumed at step {self.restart_step:,})' if self.resumed else ''}")
         if mode != "disabled":
             wandb = WandBRun(settings, directory, self.record["wandb_id"], self.config, trainer)
-            _ = wandb.experiment  # started now and not at the first log: a failure shows before the first step
+            _ = wandb.experiment  # started now, not at the first log: errors are raised before the first step
             trainer.loggers = [*trainer.loggers, wandb]
             print(f"tracking   metrics.csv, and W&B {mode}" + (" (no login)" if mode == "offline" else ""))
 
@@ -259,12 +260,12 @@ class RunDirectory(Callback):
         profiler: Any = trainer.profiler  # type: ignore[attr-defined]
         if not isinstance(profiler, PassThroughProfiler):
             print(f"profile    {profiler.dirpath}: a table at the end", flush=True)
-        tell = getattr(pl_module, "say_what_trains", None)  # where a task has more to say than how large its net is
+        tell = getattr(pl_module, "say_what_trains", None)  # optional: a task's own lines about its net
         if tell is not None:
             tell()
 
     def _say_precision(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the line on the precision, and record that it was chosen, and why."""
+        """Print the line on the precision, and record the choice and its reason."""
         chooser = get_callback(trainer, ChoosePrecision)
         if chooser is None:
             return
@@ -277,16 +278,16 @@ class RunDirectory(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
-                logger.flush()  # before the checkpoint is there: a run resumed from it does not log these rows again
+                logger.flush()  # before the checkpoint is written: a run resumed from it does not log these rows again
         data = getattr(trainer, "datamodule", None)
         model = self.config["model"]
-        if trained := getattr(pl_module, "trains", None):  # one of its arguments is the task that is trained
+        if trained := getattr(pl_module, "trains", None):  # name of the argument that is the trained task
             model = model["init_args"][trained]
         checkpoint["bigmodel"] = {
             "version": importlib.metadata.version("bigmodel"),
             "model": model,
             "sizes": getattr(data, "sizes", {}),
-            "keys": list(checkpoint),  # all that the task itself, which comes last, has not written
+            "keys": list(checkpoint),  # all keys not written by the task, whose hook is called last
         }
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -311,7 +312,7 @@ class RunDirectory(Callback):
             return
         for logger in trainer.loggers:
             if stopped and isinstance(logger, WandBRun):
-                logger.experiment.mark_preempting()  # so that W&B does not call it crashed
+                logger.experiment.mark_preempting()  # so that W&B does not mark it as crashed
         where = "there" if stopped and stopped.saved else "the last checkpoint"
         how = f"stopped by {stopped.signal.name}" if stopped else "stopped"
         print(
@@ -320,7 +321,7 @@ class RunDirectory(Callback):
         )
 
     def go_back(self, cause: RollbackRequested) -> Path:
-        """The checkpoint to go on from after this has ended the fit; recorded for this and any later session.
+        """Return the checkpoint to continue from after a rollback; record it for this and later sessions.
 
         Raises:
             FloatingPointError: if there is none.
@@ -329,13 +330,13 @@ class RunDirectory(Callback):
             if self.record:
                 self._write_record(self.record, status="failed")
             raise FloatingPointError(f"{cause}. There is no checkpoint yet to go back to")
-        if not self.record:  # not the first process, which will tell
+        if not self.record:  # not the first process, which prints and records
             return find_checkpoint(self.directory, "last", verify=False)
         checkpoint = find_checkpoint(self.directory, "last")
         step, beyond = checkpoint_step(checkpoint), cause.beyond
         entry = {"step": cause.step, "to": step, "epoch": beyond.epoch, "samples": beyond.samples, "why": str(cause)}
         returns = self.record.get("returns", [])
-        if entry not in returns:  # it was, where an older checkpoint had to be resumed from
+        if entry not in returns:  # already recorded, if an older checkpoint had to be used on resume
             self._write_record(self.record, returns=[*returns, entry])
         passed_over = f"the samples of optimizer steps {step + 1:,} to {cause.step:,} are passed over"
         print(f"{cause}; back to {checkpoint.name}: {passed_over}", flush=True)
@@ -363,7 +364,10 @@ def _read_record(directory: Path) -> dict[str, Any]:
 
 
 def _leave_out_empty_hooks(trainer: Any) -> None:
-    """Six times a step Lightning calls every callback, with much ado about each; it passes over what cannot be called."""
+    """Set the per-step hooks that a callback does not override to None.
+
+    Six times a step Lightning calls every callback, with considerable overhead; it skips hooks that are not callable.
+    """
     step = ("train_batch_start", "before_zero_grad", "before_backward", "after_backward", "before_optimizer_step")
     for hook in (*(f"on_{name}" for name in step), "on_train_batch_end"):
         for callback in trainer.callbacks:
@@ -372,7 +376,7 @@ def _leave_out_empty_hooks(trainer: Any) -> None:
 
 
 def _git_revision() -> str | None:
-    """The revision of the working directory, with `+changes` if it is not as committed; None outside a repository."""
+    """Return the revision of the working directory, `+changes` appended if it is modified; None outside a repository."""
     try:
         revision = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True

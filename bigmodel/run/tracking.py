@@ -1,4 +1,4 @@
-"""Where metrics go: always a local `metrics.csv`, and Weights & Biases beside it."""
+"""Metric loggers: always a local `metrics.csv`, and optionally Weights & Biases."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from bigmodel.training.callbacks.gradient_scaling import get_callback
 
 
 class MetricsCSV(Logger):
-    """Rows of metrics by optimizer step in one CSV file; a metric that appears later becomes a further column.
+    """Rows of metrics by optimizer step in one CSV file; a metric that appears later becomes a new column.
 
-    Rows are kept and written together: every few seconds, before each checkpoint (`bigmodel.run.RunDirectory` sees to
-    that), and at the end.
+    Rows are buffered and written together: every few seconds, before each checkpoint (by `bigmodel.run.RunDirectory`),
+    and at the end.
 
     Args:
         path: the file.
-        keep_until: on resuming, the optimizer step up to which rows stay; later ones, of steps that will be taken again,
-            are cut off. None: a new file.
-        trainer: whose optimizer step is written; Lightning's own step is one less during validation.
+        trainer: its optimizer step is written; Lightning's own step is one less during validation.
+        keep_until: on resuming, the optimizer step up to which rows are kept; later ones, of steps that will be
+            repeated, are removed. None: a new file.
         every_seconds: seconds between writes.
     """
 
@@ -39,7 +39,7 @@ class MetricsCSV(Logger):
         self._next = time.monotonic() + every_seconds
         if keep_until is not None and path.exists():
             with open(path, newline="") as file:
-                whole = [line for line in file if line.endswith("\n")]  # a last one may have been cut off by a kill
+                whole = [line for line in file if line.endswith("\n")]  # a kill may have truncated the last one
                 reader = csv.DictReader(whole)
                 self._columns = list(reader.fieldnames or ["step"])
                 kept = [row for row in reader if int(row["step"]) <= keep_until]
@@ -54,7 +54,7 @@ class MetricsCSV(Logger):
         return ""
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The run directory's `config.yaml` has them."""
+        """Do nothing: they are in the run directory's `config.yaml`."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -71,7 +71,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def flush(self) -> None:
-        """Write the rows that are kept back."""
+        """Write the buffered rows."""
         self._next = time.monotonic() + self.every_seconds
         if not self._rows:
             return
@@ -98,17 +98,17 @@ class MetricsCSV(Logger):
 
 
 def _with_seen(metrics: dict[str, float], trainer: Trainer) -> dict[str, float]:
-    """The metrics and how many samples and tokens were seen until then, so that either can be the axis."""
+    """Return the metrics with the numbers of samples and tokens seen so far, so that either can be the axis."""
     log = get_callback(trainer, TrainingLog)
     return {**(log.seen(trainer) if log is not None else {}), **metrics}
 
 
 @dataclass
 class WandB:
-    """How runs are tracked in Weights & Biases.
+    """Options for tracking in Weights & Biases.
 
     Args:
-        mode: `auto` is online where there is a login (or WANDB_MODE says so) and offline elsewhere; `disabled` is off.
+        mode: `auto` is online if there is a login (or WANDB_MODE is set so) and offline otherwise; `disabled` is off.
         project: the W&B project.
         entity: the W&B team or user; None: the login's own.
         tags: tags of the run.
@@ -122,7 +122,7 @@ class WandB:
     log_checkpoint: bool = False
 
     def resolved_mode(self) -> str:
-        """`online`, `offline` or `disabled`, without asking anybody and without the network."""
+        """Return `online`, `offline` or `disabled`, without a prompt and without network access."""
         if self.mode != "auto":
             return self.mode
         if os.environ.get("WANDB_MODE"):
@@ -140,7 +140,7 @@ class WandBRun(WandbLogger):
         directory: the run directory; W&B's files go to `wandb/` inside it.
         run_id: the W&B run's id, the same when the run is resumed.
         config: the resolved configuration, uploaded once, nested.
-        trainer: whose optimizer step is logged.
+        trainer: its optimizer step is logged.
     """
 
     def __init__(self, settings: WandB, directory: Path, run_id: str, config: dict[str, Any], trainer: Trainer) -> None:
@@ -159,7 +159,7 @@ class WandBRun(WandbLogger):
             config=config,
             settings=wandb.Settings(silent=True, console="off"),
         )
-        self._wandb_init.pop("anonymous", None)  # Lightning passes it, and W&B warns of it
+        self._wandb_init.pop("anonymous", None)  # Lightning passes it, and W&B warns about it
         self.settings, self.directory, self.trainer = settings, directory, trainer
 
     @rank_zero_only

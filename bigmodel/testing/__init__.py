@@ -1,1 +1,1 @@
-"""Conformance tests of a task, `bigmodel check-task`; usable from an outsider's own tests."""
+"""Conformance tests of a task, for `bigmodel check-task`; also usable in other packages' tests."""

@@ -1,4 +1,4 @@
-"""Conformance checks that need one run of a task: each function returns what it found, or raises with the reason."""
+"""Conformance checks that need one run of a task: each function returns its result, or raises with the reason."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from bigmodel.testing.short_runs import ShortRun
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the answer.
+    """One line of the result.
 
     Attributes:
-        status: skip: this promise could not be tried, or is not made.
-        what: the promise.
-        text: what was found; for a failure, what to do as well.
+        status: skip: this requirement could not be checked, or the task does not offer it.
+        what: the requirement.
+        text: the result; for a failure, including a remedy.
     """
 
     status: Literal["ok", "FAIL", "skip"]
@@ -47,19 +47,19 @@ class Finding:
 
 
 class Failure(Exception):
-    """A promise that is not kept; the message says what to do."""
+    """Violated requirement; the message states a remedy."""
 
 
 class Skip(Exception):
-    """A promise that cannot be tried; the message says why."""
+    """Requirement that cannot be checked; the message states why."""
 
 
 class Blocked(Skip):
-    """A promise that cannot be tried, because another is not kept."""
+    """Requirement that cannot be checked, because another is violated."""
 
 
 def arguments(settings: Settings) -> tuple[str, str] | None:
-    """What stands in the way of a first run: the promise, and what to do; None if the classes take what they should."""
+    """Return the first obstacle to a run: requirement and remedy; None if the classes have the required arguments."""
     for what, key, needed in (
         ("task", "model", ("optimizer", "schedule")),
         ("data", "data", ("batch_size", "micro_batch_size")),
@@ -77,7 +77,7 @@ def arguments(settings: Settings) -> tuple[str, str] | None:
 
 
 def task(run: ShortRun) -> str:
-    """The net is made in configure_model, from what is configured, and once."""
+    """Check that the net is created in configure_model, from its configuration, and once."""
     task, name = run.task, type(run.task).__name__
     if run.had_parameters:
         raise Failure(
@@ -97,7 +97,7 @@ def task(run: ShortRun) -> str:
 
 
 def data(run: ShortRun) -> str:
-    """Sizes and fingerprint."""
+    """Check sizes and fingerprint."""
     data, name = run.data, type(run.data).__name__
     missing = [word for word in TaskData.__annotations__ if not hasattr(data, word)]
     if missing or not isinstance(data, TaskData):
@@ -114,7 +114,7 @@ def data(run: ShortRun) -> str:
 
 
 def batch(run: ShortRun) -> str:
-    """A NamedTuple of tensors, with index and weight."""
+    """Check for a NamedTuple of tensors, with index and weight."""
     batch: Any = run.batch
     if not (isinstance(batch, tuple) and hasattr(batch, "_fields")):
         raise Failure(f"a batch is a {type(batch).__name__}; a NamedTuple of tensors is needed, with index and weight")
@@ -134,7 +134,7 @@ def batch(run: ShortRun) -> str:
 
 
 def loaders(run: ShortRun) -> str:
-    """Those of bigmodel.data.sampling."""
+    """Check that the loaders are from bigmodel.data.sampling."""
     loaders = {name: getattr(run.data, name)() for name in ("train_dataloader", "val_dataloader")
                if short_runs.has_split(run.data, name)}  # fmt: skip
     for name, loader in loaders.items():
@@ -145,13 +145,13 @@ def loaders(run: ShortRun) -> str:
                 f"{name} gives a {type(one).__name__}, which several processes would all read the same of, and which is"
                 f" not resumed in mid-epoch: make it with bigmodel.data.sampling.{maker}"
             )
-    steps = len(run.trainer.train_dataloader)  # without accumulation, a batch is a step
+    steps = len(run.trainer.train_dataloader)  # without accumulation, each batch is a step
     missing = "" if "val_dataloader" in loaders else "; none for validation"
     return f"made by bigmodel.data.sampling, {steps:,} steps of {run.data.batch_size} an epoch{missing}"
 
 
 def predicts(run: ShortRun) -> str:
-    """Its prediction in two parts."""
+    """Check the prediction in two parts (SupportsLogits)."""
     task = run.task
     methods = ("features", "logits", "targets")
     there = [name for name in methods if callable(getattr(task, name, None))]
@@ -176,7 +176,7 @@ def predicts(run: ShortRun) -> str:
 
 
 def tabulates(run: ShortRun) -> str:
-    """A table with a row for each sample."""
+    """Check for a table with a row for each sample."""
     task, data = run.task, run.data
     if not is_overridden("predict_step", task, LightningModule):
         raise Skip("not offered (predict_step): `bigmodel predict` has nothing to write")
@@ -191,7 +191,7 @@ def tabulates(run: ShortRun) -> str:
 
 
 def generates(run: ShortRun) -> str:
-    """Pieces of text, and the whole."""
+    """Check pieces of text against the whole."""
     task: Any = run.task
     if not isinstance(task, SupportsGenerate):
         raise Skip("not offered (stream, generate)")
@@ -206,7 +206,7 @@ def generates(run: ShortRun) -> str:
 
 
 def writes(run: ShortRun) -> str:
-    """Documents that depend on their keys and beginnings alone."""
+    """Check that documents depend only on their keys and beginnings."""
     task: Any = run.task
     data: Any = run.data
     if not isinstance(task, SupportsCorpusGeneration):
@@ -240,11 +240,11 @@ def _is_document(one: Any) -> bool:
     return isinstance(one, tuple) and [type(part) for part in one] == [str, bool]
 
 
-_WRITTEN = 2  # tokens of each sequence
+_WRITTEN = 2  # generated tokens of each sequence
 
 
 def rewrites(run: ShortRun) -> str:
-    """The ends of sequences, by their keys."""
+    """Check the regenerated ends of sequences, by their keys."""
     task: Any = run.task
     if not isinstance(task, SupportsOnPolicySampling):
         raise Skip("not offered (rewrite)")
@@ -252,7 +252,7 @@ def rewrites(run: ShortRun) -> str:
         raise Failure("it has rewrite, and not all of features, logits, targets, which say what of a batch is learned")
     batch: Any = run.batch
     keys = sample_keys(0, 0, batch.index)
-    run.task.train()  # as it is while it learns
+    run.task.train()  # as in training
     modes, state = [module.training for module in run.task.modules()], torch.get_rng_state()
     new = _rewritten(task, batch, keys)
     if modes != [module.training for module in run.task.modules()] or not torch.equal(state, torch.get_rng_state()):
@@ -293,7 +293,7 @@ def _rewritten(task: Any, batch: Any, keys: Tensor) -> Any:
 
 
 def ranks(run: ShortRun) -> str:
-    """Lists for a user and for a history."""
+    """Check the lists for a user and for a history."""
     task: Any = run.task
     there = [name for name in ("recommend", "recommend_to") if callable(getattr(task, name, None))]
     if not there:
@@ -325,7 +325,7 @@ def ranks(run: ShortRun) -> str:
 
 
 def _ranked(entries: Sequence[Mapping[str, Any]], k: int, method: str) -> list[Any]:
-    """The items of a list that is as it should be."""
+    """Return the items of a valid list; raise for an invalid one."""
     wrong = [entry for entry in entries if not {"item", "title", "score"} <= entry.keys()]
     if wrong:
         raise Failure(f"{method} gave an entry {dict(wrong[0])}: item, title and score are needed")

@@ -44,11 +44,11 @@ make it small: --data.path PATH, --model.net.width 8. Batches are cut to 16 samp
 
 
 def run_check_task(argv: list[str]) -> None:
-    """Check a task, and print what is found.
+    """Check a task, and print the findings.
 
     Raises:
-        ValueError: if there is no such task, or no experiment to check it by.
-        SystemExit: with status 1, if a promise is not kept.
+        ValueError: if there is no such task, or no experiment to check it with.
+        SystemExit: with status 1, if a requirement is violated.
     """
     if {"-h", "--help"} & set(argv):
         print(_HELP, end="")
@@ -67,7 +67,7 @@ def run_check_task(argv: list[str]) -> None:
     plugins.check_classes(settings)
     try:
         task, same, _ = (plugins.import_class(name) for name in (path, configured["model"], configured["data"]))
-    except (Exception, SystemExit) as error:  # whatever the package's own code does
+    except (Exception, SystemExit) as error:  # any exception of the package's own code
         _print("FAIL", "import", f"{path}: {type(error).__name__}: {error}. Mend it, or install what it needs")
         sys.exit(1)
     if same is not task:
@@ -85,7 +85,7 @@ def run_check_task(argv: list[str]) -> None:
 
 
 def _task_and_experiment(name: str, files: list[str]) -> tuple[str, list[str]]:
-    """The import path of the task that is meant, and the experiment to check it by."""
+    """Return the import path of the requested task, and the experiment to check it with."""
     task = plugins.find_task(name)
     if task is None and "." not in name:
         known = ", ".join(dict.fromkeys(task.name for task in plugins.installed_tasks()))
@@ -118,7 +118,7 @@ def check(plans: Sequence[Settings]) -> Iterator[tuple[int, Finding]]:
         plans: merged settings of an experiment each.
 
     Yields:
-        Findings as they come, each with the number of its plan.
+        Findings as they occur, each with the number of its plan.
     """
     import torch
 
@@ -127,7 +127,7 @@ def check(plans: Sequence[Settings]) -> Iterator[tuple[int, Finding]]:
 
     trainer_cli.quiet_lightning()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums come out alike, and the nets are small
+    torch.set_num_threads(1)  # sums are reproducible, and the nets are small
     try:
         with tempfile.TemporaryDirectory(prefix="bigmodel-check-task-") as name:
             folder = Path(name)
@@ -145,7 +145,7 @@ def check(plans: Sequence[Settings]) -> Iterator[tuple[int, Finding]]:
 
 @contextmanager
 def _two_processes(folder: Path) -> Iterator[None]:
-    """They import what they need while the runs of one process go on."""
+    """Start two processes, which import their modules while the runs of one process continue."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--module"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     with open(folder / "output", "w+") as output:
@@ -163,5 +163,5 @@ def _two_processes(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            process.terminate()  # torchrun ends its own
+            process.terminate()  # torchrun terminates its workers
             watcher.join()

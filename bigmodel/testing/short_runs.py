@@ -27,26 +27,27 @@ from bigmodel.run.tracking import MetricsCSV
 from bigmodel.training.callbacks import Resume
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 
-STEPS, STOPPED_AT = 4, 2  # optimizer steps of a run, and after which it is stopped and resumed
+STEPS, STOPPED_AT = 4, 2  # optimizer steps of a run, and the step after which it is stopped and resumed
 _EVALUATED = 37  # samples at most
 _LARGEST_BATCH = 16
-_SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}  # Adam would make much of the smallest difference
+_SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}  # Adam would amplify the smallest difference
 
 
 def short_run_settings(given: Settings, folder: Path, *, comparable: bool = False, **changes: Any) -> Settings:
-    """An experiment's settings made short and small, on one CPU, in float32.
+    """Return an experiment's settings, made short and small, on one CPU, in float32.
 
     Args:
         given: the merged settings.
-        folder: where run directories go.
-        comparable: plain gradient descent without a schedule and without clipping, by which rounding stays rounding.
+        folder: the folder of run directories.
+        comparable: plain gradient descent without a schedule and without clipping, so that rounding errors are not
+            amplified.
         changes: of `micro_batch_size` (samples), or of keys of the trainer.
     """
     settings = copy.deepcopy(given)
     default = read_defaults()["callbacks"]
     kept = {name: block for name, block in (settings.get("callbacks") or {}).items() if name not in default and block}
     own = {name: block for name, block in kept.items() if not _class_path(block).startswith("bigmodel.")}
-    settings["callbacks"] = own  # of the task's own package: it may need them
+    settings["callbacks"] = own  # from the task's own package: it may need them
     settings |= {"runs_dir": str(folder), "experiment": "trial", "wandb": {"mode": "disabled"}, "seed_everything": 0}
     data = settings["data"].setdefault("init_args", {})
     data["batch_size"] = batch_size(given)
@@ -64,7 +65,7 @@ def short_run_settings(given: Settings, folder: Path, *, comparable: bool = Fals
 
 
 def batch_size(given: Settings) -> int:
-    """Samples per optimizer step: the experiment's, but few, and a multiple of four."""
+    """Return the samples per optimizer step: the experiment's, but few, and a multiple of four."""
     configured = (given["data"].get("init_args") or {}).get("batch_size", _LARGEST_BATCH)
     return max(4, min(int(configured), _LARGEST_BATCH) // 4 * 4)
 
@@ -74,35 +75,35 @@ def _class_path(block: Any) -> str:
 
 
 class _Quiet(run.RunDirectory):
-    """A run directory of which nothing is said."""
+    """Run directory without its usual output."""
 
     def _start_loggers(self, trainer: Trainer, directory: Path) -> None:
-        trainer.loggers = [MetricsCSV(directory / "metrics.csv", trainer)]  # some callbacks insist on having one
+        trainer.loggers = [MetricsCSV(directory / "metrics.csv", trainer)]  # some callbacks require one
 
     @staticmethod
     def _say_what_runs(trainer: Trainer, pl_module: LightningModule) -> None:
-        """The findings say it."""
+        """Do nothing: the findings contain it."""
 
     def _say_precision(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """It is set, to compare."""
+        """Do nothing: the precision is fixed, for comparison."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Too short for what makes a long run faster."""
+        """Do nothing: the run is too short for the optimizations of a long one."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing to undo."""
+        """Do nothing: there is nothing to undo."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """There is no run to go on with."""
+        """Do nothing: there is no run to resume."""
 
 
 @dataclass
 class ShortRun(Callback):
-    """What a run saw and found.
+    """Callback that records a run.
 
     Args:
         dropout: leave it on.
-        seed: of what the training step draws, other than the seed of the weights.
+        seed: of random draws in the training step, not of the weights.
         check_sum: compute the first batch's loss in two halves as well.
         saves: write a checkpoint after `STOPPED_AT` steps and after the last.
 
@@ -142,12 +143,12 @@ class ShortRun(Callback):
             return
         step = pl_module.training_step
 
-        @functools.wraps(inspect.unwrap(step))  # whose signature Lightning looks at
+        @functools.wraps(inspect.unwrap(step))  # Lightning inspects the signature
         def watched(batch: Any, *args: Any, **kwargs: Any) -> Any:
             if self.check_sum and not self.halves:
                 half = num_rows(batch) // 2
                 for part in (batch, sliced(batch, 0, half), sliced(batch, half, None)):
-                    with torch.no_grad():  # the class's own: what bigmodel put around it counts
+                    with torch.no_grad():  # the class's own method: bigmodel's wrapper counts
                         self.halves.append(
                             _sum_and_count(type(pl_module).training_step(pl_module, part, *args, **kwargs))
                         )
@@ -168,7 +169,7 @@ class ShortRun(Callback):
             _switch_dropout_off(pl_module)
         resume = get_callback(trainer, Resume)
         assert resume is not None
-        resume.seed = self.seed  # the weights are made
+        resume.seed = self.seed  # the weights are already initialized
         self.start, self._step = _copied(pl_module), trainer.global_step
         self.taken.append([])
 
@@ -202,7 +203,7 @@ def fit(settings: Settings, trial: ShortRun, resume: Path | None = None) -> Shor
     record.config = cli.resolved()
     trial.trainer, trial.task, trial.data = cli.trainer, cli.model, cli.datamodule
     trial.had_parameters = next(iter(cli.model.parameters()), None) is not None
-    trial.trainer.callbacks.append(trial)  # last: what it saves is whole
+    trial.trainer.callbacks.append(trial)  # last: its checkpoints are complete
     trial.trainer.fit(trial.task, datamodule=trial.data, ckpt_path=resume)
     return trial
 
@@ -211,9 +212,9 @@ def evaluate(settings: Settings, checkpoint: Path, samples_at_once: int | None) 
     """Validate a checkpoint on the first samples of the split.
 
     Args:
-        settings: of the trial.
-        checkpoint: what is evaluated.
-        samples_at_once: over all processes; None: all, so that no row is filled up.
+        settings: of the short run.
+        checkpoint: the checkpoint to evaluate.
+        samples_at_once: over all processes; None: all, so that there are no padding rows.
     """
     trial, cli = ShortRun(), trainer_cli.parse(settings, [_Quiet(settings, checkpoint=checkpoint)])
     cli.trainer.limit_val_batches = 1.0
@@ -227,7 +228,7 @@ def evaluate(settings: Settings, checkpoint: Path, samples_at_once: int | None) 
 
 
 def predict(settings: Settings, checkpoint: Path, output: Path) -> int:
-    """Write predictions of the first samples; how many there were."""
+    """Write predictions of the first samples; return their number."""
     cli = trainer_cli.parse(settings, [_Quiet(settings, checkpoint=checkpoint), PredictionWriter(output)])
     loaders, count = cli.datamodule.predict_dataloader, []
 
@@ -243,7 +244,7 @@ def predict(settings: Settings, checkpoint: Path, output: Path) -> int:
 
 
 class _First(Dataset[Any]):
-    """The first samples of a data set."""
+    """First samples of a data set."""
 
     def __init__(self, dataset: Any, n: int) -> None:
         self.dataset, self.n = dataset, n
@@ -258,22 +259,22 @@ class _First(Dataset[Any]):
 
 
 def first(loader: Any, trainer: Trainer, samples_at_once: int | None) -> Loader:
-    """The loader of a split as one of its first samples; the first of several loaders.
+    """Return a loader of the first samples of a split's loader; of several loaders, the first.
 
     Raises:
-        ValueError: if bigmodel.data.sampling did not make it.
+        ValueError: if it is not from bigmodel.data.sampling.
     """
     one = loader[0] if isinstance(loader, list | tuple) else loader
     if not isinstance(one, Loader):
         raise ValueError(f"this {type(one).__name__} was not made by bigmodel.data.sampling.eval_loader")
     whole: Any = one.dataset.dataset  # type: ignore[attr-defined]
     n = min(len(whole), _EVALUATED)
-    dataset = _First(whole, n - 1 if n > 1 and n % 4 == 0 else n)  # rows of a last batch are to be filled up
+    dataset = _First(whole, n - 1 if n > 1 and n % 4 == 0 else n)  # so that a last batch has padding rows
     return eval_loader(dataset, batch_size=samples_at_once or len(dataset), trainer=trainer)
 
 
 def has_split(data: Any, name: str) -> bool:
-    """Whether the data module has a loader for it that gives anything."""
+    """True if the data module has a non-empty loader of this name."""
     if not is_overridden(name, data):
         return False
     loader = getattr(data, name)()
@@ -281,12 +282,12 @@ def has_split(data: Any, name: str) -> bool:
 
 
 def num_rows(batch: Any) -> int:
-    """B, the number of rows."""
+    """Return B, the number of rows."""
     return len(batch.index)
 
 
 def sliced(batch: Any, begin: int, end: int | None) -> Any:
-    """Some rows of a batch."""
+    """Return some rows of a batch."""
     return type(batch)(*(part[begin:end] for part in batch))
 
 
@@ -297,7 +298,7 @@ def _sum_and_count(output: Any) -> tuple[float, float]:
 
 
 def _switch_dropout_off(task: nn.Module) -> None:
-    """Numbers that are called dropout, and those of modules that are, become 0."""
+    """Set to 0 all floats with a dropout name, and the rates of dropout modules."""
     for module in task.modules():
         is_one = "drop" in type(module).__name__.lower()
         for name, value in vars(module).items():
@@ -310,19 +311,19 @@ def _copied(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _whole(tensor: Any) -> Tensor:
-    """Of a sharded parameter all parts, on each process."""
+    """Return all parts of a sharded parameter, on each process."""
     whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return whole
 
 
 def distance(a: dict[str, Tensor], b: dict[str, Tensor], start: dict[str, Tensor]) -> float:
-    """How far two trained nets are apart, as a share of the way that the first has come (2-norms)."""
+    """Return the distance of two trained nets, relative to the distance of the first from the start (2-norms)."""
     apart = sum(float((a[name] - b[name]).double().square().sum()) for name in a)
     way = sum(float((a[name] - start[name]).double().square().sum()) for name in a)
     return float("inf") if not apart < float("inf") else (apart / way) ** 0.5 if way else 0.0 if not apart else 1.0
 
 
 def state(checkpoint: Path) -> dict[str, Any]:
-    """What of a checkpoint must be the same in a run that was resumed."""
+    """Return the parts of a checkpoint that must be the same in a resumed run."""
     content = read(checkpoint)
     return {key: content[key] for key in ("state_dict", "optimizer_states", "lr_schedulers")}

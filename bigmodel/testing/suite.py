@@ -1,7 +1,8 @@
-"""The conformance suite of a task: all checks of `bigmodel check-task`.
+"""Conformance suite of a task: all checks of `bigmodel check-task`.
 
-Those that compare runs are statements of arithmetic: a run stopped and resumed equals one left alone, bitwise; micro-batches
-accumulated, two processes, and a sharded net equal one process that takes the batch at once, up to rounding in float32.
+Those that compare runs check equalities: a run that is stopped and resumed equals an uninterrupted one, bitwise;
+accumulated micro-batches, two processes, and a sharded net equal one process that takes the batch at once, up to
+rounding in float32.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from bigmodel.testing.checks import Blocked, Failure, Finding, Skip
 
 _LIMIT = 1e-3  # of `short_runs.distance`; rounding alone leaves 1e-6 to 1e-4
 _BF16 = 0.05  # of the loss
-# How long to wait for one run on two processes: seconds, or so many times what one process took for all of its runs, since a
-# slow machine is no failure.
+# Timeout for one run on two processes: in seconds, or as a multiple of the time that one process took for all of its runs
+# if that is longer, because a slow machine is not a failure.
 _PATIENCE, _TIMES = 240.0, 10.0
 
 
 class ConformanceSuite:
-    """The checks of one task, in the order in which they are printed.
+    """Checks of one task, in the order in which they are printed.
 
     Args:
         settings: an experiment with it, merged.
@@ -41,15 +42,15 @@ class ConformanceSuite:
         self.settings, self.folder = settings, folder
         folder.mkdir()
         (folder / "settings.json").write_text(json.dumps(settings))
-        self.kept: dict[str, bool] = {}  # promises that were tried
+        self.kept: dict[str, bool] = {}  # results of the checked requirements
         self.straight: short_runs.ShortRun | None = None
-        self.reference: short_runs.ShortRun | None = None  # without dropout, one process takes the whole batch
+        self.reference: short_runs.ShortRun | None = None  # without dropout, whole batch on one process
         self.whole: short_runs.ShortRun | None = None  # evaluated at once
         self.spent = 0.0  # seconds of one process
-        self.draws = self.normed = False  # what keeps runs from being compared
+        self.draws = self.normed = False  # reasons why runs cannot be compared
 
     def on_one_process(self) -> Iterator[Finding]:
-        """All that one process finds out, as soon as it is known."""
+        """Yield all findings on one process, as soon as they are available."""
         start = time.monotonic()
         if (missing := checks.arguments(self.settings)) is not None:
             self._announce(None)
@@ -57,7 +58,7 @@ class ConformanceSuite:
             return
         try:
             run = self.straight = short_runs.fit(self._settings(), short_runs.ShortRun(saves=True))
-        except (Exception, SystemExit) as error:  # the task's own code may raise anything
+        except (Exception, SystemExit) as error:  # the task's own code may raise any exception
             self._announce(None)
             yield Finding("FAIL", "training", f"{_said(error)}. Mend this first: all else needs a run that trains")
             return
@@ -80,8 +81,8 @@ class ConformanceSuite:
         self.spent = time.monotonic() - start
 
     def on_two_processes(self) -> Iterator[Finding]:
-        """What is found with two more; after `on_one_process`."""
-        if not self.kept:  # nothing runs
+        """Yield the findings with two further processes; call after `on_one_process`."""
+        if not self.kept:  # no run succeeded
             return
         yield from self._try("reload", self._reload)
         yield from self._try("two processes", self._two_processes)
@@ -103,13 +104,13 @@ class ConformanceSuite:
         yield finding
 
     def _need(self, *promises: str) -> None:
-        """One failure is told once, not again by all that follows from it."""
+        """Raise Blocked if a requirement failed, so that its consequences are not reported again."""
         for what in promises:
             if not self.kept[what]:
                 raise Blocked(f"cannot be tried before {what!r} above is mended")
 
     def _announce(self, checkpoint: Path | None) -> None:
-        """Let the two processes begin."""
+        """Signal the two processes to begin."""
         partial = self.folder / "ready.partial"
         partial.write_text(json.dumps({"checkpoint": str(checkpoint) if checkpoint else None}))
         partial.rename(self.folder / "ready")
@@ -207,7 +208,7 @@ class ConformanceSuite:
         reference = self.reference or self._run
         trial = short_runs.ShortRun(dropout=self.reference is None)
         comparable = self.reference is not None
-        # Some processors emulate bf16, slowly: one step, where no schedule wants more.
+        # Some processors emulate bf16, slowly: one step, unless a schedule requires more.
         steps = 1 if comparable else short_runs.STEPS
         settings = self._settings(comparable=comparable, precision="bf16-mixed", max_steps=steps)
         there, here = reference.losses[0], short_runs.fit(settings, trial).losses[0]
@@ -228,7 +229,7 @@ class ConformanceSuite:
         self._need("loaders")
         whole = self.whole = short_runs.evaluate(settings, checkpoint, None)
         filled = short_runs.evaluate(settings, checkpoint, at_once)
-        samples = sorted(set(whole.evaluated))  # of an order of their own, maybe
+        samples = sorted(set(whole.evaluated))  # possibly in another order
         if not samples or any(sorted(seen.evaluated) != samples for seen in (whole, filled)):
             raise Failure("validation did not meet each sample once: let the data set's index be the sample's number")
         if not whole.metrics:
@@ -252,7 +253,7 @@ class ConformanceSuite:
     # On two processes.
 
     def _of_two(self, name: str) -> dict[str, Any]:
-        """What they found."""
+        """Return the results of the two processes."""
         patience = max(_PATIENCE, _TIMES * self.spent)
         deadline = time.monotonic() + patience
         path = self.folder / f"{name}.pt"

@@ -1,7 +1,8 @@
-"""The part of `bigmodel check-task` on two processes: `torchrun --nproc-per-node 2 -m bigmodel.testing.worker FOLDER`.
+"""Two-process part of `bigmodel check-task`: `torchrun --nproc-per-node 2 -m bigmodel.testing.worker FOLDER`.
 
-FOLDER/plans.json lists folders, one for a task, each with its settings.json; when a file `ready` is there, the runs of one
-process are done. Left in each: `reload.json`, `ddp.pt`, `sharded.pt` (what the first process found), or `NAME.error`.
+FOLDER/plans.json lists folders, one per task, each with its settings.json; a file `ready` appears when the runs of one
+process are done. Written to each: `reload.json`, `ddp.pt`, `sharded.pt` (results of the first process), or
+`NAME.error`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _SHARDED = {"class_path": "bigmodel.parallel.ShardedStrategy"}
 
 
 def main(folder: Path) -> None:
-    """Work through all plans."""
+    """Process all plans."""
     torch.set_num_threads(1)
     trainer_cli.quiet_lightning()
     doors = _DataAccessGuard()
@@ -35,10 +36,10 @@ def main(folder: Path) -> None:
         while not (plan / "ready").exists():
             time.sleep(0.05)
         ready = json.loads((plan / "ready").read_text())
-        if ready["checkpoint"] is None:  # nothing runs even on one process
+        if ready["checkpoint"] is None:  # no run succeeded on one process
             continue
         settings, checkpoint = json.loads((plan / "settings.json").read_text()), Path(ready["checkpoint"])
-        if os.environ["RANK"] == "0":  # first, in a process that has not seen any data
+        if os.environ["RANK"] == "0":  # first, in a process that has not read any data
             _try(plan / "reload", lambda: doors.closed(settings, lambda: _reload(checkpoint)))  # noqa: B023
         _try(plan / "ddp", lambda: _train(settings, plan, "ddp", checkpoint))  # noqa: B023
         _try(plan / "sharded", lambda: _train(settings, plan, _SHARDED, None))  # noqa: B023
@@ -47,7 +48,7 @@ def main(folder: Path) -> None:
 def _try(path: Path, work: Callable[[], Any]) -> None:
     try:
         found = work()
-    except (Exception, SystemExit) as error:  # the task's own code may raise anything
+    except (Exception, SystemExit) as error:  # the task's own code may raise any exception
         path.with_suffix(".error").write_text(f"{type(error).__name__}: {error}")
         return
     if os.environ["RANK"] == "0":
@@ -76,11 +77,11 @@ def _reload(checkpoint: Path) -> dict[str, Any]:
 
 
 class _DataAccessGuard:
-    """Keeps what runs behind it from the files that the data's settings name."""
+    """Blocks access to the files named in the data's settings."""
 
     def __init__(self) -> None:
         self._shut: tuple[Path, ...] = ()
-        sys.addaudithook(self._watch)  # which can never be taken away again
+        sys.addaudithook(self._watch)  # an audit hook cannot be removed
 
     def _watch(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open" and self._shut and isinstance(arguments[0], str | bytes):

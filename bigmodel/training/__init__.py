@@ -1,1 +1,1 @@
-"""From a batch to an optimizer step: gradient scaling, optimizers, schedules, precision, and callbacks."""
+"""Training, from a batch to an optimizer step: gradient scaling, optimizers, schedules, precision, and callbacks."""

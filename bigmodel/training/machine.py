@@ -1,7 +1,8 @@
-"""Speeds measured on this machine, and kept between runs in <cache>/machine/<key>.json.
+"""Speeds measured on this machine, and stored between runs in <cache>/machine/<key>.json.
 
-The key is a digest of what a speed depends on: the processor, its features, the version of torch. Where the file cannot be
-read or written, speeds are measured again. One thread's CPU time is measured, which other work changes little.
+The key is a digest of the properties that a speed depends on: the processor, its features, the version of torch. If the
+file cannot be read or written, speeds are measured again. One thread's CPU time is measured, which other work changes
+little.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ import torch.nn.functional as F
 
 from bigmodel.data.cache import cache_folder, digest
 
-# Dense TFLOP/s from the makers' data sheets, without sparsity: of 16-bit inputs (TF32 has half of it, float8 twice as much),
-# and of float32 without tensor cores.
+# Dense TFLOP/s from the manufacturers' data sheets, without sparsity: of 16-bit inputs (TF32 has half of it, float8 twice
+# as much), and of float32 without tensor cores.
 _GPUS = {
     "B200": (2250, 75),
     "H200": (989, 67),
@@ -34,20 +35,20 @@ _GPUS = {
     "L40S": (362, 91.6),
     "A10": (125, 31.2),
 }
-_LARGEST = 2048  # of a weight's sizes: beyond it, speeds differ no more
+_LARGEST = 2048  # of a weight's sizes: speeds do not change beyond it
 _OPERATIONS = 1 << 27  # multiply-adds of a product, at most
 _ROWS = 512  # of a product, such as the tokens of a micro-batch
 _IMAGES, _PIXELS = 8, 14  # of a convolution: images, and their height and width
 _SIZES = (64, 128, 256, 512, 1024)  # of square matrices, for the peak
-_SECONDS = 0.04  # of CPU time, in which a layer is measured again and again
-_BLOCK = 0.002  # of CPU time, at least, that is measured at once
+_SECONDS = 0.04  # of CPU time, in which a layer is measured repeatedly
+_BLOCK = 0.002  # of CPU time, the minimum of one measurement
 
 Shape = tuple[int, ...]  # of a weight: [out, in], or of a convolution [out, in / groups, height, width]
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread, with gradients, whatever the caller's settings are."""
+    """Use one thread, with gradients, whatever the caller's settings are."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -58,9 +59,9 @@ def _one_thread() -> Iterator[None]:
 
 
 def cpu() -> dict[str, Any]:
-    """The properties of this CPU and of torch on which speeds depend."""
+    """Return the properties of this CPU and of torch on which speeds depend."""
     names, flags = [platform.processor()], ""
-    with suppress(OSError):  # Linux alone has it
+    with suppress(OSError):  # Linux only
         text = Path("/proc/cpuinfo").read_text()
         names = re.findall(r"^model name\s*: (.*)", text, re.MULTILINE) or names
         flags = next(iter(re.findall(r"^(?:flags|Features)\s*: (.*)", text, re.MULTILINE)), "")
@@ -76,12 +77,12 @@ def cpu() -> dict[str, Any]:
 
 
 def kept(name: str, measure: Callable[[], float], better: Callable[[float, float], float] | None = None) -> float:
-    """A figure of this machine: the one that was kept, or else measured now and kept.
+    """Return a value of this machine: the stored one, else measured now and stored.
 
     Args:
-        name: of the figure.
-        measure: how it is measured.
-        better: measure anyhow, and keep this choice of the old and the new one, such as `max` for a peak.
+        name: of the value.
+        measure: measures it.
+        better: measure in any case, and store this choice of the old and the new value, such as `max` for a peak.
     """
     machine = cpu()
     path = cache_folder("machine") / f"{digest(machine)}.json"
@@ -105,7 +106,7 @@ def kept(name: str, measure: Callable[[], float], better: Callable[[float, float
 
 
 def bf16_speed(shape: Shape) -> float:
-    """Speed of bf16 autocast over that of float32 on this CPU, forward and backward, for a layer with this weight.
+    """Return the speed of bf16 autocast over float32 on this CPU, forward and backward, for a layer of this weight.
 
     Measured once on a machine, in about a tenth of a second.
 
@@ -121,18 +122,18 @@ def _bf16_speed(shape: Shape) -> float:
     steps = [_training_step(shape, dtype) for dtype in (torch.float32, torch.bfloat16)]
     best = [math.inf, math.inf]
     for step in steps:
-        step()  # claims memory, chooses kernels
+        step()  # warm-up: allocates memory, chooses kernels
     start, rounds = time.thread_time(), 0
     while rounds < 3 or time.thread_time() - start < _SECONDS:
         best = [min(least, _seconds(step)) for least, step in zip(best, steps, strict=True)]
         rounds += 1
-        if best[1] > 4 * best[0]:  # emulated: clear enough, and slow
+        if best[1] > 4 * best[0]:  # emulated: the result is clear, and measuring is slow
             break
     return best[0] / best[1]
 
 
 def _seconds(step: Callable[[], object]) -> float:
-    """CPU time of a call, over so many that the clock's own steps do not count."""
+    """Return the CPU time of a call, over enough calls for the clock's resolution."""
     calls = 1
     while True:
         start = time.thread_time()
@@ -144,7 +145,7 @@ def _seconds(step: Callable[[], object]) -> float:
 
 
 def _training_step(shape: Shape, dtype: torch.dtype) -> Callable[[], None]:
-    """Forward and backward pass of a layer with this weight, under autocast to this type."""
+    """Return a forward and backward pass of a layer with this weight, under autocast to this type."""
     weight = torch.full(shape, 0.01)
     if len(shape) == 2:
         rows = max(32, min(_ROWS, _OPERATIONS // weight.numel()))
@@ -165,10 +166,10 @@ def _training_step(shape: Shape, dtype: torch.dtype) -> Callable[[], None]:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Peak rate of matrix products of this type on a device, in FLOP/s; None where it is not known.
+    """Return the peak rate of matrix products of this type on a device, in FLOP/s; None if it is unknown.
 
-    Of a GPU, from its maker's data sheet. Of a CPU, that of one thread times the number of threads: the best of square
-    products of several sizes, in this run or an earlier one on this machine.
+    For a GPU, from its manufacturer's data sheet. For a CPU, that of one thread times the number of threads: the best
+    of square products of several sizes, in this run or an earlier one on this machine.
 
     Args:
         device: where the products are computed.
@@ -197,6 +198,6 @@ def _peak_flops(dtype: torch.dtype) -> float:
         torch.mm(a, a)
         seconds = min(_seconds(functools.partial(torch.mm, a, a)) for _ in range(5))
         best = max(best, 2 * size**3 / seconds)
-        if seconds > _SECONDS:  # emulated: larger ones are no faster, and slow
+        if seconds > _SECONDS:  # emulated: larger ones are not faster, and slow
             break
     return best

@@ -1,7 +1,7 @@
-"""Parameter groups, the optimizer and its learning-rate scheduler: what a task's `configure_optimizers` returns.
+"""Parameter groups, the optimizer and its learning-rate scheduler, for a task's `configure_optimizers`.
 
-Weight decay is kept off biases, norms and other vectors, as is usual for transformers. Gradients are scaled and clipped in
-`bigmodel.training.callbacks.gradient_scaling`; the schedules are in `bigmodel.training.schedules`.
+Weight decay is not applied to biases, norms and other vectors, as is usual for transformers. Gradients are scaled and
+clipped in `bigmodel.training.callbacks.gradient_scaling`; the schedules are in `bigmodel.training.schedules`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices, which weight decay acts on, and vectors (biases, norms), exempt.
+    """Return the trainable parameters in two groups: matrices, with weight decay, and vectors (biases, norms), without.
 
-    Each parameter stands in one group once, tied ones included. Empty groups are left out.
+    Each parameter is in one group once, tied ones included. Empty groups are left out.
     """
     trainable = [p for p in module.parameters() if p.requires_grad]
     decayed = [p for p in trainable if p.ndim >= 2]
@@ -36,7 +36,7 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def num_steps(trainer: Trainer) -> int:
-    """Optimizer steps of the whole run, from `max_steps` and `max_epochs`; -1 if neither bounds it.
+    """Return the optimizer steps of the whole run, from `max_steps` and `max_epochs`; -1 if neither bounds it.
 
     Lightning's own `estimated_stepping_batches` is not used: it starts to read data before a checkpoint is restored.
     """
@@ -55,7 +55,7 @@ def num_steps(trainer: Trainer) -> int:
 
 
 class _StepSchedule(LambdaLR):
-    """Restores only where it stands: base rates and shape are those of the configuration, so explicit flags win."""
+    """Restores only the position: base rates and shape come from the configuration, so explicit flags take precedence."""
 
     def __init__(self, optimizer: Optimizer, schedule: Schedule, trainer: Trainer) -> None:
         self.trainer, self.total = trainer, num_steps(trainer)
@@ -65,7 +65,7 @@ class _StepSchedule(LambdaLR):
         return {key: value for key, value in super().state_dict().items() if key not in ("trainer", "total")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.total = num_steps(self.trainer)  # where it was resumed with another batch size
+        self.total = num_steps(self.trainer)  # differs after a resume with another batch size
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
         rates = [base * factor(self.last_epoch) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -78,11 +78,12 @@ def _without(groups: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
 
 
 def _drop_missing_fused(built: Optimizer, optimizer: OptimizerFactory) -> None:
-    """Set `fused` to false where torch has no fused kernel of this optimizer for its parameters, and say so in a line.
+    """Set `fused` to false, and print a line, if torch has no fused kernel of this optimizer for its parameters.
 
-    Which ones there are (no SGD of sharded parameters, for example) depends on the version: each kind of parameter is tried.
+    The supported combinations (not SGD of sharded parameters, for example) depend on the version: each kind of
+    parameter is tried.
     """
-    kinds: dict[Any, Tensor] = {}  # of each the smallest
+    kinds: dict[Any, Tensor] = {}  # the smallest parameter of each kind
     for group in built.param_groups:
         for p in group["params"] if group.get("fused") else ():
             kind = (p.device, p.dtype, (p.device_mesh, p.placements) if isinstance(p, DTensor) else None)
@@ -106,12 +107,12 @@ def _drop_missing_fused(built: Optimizer, optimizer: OptimizerFactory) -> None:
 
 
 def _steps(optimizer: OptimizerFactory, parameter: Tensor) -> bool:
-    """Whether the optimizer takes a step on a parameter like this one."""
+    """True if the optimizer can take a step on a parameter like this one."""
     trial = torch.zeros_like(parameter.detach()).requires_grad_()
     trial.grad = torch.zeros_like(trial)
     try:
         optimizer([trial]).step()
-    except RuntimeError:  # NotImplementedError is one
+    except RuntimeError:  # includes NotImplementedError
         return False
     return True
 
@@ -122,27 +123,27 @@ def configure(
     schedule: Schedule | None = None,
     groups: Iterable[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """What a task's `configure_optimizers` returns.
+    """Return the value for a task's `configure_optimizers`.
 
     When a run is resumed, the optimizer's state and the position in the schedule come from the checkpoint, and every
-    setting (rate, betas, weight decay) from the configuration.
+    setting (learning rate, betas, weight decay) from the configuration.
 
     Args:
         module: the task; its trainable parameters are grouped by `parameter_groups`, unless `groups` are given.
-        optimizer: makes the optimizer from parameter groups, for example `functools.partial(torch.optim.AdamW, lr=1e-3)`.
-            Where torch has no fused kernel of it, `fused` is set to false, and a line says so.
+        optimizer: creates the optimizer from parameter groups, for example `functools.partial(torch.optim.AdamW,
+            lr=1e-3)`. If torch has no fused kernel of it, `fused` is set to false, and a line is printed.
         schedule: the learning rate over the run's steps; None: constant.
-        groups: parameter groups of the task's own, in place of `parameter_groups`; beside the optimizer's settings one may
-            have `rate`, the factor by which its learning rate differs from the others'.
+        groups: the task's own parameter groups, in place of `parameter_groups`; in addition to the optimizer's settings
+            a group may have `rate`, the factor applied to its learning rate.
 
     Raises:
-        ValueError: if nothing is trainable, or a schedule that ends has no end to aim at.
+        ValueError: if no parameter is trainable, or a schedule needs the number of steps and the run is unbounded.
     """
     chosen = parameter_groups(module) if groups is None else list(groups)
     if not chosen:
         raise ValueError(f"{type(module).__name__} has no trainable parameter: nothing to give to the optimizer")
     built = optimizer(_without(chosen, "rate"))
-    if "weight_decay" not in built.defaults:  # an optimizer without it would carry the key along unread
+    if "weight_decay" not in built.defaults:  # an optimizer without weight decay would store the key unused
         if groups is None:
             built = optimizer([p for group in chosen for p in group["params"]])
         else:

@@ -1,11 +1,11 @@
-"""`--trainer.precision auto`: bf16-mixed where this device computes the net faster in it than in float32, else 32-true.
+"""`--trainer.precision auto`: bf16-mixed if this device computes the net faster in it than in float32, else 32-true.
 
-A CPU with bf16 instructions computes large products about twice as fast in bf16; one without emulates it, at a tenth to a
-thirtieth of float32's speed. On a CPU, the net's own products are timed (`bigmodel.training.machine`); a GPU is asked what
-it has.
+A CPU with bf16 instructions computes large products about twice as fast in bf16; one without emulates it, at a tenth to
+a thirtieth of float32's speed. On a CPU, the net's own products are timed (`bigmodel.training.machine`); a GPU is
+queried for its capabilities.
 
-`ChoosePrecision` is the callback that the command adds. It needs the net, which is made after the trainer, so the trainer
-starts with `Undecided` in the place of Lightning's precision plugin.
+`ChoosePrecision` is the callback that the command adds. It needs the net, which is created after the trainer, so the
+trainer starts with `Undecided` in place of Lightning's precision plugin.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from bigmodel.training.machine import Shape, bf16_speed
 
 PRECISIONS = ("auto", "bf16-mixed", "32-true", "16-mixed", "bf16-true", "16-true", "64-true")
 _LIGHTNINGS_OTHERS = ("transformer-engine", "transformer-engine-float16", "bf16", "16", "32", "64", 16, 32, 64, None)
-_FASTER = 1.2  # times float32's speed: what bf16 must gain in products, for casts and all else gain nothing
-_EMULATED = 0.5  # times float32's speed: below, a device computes bf16 by other instructions
-_DEFAULT: Shape = (256, 256)  # of a weight, where there is no net yet
-_NUM_SHAPES = 4  # that are timed: those with most of the operations
+_FASTER = 1.2  # times float32's speed: required of bf16 products, since casts and other operations do not get faster
+_EMULATED = 0.5  # times float32's speed: below it, bf16 is emulated
+_DEFAULT: Shape = (256, 256)  # of a weight, if there is no net yet
+_NUM_SHAPES = 4  # timed shapes: those with the most operations
 
 
 def check_precision(precision: Any) -> None:
-    """Refuse what neither `auto` nor Lightning knows.
+    """Raise for a precision that is neither `auto` nor one of Lightning's.
 
     Raises:
-        ValueError: for another word.
+        ValueError: for any other value.
     """
     if precision not in (*PRECISIONS, *_LIGHTNINGS_OTHERS):
         raise ValueError(f"--trainer.precision {precision}: choose one of {', '.join(PRECISIONS)}")
@@ -43,13 +43,13 @@ def check_precision(precision: Any) -> None:
 
 @dataclass(frozen=True)
 class Choice:
-    """A precision and the reason for it.
+    """Precision and the reason for it.
 
     Attributes:
         precision: `bf16-mixed` or `32-true`.
         reason: a clause for a printed line, such as "on this CPU, bf16 has 1.8 times the speed of float32 ...".
-        speed: of bf16 over float32, where it was measured.
-        emulated: whether the device has no instructions for bf16.
+        speed: of bf16 over float32, if it was measured.
+        emulated: True if the device has no instructions for bf16.
     """
 
     precision: str
@@ -59,11 +59,11 @@ class Choice:
 
 
 def choose(device: torch.device, net: nn.Module | None = None) -> Choice:
-    """The faster of bf16-mixed and 32-true for training a net on a device.
+    """Return the faster of bf16-mixed and 32-true for training a net on a device.
 
     Args:
         device: where it is trained.
-        net: with its layers, on any device, without memory too; None: a layer of 256 x 256 stands for it.
+        net: with its layers, on any device, possibly without memory; None: a layer of 256 x 256 is used instead.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -85,10 +85,10 @@ def choose(device: torch.device, net: nn.Module | None = None) -> Choice:
 
 
 def product_shapes(net: nn.Module) -> Counter[Shape]:
-    """Shapes of the weights that a net multiplies by, [out, in, ...], with the number of operations for each row.
+    """Return the shapes of a net's multiplied weights, [out, in, ...], with the number of operations per row.
 
-    All matrices and the weights of convolutions. Tables of embeddings are among them, because a net that ties its head
-    multiplies by them as well.
+    All matrices and the weights of convolutions. Embeddings are included, because a net that ties its head multiplies
+    by them as well.
     """
     kernels = {module.weight for module in net.modules() if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)}
     operations: Counter[Shape] = Counter()
@@ -99,7 +99,7 @@ def product_shapes(net: nn.Module) -> Counter[Shape]:
 
 
 def _speed(operations: Counter[Shape]) -> float:
-    """Speed of bf16 over that of float32: the ratio of the times that the operations take."""
+    """Return the speed of bf16 over that of float32: the ratio of the times of the operations."""
     most = operations.most_common(_NUM_SHAPES)
     speeds = []
     for shape, _ in most:
@@ -111,16 +111,16 @@ def _speed(operations: Counter[Shape]) -> float:
 
 
 class Undecided(Precision):
-    """Stands in the trainer for a precision that is chosen once the net is made; see `ChoosePrecision`."""
+    """Placeholder of a precision that is chosen once the net is created; see `ChoosePrecision`."""
 
     precision: Any = "auto"
 
     def decide(self, trainer: Trainer) -> None:
-        """Choose now."""
+        """Choose the precision now."""
         decide(trainer)
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Choose, before the strategy sets the net up."""
+        """Choose the precision, before the strategy sets up the net."""
         assert isinstance(module, LightningModule)
         self.decide(module.trainer)
         return module.trainer.precision_plugin.convert_module(module)
@@ -134,9 +134,9 @@ class Undecided(Precision):
 
 
 def decide(trainer: Trainer) -> None:
-    """Choose the precision now, if that is still to be done: by the net if it is made, and alike on all processes.
+    """Choose the precision now, if still undecided: by the net if it exists, and equally on all processes.
 
-    To be called by what needs the precision early: a strategy that shards the net, a cache that depends on it.
+    To be called by code that needs the precision early: a strategy that shards the net, a cache that depends on it.
     """
     chooser = next((one for one in trainer.callbacks if isinstance(one, ChoosePrecision)), None)  # type: ignore[attr-defined]
     if chooser is not None and isinstance(trainer.precision_plugin, Undecided):
@@ -144,17 +144,17 @@ def decide(trainer: Trainer) -> None:
 
 
 class ChoosePrecision(Callback):
-    """Chooses the trainer's precision where it is `auto`; where bf16 was set on a CPU that emulates it, says so.
+    """Chooses the trainer's precision if it is `auto`; prints a line if bf16 was set on a CPU that emulates it.
 
     Attributes:
-        choice: what was chosen and why; None before, and where the precision was set.
+        choice: the choice and its reason; None before, and if the precision was set.
     """
 
     def __init__(self) -> None:
         self.choice: Choice | None = None
 
     def decide(self, trainer: Trainer) -> None:
-        """See `decide`."""
+        """Choose the precision, see `decide`."""
         device = trainer.strategy.root_device
         self.choice = trainer.strategy.broadcast(choose(device, trainer.lightning_module))
         bf16 = self.choice.precision == "bf16-mixed"
@@ -165,11 +165,11 @@ class ChoosePrecision(Callback):
             print(line, flush=True)
 
     def describe(self, trainer: Trainer, net: nn.Module | None, chosen_before: bool = False) -> str | None:
-        """The line that says what was chosen, or what this device makes of what was set; None where there is nothing to say.
+        """Return a line on the choice, or on this device's speed in the configured precision; None if not needed.
 
         Args:
-            trainer: whose precision it is.
-            net: that is trained; None if it is not made yet.
+            trainer: the trainer with this precision.
+            net: the trained net; None if it does not exist yet.
             chosen_before: this run chose the precision, maybe on another machine, before it was resumed.
         """
         precision = trainer.precision

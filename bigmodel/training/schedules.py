@@ -1,7 +1,7 @@
-"""Learning-rate schedules: the rate as a factor of its peak, by optimizer step.
+"""Learning-rate schedules: the learning rate as a factor of its peak, by optimizer step.
 
-Sources: cosine decay from Loshchilov and Hutter (2017); warm-up, stable, decay from Hu et al. (2024, MiniCPM). The scheduler
-that moves with every optimizer step is made by `bigmodel.training.optimizers.configure`.
+Sources: cosine decay from Loshchilov and Hutter (2017); warm-up, stable, decay from Hu et al. (2024, MiniCPM). The
+scheduler that is stepped at every optimizer step is created by `bigmodel.training.optimizers.configure`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 
 
 class Schedule(ABC):
-    """The learning rate as a factor of its peak, from the optimizer steps taken."""
+    """Learning rate as a factor of its peak, by the number of optimizer steps taken."""
 
     @abstractmethod
     def __call__(self, step: int, total: int) -> float:
-        """The factor for the optimizer step number `step` (from 0) of a run of `total` steps."""
+        """Return the factor for optimizer step number `step` (from 0) of a run of `total` steps."""
 
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """Warm-up, then the peak rate to the end. The other schedules differ in what follows warm-up.
+    """Warm-up, then the peak rate to the end. The other schedules differ only after warm-up.
 
     Args:
         warmup_steps: optimizer steps over which the factor rises linearly to 1; the first step has 1 / warmup_steps.
@@ -39,7 +39,7 @@ class Constant(Schedule):
         return self.after_warmup(step - self.warmup_steps, max(1, total - self.warmup_steps))
 
     def after_warmup(self, step: int, total: int) -> float:
-        """The factor `step` steps after warm-up, of `total` there."""
+        """Return the factor `step` steps after warm-up, out of `total` such steps."""
         return 1.0
 
     def _check_fraction(self, name: str, value: float) -> None:
@@ -53,7 +53,7 @@ class Linear(Constant):
 
     Args:
         warmup_steps: optimizer steps of linear warm-up.
-        final: the factor that is reached, in 0 to 1.
+        final: the final factor, in 0 to 1.
     """
 
     final: float = 0.0
@@ -76,11 +76,11 @@ class Cosine(Linear):
 
 @dataclass(frozen=True)
 class Exponential(Linear):
-    """Warm-up, then the same ratio from step to step, to `final` of the peak at the last step.
+    """Warm-up, then exponential decay to `final` of the peak at the last step.
 
     Args:
         warmup_steps: optimizer steps of linear warm-up.
-        final: the factor that is reached, above 0.
+        final: the final factor, above 0.
     """
 
     final: float = 0.01
@@ -96,12 +96,12 @@ class Exponential(Linear):
 
 @dataclass(frozen=True)
 class Step(Constant):
-    """Warm-up, then the rate times `gamma` at each milestone.
+    """Warm-up, then the rate is multiplied by `gamma` at each milestone.
 
     Args:
         warmup_steps: optimizer steps of linear warm-up.
         milestones: fractions of the steps after warm-up, each in 0 to 1.
-        gamma: what the rate is multiplied by at each.
+        gamma: the factor applied to the rate at each milestone.
     """
 
     milestones: tuple[float, ...] = (0.5, 0.75)
@@ -122,8 +122,8 @@ class WarmupStableDecay(Linear):
 
     Args:
         warmup_steps: optimizer steps of linear warm-up.
-        final: the factor that is reached, in 0 to 1.
-        decay: the share of the steps after warm-up over which the rate falls, in 0 to 1.
+        final: the final factor, in 0 to 1.
+        decay: the fraction of the steps after warm-up over which the rate falls, in 0 to 1.
     """
 
     decay: float = 0.2

@@ -1,9 +1,10 @@
-"""Tables of any common kind: found at a path, read block by block, and what cannot be used told by file and row.
+"""Readers of tables: found at a path, read block by block, with errors that name file and row.
 
-CSV, TSV, JSON Lines and Parquet; and the data sets of Hugging Face's `datasets`, in `bigmodel.data.tables.hugging_face`::
+CSV, TSV, JSON Lines and Parquet; and the data sets of Hugging Face's `datasets`, in
+`bigmodel.data.tables.hugging_face`::
 
     class Weather:
-        def found(self, where, there):  # which columns are read, and as what; see `Columns`
+        def found(self, where, there):  # the columns to read, by role; see `Columns`
             return find_columns(where, there, {"day": ("day", "date"), "degrees": ("degrees",)})
 
     for file in find_files(path, partial(files_in, suffixes=(".csv", ".parquet")), "tables of weather (CSV, Parquet)"):

@@ -1,4 +1,4 @@
-"""Parquet files, Arrow files of Hugging Face's `datasets`, and other tables of Arrow; read in record batches."""
+"""Readers of Parquet files, Arrow files of Hugging Face's `datasets`, and other Arrow tables, in record batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROWS_AT_ONCE = 2**14
 
 @contextmanager
 def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file that is read piece by piece, without a whole row group in memory.
+    """Open a Parquet file for reading in pieces, without a whole row group in memory.
 
     Raises:
         ValueError: if it cannot be read, then or later.
@@ -30,7 +30,7 @@ def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
 
 
 def read_parquet(path: str, columns: Columns, rows_at_once: int = _ROWS_AT_ONCE) -> Iterator[Rows]:
-    """The rows of a Parquet file, counted from 0, as by the libraries that read this format.
+    """Yield the rows of a Parquet file, counted from 0, as by the libraries that read this format.
 
     Raises:
         ValueError: if it cannot be read or lacks a column.
@@ -43,7 +43,7 @@ def read_parquet(path: str, columns: Columns, rows_at_once: int = _ROWS_AT_ONCE)
 
 
 def read_arrow(where: str, paths: Iterable[str], columns: Columns) -> Iterator[Rows]:
-    """The rows of files that Hugging Face's `datasets` wrote, as one table, counted from 0.
+    """Yield the rows of Arrow files written by Hugging Face's `datasets`, as one table, counted from 0.
 
     Raises:
         ValueError: if a file is damaged, or lacks a column.
@@ -68,7 +68,7 @@ def rows_of(
     bytes_a_row: float = 0.0,
     first: int = 0,
 ) -> Iterator[Rows]:
-    """The rows of record batches that lie one after the other.
+    """Yield the rows of consecutive record batches.
 
     Args:
         where: the table, for messages.
@@ -76,11 +76,11 @@ def rows_of(
         batches: in order.
         columns: those that are read.
         rows_at_once: in a block, at most.
-        bytes_a_row: of a file, about.
-        first: what a person counts the first row as.
+        bytes_a_row: approximate size in the file.
+        first: the number of the first row, for messages.
 
     Raises:
-        ValueError: if a column is not there.
+        ValueError: if a column is missing.
     """
     found = columns.found(where, schema.names)
     classes = {role: names for role, name in found.items() if (names := class_names(schema, name))}
@@ -93,11 +93,11 @@ def rows_of(
 
 
 def class_names(schema: pa.Schema, column: str) -> list[str] | None:
-    """The class names that Hugging Face's `datasets` wrote beside a column of class numbers, or of lists of these."""
+    """Return the class names stored by Hugging Face's `datasets` for a column of class numbers, or of lists of these."""
     written = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     feature = written.get("info", {}).get("features", {}).get(column, {})
     if isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
         feature = feature["feature"]
-    if isinstance(feature, list):  # as older ones wrote a list
+    if isinstance(feature, list):  # older versions wrote a list
         feature = feature[0]
     return feature.get("names") if isinstance(feature, dict) else None

@@ -1,4 +1,4 @@
-"""From paths to files, and what kind of table each is; and where a name stands for data that come with a package."""
+"""File lookup by paths, folders and globs, and detection of the kind of table."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Literal
 
 
 def find_files(path: str | Sequence[str], in_folder: Callable[[str], list[str]], known: str) -> list[str]:
-    """The files that are meant, in order, each once.
+    """Return the matching files, in order, each once.
 
     Args:
         path: files, folders and globs (** is any depth).
-        in_folder: those that a folder stands for, such as `files_in` finds.
+        in_folder: returns the files of a folder, for example `files_in`.
         known: the kinds of data that can be read, for messages.
 
     Raises:
-        ValueError: if nothing is given, or something stands for no file.
+        ValueError: if nothing is given, or an entry matches no file.
     """
     files: dict[str, None] = {}
     for given in [path] if isinstance(path, str) else path:
@@ -44,10 +44,10 @@ def find_files(path: str | Sequence[str], in_folder: Callable[[str], list[str]],
 
 
 def files_in(folder: str, suffixes: Sequence[str]) -> list[str]:
-    """The files in a folder, or else in `data` within it, that have one of these suffixes; sorted.
+    """Return the files in a folder, or else in its subfolder `data`, that have one of these suffixes; sorted.
 
     Raises:
-        ValueError: if there are some of several suffixes.
+        ValueError: if there are files of several suffixes.
     """
     here = glob.escape(os.path.expanduser(folder))
     found = {
@@ -63,14 +63,14 @@ def files_in(folder: str, suffixes: Sequence[str]) -> list[str]:
 
 
 def kind_of(path: str, known: str = "CSV, TSV, JSON Lines, Parquet") -> Literal["parquet", "json", "text"]:
-    """What kind of table a file is, by how it begins; `json` is JSON Lines.
+    """Return the kind of table in a file, by its first bytes; `json` is JSON Lines.
 
     Args:
         path: the file.
         known: the kinds of data that can be read, for messages.
 
     Raises:
-        ValueError: if it is none, is empty, or cannot be read.
+        ValueError: if the kind is unknown, the file is empty, or cannot be read.
     """
     try:
         with open(path, "rb") as stream:
@@ -88,7 +88,7 @@ def kind_of(path: str, known: str = "CSV, TSV, JSON Lines, Parquet") -> Literal[
 
 @contextmanager
 def example_package(path: str) -> Iterator[None]:
-    """Where a data set that is called by its name comes with a package.
+    """Convert a missing package, which provides an example data set, to an error with the command to install it.
 
     Raises:
         ValueError: if the package is not installed.

@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face's `datasets`: saved to a folder, or of the hub. Their Arrow files are read in place."""
+"""Data sets of Hugging Face's `datasets`: saved to a folder, or from the hub. Their Arrow files are read in place."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ HUB = "hf://"
 
 
 def is_saved(folder: str) -> bool:
-    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote the folder."""
+    """True if the folder was written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
     there = os.listdir(folder)
     return "dataset_dict.json" in there or {"state.json", "dataset_info.json"} <= set(there)
 
 
 def saved_files(folder: str) -> dict[str, list[str]]:
-    """The files of each split of a saved data set. `datasets` itself is not needed.
+    """Return the files of each split of a saved data set. `datasets` itself is not needed.
 
     Raises:
-        ValueError: if a file that says so is missing or damaged.
+        ValueError: if one of its metadata files is missing or damaged.
     """
     try:
         if os.path.exists(os.path.join(folder, "dataset_dict.json")):
@@ -38,14 +38,14 @@ def _files_of(folder: str) -> list[str]:
 
 
 def load_hub(path: str, instead: str) -> Any:
-    """A data set of the hub by its splits, kept where `datasets` keeps it ($HF_HOME).
+    """Return a data set of the hub by its splits, cached in the cache of `datasets` ($HF_HOME).
 
     Args:
         path: hf://owner/name, or hf://owner/name:configuration.
-        instead: what to give where there is no network.
+        instead: an alternative without network, for messages.
 
     Raises:
-        ValueError: if `datasets` is not installed, or the data set cannot be had.
+        ValueError: if `datasets` is not installed, or the data set cannot be loaded.
     """
     if find_spec("datasets") is None:
         raise ValueError(f"--data.path {path} needs the package datasets: pip install 'bigmodel[hub]'")
@@ -62,5 +62,5 @@ def load_hub(path: str, instead: str) -> Any:
 
 
 def hub_files(path: str, instead: str) -> dict[str, list[str]]:
-    """The files of each split of a data set of the hub; see `load_hub`."""
+    """Return the files of each split of a data set of the hub; see `load_hub`."""
     return {split: [file["filename"] for file in data.cache_files] for split, data in load_hub(path, instead).items()}

@@ -1,4 +1,4 @@
-"""The blocks of rows in which every reader gives a table, and the names of its columns.
+"""Blocks of rows, returned by every reader of tables, and column names.
 
 M rows in a block.
 """
@@ -14,29 +14,29 @@ import pyarrow.compute as pc
 
 
 class Columns(Protocol):
-    """Which columns of a table are read, and as what."""
+    """Selection of a table's columns, by role."""
 
     def found(self, where: str, there: Sequence[str]) -> dict[str, str]:
-        """Names of columns by role, in a table with these columns; `find_columns` helps.
+        """Return the names of columns by role, in a table with these columns; `find_columns` helps.
 
         Raises:
-            ValueError: if one that is needed is not there.
+            ValueError: if a required one is missing.
         """
 
 
 def find_columns(
     where: str, there: Sequence[str], names: Mapping[str, Sequence[str]], optional: Collection[str] = ()
 ) -> dict[str, str]:
-    """Names of columns by role, of those that a table may have: the first that is there.
+    """Return the names of columns by role: for each, the first candidate that exists.
 
     Args:
         where: the table, for messages.
         there: its columns.
-        names: what the column of each role may be called. The flag of a role `x` is --data.x_column.
-        optional: roles that need not be there.
+        names: candidate names for the column of each role. The flag of a role `x` is --data.x_column.
+        optional: roles that may be missing.
 
     Raises:
-        ValueError: if another is not there.
+        ValueError: if a required one is missing.
     """
     found = {}
     for role, candidates in names.items():
@@ -53,16 +53,17 @@ def find_columns(
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a table, one after the other.
+    """Consecutive rows of a table.
 
     Attributes:
         where: the file.
-        first: what a person counts the first of them as.
+        first: the number of the first row, for messages.
         columns: by role; arrays of M each.
-        typed: whether the columns' types are the source's own. If not, all are text that may spell numbers or lists.
-        size: bytes of the file that they take, about.
-        word: what a person calls a row.
-        classes: names that Hugging Face's `datasets` wrote beside a column of class numbers, by role.
+        typed: True if the columns' types are the source's own. If not, all are text that may represent numbers or
+            lists.
+        size: approximate bytes of these rows in the file.
+        word: the term for a row, for messages.
+        classes: names stored by Hugging Face's `datasets` for a column of class numbers, by role.
     """
 
     where: str
@@ -77,22 +78,22 @@ class Rows:
         return len(next(iter(self.columns.values())))
 
     def name(self, row: int) -> str:
-        """What a person calls a row of these: file and row."""
+        """Format file and number of one of these rows, for messages."""
         return f"{self.where} {self.word} {self.first + row:,}"
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds strings."""
+    """True if a column of this type holds strings."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def plain(values: pa.Array) -> pa.Array:
-    """A column whose strings are kept in one way, not as a dictionary or a view."""
+    """Return a column with its strings as `string`, not as a dictionary or a view."""
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
     return values.cast(pa.string()) if is_text(values.type) else values
 
 
 def first_true(values: pa.Array) -> int:
-    """The first row that holds; -1 if none does."""
+    """Return the index of the first true row; -1 if there is none."""
     return int(pc.index(values, True).as_py())

@@ -1,7 +1,7 @@
-"""Tables in text: CSV and TSV with a line of names, other layouts of lines, JSON Lines.
+"""Text tables: CSV and TSV with a header line, other layouts of lines, JSON Lines.
 
-In CSV, cells with line ends or delimiters stand in double quotes. In a .tsv file a quote is a character like any other, as
-its registration says (IANA, text/tab-separated-values).
+In CSV, cells with line ends or delimiters are in double quotes. In a .tsv file a quote is an ordinary character, as its
+registration requires (IANA, text/tab-separated-values).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from bigmodel.data.tables.arrow import read_parquet
 from bigmodel.data.tables.files import kind_of
 from bigmodel.data.tables.rows import Columns, Rows
 
-_BLOCK_BYTES = 4 * 2**20  # a row must fit; some ten blocks are read ahead
+_BLOCK_BYTES = 4 * 2**20  # a row must fit; about ten blocks are read ahead
 _LINES_AT_ONCE = 2**12
 
 
 def read_table(path: str, columns: Columns) -> Iterator[Rows]:
-    """The rows of a CSV, TSV, JSON Lines or Parquet file; see the reader of each.
+    """Yield the rows of a CSV, TSV, JSON Lines or Parquet file; see the reader of each.
 
     Raises:
         ValueError: if it is none of these, cannot be read, or lacks a column.
@@ -39,14 +39,14 @@ def read_table(path: str, columns: Columns) -> Iterator[Rows]:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a text is laid out.
+    """Layout of a text table.
 
     Args:
-        delimiter: one character, what divides the columns.
+        delimiter: one character, which separates the columns.
         names: of the columns.
-        header: whether the first line holds these.
-        quotes: whether cells may stand in double quotes.
-        lines: whether each line is a row, whatever is quoted; rows are then called by their line, as in an editor.
+        header: True if the first line holds these.
+        quotes: True if cells may be in double quotes.
+        lines: True if each line is a row, even within quotes; rows are then named by line number, as in an editor.
     """
 
     delimiter: str
@@ -57,8 +57,9 @@ class Layout:
 
 
 def layout_of(path: str, lines: bool = False) -> Layout:
-    """The layout that a table with a line of names shows: what divides it (a comma, tab, semicolon or bar) is most frequent
-    there.
+    """Return the layout of a table with a header line.
+
+    The delimiter is the most frequent of comma, tab, semicolon and bar in that line.
 
     Raises:
         ValueError: if it has no such line, or cannot be read.
@@ -71,7 +72,7 @@ def layout_of(path: str, lines: bool = False) -> Layout:
 
 
 def first_line(path: str) -> str:
-    """With its end.
+    """Return the first line, including its line end.
 
     Raises:
         ValueError: if it is empty, or cannot be read.
@@ -89,7 +90,9 @@ def first_line(path: str) -> str:
 
 
 def read_delimited(path: str, layout: Layout, columns: Columns) -> Iterator[Rows]:
-    """The rows of a text in a layout, counted from 1 below the names; or its lines, counted from 1. All columns are text.
+    """Yield the rows of a delimited text, counted from 1 below the header; or its lines, counted from 1.
+
+    All columns are text.
 
     Raises:
         ValueError: if it cannot be read or lacks a column.
@@ -125,10 +128,10 @@ def read_delimited(path: str, layout: Layout, columns: Columns) -> Iterator[Rows
 
 
 def read_json_lines(path: str, columns: Columns) -> Iterator[Rows]:
-    """The lines of a JSON Lines file, an object in each, counted from 1.
+    """Yield the lines of a JSON Lines file, an object in each, counted from 1.
 
     Raises:
-        ValueError: if a line is no object or lacks a column, or a column's values are not of one type.
+        ValueError: if a line is not an object or lacks a column, or a column's values are not of one type.
     """
     found: dict[str, str] = {}
     first = 1

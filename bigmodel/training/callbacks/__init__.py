@@ -1,4 +1,4 @@
-"""Callbacks for any task. Gradients, Resume, DiskSpace and Preemption are always on, others by name in the configuration."""
+"""Callbacks for any task. GradientScaling, Resume, DiskSpace and Preemption are always on; others are optional."""
 
 from bigmodel.training.callbacks.anomalies import Anomalies, RollbackRequested
 from bigmodel.training.callbacks.checkpoint import Checkpoint

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite, and losses that leap: recorded, and what is done about them."""
+"""Detection and handling of non-finite losses and gradients, and of loss spikes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _SAMPLES_SHOWN = 32
 
 
 class RollbackRequested(BaseException):
-    """What ends `Trainer.fit` for the run to go back. Not an Exception: the command goes on by itself.
+    """Raised to end `Trainer.fit` so that the run returns to a checkpoint. Not an Exception: the command continues.
 
     Attributes:
-        step: the optimizer step that was bad.
-        beyond: the place in the data behind it.
+        step: the bad optimizer step.
+        beyond: the position in the data after that step.
     """
 
     def __init__(self, message: str, step: int, beyond: DataPosition) -> None:
@@ -38,17 +38,17 @@ class RollbackRequested(BaseException):
 
 @dataclass
 class _Step:
-    """What is known of an optimizer step: loss and gradient norm [2] float32, on their way to the host."""
+    """Loss and gradient norm of an optimizer step, [2] float32, possibly still being copied to the host."""
 
     number: int
     values: Tensor
     limit: float  # above it, the loss is a spike
     samples: list[Tensor]  # on this process
-    arrived: Any = None  # an event of the device's stream; None: there already
+    arrived: Any = None  # an event in the device's stream; None: already on the host
     read: tuple[float, float] | None = field(default=None, init=False)
 
     def numbers(self) -> tuple[float, float]:
-        """Loss and gradient norm; waits for the device to have computed them."""
+        """Return loss and gradient norm; waits for the device to compute them."""
         if self.read is None:
             if self.arrived is not None:
                 self.arrived.synchronize()
@@ -58,35 +58,39 @@ class _Step:
 
 
 class Anomalies(Callback):
-    """Watches each optimizer step's loss (mean over what was predicted, all processes) and gradient norm.
+    """Monitors the loss (mean over all predicted elements, all processes) and gradient norm of each optimizer step.
 
-    An anomaly is a loss or norm that is not finite, or a finite loss above the mean of the last `window` steps by more than
-    `deviations` of their standard deviations. Each is told in a line with its samples, and `train/anomalies` (how many so
-    far) is logged. What is done:
+    An anomaly is a non-finite loss or norm, or a finite loss that exceeds the mean of the last `window` steps by more
+    than `deviations` standard deviations. Each anomaly is printed on one line with its samples, and `train/anomalies`
+    (the number so far) is logged. The possible actions are:
 
-    * `stop`: `FloatingPointError`, which names step and samples. No checkpoint is written of weights that it spoiled.
-    * `skip`: the optimizer does not step: weights and its state stay as they are, bitwise, weight decay included. Position
-      in the data, step number and schedule move on as if it had. Running statistics of BatchNorm have seen the batch.
-    * `back`: the run returns to the newest checkpoint before that step, which `bigmodel fit` does by itself, and passes over
-      the samples between there and the step's end: step number, schedule and optimizer go on from the checkpoint, the data
-      from behind the step (as Chowdhery et al. 2022, PaLM, section 5.1: a loss that leapt did not leap again from an earlier
-      state with other samples). It costs the steps since that checkpoint; how far back it is, the `last` callback's interval
-      says. `run.json` has each return under `returns`, and a run that is killed after one resumes to the same result,
-      bitwise. A run bounded by epochs gets as many steps fewer; validations due among the steps passed over are not made up
-      for. After `most_returns`, or with nothing to go back to, it is `stop`.
-    * `ignore`: nothing.
+    * `stop`: raise `FloatingPointError`, which names step and samples. No checkpoint of the affected weights is
+      written.
+    * `skip`: do not step the optimizer: weights and optimizer state stay bitwise unchanged, including weight decay.
+      Position in the data, step number and schedule advance as usual. Running statistics of BatchNorm have already seen
+      the batch.
+    * `back`: return to the newest checkpoint before that step (`bigmodel fit` does so automatically), and skip the
+      samples between that checkpoint and the end of the step: step number, schedule and optimizer continue from the
+      checkpoint, the data from after the step (as Chowdhery et al. 2022, PaLM, section 5.1: a spike did not recur from
+      an earlier state with other samples). This costs the steps since that checkpoint; the interval of the `last`
+      callback determines how many. `run.json` lists each rollback under `returns`, and a run that is killed after one
+      resumes to the same result, bitwise. A run bounded by epochs gets correspondingly fewer steps; validations that
+      were due in the skipped steps are not repeated. After `most_returns` rollbacks, or without a checkpoint to return
+      to, the action is `stop`.
+    * `ignore`: do nothing.
 
-    On a GPU nothing waits for the step being computed: it is judged when the next one has been queued, and a fused
-    optimizer is told on the device whether to skip. Only `skip` with an optimizer that is not fused reads each step's
-    figures first. On a CPU `stop` comes before the weights change. With float16 (`16-mixed`) the gradient scaler skips
-    steps whose gradients are not finite, as it must, and the loss alone is watched here.
+    On a GPU the check does not wait for the current step: a step is checked after the next one has been queued, and a
+    fused optimizer reads on the device whether to skip. Only `skip` with a non-fused optimizer reads each step's values
+    first. On a CPU `stop` takes effect before the weights change. With float16 (`16-mixed`) the gradient scaler already
+    skips steps with non-finite gradients, so only the loss is monitored here.
 
     Args:
-        on_nan: what a loss or norm that is not finite leads to.
-        on_spike: what a leap of the loss leads to.
-        deviations: standard deviations above the mean that make a spike.
-        window: optimizer steps over which these are taken; nothing is a spike before there are as many.
-        most_returns: how many times in all a run goes `back`.
+        on_nan: the action for a non-finite loss or norm.
+        on_spike: the action for a loss spike.
+        deviations: number of standard deviations above the mean that defines a spike.
+        window: optimizer steps over which mean and deviation are computed; spikes are not detected before that many
+            steps.
+        most_returns: the maximum number of rollbacks (`back`) in a run.
 
     Attributes:
         count: anomalies so far.
@@ -113,7 +117,7 @@ class Anomalies(Callback):
         self.count = 0
         self._logged = 0
         self._losses: deque[float] = deque(maxlen=window)
-        self._latest: _Step | None = None  # not yet judged
+        self._latest: _Step | None = None  # not yet checked
         self._samples: list[Tensor] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -131,14 +135,14 @@ class Anomalies(Callback):
                     "to go back from an anomaly, the training loader must be one of bigmodel.data.sampling.train_loader,"
                     " which skips samples; else set --callbacks.anomalies.on_nan and on_spike to stop, skip or ignore"
                 )
-            self.count += self._resume.new_returns  # the checkpoint does not know of what came after it
+            self.count += self._resume.new_returns  # the checkpoint does not include anomalies after it
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if (index := getattr(batch, "index", None)) is not None:
             self._samples.append(index)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self._judge(trainer)  # the step before: always here, so that a resumed run has the same limits
+        self._judge(trainer)  # the previous step: always here, so that a resumed run has the same limits
         loss, samples = self._gradients.loss, self._samples
         self._samples = []
         if loss is None:
@@ -159,7 +163,7 @@ class Anomalies(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Not when it is judged: a run resumed from the checkpoint before would find its row and write it again.
+        # Not in `_judge`: a run resumed from the previous checkpoint would find that row and write it again.
         if self.count > self._logged:
             self._log_count(trainer)
 
@@ -180,7 +184,7 @@ class Anomalies(Callback):
             logger.log_metrics({"train/anomalies": self.count}, step=trainer.global_step)
 
     def _norm(self, optimizer: Optimizer, device: torch.device) -> Tensor:
-        """2-norm of the gradient, where it says anything; Gradients has it where it clips."""
+        """Return the 2-norm of the gradient, taken from GradientScaling if it clips; 0 if a gradient scaler is used."""
         if self._scaled:
             return torch.zeros((), device=device)
         if self._gradients.grad_norm is not None:
@@ -196,7 +200,7 @@ class Anomalies(Callback):
         return mean + self.deviations * math.sqrt(sum((loss - mean) ** 2 for loss in self._losses) / n)
 
     def _unwanted(self, values: Tensor, limit: float) -> Tensor:
-        """Whether this step is to be skipped, on the device."""
+        """True, as a bool tensor on the device, if this step should be skipped."""
         finite = values.isfinite().all()
         spike = finite & (values[0] > limit)
         if self.on_nan == self.on_spike:
@@ -210,7 +214,7 @@ class Anomalies(Callback):
         return self.on_spike if loss > step.limit else None
 
     def _stop_if_spoiled(self, trainer: Trainer) -> None:
-        """A step that ends this fit does so now; any other waits for its turn."""
+        """Check the latest step now if its action ends this fit; otherwise leave it for the regular check."""
         if self._latest is not None and self._action(self._latest) in ("stop", "back"):
             self._judge(trainer)
 
@@ -271,18 +275,18 @@ class Anomalies(Callback):
 
 
 def _skip(optimizer: Optimizer, unwanted: Tensor) -> None:
-    """Have the optimizer pass over this step where `unwanted` (bool, no dimension) is true."""
+    """Make the optimizer skip this step where `unwanted` (bool, no dimension) is true."""
     fused = all(group.get("fused") for group in optimizer.param_groups)
-    if fused and optimizer.state:  # at its first step, fused SGD would take momentum that it has not written
+    if fused and optimizer.state:  # at its first step, fused SGD would read a momentum buffer that it has not written
         optimizer.found_inf = unwanted.float()  # type: ignore[attr-defined]
     elif bool(unwanted):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                parameter.grad = None  # for every optimizer of torch: not touched in this step
+                parameter.grad = None  # every torch optimizer skips parameters without a gradient
 
 
 def _named(trainer: Trainer, samples: list[Tensor]) -> str:
-    """The step's samples over all processes, which have all come here with as many."""
+    """Format the step's samples over all processes; every process must call this with the same number of samples."""
     if not samples:
         return ""
     numbers = torch.cat([index.reshape(-1) for index in samples]).to(trainer.strategy.root_device)

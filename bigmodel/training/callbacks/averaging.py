@@ -1,4 +1,4 @@
-"""What averages of the weights have in common: they are evaluated and saved beside the live weights, and change no step."""
+"""Base class of weight averages: evaluated and saved beside the live weights, without effect on training steps."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from bigmodel.parallel.tensors import local
 
 
 class WeightAverage(Callback):
-    """Keeps `average`, which a subclass forms in `on_train_batch_end`, and evaluates it in place of the live weights.
+    """Holds `average`, which a subclass updates in `on_train_batch_end`, and evaluates it in place of the live weights.
 
-    `state_dict` in a checkpoint stays the live weights, so that training resumes exactly; `bigmodel.load` takes the average
-    when there is one.
+    `state_dict` in a checkpoint holds the live weights, so that training resumes exactly; `bigmodel.load` uses the
+    average if there is one.
 
     Attributes:
-        average: by name, each parameter and saved buffer once (tied weights have one average); empty until there is one.
+        average: each parameter and saved buffer by name, once (tied weights have one average); empty before the first
+            update.
     """
 
     def __init__(self) -> None:
@@ -57,7 +58,7 @@ class WeightAverage(Callback):
 
     @torch.no_grad()
     def _swap(self, pl_module: LightningModule) -> None:
-        """Exchange the live weights and the average in place; done twice, nothing has changed."""
+        """Exchange the live weights and the average in place; a second call restores them."""
         if not self.average:
             return
         for name, tensor in tensors(pl_module).items():
@@ -68,7 +69,7 @@ class WeightAverage(Callback):
 
     @torch.no_grad()
     def _move(self, pl_module: LightningModule, weight: float) -> None:
-        """average += weight (live - average); buffers that are no floating-point numbers are copied."""
+        """Compute average += weight (live - average); buffers that are not floating-point are copied."""
         live = {name: local(tensor) for name, tensor in tensors(pl_module).items()}
         averaged = [name for name, tensor in live.items() if tensor.is_floating_point()]
         averages = [local(self.average[name]) for name in averaged]
@@ -84,7 +85,7 @@ class WeightAverage(Callback):
 
 
 def tensors(module: LightningModule) -> dict[str, Tensor]:
-    """What a checkpoint would hold, each tensor once."""
+    """Return the tensors that a checkpoint would hold, each once, by name."""
     saved = module.state_dict().keys()
     named = [*module.named_parameters(), *module.named_buffers()]
     return {name: tensor.detach() for name, tensor in named if name in saved}

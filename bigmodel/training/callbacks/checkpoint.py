@@ -1,4 +1,4 @@
-"""When checkpoints are saved, and which are kept."""
+"""Callback that decides when checkpoints are saved and which are retained."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from torch import Tensor
 from bigmodel.checkpoint.files import AtomicCheckpointIO
 from bigmodel.training.optimizers import num_steps
 
-_STEPS_TO_AGREE = 10  # several processes agree on whether it is time to save at every tenth step only
+_STEPS_TO_AGREE = 10  # with several processes, the time limit is checked collectively at every tenth step only
 
 
 class Checkpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, safe to resume from: at a step where validation is due, it saves after it.
+    """Lightning's ModelCheckpoint, safe to resume from: if validation is due at a step, it saves after the validation.
 
     Args:
-        monitor: the metric by which the best is kept, for example `val/loss`; None: keep the latest.
-        mode: whether the best is the smallest (`min`) or largest (`max`).
+        monitor: the metric that selects the best checkpoint, for example `val/loss`; None: keep the latest.
+        mode: `min` if the smallest metric is the best, `max` if the largest is.
         every_n_steps: optimizer steps between saves; None: see `every_n_minutes`. Without both: after each validation.
         every_n_minutes: minutes of training between saves, over all sessions of a run that is stopped and resumed.
         keep: how many to keep, the best or the latest; -1 keeps all.
         filename: name of the file; `{step}` and metrics in braces are filled in.
-        asynchronous: go on with training while a thread writes the file. Takes memory for one more copy of the checkpoint.
+        asynchronous: continue training while a thread writes the file. Needs memory for one more copy of the
+            checkpoint.
 
     Raises:
-        ValueError: for settings that contradict each other, or `asynchronous` where a strategy writes its own checkpoints.
+        ValueError: for conflicting settings, or `asynchronous` with a strategy that writes its own checkpoints.
     """
 
     def __init__(
@@ -56,22 +57,22 @@ class Checkpoint(ModelCheckpoint):
             mode=mode,
             every_n_train_steps=every_n_steps,
             train_time_interval=timedelta(minutes=every_n_minutes) if every_n_minutes is not None else None,
-            save_top_k=keep if monitor is not None else min(keep, 1),  # the latest are counted here
+            save_top_k=keep if monitor is not None else min(keep, 1),  # this class counts the latest itself
             filename=filename,
             auto_insert_metric_name=False,
             save_on_train_epoch_end=False,
         )
         self.keep, self.asynchronous = keep, asynchronous
-        self._latest: list[str] = []  # without a metric, what is kept, the newest last
-        self._on_disk: list[str] = []  # names; for a moment one more than is kept
+        self._latest: list[str] = []  # without a metric: the paths that are kept, the newest last
+        self._on_disk: list[str] = []  # names; temporarily one more than is kept
         self._last_step = self._step = -1
         self._saved_at = 0.0
         self._elapsed = 0.0  # seconds from the last save to the checkpoint that is resumed from
-        self._enable_version_counter = False  # a step taken again after a resume writes the same file again
+        self._enable_version_counter = False  # a step repeated after a resume overwrites the same file
 
     @functools.cached_property
     def state_key(self) -> str:
-        """As in ModelCheckpoint, which makes this string anew whenever a hook is called, several times a step."""
+        """Cached state key of ModelCheckpoint, which rebuilds this string at every hook call, several times a step."""
         return super().state_key
 
     def state_dict(self) -> dict[str, Any]:
@@ -79,7 +80,7 @@ class Checkpoint(ModelCheckpoint):
         return {**super().state_dict(), "latest": self._latest, "on_disk": self._on_disk, "elapsed": elapsed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Also where the run directory was moved meanwhile; checkpoints that are no longer there are forgotten."""
+        """Restore the state, also if the run directory was moved; checkpoints that no longer exist are dropped."""
         folder = Path(str(self.dirpath))
 
         def here(path: str) -> str:
@@ -103,7 +104,7 @@ class Checkpoint(ModelCheckpoint):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.keep > 0:  # a run killed between a write and the removal that follows left one too many
+        if self.keep > 0:  # a run killed between a write and the following removal left one extra file
             kept = {Path(path).name for path in (*self.best_k_models, self.best_model_path, *self._latest)}
             for name in sorted(set(self._on_disk) - kept):
                 self._remove_checkpoint(trainer, str(Path(str(self.dirpath)) / name))
@@ -117,7 +118,7 @@ class Checkpoint(ModelCheckpoint):
         if self.monitor is not None or step == self._step:  # after validations only; accumulating
             return
         self._step = step
-        due = step == self._last_step  # the run's end is always kept
+        due = step == self._last_step  # always save at the end of the run
         if self._every_n_train_steps:
             due |= step % self._every_n_train_steps == 0
         elif self._train_time_interval is not None and (trainer.world_size == 1 or step % _STEPS_TO_AGREE == 0):
@@ -132,7 +133,7 @@ class Checkpoint(ModelCheckpoint):
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Save now, unless this step is saved. To resume exactly, not where `validation_due`."""
+        """Save now, unless this step is already saved. To resume exactly, do not call this where `validation_due`."""
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
@@ -161,14 +162,14 @@ class Checkpoint(ModelCheckpoint):
         try:
             super()._save_checkpoint(trainer, filepath)
         finally:
-            writer.asynchronous = before  # for whoever else calls trainer.save_checkpoint
+            writer.asynchronous = before  # for other callers of trainer.save_checkpoint
 
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
-        """Of what this callback wrote, also the one that the run was resumed from: else each resume would leave one."""
+        """True for any other file in this callback's folder, also the one that the run was resumed from."""
         return previous != current and Path(str(self.dirpath)).absolute() in Path(previous).absolute().parents
 
 
 def validation_due(trainer: Trainer) -> bool:
-    """Whether validation comes next, after the optimizer step just taken."""
+    """True if validation follows the optimizer step just taken."""
     epoch, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
     return fetcher is not None and epoch._should_check_val_fx(fetcher) and not epoch.val_loop.skip

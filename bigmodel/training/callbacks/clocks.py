@@ -1,4 +1,4 @@
-"""Clocks that divide the time of a run among its parts: of the process, and of a GPU without waiting for it."""
+"""Clocks that divide the time of a run among its parts: on the host, and on a GPU without synchronizing."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ PARTS = ("data", "forward", "backward", "communication", "optimizer", "validatio
 
 
 class Clock(Protocol):
-    """Gives the time to one part at a time."""
+    """Attributes elapsed time to one part at a time."""
 
     part: str
 
     def mark(self, part: str) -> None:
-        """From now on, time belongs to this part."""
+        """Attribute time to this part from now on."""
 
     def reset(self) -> None:
-        """Forget what was until now, which belongs to `other`."""
+        """Discard the times measured so far and continue with part `other`."""
 
     def read(self) -> dict[str, float]:
-        """Seconds by part until now."""
+        """Return the seconds of each part until now."""
 
     def so_far(self, part: str) -> float:
-        """Seconds of a part, as far as they are known without waiting."""
+        """Return the seconds of a part, as far as they are available without synchronizing."""
 
 
 class HostClock:
-    """By the clock of this process."""
+    """Measures with the clock of this process."""
 
     def __init__(self) -> None:
         self.reset()
@@ -53,8 +53,11 @@ class HostClock:
 
 
 class DeviceClock:
-    """By events in the current stream of a GPU, each read when it has passed. What has not is kept; it is bounded, for a GPU
-    takes about a thousand orders before it lets the process wait."""
+    """Measures with events in the current CUDA stream, each read after it has completed.
+
+    Pending events are stored; their number is bounded, because the CUDA launch queue (about a thousand entries) blocks
+    the process when it is full.
+    """
 
     def __init__(self) -> None:
         self._free: list[torch.cuda.Event] = []
@@ -62,7 +65,7 @@ class DeviceClock:
 
     def reset(self) -> None:
         self._seconds = dict.fromkeys(PARTS, 0.0)
-        self._marks: deque[tuple[str, torch.cuda.Event]] = deque()  # which part begins where
+        self._marks: deque[tuple[str, torch.cuda.Event]] = deque()  # the part that begins at each event
         self.mark("other")
 
     def mark(self, part: str) -> None:

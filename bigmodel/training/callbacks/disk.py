@@ -1,4 +1,4 @@
-"""A disk that is nearly full is told of before a checkpoint fails."""
+"""Warning about a nearly full disk before a checkpoint fails."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from bigmodel.checkpoint import size_on_disk
 from bigmodel.training.callbacks.checkpoint import Checkpoint
 
-_COPIES = 3  # of the trainable weights, before the first checkpoint: they, and two moments as of Adam
+_COPIES = 3  # times the trainable weights, before the first checkpoint: the weights and two moments, as in Adam
 
 
 class DiskSpace(Callback):
-    """Warns in a line, before training and at each checkpoint, if the disk has no room for the next ones. Always on.
+    """Prints a warning, before training and at each checkpoint, if the disk is too full for the next ones. Always on.
 
-    Each `Checkpoint` callback writes its next file before it deletes its last, so there must be room for one of each. Their
-    size is that of what is about to be saved; before training, that of the newest checkpoint, or three times the trainable
-    weights where there is none yet.
+    Each `Checkpoint` callback writes its next file before it deletes its previous one, so one more file of each must
+    fit. The size is that of the state about to be saved; before training, that of the newest checkpoint, or three times
+    the trainable weights if there is none yet.
     """
 
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
@@ -38,7 +38,7 @@ class DiskSpace(Callback):
 
     @staticmethod
     def _folder(trainer: Any) -> Path | None:
-        """Where the first process writes checkpoints; None on the others, and where nothing is written."""
+        """Return the checkpoint folder on the first process; None on the others, and if no checkpoints are written."""
         if not trainer.is_global_zero:
             return None
         return next((Path(c.dirpath) for c in trainer.callbacks if isinstance(c, Checkpoint) and c.dirpath), None)
@@ -56,7 +56,7 @@ class DiskSpace(Callback):
 
 
 def _bytes(content: Any) -> int:
-    """Of all tensors in nested dicts and lists."""
+    """Return the total size of all tensors in nested dicts and lists, in bytes."""
     if isinstance(content, Tensor):
         return content.nbytes
     if isinstance(content, dict):

@@ -1,4 +1,7 @@
-"""Exponential moving average of the weights (Polyak and Juditsky 1992), evaluated and saved beside the live ones."""
+"""Exponential moving average of the weights (Polyak and Juditsky 1992), saved in addition to the live ones.
+
+It is evaluated in place of the live weights.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,14 @@ from bigmodel.training.callbacks.averaging import WeightAverage, tensors
 
 
 class EMA(WeightAverage):
-    """Keeps average = decay * average + (1 - decay) * weights after each optimizer step, and evaluates the average.
+    """Updates average = decay * average + (1 - decay) * weights after each optimizer step, and evaluates the average.
 
-    Floating-point buffers (running statistics) are averaged too, others copied. `state_dict` in a checkpoint stays the live
-    weights, so that training resumes exactly; `bigmodel.load` takes the average when there is one.
+    Floating-point buffers (running statistics) are averaged too, others copied. `state_dict` in a checkpoint holds the
+    live weights, so that training resumes exactly; `bigmodel.load` uses the average if there is one.
 
     Args:
         decay: weight of the old average per optimizer step, in [0, 1).
-        start_step: optimizer steps before which the average simply follows the weights.
+        start_step: optimizer steps before which the average is a copy of the weights.
     """
 
     def __init__(self, decay: float = 0.999, start_step: int = 0) -> None:

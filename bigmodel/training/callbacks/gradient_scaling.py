@@ -1,9 +1,9 @@
-"""One scaling of the gradients per optimizer step: to the mean over everything that was predicted, then clipped.
+"""Gradient scaling once per optimizer step: to the mean over all predicted elements, followed by clipping.
 
-A loss is a sum and a count. With A micro-batches on each of W processes (with tensor parallelism, groups of processes that
-share a model), Lightning and DDP or FSDP2 leave in `.grad` the sum of all gradients divided by A W; what is wanted is the
-sum divided by the global count N (tokens, samples, ...). A mean of the
-micro-batches' means differs from it whenever their counts differ.
+A loss is a sum and a count. With A micro-batches on each of W processes (with tensor parallelism, groups of processes
+that share a model), Lightning and DDP or FSDP2 leave in `.grad` the sum of all gradients divided by A W; the required
+value is the sum divided by the global count N (tokens, samples, ...). A mean of the micro-batches' means differs from
+it whenever their counts differ.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ _Kind = TypeVar("_Kind", bound=Callback)
 class GradientScaling(Callback):
     """Scales and clips gradients before each optimizer step. Always on.
 
-    A task whose `training_step` returns `{"loss": sum, "count": number}` is scaled by the global count; one that returns a
-    mean loss is left as Lightning does it (a mean of means, exact where counts are equal). `trainer.gradient_clip_val` is
-    applied here, after scaling, so that it also works where Lightning refuses it (fused optimizers under bf16-mixed).
+    If `training_step` returns `{"loss": sum, "count": number}`, gradients are scaled by the global count; if it returns
+    a mean loss, they are left as Lightning computes them (a mean of means, exact for equal counts).
+    `trainer.gradient_clip_val` is applied here, after scaling, so that it also works where Lightning refuses it (fused
+    optimizers under bf16-mixed).
 
     Attributes:
-        total_count: what was predicted so far over all processes, int64 on the device; 0 if the task returns no count.
-        loss: of the last step, the mean over what was predicted on all processes, on the device; None before the first.
+        total_count: elements predicted so far over all processes, int64 on the device; 0 if the task returns no count.
+        loss: of the last step, the mean over the predicted elements of all processes, on the device; None before the
+            first.
         grad_norm: 2-norm of the scaled gradients of the last step before clipping; None unless clipping is on.
     """
 
@@ -59,7 +61,7 @@ class GradientScaling(Callback):
             output = step(*args, **kwargs)
             if isinstance(output, dict) and "count" in output:
                 count = torch.as_tensor(output["count"], device=output["loss"].device)
-                # A tensor of our own: summing over processes is done in place.
+                # A copy, because the sum over processes is computed in place.
                 self._count = count.detach().clone() if self._count is None else self._count + count
             loss: Any = output.get("loss") if isinstance(output, dict) else output
             if loss is not None:
@@ -90,8 +92,8 @@ class GradientScaling(Callback):
         if trainer.world_size > 1 and loss is not None:
             loss = accumulable(loss)
             sums = torch.stack([loss, torch.zeros_like(loss) if count is None else count.to(loss.dtype)])
-            torch.distributed.all_reduce(sums)  # the strategy's own waits at a barrier first, each time
-            sums /= trainer.world_size // replicas  # processes that share a model have counted the same samples
+            torch.distributed.all_reduce(sums)  # the strategy's reduce waits at a barrier each time
+            sums /= trainer.world_size // replicas  # processes that share a model count the same samples
             loss, count = sums[0], None if count is None else sums[1].long()
         micro_batches = trainer.accumulate_grad_batches * replicas
         predicted: Tensor | int = micro_batches
@@ -125,5 +127,5 @@ class GradientScaling(Callback):
 
 
 def get_callback(trainer: Any, kind: type[_Kind]) -> _Kind | None:
-    """The trainer's first callback of this class."""
+    """Return the trainer's first callback of this class, or None."""
     return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)

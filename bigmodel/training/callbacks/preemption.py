@@ -1,4 +1,4 @@
-"""A run that is told to stop ends its optimizer step, saves, and stops at the same step on all processes."""
+"""Graceful stop on a signal: finish the optimizer step, save, and stop at the same step on all processes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from bigmodel.training.callbacks.checkpoint import Checkpoint, validation_due
 from bigmodel.training.optimizers import num_steps
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_STEPS_TO_AGREE = 10  # several processes agree on whether to stop at every tenth step,
+_STEPS_TO_AGREE = 10  # several processes exchange the signal at every tenth step,
 _SECONDS_TO_AGREE = 5.0  # or more often, where ten steps take longer than this: launchers kill after 30 s
 
 
 class Preempted(BaseException):
-    """What ends `Trainer.fit` when a run was told to stop. Not an Exception: nothing has failed.
+    """Raised to end `Trainer.fit` after a stop signal. Not an Exception: nothing has failed.
 
     Attributes:
-        signal: what it was told by.
-        saved: whether a checkpoint of this very step was written; not so where there is no `last` callback.
+        signal: the signal received.
+        saved: whether a checkpoint of this very step was written; false if there is no `last` callback.
         status: `interrupted` after Ctrl-C, else `preempted`.
         exit_code: of the command, 130 after Ctrl-C, else 85.
     """
@@ -37,22 +37,23 @@ class Preempted(BaseException):
 
 
 class Preemption(callbacks.Checkpoint):
-    """Stops a fit well on SIGTERM, SIGUSR1 and Ctrl-C (SIGINT); a second Ctrl-C stops at once, unsaved. Always on.
+    """Stops a fit gracefully on SIGTERM, SIGUSR1 and Ctrl-C (SIGINT); a second Ctrl-C stops at once. Always on.
 
-    The optimizer step ends; where validation is due then, so does that (and a signal that comes during validation waits for
-    its end). The first `Checkpoint` without a `monitor`, by default `last`, saves, and `Preempted` is raised. On several
-    processes it is enough that one was told: they agree at every tenth optimizer step, or every few seconds where steps
-    are long, and stop at the same one. Signals are handled from the first step to the last; before and after, nothing would
-    be lost, and they do what they did.
+    The current optimizer step is finished, and so is a validation that is due after it (a signal during validation
+    takes effect at its end). The first `Checkpoint` without a `monitor`, by default `last`, saves, and `Preempted` is
+    raised. After a second Ctrl-C nothing is saved. With several processes, a signal to any of them suffices: they
+    exchange it at every tenth optimizer step, or every few seconds if steps are long, and stop at the same step.
+    Signals are handled from the first step to the last; before and after, no work would be lost, and the previous
+    handlers stay in place.
 
-    It takes the place of Lightning's handling of SIGTERM and of its requeueing under SLURM, which would save without
-    regard to validation, elsewhere; and of the broadcast on each micro-batch that comes with it.
+    It replaces Lightning's handling of SIGTERM and its requeueing under SLURM, which would save without regard to
+    validation and at another path, and the broadcast on each micro-batch that belongs to them.
     """
 
-    # A kind of checkpoint to Lightning, so that it is called after them: what they keep of a validation is saved too.
+    # A subclass of Lightning's Checkpoint, so that it is called last and saves the others' state after a validation.
 
     def __init__(self) -> None:
-        self._signal = 0  # what this process was told; 0: nothing
+        self._signal = 0  # the signal received by this process; 0: none
         self._handlers: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
@@ -64,7 +65,7 @@ class Preemption(callbacks.Checkpoint):
         self._signal, self._speaks = 0, trainer.is_global_zero
         self._last_step, self._step = num_steps(trainer), trainer.global_step
         self._next, self._agreed_step, self._agreed_at = self._step + 1, self._step, time.monotonic()
-        if threading.current_thread() is threading.main_thread():  # no other can have handlers
+        if threading.current_thread() is threading.main_thread():  # only the main thread can set handlers
             self._handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
 
     def _receive(self, number: int, frame: Any) -> None:
@@ -73,7 +74,7 @@ class Preemption(callbacks.Checkpoint):
         if self._speaks and not self._signal:
             again = "; Ctrl-C again stops at once, unsaved" if number == signal.SIGINT else ""
             what = f"\n{signal.Signals(number).name}: stopping after this optimizer step, with a checkpoint{again}\n"
-            os.write(2, what.encode())  # print may be what was interrupted
+            os.write(2, what.encode())  # not print, which may be what the signal interrupted
         self._signal = number
 
     def on_train_batch_end(
@@ -86,7 +87,7 @@ class Preemption(callbacks.Checkpoint):
         told = self._signal
         if trainer.world_size > 1:
             told = self._agree(trainer) if step >= self._next else 0
-        if told and not validation_due(trainer):  # else when it has ended, `on_validation_end`
+        if told and not validation_due(trainer):  # else `on_validation_end` stops
             self._stop(trainer, told)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,7 +98,7 @@ class Preemption(callbacks.Checkpoint):
             self._stop(trainer, told)
 
     def _agree(self, trainer: Trainer) -> int:
-        """What any process was told; and when to ask again, by the slowest one's time."""
+        """Return the signal received by any process, and schedule the next exchange by the slowest process's speed."""
         now, steps = time.monotonic(), self._step - self._agreed_step
         seconds = (now - self._agreed_at) / steps if steps else 0.0
         news = torch.tensor([self._signal, seconds], dtype=torch.float32, device=trainer.strategy.root_device)
@@ -109,7 +110,7 @@ class Preemption(callbacks.Checkpoint):
 
     def _stop(self, trainer: Any, told: int) -> None:
         ends = trainer.should_stop and trainer.fit_loop._can_stop_early
-        if ends or self._step == self._last_step:  # the run is about to end by itself
+        if ends or self._step == self._last_step:  # the run is about to end anyway
             return
         last = next((c for c in trainer.callbacks if isinstance(c, Checkpoint) and c.monitor is None), None)
         if last is not None:
@@ -124,7 +125,7 @@ class Preemption(callbacks.Checkpoint):
 
     def _restore(self, trainer: Any) -> None:
         for number, handler in self._handlers.items():
-            if handler is not None:  # None: not made by Python, which cannot put it back
+            if handler is not None:  # None: not installed from Python, which cannot restore it
                 signal.signal(number, handler)
         self._handlers = {}
         trainer._signal_connector.__dict__.pop("register_signal_handlers", None)

@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, plain lines elsewhere; redrawn by the clock, so that it costs a step next to nothing."""
+"""Progress display: a bar on a terminal, plain lines elsewhere; redrawn at time intervals, at low cost per step."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from bigmodel.training.callbacks.gradient_scaling import get_callback
 from bigmodel.training.callbacks.training_log import TrainingLog
 from bigmodel.training.optimizers import num_steps
 
-_MOST, _SHOWN = 10, 6  # metrics on a line: if there are more than the first, only so many as the second
+_MOST, _SHOWN = 10, 6  # metrics on a line: all up to _MOST, else only _SHOWN
 
 
 class ProgressLine(ProgressBar):
-    """Shows step, loss, speed and time left while training, and the metrics of each validation on a line that stays; batches
-    done while `bigmodel validate`, `test` and `predict` run. Of more than ten metrics six are shown: the one by which the
-    best checkpoint is kept, and such as belong to it.
+    """Shows step, loss, speed and time left during training, and the metrics of each validation on a permanent line.
+
+    During `bigmodel validate`, `test` and `predict` it shows the number of batches done. If there are more than ten
+    metrics, six are shown: the one that selects the best checkpoint, and those related to it.
 
     Args:
-        every_seconds: seconds between lines where the output is no terminal. A terminal's bar moves twice a second.
+        every_seconds: seconds between lines if the output is not a terminal. A terminal's bar is redrawn twice a
+            second.
     """
 
     def __init__(self, every_seconds: float = 10.0) -> None:
@@ -39,11 +41,11 @@ class ProgressLine(ProgressBar):
         self._next = 0.0
 
     def disable(self) -> None:
-        """What Lightning calls on every process but the first."""
+        """Disable output; Lightning calls this on every process but the first."""
         self._enabled = False
 
     def enable(self) -> None:
-        """The opposite of `disable`."""
+        """Enable output again."""
         self._enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
@@ -176,13 +178,13 @@ class ProgressLine(ProgressBar):
 
 
 def _monitored(trainer: Trainer) -> str:
-    """The metric by which the best checkpoint is kept."""
+    """Return the metric that selects the best checkpoint; empty if there is none."""
     kept = (one.monitor for one in trainer.checkpoint_callbacks if isinstance(one, Checkpoint) and one.monitor)
     return next(kept, "")
 
 
 def _line(metrics: dict[str, float], monitored: str) -> str:
-    """Few metrics as they are; of many, the monitored one, the loss, those with the same cutoff (`@10`), and then any."""
+    """Format all metrics if they are few; else the monitored one, the loss, those of the same cutoff (`@10`), others."""
 
     def cutoff(name: str) -> str:
         return name.partition("@")[2]

@@ -1,7 +1,7 @@
-"""Global batch size, and exact resume: a run stopped anywhere goes on as if it had not been stopped.
+"""Global batch size, and exact resume: a run that is stopped anywhere continues as if uninterrupted.
 
-What Lightning's loops count are micro-batches on one process, so their state is that of one layout. Here it is written anew
-from the one number that is the same on any layout, the optimizer steps taken; see `bigmodel.data.sampling` for the data.
+Lightning's loops count micro-batches on one process, so their state depends on the number of processes. It is
+recomputed here from the number of optimizer steps, which does not; see `bigmodel.data.sampling` for the data.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from bigmodel.data.stateless_rng import hash_seed
 class Resume(Callback):
     """Makes `data.batch_size` global and resuming exact. Always on.
 
-    Sets the trainer's accumulation from the data module's `batch_size` and `micro_batch_size`; takes an integer
-    `val_check_interval` as optimizer steps, so that it means the same on every layout; seeds torch for each micro-batch,
-    so that dropout needs no stored state; on loading, checks that data and batch are those of the checkpoint and
-    rewrites the loops' progress for this layout.
+    Sets the trainer's accumulation from the data module's `batch_size` and `micro_batch_size`; interprets an integer
+    `val_check_interval` as optimizer steps, so that it is independent of the number of processes; seeds torch for each
+    micro-batch, so that dropout needs no stored state; on loading, checks that data and batch size are those of the
+    checkpoint, and rewrites the loops' progress for the current number of processes and micro-batches.
 
     Args:
-        seed: what dropout and other draws of the training step are seeded by, with step, micro-batch and process.
-        allow_changed_data: go on although the data's fingerprint is not that of the checkpoint. With as many samples as
-            before, from the same place in their order; else with a new epoch of these, if one had begun.
-        allow_changed_batch: go on although the batch size is not that of the checkpoint, with the first sample that was not
-            yet seen. Optimizer steps, and with them the schedule, are counted on; a run bounded by epochs has as many more
-            or fewer of them.
+        seed: combined with step, micro-batch and process to seed dropout and other draws of the training step.
+        allow_changed_data: continue although the data's fingerprint differs from the checkpoint's. If the number of
+            samples is the same, from the same position in their order; else with a new epoch, if one had begun.
+        allow_changed_batch: continue although the batch size differs from the checkpoint's, from the first sample not
+            yet seen. The count of optimizer steps, and with it the schedule, continues; a run bounded by epochs gets
+            correspondingly more or fewer steps.
 
     Attributes:
-        returns: of the run so far, as in `run.json` (see `Anomalies`): `to` which step it went back, and the `epoch` and the
-            number of its `samples` behind which it went on. Set before a checkpoint is loaded.
-        num_returns: returns in the past of the weights that are trained.
-        new_returns: those of them that the checkpoint does not know of.
+        returns: rollbacks of the run so far, as in `run.json` (see `Anomalies`): the step `to` which it returned, and
+            the `epoch` and the number of its `samples` after which it continued. Set before a checkpoint is loaded.
+        num_returns: the number of rollbacks in the history of the current weights.
+        new_returns: the number of those that the checkpoint does not include.
     """
 
     def __init__(self, seed: int = 0, allow_changed_data: bool = False, allow_changed_batch: bool = False) -> None:
@@ -48,10 +48,10 @@ class Resume(Callback):
         self.allow_changed_data, self.allow_changed_batch = allow_changed_data, allow_changed_batch
         self.returns: list[dict[str, Any]] = []
         self.num_returns = self.new_returns = 0
-        self._course: DataSchedule | None = None  # through these data with this batch size, from the start
+        self._course: DataSchedule | None = None  # of these data with this batch size, from the start
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        torch.manual_seed(self.seed)  # the net is made next: its weights depend on the seed alone
+        torch.manual_seed(self.seed)  # the net is created next: its weights depend on the seed alone
         batch_size = getattr(_data(trainer), "batch_size", None)
         if stage != "fit" or batch_size is None:
             return
@@ -66,10 +66,10 @@ class Resume(Callback):
         if isinstance(trainer.val_check_interval, int):
             trainer.val_check_interval *= trainer.accumulate_grad_batches
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            # Right behind the validation, and not at the epoch's end: a checkpoint saved in between knows of it.
+            # Check directly after validation, not at the epoch's end: a checkpoint saved in between then includes it.
             if isinstance(callback, EarlyStopping) and callback._check_on_train_epoch_end is None:
                 callback._check_on_train_epoch_end = not callback.monitor.startswith("val/")
-        # Made once for what they may refuse (too few samples, an empty split): the run has left nothing behind yet.
+        # Create the loaders once: errors (too few samples, an empty split) are raised before any file is written.
         set_origin(trainer, DataPosition())
         loader = _data(trainer).train_dataloader()
         self._course = loader.course if isinstance(loader, Loader) else None
@@ -113,7 +113,7 @@ class Resume(Callback):
         saved, step = checkpoint["data"], checkpoint["global_step"]
         changed = self._changed(saved, _data(trainer), step)
         if self._course is None or not (saved.get("num_samples") or saved.get("steps_per_epoch")):
-            return  # another's loader
+            return  # not a bigmodel loader
         before, now = _course_of(saved, self._course), self._course
         here = before.at(step)
         from_here = [entry for entry in self.returns if entry["to"] == step]
@@ -121,7 +121,7 @@ class Resume(Callback):
         self.num_returns = saved.get("returns", 0) + self.new_returns
         if from_here:
             here = replace(here, epoch=from_here[-1]["epoch"], samples=from_here[-1]["samples"])
-        if before.num_samples != now.num_samples and here.samples:  # another order: what was seen cannot be told
+        if before.num_samples != now.num_samples and here.samples:  # another order: seen samples are unknown
             here = replace(here, epoch=here.epoch + 1, samples=0)
         now = replace(now, origin=here if changed or from_here else before.origin)
         set_origin(trainer, now.origin)
@@ -130,14 +130,14 @@ class Resume(Callback):
         _place_loops(checkpoint["loops"]["fit_loop"], now, step, trainer.accumulate_grad_batches)
 
     def _changed(self, saved: dict[str, Any], data: Any, step: int) -> str:
-        """What is not as the checkpoint has it, in words; empty if nothing.
+        """Describe what differs from the checkpoint; empty if nothing does.
 
         Raises:
-            ValueError: if that is not allowed.
+            ValueError: if the change is not allowed.
         """
         batch_size, fingerprint = getattr(data, "batch_size", None), getattr(data, "fingerprint", None)
         num_samples = self._course.num_samples if self._course is not None else None
-        was = saved.get("num_samples") or num_samples  # an earlier version did not write it
+        was = saved.get("num_samples") or num_samples  # not written by earlier versions
         changes = []
         if saved["fingerprint"] != fingerprint or was != num_samples:
             changes.append(
@@ -165,17 +165,17 @@ def _how_data_go_on(as_many: bool) -> str:
 
 
 def _course_of(saved: dict[str, Any], now: DataSchedule) -> DataSchedule:
-    """The course that a checkpoint was on."""
+    """Return the data schedule that a checkpoint was written with."""
     batch_size = saved["batch_size"]
     num_samples = saved.get("num_samples")
-    if num_samples is None:  # written by an earlier version, which knew whole steps only
+    if num_samples is None:  # written by an earlier version, which counted whole steps only
         as_now = saved["steps_per_epoch"] == now.num_samples // batch_size
         num_samples = now.num_samples if as_now else saved["steps_per_epoch"] * batch_size
     return DataSchedule(num_samples, batch_size, DataPosition(**saved.get("origin", {})))
 
 
 def _goes_on(course: DataSchedule, step: int) -> str:
-    """Where a run goes on whose batch size or data were changed, in words."""
+    """Describe where a run continues after a change of batch size or data."""
     here, left = course.origin, course.steps_left(course.origin)
     place = f"{here.seen:,} samples were seen in {step:,} optimizer steps; epoch {here.epoch} goes on after {here.samples:,}"
     dropped = course.num_samples - here.samples - left * course.batch_size
@@ -192,12 +192,15 @@ def _data(trainer: Trainer) -> Any:
 
 
 def _place_loops(loops: dict[str, Any], course: DataSchedule, step: int, accumulation: int) -> None:
-    """Write into the state of Lightning's fit loop that `step` optimizer steps were taken, in `accumulation` micro-batches
-    each, and that the validation due there, if any, was run (`bigmodel.training.callbacks.Checkpoint` sees to that)."""
+    """Write the progress after `step` optimizer steps into the state of Lightning's fit loop.
+
+    Each step has `accumulation` micro-batches. A validation due at this step counts as done
+    (`bigmodel.training.callbacks.Checkpoint` ensures that).
+    """
     here, steps_per_epoch = course.at(step), course.steps_per_epoch
-    # Counted from the epoch's end, where Lightning must end it: the batch size may have been changed within.
+    # Counted from the epoch's end, where Lightning must end it: the batch size may have changed within the epoch.
     epoch, step_in_epoch = here.epoch, steps_per_epoch - course.steps_left(here)
-    if step_in_epoch == 0 and step > 0:  # still inside the epoch that it ends, for Lightning to end
+    if step_in_epoch == 0 and step > 0:  # still in the epoch that this step completes; Lightning ends it
         epoch, step_in_epoch = epoch - 1, steps_per_epoch
     batches = loops["epoch_loop.batch_progress"]
     batches["current"] = _progress(step_in_epoch * accumulation)

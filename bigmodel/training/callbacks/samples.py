@@ -1,4 +1,4 @@
-"""Samples to look at while a generating task trains."""
+"""Generated text samples during training."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from bigmodel.training.callbacks.gradient_scaling import get_callback
 
 
 class Samples(Callback):
-    """After each validation, lets the task go on with each prompt: into `samples.md` beside the checkpoints' folder, and
-    to W&B. For a task that *SupportsGenerate*: it has `generate(prompt, **options) -> str`.
+    """Continues each prompt after each validation; writes to `samples.md` next to the checkpoints' folder, and to W&B.
+
+    For a task that *SupportsGenerate*: it has `generate(prompt, **options) -> str`.
 
     Args:
-        prompts: where to start, each a sample of its own.
+        prompts: each prompt gives one sample.
         options: passed to `generate`, for example `{max_new_tokens: 128, temperature: 0.8, seed: 0}`.
     """
 
@@ -32,9 +33,7 @@ class Samples(Callback):
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        run_as_step = getattr(
-            trainer.strategy, "run_as_step", None
-        )  # where no process has the whole net, all take part
+        run_as_step = getattr(trainer.strategy, "run_as_step", None)  # if no process has the whole net, all take part
         if trainer.sanity_checking or trainer.state.fn != "fit" or not (trainer.is_global_zero or run_as_step):
             return
         task: Any = pl_module

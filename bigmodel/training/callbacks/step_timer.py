@@ -1,4 +1,4 @@
-"""Where the time of a run went: to data, computing, waiting for other processes, validation, checkpoints."""
+"""Time spent in the parts of a run: data, computation, waiting for other processes, validation, checkpoints."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from bigmodel.training.callbacks.gradient_scaling import GradientScaling, get_ca
 from bigmodel.training.callbacks.preemption import Preempted
 from bigmodel.training.callbacks.training_log import TrainingLog, samples_per_step
 
-_OWN = ("data", "forward", "backward")  # what a process does by itself, without waiting for another
+_OWN = ("data", "forward", "backward")  # work of one process, without waiting for others
 _SLOW = 1.5  # times the median
-_WORTH = 0.1  # seconds between two rows; that the others wait for less is not told
+_WORTH = 0.1  # seconds between two rows; shorter waits are not reported
 
 
 class StepTimer(Callback):
-    """Tells, in a table at the end of a fit and in run.json, where the first process's time went, and which process holds up
-    the others.
+    """Reports the time per part at the end of a fit (table and run.json), and the process that slows down the others.
 
-    At any moment the time belongs to one of these, so that they add up to the total:
+    The table is that of the first process. At any moment the time is attributed to one of these parts, so that they add
+    up to the total:
 
-    * `data`: until the next batch is there and on its device. Zero where workers read ahead fast enough.
+    * `data`: until the next batch is on the device. Zero if workers prefetch fast enough.
     * `forward`: `training_step`, and setting gradients to zero.
-    * `backward`: the backward pass; under DDP with the communication that it hides.
-    * `communication` (DDP): what the backward pass does not hide: from this process's last gradient until the sums over all
-      processes are there, and so the wait for a slower one.
+    * `backward`: the backward pass; under DDP including the communication that overlaps with it.
+    * `communication` (DDP): communication that does not overlap with the backward pass: from this process's last
+      gradient until the sums over all processes are available, including the wait for a slower process.
     * `optimizer`: scaling, clipping, the optimizer's step, the schedule.
-    * `validation`, and `checkpoint`: what training waits for it; not the writing of an asynchronous one.
+    * `validation`, and `checkpoint`: the time that training waits for it; not the writing of an asynchronous one.
     * `other`: callbacks, logging, Lightning's loops.
 
-    On a GPU they are told apart by events in its stream, read once they have passed: nothing waits for them, and `data` is
-    what the GPU waits for, not the process. Elsewhere by the clock. The first optimizer step is left out (warm-up,
-    compilation, counting of FLOPs).
+    On a GPU the parts are measured by events in its stream, read once they have completed: nothing waits for them, and
+    `data` is the time that the GPU waits, not the process. Elsewhere the process's clock is used. The first optimizer
+    step is left out (warm-up, compilation, counting of FLOPs).
 
-    On several processes under DDP, each row of `TrainingLog` has `speed/slowest_over_median`: the longest time of a process
-    in `data`, `forward` and `backward` since the last row, over the median of all. Where it
-    is above 1.5 in two rows running, and by more than a tenth of a second, a line names process and host. A net with buffers
-    (BatchNorm) waits for the first process in `forward`, which hides that this one is the slowest.
+    With several processes under DDP, each row of `TrainingLog` has `speed/slowest_over_median`: the longest time of a
+    process in `data`, `forward` and `backward` since the last row, over the median of all. If it exceeds 1.5 in two
+    consecutive rows, by more than a tenth of a second, a line names process and host. A net with buffers (BatchNorm)
+    waits for the first process in `forward`, which hides that this one is the slowest.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class StepTimer(Callback):
                 self._undo.append(lambda: log.further.remove(self._slowest))
 
     def _measure(self, owner: Any, method: str, part: str) -> None:
-        """Count an object's method under a part, and go on with what was being counted."""
+        """Attribute the time of an object's method to a part, and return to the previous part afterwards."""
         original = getattr(owner, method)
 
         def measured(*args: Any, **kwargs: Any) -> Any:
@@ -93,7 +93,7 @@ class StepTimer(Callback):
             self._mark(before)
 
     def _measure_fetching(self, loop: Any) -> None:
-        """Lightning's loop calls this on either side of taking a batch, for its profilers."""
+        """Wrap the hook that Lightning's loop calls around fetching a batch (meant for its profilers)."""
         before_fetch = loop._on_before_fetch
 
         def fetching() -> None:
@@ -104,7 +104,7 @@ class StepTimer(Callback):
         self._undo.append(lambda: delattr(loop, "_on_before_fetch"))
 
     def _watch_last_gradient(self, pl_module: LightningModule) -> None:
-        """In the first step, find the parameter that is last to get its gradient: DDP then waits for what is under way."""
+        """Find, in the first step, the parameter whose gradient is last: DDP then waits for pending communication."""
         self._last: Tensor | None = None
 
         def note(parameter: Tensor) -> None:
@@ -113,7 +113,7 @@ class StepTimer(Callback):
         parameters = [p for p in pl_module.parameters() if p.requires_grad]
         self._hooks = [p.register_post_accumulate_grad_hook(note) for p in parameters]
 
-    # Callbacks are called in their order: `times` stands before those that take long.
+    # Callbacks are called in order: `times` is configured before the slow ones.
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._steps = (batch_idx + 1) % self._accumulation == 0
@@ -143,13 +143,13 @@ class StepTimer(Callback):
         self._remove_hooks()
         if self._tells_apart and self._last is not None:
             self._hooks = [self._last.register_post_accumulate_grad_hook(self._have_gradients)]
-        self._own = 0.0  # until the last row
+        self._own = 0.0  # seconds up to the last row
         self._suspect: int | None = None  # the slowest in the last row, if too slow
         self._told: int | None = None
         self._clock.reset()
 
     def _have_gradients(self, parameter: Tensor) -> None:
-        if self._steps:  # while accumulating, nothing is sent
+        if self._steps:  # no communication while accumulating
             self._mark("communication")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -176,8 +176,11 @@ class StepTimer(Callback):
         self._hooks = []
 
     def finish(self) -> dict[str, float]:
-        """Stop the clock. Seconds of this process in each part, and in `total`, without the first optimizer step; empty if
-        there was but one. Waits for a GPU to have done what it was given."""
+        """Stop the clock and return this process's seconds in each part, and in `total`.
+
+        The first optimizer step is excluded; empty if there was only that one. Waits for the GPU to finish its queued
+        work.
+        """
         if self._clock is None or not self._started:
             return {}
         if self._seconds is None:
@@ -202,7 +205,7 @@ class StepTimer(Callback):
         print("\n".join(lines), flush=True)
 
     def _speed(self, trainer: Trainer, pl_module: LightningModule, total: float) -> str:
-        """Over all of the time."""
+        """Format the speed over the whole time."""
         unit, done = "samples", self._num_steps * samples_per_step(trainer)
         gradients = get_callback(trainer, GradientScaling)
         counted = gradients.total_count if gradients is not None else None
@@ -213,7 +216,7 @@ class StepTimer(Callback):
         return f"{done / total:,.0f} {unit}/s over all of it" + ("" if mfu is None else f", MFU {mfu:.1%}")
 
     def _slowest(self, trainer: Trainer) -> dict[str, float]:
-        """For a row of the log: how far behind the slowest process is. Called on all of them."""
+        """Return the slowest process's time over the median, for a row of the log. Called on all processes."""
         if not self._started or self._clock is None:
             return {}
         own = sum(self._clock.so_far(part) for part in _OWN)

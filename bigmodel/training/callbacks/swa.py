@@ -1,8 +1,8 @@
-"""Stochastic weight averaging (Izmailov et al. 2018, arXiv 1803.05407): the equal mean of weights along the last part of a
-run, evaluated and saved beside the live ones.
+"""Stochastic weight averaging (Izmailov et al. 2018, arXiv 1803.05407).
 
-Running statistics of BatchNorm are no weights: those of the mean net are not the mean of theirs. They are computed anew over
-training batches (section 3.2), just before the average is evaluated or saved, if it has changed since.
+The equal mean of weights over the last part of a run is evaluated and saved beside the live weights. Running statistics
+of BatchNorm are not weights: those of the mean net are not the mean of theirs. They are recomputed over training
+batches (section 3.2), just before the average is evaluated or saved, if it has changed since.
 """
 
 from __future__ import annotations
@@ -26,24 +26,23 @@ from bigmodel.training.optimizers import num_steps
 
 
 class SWA(WeightAverage):
-    """Averages the weights as they are at certain optimizer steps, all alike, and evaluates the average.
+    """Averages the weights at certain optimizer steps, with equal weight, and evaluates the average.
 
-    The live weights are trained as without it. The learning rate is left to --model.schedule: the paper keeps it high and
-    constant, or cycling, while it averages; under a schedule that falls to 0 the averaged weights hardly differ.
-
-    `state_dict` in a checkpoint stays the live weights, so that training resumes exactly; `bigmodel.load` takes the average
-    when there is one.
+    Training of the live weights does not change. The learning rate is set by --model.schedule: the paper keeps it high
+    and constant, or cyclic, while averaging; under a schedule that falls to 0 the averaged weights hardly differ.
+    `state_dict` in a checkpoint holds the live weights, so that training resumes exactly; `bigmodel.load` uses the
+    average if there is one.
 
     Args:
-        start: the share of the run's optimizer steps, 0 to 1, after which weights are taken; before it the live ones are
-            evaluated.
-        every_n_steps: optimizer steps from one taking to the next; null: at the end of each epoch.
-        bn_batches: micro-batches of each process, from the beginning of the first epoch's order, over which the statistics
-            of BatchNorm are computed, by the task's `features(batch)` and `logits(features)`; 0: take their mean over the
-            run. Of no account for a net without BatchNorm.
+        start: the fraction of the run's optimizer steps, 0 to 1, after which weights are averaged; before it the live
+            ones are evaluated.
+        every_n_steps: optimizer steps between two updates of the average; null: at the end of each epoch.
+        bn_batches: micro-batches of each process, from the beginning of the first epoch's order, over which the
+            statistics of BatchNorm are computed, with the task's `features(batch)` and `logits(features)`; 0: use their
+            mean over the run. Unused for a net without BatchNorm.
 
     Raises:
-        ValueError: for a setting out of range, a run without an end, or one in which no weights would be taken.
+        ValueError: for a setting out of range, a run without an end, or one in which no weights would be averaged.
     """
 
     def __init__(self, start: float = 0.75, every_n_steps: int | None = None, bn_batches: int = 100) -> None:
@@ -59,8 +58,8 @@ class SWA(WeightAverage):
         self.start, self.every_n_steps, self.bn_batches = start, every_n_steps, bn_batches
         self.num_averaged = 0
         self._step = self._first = self._every = 0
-        self._stale = False  # BatchNorm's statistics are not those of the average
-        self._modes: dict[nn.Module, bool] = {}  # which modules were training when weights were last taken
+        self._stale = False  # BatchNorm's statistics do not belong to the current average
+        self._modes: dict[nn.Module, bool] = {}  # the modules' training flags at the last update
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.bn_batches and _batch_norms(pl_module) and not hasattr(pl_module, "features"):
@@ -85,7 +84,7 @@ class SWA(WeightAverage):
                 f"no epoch of {self._every:,} optimizer steps ends from step {self._first:,} (--callbacks.swa.start"
                 f" {self.start}) to step {total:,}, so no weights would be averaged: set --callbacks.swa.every_n_steps"
             )
-        if trainer.global_step < self._first:  # of a run that was shorter when it was stopped
+        if trainer.global_step < self._first:  # the run was shorter when it was stopped
             self.average, self.num_averaged = {}, 0
         super().on_train_start(trainer, pl_module)
         self._step = trainer.global_step
@@ -112,7 +111,7 @@ class SWA(WeightAverage):
         self._refresh(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # The checkpoint already holds these very tensors, which are written in place.
+        # The checkpoint already refers to these tensors, which are updated in place.
         if self._stale:
             self._swap(pl_module)
             self._refresh(trainer, pl_module)
@@ -120,11 +119,11 @@ class SWA(WeightAverage):
 
     @torch.no_grad()
     def _refresh(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compute BatchNorm's statistics anew for the average, which is in place of the live weights, if it has changed.
+        """Recompute BatchNorm's statistics for the average, which is swapped in, if it has changed.
 
-        As torch.optim.swa_utils.update_bn: each statistic is the mean over batches of what the batch has.
+        As torch.optim.swa_utils.update_bn: each statistic is the mean over the batches' statistics.
         """
-        norms = [norm for norm in _batch_norms(pl_module) if self._modes.get(norm)]  # a frozen one stays as it is
+        norms = [norm for norm in _batch_norms(pl_module) if self._modes.get(norm)]  # frozen ones do not change
         if not self._stale or not norms or not self.bn_batches:
             self._stale = False
             return
@@ -148,11 +147,10 @@ class SWA(WeightAverage):
 
     @contextmanager
     def _as_in_training(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-        """Modules and trainer look as they do in a training step, and are again as they were at the end; so is whatever
-        random state this process has."""
+        """Put modules and trainer in the state of a training step; restore them, and the random state, at the end."""
         modes, stage = {module: module.training for module in pl_module.modules()}, trainer.state.stage
         with isolate_rng():
-            torch.manual_seed(0)  # of dropout
+            torch.manual_seed(0)  # for dropout
             try:
                 trainer.state.stage = RunningStage.TRAINING
                 for module in modes:
@@ -176,12 +174,12 @@ def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
 
 
 def _first_batches(trainer: Trainer, pl_module: LightningModule, count: int) -> Iterator[Any]:
-    """The first training micro-batches of this process, as a training step gets them; the same wherever the run stands."""
+    """Yield the first training micro-batches of this process, as in a training step; independent of the run's position."""
     source: Any = getattr(trainer, "datamodule", None) or pl_module
-    loader = source.train_dataloader()  # a new one: the run's own is in the middle of its epoch
+    loader = source.train_dataloader()  # a new one: the run's own loader is in the middle of its epoch
     if isinstance(loader, Loader):
         order: Any = loader.order
-        order.trainer = None  # whose step is where it would begin
+        order.trainer = None  # else the loader would start at the trainer's step
     for batch in islice(loader, count):
         batch = trainer.precision_plugin.convert_input(batch)
         batch = pl_module._on_before_batch_transfer(batch)

@@ -1,9 +1,9 @@
-"""What is known of training, for any task and with no line of its code: loss, rates, speed, use of the hardware.
+"""Logging of training for any task, without code in the task: loss, learning rate, speed, hardware utilisation.
 
 MFU is model FLOPs utilisation (Chowdhery et al. 2022, PaLM): FLOPs per second over the device's peak. The FLOPs are
-counted on the first micro-batch, forward and backward, not declared. They are those of the net that is trained: what
-checkpointed activations cost a second time is not counted, nor what a teacher computes or the net writes to learn from
-(`outside_mfu`), though its time is.
+counted on the first micro-batch, forward and backward, not declared. They are those of the trained net: recomputation
+of checkpointed activations is not counted, nor is computation under `outside_mfu` (a teacher, generation of training
+text), although its time is.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from bigmodel.training.machine import peak_flops
 
 
 class TrainingLog(Callback):
-    """Logs training every `trainer.log_every_n_steps` optimizer steps, over the steps since the last time.
+    """Logs training every `trainer.log_every_n_steps` optimizer steps, over the steps since the last row.
 
-    `train/loss` (mean over what was predicted, all processes), `train/lr`, `train/grad_norm` (when clipping); where a
-    training step returns `parts`, sums by name beside its loss, likewise their means as `train/<name>`;
+    `train/loss` (mean over all predicted elements, all processes), `train/lr`, `train/grad_norm` (when clipping); if a
+    training step returns `parts`, sums by name beside its loss, also their means as `train/<name>`;
     `speed/samples_per_s` and, if the task counts, `speed/<counts>_per_s` (all processes); `speed/mfu` (0 to 1, per
-    device, where its peak is known); `seen/samples`, `seen/<counts>`. Time in validation is left out. A task says what it
-    counts by an attribute, `counts = "tokens"`. Between these times nothing is read from the device.
+    device, if its peak is known); `seen/samples`, `seen/<counts>`. Time in validation is excluded. The task's attribute
+    `counts` names the unit of its count, for example `counts = "tokens"`. Between rows nothing is read from the device.
 
     Args:
-        mfu: count the FLOPs of the net that is trained, on the first micro-batch, and log `speed/mfu`: their rate over the
-            peak of the type in which products are computed (`bigmodel.training.machine.peak_flops`).
+        mfu: count the FLOPs of the trained net on the first micro-batch, and log `speed/mfu`: their rate over the peak
+            of the type in which matrix products are computed (`bigmodel.training.machine.peak_flops`).
 
     Attributes:
         latest: the last row.
-        further: what others add to each row; called on all processes.
+        further: functions that add metrics to each row; called on all processes.
     """
 
     def __init__(self, mfu: bool = True) -> None:
@@ -73,8 +73,10 @@ class TrainingLog(Callback):
         self._start_clock()
 
     def state_dict(self) -> dict[str, Any]:
-        """The losses since the last row, [W] on W processes that take different samples: so the first row after a resume
-        is that of a run never stopped."""
+        """Losses since the last row, [W] on W processes that take different samples.
+
+        With these, the first row after a resume equals that of an uninterrupted run.
+        """
         if self._trainer is None:
             return self._restored
         every = self._trainer.world_size // data_parallel_size(self._trainer)
@@ -90,14 +92,14 @@ class TrainingLog(Callback):
         state, self._restored = self._restored, {}
         self._step, self._count = state["step"], state["count"]
         for name, sums in state.get("sums", {}).items():
-            same = len(sums) == data_parallel_size(trainer)  # else each process takes an equal share
+            same = len(sums) == data_parallel_size(trainer)  # else each process gets an equal share
             own = sums[data_parallel_rank(trainer)] if same else sums.sum() / data_parallel_size(trainer)
             scale = state["accumulation"] / trainer.accumulate_grad_batches if name == "loss" else 1
             self._sums[name] = own.to(device) * scale
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.mfu and self._flops is None:
-            if "torch._dynamo" in sys.modules:  # what is compiled away cannot be counted
+            if "torch._dynamo" in sys.modules:  # operations in compiled code cannot be counted
                 torch.compiler.set_stance("force_eager")
             self._counter = _FlopCounter()
             self._counter.__enter__()
@@ -119,7 +121,7 @@ class TrainingLog(Callback):
         if self._micro_batches % trainer.accumulate_grad_batches:
             return
         step = trainer.global_step
-        if step == self._first + 1:  # with counting and warm-up behind it, the clock starts
+        if step == self._first + 1:  # counting and warm-up are over: start the clock
             self._start_clock()
         if step % self._every == 0:
             self._log(trainer, step)
@@ -129,9 +131,9 @@ class TrainingLog(Callback):
         accumulation, count = trainer.accumulate_grad_batches, self._total_count()
         predicted = count - self._count or (step - self._step) * accumulation * data_parallel_size(trainer)
         for name, value in self._sums.items():
-            scale = accumulation if name == "loss" else 1  # by which Lightning has divided it
+            scale = accumulation if name == "loss" else 1  # Lightning has divided the loss by it
             total = float(trainer.strategy.reduce(value * scale, reduce_op="sum"))
-            total *= data_parallel_size(trainer) / trainer.world_size  # those that share a model have the same
+            total *= data_parallel_size(trainer) / trainer.world_size  # processes that share a model have equal values
             row[f"train/{name}"] = total / predicted
         row["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         if self._gradients is not None and self._gradients.grad_norm is not None:
@@ -155,14 +157,14 @@ class TrainingLog(Callback):
         self._start_clock()
 
     def mfu_of(self, micro_batches: int, seconds: float) -> float | None:
-        """MFU (0 to 1) of one device that takes so many micro-batches in so many seconds; None where it is not known."""
+        """Return the MFU (0 to 1) of one device for `micro_batches` in `seconds`; None if it is unknown."""
         if not self._flops or not self._peak:
             return None
         mfu = self._flops * micro_batches / seconds / self._peak
-        return mfu if mfu <= 1 else None  # above, this is not the device's peak
+        return mfu if mfu <= 1 else None  # above 1, the assumed peak is wrong
 
     def seen(self, trainer: Trainer) -> dict[str, float]:
-        """What the optimizer has consumed so far: samples, and what the task counts. Reads from the device."""
+        """Return the samples, and the elements that the task counts, consumed so far. Reads from the device."""
         loader, step = trainer.train_dataloader, trainer.global_step
         course = loader.course if isinstance(loader, Loader) else None
         seen: dict[str, float] = {"seen/samples": course.at(step).seen if course else step * self._batch_size}
@@ -186,7 +188,7 @@ class TrainingLog(Callback):
 
 
 def samples_per_step(trainer: Trainer) -> int:
-    """Samples per optimizer step over all processes; 0 where neither the data module nor the loader says."""
+    """Return the samples per optimizer step over all processes; 0 if the loader does not define it."""
     loader: Any = trainer.train_dataloader
     if isinstance(loader, Loader):
         return loader.samples_per_step
@@ -195,7 +197,7 @@ def samples_per_step(trainer: Trainer) -> int:
 
 
 def _compute_dtype(trainer: Trainer) -> torch.dtype:
-    """The type of the inputs of matrix products; with float8, of the blocks' products."""
+    """Return the type of the inputs of matrix products; with float8, that of the blocks' products."""
     float8 = get_callback(trainer, Float8)
     if float8 is not None and not float8.emulate:
         return torch.float8_e4m3fn
@@ -206,10 +208,10 @@ def _compute_dtype(trainer: Trainer) -> torch.dtype:
 
 
 class _FlopCounter(TorchDispatchMode):
-    """Counts the FLOPs of matrix products, convolutions and attention while it is entered.
+    """Counts the FLOPs of matrix products, convolutions and attention inside the context.
 
-    Unlike torch's FlopCounterMode it takes no operation apart, which would change the last bit of some results: counting
-    must not change what is trained.
+    Unlike torch's FlopCounterMode it does not decompose operations, which would change the last bit of some results:
+    counting must not change the training.
     """
 
     paused = False  # by `outside_mfu`
@@ -220,11 +222,11 @@ class _FlopCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # DTensor calls on this process's parts, which come here
+            return NotImplemented  # DTensor then calls the operation on its local tensors, which are counted
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        # Gradients on in a backward pass: activations that were checkpointed are computed again. MFU counts what the model
-        # needs, not what is done for it (PaLM, appendix B).
+        # Gradients enabled in a backward pass: checkpointed activations are recomputed. MFU counts the FLOPs that the model
+        # requires, not those that are executed (PaLM, appendix B).
         recomputed = torch.is_grad_enabled() and torch._C._current_graph_task_id() >= 0
         if recomputed or _FlopCounter.paused:
             return out
@@ -236,8 +238,10 @@ class _FlopCounter(TorchDispatchMode):
 
 @contextmanager
 def outside_mfu() -> Iterator[None]:
-    """What a training step computes here is not done by the net that is trained, or not to train it: a teacher's answers,
-    text that is written. `speed/mfu` leaves it out."""
+    """Exclude the computation in this context from `speed/mfu`.
+
+    For work in a training step that is not part of training the net: a teacher's forward pass, text generation.
+    """
     before, _FlopCounter.paused = _FlopCounter.paused, True
     try:
         yield
@@ -255,7 +259,7 @@ def _attention_backward_flops(grad: Tensor, query: Tensor, key: Tensor, *args: A
     return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
 
 
-# Torch's formulas know the attention kernels of GPUs only.
+# Torch's formulas cover only the attention kernels of GPUs.
 _CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,

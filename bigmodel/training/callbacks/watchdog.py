@@ -1,4 +1,4 @@
-"""A process that hangs is found, and says where it stands."""
+"""Detection of a hanging process, with a dump of its stacks."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class Watchdog(Callback):
-    """Prints the stacks of all threads of this process to standard error, if no batch has ended for too long.
+    """Prints the stacks of all threads of this process to standard error if no batch has ended for too long.
 
-    Training and validation batches are signs of life; whatever else (compiling, saving, the start) has to be done within
-    the same time. A hang is told once, with process and step, and nothing is ended: a launcher's or SLURM's time limits do
-    that. Each process has its own. A step costs it a look at the clock.
+    Only training and validation batches reset the timer; anything else (compiling, saving, the start) must finish
+    within the same time. A hang is reported once, with process and step, and nothing is terminated: a launcher's or
+    SLURM's time limits do that. Each process has its own watchdog. The cost per step is one reading of the clock.
 
     Args:
         minutes: minutes without a batch that count as a hang.
@@ -65,7 +65,7 @@ class Watchdog(Callback):
             if alive != told:
                 where = f"process {trainer.global_rank} of {trainer.world_size}, optimizer step {trainer.global_step:,}"
                 head = f"no batch has ended for {silent / 60:.3g} minutes: {where}; its threads stand here:"
-                # Below Python's buffers: a thread that hangs may hold their lock.
+                # Bypasses Python's buffers: a hanging thread may hold their lock.
                 os.write(2, f"\nbigmodel: {head}\n".encode())
                 faulthandler.dump_traceback(file=2, all_threads=True)
             told, wait = alive, limit
