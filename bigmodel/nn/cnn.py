@@ -1,4 +1,4 @@
-"""A small convolutional net for small pictures.
+"""A small convolutional net for small images.
 
 Sources: LeCun et al. 1998 for the idea; batch normalisation, Ioffe and Szegedy 2015 (arXiv 1502.03167); the mean over
 positions at the end, Lin et al. 2013 (arXiv 1312.4400).
@@ -16,8 +16,8 @@ from bigmodel.nn.arguments import check_sizes
 class CNN(nn.Module):
     """Stages of 3x3 convolutions with batch normalisation and ReLU: images [B, C, H, W] in, logits [B, K] out.
 
-    Three stages, one more for each doubling of the picture over 32 pixels. Each but the first begins with max-pooling that
-    halves the picture, and has twice the width.
+    Three stages, one more for each doubling of the image over 32 pixels. Each but the first begins with max-pooling that
+    halves the image, and has twice the width.
 
     Args:
         num_classes: number of classes K.

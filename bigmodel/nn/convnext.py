@@ -48,7 +48,7 @@ class ConvNeXt(nn.Module):
     """A ConvNeXt: images [B, C, H, W] in, logits [B, K] out. The defaults make ConvNeXt-T; S has depths [3, 3, 27, 3], B
     those and widths [128, 256, 512, 1024].
 
-    `stages[i]` begins with what makes the picture smaller, the stem or a convolution that halves it; blocks follow.
+    `stages[i]` begins with what makes the image smaller, the stem or a convolution that halves it; blocks follow.
 
     Args:
         num_classes: number of classes K.
@@ -56,13 +56,13 @@ class ConvNeXt(nn.Module):
         image_size: pixels on a side, a multiple of patch_size.
         depths: blocks in each stage.
         widths: channels of each stage.
-        patch_size: pixels on a side that the stem makes one position; null: 4 for pictures over 64 pixels, 2 over 32,
+        patch_size: pixels on a side that the stem makes one position; null: 4 for images over 64 pixels, 2 over 32,
             else 1.
         layer_scale: where the learned scales of all branches start; null: none.
         drop_path: probability to skip a branch (stochastic depth) in the last block, rising from 0 in the first.
 
     Raises:
-        ValueError: sizes that do not fit together, or a picture too small for so many stages.
+        ValueError: sizes that do not fit together, or an image too small for so many stages.
     """
 
     def __init__(

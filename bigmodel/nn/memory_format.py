@@ -39,7 +39,7 @@ def guard_convolutions(net: nn.Module) -> None:
     On x86 processors the weights' gradient of a 1x1 convolution with a stride above 1, no padding, one group and fewer than
     16 input channels in channels_last overruns its workspace: wrong gradients, a hang, an abort or a segmentation fault. On
     AVX2 it occurs below 8 input channels from 8x8 pixels on, with AVX-512 below 16 channels (bfloat16 too) on larger
-    pictures; never with 16 channels or more, stride 1, or a kernel larger than 1x1. The format of the input decides,
+    images; never with 16 channels or more, stride 1, or a kernel larger than 1x1. The format of the input decides,
     whatever that of the weights, so a contiguous net is not safe from it. These convolutions are therefore computed in
     another way, in any format and on any device, so that results do not depend on the machine. All others stay as they are,
     subclasses of `nn.Conv2d` too. Names and parameters are kept. Calling it again changes nothing.

@@ -64,7 +64,7 @@ class ResNet(nn.Module):
     50 on their blocks are bottlenecks. Any other depth must be 6 n + 2 (20, 32, 44, 56, 110), which has three stages of
     16, 32 and 64 channels with n basic blocks each. The resnet8x4 and resnet32x4 of the distillation papers are depth 8
     and 32 with widths [64, 128, 256] and stem_width 32. Any other net is described by `blocks` and `widths`.
-    Each stage but the first halves the picture. `stages[i]` is a stage, `stages[i][j]` a block of it.
+    Each stage but the first halves the image. `stages[i]` is a stage, `stages[i][j]` a block of it.
 
     Args:
         num_classes: number of classes K.
@@ -75,7 +75,7 @@ class ResNet(nn.Module):
         widths: channels of each stage's 3x3 convolutions; null: those of the depth, or 64, 128, 256 ... with `blocks`.
         bottleneck: blocks of three convolutions, four times as wide at their end; null: as the depth has them.
         stem: "imagenet" (7x7 convolution of stride 2, then max-pooling: a quarter of the size), "cifar" (3x3 of
-            stride 1), or "auto": "cifar" for pictures up to 64 pixels.
+            stride 1), or "auto": "cifar" for images up to 64 pixels.
         stem_width: channels after the stem; null: those of the first stage.
         width_factor: multiplies all widths, the stem's too.
         drop_path: probability to skip a block's branch (stochastic depth) at the last block, rising from 0 at the first.
@@ -147,7 +147,7 @@ class ResNet(nn.Module):
                 channels = block.out_channels
             self.stages.append(stage)
         self.head = nn.Linear(channels, num_classes)
-        guard_convolutions(self)  # shortcuts of few channels, in whatever format pictures come
+        guard_convolutions(self)  # shortcuts of few channels, in whatever format images come
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

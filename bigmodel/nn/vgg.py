@@ -30,11 +30,11 @@ class VGG(nn.Module):
         depth: number of layers with weights as the paper counts: 11, 13, 16 or 19.
         batch_norm: batch normalisation after each convolution; without it the deeper ones hardly train.
         classifier: what follows the convolutions: "mlp" (the paper's: 7 x 7 positions into two layers of 4096),
-            "linear" (the mean over positions into the classes), or "auto": "linear" for pictures up to 64 pixels.
+            "linear" (the mean over positions into the classes), or "auto": "linear" for images up to 64 pixels.
         dropout: probability to drop a unit that a layer after the convolutions makes, or with "linear" a feature.
 
     Raises:
-        ValueError: a depth or classifier that does not exist, a picture too small, or a dropout outside [0, 1).
+        ValueError: a depth or classifier that does not exist, an image too small, or a dropout outside [0, 1).
     """
 
     def __init__(

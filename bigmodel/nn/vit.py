@@ -1,4 +1,4 @@
-"""The vision transformer: a picture as a sequence of patches.
+"""The vision transformer: an image as a sequence of patches.
 
 Sources: Dosovitskiy et al. 2020 (arXiv 2010.11929), eq. 1-4; registers, Darcet et al. 2023 (arXiv 2309.16588); fixed
 positions in two dimensions, Chen et al. 2021 (arXiv 2104.02057).
@@ -84,7 +84,7 @@ class ViT(nn.Module):
         num_classes: number of classes K.
         in_channels: channels C of an image.
         image_size: pixels on a side, a multiple of patch_size.
-        patch_size: pixels on a side of a patch; null: 16, or 4 for pictures up to 64 pixels.
+        patch_size: pixels on a side of a patch; null: 16, or 4 for images up to 64 pixels.
         width: channels D of a token.
         depth: number of blocks.
         num_heads: heads A; each has width / num_heads channels.

@@ -200,7 +200,7 @@ class FeatureTerm(Term):
 
 class Hint(FeatureTerm):
     """FitNets: squared error of the teacher's layer and what a learned regressor makes of the student's: a linear layer, for
-    maps of pictures a convolution of 1x1. Arguments as for `FeatureTerm`."""
+    maps of images a convolution of 1x1. Arguments as for `FeatureTerm`."""
 
     def prepare(self, student: torch.Size, teacher: torch.Size) -> None:
         maps = len(student) == 4

@@ -134,7 +134,7 @@ def attention_map(features: Tensor) -> Tensor:
 
 
 def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error [B] of the attention maps, the mean over places. Maps of pictures are averaged to the smaller's size.
+    """Squared error [B] of the attention maps, the mean over places. Maps of images are averaged to the smaller's size.
 
     Args:
         student, teacher: [B, C, H, W] or [B, T, C], each with its own C.

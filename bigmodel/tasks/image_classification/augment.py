@@ -1,12 +1,12 @@
-"""Augmentation of batches of pictures on the device that trains: what a transform is, and how a list of them is applied.
+"""Augmentation of batches of images on the device that trains: what a transform is, and how a list of them is applied.
 
-Everything random about a picture is hashed from its key, see `bigmodel.data.stateless_rng`. So a row of the result depends
-on its own picture and key alone: not on the batch it is in, nor on its place there, nor on the process.
+Everything random about an image is hashed from its key, see `bigmodel.data.stateless_rng`. So a row of the result depends
+on its own image and key alone: not on the batch it is in, nor on its place there, nor on the process.
 
 Transforms: `geometry` (crops, mirror images, affine maps), `color`, `random_erasing`, and `auto_augment` (RandAugment,
 TrivialAugment).
 
-B pictures, C channels, H and W pixels.
+B images, C channels, H and W pixels.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _FIRST_STREAM, _STREAMS_EACH = 64, 64
 
 
 class Transform(ABC):
-    """One random change to each picture of a batch."""
+    """One random change to each image of a batch."""
 
     flag = "--data.augment"  # where a person sets it, for errors
 
     @abstractmethod
     def __call__(self, images: Tensor, keys: Tensor, stream: int) -> Tensor:
-        """Changed pictures; those given are left as they are.
+        """Changed images; those given are left as they are.
 
         Args:
             images: [B, C, H, W] float32 in 0 to 1.
@@ -65,7 +65,7 @@ def change_rows_(images: Tensor, rows: Tensor, change: Callable[..., Tensor], *a
     Args:
         images: [B, C, H, W].
         rows: [B] bool, which of them.
-        change: from pictures [b, C, H, W], and as many rows of each argument, to pictures of the same shape, row by row.
+        change: from images [b, C, H, W], and as many rows of each argument, to images of the same shape, row by row.
         arguments: each [B, ...].
     """
     # On a CPU the cost is that of the pixels that are computed, so only the rows asked for are: RandAugment, where each

@@ -4,7 +4,7 @@ Sources: RandAugment, Cubuk et al. 2019 (arXiv 1909.13719); TrivialAugment, Mül
 list, the ranges of the magnitudes, and shears about the top left corner are those of both papers' implementations and of
 torchvision. Affine operations are bilinear, and black where nothing was.
 
-B pictures, C channels, H and W pixels.
+B images, C channels, H and W pixels.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class _Ranges:
 
 
 class RandAugment(Transform):
-    """Applies a few random operations of one common magnitude to each picture, one after the other.
+    """Applies a few random operations of one common magnitude to each image, one after the other.
 
     The operations are identity, shear x and y, translate x and y, rotate, brightness, color, contrast, sharpness,
-    posterize, solarize, autocontrast and equalize. Those that have a sign get a random one for each picture.
+    posterize, solarize, autocontrast and equalize. Those that have a sign get a random one for each image.
 
     Args:
-        num_ops: operations for each picture.
+        num_ops: operations for each image.
         magnitude: how strong they are, 0 to num_bins - 1.
         num_bins: number of magnitudes; the last one shears by 0.3, shifts by 0.45 of the side, rotates by 30 degrees,
             changes brightness and the like by 0.9, posterizes to 4 bits, and solarizes all.
@@ -78,7 +78,7 @@ class RandAugment(Transform):
 
 
 class TrivialAugment(Transform):
-    """Applies one random operation of random magnitude to each picture: the same list as RandAugment, in wider ranges.
+    """Applies one random operation of random magnitude to each image: the same list as RandAugment, in wider ranges.
 
     Args:
         num_bins: number of magnitudes, from none to the last one, which shears by 0.99, shifts by 32 pixels, rotates by
@@ -100,7 +100,7 @@ def _require_bins(transform: Transform, num_bins: int) -> None:
 
 
 def _operate_(images: Tensor, draws: Tensor, magnitudes: Tensor, ranges: _Ranges) -> Tensor:
-    """One operation on each picture, in place.
+    """One operation on each image, in place.
 
     Args:
         images: [B, C, H, W].

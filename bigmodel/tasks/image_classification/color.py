@@ -1,10 +1,10 @@
 """Transforms that change the values of pixels and leave them in place, and the operations they are made of.
 
-The operations follow those of Pillow's ImageEnhance and ImageOps on 8-bit pictures, without rounding their results to
+The operations follow those of Pillow's ImageEnhance and ImageOps on 8-bit images, without rounding their results to
 levels, unless levels are what they are about. The order in which a GPU or a vectorized loop adds must not show, so sums over
 pixels are of integers.
 
-B pictures, C channels (1, or 3 for red, green, blue), H and W pixels.
+B images, C channels (1, or 3 for red, green, blue), H and W pixels.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _FIXED_POINT = 65536
 
 
 class ColorJitter(Transform):
-    """Changes brightness, contrast, saturation and hue of each picture, always in this order.
+    """Changes brightness, contrast, saturation and hue of each image, always in this order.
 
     A factor is drawn from 1 - x to 1 + x, but not below 0, where x is the argument; 0 leaves that property alone. On
-    pictures of one channel, saturation and hue change nothing.
+    images of one channel, saturation and hue change nothing.
 
     Args:
         brightness: how far the factor of the values is from 1.
-        contrast: how far the factor of the differences from the picture's mean grey is from 1.
+        contrast: how far the factor of the differences from the image's mean grey is from 1.
         saturation: how far the factor of the differences from the pixel's grey is from 1.
         hue: turned by up to this share of the colour circle either way, 0 to 0.5.
     """
@@ -53,10 +53,10 @@ class ColorJitter(Transform):
 
 
 class Grayscale(Transform):
-    """Takes the colour from some pictures; the number of channels stays.
+    """Takes the colour from some images; the number of channels stays.
 
     Args:
-        p: share of the pictures that become grey.
+        p: share of the images that become grey.
     """
 
     def __init__(self, p: float = 0.1) -> None:
@@ -69,7 +69,7 @@ class Grayscale(Transform):
 
 
 def has_color(images: Tensor) -> bool:
-    """Whether pictures [B, C, H, W] have three channels.
+    """Whether images [B, C, H, W] have three channels.
 
     Raises:
         ValueError: if they have neither three nor one.
@@ -97,7 +97,7 @@ def brightness(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def contrast(images: Tensor, factors: Tensor) -> Tensor:
-    """Differences from the picture's mean grey times factors [B]; 0: that grey."""
+    """Differences from the image's mean grey times factors [B]; 0: that grey."""
     total = (luminance(images) * _FIXED_POINT).round().to(torch.int32).sum(dim=(1, 2, 3), dtype=torch.int64)
     mean = total.to(torch.float32) / (_FIXED_POINT * images[0, 0].numel())
     return _away_from(mean[:, None, None, None], images, factors)
@@ -109,7 +109,7 @@ def saturation(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def sharpness(images: Tensor, factors: Tensor) -> Tensor:
-    """Differences from the smoothed picture times factors [B]; 0: smooth. Border pixels stay."""
+    """Differences from the smoothed image times factors [B]; 0: smooth. Border pixels stay."""
     rows = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
     squares = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
     smooth = images.clone()

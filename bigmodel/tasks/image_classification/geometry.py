@@ -2,7 +2,7 @@
 
 Sources: crops of random area and aspect ratio, Szegedy et al. 2015 (arXiv 1409.4842, section 6).
 
-B pictures, C channels, H and W pixels, T tries.
+B images, C channels, H and W pixels, T tries.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TRIES = 10  # until a box fits
 
 
 class RandomCrop(Transform):
-    """Pads each picture on all sides, and cuts one of its own size out of that, at whole pixels.
+    """Pads each image on all sides, and cuts one of its own size out of that, at whole pixels.
 
     Args:
         padding: pixels on each side.
@@ -50,7 +50,7 @@ class RandomCrop(Transform):
         return cropped
 
     def _inside(self, places: Tensor, side: int) -> Tensor:
-        """Which pixel of the picture stands at each place of the padded one."""
+        """Which pixel of the image stands at each place of the padded one."""
         if self.mode == "reflect":
             return side - 1 - (side - 1 - places.abs()).abs()
         return places.clamp(0, side - 1)
@@ -70,10 +70,10 @@ def _take(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 class Flip(Transform):
-    """Mirrors some pictures.
+    """Mirrors some images.
 
     Args:
-        p: share of the pictures that are mirrored.
+        p: share of the images that are mirrored.
         vertical: exchange top and bottom, instead of left and right.
     """
 
@@ -87,13 +87,13 @@ class Flip(Transform):
 
 
 def warp(images: Tensor, matrices: Tensor, outside: Literal["zeros", "border"] = "zeros") -> Tensor:
-    """Pictures through affine maps, by bilinear interpolation.
+    """Images through affine maps, by bilinear interpolation.
 
     Args:
         images: [B, C, H, W].
         matrices: [B, 2, 3], from a place (x, y) in the result to the place it is read from, both in pixels, right and down
-            from the centre of the picture.
-        outside: what is read outside of the picture: 0, or the nearest pixel.
+            from the centre of the image.
+        outside: what is read outside of the image: 0, or the nearest pixel.
     """
     height, width = images.shape[2:]
     x = torch.arange(width, device=images.device) - (width - 1) / 2
@@ -108,7 +108,7 @@ def warp(images: Tensor, matrices: Tensor, outside: Literal["zeros", "border"] =
 
 
 class RandomAffine(Transform):
-    """Shears, rotates, scales and shifts each picture about its centre, in this order; black where nothing was.
+    """Shears, rotates, scales and shifts each image about its centre, in this order; black where nothing was.
 
     Args:
         degrees: rotates by up to so much, either way.
@@ -147,14 +147,14 @@ class RandomAffine(Transform):
 
 
 class RandomResizedCrop(Transform):
-    """Cuts a box of random area and aspect ratio out of each picture, and enlarges it to the size of the picture.
+    """Cuts a box of random area and aspect ratio out of each image, and enlarges it to the size of the image.
 
-    Where pictures are larger than what the net reads, the box is better cut from the original at decoding (`boxes`): in
+    Where images are larger than what the net reads, the box is better cut from the original at decoding (`boxes`): in
     a batch, which has the net's size already, the box is enlarged from fewer pixels than there were. As it is never
     reduced, no smoothing against aliasing is needed here.
 
     Args:
-        scale: smallest and largest share of the picture's area.
+        scale: smallest and largest share of the image's area.
         ratio: smallest and largest width over height; its logarithm is uniform.
     """
 
@@ -179,10 +179,10 @@ class RandomResizedCrop(Transform):
         return warp(images, matrices, outside="border")
 
     def boxes(self, shapes: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Boxes to cut out of pictures that are still to be decoded.
+        """Boxes to cut out of images that are still to be decoded.
 
         Args:
-            shapes: [B, 2], height and width of each picture in pixels.
+            shapes: [B, 2], height and width of each image in pixels.
             keys: [B] int64.
 
         Returns:
@@ -206,12 +206,12 @@ class RandomResizedCrop(Transform):
 def fitting_box(
     height: Tensor, width: Tensor, scale: tuple[float, float], ratio: tuple[float, float], draws: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The first box of random area and aspect ratio that fits into each picture.
+    """The first box of random area and aspect ratio that fits into each image.
 
     Args:
-        height: [B], of the pictures, in pixels.
+        height: [B], of the images, in pixels.
         width: [B].
-        scale: smallest and largest share of the picture's area.
+        scale: smallest and largest share of the image's area.
         ratio: smallest and largest width over height.
         draws: [B, 2T] uniform random numbers, for T tries.
 
@@ -234,7 +234,7 @@ def require_box(transform: Transform, scale: tuple[float, float], ratio: tuple[f
 
 
 def box_mask(left: Tensor, top: Tensor, right: Tensor, bottom: Tensor, height: int, width: int) -> Tensor:
-    """Which pixels [B, 1, H, W] lie in boxes, whose sides [B] are whole pixels and may lie outside of the picture."""
+    """Which pixels [B, 1, H, W] lie in boxes, whose sides [B] are whole pixels and may lie outside of the image."""
     x, y = torch.arange(width, device=left.device), torch.arange(height, device=left.device)
     columns = (x >= left[:, None]) & (x < right[:, None])  # [B, W]
     rows = (y >= top[:, None]) & (y < bottom[:, None])  # [B, H]

@@ -80,11 +80,11 @@ class HuggingFace(Classifier):
     Attributes:
         model: transformers' model.
         config: its configuration, plain values.
-        normalization: mean and standard deviation by channel that the pictures had when the weights were trained, for pixels
+        normalization: mean and standard deviation by channel that the images had when the weights were trained, for pixels
             in 0 to 1; None if that is not known, for as many channels.
 
     Raises:
-        ValueError: if there is no such model, its weights do not fit, or it cannot read such pictures.
+        ValueError: if there is no such model, its weights do not fit, or it cannot read such images.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class HuggingFace(Classifier):
 def as_published(
     path: str, flag: str, *, classes: Sequence[str], in_channels: int, image_size: int
 ) -> tuple[Classifier, int]:
-    """A classifier with all of its weights, of pictures of its own number of channels.
+    """A classifier with all of its weights, of images of its own number of channels.
 
     Args:
         path: a folder, or hf://owner/name.
@@ -146,11 +146,11 @@ def as_published(
         image_size: pixels on a side, S.
 
     Returns:
-        The net, and the channels C that it reads: as the data have, or 3 of grey and 1 of coloured pictures.
+        The net, and the channels C that it reads: as the data have, or 3 of grey and 1 of coloured images.
 
     Raises:
         ValueError: if there is no such model, it tells other classes, a weight is missing or has another shape, or it cannot
-            read such pictures.
+            read such images.
     """
     from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForImageClassification
 

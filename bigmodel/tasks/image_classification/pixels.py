@@ -1,6 +1,6 @@
-"""Decode many pictures in worker processes: into a file, and into the mean and standard deviation of their colours.
+"""Decode many images in worker processes: into a file, and into the mean and standard deviation of their colours.
 
-N pictures, C channels.
+N images, C channels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bigmodel.data.worker_pool import WorkerPool
 from bigmodel.tasks.image_classification.images import decode_from
 from bigmodel.tasks.image_classification.scan import BLOCK, load_store
 
-BLOCK_BYTES = 2**24  # of pixels, about what a worker process decodes at once, if these are fewer pictures than `BLOCK`
+BLOCK_BYTES = 2**24  # of pixels, about what a worker process decodes at once, if these are fewer images than `BLOCK`
 
 _WIDTH = 1024
 
@@ -44,12 +44,12 @@ class Colours(NamedTuple):
 
 @dataclass(frozen=True)
 class Decoding:
-    """How and where to some pictures are decoded.
+    """How and where to some images are decoded.
 
     Attributes:
         store_file: their store, see `load_store`.
         geometry: what they become.
-        whole: whether all of each picture is kept.
+        whole: whether all of each image is kept.
         path: the file that their pixels are written to, one after the other; None: nowhere.
     """
 
@@ -59,11 +59,11 @@ class Decoding:
     path: Path | None
 
     def run(self, workers: WorkerPool, rows: np.ndarray, shapes: np.ndarray, advance: Callable[[int], None]) -> Colours:
-        """Decode pictures.
+        """Decode images.
 
         Args:
             workers: that do it.
-            rows: [N], which pictures of the store.
+            rows: [N], which images of the store.
             shapes: [N, 2], height and width that they will have.
             advance: told how many more are done.
 
@@ -92,7 +92,7 @@ class Decoding:
 
 
 def _decode_block(how: Decoding, block: tuple[int, np.ndarray, np.ndarray]) -> Colours:
-    """Decode some pictures and write them where they belong in the file; run in a worker process.
+    """Decode some images and write them where they belong in the file; run in a worker process.
 
     Args:
         how: see there.

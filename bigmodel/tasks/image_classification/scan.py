@@ -1,12 +1,12 @@
-"""Look at every picture once: is it whole, how large, is it grey, and what identifies its content.
+"""Look at every image once: is it whole, how large, is it grey, and what identifies its content.
 
-Each picture is read and decoded (a JPEG at an eighth of its size, which still goes through all of its data) in worker
-processes. What was found is remembered in the cache under the stamps of all pictures (names, sizes, dates), so a second
-start reads no picture that was good::
+Each image is read and decoded (a JPEG at an eighth of its size, which still goes through all of its data) in worker
+processes. What was found is remembered in the cache under the stamps of all images (names, sizes, dates), so a second
+start reads no image that was good::
 
     <cache>/scans/<hash of the stamps>.npz      hashes, sizes, grey of a `Scan`, and which are bad
 
-N pictures.
+N images.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ if TYPE_CHECKING:
     from bigmodel.tasks.image_classification.batch import Store
 
 VERSION = 1  # of what is remembered
-BLOCK = 64  # pictures that a worker process takes at once
+BLOCK = 64  # images that a worker process takes at once
 
 _KEY = b"bigmodel pictures"  # of the hash: it decides about splits, so it stays as it is
 
 
 class Scan(NamedTuple):
-    """What was found in N pictures.
+    """What was found in N images.
 
     Attributes:
         hashes: [N, 16] uint8, BLAKE2b of the contents: of a file's bytes, or of shape and pixels.
-        sizes: [N, 2] int32, height and width of the upright pictures.
+        sizes: [N, 2] int32, height and width of the upright images.
         grey: [N] bool, whether no pixel has a colour.
-        errors: [N] of str, empty where the picture is good, else why it cannot be used.
+        errors: [N] of str, empty where the image is good, else why it cannot be used.
     """
 
     hashes: np.ndarray
@@ -55,12 +55,12 @@ class Scan(NamedTuple):
 
 
 def scan(stores: Mapping[str, Store], cache: Path, max_pixels: int, num_processes: int) -> dict[str, Scan]:
-    """Scan the pictures of each store, or remember what was found there.
+    """Scan the images of each store, or remember what was found there.
 
     Args:
         stores: by the name of their split.
         cache: folder that remembers.
-        max_pixels: of a picture; larger ones are errors.
+        max_pixels: of an image; larger ones are errors.
         num_processes: worker processes.
     """
     memories = {name: _memory(store, cache, max_pixels) for name, store in stores.items()}
@@ -107,7 +107,7 @@ def load_store(file: str) -> Store:
 
 
 def content_hash(content: bytes | np.ndarray) -> np.ndarray:
-    """[16] uint8 that stand for the content of a picture's file, or for its pixels."""
+    """[16] uint8 that stand for the content of an image's file, or for its pixels."""
     digest = hashlib.blake2b(digest_size=16, key=_KEY)
     if isinstance(content, np.ndarray):
         digest.update(f"{content.dtype.kind}{content.dtype.itemsize}{list(content.shape)}".encode())
@@ -118,7 +118,7 @@ def content_hash(content: bytes | np.ndarray) -> np.ndarray:
 
 
 def _scan_block(max_pixels: int, block: tuple[str, np.ndarray]) -> Scan:
-    """Scan some pictures of a store; run in a worker process."""
+    """Scan some images of a store; run in a worker process."""
     file, rows = block
     store = load_store(file)
     found = _nothing(len(rows))
@@ -137,14 +137,14 @@ def _scan_block(max_pixels: int, block: tuple[str, np.ndarray]) -> Scan:
 
 
 def _nothing(n: int) -> Scan:
-    """Of n pictures nothing is known."""
+    """Of n images nothing is known."""
     return Scan(
         np.zeros((n, 16), np.uint8), np.zeros((n, 2), np.int32), np.zeros(n, bool), _unscanned(np.ones(n, bool))
     )
 
 
 def _unscanned(rows: np.ndarray) -> np.ndarray:
-    """Errors [n] of pictures of which these [n] bool are not scanned."""
+    """Errors [n] of images of which these [n] bool are not scanned."""
     return np.where(rows, "not scanned", "").astype(object)
 
 

@@ -33,7 +33,7 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for and no more: the processes that tokenize need neither torch nor Lightning."""
+    """Import on first access: the processes that tokenize need neither torch nor Lightning."""
     for module, names in _WHERE.items():
         if name in names:
             return getattr(importlib.import_module(f"{__name__}.{module}"), name)

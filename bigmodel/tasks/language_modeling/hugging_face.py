@@ -89,7 +89,7 @@ def as_published(path: str, flag: str, tokenizer: Tokenizer, context_length: int
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     settings = published.read_settings(path, flag, _KIND, MODEL_FOR_CAUSAL_LM_MAPPING)
-    text = settings.get_text_config()  # of a model that reads pictures too
+    text = settings.get_text_config()  # of a model that reads images too
     try:
         difference = _difference(published.location(path), tokenizer)
     except ValueError as error:

@@ -50,13 +50,13 @@ class InteractionData(L.LightningDataModule):
         step: events from one training window to the next; by default T.
         batch_size: windows, events or users per optimizer step over all processes.
         micro_batch_size: of those, what one process takes at once; by default its whole share of the batch.
-        cache_dir: where prepared events are kept; by default $BIGMODEL_CACHE or ~/.cache/bigmodel.
+        cache_dir: folder of the prepared events; by default $BIGMODEL_CACHE or ~/.cache/bigmodel.
         num_workers: processes that read batches ahead; 0 reads them in the training process, which takes microseconds a
             row.
         seed: with the epoch, determines the order of the samples, and their keys.
 
     Attributes:
-        sizes: what a net must know: num_items, max_length; num_users too if examples are pairs or users. After `setup`,
+        sizes: sizes that the net is built with: num_items, max_length; num_users too if examples are pairs or users. After `setup`,
             like all that follows, and not when predicting.
         fingerprint: hash of the events and how they are dealt out.
         parts: how events are dealt out.
@@ -118,10 +118,10 @@ class InteractionData(L.LightningDataModule):
         return str(asked)
 
     def prepare_data(self) -> None:
-        """Read, filter, sort and number the events, unless that was done before with these settings.
+        """Read, filter, sort and number the events, unless the cache already holds them for these settings.
 
         Raises:
-            ValueError: if the input cannot be used as asked; says which file or row, and what to do.
+            ValueError: if the input or a setting is invalid; the message names the file or row and the remedy.
         """
         self._prepare()
 
@@ -219,7 +219,7 @@ class InteractionData(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[EvalBatch] | list[DataLoader[EvalBatch]]:
         fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if "val" not in self.split.wanted and fitting:
-            return []  # asked for none
+            return []  # none requested
         return self._eval_loader(self.histories("val"))
 
     def test_dataloader(self) -> DataLoader[EvalBatch]:
@@ -283,7 +283,7 @@ class InteractionData(L.LightningDataModule):
         return Histories(self.parts.events, self.parts.evaluated(split), *self.parts.borders(split), self.max_length)
 
     def _say(self, line: str) -> None:
-        """A line for the person at the terminal, from one process."""
+        """Print a line, from one process only."""
         if self.trainer is None or self.trainer.is_global_zero:
             say(line)
 
@@ -302,7 +302,7 @@ class InteractionData(L.LightningDataModule):
         )
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """The batch on the device."""
-        if device.type == "cpu":  # where Lightning takes a tenth of a millisecond to find that it is there
+        """Move the batch to the device."""
+        if device.type == "cpu":  # already there; Lightning needs 0.1 ms to find that out
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)

@@ -41,9 +41,9 @@ class SequenceRecommendation(Recommender):
     mask at the end.
 
     Args:
-        net: makes the net, called with `num_items` and `max_length`, which the data know.
+        net: factory of the net, called with `num_items` and `max_length`, taken from the data.
         loss: of the next items, one of bigmodel.tasks.recommendation: FullSoftmax (by default), SampledSoftmax, BCE, GBCE.
-        optimizer: makes the optimizer from parameter groups.
+        optimizer: factory of the optimizer, called with parameter groups.
         schedule: the learning rate over the run's optimizer steps; null: constant.
         cutoffs: lengths k of the lists that are measured.
         mask_rate: share of the items that is masked; for nets with a mask only.
@@ -56,7 +56,7 @@ class SequenceRecommendation(Recommender):
     `test`.
     """
 
-    counts = "items"  # what a step's count counts
+    counts = "items"  # unit of the count that training_step returns
     examples = "sequences"  # what it is trained on
 
     def __init__(
@@ -91,13 +91,13 @@ class SequenceRecommendation(Recommender):
         self.loss.prepare(known["num_items"], self._prepare_evaluation(known["num_items"]))
 
     def configure_callbacks(self) -> list[Callback]:
-        # The loss is a sum: also a bare Trainer must divide it by the count.
+        # The loss is a sum: a plain Trainer also needs the callback that divides it by the count.
         return [] if get_callback(self.trainer, GradientScaling) else [GradientScaling()]
 
     def configure_optimizers(self) -> Any:
         return optimizers.configure(self, self.optimizer, self.schedule)
 
-    # What distillation, evaluation and export need of a task that *SupportsLogits*.
+    # The SupportsLogits protocol, used by distillation, evaluation and export.
 
     def features(self, batch: Any) -> Tensor:
         """What scores items: [B, T, D] after each position of training windows; [B, D] after each history."""
@@ -198,9 +198,9 @@ class PairRecommendation(SequenceRecommendation):
     With SquaredError it learns to predict ratings, and logs `val/rmse` and `val/mae` over all targets besides.
 
     Args:
-        net: makes the net, called with `num_users` and `num_items`, which the data know; `max_length` is left out.
+        net: factory of the net, called with `num_users` and `num_items`, taken from the data; `max_length` is left out.
         loss: of the pairs: BPR (by default), BCE, SampledSoftmax, FullSoftmax; or of their ratings: SquaredError.
-        optimizer: makes the optimizer from parameter groups.
+        optimizer: factory of the optimizer, called with parameter groups.
         schedule: the learning rate over the run's optimizer steps; null: constant.
         cutoffs: lengths k of the lists that are measured.
         seed: of negatives, with optimizer step and sample.

@@ -102,7 +102,7 @@ def as_published(
         flag: that it was given by, for messages.
         classes: the names that the data have; its logits come in their order.
         problem: what a text has of them.
-        text_encoder: by which the data's texts are encoded; None: they are pictures.
+        text_encoder: by which the data's texts are encoded; None: they are images.
         max_length: T that texts are cut at; None: at what the encoder says.
 
     Raises:

@@ -1,6 +1,6 @@
 """Predictions of a trained task, for samples in memory and as columns of a table.
 
-n samples, K classes or labels (1 for a number); B pictures, C channels, S pixels of the square's side.
+n samples, K classes or labels (1 for a number); B images, C channels, S pixels of the square's side.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def predict(task: Any, samples: Sequence[Sample]) -> list[Any]:
 
     Args:
         task: a TransferLearning that has been trained.
-        samples: texts, pairs of texts, or pictures, as its backbone reads them.
+        samples: texts, pairs of texts, or images, as its backbone reads them.
 
     Raises:
         ValueError: if the task has learned nothing, or the samples are not of its kind.
@@ -92,6 +92,6 @@ def _pictures(task: Any, samples: Sequence[Sample]) -> Any:
 
 
 class _Pictures(NamedTuple):
-    """Of a batch of pictures what a backbone reads: [B, C, S, S] uint8."""
+    """Of a batch of images what a backbone reads: [B, C, S, S] uint8."""
 
     images: Tensor

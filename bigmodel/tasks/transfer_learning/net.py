@@ -16,7 +16,7 @@ _INIT_STD = 0.02  # as the heads of BERT and of vision transformers
 
 
 class TransferNet(nn.Module):
-    """Maps a batch, of texts or of pictures, to logits [B, K].
+    """Maps a batch, of texts or of images, to logits [B, K].
 
     Args:
         backbone: gives features.

@@ -1,6 +1,6 @@
-"""Pictures in arrays: what shapes and types are taken, and .npz files of them.
+"""Images in arrays: what shapes and types are taken, and .npz files of them.
 
-N pictures, H and W pixels, C channels (1, 3 or 4).
+N images, H and W pixels, C channels (1, 3 or 4).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PAIRS = {
 
 
 def read_npz(path: str, labelled: bool) -> Found:
-    """Pictures and labels of an .npz file: x_train and y_train, x_val, x_test; train_images and train_labels, ...; or images
+    """Images and labels of an .npz file: x_train and y_train, x_val, x_test; train_images and train_labels, ...; or images
     and labels, x and y. Loaded into memory as a whole.
 
     Raises:
@@ -67,7 +67,7 @@ def _load(file: np.lib.npyio.NpzFile, name: str, path: str) -> np.ndarray:
 
 
 def check_images(array: np.ndarray, where: str) -> np.ndarray:
-    """Pictures [N, H, W] or [N, H, W, C] of uint8 or uint16, from such an array or from [N, C, H, W]."""
+    """Images [N, H, W] or [N, H, W, C] of uint8 or uint16, from such an array or from [N, C, H, W]."""
     if array.dtype.kind == "f":
         raise ValueError(
             f"{where} is of type {array.dtype}; pictures are uint8 or uint16. Of values from 0 to 1 make"

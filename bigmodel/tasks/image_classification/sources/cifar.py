@@ -1,9 +1,9 @@
 """CIFAR-10 and CIFAR-100 as published (Krizhevsky 2009): the python or the binary version, unpacked or in its archive.
 
-A picture is 3072 bytes, its red, green and blue planes of 32 x 32. The python version is pickled; only arrays and plain
+An image is 3072 bytes, its red, green and blue planes of 32 x 32. The python version is pickled; only arrays and plain
 containers are unpickled, since a pickle may otherwise run anything.
 
-N pictures.
+N images.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Version:
         meta: the file of the class names.
         names_key: where the names are in it, if it is pickled.
         labels_key: where the labels are in the other files, if they are pickled.
-        label_bytes: before each picture, if they are not; the last is the class.
+        label_bytes: before each image, if they are not; the last is the class.
     """
 
     name: str
@@ -150,7 +150,7 @@ def _read_archive(path: str) -> dict[str, bytes]:
 
 
 def _pictures(data: bytes, version: _Version, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures [N, 32, 32, 3] uint8 and class numbers [N] int64."""
+    """Images [N, 32, 32, 3] uint8 and class numbers [N] int64."""
     if version.labels_key:
         content = _unpickle(data, where)
         planes, labels = _entry(content, "data", where), np.asarray(_entry(content, version.labels_key, where))

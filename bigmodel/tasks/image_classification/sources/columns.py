@@ -1,4 +1,4 @@
-"""The columns of a table of pictures, and what is in those of Arrow's types.
+"""The columns of a table of images, and what is in those of Arrow's types.
 
 N rows.
 """
@@ -23,7 +23,7 @@ class Columns:
     """Names of the columns of a table (CSV, TSV, Parquet, Hugging Face).
 
     Args:
-        image: the pictures: paths, or in Parquet and Hugging Face data sets the encoded bytes.
+        image: the images: paths, or in Parquet and Hugging Face data sets the encoded bytes.
         label: class names or class numbers.
         split: train, val or test; None: the files' names say it, or nothing does.
     """
@@ -53,7 +53,7 @@ def rows_of(splits: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def holds_bytes(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds encoded pictures: binary, or struct<bytes, path> of Hugging Face."""
+    """Whether a column of this type holds encoded images: binary, or struct<bytes, path> of Hugging Face."""
     if pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}:
         kind = kind.field("bytes").type
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
@@ -62,7 +62,7 @@ def holds_bytes(kind: pa.DataType) -> bool:
 def parts_found(
     where: str, parts: dict[str, tuple[Store, pa.Table]], columns: Columns, labelled: bool, classes: list[str] | None
 ) -> Found:
-    """Splits from parts (split -> pictures and their table); or from the split column, over all parts."""
+    """Splits from parts (split -> images and their table); or from the split column, over all parts."""
     if not labelled:
         return Found(where, {split: Split(store, None) for split, (store, _) in parts.items()})
     if columns.split is None:

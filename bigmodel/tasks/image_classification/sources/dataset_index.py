@@ -1,6 +1,6 @@
 """What a reader found at a path, and its way to a `Source`: split names, class numbers, and what is refused in any format.
 
-N pictures, K classes.
+N images, K classes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Split:
     """One split as it was read.
 
     Attributes:
-        store: its pictures.
+        store: its images.
         labels: [N] class numbers or names; None where labels were not asked for.
     """
 

@@ -1,6 +1,6 @@
 """Data sets by name: real digits that come with two packages, and those that are fetched.
 
-N pictures.
+N images.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Folders of picture files: `<root>/<class>/...`, or `<root>/<split>/<class>/...` where every folder of the root is a split.
+"""Folders of image files: `<root>/<class>/...`, or `<root>/<split>/<class>/...` where every folder of the root is a split.
 
 Order: classes by name, within a class files by their path below it.
 """
@@ -23,10 +23,10 @@ def picture_suffixes() -> set[str]:
 
 
 def read_folder(root: str, labelled: bool) -> Found:
-    """The pictures below a folder, each labelled by the folder of its class; or all of them, without labels.
+    """The images below a folder, each labelled by the folder of its class; or all of them, without labels.
 
     Raises:
-        ValueError: if a folder cannot be read or a class folder is empty, or there are no pictures, or no class folders.
+        ValueError: if a folder cannot be read or a class folder is empty, or there are no images, or no class folders.
     """
     finder = _Finder(root)
     if labelled:
@@ -77,7 +77,7 @@ def _split_folders(root: str, folders: list[str]) -> dict[str, str]:
 
 
 class _Finder:
-    """Finds pictures below a root, and counts what is left out."""
+    """Finds images below a root, and counts what is left out."""
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -86,7 +86,7 @@ class _Finder:
         self.loose: list[str] = []
 
     def labelled(self, split: str) -> tuple[list[str], list[str]]:
-        """Names below the root and classes of a split's pictures."""
+        """Names below the root and classes of a split's images."""
         here = os.path.join(self.root, split) if split else self.root
         names: list[str] = []
         labels: list[str] = []
@@ -112,7 +112,7 @@ class _Finder:
         return names, labels
 
     def under(self, below: str) -> list[str]:
-        """Names below the root of all pictures at any depth under one of its folders, in no order."""
+        """Names below the root of all images at any depth under one of its folders, in no order."""
         names: list[str] = []
         folder = os.path.join(self.root, below) if below else self.root
         for entry in _entries(folder):

@@ -1,6 +1,6 @@
 """MNIST's own files, in which Fashion-MNIST and KMNIST come too: big-endian IDX, as described by LeCun, Cortes and Burges.
 
-A magic number (2051: pictures, 2049: labels), the size of each dimension, all uint32; then the bytes.
+A magic number (2051: images, 2049: labels), the size of each dimension, all uint32; then the bytes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def read_idx(folder: str, labelled: bool, classes: list[str] | None = None) -> F
 
 
 def _read(path: str, magic: int) -> np.ndarray:
-    """Pictures [N, H, W] or labels [N], uint8."""
+    """Images [N, H, W] or labels [N], uint8."""
     try:
         data = Path(path).read_bytes()
         if data[:2] == b"\x1f\x8b":  # whatever its name says

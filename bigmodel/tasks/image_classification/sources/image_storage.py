@@ -1,8 +1,8 @@
-"""The places where pictures lie: files, one flat file, Arrow tables, arrays; parts and sums of them.
+"""The places where images lie: files, one flat file, Arrow tables, arrays; parts and sums of them.
 
 Each satisfies `Store`. Rows are counted from 0, as by the libraries that read these formats.
 
-N pictures, H and W pixels, C channels.
+N images, H and W pixels, C channels.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ class Files:
 
 
 class Packed:
-    """Encoded pictures one after another in a memory-mapped file of a folder::
+    """Encoded images one after another in a memory-mapped file of a folder::
 
-        pictures.bin    the bytes
-        ends.npy        [N + 1] int64: picture i is bytes ends[i] to ends[i + 1]
+        images.bin    the bytes
+        ends.npy        [N + 1] int64: image i is bytes ends[i] to ends[i + 1]
         files.json      [[name, rows], ...]: the tables that they came from, in order
 
     Args:
@@ -128,7 +128,7 @@ class Arrow:
         return f"{self.what} row {i}"
 
     def _content(self, i: int) -> Any:
-        """A scalar of the picture's bytes, or of its path."""
+        """A scalar of the image's bytes, or of its path."""
         chunk = int(np.searchsorted(self._starts, i, side="right")) - 1
         value = self._chunks[chunk][i - self._starts[chunk]]
         if pa.types.is_struct(value.type):
@@ -160,7 +160,7 @@ def open_arrow(files: Sequence[str]) -> pa.Table:
 
 
 class Pixels:
-    """Pictures in an array in memory.
+    """Images in an array in memory.
 
     Args:
         array: [N, H, W] or [N, H, W, C], uint8 or uint16.
@@ -184,7 +184,7 @@ class Pixels:
 
 
 class Joined:
-    """The pictures of several stores, one store after another."""
+    """The images of several stores, one store after another."""
 
     def __init__(self, stores: Sequence[Store]) -> None:
         self.stores = list(stores)
@@ -211,7 +211,7 @@ class Joined:
 
 
 class Chosen:
-    """Some pictures of a store.
+    """Some images of a store.
 
     Args:
         store: has them.

@@ -1,4 +1,4 @@
-"""Tables of text, CSV or TSV: a picture's path, its label, perhaps its split in each row; the first line names them."""
+"""Tables of text, CSV or TSV: an image's path, its label, perhaps its split in each row; the first line names them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from bigmodel.tasks.image_classification.sources.image_storage import Files
 
 
 def read_table(path: str, columns: Columns, labelled: bool) -> Found:
-    """Pictures named in a table, their paths absolute or below the table's folder.
+    """Images named in a table, their paths absolute or below the table's folder.
 
     Raises:
-        ValueError: if a column is missing or a cell is empty, or a picture is not there; names the line.
+        ValueError: if a column is missing or a cell is empty, or an image is not there; names the line.
     """
     folder = os.path.dirname(path)
     wanted = columns.wanted(labelled)

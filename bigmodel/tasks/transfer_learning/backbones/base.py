@@ -28,7 +28,7 @@ class TextProbe(NamedTuple):
 
 
 class ImageProbe(NamedTuple):
-    """A batch of one picture [1, C, S, S], to find out how a net of pictures is made."""
+    """A batch of one image [1, C, S, S], to find out how a net of images is made."""
 
     images: Tensor
 
@@ -43,7 +43,7 @@ class Backbone(nn.Module, ABC):
         modality: what it reads.
         width: D.
         pooling: how its tokens are best made one vector; None: it pools itself.
-        text_encoder: its way from text to tokens; None if it reads pictures.
+        text_encoder: its way from text to tokens; None if it reads images.
         num_layers: L.
         description: plain values, from which `rebuild` makes the same architecture with no file present.
     """
@@ -94,7 +94,7 @@ class Backbone(nn.Module, ABC):
 
 
 def probe_of(modality: Modality, data_sizes: Mapping[str, int], device: torch.device) -> TextProbe | ImageProbe:
-    """One row of what the data hold: two tokens, or a picture of their size."""
+    """One row of what the data hold: two tokens, or an image of their size."""
     if modality == "text":
         tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
         return TextProbe(tokens, torch.ones_like(tokens, dtype=torch.bool), tokens)

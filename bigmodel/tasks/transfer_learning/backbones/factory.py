@@ -40,7 +40,7 @@ def build_backbone(
         excuse: patterns (`*` as in file names) of weights that may be missing, left over or of another shape; they start
             anew. Weights of a run are always its net's.
         allow_pickle: read pickles too, which can run any code.
-        data_sizes: what the data know: `image_size` and `in_channels` if they are pictures. None: they are not known yet.
+        data_sizes: what the data know: `image_size` and `in_channels` if they are images. None: they are not known yet.
         layers: of a model of transformers that reads text: the numbers of those to keep, from 0. None: all.
 
     Raises:
@@ -67,7 +67,7 @@ def build_backbone(
 
 
 def find_text_encoder(path: str, *, pretrained: bool = False, allow_pickle: bool = False) -> TextEncoder | None:
-    """The tokenizer of a backbone, without its net; None if it reads pictures.
+    """The tokenizer of a backbone, without its net; None if it reads images.
 
     Args:
         path: see `build_backbone`.

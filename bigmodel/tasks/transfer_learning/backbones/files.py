@@ -34,7 +34,7 @@ def modality_of(settings: Any, path: str) -> str:
     """What a model reads.
 
     Raises:
-        ValueError: neither texts nor pictures, or both.
+        ValueError: neither texts nor images, or both.
     """
     from transformers import MODEL_MAPPING
 

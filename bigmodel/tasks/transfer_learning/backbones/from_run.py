@@ -1,4 +1,4 @@
-"""A task that was trained here as a backbone: what its head reads of texts or pictures.
+"""A task that was trained here as a backbone: what its head reads of texts or images.
 
 B rows, T tokens, D width.
 """
@@ -19,17 +19,17 @@ from bigmodel.tasks.transfer_learning.tokenization import LanguageModelEncoder, 
 
 
 class RunBackbone(Backbone):
-    """A task that *SupportsLogits* texts or pictures, of any package, without the head of its net.
+    """A task that *SupportsLogits* texts or images, of any package, without the head of its net.
 
     It reads the tokens of a batch, or its images, which it normalises as it did when it was trained. Which of the two is
     told by the sizes that its net was made with: `vocab_size`, or `image_size`.
 
     Args:
         task: from `bigmodel.load` or `bigmodel.run.build`; its net loses the head.
-        data_sizes: `in_channels` and `image_size` of the pictures to come; None: as those that it was trained on.
+        data_sizes: `in_channels` and `image_size` of the images to come; None: as those that it was trained on.
 
     Raises:
-        ValueError: if the task has no features of texts or pictures, or cannot read such pictures.
+        ValueError: if the task has no features of texts or images, or cannot read such images.
     """
 
     def __init__(self, task: LightningModule, data_sizes: Mapping[str, int] | None = None) -> None:
@@ -90,7 +90,7 @@ def from_run(run: str, data_sizes: Mapping[str, int] | None) -> Backbone:
 
 
 def encoder_from_run(run: str) -> TextEncoder | None:
-    """The tokenizer of a run's task, whose net is not made; None if it reads pictures."""
+    """The tokenizer of a run's task, whose net is not made; None if it reads images."""
     described = describe(run)
     task: Any = build(described, net=False)
     if hasattr(task, "text_encoder"):  # a run of transfer learning
@@ -103,7 +103,7 @@ def modality_of(described: Mapping[str, Any], task: LightningModule) -> Modality
     """What a task reads, from the sizes that its net was made with.
 
     Raises:
-        ValueError: neither texts nor pictures.
+        ValueError: neither texts nor images.
     """
     sizes = described["sizes"]
     if "image_size" in sizes:

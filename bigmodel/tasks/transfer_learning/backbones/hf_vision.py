@@ -1,6 +1,6 @@
-"""Any vision model of transformers as a backbone: pictures in, what its head reads out.
+"""Any vision model of transformers as a backbone: images in, what its head reads out.
 
-B pictures, C channels, S pixels on a side, T tokens, D width, H and W positions.
+B images, C channels, S pixels on a side, T tokens, D width, H and W positions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
 
 
 class HuggingFaceImages(Backbone):
-    """A model of transformers that reads pictures, without its head; it pools them itself.
+    """A model of transformers that reads images, without its head; it pools them itself.
 
     Of a classifier: what its head reads (the logits themselves, if it ends in no linear layer). Of any other model: its
     `pooler_output`; without one, the class token of the last layer, the mean over tokens that have none, or over positions.
@@ -31,10 +31,10 @@ class HuggingFaceImages(Backbone):
     Args:
         model: of transformers; of a classifier the head is taken out.
         normalization: mean and standard deviation by channel, for pixels in 0 to 1.
-        data_sizes: `in_channels` C and `image_size` S of the pictures to come.
+        data_sizes: `in_channels` C and `image_size` S of the images to come.
 
     Raises:
-        ValueError: if the model cannot read such pictures.
+        ValueError: if the model cannot read such images.
     """
 
     modality = "images"
@@ -47,7 +47,7 @@ class HuggingFaceImages(Backbone):
         super().__init__()
         settings = hugging_face.plain_settings(model.config)
         sizes = {name: data_sizes[name] for name in ("in_channels", "image_size")}
-        guard_convolutions(model)  # pictures come in channels_last
+        guard_convolutions(model)  # images come in channels_last
         self.model = model
         self.is_classifier = "ForImageClassification" in type(model).__name__
         for name, values in zip(("mean", "std"), normalization, strict=True):
@@ -95,7 +95,7 @@ class HuggingFaceImages(Backbone):
         return any(name.rpartition(".")[2] in _CLASS_TOKENS for name, _ in self.model.named_parameters())
 
     def _normalize(self, images: Tensor) -> Tensor:
-        """float32 as the model reads it. Grey pictures are given its three channels, coloured ones made grey for one."""
+        """float32 as the model reads it. Grey images are given its three channels, coloured ones made grey for one."""
         images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         if images.shape[1] == 3 and len(self.mean) == 1:
             images = (images * images.new_tensor(_LUMINANCE)[:, None, None]).sum(1, keepdim=True)
