@@ -1,4 +1,4 @@
-"""Image classification: images in, a model that tells their class out."""
+"""Image classification: train a model that predicts the class of an image."""
 
 from __future__ import annotations
 

@@ -204,8 +204,7 @@ class ImageData(L.LightningDataModule):
 
     @property
     def augmentation(self) -> str:
-        """Settings that determine the random augmentation of training images, except the epoch; empty if there is none.
-        """
+        """Settings that determine the random augmentation of training images, except the epoch; empty if there is none."""
         transforms = [*([self.crop] if self.crop is not None else []), *self.augment]
         if not transforms:
             return ""

@@ -1,4 +1,4 @@
-"""Language modeling: text in, a model that continues text out."""
+"""Language modeling: train a model that continues text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recommendation: who chose what and when in, what they will choose next out."""
+"""Recommendation: train a model on the events of users that predicts their next items."""
 
 from __future__ import annotations
 

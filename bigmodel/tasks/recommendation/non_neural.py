@@ -31,7 +31,7 @@ class FittedRecommendation(Recommender):
         values: what an event is worth to the method, in training and in histories: 1 (`ones`), or its rating (`ratings`).
         decay: what an item of a history counts less, by this factor, for each that was chosen after it; 1: all alike. For
             lists only: predicted ratings know no order.
-        cutoffs: lengths k of the lists that are measured.
+        cutoffs: lengths k of the evaluated lists.
         sampled_negatives: as in SequenceRecommendation.
 
     Logs what SequenceRecommendation does; with `ratings` and a method that predicts them (UserKNN, ItemKNN) also `val/rmse`

@@ -18,7 +18,7 @@ class Recommender(LightningModule):
     """A task that scores items for histories; a subclass has `score_block`.
 
     Args:
-        cutoffs: lengths k of the lists that are measured.
+        cutoffs: lengths k of the evaluated lists.
         sampled_negatives: see `Evaluation`.
     """
 

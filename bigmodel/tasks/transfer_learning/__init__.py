@@ -1,4 +1,4 @@
-"""Transfer learning: a model that somebody trained, made good at a new task."""
+"""Transfer learning: fine-tune a pretrained model for a new task."""
 
 from __future__ import annotations
 

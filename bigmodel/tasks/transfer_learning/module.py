@@ -223,8 +223,7 @@ class TransferLearning(LightningModule):
         return logits
 
     def targets(self, batch: Any) -> Tensor:
-        """Return class indices [B] or, where images were mixed, distributions [B, K]; 0 and 1 [B, K]; or numbers [B].
-        """
+        """Return class indices [B] or, where images were mixed, distributions [B, K]; 0 and 1 [B, K]; or numbers [B]."""
         targets: Tensor = batch.targets
         return targets
 
