@@ -1,6 +1,6 @@
-"""Any image classifier of transformers as a net, with the weights it was published with or new ones.
+"""Wraps any transformers image classifier as a net, with its published weights or new ones.
 
-B batch, C channels, S pixels on a side, D width of what the head reads, K classes.
+B batch, C channels, S pixels on a side, D width of the input of the output layer, K classes.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _KIND = "image classifier"
 
 
 class Classifier(nn.Module):
-    """An image classifier of transformers, parted where its head begins: images [B, C, S, S] in, logits [B, K] out.
+    """A transformers image classifier, split before its head: maps images [B, C, S, S] to logits [B, K].
 
     Args:
         model: transformers' model.
-        head: the name of the linear layer that gives the logits; None if it ends in none.
+        head: the name of the linear layer that computes the logits; None if the last layer is not linear.
         normalization: see `HuggingFace`.
     """
 
@@ -34,7 +34,7 @@ class Classifier(nn.Module):
         self.model, self._head_name, self.normalization = model, head, normalization
 
     def features(self, images: Tensor) -> Tensor:
-        """[B, C, S, S] -> [B, D], what the head reads; the logits themselves, if the model ends in no linear layer."""
+        """Map images [B, C, S, S] to the input of the output layer [B, D]; the logits if the last layer is not linear."""
         if self._head_name is None:
             return self(images)
         read: list[Tensor] = []
@@ -46,24 +46,24 @@ class Classifier(nn.Module):
         return read[0]
 
     def logits(self, features: Tensor) -> Tensor:
-        """[..., D] -> [..., K]."""
+        """Map features [..., D] to logits [..., K]."""
         return features if self._head_name is None else self.model.get_submodule(self._head_name)(features)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, K] of images [B, C, S, S]."""
+        """Return logits [B, K] of images [B, C, S, S]."""
         logits: Tensor = self.model(pixel_values=images).logits
         return logits
 
 
 class HuggingFace(Classifier):
-    """An image classifier of the Hugging Face hub, or of a folder that `save_pretrained` wrote: images [B, C, S, S] in,
-    logits [B, K] out. No code of the hub is run, and weights are read from safetensors only.
+    """An image classifier of the Hugging Face hub, or of a folder that `save_pretrained` wrote: maps images [B, C, S,
+    S] to logits [B, K]. No code of the hub is run, and weights are read from safetensors only.
 
-    The configuration is taken over, with the number of classes, channels and pixels that the data have. A head for another
-    number of classes is made anew, which is said; any other weight that is missing, left over or of another shape is
-    refused, unless excused by name.
+    The configuration is used with the number of classes, channels and pixels of the data. A head for another
+    number of classes is newly initialised, which is printed; any other weight that is missing, unexpected or of another
+    shape is an error, unless excused by name.
 
-    What was built is described by the attribute `config`. Kept with the weights and given back as the argument of that
+    The attribute `config` describes the net. If it is saved with the weights and passed as the argument of that
     name, it builds the same net where neither the hub nor the folder can be reached.
 
     Args:
@@ -71,17 +71,17 @@ class HuggingFace(Classifier):
         in_channels: channels C of an image.
         image_size: pixels on a side, S.
         path: a folder, or `owner/name` on the hub.
-        pretrained: take the weights; false: the architecture only, with new weights.
+        pretrained: use the pretrained weights; false: the architecture only, with new weights.
         config: the configuration of a net that was built before: nothing is read from `path`, and its weights are new ones,
-            for the kept ones to be loaded into. Is not for people to set.
-        excuse: patterns (`*` as in file names) of weights that may be missing, left over or of another shape; they start
-            anew.
+            into which the saved ones are loaded. Not to be set by users.
+        excuse: patterns (`*` as in file names) of weights that may be missing, unexpected or of another shape; they are
+            newly initialised.
 
     Attributes:
         model: transformers' model.
         config: its configuration, plain values.
-        normalization: mean and standard deviation by channel that the images had when the weights were trained, for pixels
-            in 0 to 1; None if that is not known, for as many channels.
+        normalization: mean and standard deviation by channel that the images had when the weights were trained, for
+            pixels in 0 to 1; None if that is not known, for as many channels.
 
     Raises:
         ValueError: if there is no such model, its weights do not fit, or it cannot read such images.

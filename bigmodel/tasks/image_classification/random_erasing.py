@@ -18,10 +18,10 @@ _TRIES = 10  # until a box fits; at the defaults nearly every first one does
 
 
 class RandomErasing(Transform):
-    """Paints over a box in some images.
+    """Erases a box in some images.
 
-    Noise is uniform over the values of a pixel, for each pixel and channel by itself, as in the paper. (Where images are
-    erased after normalization, other libraries take standard normal noise instead.)
+    Noise is uniform over the values of a pixel, independent for each pixel and channel, as in the paper. (Where images
+    are erased after normalization, other libraries take standard normal noise instead.)
 
     Args:
         p: share of the images in which a box is erased.

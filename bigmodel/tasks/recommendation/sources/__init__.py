@@ -84,7 +84,5 @@ def _content(files: list[str], cache: Path) -> str:
     ]
     beside += [file.removesuffix(".inter") + ".item" for file in files if file.endswith(".inter")]
     paths = [*files, *(path for path in dict.fromkeys(beside) if os.path.isfile(path))]
-    names = [
-        os.path.basename(file) == "u.data" or file.endswith(".inter") for file in files
-    ]  # the format of a text counts, too
+    names = [os.path.basename(file) == "u.data" or file.endswith(".inter") for file in files]  # the format of a text
     return digest([*file_hashes(paths, cache), *names])
