@@ -21,7 +21,7 @@ class SubsampledConv2d(nn.Conv2d):
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d) -> SubsampledConv2d:
-        """A layer with the parameters of a 1x1 convolution, shared with it."""
+        """Return a layer that shares the parameters of a 1x1 convolution."""
         down, right = conv.stride
         with torch.device("meta"):  # no memory, no random draws
             layer = cls(conv.in_channels, conv.out_channels, 1, (down, right), bias=conv.bias is not None)
@@ -34,7 +34,7 @@ class SubsampledConv2d(nn.Conv2d):
 
 
 def guard_convolutions(net: nn.Module) -> None:
-    """Replace the net's convolutions that must not meet channels_last by `SubsampledConv2d`, in place.
+    """Replace convolutions with a wrong gradient in channels_last by `SubsampledConv2d`, in place.
 
     On x86 processors the weights' gradient of a 1x1 convolution with a stride above 1, no padding, one group and fewer than
     16 input channels in channels_last overruns its workspace: wrong gradients, a hang, an abort or a segmentation fault. On
@@ -61,6 +61,6 @@ def _is_broken(conv: nn.Conv2d) -> bool:
 
 
 def to_channels_last(net: nn.Module) -> None:
-    """Put the net's weights into channels_last, in place; its few narrow convolutions as in `guard_convolutions`."""
+    """Convert the net's weights to channels_last, in place, and apply `guard_convolutions`."""
     guard_convolutions(net)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

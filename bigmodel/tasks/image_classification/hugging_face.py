@@ -180,7 +180,7 @@ def _readable(path: str) -> AbstractContextManager[None]:
 
 
 def _sizes(settings: Any) -> dict[str, Any]:
-    """What a published model was made for; None where its configuration does not say."""
+    """Return the sizes that a published model was made for; None where its configuration lacks one."""
     vision = hugging_face.vision_settings(settings)
     return {
         "num_labels": settings.num_labels,
