@@ -48,7 +48,8 @@ class ConvNeXt(nn.Module):
     """A ConvNeXt: maps images [B, C, H, W] to logits [B, K]. The defaults make ConvNeXt-T; S has depths [3, 3, 27, 3],
     B those and widths [128, 256, 512, 1024].
 
-    `stages[i]` begins with what makes the image smaller, the stem or a convolution that halves it; blocks follow.
+    `stages[i]` begins with the layer that makes the image smaller, the stem or a convolution that halves it; blocks
+    follow.
 
     Args:
         num_classes: number of classes K.

@@ -1,6 +1,6 @@
 """Stochastic depth: in training, each sample skips a residual branch with a given probability.
 
-Source: Huang et al. 2016 (arXiv 1603.09382). Two details are those of later nets: what is kept is scaled up, so that
+Source: Huang et al. 2016 (arXiv 1603.09382). Two details are those of later nets: kept samples are scaled up, so that
 evaluation needs no scaling, and the rates begin at 0.
 
 B batch.

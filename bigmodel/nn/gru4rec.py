@@ -1,4 +1,4 @@
-"""GRU4Rec: predicts each next item with a recurrent net.
+"""GRU4Rec: predicts each next item with a recurrent net over the previous items.
 
 Source: Hidasi et al. 2015 (arXiv 1511.06939), eq. 1 to 4, with one embedding of items for input and output.
 

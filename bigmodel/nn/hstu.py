@@ -73,7 +73,7 @@ class HSTU(ItemScorer):
         num_heads: attention heads; each has width / num_heads channels.
         num_time_buckets: buckets of elapsed time, each 1.35 times as long as the one before, from a second; 0: times
             are not used.
-        dropout: probability, on embeddings and what each block adds.
+        dropout: probability, on embeddings and the output of each block's branch.
         init_std: standard deviation of weights at the start.
 
     Raises:

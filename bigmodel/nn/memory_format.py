@@ -16,7 +16,7 @@ _MIN_CHANNELS = 16  # a block of AVX-512's kernel, the widest; AVX2's has 8
 class SubsampledConv2d(nn.Conv2d):
     """A 1x1 convolution of stride s without padding: [B, C, H, W] -> [B, K, ceil(H / s), ceil(W / s)].
 
-    Takes every s-th pixel, then convolves with stride 1, which computes what `nn.Conv2d` of the same arguments does.
+    Takes every s-th pixel, then convolves with stride 1: the same result as `nn.Conv2d` with the same arguments.
     """
 
     @classmethod

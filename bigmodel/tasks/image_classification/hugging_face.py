@@ -136,21 +136,21 @@ class HuggingFace(Classifier):
 def as_published(
     path: str, flag: str, *, classes: Sequence[str], in_channels: int, image_size: int
 ) -> tuple[Classifier, int]:
-    """A classifier with all of its weights, of images of its own number of channels.
+    """Load a classifier with all of its weights and its own number of channels.
 
     Args:
         path: a folder, or hf://owner/name.
-        flag: that it was given by, for messages.
-        classes: the names that the data have; its logits come in their order.
+        flag: the flag that the path was given by, for messages.
+        classes: the class names of the data; the logits are returned in their order.
         in_channels: of the data.
         image_size: pixels on a side, S.
 
     Returns:
-        The net, and the channels C that it reads: as the data have, or 3 of grey and 1 of coloured images.
+        The net, and its channels C: those of the data, or 3 for grey and 1 for coloured images.
 
     Raises:
-        ValueError: if there is no such model, it tells other classes, a weight is missing or has another shape, or it cannot
-            read such images.
+        ValueError: if there is no such model, it has other classes, a weight is missing or has another shape, or it
+            cannot read such images.
     """
     from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForImageClassification
 
@@ -211,7 +211,7 @@ def _find_head(model: nn.Module, shape: tuple[int, ...], where: str) -> str | No
 def _check_loaded(
     loaded: dict[str, Any], path: str, sizes: dict[str, Any], num_classes: int, head: str | None, excuse: list[str]
 ) -> None:
-    """Refuse weights that are not the model's; say what was made anew."""
+    """Raise an error for weights that do not match the model; print which were newly initialised."""
     problems = hugging_face.mismatches(loaded, "the model for these pictures")
     new_head = {name for name in problems if head is not None and name.startswith(f"{head}.")}
     for name, theirs, ours in loaded["mismatched_keys"]:

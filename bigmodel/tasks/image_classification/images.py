@@ -2,7 +2,7 @@
 
 A prepared folder, all numbers little-endian::
 
-    meta.json            what is in it, see `Prepared`
+    meta.json            its contents, see `Prepared`
     train-rows.npy       [N] int64, number of each image in the source
     train-labels.npy     [N] int64, class numbers; -1: not known
     train-shapes.npy     [N, 2] int32, height and width: of the stored image; where none is stored, of the upright

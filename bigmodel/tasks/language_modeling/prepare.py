@@ -56,7 +56,7 @@ class Plan:
         folder: the prepared folder.
         splits: the segments of each split.
         choice: the tokenizer.
-        settings: what the key was made of, for people to read.
+        settings: the inputs of the key, for people to read.
     """
 
     folder: Path

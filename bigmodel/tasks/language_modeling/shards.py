@@ -2,7 +2,7 @@
 
 A prepared folder::
 
-    meta.json            what is in it, see `Prepared`
+    meta.json            its contents, see `Prepared`
     tokenizer.json       `Tokenizer.to_json`
     train-00000.bin      token ids, little-endian uint16 (uint32 if the vocabulary has more than 65,536), and nothing else;
     train-00001.bin      each shard but a split's last holds `shard_tokens`

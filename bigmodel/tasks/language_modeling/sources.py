@@ -71,7 +71,7 @@ class File:
 
     Attributes:
         path: path of the file.
-        name: its path below the folder or glob that found it, which is what patterns are matched against.
+        name: its path below the folder or glob that found it, which patterns are matched against.
         size: [bytes].
         sha256: of its bytes.
         characters: Unicode code points in it.

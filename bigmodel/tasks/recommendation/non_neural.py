@@ -54,7 +54,7 @@ class FittedRecommendation(Recommender):
         self.method: ClosedForm = method if method is not None else Popularity()
         self.values: Literal["ones", "ratings"] = values
         self.decay = decay
-        recency(torch.zeros(1, 1, dtype=torch.int64), decay)  # refuses what cannot be
+        recency(torch.zeros(1, 1, dtype=torch.int64), decay)  # checks the decay
         self.fitted = False
         self.fitted_on = ""  # fingerprint of the events
         # A dummy parameter: Lightning needs an optimizer step in order to write a checkpoint.

@@ -183,7 +183,7 @@ class Ratio(Split):
         val: share of each user's events for validation, at least 0 (no such split) and below 1.
         test: share for test, likewise.
         random: draw them.
-        seed: with the event's number, determines what is drawn.
+        seed: with the event's number, determines the random split.
     """
 
     val: float = 0.1

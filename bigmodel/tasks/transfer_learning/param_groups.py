@@ -92,7 +92,7 @@ def parameter_groups(of: Iterable[LayerGroup]) -> list[dict[str, Any]]:
 
 
 def table(of: Sequence[LayerGroup], settings: Mapping[str, Any], joins: Mapping[int, int]) -> Table:
-    """Return a table of what trains with which settings, to print before training.
+    """Return a table of the trained parameters and their settings, to print before training.
 
     Args:
         of: the layers.

@@ -139,7 +139,7 @@ class _Broken(Exception):
 
 def _append(url: str, stream: IO[bytes], name: str) -> None:
     """Download the missing end of a file; all of it from a server without range requests."""
-    start = stream.seek(0, os.SEEK_END)  # another process, or another mirror, may have lengthened it
+    start = stream.seek(0, os.SEEK_END)  # another process, or another mirror, may have extended it
     response = _open(url, start)
     if response is None:
         return

@@ -78,7 +78,7 @@ def _split_folders(root: str, folders: list[str]) -> dict[str, str]:
 
 
 class _Finder:
-    """Finds images below a root, and counts what is left out."""
+    """Finds images below a root, and counts the files that are left out."""
 
     def __init__(self, root: str) -> None:
         self.root = root

@@ -33,7 +33,7 @@ class Events:
         user_ids: ascending, int64 or string.
         item_ids: the same.
         titles: a table with `id`, `title`, `genres` (nulls where there are none), each item at most once; or None.
-        line: what was read, for people.
+        line: summary of the events, for people.
     """
 
     users: np.ndarray
@@ -54,7 +54,7 @@ def collect(blocks: Iterable[Rows], advance: Callable[[int], None] = lambda _: N
         advance: called with the bytes that were read.
 
     Raises:
-        ValueError: if a cell cannot be used (says file and row), the files differ in their columns, or there is no row.
+        ValueError: if a cell is invalid (names file and row), the files differ in their columns, or there is no row.
     """
     reader = _Reader()
     for rows in blocks:
