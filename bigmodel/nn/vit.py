@@ -91,7 +91,7 @@ class ViT(nn.Module):
         mlp_ratio: hidden channels of a block's MLP, per channel.
         pool: pooling of the last layer: "class", the output of an extra token, or "mean", the mean of the patches.
         positions: "learned" embeddings, or "sincos", fixed sines and cosines of row and column.
-        num_registers: extra tokens whose outputs are unused; they prevent artifacts in the patches' features.
+        num_registers: extra tokens whose outputs are unused; they absorb artifacts of the patches' features.
         layer_scale: initial value of the learned scales of all branches, for example 1e-5 for deep nets; null: none.
         qkv_bias: biases of queries, keys and values.
         drop_path: probability to skip a branch (stochastic depth) in the last block, rising from 0 in the first.

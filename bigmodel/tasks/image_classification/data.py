@@ -111,7 +111,7 @@ class ImageData(L.LightningDataModule):
         crop: random crop of each training image as it is read: RandomResizedCrop; by default the centre.
         augment: augmentations of training batches on the device, in this order: RandomCrop, Flip, RandomAffine,
             ColorJitter, RandAugment, RandomErasing, ... of bigmodel.tasks.image_classification.
-        mix: mixes training images of a batch: Mix (mixup, cutmix).
+        mix: mixes each training image with its neighbour: Mix (mixup, cutmix).
         balance: for skewed classes; `weights`: weights the loss of an image by the inverse size of its class;
             `samples`: oversamples small classes.
         batch_size: images per optimizer step over all processes.

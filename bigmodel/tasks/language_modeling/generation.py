@@ -161,7 +161,7 @@ def _by_seed(seed: int | None, device: torch.device) -> Draw:
 def draw_by_keys(keys: Tensor, probabilities: Tensor, step: int) -> Tensor:
     """Draw ids [B]: the first whose cumulative probability exceeds a uniform number of the row's key and the step."""
     cumulative = accumulable(probabilities).cumsum(-1)
-    # As many bits as the significand holds: times the total, the largest number stays below the total.
+    # As many bits as the fraction of a float has: times the total, the largest number stays below the total.
     bits = 52 if cumulative.dtype == torch.float64 else 23
     uniform = (random_bits(keys, step, 1) >> 64 - bits & (1 << bits) - 1).to(
         cumulative.dtype
