@@ -1,7 +1,7 @@
-"""What a kind of device lacks, and what is used there instead.
+"""Dtype of long sums and metrics by device: float64, or float32 where the device lacks it.
 
-Apple's MPS has no float64: sums and metrics keep to float32 there. Not tried: no such machine was at hand; the tests let
-another device stand in for it.
+Apple's MPS has no float64: sums and metrics are float32 there. Untested on MPS, because no such machine was available;
+the tests use another device in its place.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ _WITHOUT_FLOAT64 = {"mps"}  # types of devices
 
 
 def accumulation_dtype(device: torch.device | None = None) -> torch.dtype:
-    """What long sums are computed in on a device: float64; float32 where it has no float64, which is Apple's MPS.
+    """Return the dtype of long sums on a device: float64; float32 on devices without float64, which is Apple's MPS.
 
-    Not tried on MPS: no such machine was at hand.
+    Untested on MPS, because no such machine was available.
 
     Args:
-        device: None: that on which new tensors are made, inside `with torch.device(...)` too.
+        device: None: the default device of new tensors, also inside `with torch.device(...)`.
     """
     kind = (torch.empty(0).device if device is None else device).type
     return torch.float32 if kind in _WITHOUT_FLOAT64 else torch.float64
 
 
 def accumulable(x: Tensor) -> Tensor:
-    """The tensor in the `accumulation_dtype` of its device."""
+    """Convert a tensor to the `accumulation_dtype` of its device."""
     return x.to(accumulation_dtype(x.device))
 
 
 class Accumulates(nn.Module):
-    """A base, named before torchmetrics' class, of a metric whose states are sums in `accumulation_dtype`.
+    """Mixin, placed before torchmetrics' class, of a metric whose states are sums in `accumulation_dtype`.
 
-    They go along to a device, and keep to its `accumulation_dtype` where the module around becomes bfloat16.
+    The states move with the module, and stay in the device's `accumulation_dtype` when the module becomes bfloat16.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
@@ -45,7 +45,7 @@ class Accumulates(nn.Module):
 
 
 def _moved(x: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """x on the device that `fn` puts tensors on; sums in what that device sums in, all else in its own type."""
+    """Move x to the device of `fn`; sums get the accumulation dtype of the device, other tensors keep their dtype."""
     device = fn(x.new_empty(0, dtype=torch.float32)).device
     was_sum = x.dtype == torch.float64 or (x.is_floating_point() and x.device.type in _WITHOUT_FLOAT64)
     dtype = accumulation_dtype(device) if was_sum else x.dtype

@@ -1,4 +1,4 @@
-"""What the nets check of their arguments and inputs: errors name the value received, those accepted and the flag to set."""
+"""Checks of arguments and inputs of the nets; errors name the received value, the accepted ones and the flag to set."""
 
 from typing import get_args
 
@@ -6,27 +6,27 @@ from torch import Tensor
 
 
 def check_sizes(**sizes: int) -> None:
-    """Refuse a size below one."""
+    """Raise an error if a size is below one."""
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} is {size}, but must be at least 1; choose --model.net.{name}")
 
 
 def check_choice(name: str, value: str, choices: object) -> None:
-    """Refuse a value that is none of a Literal's."""
+    """Raise an error if a value is not one of a Literal's."""
     if value not in get_args(choices):
         raise ValueError(f"{name} {value!r} is none of {', '.join(get_args(choices))}; choose --model.net.{name}")
 
 
 def check_probabilities(**probabilities: float) -> None:
-    """Refuse what is no probability to drop something."""
+    """Raise an error if a value is not a valid dropout probability."""
     for name, probability in probabilities.items():
         if not 0 <= probability < 1:
             raise ValueError(f"{name} {probability} is not in [0, 1); choose --model.net.{name}")
 
 
 def check_images(images: Tensor, in_channels: int, image_size: int) -> None:
-    """Refuse images that are not [B, in_channels, image_size, image_size]."""
+    """Raise an error if images are not [B, in_channels, image_size, image_size]."""
     expected = [in_channels, image_size, image_size]
     if list(images.shape[1:]) != expected:
         raise ValueError(

@@ -19,7 +19,7 @@ Rotation = tuple[Tensor, Tensor]
 
 
 def rotary_angles(start: int, length: int, head_size: int, base: float, device: torch.device) -> Rotation:
-    """Cosine and sine, each [length, head_size / 2] in float32, of the angles of positions start, start + 1, ..."""
+    """Return cosine and sine, each [length, head_size / 2] in float32, of the angles of positions start, start + 1, ..."""
     frequencies = base ** (torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / -head_size)
     positions = torch.arange(start, start + length, dtype=torch.float32, device=device)
     angles = torch.outer(positions, frequencies)
@@ -27,7 +27,7 @@ def rotary_angles(start: int, length: int, head_size: int, base: float, device: 
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn each pair (x[i], x[i + K/2]) of x [B, H, T, K] by its angle. Llama's layout: halves, not neighbours."""
+    """Rotate each pair (x[i], x[i + K/2]) of x [B, H, T, K] by its angle. Llama's layout: halves, not neighbours."""
     cos, sin = rotation
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
@@ -46,7 +46,8 @@ class LayerCache:
         """Store keys and values [B, G, T, K] of the next T tokens; return all that is stored, [B, G, S, K]."""
         if self.keys is None or self.values is None:
             batch_size, num_kv_heads, _, head_size = keys.shape
-            # As the layer makes them: dtype under autocast, device and heads held here under sharding come out right.
+            # Allocated like the layer's tensors: this gives the right dtype under autocast, and device and heads under
+            # sharding.
             self.keys = keys.new_empty(batch_size, num_kv_heads, self.context_length, head_size)
             self.values = torch.empty_like(self.keys)
         start, self.length = self.length, self.length + keys.shape[2]
@@ -56,11 +57,11 @@ class LayerCache:
 
 
 class KVCache:
-    """What a decoder remembers of the tokens it has seen, so that each new one costs a single position.
+    """Key-value cache of a decoder: each new token costs a single position.
 
     Args:
-        batch_size: sequences decoded side by side.
-        context_length: tokens that fit.
+        batch_size: sequences decoded in parallel.
+        context_length: maximum number of tokens.
         depth: number of layers.
     """
 
@@ -70,11 +71,11 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Tokens stored, per sequence."""
+        """Number of tokens stored, per sequence."""
         return self.layers[0].length
 
     def clear(self) -> None:
-        """Forget all tokens; the memory is kept."""
+        """Remove all tokens; the memory is kept."""
         for layer in self.layers:
             layer.length = 0
 
@@ -101,14 +102,14 @@ def _fastest_kind(query: Tensor, num_keys: int) -> AttentionKind:
 def causal_attention(
     query: Tensor, keys: Tensor, values: Tensor, *, dropout: float = 0.0, kind: AttentionKind = "auto"
 ) -> Tensor:
-    """softmax(q k' / sqrt(K)) v, where the T queries are the last T of the S positions and see none after their own.
+    """Return softmax(q k' / sqrt(K)) v, where the T queries are the last T of the S positions; attention is causal.
 
     Args:
         query: [B, H, T, K].
         keys, values: [B, G, S, K]; query head h reads key head h // R.
         dropout: probability to drop an attention weight.
         kind: "sdpa" is torch's fused kernel; "explicit" materialises the weights [B, H, T, S], which a CPU's matrix
-            units turn around faster as long as they are small; "auto" takes the faster one (`_fastest_kind`).
+            units process faster as long as they are small; "auto" takes the faster one (`_fastest_kind`).
             In bfloat16 the explicit form rounds the scores, as unfused attention does; its softmax sums in float32.
 
     Returns:
@@ -129,7 +130,7 @@ def causal_attention(
 
     future = torch.full((length, num_keys), float("-inf"), dtype=query.dtype, device=query.device)
     future = future.triu(num_keys - length + 1).repeat(num_heads // num_kv_heads, 1)  # [R * T, S]
-    # The R queries of a key head stand below each other, so that keys and values are never repeated.
+    # The R queries of a key head are stacked, so that keys and values are never repeated.
     query = query.reshape(batch_size * num_kv_heads, -1, head_size)  # [B, H, T, K] -> [B * G, R * T, K]
     keys = keys.reshape(batch_size * num_kv_heads, num_keys, head_size)  # [B, G, S, K] -> [B * G, S, K]
     values = values.reshape(batch_size * num_kv_heads, num_keys, head_size)
@@ -139,12 +140,12 @@ def causal_attention(
 
 
 def _in_own_dtype(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    """norm(x), computed in the dtype of its weight: under autocast x is in a lower one."""
+    """Compute norm(x) in the dtype of its weight: under autocast x is in a lower one."""
     return norm(x.to(norm.weight.dtype)).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
-    """Causal self-attention over x [B, T, D]. The sizes are checked by the net that builds it.
+    """Causal self-attention over x [B, T, D]. The net that builds it checks the sizes.
 
     One projection makes queries, keys and values. Its rows go by key/value head, each with its R queries, its key and
     its value, so that tensor parallelism may cut it into contiguous pieces of whole heads.

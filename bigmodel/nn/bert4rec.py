@@ -1,4 +1,4 @@
-"""BERT4Rec: items that are masked in a sequence, from those on both sides of them.
+"""BERT4Rec: predicts masked items of a sequence from the items on both sides.
 
 Source: Sun et al. 2019 (arXiv 1904.06690), eq. 1 to 7.
 
@@ -24,25 +24,26 @@ from bigmodel.nn.transformer import MLP
 
 
 class BERT4Rec(ItemScorer):
-    """Items [B, T], some of them masked, padded with 0 at the left, in; scores [B, T, I + 1] of the item at each position.
+    """Maps items [B, T], some of them masked, padded with 0 on the left, to scores [B, T, I + 1] of the item at each
+    position.
 
-    It differs from the nets that look back only in what a position's features score: the item that stands there, not the
+    In contrast to the causal nets, the features of a position score the item at that position, not the
     next one. To train it, replace items by `mask_item` and predict them at their positions; some of the time only the
-    last, as it will be at the end. To recommend, read the last position of `features(mask_last(items))`.
+    last, as in recommendation. To recommend, read the last position of `features(mask_last(items))`.
 
     Args:
         num_items: items I; `mask_item` is I + 1.
-        max_length: the most items it attends to, the user's last, the mask included.
+        max_length: maximum number of items it attends to, the user's last ones, including the mask.
         width: channels D of an item.
         depth: number of blocks.
         num_heads: attention heads; each has width / num_heads channels.
         mlp_width: hidden channels M of a block's feed-forward net; null: 4 * width.
         dropout: probability, on embeddings, attention weights and the output of each branch.
         init_std: standard deviation of weights at the start.
-        attention: "sdpa", "explicit", or "auto" for the one measured faster.
+        attention: "sdpa", "explicit", or "auto" for the faster one by measurement.
 
     Raises:
-        ValueError: sizes that do not fit together, or a choice that does not exist.
+        ValueError: inconsistent sizes, or an unknown choice.
     """
 
     def __init__(
@@ -86,26 +87,28 @@ class BERT4Rec(ItemScorer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights as for a new net, from torch's random state."""
+        """Initialise all weights, from torch's random state."""
         draw_weights(self, self.init_std)
 
     def mask_last(self, items: Tensor) -> Tensor:
-        """Histories [B, T] with a mask after their last item, [B, T + 1], or, where that is too long, without the first."""
+        """Return histories [B, T] with a mask after their last item, [B, T + 1]; if that is too long, without the first
+        item.
+        """
         mask = items.new_full((len(items), 1), self.mask_item)
         return torch.cat((items, mask), dim=1)[:, -self.max_length :]
 
     def features(self, items: Tensor, times: Tensor | None = None) -> Tensor:
-        """What scores the item at each position: of a masked one, from the others; any other is seen by the net.
+        """Return the features that score the item at each position; only a masked item is hidden from the net.
 
         Args:
-            items: [B, T], int64, at most `max_length` positions; 0 for padding, at the left; `mask_item` for a mask.
+            items: [B, T], int64, at most `max_length` positions; 0 for padding, on the left; `mask_item` for a mask.
             times: not used.
 
         Returns:
             [B, T, D]; undefined but finite where there is padding.
 
         Raises:
-            ValueError: too many positions, or an item that the net does not know.
+            ValueError: too many positions, or an item number out of range.
         """
         check_items(items, self.max_length)
         positions = self.embed_positions.weight[self.max_length - items.shape[1] :]  # [T, D], the last is the end's
@@ -116,5 +119,5 @@ class BERT4Rec(ItemScorer):
         return F.gelu(self.head(x))
 
     def forward(self, items: Tensor, times: Tensor | None = None) -> Tensor:
-        """Scores [B, T, I + 1] of the item at each of items [B, T]; see `features`."""
+        """Return scores [B, T, I + 1] of the item at each of items [B, T]; see `features`."""
         return self.logits(self.features(items, times))

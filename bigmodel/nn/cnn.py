@@ -1,4 +1,4 @@
-"""A small convolutional net for small pictures.
+"""A small convolutional net for small images.
 
 Sources: LeCun et al. 1998 for the idea; batch normalisation, Ioffe and Szegedy 2015 (arXiv 1502.03167); the mean over
 positions at the end, Lin et al. 2013 (arXiv 1312.4400).
@@ -14,10 +14,10 @@ from bigmodel.nn.arguments import check_sizes
 
 
 class CNN(nn.Module):
-    """Stages of 3x3 convolutions with batch normalisation and ReLU: images [B, C, H, W] in, logits [B, K] out.
+    """Stages of 3x3 convolutions with batch normalisation and ReLU: maps images [B, C, H, W] to logits [B, K].
 
-    Three stages, one more for each doubling of the picture over 32 pixels. Each but the first begins with max-pooling that
-    halves the picture, and has twice the width.
+    Three stages, one more for each doubling of the image over 32 pixels. Each but the first begins with max-pooling
+    that halves the image, and has twice the width.
 
     Args:
         num_classes: number of classes K.
@@ -47,7 +47,7 @@ class CNN(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights as for a new net, from torch's random state."""
+        """Initialise all weights, from torch's random state."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -55,16 +55,16 @@ class CNN(nn.Module):
                 module.reset_parameters()
 
     def features(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, D], the mean over the last stage's positions."""
+        """Map images [B, C, H, W] to features [B, D], the mean over the last stage's positions."""
         x = images
         for stage in self.stages:
             x = stage(x)
         return x.mean(dim=(2, 3))  # [B, D, h, w] -> [B, D]
 
     def logits(self, features: Tensor) -> Tensor:
-        """[..., D] -> [..., K]."""
+        """Map features [..., D] to logits [..., K]."""
         return self.head(features)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, K] of images [B, C, H, W]."""
+        """Return logits [B, K] of images [B, C, H, W]."""
         return self.logits(self.features(images))

@@ -17,7 +17,7 @@ _NORM_EPS = 1e-6
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of x [B, C, H, W]; costs no copy where these lie last in memory (channels_last)."""
+    """LayerNorm over the channels of x [B, C, H, W]; needs no copy in channels_last."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, _NORM_EPS)
@@ -45,10 +45,11 @@ class Block(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """A ConvNeXt: images [B, C, H, W] in, logits [B, K] out. The defaults make ConvNeXt-T; S has depths [3, 3, 27, 3], B
-    those and widths [128, 256, 512, 1024].
+    """A ConvNeXt: maps images [B, C, H, W] to logits [B, K]. The defaults make ConvNeXt-T; S has depths [3, 3, 27, 3],
+    B those and widths [128, 256, 512, 1024].
 
-    `stages[i]` begins with what makes the picture smaller, the stem or a convolution that halves it; blocks follow.
+    `stages[i]` begins with the layer that makes the image smaller, the stem or a convolution that halves it; blocks
+    follow.
 
     Args:
         num_classes: number of classes K.
@@ -56,13 +57,13 @@ class ConvNeXt(nn.Module):
         image_size: pixels on a side, a multiple of patch_size.
         depths: blocks in each stage.
         widths: channels of each stage.
-        patch_size: pixels on a side that the stem makes one position; null: 4 for pictures over 64 pixels, 2 over 32,
+        patch_size: pixels on a side that the stem makes one position; null: 4 for images over 64 pixels, 2 over 32,
             else 1.
-        layer_scale: where the learned scales of all branches start; null: none.
+        layer_scale: initial value of the learned scales of all branches; null: none.
         drop_path: probability to skip a branch (stochastic depth) in the last block, rising from 0 in the first.
 
     Raises:
-        ValueError: sizes that do not fit together, or a picture too small for so many stages.
+        ValueError: inconsistent sizes, or an image too small for so many stages.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class ConvNeXt(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights as for a new net, from torch's random state."""
+        """Initialise all weights, from torch's random state."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=_INIT_STD, a=-2 * _INIT_STD, b=2 * _INIT_STD)
@@ -126,16 +127,16 @@ class ConvNeXt(nn.Module):
                 module.reset_parameters()
 
     def features(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, D], the mean over the last stage's positions after the final norm."""
+        """Map images [B, C, H, W] to features [B, D], the mean over the last stage's positions after the final norm."""
         x = images
         for stage in self.stages:
             x = stage(x)
         return self.norm(x.mean(dim=(2, 3)))  # [B, D, h, w] -> [B, D]
 
     def logits(self, features: Tensor) -> Tensor:
-        """[..., D] -> [..., K]."""
+        """Map features [..., D] to logits [..., K]."""
         return self.head(features)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, K] of images [B, C, H, W]."""
+        """Return logits [B, K] of images [B, C, H, W]."""
         return self.logits(self.features(images))

@@ -1,6 +1,6 @@
 """Stochastic depth: in training, each sample skips a residual branch with a given probability.
 
-Source: Huang et al. 2016 (arXiv 1603.09382). Two details are those of later nets: what is kept is scaled up, so that
+Source: Huang et al. 2016 (arXiv 1603.09382). Two details are those of later nets: kept samples are scaled up, so that
 evaluation needs no scaling, and the rates begin at 0.
 
 B batch.
@@ -12,7 +12,7 @@ from bigmodel.nn.arguments import check_probabilities
 
 
 class DropPath(nn.Module):
-    """Zeroes whole samples of a branch's output [B, ...] and divides the others by the probability to be kept, so that
+    """Zeroes whole samples of a branch's output [B, ...] and divides the others by the keep probability, so that
     the expected value stays. Draws from torch's random state; does nothing in evaluation.
 
     Args:
@@ -35,5 +35,7 @@ class DropPath(nn.Module):
 
 
 def linear_rates(last: float, num_blocks: int) -> list[float]:
-    """Rates that rise evenly with depth, from 0 for the first block to `last` for the last; a single block has `last`."""
+    """Return rates that rise linearly with depth, from 0 for the first block to `last` for the last; a single block has
+    `last`.
+    """
     return [last * i / (num_blocks - 1) for i in range(num_blocks - 1)] + [last]

@@ -57,21 +57,21 @@ class GatedBlock(nn.Module):
 
 
 class ESASRec(ItemScorer):
-    """Items [B, T], padded with 0 at the left, in; scores [B, T, I + 1] of each next item out.
+    """Maps items [B, T], padded with 0 on the left, to scores [B, T, I + 1] of each next item.
 
     Args:
         num_items: items I.
-        max_length: the most items it attends to, the user's last.
+        max_length: maximum number of items it attends to, the user's last ones.
         width: channels D of an item.
         depth: number of blocks.
         num_heads: attention heads; each has width / num_heads channels.
         mlp_width: hidden channels M of a block's feed-forward net; null: 4 * width.
         dropout: probability, on embeddings, attention weights, hidden channels and the output of each branch.
-        init_std: standard deviation of weights at the start; what suits 64 channels is too much for many more.
-        attention: "sdpa", "explicit", or "auto" for the one measured faster.
+        init_std: standard deviation of weights at the start; a value for 64 channels is too large for many more.
+        attention: "sdpa", "explicit", or "auto" for the faster one by measurement.
 
     Raises:
-        ValueError: sizes that do not fit together, or a choice that does not exist.
+        ValueError: inconsistent sizes, or an unknown choice.
     """
 
     def __init__(
@@ -112,21 +112,21 @@ class ESASRec(ItemScorer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights as for a new net, from torch's random state."""
+        """Initialise all weights, from torch's random state."""
         draw_weights(self, self.init_std)
 
     def features(self, items: Tensor, times: Tensor | None = None) -> Tensor:
-        """What scores the item after each position.
+        """Return the features that score the item after each position.
 
         Args:
-            items: [B, T], int64, at most `max_length` positions; 0 for padding, at the left.
+            items: [B, T], int64, at most `max_length` positions; 0 for padding, on the left.
             times: not used.
 
         Returns:
             [B, T, D]; undefined but finite where there is padding.
 
         Raises:
-            ValueError: too many positions, or an item that the net does not know.
+            ValueError: too many positions, or an item number out of range.
         """
         check_items(items, self.max_length)
         positions = self.embed_positions.weight[self.max_length - items.shape[1] :]  # [T, D], the last is the end's
@@ -137,5 +137,5 @@ class ESASRec(ItemScorer):
         return self.norm(x)
 
     def forward(self, items: Tensor, times: Tensor | None = None) -> Tensor:
-        """Scores [B, T, I + 1] of the item after each of items [B, T]; see `features`."""
+        """Return scores [B, T, I + 1] of the item after each of items [B, T]; see `features`."""
         return self.logits(self.features(items, times))

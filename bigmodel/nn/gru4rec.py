@@ -1,4 +1,4 @@
-"""GRU4Rec: each next item from a recurrent net over those before it.
+"""GRU4Rec: predicts each next item with a recurrent net over the previous items.
 
 Source: Hidasi et al. 2015 (arXiv 1511.06939), eq. 1 to 4, with one embedding of items for input and output.
 
@@ -15,7 +15,7 @@ from bigmodel.nn.sequences import PADDING, ItemScorer, check_items
 class GRULayer(nn.Module):
     """Dropout, then a gated recurrent unit: [B, T, width] -> [B, T, S], its states after each position.
 
-    The dropout is not the recurrent net's own, whose random state on a GPU is apart from torch's: a run that is resumed
+    The dropout is not that of torch's GRU, whose random state on a GPU is separate from torch's: a resumed run
     would not repeat it.
     """
 
@@ -30,13 +30,13 @@ class GRULayer(nn.Module):
 
 
 class GRU4Rec(ItemScorer):
-    """Items [B, T], padded with 0 at the left, in; scores [B, T, I + 1] of each next item out.
+    """Maps items [B, T], padded with 0 on the left, to scores [B, T, I + 1] of each next item.
 
-    Weights start as torch draws them, items normal with `init_std`.
+    Weights have torch's initialisation, items are normal with `init_std`.
 
     Args:
         num_items: items I.
-        max_length: the most items it reads, the user's last.
+        max_length: maximum number of items it reads, the user's last ones.
         width: channels D of an item.
         hidden: channels S of a layer's state.
         depth: number of recurrent layers.
@@ -44,7 +44,7 @@ class GRU4Rec(ItemScorer):
         init_std: standard deviation of item embeddings at the start.
 
     Raises:
-        ValueError: a size below one, or what is no probability.
+        ValueError: a size below one, or an invalid probability.
     """
 
     def __init__(
@@ -69,27 +69,27 @@ class GRU4Rec(ItemScorer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights as for a new net, from torch's random state."""
+        """Initialise all weights, from torch's random state."""
         self.embed.reset_parameters(self.init_std)
         for module in self.modules():
             if isinstance(module, nn.GRU | nn.Linear):
                 module.reset_parameters()
 
     def features(self, items: Tensor, times: Tensor | None = None) -> Tensor:
-        """What scores the item after each position.
+        """Return the features that score the item after each position.
 
         Args:
-            items: [B, T], int64, at most `max_length` positions; 0 for padding, at the left.
+            items: [B, T], int64, at most `max_length` positions; 0 for padding, on the left.
             times: not used.
 
         Returns:
             [B, T, D]; undefined but finite where there is padding.
 
         Raises:
-            ValueError: too many positions, or an item that the net does not know.
+            ValueError: too many positions, or an item number out of range.
         """
         check_items(items, self.max_length)
-        # Padding would change the state. So sequences are turned round, until it stands after their items, and back.
+        # Padding would change the state. So sequences are rotated until padding comes after their items, and back.
         length = items.shape[1]
         num_padding = (items == PADDING).sum(dim=1, keepdim=True)  # [B, 1]
         positions = torch.arange(length, device=items.device)  # [T]
@@ -101,5 +101,5 @@ class GRU4Rec(ItemScorer):
         return x.gather(1, back[..., None].expand_as(x))
 
     def forward(self, items: Tensor, times: Tensor | None = None) -> Tensor:
-        """Scores [B, T, I + 1] of the item after each of items [B, T]; see `features`."""
+        """Return scores [B, T, I + 1] of the item after each of items [B, T]; see `features`."""
         return self.logits(self.features(items, times))

@@ -1,7 +1,7 @@
-"""HSTU: attention without softmax, so that how much a user did counts, with biases for distance and elapsed time.
+"""HSTU: attention without softmax, so that the amount of activity counts, with biases for distance and elapsed time.
 
 Source: Zhai et al. 2024 (arXiv 2402.17152), eq. 1 to 3, and its implementation for buckets of time and the norms. There,
-a position knows the time of the item to be predicted; here only its own.
+a position uses the time of the item to be predicted; here only its own.
 
 B sequences, T positions, N max_length, I items, D width, H heads, K = D / H head size, G buckets of time.
 """
@@ -18,17 +18,17 @@ _LOG_BUCKET = 0.301  # a bucket's seconds are 1.35 times those of the one before
 
 
 def time_buckets(times: Tensor, num_buckets: int) -> Tensor:
-    """The bucket of the time between two positions: floor(ln(max(1, |t_i - t_j|)) / 0.301), at most the last.
+    """Return the bucket of the time between two positions: floor(ln(max(1, |t_i - t_j|)) / 0.301), at most the last.
 
     Args:
         times: [B, T], int64, seconds.
-        num_buckets: buckets G; 72 tell times apart that lie up to 60 years apart.
+        num_buckets: buckets G; 72 cover differences of up to 60 years.
 
     Returns:
         [B, T, T], int64, from 0 to G - 1.
     """
     elapsed = (times[:, :, None] - times[:, None, :]).abs().clamp(min=1)  # [B, T, T]
-    # Subtracted as integers: float32 knows times of today to two minutes only.
+    # Subtracted as integers: float32 resolves present-day times to two minutes only.
     return (elapsed.float().log() / _LOG_BUCKET).long().clamp(max=num_buckets - 1)
 
 
@@ -42,7 +42,7 @@ class HSTUBlock(nn.Module):
         super().__init__()
         self.width, self.num_heads, self.max_length = width, num_heads, max_length
         self.uvqk = nn.Linear(width, 4 * width, bias=False)
-        # Plain vectors: the gradient of an embedding takes 100 times as long for a table that is read so often.
+        # Plain vectors: the gradient of an embedding takes 100 times as long for a table with so many look-ups.
         self.position_bias = nn.Parameter(torch.empty(max_length))  # by distance, from 0
         self.time_bias = nn.Parameter(torch.empty(num_buckets)) if num_buckets else None
         self.dropout = nn.Dropout(dropout)
@@ -67,17 +67,17 @@ class HSTU(ItemScorer):
 
     Args:
         num_items: items I.
-        max_length: the most items it attends to, the user's last.
+        max_length: maximum number of items it attends to, the user's last ones.
         width: channels D of an item.
         depth: number of blocks.
         num_heads: attention heads; each has width / num_heads channels.
         num_time_buckets: buckets of elapsed time, each 1.35 times as long as the one before, from a second; 0: times
             are not used.
-        dropout: probability, on embeddings and what each block adds.
+        dropout: probability, on embeddings and the output of each block's branch.
         init_std: standard deviation of weights at the start.
 
     Raises:
-        ValueError: sizes that do not fit together.
+        ValueError: inconsistent sizes.
     """
 
     def __init__(
@@ -112,11 +112,11 @@ class HSTU(ItemScorer):
 
     @property
     def reads_times(self) -> bool:
-        """Whether times make a difference."""
+        """True if times are used."""
         return self.num_time_buckets > 0
 
     def reset_parameters(self) -> None:
-        """Draw all weights as for a new net, from torch's random state."""
+        """Initialise all weights, from torch's random state."""
         draw_weights(self, self.init_std)
         for module in self.modules():
             if isinstance(module, HSTUBlock):
@@ -125,17 +125,17 @@ class HSTU(ItemScorer):
                     nn.init.normal_(module.time_bias, std=self.init_std)
 
     def features(self, items: Tensor, times: Tensor | None = None) -> Tensor:
-        """What scores the item after each position.
+        """Return the features that score the item after each position.
 
         Args:
-            items: [B, T], int64, at most `max_length` positions; 0 for padding, at the left.
-            times: when they were chosen, [B, T], int64, seconds; anything where there is padding.
+            items: [B, T], int64, at most `max_length` positions; 0 for padding, on the left.
+            times: times of the items, [B, T], int64, seconds; any value where there is padding.
 
         Returns:
             [B, T, D]; undefined but finite where there is padding.
 
         Raises:
-            ValueError: too many positions, an item that the net does not know, or times that are missing or of another
+            ValueError: too many positions, an item number out of range, or times that are missing or of another
                 shape.
         """
         check_items(items, self.max_length)
@@ -158,5 +158,5 @@ class HSTU(ItemScorer):
         return self.norm(x)
 
     def forward(self, items: Tensor, times: Tensor | None = None) -> Tensor:
-        """Scores [B, T, I + 1] of the item after each of items [B, T]; see `features`."""
+        """Return scores [B, T, I + 1] of the item after each of items [B, T]; see `features`."""
         return self.logits(self.features(items, times))

@@ -14,7 +14,7 @@ class LayerScale(nn.Module):
 
     Args:
         width: channels D.
-        start: what all weights are at the start.
+        start: initial value of all weights.
     """
 
     def __init__(self, width: int, start: float) -> None:
@@ -24,7 +24,7 @@ class LayerScale(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As for a new net."""
+        """Initialise the weights."""
         nn.init.constant_(self.weight, self.start)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Cross-entropy as a sum and a count, in chunks where the vocabulary is large.
 
 A mean over a batch cannot be averaged with other batches' means when their counts differ; a sum and a count can. In
-chunks, logits are made again in the backward pass (Chen et al. 2016, arXiv 1604.06174), so that only one chunk of them
+chunks, logits are recomputed in the backward pass (Chen et al. 2016, arXiv 1604.06174), so that only one chunk of them
 is in memory at a time.
 
 B batch, T tokens, N = B * T, D width, V vocabulary.
@@ -21,10 +21,10 @@ IGNORE_INDEX = -100
 def cross_entropy_sum(
     logits_fn: Callable[[Tensor], Tensor], features: Tensor, targets: Tensor, chunk_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum of -log softmax(logits)[target] over the targets that count, and how many these are.
+    """Return the sum of -log softmax(logits)[target] over the targets that count, and their number.
 
     Args:
-        logits_fn: maps features [..., D] to logits [..., V], each position for itself.
+        logits_fn: maps features [..., D] to logits [..., V], each position separately.
         features: [B, T, D], or any shape that ends in D.
         targets: class indices of that shape without D, int64; -100 is ignored.
         chunk_size: positions (tokens) whose logits are in memory at once, forward and backward; costs one more
@@ -51,7 +51,7 @@ def cross_entropy_sum(
         logits = logits_fn(features)  # [n, V]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-        # Of logits that are in parts of the vocabulary (tensor parallelism) it is a DTensor, the same on each process.
+        # For logits sharded over the vocabulary (tensor parallelism) it is a DTensor, the same on each process.
         return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
     if chunk_size is None or chunk_size >= len(targets):

@@ -1,7 +1,7 @@
 """Matrix factorisation: a vector for each user and each item, whose product is the score.
 
-Source: Koren et al. 2009 (doi 10.1109/MC.2009.263), eq. 1 and 4. What is the same for all items of a user (the user's bias,
-the mean) changes neither a ranking nor a softmax, so it is no part of a score, but of a rating.
+Source: Koren et al. 2009 (doi 10.1109/MC.2009.263), eq. 1 and 4. Terms that are equal for all items of a user (user
+bias, the mean) change neither a ranking nor a softmax, so they are part of a rating, but not of a score.
 
 B users, U all users, I items, K items of a user, D width.
 """
@@ -14,14 +14,14 @@ from bigmodel.nn.sequences import ItemScorer
 
 
 class MatrixFactorization(ItemScorer):
-    """Users [B], 0..U-1, in; scores [B, I + 1] of all items out.
+    """Maps users [B], 0..U-1, to scores [B, I + 1] of all items.
 
     Args:
         num_users: users U.
         num_items: items I.
         width: channels D of a user and of an item.
-        bias: add to an item's score what it has for all users, its popularity.
-        user_bias: add to a user's ratings what they have for all items; for nets that are trained on ratings.
+        bias: add a bias per item, its popularity.
+        user_bias: add a bias per user to ratings; for nets that are trained on ratings.
         init_std: standard deviation of vectors at the start.
 
     Raises:
@@ -47,7 +47,7 @@ class MatrixFactorization(ItemScorer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights as for a new net, from torch's random state; biases start at zero."""
+        """Initialise all weights, from torch's random state; biases start at zero."""
         nn.init.normal_(self.embed_users.weight, std=self.init_std)
         self.embed.reset_parameters(self.init_std)
         for each in (self.item_bias, self.user_bias):
@@ -69,12 +69,12 @@ class MatrixFactorization(ItemScorer):
             ) from error
 
     def ratings(self, users: Tensor, items: Tensor) -> Tensor:
-        """By how much the ratings [B, K] of users [B] for items [B, K] lie above the mean of all ratings."""
+        """Return ratings [B, K] of users [B] for items [B, K], as differences from the mean of all ratings."""
         ratings = (self.features(users)[:, None] * self.item_vectors(items)).sum(2)  # [B, 1, D] * [B, K, D] -> [B, K]
         if self.item_bias is not None:
             ratings = ratings + self.item_bias[items]
         return ratings if self.user_bias is None else ratings + self.user_bias[users][:, None]
 
     def forward(self, users: Tensor) -> Tensor:
-        """Scores [B, I + 1] of all items for users [B]."""
+        """Return scores [B, I + 1] of all items for users [B]."""
         return self.logits(self.features(users))

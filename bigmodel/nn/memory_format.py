@@ -16,12 +16,12 @@ _MIN_CHANNELS = 16  # a block of AVX-512's kernel, the widest; AVX2's has 8
 class SubsampledConv2d(nn.Conv2d):
     """A 1x1 convolution of stride s without padding: [B, C, H, W] -> [B, K, ceil(H / s), ceil(W / s)].
 
-    Takes every s-th pixel, then convolves with stride 1, which computes what `nn.Conv2d` of the same arguments does.
+    Takes every s-th pixel, then convolves with stride 1: the same result as `nn.Conv2d` with the same arguments.
     """
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d) -> SubsampledConv2d:
-        """A layer with the parameters of a 1x1 convolution, shared with it."""
+        """Return a layer that shares the parameters of a 1x1 convolution."""
         down, right = conv.stride
         with torch.device("meta"):  # no memory, no random draws
             layer = cls(conv.in_channels, conv.out_channels, 1, (down, right), bias=conv.bias is not None)
@@ -34,12 +34,12 @@ class SubsampledConv2d(nn.Conv2d):
 
 
 def guard_convolutions(net: nn.Module) -> None:
-    """Replace the net's convolutions that must not meet channels_last by `SubsampledConv2d`, in place.
+    """Replace convolutions with a wrong gradient in channels_last by `SubsampledConv2d`, in place.
 
     On x86 processors the weights' gradient of a 1x1 convolution with a stride above 1, no padding, one group and fewer than
     16 input channels in channels_last overruns its workspace: wrong gradients, a hang, an abort or a segmentation fault. On
     AVX2 it occurs below 8 input channels from 8x8 pixels on, with AVX-512 below 16 channels (bfloat16 too) on larger
-    pictures; never with 16 channels or more, stride 1, or a kernel larger than 1x1. The format of the input decides,
+    images; never with 16 channels or more, stride 1, or a kernel larger than 1x1. The format of the input decides,
     whatever that of the weights, so a contiguous net is not safe from it. These convolutions are therefore computed in
     another way, in any format and on any device, so that results do not depend on the machine. All others stay as they are,
     subclasses of `nn.Conv2d` too. Names and parameters are kept. Calling it again changes nothing.
@@ -61,6 +61,6 @@ def _is_broken(conv: nn.Conv2d) -> bool:
 
 
 def to_channels_last(net: nn.Module) -> None:
-    """Put the net's weights into channels_last, in place; its few narrow convolutions as in `guard_convolutions`."""
+    """Convert the net's weights to channels_last, in place, and apply `guard_convolutions`."""
     guard_convolutions(net)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -9,7 +9,7 @@ from bigmodel.nn.arguments import check_images, check_probabilities, check_sizes
 
 
 class MLP(nn.Module):
-    """Fully connected layers with ReLU on the flattened pixels: images [B, C, H, W] in, logits [B, K] out.
+    """Fully connected layers with ReLU on the flattened pixels: maps images [B, C, H, W] to logits [B, K].
 
     Args:
         num_classes: number of classes K.
@@ -43,13 +43,13 @@ class MLP(nn.Module):
         self.head = nn.Linear(width, num_classes)
 
     def reset_parameters(self) -> None:
-        """Draw all weights as for a new net, from torch's random state: torch's own initialisation of linear layers."""
+        """Initialise all weights, from torch's random state: torch's own initialisation of linear layers."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
 
     def features(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, D], what the last layer reads."""
+        """Map images [B, C, H, W] to the input of the output layer [B, D]."""
         check_images(images, self.in_channels, self.image_size)
         x = images.flatten(1)  # [B, C, H, W] -> [B, C * H * W]
         for block in self.blocks:
@@ -57,9 +57,9 @@ class MLP(nn.Module):
         return x
 
     def logits(self, features: Tensor) -> Tensor:
-        """[..., D] -> [..., K]."""
+        """Map features [..., D] to logits [..., K]."""
         return self.head(features)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, K] of images [B, C, H, W]."""
+        """Return logits [B, K] of images [B, C, H, W]."""
         return self.logits(self.features(images))

@@ -58,31 +58,31 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A residual network: images [B, C, H, W] in, logits [B, K] out.
+    """A residual network: maps images [B, C, H, W] to logits [B, K].
 
     `depth` names a net of the papers. 18, 34, 50, 101 and 152 have four stages of 64, 128, 256 and 512 channels; from
     50 on their blocks are bottlenecks. Any other depth must be 6 n + 2 (20, 32, 44, 56, 110), which has three stages of
     16, 32 and 64 channels with n basic blocks each. The resnet8x4 and resnet32x4 of the distillation papers are depth 8
     and 32 with widths [64, 128, 256] and stem_width 32. Any other net is described by `blocks` and `widths`.
-    Each stage but the first halves the picture. `stages[i]` is a stage, `stages[i][j]` a block of it.
+    Each stage but the first halves the image. `stages[i]` is a stage, `stages[i][j]` a block of it.
 
     Args:
         num_classes: number of classes K.
         in_channels: channels C of an image.
-        image_size: pixels on a side; decides which stem "auto" is.
-        depth: number of layers with weights, as the papers count; null: 18, or what `blocks` make it.
+        image_size: pixels on a side; determines the stem for "auto".
+        depth: number of layers with weights, as the papers count; null: 18, or determined by `blocks`.
         blocks: blocks in each stage, instead of `depth`.
         widths: channels of each stage's 3x3 convolutions; null: those of the depth, or 64, 128, 256 ... with `blocks`.
-        bottleneck: blocks of three convolutions, four times as wide at their end; null: as the depth has them.
+        bottleneck: blocks of three convolutions, four times as wide at their end; null: determined by the depth.
         stem: "imagenet" (7x7 convolution of stride 2, then max-pooling: a quarter of the size), "cifar" (3x3 of
-            stride 1), or "auto": "cifar" for pictures up to 64 pixels.
+            stride 1), or "auto": "cifar" for images up to 64 pixels.
         stem_width: channels after the stem; null: those of the first stage.
         width_factor: multiplies all widths, the stem's too.
         drop_path: probability to skip a block's branch (stochastic depth) at the last block, rising from 0 at the first.
         zero_init: start each branch's last scale at zero, so that a new net's blocks are shortcuts only.
 
     Raises:
-        ValueError: a depth that does not exist, or sizes that do not fit together.
+        ValueError: a depth that does not exist, or inconsistent sizes.
     """
 
     def __init__(
@@ -147,11 +147,11 @@ class ResNet(nn.Module):
                 channels = block.out_channels
             self.stages.append(stage)
         self.head = nn.Linear(channels, num_classes)
-        guard_convolutions(self)  # shortcuts of few channels, in whatever format pictures come
+        guard_convolutions(self)  # shortcuts of few channels, in whatever format images come
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights as for a new net, from torch's random state."""
+        """Initialise all weights, from torch's random state."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -162,23 +162,23 @@ class ResNet(nn.Module):
                 nn.init.zeros_(module.branch[-1].get_parameter("weight"))
 
     def features(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, D], the mean over the last stage's positions."""
+        """Map images [B, C, H, W] to features [B, D], the mean over the last stage's positions."""
         x = self.stem(images)
         for stage in self.stages:
             x = stage(x)
         return x.mean(dim=(2, 3))  # [B, D, h, w] -> [B, D]
 
     def logits(self, features: Tensor) -> Tensor:
-        """[..., D] -> [..., K]."""
+        """Map features [..., D] to logits [..., K]."""
         return self.head(features)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, K] of images [B, C, H, W]."""
+        """Return logits [B, K] of images [B, C, H, W]."""
         return self.logits(self.features(images))
 
 
 def _blocks(depth: int) -> tuple[int, ...]:
-    """Blocks in each stage of the net that the papers call so deep."""
+    """Return the number of blocks in each stage of the papers' net of this depth."""
     if depth in _BLOCKS:
         return _BLOCKS[depth]
     if depth < 8 or depth % 6 != 2:

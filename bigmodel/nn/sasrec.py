@@ -1,7 +1,7 @@
-"""SASRec: each next item from self-attention over those before it.
+"""SASRec: predicts each next item with causal self-attention.
 
 Source: Kang and McAuley 2018 (arXiv 1808.09781), eq. 1 to 6. As in its later implementations, heads are mixed by an output
-projection, embeddings are scaled by sqrt(D), and a last norm stands before the scores.
+projection, embeddings are scaled by sqrt(D), and there is a last norm before the scores.
 
 B sequences, T positions, I items, D width.
 """
@@ -23,25 +23,25 @@ from bigmodel.nn.sequences import (
 
 
 class SASRec(ItemScorer):
-    """Items [B, T], padded with 0 at the left, in; scores [B, T, I + 1] of each next item out.
+    """Maps items [B, T], padded with 0 on the left, to scores [B, T, I + 1] of each next item.
 
-    A score is the product of what the net makes of the items so far and the embedding of the item, one and the same for
+    A score is the product of the features of a position and the embedding of the item, which is shared between
     input and output.
 
     Args:
         num_items: items I.
-        max_length: the most items it attends to, the user's last.
+        max_length: maximum number of items it attends to, the user's last ones.
         width: channels D of an item.
         depth: number of blocks.
         num_heads: attention heads; each has width / num_heads channels.
         mlp_width: hidden channels of a block's feed-forward net; null: width.
         norm: LayerNorm before a branch ("pre", the paper's) or after it ("post").
         dropout: probability, on embeddings, attention weights, hidden channels and the output of each branch.
-        init_std: standard deviation of weights at the start; what suits 64 channels is too much for many more.
-        attention: "sdpa", "explicit", or "auto" for the one measured faster.
+        init_std: standard deviation of weights at the start; a value for 64 channels is too large for many more.
+        attention: "sdpa", "explicit", or "auto" for the faster one by measurement.
 
     Raises:
-        ValueError: sizes that do not fit together, or a choice that does not exist.
+        ValueError: inconsistent sizes, or an unknown choice.
     """
 
     def __init__(
@@ -84,21 +84,21 @@ class SASRec(ItemScorer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights as for a new net, from torch's random state."""
+        """Initialise all weights, from torch's random state."""
         draw_weights(self, self.init_std)
 
     def features(self, items: Tensor, times: Tensor | None = None) -> Tensor:
-        """What scores the item after each position.
+        """Return the features that score the item after each position.
 
         Args:
-            items: [B, T], int64, at most `max_length` positions; 0 for padding, at the left.
+            items: [B, T], int64, at most `max_length` positions; 0 for padding, on the left.
             times: not used.
 
         Returns:
             [B, T, D]; undefined but finite where there is padding.
 
         Raises:
-            ValueError: too many positions, or an item that the net does not know.
+            ValueError: too many positions, or an item number out of range.
         """
         check_items(items, self.max_length)
         positions = self.embed_positions.weight[self.max_length - items.shape[1] :]  # [T, D], the last is the end's
@@ -109,5 +109,5 @@ class SASRec(ItemScorer):
         return self.norm(x)
 
     def forward(self, items: Tensor, times: Tensor | None = None) -> Tensor:
-        """Scores [B, T, I + 1] of the item after each of items [B, T]; see `features`."""
+        """Return scores [B, T, I + 1] of the item after each of items [B, T]; see `features`."""
         return self.logits(self.features(items, times))

@@ -1,7 +1,7 @@
-"""What the nets over sequences of items share: the item table, masks, attention that respects padding, blocks.
+"""Shared parts of the nets over item sequences: item embedding, masks, attention with padding, blocks.
 
-Items are numbered 1..I, and 0 is padding, which stands at the left of a sequence. A net never attends to it, and counts
-positions from the right end, so that more of it changes no score.
+Items are numbered 1..I, and 0 is padding, on the left of a sequence. A net never attends to it, and counts
+positions from the right end, so that the amount of padding changes no score.
 
 B sequences, T positions, I items, D width, H heads, K head size, M width of the feed-forward net.
 """
@@ -21,8 +21,9 @@ _MOST_EXPLICIT = 512  # positions, to bound the memory of the weights
 
 
 class _PaddingWithoutGradient(torch.autograd.Function):
-    """The table itself; its first row gets no gradient. A copy of the gradient, where masked logits would take one of
-    [B, T, I + 1], and a concatenation one of the table in the forward pass as well."""
+    """Identity of the table; its first row gets no gradient. It needs one copy of the gradient; masked logits would
+    need a copy of [B, T, I + 1], and a concatenation a copy of the table in the forward pass as well.
+    """
 
     @staticmethod
     def forward(ctx: Any, table: Tensor) -> Tensor:
@@ -36,19 +37,19 @@ class _PaddingWithoutGradient(torch.autograd.Function):
 
 
 def padding_without_gradient(table: Tensor) -> Tensor:
-    """The table [I + 1, ...]; whatever is done with it, its row 0 gets a gradient of zero."""
+    """Return the table [I + 1, ...]; the gradient of its row 0 is always zero."""
     return _PaddingWithoutGradient.apply(table)
 
 
 class ItemEmbedding(nn.Embedding):
-    """One row for each item, one of zeros for padding before them, and `num_extra` others after them.
+    """Embedding with one row per item, a row of zeros for padding before them, and `num_extra` others after them.
 
     The row of padding stays zero: it gets no gradient, neither as an input nor where the table is the output matrix.
 
     Args:
         num_items: items I.
         width: channels D.
-        num_extra: rows that are no items, such as a mask.
+        num_extra: rows that are not items, such as a mask.
     """
 
     def __init__(self, num_items: int, width: int, num_extra: int = 0) -> None:
@@ -56,12 +57,12 @@ class ItemEmbedding(nn.Embedding):
         self.num_items = num_items
 
     def reset_parameters(self, std: float = 1.0) -> None:
-        """Draw all rows from a normal distribution, but that of padding."""
+        """Initialise all rows except that of padding from a normal distribution."""
         nn.init.normal_(self.weight, std=std)
         self._fill_padding_idx_with_zero()
 
     def forward(self, items: Tensor) -> Tensor:
-        """[...] -> [..., D].
+        """Map items [...] to vectors [..., D].
 
         Raises:
             ValueError: an item outside of the table (on a CPU; an accelerator reports it as a failed device assertion).
@@ -83,13 +84,13 @@ class ItemEmbedding(nn.Embedding):
 class ItemScorer(nn.Module):
     """A net that scores item i by features . vector_i, plus a bias where there is one.
 
-    What makes features [..., D] is the subclass's own. The vectors are those by which a net reads items.
+    A subclass computes the features [..., D]. The vectors are the input embeddings of the items.
 
     Args:
         num_items: items I.
         width: channels D.
-        num_extra: rows of the table that are no items.
-        bias: have an `item_bias` [I + 1], otherwise null.
+        num_extra: rows of the table that are not items.
+        bias: add an `item_bias` [I + 1]; otherwise it is null.
     """
 
     def __init__(self, num_items: int, width: int, *, num_extra: int = 0, bias: bool = False) -> None:
@@ -99,17 +100,17 @@ class ItemScorer(nn.Module):
         self.item_bias = nn.Parameter(torch.zeros(num_items + 1)) if bias else None
 
     def item_vectors(self, items: Tensor | None = None) -> Tensor:
-        """Vectors [..., D] of items [...]; without items the table [I + 1, D], whose row 0 is padding's and zero."""
+        """Return vectors [..., D] of items [...]; without items the table [I + 1, D], whose row 0 is padding and zero."""
         return self.embed(items) if items is not None else padding_without_gradient(self.embed.items)
 
     def logits(self, features: Tensor) -> Tensor:
-        """[..., D] -> [..., I + 1]; position 0 is padding's, and means nothing."""
+        """Map features [..., D] to scores [..., I + 1]; position 0 is padding, and has no meaning."""
         bias = None if self.item_bias is None else padding_without_gradient(self.item_bias)
         return F.linear(features, self.item_vectors(), bias)
 
 
 def check_items(items: Tensor, max_length: int) -> None:
-    """Refuse what is no batch of sequences [B, T] of one to `max_length` items."""
+    """Raise an error unless items are sequences [B, T] of one to `max_length` items."""
     if items.ndim != 2 or items.shape[1] == 0:
         raise ValueError(f"items have shape {list(items.shape)}, but must be [sequences, positions], padded with 0")
     if items.shape[1] > max_length:
@@ -120,7 +121,7 @@ def check_items(items: Tensor, max_length: int) -> None:
 
 
 def check_heads(width: int, num_heads: int) -> None:
-    """Refuse a width that heads cannot share evenly."""
+    """Raise an error if the width is not divisible by the number of heads."""
     if width % num_heads:
         raise ValueError(
             f"width {width} is not divisible by num_heads {num_heads}; choose --model.net.width or "
@@ -129,10 +130,10 @@ def check_heads(width: int, num_heads: int) -> None:
 
 
 def attention_mask(items: Tensor, *, causal: bool) -> Tensor:
-    """[B, 1, T, T], where true: the position of that row may attend to the position of that column.
+    """Return the mask [B, 1, T, T], True where the position of the row may attend to the position of the column.
 
-    No item attends to padding, nor to a later item if `causal`. Each position attends to itself, padding too, lest its
-    softmax be undefined.
+    No item attends to padding, nor to a later item if `causal`. Each position attends to itself, padding too; otherwise
+    its softmax would be undefined.
     """
     length = items.shape[1]
     mask = (items != PADDING)[:, None, None, :]  # [B, 1, 1, T]
@@ -142,7 +143,7 @@ def attention_mask(items: Tensor, *, causal: bool) -> Tensor:
 
 
 def _fastest_kind(query: Tensor, dropout: float) -> AttentionKind:
-    """ "explicit" on a CPU in bfloat16 or with dropout, which torch's fused kernel is not made for there.
+    """Return "explicit" on a CPU in bfloat16 or with dropout, for which torch's fused kernel is not optimised there.
 
     Forward and backward over 6400 positions, best of 7, ms on one busy core with AVX-512 bfloat16, torch 2.13, sdpa /
     explicit, without dropout and with:
@@ -161,7 +162,7 @@ def _fastest_kind(query: Tensor, dropout: float) -> AttentionKind:
 def masked_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, dropout: float = 0.0, kind: AttentionKind = "auto"
 ) -> Tensor:
-    """softmax(q k' / sqrt(K)) v over what the mask allows.
+    """Return softmax(q k' / sqrt(K)) v over the positions that the mask allows.
 
     Args:
         query, key, value: [B, H, T, K].
@@ -183,7 +184,7 @@ def masked_attention(
 
 
 class SelfAttention(nn.Module):
-    """x [B, T, D] -> [B, T, D], by a mask [B, 1, T, T]. The sizes are checked by the net that builds it.
+    """x [B, T, D] -> [B, T, D], by a mask [B, 1, T, T]. The net that builds it checks the sizes.
 
     One projection makes queries, keys and values; its rows go by head, each with its query, key and value.
     """
@@ -231,7 +232,7 @@ class Block(nn.Module):
 
 
 def draw_weights(net: nn.Module, std: float) -> None:
-    """As for a new net, from torch's random state: tables and matrices normal with this deviation, biases 0, norms 1."""
+    """Initialise from torch's random state: tables and matrices normal with this deviation, biases 0, norms 1."""
     for module in net.modules():
         if isinstance(module, ItemEmbedding):
             module.reset_parameters(std)

@@ -59,14 +59,14 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer: token ids [B, T] in, logits [B, T, V] of each next token out.
+    """A decoder-only transformer: maps token ids [B, T] to logits [B, T, V] of each next token.
 
     It holds no buffers: build it under `torch.device("meta")`, then `to_empty(device=...)` and `reset_parameters()`.
     With a tied head, the output matrix is `embed.weight`, and there is no `head` in the state dict.
 
     Args:
         vocab_size: number of tokens V.
-        context_length: the most tokens it attends to.
+        context_length: maximum number of tokens it attends to.
         width: channels D of a token.
         depth: number of blocks.
         num_heads: query heads; each has width / num_heads channels.
@@ -83,13 +83,13 @@ class GPT(nn.Module):
         dropout: probability, on the embeddings, the attention weights and the output of each branch.
         init_std: standard deviation of weights at the start; of projections into the residual stream
             init_std / sqrt(2 * depth).
-        attention: "sdpa", "explicit", or "auto" for the one measured faster (`attention.causal_attention`).
+        attention: "sdpa", "explicit", or "auto" for the faster one by measurement (`attention.causal_attention`).
 
     Raises:
-        ValueError: sizes that do not fit together, or a choice that does not exist.
+        ValueError: inconsistent sizes, or an unknown choice.
     """
 
-    # How tensor parallelism cuts it, see `bigmodel.parallel.tensor_parallel`.
+    # Plan of tensor parallelism, see `bigmodel.parallel.tensor_parallel`.
     tensor_plan: ClassVar[dict[str, str]] = {
         "embed": "vocabulary",
         "head": "vocabulary",
@@ -184,7 +184,7 @@ class GPT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights as for a new net, from torch's random state."""
+        """Initialise all weights, from torch's random state."""
         residual_std = self.init_std / (2 * len(self.blocks)) ** 0.5
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -196,11 +196,13 @@ class GPT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def new_cache(self, batch_size: int) -> KVCache:
-        """An empty cache for decoding `batch_size` sequences; dtype and device follow from what is put into it."""
+        """Return an empty cache for decoding `batch_size` sequences; dtype and device are those of the first keys and
+        values.
+        """
         return KVCache(batch_size, self.context_length, len(self.blocks))
 
     def features(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """What the head reads.
+        """Return the input of the output layer.
 
         Args:
             tokens: ids [B, T], int64. With a cache they come after the tokens it holds, and are added to it.
@@ -210,8 +212,9 @@ class GPT(nn.Module):
             [B, T, D], after the final norm.
 
         Raises:
-            ValueError: more tokens, cached ones included, than the context holds; a batch that is not the cache's;
-                an id outside the vocabulary (on a CPU; an accelerator reports it as a failed device assertion).
+            ValueError: more tokens, including cached ones, than the context length; another batch size than the
+                cache's; an id outside the vocabulary (on a CPU; an accelerator reports it as a failed device
+                assertion).
         """
         start = 0 if cache is None else cache.length
         self._check_tokens(tokens, start, cache)
@@ -234,11 +237,11 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def logits(self, features: Tensor) -> Tensor:
-        """[..., D] -> [..., V]."""
+        """Map features [..., D] to logits [..., V]."""
         return F.linear(features, self.embed.weight) if self.head is None else self.head(features)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits [B, T, V] of the token after each of tokens [B, T]; see `features`."""
+        """Return logits [B, T, V] of the token after each of tokens [B, T]; see `features`."""
         return self.logits(self.features(tokens, cache))
 
     def _check_tokens(self, tokens: Tensor, start: int, cache: KVCache | None) -> None:

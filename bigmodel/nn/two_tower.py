@@ -1,4 +1,4 @@
-"""Two towers: one net makes a vector of a user's history, another one of an item, and their cosine is the score.
+"""Two-tower net: one tower encodes a user's history, the other an item, and the score is their cosine.
 
 Sources: Yi et al. 2019 (doi 10.1145/3298689.3346996), eq. 1 and section 4, for normalised towers, a temperature, and sampled
 softmax; Covington et al. 2016 (doi 10.1145/2959100.2959190), section 3, for a user as the mean of the items in the history,
@@ -32,15 +32,15 @@ class Tower(nn.Module):
 
 
 class TwoTower(ItemScorer):
-    """Items [B, T], padded with 0 at the left, in; scores [B, T, I + 1] of each next item out.
+    """Maps items [B, T], padded with 0 on the left, to scores [B, T, I + 1] of each next item.
 
-    A score is the cosine of a user and an item over a learned temperature. A user is what the items so far are on average,
-    so that the net recommends to people whom it has never seen; the vectors of items do not depend on the user, so that
+    A score is the cosine of a user and an item over a learned temperature. A user is the mean of the items so far,
+    so that the net can recommend to new users; the vectors of items do not depend on the user, so that
     they can be stored in an index for nearest neighbours.
 
     Args:
         num_items: items I.
-        max_length: the most items of which it takes the mean, the user's last.
+        max_length: maximum number of items in the mean, the user's last ones.
         width: channels D of an item, of towers and of their vectors.
         depth: hidden layers of each tower; 0: the mean and the embeddings themselves.
         decay: weight of an item in the mean, for each item that was chosen after it; 1: the plain mean.
@@ -82,28 +82,30 @@ class TwoTower(ItemScorer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights as for a new net, from torch's random state."""
+        """Initialise all weights, from torch's random state."""
         draw_weights(self, self.init_std)
         nn.init.constant_(self.log_scale, -math.log(self.temperature))
 
     def item_vectors(self, items: Tensor | None = None) -> Tensor:
-        """Vectors [..., D] of items [...], of length 1; without items the table [I + 1, D]. Padding's are zero."""
+        """Return vectors [..., D] of items [...], of length 1; without items the table [I + 1, D]. Those of padding are
+        zero.
+        """
         vectors = super().item_vectors(items)
         there = torch.arange(len(vectors), device=vectors.device) if items is None else items
         return self.item_tower(self.dropout(vectors)) * (there != PADDING)[..., None]
 
     def features(self, items: Tensor, times: Tensor | None = None) -> Tensor:
-        """What scores the item after each position.
+        """Return the features that score the item after each position.
 
         Args:
-            items: [B, T], int64, at most `max_length` positions; 0 for padding, at the left.
+            items: [B, T], int64, at most `max_length` positions; 0 for padding, on the left.
             times: not used.
 
         Returns:
             [B, T, D], of length 1 / temperature; undefined but finite where there is padding.
 
         Raises:
-            ValueError: too many positions, or an item that the net does not know.
+            ValueError: too many positions, or an item number out of range.
         """
         check_items(items, self.max_length)
         positions = torch.arange(items.shape[1], device=items.device)
@@ -115,5 +117,5 @@ class TwoTower(ItemScorer):
         return self.user_tower(x) * self.log_scale.exp()
 
     def forward(self, items: Tensor, times: Tensor | None = None) -> Tensor:
-        """Scores [B, T, I + 1] of the item after each of items [B, T]; see `features`."""
+        """Return scores [B, T, I + 1] of the item after each of items [B, T]; see `features`."""
         return self.logits(self.features(items, times))

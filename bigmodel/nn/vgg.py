@@ -21,7 +21,7 @@ _HIDDEN_WIDTH = 4096
 
 
 class VGG(nn.Module):
-    """Five stages of 3x3 convolutions, each ended by max-pooling: images [B, C, H, W] in, logits [B, K] out.
+    """Five stages of 3x3 convolutions, each ended by max-pooling: maps images [B, C, H, W] to logits [B, K].
 
     Args:
         num_classes: number of classes K.
@@ -29,12 +29,12 @@ class VGG(nn.Module):
         image_size: pixels on a side, at least 32, because it is halved five times.
         depth: number of layers with weights as the paper counts: 11, 13, 16 or 19.
         batch_norm: batch normalisation after each convolution; without it the deeper ones hardly train.
-        classifier: what follows the convolutions: "mlp" (the paper's: 7 x 7 positions into two layers of 4096),
-            "linear" (the mean over positions into the classes), or "auto": "linear" for pictures up to 64 pixels.
-        dropout: probability to drop a unit that a layer after the convolutions makes, or with "linear" a feature.
+        classifier: layers after the convolutions: "mlp" (the paper's: 7 x 7 positions into two layers of 4096),
+            "linear" (the mean over positions into the classes), or "auto": "linear" for images up to 64 pixels.
+        dropout: probability to drop a unit of the layers after the convolutions, or with "linear" a feature.
 
     Raises:
-        ValueError: a depth or classifier that does not exist, a picture too small, or a dropout outside [0, 1).
+        ValueError: a depth or classifier that does not exist, an image too small, or a dropout outside [0, 1).
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class VGG(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights as for a new net, from torch's random state."""
+        """Initialise all weights, from torch's random state."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -99,7 +99,7 @@ class VGG(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def features(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, D], what the last layer reads."""
+        """Map images [B, C, H, W] to the input of the output layer [B, D]."""
         x = images
         for stage in self.stages:
             x = stage(x)
@@ -107,9 +107,9 @@ class VGG(nn.Module):
         return self.hidden(x)
 
     def logits(self, features: Tensor) -> Tensor:
-        """[..., D] -> [..., K]."""
+        """Map features [..., D] to logits [..., K]."""
         return self.head(features)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, K] of images [B, C, H, W]."""
+        """Return logits [B, K] of images [B, C, H, W]."""
         return self.logits(self.features(images))

@@ -1,4 +1,4 @@
-"""The vision transformer: a picture as a sequence of patches.
+"""The vision transformer: an image as a sequence of patches.
 
 Sources: Dosovitskiy et al. 2020 (arXiv 2010.11929), eq. 1-4; registers, Darcet et al. 2023 (arXiv 2309.16588); fixed
 positions in two dimensions, Chen et al. 2021 (arXiv 2104.02057).
@@ -77,28 +77,28 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """A vision transformer: images [B, C, H, W] in, logits [B, K] out. The defaults make ViT-Ti; ViT-S has width 384 and
-    6 heads, ViT-B width 768 and 12 heads, ViT-L width 1024, depth 24 and 16 heads.
+    """A vision transformer: maps images [B, C, H, W] to logits [B, K]. The defaults make ViT-Ti; ViT-S has width 384
+    and 6 heads, ViT-B width 768 and 12 heads, ViT-L width 1024, depth 24 and 16 heads.
 
     Args:
         num_classes: number of classes K.
         in_channels: channels C of an image.
         image_size: pixels on a side, a multiple of patch_size.
-        patch_size: pixels on a side of a patch; null: 16, or 4 for pictures up to 64 pixels.
+        patch_size: pixels on a side of a patch; null: 16, or 4 for images up to 64 pixels.
         width: channels D of a token.
         depth: number of blocks.
         num_heads: heads A; each has width / num_heads channels.
         mlp_ratio: hidden channels of a block's MLP, per channel.
-        pool: what the head reads of the last layer: "class", an extra token's output, or "mean", that of the patches.
+        pool: pooling of the last layer: "class", the output of an extra token, or "mean", the mean of the patches.
         positions: "learned" embeddings, or "sincos", fixed sines and cosines of row and column.
-        num_registers: extra tokens whose outputs nobody reads; they take in what would disturb the patches' features.
-        layer_scale: where the learned scales of all branches start, for example 1e-5 for deep nets; null: none.
+        num_registers: extra tokens whose outputs are unused; they absorb artifacts of the patches' features.
+        layer_scale: initial value of the learned scales of all branches, for example 1e-5 for deep nets; null: none.
         qkv_bias: biases of queries, keys and values.
         drop_path: probability to skip a branch (stochastic depth) in the last block, rising from 0 in the first.
         dropout: probability, on the embeddings, the attention weights and the output of each branch.
 
     Raises:
-        ValueError: sizes that do not fit together, or a choice that does not exist.
+        ValueError: inconsistent sizes, or an unknown choice.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class ViT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights as for a new net, from torch's random state."""
+        """Initialise all weights, from torch's random state."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 _draw(module.weight)
@@ -193,11 +193,11 @@ class ViT(nn.Module):
             _draw(self.positions)
         else:
             grid = sincos_positions(round(self.num_patches**0.5), self.norm.normalized_shape[0])
-            self.positions.zero_()  # the class token, if there is one, is nowhere
+            self.positions.zero_()  # the class token, if there is one, has no position
             self.positions[-self.num_patches :] = grid.to(self.positions)
 
     def features(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, D], after the final norm."""
+        """Map images [B, C, H, W] to features [B, D], after the final norm."""
         check_images(images, self.in_channels, self.image_size)
         x = self.patch_embedding(images).flatten(2).transpose(1, 2)  # [B, D, P, P] -> [B, N, D]
         if self.class_token is not None:
@@ -208,22 +208,22 @@ class ViT(nn.Module):
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x)
-        # The norm is of each token alone: only those that are read need it.
+        # The norm acts on each token separately: only pooled tokens need it.
         if self.pool == "class":
             return self.norm(x[:, 0])
         return self.norm(x[:, : self.num_patches]).mean(dim=1)
 
     def logits(self, features: Tensor) -> Tensor:
-        """[..., D] -> [..., K]."""
+        """Map features [..., D] to logits [..., K]."""
         return self.head(features)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, K] of images [B, C, H, W]."""
+        """Return logits [B, K] of images [B, C, H, W]."""
         return self.logits(self.features(images))
 
 
 def sincos_positions(num_patches: int, width: int, base: float = 10_000.0) -> Tensor:
-    """Fixed positions of a square of patches, row by row.
+    """Return fixed positions of a square of patches, row by row.
 
     Args:
         num_patches: on a side, P.

@@ -1,1 +1,1 @@
-"""The tasks that come with bigmodel, one folder each. None imports another."""
+"""The tasks that are included in bigmodel, one folder each. None imports another."""

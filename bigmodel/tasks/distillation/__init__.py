@@ -1,4 +1,4 @@
-"""Distillation: a trained task teaches an untrained one."""
+"""Distillation: train a student task with a trained teacher task."""
 
 from bigmodel.tasks.distillation.cache import TeacherCache
 from bigmodel.tasks.distillation.loss_terms import (

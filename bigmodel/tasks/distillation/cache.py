@@ -1,7 +1,7 @@
-"""What a teacher says of each sample, kept: all logits, or its likeliest classes with their probabilities.
+"""On-disk cache of teacher outputs for each sample: all logits, or the most likely classes with their probabilities.
 
-Kept by what it is a function of: the teacher's weights, the data, what the samples look like when they are augmented, and
-for probabilities the temperature. See `bigmodel.data.output_cache` for the files.
+The cache key consists of the teacher's weights, the data, the augmented samples, and for probabilities the temperature.
+See `bigmodel.data.output_cache` for the files.
 
 B samples, n positions, K classes, k of them kept, T temperature.
 """
@@ -25,27 +25,28 @@ REMEDY = (
     "set --model.cache.folder or $BIGMODEL_CACHE to a place on a larger one, or keep fewer classes"
     " (--model.cache.top_k) or --data.views"
 )
-_DIFFERING = {  # entries of a key, in words
+_DIFFERING = {  # descriptions of the entries of a key
     "teacher": "another teacher",
     "data": "other data",
     "augmentation": "samples that look otherwise (augmentation, size)",
 }
-_MOST_INT16 = 1 << 16  # numbers that 16 bits tell apart
+_MOST_INT16 = 1 << 16  # number of values of 16 bits
 
 
 @dataclass(frozen=True)
 class TeacherCache:
-    """Keep what the teacher says on the disk: computed before the first step; later runs do not even load the teacher.
+    """Caches the teacher's outputs on disk, computed before the first step; later runs do not load the teacher.
 
-    It is computed in batches of one process's micro-batch, which is known to fit the memory: made with another micro-batch,
-    what is kept may differ in the last bits, as sums do. The number of processes changes nothing.
+    The outputs are computed in micro-batches of one process, which are known to fit the memory. With another
+    micro-batch size they may differ in the last bits, because sums do. The number of processes has no effect.
 
     Args:
-        top_k: keep so many of the likeliest classes of each position, with their probabilities and that of the rest at the
-            temperature of the losses, which then must all have the same and no schedule; null: keep all logits.
+        top_k: number of most likely classes of each position to keep, with their probabilities and that of the rest at
+            the temperature of the losses, which then must all have the same one without a schedule; null: keep all
+            logits.
         dtype: of logits or log-probabilities: float16 or float32.
-        folder: for these teachers and data alone: one that holds what others said is refused. By default $BIGMODEL_CACHE or
-            ~/.cache/bigmodel, where all lie side by side.
+        folder: only for these teachers and data: a folder with outputs of others is rejected. By default
+            $BIGMODEL_CACHE or ~/.cache/bigmodel, where all caches are side by side.
     """
 
     top_k: int | None = None
@@ -58,18 +59,18 @@ class TeacherCache:
 
     @property
     def path(self) -> Path:
-        """Where all teachers' stores are."""
+        """Folder of the stores of all teachers."""
         return cache_folder("distillation", self.folder)
 
     def key(
         self, teacher: str, fingerprint: str, shown: str, precision: str, temperature: float | None
     ) -> dict[str, Any]:
-        """What a store is a function of.
+        """Return the key of a store.
 
         Args:
-            teacher: `checkpoint.identity` of it.
+            teacher: its `checkpoint.identity`.
             fingerprint: of the data.
-            shown: `shown` of the first samples, in the first view and the last.
+            shown: digest (`shown`) of the first samples, in the first view and the last.
             precision: of the trainer.
             temperature: T, where probabilities are kept.
         """
@@ -77,7 +78,7 @@ class TeacherCache:
         return {**facts, "dtype": self.dtype, "top_k": self.top_k, "temperature": temperature if self.top_k else None}
 
     def fields(self, shape: torch.Size) -> dict[str, FieldSpec]:
-        """What is kept of a sample with logits of this shape [..., K]."""
+        """Return the fields that are cached for a sample with logits of this shape [..., K]."""
         dtype = getattr(torch, self.dtype)
         if self.top_k is None:
             return {"logits": FieldSpec(tuple(shape), dtype)}
@@ -89,7 +90,7 @@ class TeacherCache:
         return min(self.top_k or num_classes, num_classes)
 
     def pack(self, logits: Tensor, temperature: float) -> dict[str, Tensor]:
-        """What is kept of logits [B, ..., K]."""
+        """Convert logits [B, ..., K] to the cached fields."""
         if self.top_k is None:
             return {"logits": logits}
         classes = logits.topk(self._num_kept(logits.shape[-1]), -1).indices
@@ -101,32 +102,34 @@ class TeacherCache:
 
 
 def unpack(kept: Mapping[str, Tensor]) -> list[Tensor]:
-    """What was kept of samples: logits [n, K], or classes [n, k] and log-probabilities [n, k + 1] of them and the rest."""
+    """Return the cached outputs of samples: logits [n, K], or classes [n, k] and log-probabilities [n, k + 1] of them
+    and the rest.
+    """
     if "logits" in kept:
         return [kept["logits"].flatten(0, -2)]
     classes = kept["classes"].flatten(0, -2).long()
     if kept["classes"].dtype == torch.int16:
-        classes = classes & 0xFFFF  # its 16 bits without a sign
+        classes = classes & 0xFFFF  # the 16 bits as unsigned
     return [classes, kept["log_probabilities"].flatten(0, -2)]
 
 
 def log_probabilities(student: Tensor, rows: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
-    """Both models' log-probabilities, over all classes or over those that were kept and the rest.
+    """Return the log-probabilities of both models, over all classes or over the cached ones and the rest.
 
     Args:
         student: logits [n, K].
-        rows: as `unpack` gives them.
-        temperature: T; where probabilities were kept, that at which they are.
+        rows: as `unpack` returns them.
+        temperature: T; where probabilities are cached, the one they were computed at.
     """
     if len(rows) == 1:
         return losses.log_probabilities(student, temperature), losses.log_probabilities(rows[0], temperature)
     classes, kept = rows
-    # Rounded, they add up to almost 1.
+    # The sum of the rounded probabilities is only almost 1.
     return losses.partition(student, classes, temperature), losses.log_probabilities(kept)
 
 
 def shown(batches: list[Any], augmentation: str) -> str:
-    """A digest of what batches show of their samples, and of how the data say that they are changed, which may be seldom."""
+    """Return a digest of the samples in batches, and of the augmentation settings, whose effect may be rare."""
     sha256 = hashlib.sha256(augmentation.encode())
     for batch in batches:
         for name, values in zip(batch._fields, batch, strict=True):
@@ -137,23 +140,23 @@ def shown(batches: list[Any], augmentation: str) -> str:
 
 
 def find_store(cache: TeacherCache, key: Mapping[str, Any], num_samples: int, views: int) -> OutputCache | None:
-    """The complete store of this key, if there is one."""
+    """Return the complete store of this key, or None."""
     return OutputCache.stored(cache.path, key, num_samples, views, "the teacher's logits")
 
 
 def check_others(
     cache: TeacherCache, key: Mapping[str, Any], num_samples: int, views: int, own: set[Path]
 ) -> str | None:
-    """See what is kept where a store of this key is not: in a folder that a person named it must be of this run.
+    """Look for similar stores if there is none of this key; a folder named by the user must belong to this run.
 
     Args:
         own: the stores of this run's teachers.
 
     Returns:
-        Where what is most like it lies, and what differs; None where nothing is of this teacher or of these data.
+        Path of the most similar store and the differences; None if no store is of this teacher or of these data.
 
     Raises:
-        ValueError: if it is of another teacher, of other data, or of anything else that the key says.
+        ValueError: if the named folder is of another teacher, other data, or another entry of the key.
     """
     others = [other for other in OutputCache.others(cache.path, key, num_samples, views) if other.path not in own]
     if not others:
@@ -169,7 +172,7 @@ def check_others(
 
 
 def in_words(differences: Mapping[str, tuple[Any, Any]]) -> str:
-    """Entries in which keys differ: as they are wanted, as they are there."""
+    """Describe the entries in which keys differ: requested and existing."""
     return ", ".join(
         _DIFFERING.get(name, f"{name} {there}, not {wanted}") for name, (wanted, there) in differences.items()
     )
@@ -178,5 +181,5 @@ def in_words(differences: Mapping[str, tuple[Any, Any]]) -> str:
 def new_store(
     cache: TeacherCache, key: Mapping[str, Any], num_samples: int, views: int, shape: torch.Size
 ) -> OutputCache:
-    """A store to be computed, for logits of this shape [..., K] of a sample."""
+    """Return a store to be computed, for logits of this shape [..., K] of a sample."""
     return OutputCache(cache.path, key, num_samples, cache.fields(shape), views, "the teacher's logits", REMEDY)

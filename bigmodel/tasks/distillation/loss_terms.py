@@ -1,7 +1,7 @@
-"""The terms of which a distillation's loss is a sum: each a loss of `losses`, a weight, and how that changes in a run.
+"""The terms of a distillation loss: each is a loss of `losses` with a weight and the schedule of the weight.
 
-A term gives a sum over the positions that count: the samples, or all tokens that are predicted. One of what a sample looks
-like on the way through the nets counts once for each such position of the sample.
+A term is a sum over the positions that count: the samples, or all tokens that are predicted. A term of intermediate
+features counts once for each such position of the sample.
 
 B samples, n positions, K classes, C channels.
 """
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from bigmodel.tasks.distillation import losses
 from bigmodel.training.schedules import Schedule
 
-_FAR = 10**9  # optimizer steps, behind the warm-up of any schedule
+_FAR = 10**9  # optimizer steps, after the warm-up of any schedule
 
 
 class Term(nn.Module, ABC):
-    """A part of the loss; abstract.
+    """A term of the loss; abstract.
 
     Args:
-        weight: its factor, 0 or above.
-        schedule: that factor's own over the run's optimizer steps, as of a learning rate; null: constant.
+        weight: factor of the term, 0 or above.
+        schedule: multiplies the weight over the run's optimizer steps, like a learning rate schedule; null: constant.
     """
 
     def __init__(self, weight: float = 1.0, schedule: Schedule | None = None) -> None:
@@ -38,24 +38,24 @@ class Term(nn.Module, ABC):
 
     @property
     def is_scheduled(self) -> bool:
-        """Whether anything of it changes in a run."""
+        """True if any of its settings changes in a run."""
         return self.schedule is not None or getattr(self, "temperature_schedule", None) is not None
 
     def weight_at(self, step: int, total: int) -> float:
-        """The factor in the optimizer step number `step` (from 0) of a run of `total`."""
+        """Return the weight in optimizer step `step` (from 0) of a run of `total`."""
         return self.weight * (self.schedule(step, total) if self.schedule is not None else 1.0)
 
 
 class PredictionTerm(Term):
-    """Compares what student and teacher predict at each position; abstract.
+    """Compares the predictions of student and teacher at each position; abstract.
 
     Args:
         weight, schedule: as for every term.
-        temperature: T, by which logits are divided, above 0.
-        temperature_schedule: a factor of it over the run's optimizer steps; null: constant.
+        temperature: T, divides the logits, above 0.
+        temperature_schedule: multiplies T over the run's optimizer steps; null: constant.
     """
 
-    needs_classes = False  # of the targets, beside what both predict
+    needs_classes = False  # of the targets, besides both predictions
 
     def __init__(
         self,
@@ -77,17 +77,17 @@ class PredictionTerm(Term):
         self.temperature, self.temperature_schedule = temperature, temperature_schedule
 
     def temperature_at(self, step: int, total: int) -> float:
-        """T in the optimizer step number `step` (from 0) of a run of `total`."""
+        """Return T in optimizer step `step` (from 0) of a run of `total`."""
         factor = self.temperature_schedule(step, total) if self.temperature_schedule is not None else 1.0
         return self.temperature * factor
 
     @abstractmethod
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        """The loss of each position [n].
+        """Return the loss of each position [n].
 
         Args:
             student, teacher: log-probabilities [n, K] at the temperature.
-            targets: classes [n] int64 of positions that count, any class of others.
+            targets: classes [n] int64 of positions that count, any class elsewhere.
             temperature: T.
         """
 
@@ -100,7 +100,7 @@ class KD(PredictionTerm):
 
 
 class DKD(PredictionTerm):
-    """Decoupled KD: the divergences of the target's probability, and of those of the other classes among themselves.
+    """Decoupled KD: divergences of the target class against the rest, and among the other classes.
 
     Args:
         alpha: factor of the first, 0 or above.
@@ -156,12 +156,12 @@ class GeneralizedJSD(PredictionTerm):
 
 
 class FeatureTerm(Term):
-    """Compares what student and teacher compute on the way; abstract.
+    """Compares intermediate features of student and teacher; abstract.
 
     Args:
-        student: the student's layer whose output is compared, as `net.named_modules()` calls it; null: the features that its
-            head reads.
-        teacher: the teacher's.
+        student: name of the student's layer whose output is compared, as in `net.named_modules()`; null: the features
+            that its output layer reads.
+        teacher: name of the teacher's layer.
         weight, schedule: as for every term.
     """
 
@@ -176,7 +176,7 @@ class FeatureTerm(Term):
         self.student, self.teacher = student, teacher
 
     def prepare(self, student: torch.Size, teacher: torch.Size) -> None:
-        """Take the shapes of the two outputs, [1, ...], of a single sample.
+        """Set up the term for the shapes of the two outputs, [1, ...], of a single sample.
 
         Raises:
             ValueError: if they cannot be compared.
@@ -184,11 +184,11 @@ class FeatureTerm(Term):
 
     @abstractmethod
     def forward(self, student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
-        """The sum over the positions that count.
+        """Return the sum over the positions that count.
 
         Args:
-            student, teacher: what the layers gave [B, ...].
-            counted: positions [B] or [B, T], bool; of texts of which each counts once, its tokens' shares [B, T].
+            student, teacher: outputs of the layers [B, ...].
+            counted: positions [B] or [B, T], bool; where each text is one sample, the shares of its tokens [B, T].
         """
 
     def _refuse(self, what: str, student: torch.Size, teacher: torch.Size) -> ValueError:
@@ -199,8 +199,10 @@ class FeatureTerm(Term):
 
 
 class Hint(FeatureTerm):
-    """FitNets: squared error of the teacher's layer and what a learned regressor makes of the student's: a linear layer, for
-    maps of pictures a convolution of 1x1. Arguments as for `FeatureTerm`."""
+    """FitNets: squared error between the teacher's layer and a learned regressor of the student's layer.
+
+    The regressor is a linear layer, for maps of images a convolution of 1x1. Arguments as for `FeatureTerm`.
+    """
 
     def prepare(self, student: torch.Size, teacher: torch.Size) -> None:
         maps = len(student) == 4
@@ -219,7 +221,7 @@ class Hint(FeatureTerm):
 
 
 class AttentionTransfer(FeatureTerm):
-    """Squared error of where two layers are large; arguments as for `FeatureTerm`."""
+    """Squared error between the attention maps of two layers; arguments as for `FeatureTerm`."""
 
     def prepare(self, student: torch.Size, teacher: torch.Size) -> None:
         tokens_differ = len(student) == 3 and student[1] != teacher[1]
@@ -235,8 +237,9 @@ class AttentionTransfer(FeatureTerm):
 
 
 class Relational(FeatureTerm):
-    """RKD: the distances and angles between the samples of a micro-batch, which is therefore no mere sum over samples:
-    accumulation and the number of processes change it.
+    """RKD: distances and angles between the samples of a micro-batch.
+
+    It is not a plain sum over samples: accumulation and the number of processes change it.
 
     Args:
         distance: factor of the part of distances, 0 or above.
@@ -263,7 +266,7 @@ class Relational(FeatureTerm):
     def forward(self, student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
         pair = [_without_padding(features.float(), counted).flatten(1) for features in (student, teacher)]
         loss = student.new_zeros((), dtype=torch.float32)
-        with torch.autocast(student.device.type, enabled=False):  # its products would be of halves
+        with torch.autocast(student.device.type, enabled=False):  # else the products would be in half precision
             if self.distance:
                 loss = loss + self.distance * losses.rkd_distance(*pair)
             if self.angle:
@@ -272,27 +275,28 @@ class Relational(FeatureTerm):
 
 
 class SimilarityPreserving(FeatureTerm):
-    """Squared error of the similarities of the samples of a micro-batch: as `Relational`, no mere sum over samples.
-    Arguments as for `FeatureTerm`."""
+    """Squared error of the similarities of the samples of a micro-batch; like `Relational`, not a plain sum over
+    samples. Arguments as for `FeatureTerm`.
+    """
 
     def forward(self, student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
-        with torch.autocast(student.device.type, enabled=False):  # its products would be of halves
+        with torch.autocast(student.device.type, enabled=False):  # else the products would be in half precision
             pair = _without_padding(student.float(), counted), _without_padding(teacher.float(), counted)
             return losses.similarity_preserving(*pair) * counted.sum()
 
 
 def _are_tokens(features: Tensor, counted: Tensor) -> bool:
-    """Whether features are [B, T, C] of the positions [B, T]."""
+    """True if features are [B, T, C] of the positions [B, T]."""
     return features.ndim == 3 and features.shape[:2] == counted.shape
 
 
 def _without_padding(features: Tensor, counted: Tensor) -> Tensor:
-    """Features of tokens, 0 where they do not count; others as they are."""
+    """Return features of tokens with 0 where they do not count; other features unchanged."""
     return features.masked_fill((counted == 0)[..., None], 0) if _are_tokens(features, counted) else features
 
 
 def _sum(values: Tensor, counted: Tensor) -> Tensor:
-    """Values of positions [B] or [B, T], or of anything else in a sample [B, ...], which then is a mean over it."""
+    """Return the sum of values of positions [B] or [B, T]; other values of a sample [B, ...] are averaged first."""
     if values.shape == counted.shape:
         return torch.where(counted > 0, values * counted, 0).sum()
     B = len(values)

@@ -1,11 +1,11 @@
-"""How far a student is from its teacher: divergences of what they predict, and distances of what they compute on the way.
+"""Distillation losses: divergences between predictions, and distances between features, of student and teacher.
 
 Sources: knowledge distillation (KD), Hinton et al. 2015 (arXiv 1503.02531); decoupled (DKD), arXiv 2203.08679; generalised
 Jensen-Shannon divergence (GKD), arXiv 2306.13649; hints (FitNets), arXiv 1412.6550; attention transfer, arXiv 1612.03928;
 relational (RKD), arXiv 1904.05068; similarity-preserving, arXiv 1907.09682.
 
-Divergences take logarithms of probabilities, both at the same temperature (`log_probabilities`): a teacher may then be the
-mean of several, or known by its likeliest classes alone (`partition`). -inf stands for a probability of 0.
+Divergences take log-probabilities, both at the same temperature (`log_probabilities`): a teacher may then be the mean
+of several, or given by its most likely classes alone (`partition`). -inf is the logarithm of a probability of 0.
 
 B samples, n positions (samples, or the tokens of all sequences), K classes (or tokens), k of them kept, D width, C channels.
 """
@@ -22,27 +22,29 @@ from torch.utils.checkpoint import checkpoint
 
 
 def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / T) [..., K], in float32 at least."""
+    """Return log softmax(logits / T) [..., K], in float32 at least."""
     return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, -1)
 
 
 def each_alone(logits: Tensor) -> Tensor:
-    """Of labels, each of which is there or not, logits [..., K] as those of K distributions over two [..., K, 2]:
-    softmax([z, 0]) = [sigmoid(z), 1 - sigmoid(z)]."""
+    """Convert logits [..., K] of independent labels to those of K distributions over two outcomes [..., K, 2]:
+    softmax([z, 0]) = [sigmoid(z), 1 - sigmoid(z)].
+    """
     return torch.stack([logits, torch.zeros_like(logits)], -1)
 
 
 def mean_of_probabilities(log_probabilities: Sequence[Tensor]) -> Tensor:
-    """The logarithm of the mean of several teachers' probabilities [..., K]."""
+    """Return the logarithm of the mean of several teachers' probabilities [..., K]."""
     if len(log_probabilities) == 1:
         return log_probabilities[0]
     return torch.stack(list(log_probabilities)).logsumexp(0) - math.log(len(log_probabilities))
 
 
 def partition(logits: Tensor, kept: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probabilities [..., k + 1] of the kept classes, and of all others together.
+    """Return log-probabilities [..., k + 1] of the kept classes, and of all others together.
 
-    A divergence of two partitions is at most that of the distributions (data processing), and that itself where k = K.
+    The divergence of two partitions is at most that of the distributions (data processing inequality), and equal to it
+    if k = K.
 
     Args:
         logits: [..., K].
@@ -51,20 +53,20 @@ def partition(logits: Tensor, kept: Tensor, temperature: float = 1.0) -> Tensor:
     """
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     top = scaled.gather(-1, kept)
-    lowest = torch.finfo(scaled.dtype).min / 2  # of -inf alone the logarithm would have no gradient
+    lowest = torch.finfo(scaled.dtype).min / 2  # the logarithm of a sum of only -inf has no gradient
     rest = scaled.scatter(-1, kept, lowest).logsumexp(-1, keepdim=True)
-    rest = rest.masked_fill(rest < lowest / 2, -torch.inf)  # no other class is possible
+    rest = rest.masked_fill(rest < lowest / 2, -torch.inf)  # all other classes have probability 0
     return F.log_softmax(torch.cat([top, rest], -1), -1)
 
 
 def kullback_leibler(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) = sum_c p_c log(p_c / q_c) [...] in nats, of distributions [..., K]; a class with p_c = 0 adds nothing."""
+    """Return KL(p || q) = sum_c p_c log(p_c / q_c) [...] in nats, of distributions [..., K]; terms with p_c = 0 are 0."""
     ratio = (log_p - log_q).masked_fill(log_p == -torch.inf, 0)
     return (log_p.exp() * ratio).sum(-1)
 
 
 def kd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student) [n]. With T^2, gradients are of the same size at every temperature.
+    """Return T^2 KL(teacher || student) [n]. The factor T^2 keeps gradients of the same size at every temperature.
 
     Args:
         student, teacher: log-probabilities [n, K] at the temperature.
@@ -74,7 +76,7 @@ def kd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def dkd_parts(student: Tensor, teacher: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The two parts of which KL(teacher || student) = target part + (1 - p_t[y]) non-target part, each [n].
+    """Return the two parts of KL(teacher || student) = target part + (1 - p_t[y]) non-target part, each [n].
 
     Args:
         student, teacher: log-probabilities [n, K].
@@ -96,18 +98,18 @@ def dkd_parts(student: Tensor, teacher: Tensor, targets: Tensor) -> tuple[Tensor
 def dkd(
     student: Tensor, teacher: Tensor, targets: Tensor, temperature: float, alpha: float = 1.0, beta: float = 8.0
 ) -> Tensor:
-    """T^2 (alpha target part + beta non-target part) [n], see `dkd_parts`."""
+    """Return T^2 (alpha target part + beta non-target part) [n], see `dkd_parts`."""
     target, others = dkd_parts(student, teacher, targets)
     return temperature**2 * (alpha * target + beta * others)
 
 
 def generalised_jsd(student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
-    """beta KL(p || m) + (1 - beta) KL(q || m) [n], with m = beta p + (1 - beta) q, p the teacher, q the student.
+    """Return beta KL(p || m) + (1 - beta) KL(q || m) [n], with m = beta p + (1 - beta) q, p the teacher, q the student.
 
     Args:
         student, teacher: log-probabilities [n, K].
-        beta: in 0 to 1. At the ends, where the divergence itself is 0, it is its limit divided by beta or 1 - beta: 0 is the
-            forward divergence KL(p || q), 1 the reverse KL(q || p).
+        beta: in 0 to 1. At the ends the divergence itself is 0, so the limit after division by beta or 1 - beta is
+            used: 0 is the forward divergence KL(p || q), 1 the reverse KL(q || p).
     """
     if beta == 0:
         return kullback_leibler(teacher, student)
@@ -119,12 +121,12 @@ def generalised_jsd(student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tens
 
 
 def hint(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error [B, ...] of features [B, ..., D], the mean over D."""
+    """Return the squared error [B, ...] of features [B, ..., D], averaged over D."""
     return (student - teacher).square().mean(-1)
 
 
 def attention_map(features: Tensor) -> Tensor:
-    """Where features are large: the mean of their squares over channels, as a vector [B, P] of length 1.
+    """Return the attention map: squared features averaged over channels, as a vector [B, P] of length 1.
 
     Args:
         features: [B, C, H, W], or tokens [B, T, C].
@@ -134,7 +136,9 @@ def attention_map(features: Tensor) -> Tensor:
 
 
 def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error [B] of the attention maps, the mean over places. Maps of pictures are averaged to the smaller's size.
+    """Return the squared error [B] of the attention maps, averaged over positions.
+
+    Maps of images are averaged to the size of the smaller one.
 
     Args:
         student, teacher: [B, C, H, W] or [B, T, C], each with its own C.
@@ -146,7 +150,9 @@ def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Smooth L1 of the distances between all samples, each divided by the mean of the positive ones; the mean over pairs.
+    """Return the smooth L1 loss of the pairwise distances of samples, averaged over pairs.
+
+    Distances are divided by the mean of the positive ones.
 
     Args:
         student, teacher: [B, D], each with its own D.
@@ -161,8 +167,9 @@ def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
-    """Smooth L1 of the cosines of the angles that all triples of samples form; the mean over triples. Takes B^2 D + B^3
-    numbers of memory.
+    """Return the smooth L1 loss of the cosines of the angles of all triples of samples, averaged over triples.
+
+    Memory: B^2 D + B^3 numbers.
 
     Args:
         student, teacher: [B, D], each with its own D.
@@ -176,7 +183,8 @@ def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error of the similarities of all pairs of samples, rows of length 1; the sum over pairs, divided by B^2.
+    """Return the squared error of the similarities of all pairs of samples, rows of length 1, summed and divided by
+    B^2.
 
     Args:
         student, teacher: [B, ...].
@@ -190,7 +198,7 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def counted_sum(values: Tensor, counted: Tensor) -> Tensor:
-    """The sum of the values [...] that count.
+    """Return the sum of the values [...] that count.
 
     Args:
         values: [...].
@@ -200,8 +208,9 @@ def counted_sum(values: Tensor, counted: Tensor) -> Tensor:
 
 
 def sum_in_chunks(loss_of: Callable[..., Tensor], rows: Sequence[Tensor], chunk_size: int | None) -> Tensor:
-    """The sum of a loss, or of each of L losses, over rows: in chunks that are made again in the backward pass, so that one
-    is in memory at a time.
+    """Return the sum of a loss, or of each of L losses, over rows, in chunks.
+
+    Chunks are recomputed in the backward pass, so that one is in memory at a time.
 
     Args:
         loss_of: the sum over some rows, [] or [L], called with a part of each tensor.

@@ -1,4 +1,4 @@
-"""Self-distillation: the teacher is an average of the student.
+"""Self-distillation: the teacher is an average of the student's weights.
 
 Source: mean teacher, Tarvainen and Valpola 2017 (arXiv 1703.01780), section 2.
 """
@@ -15,10 +15,10 @@ from bigmodel.training.callbacks.averaging import tensors
 
 
 class MeanTeacher(Callback):
-    """Take an average of the student's weights as the teacher: average = decay * average + (1 - decay) * weights after each
-    optimizer step, from the student's first weights on.
+    """Uses an average of the student's weights as the teacher: average = decay * average + (1 - decay) * weights after
+    each optimizer step, starting from the student's first weights.
 
-    Floating-point buffers (running statistics) are averaged too, others copied. The average stands in checkpoints beside the
+    Floating-point buffers (running statistics) are averaged too, others copied. Checkpoints hold the average beside the
     student.
 
     Args:
@@ -33,7 +33,7 @@ class MeanTeacher(Callback):
         self._step = 0
 
     def begin(self, student: LightningModule, kind: type[LightningModule], without: str) -> None:
-        """Make the teacher, `task`, from the student as it is.
+        """Make the teacher, `task`, from the current student.
 
         Args:
             student: with its net.
@@ -43,7 +43,7 @@ class MeanTeacher(Callback):
         state = dict(student.__dict__)
         modules = {name: module for name, module in student._modules.items() if name != without}
         weights = {"_modules": modules, "_parameters": student._parameters, "_buffers": student._buffers}
-        state.update(copy.deepcopy(weights))  # at once: what is tied stays tied
+        state.update(copy.deepcopy(weights))  # in one copy, so that tied weights stay tied
         self.task = object.__new__(kind)
         self.task.__dict__.update(state)
         self.task.requires_grad_(False).eval()
@@ -55,7 +55,7 @@ class MeanTeacher(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._step:  # accumulating
+        if trainer.global_step == self._step:  # gradients are still being accumulated
             return
         self._step = trainer.global_step
         live, average = tensors(pl_module), tensors(self.task)

@@ -1,9 +1,9 @@
-"""Distillation: an untrained task learns what a trained one predicts, beside what it learns from the data.
+"""Distillation: train a student on the predictions of a trained teacher, in addition to the data.
 
     loss = hard_weight * the student's own loss + sum over terms of weight * term
 
-Any task that *SupportsLogits* can be either. What comes out is the student's run: its checkpoints are those of the plain
-task.
+Any task that *SupportsLogits* can be teacher or student. The result is a run of the student: its checkpoints are those
+of the plain task.
 
 B samples, n positions (samples, or the tokens of all sequences), D width of the features, K classes.
 """
@@ -32,35 +32,35 @@ from bigmodel.tasks.distillation.teacher_outputs import TeacherOutputs
 from bigmodel.tasks.distillation.teachers import Layers, evaluating
 from bigmodel.training import optimizers
 
-_TERMS = "distillation_terms"  # in the student's state; regressors are kept apart in checkpoints
+_TERMS = "distillation_terms"  # in the state of the student; checkpoints hold regressors separately
 
 
 class Distillation(LightningModule):
-    """Trains a student; evaluates it as the student's task does.
+    """Trains a student with a teacher, and evaluates it as the student's task does.
 
     Args:
         student: the task to be trained, with its net, optimizer and schedule.
-        teacher: a trained one: a run directory, `last`, the end of a run's name, or a checkpoint; a model in Hugging Face's
-            format, its folder or hf://owner/name; or several, of which the mean of the probabilities counts. Or MeanTeacher:
+        teacher: a trained task: a run directory, `last`, the end of a run's name, or a checkpoint; a model in Hugging
+            Face's format, its folder or hf://owner/name; or several, whose probabilities are averaged. Or MeanTeacher:
             an average of the student.
         losses: terms by name: KD (by default, with weight 0.9), DKD, GeneralizedJSD, Hint, AttentionTransfer, Relational,
-            SimilarityPreserving of bigmodel.tasks.distillation; null leaves one out.
+            SimilarityPreserving of bigmodel.tasks.distillation; null removes one.
         hard_weight: factor of the student's own loss, 0 or above.
-        cache: keep the teacher's logits on the disk: bigmodel.tasks.distillation.TeacherCache; null: ask the teacher at each
-            step.
-        on_policy: let the student write a share of the batches: bigmodel.tasks.distillation.OnPolicy; null: all are of the
-            data.
+        cache: on-disk cache of the teacher's logits: bigmodel.tasks.distillation.TeacherCache; null: run the teacher at
+            each step.
+        on_policy: let the student generate a share of the batches: bigmodel.tasks.distillation.OnPolicy; null: all are
+            from the data.
         chunk_size: positions whose logits are in memory at once, for a large vocabulary; null: all of a micro-batch.
     """
 
-    trains = "student"  # which argument is the task that checkpoints are of
+    trains = "student"  # the argument whose checkpoints are saved
     lessons: TeacherOutputs
     net: Any
 
     def __init__(
         self,
         student: LightningModule,
-        teacher: MeanTeacher | str | list[str],  # in this order: a class path is a text too
+        teacher: MeanTeacher | str | list[str],  # in this order, because a class path is also a str
         losses: dict[str, Term | None] | None = None,
         hard_weight: float = 0.1,
         cache: TeacherCache | None = None,
@@ -83,21 +83,21 @@ class Distillation(LightningModule):
             )
         if on_policy is not None:
             _check_on_policy(student, list(terms.values()), cache)
-        # One state, and two classes: this is the student, but for what is defined below. Its parameters have the names that
-        # they have in the student, its hooks and metrics are the student's.
+        # One shared state, two classes: this object is the student, except for what is defined below. Its parameters
+        # have the same names as in the student, and its hooks and metrics are the student's.
         object.__setattr__(self, "__dict__", student.__dict__)
         self.__class__ = type(f"Distilled{type(student).__name__}", (Distillation, type(student)), {})
         setattr(self, _TERMS, nn.ModuleDict(terms))
         self.lessons = TeacherOutputs(teacher, list(terms.values()), cache)
         self.hard_weight, self.chunk_size, self.on_policy = hard_weight, chunk_size, on_policy
         self._student_type = type(student)
-        self._heard: _StudentActivations | None = None  # while the student's own step runs
+        self._heard: _StudentActivations | None = None  # recorded activations, while the student's own step runs
         self._student_layers: Layers | None = None
         self._num_steps = -1
 
     @property
     def terms(self) -> dict[str, Term]:
-        """The terms, by name."""
+        """The loss terms, by name."""
         return dict(getattr(self, _TERMS).items())
 
     def configure_callbacks(self) -> list[Callback]:
@@ -115,7 +115,7 @@ class Distillation(LightningModule):
                 )
             if self.on_policy is not None:
                 self.on_policy.check(sizes(self))
-            with torch.random.fork_rng(devices=[]):  # the student begins as it would alone
+            with torch.random.fork_rng(devices=[]):  # same initial weights as without distillation
                 self.lessons.find(self)
                 self.lessons.allot(self)
 
@@ -135,7 +135,7 @@ class Distillation(LightningModule):
             self._prepare(feature_terms)
 
     def _prepare(self, terms: list[FeatureTerm]) -> None:
-        """Show a sample to both nets, so that the terms know the shapes."""
+        """Run a sample through both nets, and pass the shapes to the terms."""
         loader = sequential_loader(cast(Any, self.trainer).datamodule.train_dataloader(), rows=1)
         batch = self.trainer.strategy.batch_to_device(next(iter(loader)), torch.device("cpu"))
         assert self._student_layers is not None
@@ -165,7 +165,7 @@ class Distillation(LightningModule):
         self.lessons.begin(self)
 
     def say_what_trains(self) -> None:
-        """What the student has to say of itself, and who teaches it."""
+        """Print the student's own summary, and its teachers."""
         if (own := getattr(super(), "say_what_trains", None)) is not None:
             own()
         for teacher in self.lessons.in_words():
@@ -175,27 +175,27 @@ class Distillation(LightningModule):
         super().teardown(stage)
         self.lessons.end(self)
 
-    # What the student's own step computes is listened to, so that it is computed once.
+    # The activations of the student's own step are recorded, so that they are computed once.
 
     def features(self, batch: Any) -> Tensor:
-        """The student's."""
+        """Return the student's features."""
         features: Tensor = cast(Any, super()).features(batch)
         if self._heard is not None:
             self._heard.features = features
         return features
 
     def logits(self, features: Tensor) -> Tensor:
-        """The student's."""
+        """Return the student's logits."""
         logits: Tensor = cast(Any, super()).logits(features)
         if self._heard is not None:
             self._heard.logits.append(logits)
         return logits
 
     def training_step(self, batch: Any) -> dict[str, Any]:
-        """The weighted sum of the student's own loss and the terms, and what its own loss counts; beside them, as `parts`,
-        each of them without its weight.
+        """Return the weighted sum of the student's own loss and the terms, and the count of the own loss.
 
-        What the student has written itself is no truth: there, its own loss is left out.
+        The unweighted losses are returned as `parts`. A batch that the student has generated has no ground truth: the
+        student's own loss is left out there.
         """
         heard, own = _StudentActivations(), cast(Any, None)
         step = self.trainer.global_step
@@ -218,7 +218,7 @@ class Distillation(LightningModule):
         told = {f"{name}_loss": value.detach() for name, value in parts.items()}
         if own is None:
             return {"loss": loss, "count": counted.sum(), "parts": told}
-        if self.on_policy is None:  # else there are steps without it, and no mean over all
+        if self.on_policy is None:  # else some steps lack it, and a mean over all steps would be wrong
             told["hard_loss"] = own["loss"].detach()
         return {**own, "loss": self.hard_weight * own["loss"] + loss, "parts": {**own.get("parts", {}), **told}}
 
@@ -231,7 +231,9 @@ class Distillation(LightningModule):
             self._heard = None
 
     def _targets(self, batch: Any, positions: torch.Size) -> tuple[Tensor, Tensor | None]:
-        """Which positions count, and the class of each [*positions]; None where targets are distributions."""
+        """Return the mask of positions that count, and the class of each [*positions]; None where targets are
+        distributions.
+        """
         targets: Tensor = cast(Any, self).targets(batch)
         if targets.shape == positions and not targets.is_floating_point():
             return targets != IGNORE_INDEX, targets.clamp(min=0)
@@ -245,12 +247,12 @@ class Distillation(LightningModule):
     def _compare_predictions(
         self, features: Tensor, logits: list[Tensor], said: list[Tensor], counted: Tensor, classes: Tensor | None
     ) -> dict[str, Tensor]:
-        """The terms of what is predicted, by name.
+        """Return the terms that compare predictions, by name.
 
         Args:
-            features: the student's [..., D].
-            logits: what its own step made of them: [..., K], or in parts.
-            said: by the teacher, of all positions; see `TeacherOutputs.hear`.
+            features: the student's features [..., D].
+            logits: the logits of the student's own step: [..., K], or in chunks.
+            said: teacher outputs for all positions; see `TeacherOutputs.hear`.
             counted: positions [...], bool.
             classes: of the positions [...]; None where targets are distributions.
         """
@@ -263,7 +265,7 @@ class Distillation(LightningModule):
         student = logits[0] if whole else features
         classes = torch.zeros_like(counted, dtype=torch.int64) if classes is None else classes
         rows = [student.flatten(0, -2), counted.flatten(), classes.flatten(), *said]
-        # Elsewhere one would wait for the device to know how many.
+        # On other devices, indexing with a mask would wait for the device to count its entries.
         if counted.device.type == "cpu" and not counted.all():
             rows = [row[counted.flatten()] for row in rows]
         step, total = self.trainer.global_step, self._num_steps
@@ -275,14 +277,14 @@ class Distillation(LightningModule):
             sums = []
             for term, temperature in zip(terms.values(), temperatures, strict=True):
                 values = term(*both[temperature], classes, temperature)
-                if values.ndim > 1:  # of labels, as the student's own loss, the mean
+                if values.ndim > 1:  # one value per label: take the mean, as the student's own loss does
                     values = values.mean(-1)
                 sums.append(counted_sum(values, counted))
             return torch.stack(sums)
 
         return dict(zip(terms, sum_in_chunks(loss_of, rows, None if whole else self.chunk_size), strict=True))
 
-    # What the terms have learned stands beside the student in a checkpoint.
+    # A checkpoint holds the learned parameters of the terms separately from the student.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -299,8 +301,8 @@ class Distillation(LightningModule):
         kept = checkpoint.get("bigmodel", {}).get("distillation") or checkpoint.get("distillation")  # its earlier place
         if kept is None:
             return
-        # Without a trainer where a run is measured: then a task is told what its checkpoint says before it has a net.
-        if self._trainer is None or not self._trainer.training:  # it is there if this very student was trained before
+        # There is no trainer when a run is evaluated: then the task reads its checkpoint before it has a net.
+        if self._trainer is None or not self._trainer.training:  # present if this very student was trained before
             own = self.state_dict().keys()
             checkpoint["state_dict"].update({name: kept["learned"][name] for name in kept["learned"].keys() & own})
             return
@@ -314,8 +316,10 @@ class Distillation(LightningModule):
 
 
 def _shares(batch: Any, counted: Tensor) -> Tensor:
-    """What counts [B] or [B, T]; of texts of which each is one sample, as the shares of its tokens, without those that fill
-    it up to the longest of a batch."""
+    """Return the weights of positions [B] or [B, T].
+
+    Where a text is one sample, each of its tokens has an equal share of the sample; padding tokens have 0.
+    """
     mask = getattr(batch, "mask", None)
     if mask is None or mask.ndim != 2 or counted.ndim != 1:
         return counted
@@ -342,7 +346,7 @@ def _check_on_policy(student: LightningModule, terms: list[Term], cache: Teacher
 
 
 class _StudentActivations:
-    """What the student's own step has computed."""
+    """Activations recorded during the student's own step."""
 
     def __init__(self) -> None:
         self.features: Tensor | None = None

@@ -1,7 +1,7 @@
-"""On-policy distillation: the student learns from what it writes itself, as its teacher sees it.
+"""On-policy distillation: the student learns from text that it generates, with the teacher's predictions for it.
 
 Source: generalised knowledge distillation (GKD), Agarwal et al. 2024 (arXiv 2306.13649), algorithm 1: in a share of the
-steps the student goes on with the beginnings of the batch's sequences. No gradient goes through what is drawn.
+steps the student continues the beginnings of the batch's sequences. No gradient flows through the sampling.
 
 B sequences.
 """
@@ -21,15 +21,16 @@ _WHICH_STEPS = 1  # beside the seed, for the draw of a step
 
 @dataclass(frozen=True)
 class OnPolicy:
-    """Let the student write a share of the batches. In these the losses count what it wrote, and its own loss does not.
+    """Lets the student generate a share of the batches. There only the terms count, and they count the generated
+    tokens.
 
-    Which steps they are is a function of the seed and the step, what is written of the seed, the step and the sample: the
-    same on any number of processes, and after a resume.
+    The choice of steps depends on the seed and the step; the generated tokens depend on the seed, the step and the
+    sample. Both are the same on any number of processes, and after a resume.
 
     Args:
         share: of the optimizer steps, above 0 and at most 1.
-        max_new_tokens: so many tokens at the end of each sequence are the student's, 1 to the context's length.
-        temperature: of its draws; 0 takes the likeliest token each time.
+        max_new_tokens: number of generated tokens at the end of each sequence, 1 to the context length.
+        temperature: of the sampling; 0: greedy decoding.
         seed: of both.
     """
 
@@ -47,7 +48,7 @@ class OnPolicy:
             raise ValueError(f"--model.on_policy.temperature {self.temperature} must be 0 or above")
 
     def check(self, sizes: dict[str, int]) -> None:
-        """See that sequences are as long as what shall be written.
+        """Check that sequences are at least as long as the generated part.
 
         Raises:
             ValueError: if they are not.
@@ -60,11 +61,11 @@ class OnPolicy:
             )
 
     def chosen(self, step: int) -> bool:
-        """Whether the student writes the batch of an optimizer step."""
+        """True if the student generates the batch of this optimizer step."""
         return hash_seed(self.seed, step, _WHICH_STEPS) < self.share * 2.0**64
 
     def rewrite(self, student: Any, batch: Any, step: int) -> Any:
-        """The batch [B, ...] of an optimizer step as the student writes it."""
+        """Return the batch [B, ...] of an optimizer step with the tokens that the student generates."""
         keys = sample_keys(self.seed, step, batch.index)
         with torch.no_grad(), outside_mfu():
             return student.rewrite(batch, keys, max_new_tokens=self.max_new_tokens, temperature=self.temperature)

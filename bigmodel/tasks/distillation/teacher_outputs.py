@@ -1,6 +1,6 @@
 """Teacher outputs for each step, computed online or read from the cache.
 
-V views of each sample (epochs of augmentation that come again), n positions, K classes.
+V views of each sample (epochs of augmentation that repeat), n positions, K classes.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ from bigmodel.tasks.distillation.mean_teacher import MeanTeacher
 from bigmodel.tasks.distillation.teachers import Layers, Published, Teacher, Teachers, find_teacher, problem_of
 from bigmodel.training.precision import decide
 
-_SAMPLES_SHOWN = 64  # of the data, by which a changed augmentation is noticed
+_SAMPLES_SHOWN = 64  # of the data, to detect a changed augmentation
 
 
 class TeacherOutputs:
-    """Finds teachers, asks them, or reads what they said. No part of the student: neither a module nor in its checkpoints.
+    """Finds teachers, and runs them or reads their cached outputs. Not a module of the student, and not in its
+    checkpoints.
 
     Args:
         teacher: see `Distillation`.
         terms: of the loss.
-        cache: how what is said is kept; None: not.
+        cache: cache of the outputs; None: no cache.
 
     Attributes:
         paths: of the teachers that are runs or published models.
-        mean_teacher: the one that is an average of the student.
-        teachers: those that are asked; None before `find`, and where all is read.
-        keys: what each teacher's store is a function of; empty without a cache.
+        mean_teacher: the teacher that is an average of the student.
+        teachers: the loaded teachers; None before `find`, and if all outputs are cached.
+        keys: cache key of each teacher; empty without a cache.
     """
 
     def __init__(self, teacher: str | list[str] | MeanTeacher, terms: list[Term], cache: TeacherCache | None) -> None:
@@ -49,7 +50,7 @@ class TeacherOutputs:
         if not paths and self.mean_teacher is None:
             raise ValueError("--model.teacher is empty: name a run, or a model in Hugging Face's format")
         self.paths, self.cache = paths, cache
-        self.of_labels = False  # whether each of the K is there or not; known as soon as the student knows its data
+        self.of_labels = False  # True if the K labels are independent; set when the student knows its data
         self.feature_terms = [term for term in terms if isinstance(term, FeatureTerm)]
         self.needs_classes = [term for term in terms if isinstance(term, PredictionTerm) and term.needs_classes]
         predicting = [term for term in terms if isinstance(term, PredictionTerm)]
@@ -95,15 +96,17 @@ class TeacherOutputs:
 
     @property
     def identities(self) -> list[str]:
-        """What stands for the teachers' weights."""
+        """Digests of the teachers' weights."""
         return [teacher.identity for teacher in self.found]
 
     def find(self, student: Any) -> None:
-        """Find the teachers that are runs or published models, and load those of which not all is kept. Before there is a
-        net.
+        """Find the teachers that are runs or published models; load them unless all outputs are cached.
+
+        Called before the net is built.
 
         Raises:
-            ValueError: if one does not suit the student or its data, or these are of a kind that cannot be distilled.
+            ValueError: if one does not match the student or its data, or the targets are of a type that cannot be
+                distilled.
         """
         self._check_problem(student)
         if not self.paths:
@@ -118,7 +121,7 @@ class TeacherOutputs:
         self.take([teacher.load(student) for teacher in self.found])
 
     def in_words(self) -> list[str]:
-        """A line on each teacher, when there are stores for what it says."""
+        """Describe each teacher in a line; called when the stores exist."""
         if self.mean_teacher is not None:
             return [f"an average of the student, decay {self.mean_teacher.decay}"]
         if self.teachers is None:
@@ -159,7 +162,7 @@ class TeacherOutputs:
             )
 
     def take(self, tasks: list[Any]) -> None:
-        """Ask these tasks, which predict."""
+        """Use these tasks as teachers."""
         self.teachers = Teachers(tasks, self.of_labels)
         if self.feature_terms:
             names = {term.teacher for term in self.feature_terms if term.teacher is not None}
@@ -167,7 +170,7 @@ class TeacherOutputs:
 
     def _find_stores(self, trainer: Trainer) -> None:
         assert self.cache is not None
-        decide(trainer)  # on it the cache depends
+        decide(trainer)  # the cache depends on it
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if getattr(data, "mix", None) is not None:
             raise ValueError(
@@ -196,13 +199,13 @@ class TeacherOutputs:
                 self._why_anew += [alike] if alike is not None else []
 
     def check_cache(self, keys: list[dict[str, Any]]) -> None:
-        """See that a run which is resumed reads what it has read before.
+        """Check that a resumed run reads the same cache as before.
 
         Args:
             keys: of its stores until now.
 
         Raises:
-            ValueError: if they are others.
+            ValueError: if they differ.
         """
         if bool(keys) != bool(self.keys):
             raise ValueError(
@@ -218,15 +221,15 @@ class TeacherOutputs:
 
     @staticmethod
     def _first(trainer: Trainer, loader: Any, epoch: int, device: torch.device | None = None) -> Any:
-        """The first samples, as an epoch shows them."""
+        """Return the first samples of an epoch."""
         batch = next(iter(sequential_loader(loader, rows=_SAMPLES_SHOWN, epoch=epoch)))
         return trainer.strategy.batch_to_device(batch, device)
 
     def allot(self, student: LightningModule) -> None:
-        """See that there is room for what is to be kept. Before there is a run directory.
+        """Check the disk space for the cache. Called before there is a run directory.
 
         Raises:
-            ValueError: if the disk is too small for it, or samples are new in each epoch.
+            ValueError: if the disk is too small, or samples are new in each epoch.
         """
         if self.cache is None or self.teachers is None:
             return
@@ -243,10 +246,10 @@ class TeacherOutputs:
                 say(f"the teacher's logits are computed anew; most like them is {alike}")
 
     def begin(self, student: LightningModule) -> None:
-        """Teachers to the student's device; what is to be kept is computed.
+        """Move the teachers to the student's device, and compute what is missing in the cache.
 
         Raises:
-            ValueError: if the disk has become too small for it, or teachers cannot tell what the student is to learn.
+            ValueError: if the disk has become too small, or teachers do not predict where the student does.
         """
         if self.teachers is not None:
             for task in self.teachers.tasks:
@@ -260,7 +263,7 @@ class TeacherOutputs:
             self._look_up_ahead(student)
 
     def end(self, student: LightningModule) -> None:
-        """Leave the student and the data module as they were."""
+        """Restore the hooks of the student and the data module."""
         for owner in (student, getattr(student.trainer, "datamodule", None)):
             if owner is not None:
                 owner.__dict__.pop("on_before_batch_transfer", None)
@@ -282,7 +285,9 @@ class TeacherOutputs:
             )
 
     def _check_asked(self, student: Any, tasks: list[Any]) -> None:
-        """See that teachers predict where the student does, and are not asked about what it keeps of its own net."""
+        """Check that teachers predict at the student's positions, and can read its batches (no cached features of its
+        net).
+        """
         trainer = student.trainer
         batch = next(iter(sequential_loader(trainer.datamodule.train_dataloader(), rows=_SAMPLES_SHOWN)))
         handed = student._on_before_batch_transfer(batch)
@@ -311,12 +316,15 @@ class TeacherOutputs:
 
     @torch.no_grad()
     def _check_views(self, trainer: Trainer, loader: Any, task: Any) -> torch.Size:
-        """See that epochs differ no more than is kept; the shape of a sample's logits. Where the teacher is: on the CPU."""
+        """Check that epochs repeat as often as the cache assumes; return the shape of a sample's logits. Runs on the
+        CPU.
+        """
         cpu = torch.device("cpu")
         first = self._first(trainer, loader, 0, cpu)
         if getattr(loader.order, "views", None) is None:
             again = self._first(trainer, loader, 1, cpu)
-            # Equal batches need no look at what it says. Other ones may differ in what it does not read, such as negatives.
+            # Equal batches have equal outputs. Others may differ in fields that the teacher does not read, such as
+            # negatives.
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             if getattr(data, "augmentation", "") or (
                 not _equal(first, again)
@@ -330,9 +338,11 @@ class TeacherOutputs:
         return self._logits(trainer, task, one).shape[1:]
 
     def _look_up_ahead(self, student: LightningModule) -> None:
-        """Have what is kept of a batch read before it goes to the device, whose numbers one would have to wait for."""
+        """Read the cached outputs of a batch before it goes to the device; indices on the device would need a
+        synchronisation.
+        """
         trainer: Any = student.trainer
-        # Lightning calls one of the two hooks, the data module's if it has any.
+        # Lightning calls one of the two hooks, that of the data module if it has one.
         hook, data = "on_before_batch_transfer", trainer.datamodule
         owner: Any = student if is_overridden(hook, student) and not is_overridden(hook, data) else data
         hand_on = owner.on_before_batch_transfer
@@ -347,11 +357,11 @@ class TeacherOutputs:
         owner.on_before_batch_transfer = look_up
 
     def hear(self, batch: Any) -> tuple[list[Tensor], dict[str | None, Tensor]]:
-        """What is told of a batch.
+        """Return the teacher outputs of a batch.
 
         Returns:
-            Of its positions, tensors [n, ...] for `log_probabilities`; and the teacher's layers that terms compare, by name,
-            under None the features that its head reads.
+            For its positions, tensors [n, ...] for `log_probabilities`; and the teacher's layers that terms compare, by
+            name, and the features that its output layer reads under None.
         """
         if self.teachers is not None:
             features = self.teachers.features(batch)
@@ -364,11 +374,11 @@ class TeacherOutputs:
         return rows, {}
 
     def log_probabilities(self, student: Tensor, rows: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
-        """Both sides' log-probabilities [n, K], to be compared; of labels [n, K, 2].
+        """Return the log-probabilities of student and teacher [n, K]; for labels [n, K, 2].
 
         Args:
             student: logits [n, K].
-            rows: a part of what `hear` gave.
+            rows: a part of the result of `hear`.
             temperature: T.
         """
         if self.of_labels:
@@ -384,5 +394,5 @@ class TeacherOutputs:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether two batches are, in all of their tensors."""
+    """True if all tensors of two batches are equal."""
     return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(a, b, strict=True))

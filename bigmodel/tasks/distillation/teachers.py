@@ -1,4 +1,4 @@
-"""Trained tasks as teachers: found, checked against the student, and asked."""
+"""Trained tasks as teachers: find, load and run them, and check them against the student."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from bigmodel.tasks.distillation import losses
 from bigmodel.training.callbacks.training_log import outside_mfu
 
 _FLAG = "--model.teacher"
-_MAY_BE_LARGER = ("context_length", "max_length")  # in a teacher: it reads shorter samples too
+_MAY_BE_LARGER = ("context_length", "max_length")  # in a teacher: it can read shorter samples
 
 
 @contextmanager
 def _named(path: str, remedy: str = "") -> Iterator[None]:
-    """Have errors of runs and checkpoints say which flag they are about."""
+    """Add the flag to errors of runs and checkpoints."""
     try:
         yield
     except ValueError as error:
@@ -31,10 +31,10 @@ def _named(path: str, remedy: str = "") -> Iterator[None]:
 
 
 def find_teacher(path: str, student: LightningModule) -> Teacher | Published:
-    """A teacher by its path; one that is here goes before the hub.
+    """Find a teacher by its path; a local path is preferred to the hub.
 
     Raises:
-        ValueError: if there is none, or it does not suit the student's data as far as is known without loading it.
+        ValueError: if there is none, or it does not match the student's data as far as is known without loading it.
     """
     folder = Path(path).expanduser()
     if path.startswith(published.HUB) or (
@@ -61,20 +61,20 @@ class Teacher:
 
     Args:
         path: a run directory, `last`, the end of a run's name, or a checkpoint.
-        runs_dir: where runs are looked for.
+        runs_dir: folder in which runs are looked up.
 
     Attributes:
-        path: the run's directory, or the checkpoint: what means the same tomorrow.
+        path: the run's directory, or the checkpoint: a path that stays valid.
 
     Raises:
-        ValueError: if there is no such run, or its checkpoint says nothing of the task.
+        ValueError: if there is no such run, or its checkpoint does not describe the task.
     """
 
     def __init__(self, path: str, runs_dir: str = "runs") -> None:
         with _named(path):
             is_file = Path(path).suffix == ".ckpt"
             self.path = path if is_file else str(run.find_run(path, runs_dir))
-            # Verified when it is loaded, which may not be needed.
+            # It is verified when it is loaded, which may not be needed.
             self.checkpoint = Path(path) if is_file else checkpoint.find_checkpoint(Path(self.path), verify=False)
             if not self.checkpoint.exists():
                 raise ValueError("no checkpoint is there")
@@ -85,10 +85,10 @@ class Teacher:
         self.identity = checkpoint.content_hash(self.checkpoint)
 
     def check_sizes(self, sizes: dict[str, int]) -> None:
-        """See that it predicts of the same data what the student does.
+        """Check that it was built with the same sizes as the student.
 
         Raises:
-            ValueError: if a number that the data know is another in the teacher's.
+            ValueError: if a size that the data determine differs.
         """
         unknown = sizes.keys() ^ self.sizes.keys()
         if unknown:
@@ -108,10 +108,10 @@ class Teacher:
             )
 
     def load(self, student: LightningModule) -> Any:
-        """The task, in evaluation mode and without gradients.
+        """Load the task, in evaluation mode and without gradients.
 
         Raises:
-            ValueError: if its checkpoint is damaged, it does not predict, or its outcomes are called otherwise than the
+            ValueError: if its checkpoint is damaged, it does not predict, or its outcomes have other names than the
                 student's.
         """
         with _named(self.path, "; name a checkpoint that is whole"):
@@ -124,10 +124,10 @@ class Published:
 
     Args:
         path: a folder, or hf://owner/name.
-        student: of whose kind it is to be.
+        student: the task whose type it is converted to.
 
     Raises:
-        ValueError: if there is no such model, or tasks of the student's kind cannot be made of any.
+        ValueError: if there is no such model, or the student's task cannot import one.
     """
 
     def __init__(self, path: str, student: LightningModule) -> None:
@@ -140,15 +140,15 @@ class Published:
         self.identity = published.identity(path, _FLAG)
 
     def load(self, student: Any) -> Any:
-        """The task of the student's kind that it is, see `Teacher.load`."""
+        """Load the model as a task of the student's type, see `Teacher.load`."""
         return _suiting(student.imported(self.path, _FLAG), student, self.path)
 
 
 def _suiting(task: Any, student: LightningModule, path: str) -> Any:
-    """The task without gradients.
+    """Return the task without gradients.
 
     Raises:
-        ValueError: if it does not predict what the student is to.
+        ValueError: if its predictions do not match the student's.
     """
     if not isinstance(task, SupportsLogits):
         raise ValueError(f"{_FLAG} {path}: {type(task).__name__} cannot teach: it has no features, logits and targets")
@@ -167,7 +167,7 @@ def _suiting(task: Any, student: LightningModule, path: str) -> Any:
 
 
 def problem_of(task: Any) -> str:
-    """What a target is, see `bigmodel.protocols.SupportsLogits`: class, labels or number."""
+    """Type of the targets, see `bigmodel.protocols.SupportsLogits`: class, labels or number."""
     return str(getattr(task, "problem", "class"))
 
 
@@ -185,11 +185,11 @@ def _first_difference(others: Any, own: Any) -> str:
 
 
 class Teachers:
-    """Loaded teachers, of which the mean of the probabilities counts.
+    """Loaded teachers, whose probabilities are averaged.
 
     Args:
         tasks: that predict.
-        of_labels: whether each of the K is there or not, see `losses.each_alone`.
+        of_labels: True if the K labels are independent, see `losses.each_alone`.
     """
 
     def __init__(self, tasks: list[Any], of_labels: bool = False) -> None:
@@ -198,13 +198,13 @@ class Teachers:
     @outside_mfu()
     @torch.no_grad()
     def features(self, batch: Any) -> list[Tensor]:
-        """Each teacher's features [B, ..., D]."""
+        """Return the features of each teacher [B, ..., D]."""
         return [task.features(batch) for task in self.tasks]
 
     @outside_mfu()
     @torch.no_grad()
     def log_probabilities(self, features: list[Tensor], temperature: float) -> Tensor:
-        """[n, K], of labels [n, K, 2], from each teacher's features [n, D]."""
+        """Return log-probabilities [n, K], of labels [n, K, 2], from each teacher's features [n, D]."""
         said = [task.logits(rows) for task, rows in zip(self.tasks, features, strict=True)]
         if self.of_labels:
             said = [losses.each_alone(logits) for logits in said]
@@ -212,15 +212,15 @@ class Teachers:
 
 
 class Layers:
-    """What named layers of a net gave when it was last called.
+    """Records the outputs of named layers of a net.
 
     Args:
-        net: in which they are.
-        names: as `net.named_modules()` has them.
-        flag: which setting of a term names them.
+        net: the net.
+        names: names of the layers, as in `net.named_modules()`.
+        flag: the setting of a term that names them.
 
     Raises:
-        ValueError: if there is no such layer; says which there are.
+        ValueError: if there is no such layer; the message lists those that exist.
     """
 
     def __init__(self, net: nn.Module, names: set[str], flag: str) -> None:
@@ -242,14 +242,14 @@ class Layers:
         return hook
 
     def take(self, features: Tensor) -> dict[str | None, Tensor]:
-        """The outputs, which are forgotten here, and the features beside them, under None."""
+        """Return and clear the recorded outputs, with the features under None."""
         outputs, self.outputs = self.outputs, {}
         return {None: features, **outputs}
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """A module in evaluation mode and without gradients, afterwards as it was."""
+    """Set a module to evaluation mode without gradients; restore it afterwards."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:

@@ -1,4 +1,4 @@
-"""Image classification: pictures in, a model that tells their class out."""
+"""Image classification: train a model that predicts the class of an image."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for and no more: the processes that decode need neither torch nor Lightning."""
+    """Import on first access: the processes that decode need neither torch nor Lightning."""
     for module, names in _WHERE.items():
         if name in names:
             return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -1,12 +1,13 @@
-"""Augmentation of batches of pictures on the device that trains: what a transform is, and how a list of them is applied.
+"""Augmentation of batches of images on the training device: the base class of transforms, and the function that applies
+them.
 
-Everything random about a picture is hashed from its key, see `bigmodel.data.stateless_rng`. So a row of the result depends
-on its own picture and key alone: not on the batch it is in, nor on its place there, nor on the process.
+All random draws of an image are hashed from its key, see `bigmodel.data.stateless_rng`. So a row of the result depends
+on its own image and key alone: not on the batch, its position in the batch, or the process.
 
 Transforms: `geometry` (crops, mirror images, affine maps), `color`, `random_erasing`, and `auto_augment` (RandAugment,
 TrivialAugment).
 
-B pictures, C channels, H and W pixels.
+B images, C channels, H and W pixels.
 """
 
 from __future__ import annotations
@@ -17,25 +18,25 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# Streams of random numbers (see `bigmodel.data.stateless_rng`). Those below the first are for what is drawn outside of the
-# list: eight for crops at decoding, then those of mixing.
+# Streams of random numbers (see `bigmodel.data.stateless_rng`). Those below the first are used outside of the list:
+# eight for crops at decoding, then those of mixing.
 CROP_STREAM, MIX_STREAM = 0, 8
 _FIRST_STREAM, _STREAMS_EACH = 64, 64
 
 
 class Transform(ABC):
-    """One random change to each picture of a batch."""
+    """One random change to each image of a batch."""
 
-    flag = "--data.augment"  # where a person sets it, for errors
+    flag = "--data.augment"  # the flag that sets it, for errors
 
     @abstractmethod
     def __call__(self, images: Tensor, keys: Tensor, stream: int) -> Tensor:
-        """Changed pictures; those given are left as they are.
+        """Return changed images; the input is not modified.
 
         Args:
             images: [B, C, H, W] float32 in 0 to 1.
             keys: [B] int64, on the same device.
-            stream: first of the 64 streams that are this transform's own.
+            stream: first of the 64 streams reserved for this transform.
 
         Returns:
             [B, C, H, W] float32 in 0 to 1.
@@ -48,7 +49,7 @@ def augment(images: Tensor, keys: Tensor, transforms: Sequence[Transform]) -> Te
     Args:
         images: [B, C, H, W], uint8, or floating point in 0 to 1.
         keys: [B] int64, on the same device.
-        transforms: in this order; each draws from streams of its own, which follow from its place.
+        transforms: in this order; each draws from its own streams, which depend on its position.
 
     Returns:
         [B, C, H, W] float32 in 0 to 1.
@@ -64,13 +65,13 @@ def change_rows_(images: Tensor, rows: Tensor, change: Callable[..., Tensor], *a
 
     Args:
         images: [B, C, H, W].
-        rows: [B] bool, which of them.
-        change: from pictures [b, C, H, W], and as many rows of each argument, to pictures of the same shape, row by row.
+        rows: [B] bool, the rows to change.
+        change: maps images [b, C, H, W], and as many rows of each argument, to images of the same shape, row by row.
         arguments: each [B, ...].
     """
-    # On a CPU the cost is that of the pixels that are computed, so only the rows asked for are: RandAugment, where each
-    # row is asked for by one operation of many, takes a tenth of the time. A GPU computes all rows: to know how many
-    # are asked for would stall it until all that is queued is done, which costs more.
+    # A CPU computes only the selected rows, because its cost is proportional to the pixels: RandAugment, where each row
+    # is selected by one operation of many, takes a tenth of the time. A GPU computes all rows: counting the selected
+    # rows would be a synchronisation, which costs more.
     if images.device.type == "cpu":
         numbers = rows.nonzero()[:, 0]
         if len(numbers):
@@ -81,10 +82,10 @@ def change_rows_(images: Tensor, rows: Tensor, change: Callable[..., Tensor], *a
 
 
 def require(condition: bool, transform: Transform, what: str) -> None:
-    """Refuse an argument of a transform.
+    """Raise an error unless an argument of a transform is valid.
 
     Raises:
-        ValueError: unless the condition holds; `what` says what was wrong and what is accepted.
+        ValueError: unless the condition holds; `what` is the received and the accepted value.
     """
     if not condition:
         raise ValueError(f"{transform.flag}: {type(transform).__name__} {what}")

@@ -2,9 +2,9 @@
 
 Sources: RandAugment, Cubuk et al. 2019 (arXiv 1909.13719); TrivialAugment, Müller and Hutter 2021 (arXiv 2103.10158). The
 list, the ranges of the magnitudes, and shears about the top left corner are those of both papers' implementations and of
-torchvision. Affine operations are bilinear, and black where nothing was.
+torchvision. Affine operations are bilinear, and black outside of the image.
 
-B pictures, C channels, H and W pixels.
+B images, C channels, H and W pixels.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _OPERATIONS = ("identity", *_GEOMETRY, *_ENHANCE, "posterize", "solarize", "auto
 
 @dataclass(frozen=True)
 class _Ranges:
-    """What the largest magnitude, 1, means.
+    """Ranges of the operations at the largest magnitude, 1.
 
     Attributes:
         shear: pixels per pixel.
@@ -49,14 +49,14 @@ class _Ranges:
 
 
 class RandAugment(Transform):
-    """Applies a few random operations of one common magnitude to each picture, one after the other.
+    """Applies a few random operations of one common magnitude to each image, one after the other.
 
     The operations are identity, shear x and y, translate x and y, rotate, brightness, color, contrast, sharpness,
-    posterize, solarize, autocontrast and equalize. Those that have a sign get a random one for each picture.
+    posterize, solarize, autocontrast and equalize. Those that have a sign get a random one for each image.
 
     Args:
-        num_ops: operations for each picture.
-        magnitude: how strong they are, 0 to num_bins - 1.
+        num_ops: operations for each image.
+        magnitude: strength of the operations, 0 to num_bins - 1.
         num_bins: number of magnitudes; the last one shears by 0.3, shifts by 0.45 of the side, rotates by 30 degrees,
             changes brightness and the like by 0.9, posterizes to 4 bits, and solarizes all.
     """
@@ -78,7 +78,7 @@ class RandAugment(Transform):
 
 
 class TrivialAugment(Transform):
-    """Applies one random operation of random magnitude to each picture: the same list as RandAugment, in wider ranges.
+    """Applies one random operation of random magnitude to each image: the same list as RandAugment, in wider ranges.
 
     Args:
         num_bins: number of magnitudes, from none to the last one, which shears by 0.99, shifts by 32 pixels, rotates by
@@ -100,15 +100,15 @@ def _require_bins(transform: Transform, num_bins: int) -> None:
 
 
 def _operate_(images: Tensor, draws: Tensor, magnitudes: Tensor, ranges: _Ranges) -> Tensor:
-    """One operation on each picture, in place.
+    """Apply one operation to each image, in place.
 
     Args:
         images: [B, C, H, W].
         draws: [B, 2 or more] uniform random numbers, for the operation and for its sign.
         magnitudes: [B] in 0 to 1.
-        ranges: what these mean.
+        ranges: of the magnitudes.
     """
-    color.has_color(images)  # other numbers of channels are refused now, not when a row first draws a change of colour
+    color.has_color(images)  # reject other numbers of channels now, not when a row first draws a change of colour
     operation = (draws[:, 0] * len(_OPERATIONS)).long()  # [B]
     chosen = {name: operation == number for number, name in enumerate(_OPERATIONS)}
     signed = torch.where(draws[:, 1] < 0.5, -magnitudes, magnitudes)
@@ -125,7 +125,7 @@ def _operate_(images: Tensor, draws: Tensor, magnitudes: Tensor, ranges: _Ranges
 
 
 def _matrices(images: Tensor, chosen: dict[str, Tensor], signed: Tensor, ranges: _Ranges) -> Tensor:
-    """For `warp`: matrices [B, 2, 3] of the five affine operations, so that one interpolation does them all."""
+    """Return matrices [B, 2, 3] of the five affine operations for `warp`, so that one interpolation applies them all."""
     height, width = images.shape[2:]
     shear_x, shear_y = (torch.where(chosen[f"shear_{axis}"], signed * ranges.shear, 0) for axis in "xy")
     angle = torch.where(chosen["rotate"], signed * torch.pi / 180 * ranges.rotate, 0)

@@ -1,6 +1,6 @@
-"""What passes between the parts of this task's data: pictures as they were found, and batches as the net reads them.
+"""Types of this task's data: images as found at the source, and batches as the net reads them.
 
-B pictures in a batch, C channels, H and W pixels, K classes.
+B images in a batch, C channels, H and W pixels, K classes.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:  # the processes that decode pictures do without torch
+if TYPE_CHECKING:  # the processes that decode images do not import torch
     from torch import Tensor
 
-UNKNOWN = -1  # the class number of a picture without a label
+UNKNOWN = -1  # the class number of an image without a label
 
 
 class ImageBatch(NamedTuple):
-    """Pictures for the net.
+    """Images for the net.
 
     Attributes:
         images: [B, C, H, W], uint8 as read; float32 in 0 to 1 where they were augmented. Not normalized.
-        targets: [B] int64 class numbers (-1: unknown), or [B, K] float32 distributions where pictures were mixed.
-        index: [B] int64, which picture of the split.
-        weight: [B] float32, 0 for rows that only fill up a batch; in training the weight of the picture's class.
-        key: [B] int64, what all of a picture's randomness is drawn from, see `bigmodel.data.stateless_rng`.
+        targets: [B] int64 class numbers (-1: unknown), or [B, K] float32 distributions where images were mixed.
+        index: [B] int64, number of the image in its split.
+        weight: [B] float32, 0 for padding rows; in training the weight of the image's class.
+        key: [B] int64, key of all random draws of an image, see `bigmodel.data.stateless_rng`.
     """
 
     images: Tensor
@@ -35,32 +35,33 @@ class ImageBatch(NamedTuple):
 
 
 class Store(Protocol):
-    """Pictures as they lie on the disk, in an order that is stable, readable at random from any process, cheap to pickle."""
+    """Images on disk, in a stable order; supports random access from any process, and is cheap to pickle."""
 
     def __len__(self) -> int:
-        """Number of pictures."""
+        """Number of images."""
 
     def name(self, i: int) -> str:
-        """What a person calls picture i: its path, or file and row. Stands in errors and in predictions."""
+        """Return the name of image i: its path, or file and row. Used in errors and predictions."""
 
     def read(self, i: int) -> bytes | np.ndarray:
-        """The bytes of picture i's file; or its pixels, [H, W] or [H, W, C] of uint8 or uint16.
+        """Return the bytes of image i's file; or its pixels, [H, W] or [H, W, C] of uint8 or uint16.
 
         Raises:
             OSError: if the file cannot be read.
         """
 
     def stamp(self, i: int) -> list[str | int]:
-        """What is another when the content of picture i may be another, got without reading it: name, size in bytes, time
-        of last change in ns. Empty if there is no such thing: the content itself must be read."""
+        """Return values that change with the content of image i, without reading it: name, size in bytes, time of last
+        change in ns. Empty if there are none: then the content itself must be read.
+        """
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures and their class numbers.
+    """Images and their class numbers.
 
     Attributes:
-        store: where they are.
+        store: the store of the images.
         labels: [N] int64; -1: not known.
     """
 
@@ -70,11 +71,11 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Source:
-    """What was found at a path.
+    """Images found at a path.
 
     Attributes:
-        splits: by name: `train`, and `val`, `test` if they are there; or `all` alone, not dealt out to splits yet.
-        classes: their names, by class number; empty if no labels are known.
+        splits: by name: `train`, and `val`, `test` if present; or `all` alone, not yet split.
+        classes: names, by class number; empty if no labels are known.
     """
 
     splits: dict[str, Pictures]

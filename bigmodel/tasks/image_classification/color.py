@@ -1,10 +1,10 @@
-"""Transforms that change the values of pixels and leave them in place, and the operations they are made of.
+"""Transforms that change pixel values but not positions, and the operations they consist of.
 
-The operations follow those of Pillow's ImageEnhance and ImageOps on 8-bit pictures, without rounding their results to
-levels, unless levels are what they are about. The order in which a GPU or a vectorized loop adds must not show, so sums over
-pixels are of integers.
+The operations follow those of Pillow's ImageEnhance and ImageOps on 8-bit images, without rounding their results to
+levels, unless they are defined on levels. The order of summation on a GPU or in a vectorized loop must not matter, so
+sums over pixels are of integers.
 
-B pictures, C channels (1, or 3 for red, green, blue), H and W pixels.
+B images, C channels (1, or 3 for red, green, blue), H and W pixels.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _FIXED_POINT = 65536
 
 
 class ColorJitter(Transform):
-    """Changes brightness, contrast, saturation and hue of each picture, always in this order.
+    """Changes brightness, contrast, saturation and hue of each image, always in this order.
 
-    A factor is drawn from 1 - x to 1 + x, but not below 0, where x is the argument; 0 leaves that property alone. On
-    pictures of one channel, saturation and hue change nothing.
+    A factor is drawn from 1 - x to 1 + x, but not below 0, where x is the argument; 0 does not change that property. On
+    images of one channel, saturation and hue change nothing.
 
     Args:
-        brightness: how far the factor of the values is from 1.
-        contrast: how far the factor of the differences from the picture's mean grey is from 1.
-        saturation: how far the factor of the differences from the pixel's grey is from 1.
-        hue: turned by up to this share of the colour circle either way, 0 to 0.5.
+        brightness: maximum distance from 1 of the factor of the values.
+        contrast: maximum distance from 1 of the factor of the differences from the image's mean grey.
+        saturation: maximum distance from 1 of the factor of the differences from the pixel's grey.
+        hue: maximum rotation in either direction as a share of the colour circle, 0 to 0.5.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class ColorJitter(Transform):
 
 
 class Grayscale(Transform):
-    """Takes the colour from some pictures; the number of channels stays.
+    """Converts some images to grey; the number of channels stays.
 
     Args:
-        p: share of the pictures that become grey.
+        p: share of the images that become grey.
     """
 
     def __init__(self, p: float = 0.1) -> None:
@@ -69,7 +69,7 @@ class Grayscale(Transform):
 
 
 def has_color(images: Tensor) -> bool:
-    """Whether pictures [B, C, H, W] have three channels.
+    """True if images [B, C, H, W] have three channels.
 
     Raises:
         ValueError: if they have neither three nor one.
@@ -84,7 +84,7 @@ def has_color(images: Tensor) -> bool:
 
 
 def luminance(images: Tensor) -> Tensor:
-    """Grey value of each pixel [B, 1, H, W], by ITU-R 601-2."""
+    """Return the grey value of each pixel [B, 1, H, W], by ITU-R 601-2."""
     if not has_color(images):
         return images
     red, green, blue = images.split(1, dim=1)
@@ -92,24 +92,24 @@ def luminance(images: Tensor) -> Tensor:
 
 
 def brightness(images: Tensor, factors: Tensor) -> Tensor:
-    """Values times factors [B]; 0: black."""
+    """Multiply values by factors [B]; 0: black."""
     return (images * factors[:, None, None, None]).clamp_(0, 1)
 
 
 def contrast(images: Tensor, factors: Tensor) -> Tensor:
-    """Differences from the picture's mean grey times factors [B]; 0: that grey."""
+    """Multiply differences from the image's mean grey by factors [B]; 0: that grey."""
     total = (luminance(images) * _FIXED_POINT).round().to(torch.int32).sum(dim=(1, 2, 3), dtype=torch.int64)
     mean = total.to(torch.float32) / (_FIXED_POINT * images[0, 0].numel())
     return _away_from(mean[:, None, None, None], images, factors)
 
 
 def saturation(images: Tensor, factors: Tensor) -> Tensor:
-    """Differences from each pixel's grey times factors [B]; 0: no colour."""
+    """Multiply differences from each pixel's grey by factors [B]; 0: no colour."""
     return _away_from(luminance(images), images, factors)
 
 
 def sharpness(images: Tensor, factors: Tensor) -> Tensor:
-    """Differences from the smoothed picture times factors [B]; 0: smooth. Border pixels stay."""
+    """Multiply differences from the smoothed image by factors [B]; 0: smooth. Border pixels stay."""
     rows = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
     squares = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
     smooth = images.clone()
@@ -122,7 +122,7 @@ def _away_from(origin: Tensor, images: Tensor, factors: Tensor) -> Tensor:
 
 
 def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Hue of the HSV hexcone plus turns [B] of the colour circle; value and saturation stay."""
+    """Add turns [B] of the colour circle to the hue of the HSV hexcone; value and saturation stay."""
     if not has_color(images):
         return images
     red, green, blue = (channel.contiguous() for channel in images.unbind(1))  # each [B, H, W]
@@ -143,29 +143,29 @@ def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
 
 
 def levels(images: Tensor) -> Tensor:
-    """The nearest of 256 levels, as a float."""
+    """Return the nearest of 256 levels, as a float."""
     return (images * 255).round_()
 
 
 def posterize(images: Tensor, dropped: Tensor) -> Tensor:
-    """Levels without their lowest bits, `dropped` [B] int32 of them."""
+    """Clear the lowest bits of levels, `dropped` [B] int32 of them."""
     bits = dropped[:, None, None, None]
     return (levels(images).to(torch.int32) >> bits << bits).to(torch.float32).div_(255)
 
 
 def solarize(images: Tensor, thresholds: Tensor) -> Tensor:
-    """The negative of what is at `thresholds` [B], in levels, or above."""
+    """Invert values at or above `thresholds` [B], in levels."""
     return torch.where(levels(images) >= thresholds[:, None, None, None], 1 - images, images)
 
 
 def autocontrast(images: Tensor) -> Tensor:
-    """Each channel stretched to the range 0 to 1; one of a single value stays."""
+    """Stretch each channel to the range 0 to 1; a constant channel stays."""
     low, high = images.amin(dim=(2, 3), keepdim=True), images.amax(dim=(2, 3), keepdim=True)
     return torch.where(high > low, (images - low) / torch.where(high > low, high - low, 1), images)
 
 
 def equalize(images: Tensor) -> Tensor:
-    """Each channel with its levels moved such that all are about equally frequent."""
+    """Equalize the histogram of each channel: all levels become about equally frequent."""
     batch, channels, height, width = images.shape
     old = levels(images).long().reshape(batch * channels, height * width)  # [B, C, H, W] -> [BC, HW]
     first = torch.arange(0, len(old) * 256, 256, device=images.device)[:, None]

@@ -1,6 +1,6 @@
-"""Pictures as batches for the net: the data module and its data set.
+"""Images as batches for the net: the data module and its dataset.
 
-B pictures, C channels, S pixels of the side of the square that the net reads, K classes.
+B images, C channels, S pixels of the side of the square that the net reads, K classes.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _MOST_WORKERS = 16
 
 
 class Samples(Dataset[ImageBatch]):
-    """A split's pictures in batches.
+    """Dataset of the images of a split; returns batches.
 
     Args:
         images: the split.
-        seed: with the epoch and the sample, determines a sample's randomness.
-        crop: what is cut out of each picture as it is read; None: the centre, as in evaluation.
-        class_weights: [K] float32, the weight of a picture by its class; None: 1.
-        balanced: whether each class has as many samples as the largest, its pictures met several times in an epoch.
-        read: whether pixels are read here; else `images` is empty, for pictures that lie on the device.
+        seed: with the epoch and the sample, determines the random draws of a sample.
+        crop: crop that is applied as an image is read; None: the centre, as in evaluation.
+        class_weights: [K] float32, the weight of an image by its class; None: 1.
+        balanced: oversample each class to the size of the largest.
+        read: read the pixels here; false: `images` of the batch is empty, for images that are held on the device.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class Samples(Dataset[ImageBatch]):
         return len(self.images if self.balanced is None else self.balanced)
 
     def __getitem__(self, number: int) -> ImageBatch:
-        """One sample of the first epoch, without the batch dimension."""
+        """Return one sample of the first epoch, without the batch dimension."""
         return ImageBatch(*(field[0] for field in self.__getitems__([number])))
 
     def __getitems__(self, numbers: Sequence[int], epoch: int = 0) -> ImageBatch:
-        """The samples of these numbers in an epoch, as one batch."""
+        """Return the samples of these numbers in an epoch, as one batch."""
         samples = np.asarray(numbers, np.int64)
         rows = samples if self.balanced is None else self.balanced.rows(samples, epoch)
         keys = sample_keys(self.seed, epoch, samples)
@@ -86,7 +86,7 @@ class Samples(Dataset[ImageBatch]):
 
 
 def _empty(*shape: int) -> Tensor:
-    """Memory for pixels; in a worker process it is shared with the training process, so that nothing is copied there."""
+    """Allocate memory for pixels; in a worker it is shared with the training process, which avoids a copy."""
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(math.prod(shape))
@@ -94,43 +94,44 @@ def _empty(*shape: int) -> Tensor:
 
 
 class ImageData(L.LightningDataModule):
-    """Pictures from a folder, a table, arrays or a public data set, checked and split once into a cache.
+    """Images from a folder, a table, arrays or a public dataset, checked and split once into a cache.
 
     Args:
-        path: a folder (<class>/*.jpg or <split>/<class>/*.jpg), a CSV or Parquet file of pictures and labels, an .npz file,
-            a folder with the published files of MNIST or CIFAR, a Hugging Face data set (its folder, or hf://owner/name),
-            or one of {mnist5k}, {digits}, {mnist}, {fashion_mnist}, {cifar10}, {cifar100}. To predict: the same, without
-            labels.
-        size: side of the square picture that the net reads [pixels].
-        resize: length to which the shorter edge is brought before the centre is cut out [pixels]; by default `size`.
-        channels: 1 (grey) or 3; by default 1 if all training pictures are grey.
-        split: shares of the pictures for validation and test, where the source does not say.
-        columns: which columns of a table hold picture, label and split.
-        classes: names of the classes that are used; by default all.
-        shots: so many training pictures of each class are drawn by `seed`, and the others not used; by default all are used.
-        crop: cut a random part out of each training picture as it is read: RandomResizedCrop; by default the centre.
-        augment: what is done to training batches on the device, in this order: RandomCrop, Flip, RandomAffine, ColorJitter,
-            RandAugment, RandomErasing, ... of bigmodel.tasks.image_classification.
-        mix: mixes training pictures with their neighbours: Mix (mixup, cutmix).
-        balance: for skewed classes; `weights`: the loss of a picture counts inversely to the size of its class; `samples`:
-            pictures of small classes are met more often.
-        batch_size: pictures per optimizer step over all processes.
-        micro_batch_size: pictures one process takes at once; by default its whole share of the batch.
-        views: order and augmentation come again after so many epochs; by default never. For teachers that are cached.
-        on_bad: whether a picture that cannot be read is an `error`, or is left out (`skip`), counted and named.
-        max_pixels: a picture with more is refused, unread.
-        decoded: keep decoded pictures in the cache, memory-mapped; by default if they take at most 4 GB.
-        on_device: keep all decoded pictures on the training device.
-        cache_dir: where prepared pictures are kept; by default $BIGMODEL_CACHE or ~/.cache/bigmodel.
-        num_workers: processes that read and decode ahead; by default one per core (at most 16), none for decoded pictures.
-        seed: with the epoch, determines the order of the pictures and their augmentation; and which shots are drawn.
+        path: a folder (<class>/*.jpg or <split>/<class>/*.jpg), a CSV or Parquet file of images and labels, an .npz
+            file, a folder with the published files of MNIST or CIFAR, a Hugging Face dataset (its folder, or
+            hf://owner/name), or one of {mnist5k}, {digits}, {mnist}, {fashion_mnist}, {cifar10}, {cifar100}. For
+            prediction: the same, without labels.
+        size: side of the square image that the net reads [pixels].
+        resize: length of the shorter edge after resizing, before the centre crop [pixels]; by default `size`.
+        channels: 1 (grey) or 3; by default 1 if all training images are grey.
+        split: shares of the images for validation and test, if the source has no splits.
+        columns: names of the columns of a table that hold image, label and split.
+        classes: names of the classes to use; by default all.
+        shots: number of training images per class, drawn by `seed`; by default all images are used.
+        crop: random crop of each training image as it is read: RandomResizedCrop; by default the centre.
+        augment: augmentations of training batches on the device, in this order: RandomCrop, Flip, RandomAffine,
+            ColorJitter, RandAugment, RandomErasing, ... of bigmodel.tasks.image_classification.
+        mix: mixes each training image with its neighbour: Mix (mixup, cutmix).
+        balance: for skewed classes; `weights`: weights the loss of an image by the inverse size of its class;
+            `samples`: oversamples small classes.
+        batch_size: images per optimizer step over all processes.
+        micro_batch_size: images per forward pass of one process; by default its whole share of the batch.
+        views: number of epochs after which order and augmentation repeat; by default never. For cached teachers.
+        on_bad: an image that cannot be read is an `error`, or is skipped (`skip`), counted and named.
+        max_pixels: an image with more pixels is rejected before it is decoded.
+        decoded: keep decoded images in the cache, memory-mapped; by default if they take at most 4 GB.
+        on_device: keep all decoded images on the training device.
+        cache_dir: folder of the prepared images; by default $BIGMODEL_CACHE or ~/.cache/bigmodel.
+        num_workers: processes that read and decode in advance; by default one per core (at most 16), none for decoded
+            images.
+        seed: with the epoch, determines the order of the images and their augmentation; also the draw of `shots`.
 
     Attributes:
-        sizes: what a net must know: num_classes, in_channels, image_size. After `setup`, like all that follows, and not
-            when predicting.
-        fingerprint: hash of the pictures, their labels and how they are read.
+        sizes: sizes that the net is built with: num_classes, in_channels, image_size. Set by `setup`, like all below,
+            but not when predicting.
+        fingerprint: hash of the images, their labels and how they are read.
         classes: names, by class number.
-        prepared: what was prepared.
+        prepared: description of the prepared folder.
     """
 
     sizes: dict[str, int]
@@ -177,19 +178,19 @@ class ImageData(L.LightningDataModule):
         self.batch_size, self.micro_batch_size, self.views = batch_size, micro_batch_size, views
         self.on_bad, self.max_pixels, self.decoded, self.on_device = on_bad, max_pixels, decoded, on_device
         self.cache_dir, self.num_workers, self.seed = cache_dir, num_workers, seed
-        self._prepared: dict[bool, Prepared] = {}  # by whether it is for predicting
+        self._prepared: dict[bool, Prepared] = {}  # key: whether it is for prediction
         self._resident: dict[str, Tensor] = {}
 
     def prepare_data(self) -> None:
-        """Find, check, split and decode the pictures, unless that was done before with these settings.
+        """Find, check, split and decode the images, unless the cache already holds them for these settings.
 
         Raises:
-            ValueError: if the input cannot be used as asked; says which file or row, and what to do.
+            ValueError: if the input or a setting is invalid; the message names the file or row and the remedy.
         """
         self._prepare(predicting=_verb(self) == TrainerFn.PREDICTING)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the prepared pictures."""
+        """Open the prepared images."""
         self.prepared = self._prepare(predicting=stage == "predict")
         if stage == "predict":
             return
@@ -203,7 +204,7 @@ class ImageData(L.LightningDataModule):
 
     @property
     def augmentation(self) -> str:
-        """All that decides how training pictures are changed at random, but for the epoch; empty if they are not."""
+        """Settings that determine the random augmentation of training images, except the epoch; empty if there is none."""
         transforms = [*([self.crop] if self.crop is not None else []), *self.augment]
         if not transforms:
             return ""
@@ -233,7 +234,7 @@ class ImageData(L.LightningDataModule):
         return self._prepared[predicting]
 
     def images(self, split: str) -> Images:
-        """The pictures of a split.
+        """Return the images of a split.
 
         Raises:
             ValueError: if there is no such split.
@@ -246,7 +247,7 @@ class ImageData(L.LightningDataModule):
         return self.prepared.images(split)
 
     def class_weights(self) -> np.ndarray:
-        """[K] float32, inverse to the classes' sizes, with mean 1 over the training pictures."""
+        """[K] float32, inverse to the sizes of the classes, with mean 1 over the training images."""
         return class_weights(np.asarray(self.prepared.splits["train"].class_counts))
 
     def train_dataloader(self) -> DataLoader[ImageBatch]:
@@ -270,14 +271,14 @@ class ImageData(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[ImageBatch] | list[DataLoader[ImageBatch]]:
         if "val" not in self.prepared.splits and _verb(self) == TrainerFn.FITTING:
-            return []  # asked for none
+            return []  # none requested
         return self._eval_loader("val")
 
     def test_dataloader(self) -> DataLoader[ImageBatch]:
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader[ImageBatch]:
-        """All pictures at the path, whatever split they are in."""
+        """Return a loader of all images at the path, of whichever split."""
         return self._eval_loader("all")
 
     def _eval_loader(self, split: str) -> DataLoader[ImageBatch]:
@@ -296,14 +297,14 @@ class ImageData(L.LightningDataModule):
         return 0 if self.on_device or samples.images.in_memory else min(available_cores(), _MOST_WORKERS)
 
     def transfer_batch_to_device(self, batch: ImageBatch, device: torch.device, dataloader_idx: int) -> ImageBatch:
-        """The batch on the device."""
-        if device.type == "cpu":  # where Lightning takes a tenth of a millisecond to find that it is there
+        """Move the batch to the device."""
+        if device.type == "cpu":  # already there; Lightning needs 0.1 ms to find that out
             return batch
         moved: ImageBatch = super().transfer_batch_to_device(batch, device, dataloader_idx)
         return moved
 
     def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
-        """What Lightning calls on the device with each batch; see `finish`."""
+        """Finish each batch on the device (a Lightning hook); see `finish`."""
         trainer: Any = self.trainer
         if trainer.training:
             return self.finish(batch, "train", training=True)
@@ -312,13 +313,15 @@ class ImageData(L.LightningDataModule):
         return self.finish(batch, "test" if trainer.testing else "val")
 
     def finish(self, batch: ImageBatch, split: str, training: bool = False) -> ImageBatch:
-        """The batch as the net reads it: pictures that lie on the device are taken from there, and training batches are
-        augmented and mixed. Runs on the batch's device.
+        """Return the batch as the net reads it.
+
+        Images that are held on the device are taken from there; training batches are augmented and mixed. Runs on the
+        device of the batch.
 
         Args:
-            batch: from this split's loader.
-            split: which.
-            training: whether to augment.
+            batch: from the loader of this split.
+            split: name of the split.
+            training: augment the batch.
         """
         if self.on_device:
             batch = batch._replace(images=self._on_device(split, batch.index.device)[batch.index])
@@ -331,7 +334,7 @@ class ImageData(L.LightningDataModule):
         return batch
 
     def _on_device(self, split: str, device: torch.device) -> Tensor:
-        """All pictures of a split [N, C, S, S] uint8, moved there once."""
+        """All images of a split [N, C, S, S] uint8, moved to the device once."""
         if split not in self._resident:
             images = self.images(split)
             pixels = images.read(np.arange(len(images)))

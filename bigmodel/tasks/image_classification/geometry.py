@@ -2,7 +2,7 @@
 
 Sources: crops of random area and aspect ratio, Szegedy et al. 2015 (arXiv 1409.4842, section 6).
 
-B pictures, C channels, H and W pixels, T tries.
+B images, C channels, H and W pixels, T tries.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _TRIES = 10  # until a box fits
 
 
 class RandomCrop(Transform):
-    """Pads each picture on all sides, and cuts one of its own size out of that, at whole pixels.
+    """Pads each image on all sides, and crops it to its original size, at whole pixels.
 
     Args:
         padding: pixels on each side.
-        mode: what stands there: zero (black), reflect (mirrored without the border pixel), edge (the border pixel).
+        mode: padding mode: zero (black), reflect (mirrored without the border pixel), edge (the border pixel).
     """
 
     def __init__(self, padding: int, mode: Padding = "zero") -> None:
@@ -50,14 +50,14 @@ class RandomCrop(Transform):
         return cropped
 
     def _inside(self, places: Tensor, side: int) -> Tensor:
-        """Which pixel of the picture stands at each place of the padded one."""
+        """Return the index of the image's pixel at each position of the padded image."""
         if self.mode == "reflect":
             return side - 1 - (side - 1 - places.abs()).abs()
         return places.clamp(0, side - 1)
 
 
 def _take(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Pixels of images [B, C, H, W] at rows [B, H] and columns [B, W], in the same memory format."""
+    """Return pixels of images [B, C, H, W] at rows [B, H] and columns [B, W], in the same memory format."""
     batch, channels, height, width = images.shape
     places = (rows[:, :, None] * width + columns[:, None]).reshape(batch, height * width)
     if images.is_contiguous():
@@ -70,11 +70,11 @@ def _take(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 class Flip(Transform):
-    """Mirrors some pictures.
+    """Mirrors some images.
 
     Args:
-        p: share of the pictures that are mirrored.
-        vertical: exchange top and bottom, instead of left and right.
+        p: share of the images that are mirrored.
+        vertical: swap top and bottom, instead of left and right.
     """
 
     def __init__(self, p: float = 0.5, vertical: bool = False) -> None:
@@ -87,19 +87,19 @@ class Flip(Transform):
 
 
 def warp(images: Tensor, matrices: Tensor, outside: Literal["zeros", "border"] = "zeros") -> Tensor:
-    """Pictures through affine maps, by bilinear interpolation.
+    """Apply affine maps to images, with bilinear interpolation.
 
     Args:
         images: [B, C, H, W].
-        matrices: [B, 2, 3], from a place (x, y) in the result to the place it is read from, both in pixels, right and down
-            from the centre of the picture.
-        outside: what is read outside of the picture: 0, or the nearest pixel.
+        matrices: [B, 2, 3], map a position (x, y) of the result to the source position, both in pixels, right and down
+            from the centre of the image.
+        outside: value outside of the image: 0, or the nearest pixel.
     """
     height, width = images.shape[2:]
     x = torch.arange(width, device=images.device) - (width - 1) / 2
     y = torch.arange(height, device=images.device)[:, None] - (height - 1) / 2
-    # Each coordinate by itself: the matrix product of F.affine_grid is three times as slow on a CPU, and what it rounds
-    # to depends on the batch.
+    # Coordinates separately: the matrix product of F.affine_grid is three times as slow on a CPU, and its rounding
+    # depends on the batch.
     x_x, x_y, x_1, y_x, y_y, y_1 = matrices.reshape(-1, 6, 1, 1).unbind(1)  # each [B, 1, 1]
     in_x = (x_x * x + (x_y * y + x_1)) / (width / 2)  # [B, H, W]; grid_sample's borders are at -1 and 1
     in_y = (y_x * x + (y_y * y + y_1)) / (height / 2)
@@ -108,13 +108,13 @@ def warp(images: Tensor, matrices: Tensor, outside: Literal["zeros", "border"] =
 
 
 class RandomAffine(Transform):
-    """Shears, rotates, scales and shifts each picture about its centre, in this order; black where nothing was.
+    """Shears, rotates, scales and shifts each image about its centre, in this order; black outside of the image.
 
     Args:
-        degrees: rotates by up to so much, either way.
-        translate: shifts by up to this share of the width and of the height, either way.
+        degrees: maximum rotation in either direction.
+        translate: maximum shift in either direction, as a share of the width and of the height.
         scale: smallest and largest enlargement.
-        shear: shears along the width by up to so many degrees, either way.
+        shear: maximum shear along the width in either direction [degrees].
     """
 
     def __init__(
@@ -147,14 +147,14 @@ class RandomAffine(Transform):
 
 
 class RandomResizedCrop(Transform):
-    """Cuts a box of random area and aspect ratio out of each picture, and enlarges it to the size of the picture.
+    """Crops a box of random area and aspect ratio from each image, and enlarges it to the size of the image.
 
-    Where pictures are larger than what the net reads, the box is better cut from the original at decoding (`boxes`): in
-    a batch, which has the net's size already, the box is enlarged from fewer pixels than there were. As it is never
+    If images are larger than the input of the net, the box should be cropped from the original at decoding (`boxes`):
+    in a batch, which has the net's size already, the box is enlarged from fewer pixels than there were. As it is never
     reduced, no smoothing against aliasing is needed here.
 
     Args:
-        scale: smallest and largest share of the picture's area.
+        scale: smallest and largest share of the image's area.
         ratio: smallest and largest width over height; its logarithm is uniform.
     """
 
@@ -179,10 +179,10 @@ class RandomResizedCrop(Transform):
         return warp(images, matrices, outside="border")
 
     def boxes(self, shapes: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Boxes to cut out of pictures that are still to be decoded.
+        """Return boxes to crop from images at decoding.
 
         Args:
-            shapes: [B, 2], height and width of each picture in pixels.
+            shapes: [B, 2], height and width of each image in pixels.
             keys: [B] int64.
 
         Returns:
@@ -192,8 +192,9 @@ class RandomResizedCrop(Transform):
         return torch.stack(self._boxes(height, width, torch.from_numpy(keys), CROP_STREAM), dim=1).numpy()
 
     def _boxes(self, height: Tensor, width: Tensor, keys: Tensor, stream: int) -> tuple[Tensor, ...]:
-        """Left, top, right, bottom, each [B], from height [B] and width [B]: the first of ten boxes that fits, else the
-        largest in the middle whose aspect ratio is allowed."""
+        """Return left, top, right, bottom, each [B], from height [B] and width [B]: the first of ten boxes that fits,
+        else the largest central box with an allowed aspect ratio.
+        """
         h, w, found = fitting_box(height, width, self.scale, self.ratio, uniform(keys, stream, 2 * _TRIES))
         h = torch.where(found, h, torch.minimum(height, (width / self.ratio[0]).round().clamp(min=1)))
         w = torch.where(found, w, torch.minimum(width, (height * self.ratio[1]).round().clamp(min=1)))
@@ -206,12 +207,12 @@ class RandomResizedCrop(Transform):
 def fitting_box(
     height: Tensor, width: Tensor, scale: tuple[float, float], ratio: tuple[float, float], draws: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The first box of random area and aspect ratio that fits into each picture.
+    """Return the first box of random area and aspect ratio that fits into each image.
 
     Args:
-        height: [B], of the pictures, in pixels.
+        height: [B], of the images, in pixels.
         width: [B].
-        scale: smallest and largest share of the picture's area.
+        scale: smallest and largest share of the image's area.
         ratio: smallest and largest width over height.
         draws: [B, 2T] uniform random numbers, for T tries.
 
@@ -234,7 +235,7 @@ def require_box(transform: Transform, scale: tuple[float, float], ratio: tuple[f
 
 
 def box_mask(left: Tensor, top: Tensor, right: Tensor, bottom: Tensor, height: int, width: int) -> Tensor:
-    """Which pixels [B, 1, H, W] lie in boxes, whose sides [B] are whole pixels and may lie outside of the picture."""
+    """Return the mask [B, 1, H, W] of boxes, whose sides [B] are whole pixels and may lie outside of the image."""
     x, y = torch.arange(width, device=left.device), torch.arange(height, device=left.device)
     columns = (x >= left[:, None]) & (x < right[:, None])  # [B, W]
     rows = (y >= top[:, None]) & (y < bottom[:, None])  # [B, H]

@@ -1,6 +1,6 @@
-"""Any image classifier of transformers as a net, with the weights it was published with or new ones.
+"""Wraps any transformers image classifier as a net, with its published weights or new ones.
 
-B batch, C channels, S pixels on a side, D width of what the head reads, K classes.
+B batch, C channels, S pixels on a side, D width of the input of the output layer, K classes.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _KIND = "image classifier"
 
 
 class Classifier(nn.Module):
-    """An image classifier of transformers, parted where its head begins: images [B, C, S, S] in, logits [B, K] out.
+    """A transformers image classifier, split before its head: maps images [B, C, S, S] to logits [B, K].
 
     Args:
         model: transformers' model.
-        head: the name of the linear layer that gives the logits; None if it ends in none.
+        head: the name of the linear layer that computes the logits; None if the last layer is not linear.
         normalization: see `HuggingFace`.
     """
 
@@ -34,7 +34,7 @@ class Classifier(nn.Module):
         self.model, self._head_name, self.normalization = model, head, normalization
 
     def features(self, images: Tensor) -> Tensor:
-        """[B, C, S, S] -> [B, D], what the head reads; the logits themselves, if the model ends in no linear layer."""
+        """Map images [B, C, S, S] to the input of the output layer [B, D]; the logits if the last layer is not linear."""
         if self._head_name is None:
             return self(images)
         read: list[Tensor] = []
@@ -46,24 +46,24 @@ class Classifier(nn.Module):
         return read[0]
 
     def logits(self, features: Tensor) -> Tensor:
-        """[..., D] -> [..., K]."""
+        """Map features [..., D] to logits [..., K]."""
         return features if self._head_name is None else self.model.get_submodule(self._head_name)(features)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, K] of images [B, C, S, S]."""
+        """Return logits [B, K] of images [B, C, S, S]."""
         logits: Tensor = self.model(pixel_values=images).logits
         return logits
 
 
 class HuggingFace(Classifier):
-    """An image classifier of the Hugging Face hub, or of a folder that `save_pretrained` wrote: images [B, C, S, S] in,
-    logits [B, K] out. No code of the hub is run, and weights are read from safetensors only.
+    """An image classifier of the Hugging Face hub, or of a folder that `save_pretrained` wrote: maps images [B, C, S,
+    S] to logits [B, K]. No code of the hub is run, and weights are read from safetensors only.
 
-    The configuration is taken over, with the number of classes, channels and pixels that the data have. A head for another
-    number of classes is made anew, which is said; any other weight that is missing, left over or of another shape is
-    refused, unless excused by name.
+    The configuration is used with the number of classes, channels and pixels of the data. A head for another
+    number of classes is newly initialised, which is printed; any other weight that is missing, unexpected or of another
+    shape is an error, unless excused by name.
 
-    What was built is described by the attribute `config`. Kept with the weights and given back as the argument of that
+    The attribute `config` describes the net. If it is saved with the weights and passed as the argument of that
     name, it builds the same net where neither the hub nor the folder can be reached.
 
     Args:
@@ -71,20 +71,20 @@ class HuggingFace(Classifier):
         in_channels: channels C of an image.
         image_size: pixels on a side, S.
         path: a folder, or `owner/name` on the hub.
-        pretrained: take the weights; false: the architecture only, with new weights.
+        pretrained: use the pretrained weights; false: the architecture only, with new weights.
         config: the configuration of a net that was built before: nothing is read from `path`, and its weights are new ones,
-            for the kept ones to be loaded into. Is not for people to set.
-        excuse: patterns (`*` as in file names) of weights that may be missing, left over or of another shape; they start
-            anew.
+            into which the saved ones are loaded. Not to be set by users.
+        excuse: patterns (`*` as in file names) of weights that may be missing, unexpected or of another shape; they are
+            newly initialised.
 
     Attributes:
         model: transformers' model.
         config: its configuration, plain values.
-        normalization: mean and standard deviation by channel that the pictures had when the weights were trained, for pixels
-            in 0 to 1; None if that is not known, for as many channels.
+        normalization: mean and standard deviation by channel that the images had when the weights were trained, for
+            pixels in 0 to 1; None if that is not known, for as many channels.
 
     Raises:
-        ValueError: if there is no such model, its weights do not fit, or it cannot read such pictures.
+        ValueError: if there is no such model, its weights do not fit, or it cannot read such images.
     """
 
     def __init__(
@@ -136,21 +136,21 @@ class HuggingFace(Classifier):
 def as_published(
     path: str, flag: str, *, classes: Sequence[str], in_channels: int, image_size: int
 ) -> tuple[Classifier, int]:
-    """A classifier with all of its weights, of pictures of its own number of channels.
+    """Load a classifier with all of its weights and its own number of channels.
 
     Args:
         path: a folder, or hf://owner/name.
-        flag: that it was given by, for messages.
-        classes: the names that the data have; its logits come in their order.
+        flag: the flag that the path was given by, for messages.
+        classes: the class names of the data; the logits are returned in their order.
         in_channels: of the data.
         image_size: pixels on a side, S.
 
     Returns:
-        The net, and the channels C that it reads: as the data have, or 3 of grey and 1 of coloured pictures.
+        The net, and its channels C: those of the data, or 3 for grey and 1 for coloured images.
 
     Raises:
-        ValueError: if there is no such model, it tells other classes, a weight is missing or has another shape, or it cannot
-            read such pictures.
+        ValueError: if there is no such model, it has other classes, a weight is missing or has another shape, or it
+            cannot read such images.
     """
     from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForImageClassification
 
@@ -180,7 +180,7 @@ def _readable(path: str) -> AbstractContextManager[None]:
 
 
 def _sizes(settings: Any) -> dict[str, Any]:
-    """What a published model was made for; None where its configuration does not say."""
+    """Return the sizes that a published model was made for; None where its configuration lacks one."""
     vision = hugging_face.vision_settings(settings)
     return {
         "num_labels": settings.num_labels,
@@ -211,7 +211,7 @@ def _find_head(model: nn.Module, shape: tuple[int, ...], where: str) -> str | No
 def _check_loaded(
     loaded: dict[str, Any], path: str, sizes: dict[str, Any], num_classes: int, head: str | None, excuse: list[str]
 ) -> None:
-    """Refuse weights that are not the model's; say what was made anew."""
+    """Raise an error for weights that do not match the model; print which were newly initialised."""
     problems = hugging_face.mismatches(loaded, "the model for these pictures")
     new_head = {name for name in problems if head is not None and name.startswith(f"{head}.")}
     for name, theirs, ours in loaded["mismatched_keys"]:

@@ -1,15 +1,15 @@
-"""The pictures of a prepared split, read at random: from a memory map, or from where they lie.
+"""Random access to the images of a prepared split: from a memory map, or from their source.
 
 A prepared folder, all numbers little-endian::
 
-    meta.json            what is in it, see `Prepared`
-    train-rows.npy       [N] int64, which picture of the source each is
+    meta.json            its contents, see `Prepared`
+    train-rows.npy       [N] int64, number of each image in the source
     train-labels.npy     [N] int64, class numbers; -1: not known
-    train-shapes.npy     [N, 2] int32, height and width: of the stored picture; where none is stored, of the upright original
-    train-pixels.bin     if they were decoded: the pixels of one picture after the other, uint8 [H, W, C]; no header
-    val-...
+    train-shapes.npy     [N, 2] int32, height and width: of the stored image; where none is stored, of the upright
+    original train-pixels.bin     if they were decoded: the pixels of one image after the other, uint8 [H, W, C]; no
+    header val-...
 
-B pictures at once, N in the split, C channels, H and W pixels, S pixels to the edge of what a net reads.
+B images at once, N in the split, C channels, H and W pixels, S pixels to the edge of what a net reads.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 VERSION = 1  # of this format
 
-# What is read of a memory map stays in the process's resident memory, with up to ten times as much around it: let go of all
-# after so many bytes read, which bounds it to some 200 MB.
+# Pages of a memory map that were read stay in the process's resident memory, with up to ten times as much around them:
+# release all after this number of bytes, which limits it to some 200 MB.
 RELEASE_BYTES = 2**24
 
 Stored = Literal["square", "whole", "no"]
@@ -40,8 +40,9 @@ Stored = Literal["square", "whole", "no"]
 
 @dataclass
 class SplitFacts:
-    """One split: its pictures, how many of each class, and whether they are stored decoded: as S x S pixels (square), with
-    the shorter edge of `resize` (whole), or not (no)."""
+    """One split: its images, the number of each class, and how they are stored: decoded as S x S pixels (square),
+    decoded with the shorter edge of `resize` (whole), or not decoded (no).
+    """
 
     num_pictures: int
     class_counts: list[int]
@@ -50,22 +51,22 @@ class SplitFacts:
 
 @dataclass
 class Prepared:
-    """What a prepared folder holds.
+    """Contents of a prepared folder.
 
     Attributes:
-        folder: where it is.
+        folder: its path.
         classes: their names, by class number.
         channels: 1 (grey) or 3 (RGB).
         size: S.
-        resize: to which the shorter edge is resized before the S x S pixels in the middle are cut out.
-        max_pixels: of a picture.
+        resize: length of the shorter edge after resizing, before the S x S centre crop.
+        max_pixels: of an image.
         splits: by name.
-        mean: of each channel over the training pictures as in evaluation, 0 to 1.
+        mean: of each channel over the training images as in evaluation, 0 to 1.
         std: likewise; at least 1/255.
         fingerprint: hash of classes, geometry, and of the splits' contents and labels in their order.
-        decoded: whether pixels are stored; else pictures are decoded whenever they are read.
-        left_out: names of the pictures that cannot be used.
-        stores: of the pictures, by split.
+        decoded: True if pixels are stored; else images are decoded each time they are read.
+        left_out: names of the images that cannot be used.
+        stores: of the images, by split.
         version: of this format.
     """
 
@@ -85,7 +86,7 @@ class Prepared:
     version: int = VERSION
 
     def save(self, folder: Path) -> None:
-        """Write meta.json: all but where things lie."""
+        """Write meta.json: everything but the paths of sources."""
         facts = {key: value for key, value in vars(self).items() if key not in ("folder", "stores", "left_out")}
         facts["splits"] = {name: asdict(split) for name, split in self.splits.items()}
         write_text(folder / "meta.json", json.dumps(facts, indent=2))
@@ -99,28 +100,28 @@ class Prepared:
 
     @property
     def geometry(self) -> Geometry:
-        """What pictures become."""
+        """Geometry of the decoded images."""
         return Geometry(self.channels, self.size, self.resize, self.max_pixels)
 
     def images(self, split: str) -> Images:
-        """The pictures of a split."""
+        """Return the images of a split."""
         return Images(self.folder, split, self.stores[split])
 
 
 class Images:
-    """The pictures of one split; cheap to pickle if the store is.
+    """The images of one split; cheap to pickle if the store is.
 
     Args:
         folder: a prepared folder.
-        split: which split of it.
-        store: of the source: for names, and for pictures that were not decoded.
+        split: name of the split.
+        store: of the source: for names, and for images that were not decoded.
 
     Attributes:
         labels: [N] int64 class numbers; -1: not known.
-        shapes: [N, 2] int32, height and width of each picture, in the pixels that boxes are given in.
-        in_memory: whether reading is no more than a look into mapped memory, so that worker processes gain nothing.
-        takes_boxes: whether `read` can cut out a part of each picture.
-        shape: (S, S, C), of what `read` gives for a picture.
+        shapes: [N, 2] int32, height and width of each image, in the pixels that boxes are given in.
+        in_memory: True if reading only accesses mapped memory, so that worker processes are useless.
+        takes_boxes: True if `read` can crop each image.
+        shape: (S, S, C), of an image returned by `read`.
 
     Raises:
         ValueError: if the folder is damaged.
@@ -146,26 +147,26 @@ class Images:
         return Images, (self.folder, self.split, self.store)
 
     def __len__(self) -> int:
-        """Number of pictures."""
+        """Number of images."""
         return len(self.labels)
 
     def name(self, i: int) -> str:
-        """What a person calls picture i."""
+        """Return the name of image i."""
         return self.store.name(int(self._rows[i]))
 
     def read(
         self, numbers: Sequence[int] | np.ndarray, boxes: np.ndarray | None = None, out: np.ndarray | None = None
     ) -> np.ndarray:
-        """Pictures [B, S, S, C] uint8.
+        """Return images [B, S, S, C] uint8.
 
         Args:
-            numbers: [B], which pictures of the split.
-            boxes: [B, 4] left, top, right, bottom: the part of each that becomes S x S pixels; only where `takes_boxes`.
+            numbers: [B], numbers of the images in the split.
+            boxes: [B, 4] left, top, right, bottom: the part of each that becomes S x S pixels; only if `takes_boxes`.
                 None: the geometry of evaluation.
-            out: [B, S, S, C] uint8, where to put them; None: a new array.
+            out: [B, S, S, C] uint8, the output array; None: a new array.
 
         Raises:
-            ValueError: if a picture cannot be read any more; names it.
+            ValueError: if an image cannot be read any more; names it.
         """
         numbers = np.asarray(numbers)
         if boxes is not None and not self.takes_boxes:
@@ -191,7 +192,7 @@ class Images:
 
     @property
     def _sizes(self) -> np.ndarray:
-        """[N] int64, bytes of each picture as it is stored."""
+        """[N] int64, stored bytes of each image."""
         return self.shapes.astype(np.int64).prod(1) * self._geometry.channels
 
     def _release(self, num_bytes: int) -> None:
@@ -202,10 +203,10 @@ class Images:
 
 
 def decode_from(store: Store, row: int, geometry: Geometry, box: Box | None = None, whole: bool = False) -> np.ndarray:
-    """A picture of a source in the given geometry, see `Geometry`.
+    """Return an image of a source in the given geometry, see `Geometry`.
 
     Raises:
-        ValueError: if it cannot be read, though it could when it was checked; names it.
+        ValueError: if it cannot be read any more, though it could when it was checked; names it.
     """
     try:
         content = store.read(row)

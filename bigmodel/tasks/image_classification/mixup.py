@@ -1,10 +1,11 @@
 """Mixup (Zhang et al. 2017, arXiv 1710.09412) and CutMix (Yun et al. 2019, arXiv 1905.04899).
 
-The partner of a picture is its neighbour in the global order of samples: rows 0 and 1 of a batch are a pair, rows 2 and 3,
-and so on. That order is a function of the seed and the epoch, so the pairs are too, for any number of processes and any even
-size of micro-batch. How a row is mixed is drawn from its own key: the rows of a pair differ in that.
+The partner of an image is its neighbour in the global order of samples: rows 0 and 1 of a batch are a pair, rows 2 and
+3, and so on. That order is a function of the seed and the epoch, so the pairs are too, for any number of processes and
+any even size of micro-batch. The mixing of a row is drawn from its own key, so the rows of a pair are mixed
+differently.
 
-B pictures, C channels, H and W pixels, K classes, N cells of a table.
+B images, C channels, H and W pixels, K classes, N cells of a table.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ _CELLS = 8192
 
 
 class Mix:
-    """Mixes each picture and its target with those of its neighbour; in training only.
+    """Mixes each image and its target with those of its neighbour in the order of samples; in training only.
 
     Args:
-        mixup: alpha of the Beta(alpha, alpha) distribution of the picture's own share; 0: no mixup.
+        mixup: alpha of the Beta(alpha, alpha) distribution of the image's own share; 0: no mixup.
         cutmix: the same for CutMix, where the neighbour's share is a box of that area; 0: no CutMix.
-        p: share of the pictures that are mixed.
+        p: share of the images that are mixed.
         switch_p: share of CutMix among these, where both are on.
 
     Raises:
@@ -57,13 +58,13 @@ class Mix:
         Args:
             images: [B, C, H, W] floating point.
             targets: [B] int64 class numbers, in 0 to K - 1.
-            weight: [B] float32, of each picture in the loss.
+            weight: [B] float32, of each image in the loss.
             keys: [B] int64.
             num_classes: K.
 
         Returns:
             Images [B, C, H, W]; targets [B, K] float32, which sum to 1; weight [B] float32. Weight times cross-entropy is
-            the sum of the two pictures' weighted losses, each times its share.
+            the sum of the two images' weighted losses, each times its share.
 
         Raises:
             ValueError: if B is odd.
@@ -75,7 +76,7 @@ class Mix:
             )
         draws = uniform(keys, MIX_STREAM, 5)
         mixed, cut = draws[:, 0] < self.p, draws[:, 1] < self.switch_p  # each [B]
-        own = torch.ones_like(draws[:, 0])  # [B], share of the row's own picture
+        own = torch.ones_like(draws[:, 0])  # [B], share of the row's own image
         if self._mixup:
             own = torch.where(mixed & ~cut, self._mixup.quantile(draws[:, 2]), own)
         own_here = own[:, None, None, None]  # the same at each pixel
@@ -88,20 +89,22 @@ class Mix:
 
         own_weight, other_weight = own * weight, (1 - own) * _partner(weight)
         weight = own_weight + other_weight
-        # Where both have weight 0, any target will do that sums to 1.
+        # Where both have weight 0, any target that sums to 1 is valid.
         own_part = torch.where(weight > 0, own_weight / torch.where(weight > 0, weight, 1), own)[:, None]
         classes = torch.zeros(batch, num_classes, device=images.device).scatter_(1, targets[:, None], 1.0)
         return images, own_part * classes + (1 - own_part) * _partner(classes), weight
 
 
 def _partner(rows: Tensor) -> Tensor:
-    """Rows [B, ...] with the two of each pair exchanged."""
+    """Swap the two rows of each pair in rows [B, ...]."""
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)  # [B, ...] -> [B/2, 2, ...] -> [B, ...]
 
 
 def _box(own: Tensor, places: Tensor, images: Tensor) -> Tensor:
-    """Mask [B, 1, H, W] of boxes of area (1 - own) of the picture before they are clipped at its border, about centres that
-    are uniform over its pixels (places [B, 2] are uniform random numbers)."""
+    """Return the mask [B, 1, H, W] of boxes of area (1 - own) of the image before clipping at its border.
+
+    Their centres are uniform over its pixels (places [B, 2] are uniform random numbers).
+    """
     height, width = images.shape[2:]
     side = torch.sqrt(1 - own)
     half_height, half_width = (side * height).floor() // 2, (side * width).floor() // 2
@@ -124,7 +127,7 @@ class _Beta:
         self._table = torch.from_numpy((below / (2 * below[-1])).astype(np.float32))
 
     def quantile(self, probabilities: Tensor) -> Tensor:
-        """Quantiles of probabilities [B] float32."""
+        """Return quantiles of probabilities [B] float32."""
         if self._table.device != probabilities.device:
             self._table = self._table.to(probabilities.device)
         lower = torch.minimum(probabilities, 1 - probabilities)

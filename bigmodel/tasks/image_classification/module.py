@@ -1,8 +1,8 @@
-"""Image classification: which of K classes a picture shows.
+"""Image classification: predict which of K classes an image shows.
 
-Loss: cross-entropy in nats per picture, with label smoothing (Szegedy et al. 2016) if asked for.
+Loss: cross-entropy in nats per image, optionally with label smoothing (Szegedy et al. 2016).
 
-B pictures, C channels, S pixels of the square's side, D width of the features, K classes.
+B images, C channels, S pixels of the square's side, D width of the features, K classes.
 """
 
 from __future__ import annotations
@@ -30,26 +30,27 @@ from bigmodel.training.callbacks import GradientScaling
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 
 Picture = Image.Image | np.ndarray | str | Path
-_LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow has it
+_LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow
 
 
 class ImageClassification(LightningModule):
-    """Trains a net that maps pictures [B, C, S, S] to logits [B, K]; evaluates it; classifies pictures with it.
+    """Trains and evaluates a net that maps images [B, C, S, S] to logits [B, K], and classifies images with it.
 
     Args:
-        net: makes the net, called with `num_classes`, `in_channels` and `image_size` (pixels), which the data know.
-        optimizer: makes the optimizer from parameter groups.
-        schedule: the learning rate over the run's optimizer steps; null: constant.
+        net: factory of the net, called with `num_classes`, `in_channels` and `image_size` (pixels), taken from the
+            data.
+        optimizer: factory of the optimizer, called with parameter groups.
+        schedule: learning rate schedule over the run's optimizer steps; null: constant.
         label_smoothing: share of each target that is spread evenly over all classes, in [0, 1); in training only.
-        mean: per channel, subtracted from pictures in 0 to 1; null: the net's own, else the training pictures'.
-        std: per channel, divides what is left.
-        test_flips: also evaluate the mean prediction of each test picture and its mirror image, as `test_flips/...`.
+        mean: per channel, subtracted from images in 0 to 1; null: the net's own, else that of the training images.
+        std: per channel, divides the result; null: as for `mean`.
+        test_flips: also evaluate the mean prediction of each test image and its mirror image, as `test_flips/...`.
 
-    Logs `val/loss` (nats per picture), `val/accuracy`, `val/top5_accuracy`, `val/precision`, `val/recall`, `val/f1` (macro),
-    `val/auroc` (macro, one against the rest), `val/calibration_error` (15 bins), and the same for `test`.
+    Logs `val/loss` (nats per image), `val/accuracy`, `val/top5_accuracy`, `val/precision`, `val/recall`, `val/f1`
+    (macro), `val/auroc` (macro, one against the rest), `val/calibration_error` (15 bins), and the same for `test`.
     """
 
-    counts = "images"  # what a step's count counts
+    counts = "images"  # unit of the count that training_step returns
 
     def __init__(
         self,
@@ -72,10 +73,10 @@ class ImageClassification(LightningModule):
         self.mean: Tensor
         self.std: Tensor
         self.facts: dict[str, Any] = {}  # classes and geometry, as in the checkpoint
-        self.net_config: dict[str, Any] | None = None  # of a net made from files that need not be there any more
+        self.net_config: dict[str, Any] | None = None  # of a net that was built from files which may not exist any more
 
     def setup(self, stage: str) -> None:
-        """Take from the data what they alone know."""
+        """Read classes and geometry from the data module."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage != "predict" and hasattr(data, "classes"):
             self.facts = {"classes": data.classes, "size": data.size, "resize": data.resize}
@@ -94,14 +95,16 @@ class ImageClassification(LightningModule):
         self.flip_metrics = ClassMetrics(known["num_classes"]) if self.test_flips else None
 
     def _statistics(self, num_channels: int) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [C, 1, 1]: as given, else the net's own, else those of the training pictures."""
+        """Return mean and standard deviation [C, 1, 1]: as given, else the net's own, else those of the training
+        images.
+        """
         pair: Any = self.given_statistics
         if pair[0] is None:
             pair = getattr(self.net, "normalization", None)
         if pair is None:
             data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
             prepared = getattr(data, "prepared", None)
-            # Without data they come with the weights.
+            # Without data they are loaded with the weights.
             pair = (
                 (prepared.mean, prepared.std) if prepared is not None else ([0.0] * num_channels, [1.0] * num_channels)
             )
@@ -114,7 +117,7 @@ class ImageClassification(LightningModule):
         return mean, std
 
     def configure_callbacks(self) -> list[Callback]:
-        # The loss is a sum: also a bare Trainer must divide it by the count.
+        # The loss is a sum: a plain Trainer also needs the callback that divides it by the count.
         missing = [kind for kind in (GradientScaling, Report) if get_callback(self.trainer, kind) is None]
         return [kind() for kind in missing]
 
@@ -122,27 +125,29 @@ class ImageClassification(LightningModule):
         return optimizers.configure(self, self.optimizer, self.schedule)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """[B, C, S, S] in 0 to 255 (uint8) or 0 to 1 (float) -> float32 as the net reads it.
+        """Convert [B, C, S, S] in 0 to 255 (uint8) or 0 to 1 (float) to normalized float32, the input of the net.
 
-        Grey pictures are given the net's three channels, coloured ones made grey for a net of one."""
+        Grey images are expanded to the three channels of the net; coloured images are made grey for a net of one
+        channel.
+        """
         images = images.float().div_(255) if images.dtype == torch.uint8 else images.float()
         if images.shape[1] == 3 and len(self.mean) == 1:
             images = (images * images.new_tensor(_LUMINANCE)[:, None, None]).sum(1, keepdim=True)
         return (images - self.mean) / self.std
 
-    # What distillation, evaluation and export need of a task that *SupportsLogits*.
+    # The SupportsLogits protocol, used by distillation, evaluation and export.
 
     def features(self, batch: ImageBatch) -> Tensor:
-        """[B, D], what the head reads; the logits themselves, if the net does not part the two."""
+        """Return what the output layer reads, [B, D]; the logits if the net has no separate output layer."""
         read = getattr(self.net, "features", self.net)
         return read(self.normalize(batch.images))
 
     def logits(self, features: Tensor) -> Tensor:
-        """[..., D] -> [..., K]."""
+        """Map features [..., D] to logits [..., K]."""
         return self.net.logits(features) if hasattr(self.net, "logits") else features
 
     def targets(self, batch: ImageBatch) -> Tensor:
-        """Class numbers [B], or distributions [B, K] where pictures were mixed."""
+        """Return class indices [B], or distributions [B, K] where images were mixed."""
         return batch.targets
 
     @property
@@ -151,8 +156,9 @@ class ImageClassification(LightningModule):
         return self.facts.get("classes")
 
     def imported(self, path: str, flag: str) -> ImageClassification:
-        """A classifier of transformers that tells this task's classes, as it was published; see
-        `bigmodel.protocols.SupportsFromPretrained`."""
+        """Load an image classifier of transformers with this task's classes, unchanged; see
+        `bigmodel.protocols.SupportsFromPretrained`.
+        """
         from bigmodel.tasks.image_classification.hugging_face import as_published
 
         known = sizes(self)
@@ -175,7 +181,7 @@ class ImageClassification(LightningModule):
         return {"loss": (loss * batch.weight).sum(), "count": len(loss)}
 
     def validation_step(self, batch: ImageBatch) -> dict[str, Tensor]:
-        """Of each picture: its number, loss, class, predicted class and that one's probability; for `Report`."""
+        """Return index, loss, class, predicted class and its probability for each image; used by `Report`."""
         real = batch.weight > 0
         logits = self.logits(self.features(batch)).float()[real]
         targets = batch.targets[real]
@@ -208,7 +214,7 @@ class ImageClassification(LightningModule):
         metrics.reset()
 
     def predict_step(self, batch: ImageBatch) -> dict[str, Any]:
-        """Of each picture: path, class, that one's probability, and the probabilities [n, K] of all classes."""
+        """Return path, class, its probability, and the probabilities [n, K] of all classes for each image."""
         real = batch.weight > 0
         probabilities = self.logits(self.features(batch)).float()[real].softmax(-1)
         probability, predicted = probabilities.max(-1)
@@ -222,10 +228,10 @@ class ImageClassification(LightningModule):
         }
 
     def prediction_metadata(self) -> dict[str, str]:
-        """What is written into a file of predictions: the classes, in the order of `probabilities`, as JSON."""
+        """Metadata of a file of predictions: the classes, in the order of `probabilities`, as JSON."""
         return {"classes": json.dumps(self.facts["classes"])}
 
-    # Classes and geometry travel in the checkpoint, so that a loaded task classifies pictures with no data present.
+    # The checkpoint holds classes and geometry, so that a loaded task can classify images without the data.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["pictures"] = self.facts
@@ -244,15 +250,15 @@ class ImageClassification(LightningModule):
         self.net_config = checkpoint.get("net_config")
 
     def forward(self, images: Tensor | Picture | Sequence[Picture]) -> Any:
-        """Classify pictures.
+        """Classify images.
 
         Args:
-            images: a picture (a PIL image, a path, or pixels [H, W] or [H, W, C] of uint8), or several; or a batch
+            images: an image (a PIL image, a path, or pixels [H, W] or [H, W, C] of uint8), or several; or a batch
                 [B, C, S, S] of uint8, or of floats in 0 to 1.
 
         Returns:
-            The classes with their probabilities, the likeliest first; for several pictures, a list of these; for a batch,
-            the logits [B, K].
+            The classes with their probabilities, the most likely first; for several images, a list of these; for a
+            batch, the logits [B, K].
         """
         if isinstance(images, Tensor):
             read = getattr(self.net, "features", self.net)

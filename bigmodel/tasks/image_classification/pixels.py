@@ -1,6 +1,6 @@
-"""Decode many pictures in worker processes: into a file, and into the mean and standard deviation of their colours.
+"""Decodes many images in worker processes, to write them to a file and to compute mean and standard deviation.
 
-N pictures, C channels.
+N images, C channels.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from bigmodel.data.worker_pool import WorkerPool
 from bigmodel.tasks.image_classification.images import decode_from
 from bigmodel.tasks.image_classification.scan import BLOCK, load_store
 
-BLOCK_BYTES = 2**24  # of pixels, about what a worker process decodes at once, if these are fewer pictures than `BLOCK`
+BLOCK_BYTES = 2**24  # pixels that a worker process decodes at once, about, if these are fewer images than `BLOCK`
 
 _WIDTH = 1024
 
 
 class Colours(NamedTuple):
-    """Sums over pixels of uint8, exact in any order: how many, their sum [C], the sum of their squares [C]."""
+    """Sums over pixels of uint8, exact in any order: number of pixels, sum [C], sum of squares [C]."""
 
     num_pixels: int
     total: tuple[int, ...]
     squares: tuple[int, ...]
 
     def mean(self) -> list[float]:
-        """[C], 0 to 1."""
+        """Mean [C], 0 to 1."""
         return [total / self.num_pixels / 255 for total in self.total]
 
     def std(self) -> list[float]:
-        """[C], of pixels from 0 to 1; at least 1/255."""
+        """Standard deviation [C], of pixels from 0 to 1; at least 1/255."""
         moments = zip(self.total, self.squares, strict=True)
         variances = [(squares * self.num_pixels - total**2) / self.num_pixels**2 for total, squares in moments]
         return [max(1.0, variance**0.5) / 255 for variance in variances]
@@ -44,13 +44,13 @@ class Colours(NamedTuple):
 
 @dataclass(frozen=True)
 class Decoding:
-    """How and where to some pictures are decoded.
+    """Settings of decoding, and the output file.
 
     Attributes:
         store_file: their store, see `load_store`.
-        geometry: what they become.
-        whole: whether all of each picture is kept.
-        path: the file that their pixels are written to, one after the other; None: nowhere.
+        geometry: of the decoded images.
+        whole: keep all of each image.
+        path: the file that their pixels are written to, concatenated; None: no file.
     """
 
     store_file: str
@@ -59,13 +59,13 @@ class Decoding:
     path: Path | None
 
     def run(self, workers: WorkerPool, rows: np.ndarray, shapes: np.ndarray, advance: Callable[[int], None]) -> Colours:
-        """Decode pictures.
+        """Decode images.
 
         Args:
-            workers: that do it.
-            rows: [N], which pictures of the store.
-            shapes: [N, 2], height and width that they will have.
-            advance: told how many more are done.
+            workers: the worker processes.
+            rows: [N], numbers of the images in the store.
+            shapes: [N, 2], height and width after decoding.
+            advance: called with the number of newly decoded images.
 
         Raises:
             ValueError: if one cannot be decoded as expected, though it could when it was checked; names it.
@@ -92,11 +92,11 @@ class Decoding:
 
 
 def _decode_block(how: Decoding, block: tuple[int, np.ndarray, np.ndarray]) -> Colours:
-    """Decode some pictures and write them where they belong in the file; run in a worker process.
+    """Decode some images and write them at their offset in the file; run in a worker process.
 
     Args:
-        how: see there.
-        block: where in the file they begin [bytes], their rows and shapes.
+        how: see `Decoding`.
+        block: their offset in the file [bytes], rows and shapes.
     """
     start, rows, shapes = block
     store = load_store(how.store_file)
@@ -116,7 +116,7 @@ def _decode_block(how: Decoding, block: tuple[int, np.ndarray, np.ndarray]) -> C
 
 
 def _sums(values: np.ndarray) -> tuple[int, ...]:
-    """Sum over the first dimension of values [P, C]; ten times as fast as numpy's own, which goes C numbers at a time."""
+    """Sum over the first dimension of values [P, C]; ten times as fast as numpy's sum, which adds C numbers at a time."""
     wide = len(values) - len(values) % _WIDTH
     sums = values[:wide].reshape(-1, _WIDTH * values.shape[1]).sum(0, dtype=np.int64)  # [P, C] -> [P / width, width C]
     total = sums.reshape(_WIDTH, -1).sum(0) + values[wide:].sum(0, dtype=np.int64)  # [width C] -> [width, C] -> [C]

@@ -1,7 +1,7 @@
-"""Prepare pictures once: check them, deal them out, and, if they fit, decode them into files that are mapped into memory.
+"""Prepare images once: check and split them, and, if they fit, decode them into memory-mapped files.
 
-The key of a prepared folder is a hash of the pictures' contents in their order, of their labels and splits, and of the
-geometry; not of paths, so a folder of pictures may be moved. Layout::
+The key of a prepared folder is a hash of the images' contents in their order, of their labels and splits, and of the
+geometry; not of paths, so a folder of images may be moved. Layout::
 
     <cache>/<key>/          see images.py
     <cache>/scans/          see scan.py
@@ -32,14 +32,14 @@ from bigmodel.tasks.image_classification.splits import Split, draw_shots
 if TYPE_CHECKING:
     from bigmodel.tasks.image_classification.batch import Source, Store
 
-DECODED_BYTES = 4 * 10**9  # up to which pictures are decoded if nobody says
-MEASURED = 5000  # pictures at most that mean and standard deviation are taken of, where squares of all are not at hand
-_SHOWN = 10  # bad pictures named in an error
+DECODED_BYTES = 4 * 10**9  # maximum size of decoded images by default
+MEASURED = 5000  # maximum number of images for mean and standard deviation, if squares of all are not available
+_SHOWN = 10  # bad images named in an error
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A split: rows [N] of a store, their labels [N], and what the scan found of them."""
+    """A split: rows [N] of a store, their labels [N], and the results of the scan."""
 
     store: Store
     rows: np.ndarray
@@ -48,24 +48,24 @@ class _Part:
     stored: Stored = "no"
 
     def take(self, which: np.ndarray) -> _Part:
-        """Only these pictures [M] of the split."""
+        """Return only these images [M] of the split."""
         found = Scan(*(column[which] for column in self.found))
         return replace(self, rows=self.rows[which], labels=self.labels[which], found=found)
 
     def shapes(self, geometry: Geometry) -> np.ndarray:
-        """[N, 2] height and width of the pictures as they are stored; of the originals if they are not."""
+        """Return [N, 2] height and width of the images as they are stored; of the originals if they are not."""
         if self.stored == "square":
             return np.full((len(self.rows), 2), geometry.size, np.int32)
         return geometry.whole_sizes(self.found.sizes) if self.stored == "whole" else self.found.sizes
 
     def num_bytes(self, geometry: Geometry) -> int:
-        """Of all pixels that are stored."""
+        """Return the bytes of all stored pixels."""
         return (
             0 if self.stored == "no" else int(self.shapes(geometry).astype(np.int64).prod(1).sum()) * geometry.channels
         )
 
     def content(self) -> str:
-        """A hash of the contents and labels in their order."""
+        """Return a hash of the contents and labels in their order."""
         return hashlib.sha256(self.found.hashes.tobytes() + self.labels.astype("<i8").tobytes()).hexdigest()
 
 
@@ -86,31 +86,31 @@ def prepare(
     seed: int = 0,
     num_processes: int | None = None,
 ) -> Prepared:
-    """Check the pictures, deal them out, and make their prepared folder, unless it is there. Any number of processes may
-    do so at once.
+    """Check and split the images, and make their prepared folder, unless it exists. Any number of processes may
+    do so at the same time.
 
-    Mean and standard deviation are those of the training pictures in the geometry of evaluation: of all if those are stored
-    that way, else of at most 5,000, spread evenly. Where nothing is trained, they are those of the first split.
+    Mean and standard deviation are those of the training images in the geometry of evaluation: of all if those are
+    stored that way, else of at most 5,000, spread evenly. Where nothing is trained, they are those of the first split.
 
     Args:
-        source: what was found at a path.
+        source: the images found at a path.
         size: S, edge of the square that the net reads [pixels].
-        resize: to which the shorter edge is resized before the middle is cut out [pixels]; None: `size`.
-        channels: 1 or 3; None: 1 if all training pictures are grey, else 3.
-        whole: training pictures keep all that is in them, so that they can be cropped at random.
-        split: how pictures are dealt out; None: the splits stay as they are found.
-        on_bad: what to do about pictures that cannot be used: raise an error, or skip them.
+        resize: length of the shorter edge after resizing, before the centre crop [pixels]; None: `size`.
+        channels: 1 or 3; None: 1 if all training images are grey, else 3.
+        whole: store training images uncropped, so that they can be cropped at random.
+        split: shares of the splits; None: the splits of the source are used.
+        on_bad: action for images that cannot be used: raise an error, or skip them.
         decoded: store pixels; None: if all of them take at most 4 GB.
         cache: folder of the task.
-        max_pixels: a picture with more is bad.
-        classes: names of those that are used; None: all.
-        shots: training pictures of each class that are used, drawn by `seed`; None: all.
+        max_pixels: an image with more is invalid.
+        classes: names of the classes to use; None: all.
+        shots: number of training images per class, drawn by `seed`; None: all.
         seed: see `shots`.
         num_processes: worker processes; None: one per core.
 
     Raises:
-        ValueError: if pictures are bad and not to be skipped, a split or a class stays empty, or an argument is wrong.
-        OSError: if the disk is full; says how much is needed where.
+        ValueError: if images are bad and not to be skipped, a split or a class stays empty, or an argument is wrong.
+        OSError: if the disk is full; the message names the required space and the place.
     """
     resize = size if resize is None else resize
     _check_settings(size, resize, channels)
@@ -186,7 +186,7 @@ def _check_settings(size: int, resize: int, channels: int | None) -> None:
 
 
 def _bad(parts: dict[str, _Part], on_bad: str) -> list[str]:
-    """Names of the pictures that cannot be used; an error if they are not to be skipped."""
+    """Return the names of the images that cannot be used; raise an error if they are not to be skipped."""
     if on_bad not in ("error", "skip"):
         raise ValueError(f"--data.on_bad {on_bad}: error or skip is accepted")
     bad = [(part, row) for part in parts.values() for row in np.flatnonzero(part.found.errors != "").tolist()]
@@ -202,7 +202,7 @@ def _bad(parts: dict[str, _Part], on_bad: str) -> list[str]:
 
 
 def _chosen(source: Source, parts: dict[str, _Part], classes: Sequence[str]) -> tuple[Source, dict[str, _Part]]:
-    """Only pictures of these classes, which are numbered anew in the order that they had."""
+    """Select only images of these classes, which are renumbered in the same order."""
     if missing := [name for name in classes if name not in source.classes]:
         raise ValueError(
             f"--data.classes {first_of(missing, 3)}: there is no such class but {first_of(source.classes, _SHOWN)}"
@@ -217,7 +217,7 @@ def _chosen(source: Source, parts: dict[str, _Part], classes: Sequence[str]) -> 
 
 
 def _dealt(parts: dict[str, _Part], split: Split) -> dict[str, _Part]:
-    """The splits that are trained and evaluated with: those of the source, a missing one dealt out."""
+    """Return the splits for training and evaluation: those of the source, and missing ones drawn from train."""
     if "all" in parts:
         whole, dealing = parts["all"], split
     elif "train" in parts and "val" not in parts and split.val > 0:
@@ -229,7 +229,7 @@ def _dealt(parts: dict[str, _Part], split: Split) -> dict[str, _Part]:
 
 
 def _check_parts(parts: dict[str, _Part], source: Source, left_out: list[str], split: Split | None) -> None:
-    """Refuse what nothing can be learnt from, or measured with."""
+    """Check that the splits can be used for training and evaluation."""
     skipped = f" ({len(left_out):,} that cannot be used were left out)" if left_out else ""
     dealt = f", dealt out by {split}" if set(parts) != set(source.splits) else ""
     for name, part in parts.items():
@@ -257,7 +257,7 @@ def _check_parts(parts: dict[str, _Part], source: Source, left_out: list[str], s
 
 
 def _say_copies(parts: dict[str, _Part]) -> None:
-    """Data sets that come with splits may have pictures in several of them: then evaluation is not of unseen pictures."""
+    """Report images that are in several splits of a dataset: then evaluation is not on unseen images."""
     for name, part in parts.items():
         if name != "train" and "train" in parts:
             seen = np.isin(part.found.hashes.view("V16"), parts["train"].found.hashes.view("V16"))
@@ -266,7 +266,7 @@ def _say_copies(parts: dict[str, _Part]) -> None:
 
 
 def _reference(parts: dict[str, _Part]) -> str:
-    """The split that says what pictures are like."""
+    """Return the split that determines the statistics and the number of channels."""
     return "train" if "train" in parts else next(iter(parts))
 
 

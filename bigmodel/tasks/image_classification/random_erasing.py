@@ -1,6 +1,6 @@
 """Random erasing, Zhong et al. 2017 (arXiv 1708.04896).
 
-B pictures, C channels, H and W pixels.
+B images, C channels, H and W pixels.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _TRIES = 10  # until a box fits; at the defaults nearly every first one does
 
 
 class RandomErasing(Transform):
-    """Paints over a box in some pictures.
+    """Erases a box in some images.
 
-    Noise is uniform over the values of a pixel, for each pixel and channel by itself, as in the paper. (Where pictures are
-    erased after normalization, other libraries take standard normal noise instead.)
+    Noise is uniform over the values of a pixel, independent for each pixel and channel, as in the paper. (Where images
+    are erased after normalization, other libraries take standard normal noise instead.)
 
     Args:
-        p: share of the pictures in which a box is erased.
-        scale: smallest and largest share of the picture's area.
+        p: share of the images in which a box is erased.
+        scale: smallest and largest share of the image's area.
         ratio: smallest and largest width over height; its logarithm is uniform.
         value: noise, or one number in 0 (black) to 1 (white).
     """

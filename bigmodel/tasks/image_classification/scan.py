@@ -1,12 +1,12 @@
-"""Look at every picture once: is it whole, how large, is it grey, and what identifies its content.
+"""Scan of every image: integrity, size, whether it is grey, and a hash of its content.
 
-Each picture is read and decoded (a JPEG at an eighth of its size, which still goes through all of its data) in worker
-processes. What was found is remembered in the cache under the stamps of all pictures (names, sizes, dates), so a second
-start reads no picture that was good::
+Each image is read and decoded (a JPEG at an eighth of its size, which still processes all of its data) in worker
+processes. The results are cached under the stamps of all images (names, sizes, dates), so a second start reads no image
+that was valid::
 
     <cache>/scans/<hash of the stamps>.npz      hashes, sizes, grey of a `Scan`, and which are bad
 
-N pictures.
+N images.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from bigmodel.data.worker_pool import WorkerPool
 if TYPE_CHECKING:
     from bigmodel.tasks.image_classification.batch import Store
 
-VERSION = 1  # of what is remembered
-BLOCK = 64  # pictures that a worker process takes at once
+VERSION = 1  # of the cached results
+BLOCK = 64  # images that a worker process takes at once
 
-_KEY = b"bigmodel pictures"  # of the hash: it decides about splits, so it stays as it is
+_KEY = b"bigmodel pictures"  # of the hash: it determines splits, so it must not change
 
 
 class Scan(NamedTuple):
-    """What was found in N pictures.
+    """Scan results of N images.
 
     Attributes:
         hashes: [N, 16] uint8, BLAKE2b of the contents: of a file's bytes, or of shape and pixels.
-        sizes: [N, 2] int32, height and width of the upright pictures.
-        grey: [N] bool, whether no pixel has a colour.
-        errors: [N] of str, empty where the picture is good, else why it cannot be used.
+        sizes: [N, 2] int32, height and width of the upright images.
+        grey: [N] bool, True if no pixel has a colour.
+        errors: [N] of str, empty for a valid image, else the reason why it cannot be used.
     """
 
     hashes: np.ndarray
@@ -55,17 +55,17 @@ class Scan(NamedTuple):
 
 
 def scan(stores: Mapping[str, Store], cache: Path, max_pixels: int, num_processes: int) -> dict[str, Scan]:
-    """Scan the pictures of each store, or remember what was found there.
+    """Scan the images of each store, or read the cached results.
 
     Args:
         stores: by the name of their split.
-        cache: folder that remembers.
-        max_pixels: of a picture; larger ones are errors.
+        cache: folder of the cached results.
+        max_pixels: of an image; larger ones are errors.
         num_processes: worker processes.
     """
     memories = {name: _memory(store, cache, max_pixels) for name, store in stores.items()}
     scans = {name: _remembered(memories[name], len(store)) for name, store in stores.items()}
-    # What was bad is looked at again: it may have been the disk, or another version of Pillow.
+    # Invalid images are scanned again: the cause may have been the disk, or another version of Pillow.
     rows = {name: np.flatnonzero(found.errors != "") for name, found in scans.items()}
     total = sum(map(len, rows.values()))
     if total == 0:
@@ -89,7 +89,7 @@ def scan(stores: Mapping[str, Store], cache: Path, max_pixels: int, num_processe
 
 @contextmanager
 def store_files(stores: Mapping[str, Store]) -> Iterator[dict[str, str]]:
-    """Files from which worker processes load the stores (`load_store`), each process once, whatever a store weighs."""
+    """Write files from which worker processes load the stores (`load_store`), each process once, whatever the size."""
     with tempfile.TemporaryDirectory(prefix="bigmodel-") as folder:
         files = {name: os.path.join(folder, name) for name in stores}
         for name, store in stores.items():
@@ -100,14 +100,14 @@ def store_files(stores: Mapping[str, Store]) -> Iterator[dict[str, str]]:
 
 @functools.lru_cache(maxsize=4)
 def load_store(file: str) -> Store:
-    """A store from one of the `store_files`."""
+    """Load a store from one of the `store_files`."""
     with open(file, "rb") as stream:
         store: Store = pickle.load(stream)
     return store
 
 
 def content_hash(content: bytes | np.ndarray) -> np.ndarray:
-    """[16] uint8 that stand for the content of a picture's file, or for its pixels."""
+    """Return a hash [16] uint8 of the content of an image's file, or of its pixels."""
     digest = hashlib.blake2b(digest_size=16, key=_KEY)
     if isinstance(content, np.ndarray):
         digest.update(f"{content.dtype.kind}{content.dtype.itemsize}{list(content.shape)}".encode())
@@ -118,7 +118,7 @@ def content_hash(content: bytes | np.ndarray) -> np.ndarray:
 
 
 def _scan_block(max_pixels: int, block: tuple[str, np.ndarray]) -> Scan:
-    """Scan some pictures of a store; run in a worker process."""
+    """Scan some images of a store; run in a worker process."""
     file, rows = block
     store = load_store(file)
     found = _nothing(len(rows))
@@ -137,19 +137,19 @@ def _scan_block(max_pixels: int, block: tuple[str, np.ndarray]) -> Scan:
 
 
 def _nothing(n: int) -> Scan:
-    """Of n pictures nothing is known."""
+    """Return an empty result for n images."""
     return Scan(
         np.zeros((n, 16), np.uint8), np.zeros((n, 2), np.int32), np.zeros(n, bool), _unscanned(np.ones(n, bool))
     )
 
 
 def _unscanned(rows: np.ndarray) -> np.ndarray:
-    """Errors [n] of pictures of which these [n] bool are not scanned."""
+    """Return errors [n] for images, of which these [n] bool are not scanned."""
     return np.where(rows, "not scanned", "").astype(object)
 
 
 def _memory(store: Store, cache: Path, max_pixels: int) -> Path | None:
-    """The file that remembers a store as it is now; None if the store cannot tell when it changes."""
+    """Return the cache file of a store in its present state; None if the store cannot detect changes."""
     key = hashlib.sha256(repr([VERSION, max_pixels]).encode())
     for i in range(len(store)):
         stamp = store.stamp(i)
@@ -165,7 +165,7 @@ def _remembered(memory: Path | None, n: int) -> Scan:
     try:
         with open(memory, "rb") as stream, np.load(stream) as arrays:
             return Scan(arrays["hashes"], arrays["sizes"], arrays["grey"], _unscanned(arrays["bad"]))
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # cut short by a crash of the machine
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # truncated by a crash of the machine
         return _nothing(n)
 
 

@@ -1,11 +1,11 @@
-"""Dealing pictures out to training, validation and test, alike on every machine.
+"""Split of images into training, validation and test, the same on every machine.
 
-Within each class the pictures are put in the order of the hashes of their contents (BLAKE2b keyed by a constant, see
-scan.py), in which neither names nor places nor dates count. The first of that order are the test split, the last the
-validation split, and what lies between is for training. So a picture that is added, removed or renamed moves at most two
-others, none ever goes from test to validation or back, and changing one share leaves the other split as it was.
+Within each class the images are sorted by the hashes of their contents (BLAKE2b keyed by a constant, see scan.py),
+which do not depend on names, places or dates. The first are the test split, the last the validation split, and the rest
+is for training. So an image that is added, removed or renamed moves at most two others, none ever goes from test to
+validation or back, and changing one share leaves the other split as it was.
 
-N pictures.
+N images.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from bigmodel.data.split_shares import check_shares
 
 @dataclass
 class Split:
-    """How many pictures of each class are kept from training.
+    """Shares of images of each class for validation and test.
 
-    Data that come with splits keep them: then `val` counts only where there is no validation split, and is dealt out of the
-    training split; `test` does not count.
+    Data with splits keep them: then `val` is used only if there is no validation split, which is drawn from the
+    training split; `test` is ignored.
 
     Args:
         val: share of each class for validation, at least 0 (no such split) and below 1.
@@ -39,7 +39,7 @@ class Split:
         check_shares(self.val, self.test)
 
     def deal(self, labels: np.ndarray, hashes: np.ndarray) -> dict[str, np.ndarray]:
-        """Numbers of the pictures in train, and in val and test where their shares are not 0; each ascending.
+        """Return numbers of the images in train, and in val and test if their shares are not 0; each ascending.
 
         Equal contents go to the same split, and count once, in the lowest of their classes. Counts per class are rounded to
         the nearest, but are at least 1 in a class that has more contents than there are splits.
@@ -61,20 +61,22 @@ class Split:
         return {name: np.flatnonzero(split[content] == name) for name, share in shares.items() if share > 0}
 
     def _count(self, share: float, contents: int) -> int:
-        """Of so many contents of a class, how many a split with this share gets."""
+        """Return the number of contents of a class for a split with this share."""
         num_splits = 1 + (self.val > 0) + (self.test > 0)
         return max(int(share * contents + 0.5), int(share > 0 and contents > num_splits))
 
 
 def draw_shots(labels: np.ndarray, hashes: np.ndarray, classes: Sequence[str], shots: int, seed: int) -> np.ndarray:
-    """Numbers of so many training pictures of each class, ascending: the first in an order of the seed's, so that fewer
-    shots are among more. Equal contents count once.
+    """Return numbers of `shots` training images of each class, ascending.
+
+    They are the first in an order that depends on the seed, so that fewer shots are a subset of more. Equal contents
+    count once.
 
     Args:
         labels: [N] class numbers.
         hashes: [N, 16] uint8, of the contents.
         classes: names, by class number.
-        shots: pictures of each class.
+        shots: images of each class.
         seed: determines which.
 
     Raises:

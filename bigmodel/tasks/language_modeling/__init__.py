@@ -1,4 +1,4 @@
-"""Language modeling: text in, a model that continues text out."""
+"""Language modeling: train a model that continues text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for and no more: the processes that tokenize need neither torch nor Lightning."""
+    """Import on first access: the processes that tokenize need neither torch nor Lightning."""
     for module, names in _WHERE.items():
         if name in names:
             return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -35,7 +35,7 @@ run's training documents. Interrupted, the same words go on.
 
 
 def run_generate(argv: list[str]) -> None:
-    """Load a run and stream what it generates to the terminal."""
+    """Load a run and stream the generated text to the terminal."""
     if {"-h", "--help"} & set(argv):
         print(_HELP, end="")
         return

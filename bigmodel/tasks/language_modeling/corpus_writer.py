@@ -1,10 +1,11 @@
-"""`bigmodel generate RUN --documents N --out FOLDER`: a trained model's own text, for a student to be trained on.
+"""`bigmodel generate RUN --documents N --out FOLDER`: generate a corpus with a trained model, to train a student on.
 
-Sequence-level distillation, Kim and Rush 2016 (arXiv 1606.07947), with text that is drawn in place of the likeliest: a model
-that only goes on with beginnings has no one right answer to each.
+Sequence-level distillation, Kim and Rush 2016 (arXiv 1606.07947), with sampled text instead of the most likely text: a
+model that continues a text has no single right answer.
 
-A document is a function of the weights, its number, the seed and the flags, whatever the batch it is written in, but for the
-rounding of sums. All lie beside the final folder until the last is there, so what has the final name is whole::
+A document is a function of the weights, its number, the seed and the flags. It does not depend on the batch it is
+generated in, except for rounding errors. All files are written to a temporary folder, which is renamed when the last is
+written; so a folder with the final name is complete::
 
     FOLDER/0000000.txt ...        a document each
     FOLDER/generated.json         what they are a function of
@@ -22,21 +23,22 @@ from typing import Any
 from bigmodel.data.cache import progress, publish, say, write_text
 
 _BATCH_SIZE = 32  # documents
-_CUT = "cut"  # numbers of the documents that met no end
+_CUT = "cut"  # numbers of the documents that reached no end
 
 
 def write_documents(name: str, task: Any, data: Any, weights: str, options: dict[str, Any]) -> None:
-    """Write what is missing, with a progress bar.
+    """Write the missing documents, with a progress bar.
 
     Args:
         name: of the run, for messages.
         task: loaded, on its device.
-        data: of the run; not set up.
-        weights: digest that stands for them.
+        data: data module of the run; not set up.
+        weights: digest of the weights.
         options: flags by name: documents, out, seed, batch_size and those of the task's `write_documents`.
 
     Raises:
-        ValueError: for a flag that is out of range or unknown, a folder that is there already, or a task that writes none.
+        ValueError: for a flag that is out of range or unknown, a folder that exists already, or a task that cannot
+            generate documents.
     """
     from bigmodel.protocols import SupportsCorpusGeneration
 
@@ -71,7 +73,7 @@ def _number(options: dict[str, Any], name: str, least: int, default: int | None 
 
 
 def _begin(final: Path, settings: Mapping[str, Any]) -> Path:
-    """The folder to fill: a new one, or one that was begun with the same settings."""
+    """Return the folder to fill: a new one, or one that was begun with the same settings."""
     if final.exists():
         raise ValueError(f"--out {final} is there already: name another folder, or remove it")
     partial = final.with_name(f".{final.name}.partial")
@@ -116,7 +118,7 @@ def _cut(folder: Path) -> list[str]:
 
 
 def _write(file: Path, text: str) -> None:
-    """All of a file, or nothing of it."""
+    """Write a file atomically."""
     beside = file.with_suffix(".new")
     write_text(beside, text)
     beside.replace(file)

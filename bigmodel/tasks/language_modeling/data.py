@@ -1,4 +1,4 @@
-"""Text as packed windows of tokens: the data module, its data set and its batch.
+"""Text as packed windows of tokens: the data module, its dataset and its batch.
 
 Dimensions: B sequences, T context length [tokens].
 """
@@ -23,18 +23,18 @@ from bigmodel.tasks.language_modeling.splits import DocumentHashSplit, Split
 from bigmodel.tasks.language_modeling.tokenizer import Tokenizer
 from bigmodel.tasks.language_modeling.tokenizer_config import BPE, TokenizerConfig
 
-IGNORED = -100  # a target that is not there
-BEGINNING = 2**14  # of a document that another begins with [bytes]: more than any prompt
+IGNORED = -100  # target of a position without a target
+BEGINNING = 2**14  # maximum length of the start of a document that is used as a prompt [bytes]
 
 
 class TextBatch(NamedTuple):
     """Windows of text.
 
     Attributes:
-        tokens: [B, T] int64, what the net reads.
+        tokens: [B, T] int64, the input.
         targets: [B, T] int64, the token after each; -100 past the end of a split.
-        index: [B] int64, which window of the split.
-        weight: [B] float32, 0 for rows that only fill up a batch.
+        index: [B] int64, number of the window in its split.
+        weight: [B] float32, 0 for padding rows.
     """
 
     tokens: Tensor
@@ -44,14 +44,16 @@ class TextBatch(NamedTuple):
 
 
 class Windows(Dataset[TextBatch]):
-    """A split cut into windows of T tokens: window i reads tokens iT to iT + T and predicts each one's successor, so every
-    token but the first is predicted exactly once.
+    """Dataset of a split cut into windows of T tokens.
+
+    Window i reads tokens iT to iT + T and predicts the successor of each, so every token but the first is predicted
+    exactly once.
 
     Args:
-        tokens: the split's.
+        tokens: tokens of the split.
         context_length: T.
-        end_of_text: id that fills the input past the split's end.
-        partial: whether a last window of fewer than T targets is kept.
+        end_of_text: id that pads the input after the end of the split.
+        partial: keep a last window with fewer than T targets.
     """
 
     def __init__(self, tokens: Tokens, context_length: int, end_of_text: int, partial: bool) -> None:
@@ -63,11 +65,11 @@ class Windows(Dataset[TextBatch]):
         return self._length
 
     def __getitem__(self, index: int) -> TextBatch:
-        """One window, without the batch dimension."""
+        """Return one window, without the batch dimension."""
         return TextBatch(*(field[0] for field in self.__getitems__([index])))
 
     def __getitems__(self, indices: list[int]) -> TextBatch:
-        """The windows of these numbers as one batch."""
+        """Return the windows of these numbers as one batch."""
         T = self.context_length
         windows = np.empty((len(indices), T + 1), np.int64)
         for row, index in zip(windows, indices, strict=True):
@@ -80,27 +82,27 @@ class Windows(Dataset[TextBatch]):
 
 
 class TextData(L.LightningDataModule):
-    """Files of text or code, tokenized once into a cache, as windows of tokens.
+    """Windows of tokens from files of text or code, which are tokenized once into a cache.
 
     Args:
-        path: files, folders or globs (** is any depth); each file is a document, in UTF-8. In a folder, the files with a
-            suffix of text or code are taken. {stdlib} is the folder of this Python's standard library.
+        path: files, folders or globs (** is any depth); each UTF-8 file is one document. In a folder, the files with a
+            suffix of text or code are used. {stdlib} is the folder of this Python's standard library.
         tokenizer: BPE (by default), Pretrained, FromRun, Bytes or Characters, all of bigmodel.tasks.language_modeling.
-        split: which documents are for validation and test: DocumentHashSplit (by default), ContiguousSplit or FileSplit.
+        split: assigns documents to validation and test: DocumentHashSplit (by default), ContiguousSplit or FileSplit.
         context_length: tokens per sequence.
         batch_size: sequences per optimizer step over all processes.
-        micro_batch_size: sequences one process takes at once; by default its whole share of the batch.
-        exclude: patterns of files to leave out, matched with the path below the folder or glob; * also matches /.
-        cache_dir: where prepared text is kept; by default $BIGMODEL_CACHE or ~/.cache/bigmodel.
+        micro_batch_size: sequences per forward pass of one process; by default its whole share of the batch.
+        exclude: patterns of files to exclude, matched with the path below the folder or glob; * also matches /.
+        cache_dir: folder of the prepared text; by default $BIGMODEL_CACHE or ~/.cache/bigmodel.
         num_processes: processes that tokenize; by default one per core.
-        num_workers: processes that read batches ahead; 0 reads them in the training process, which takes microseconds.
+        num_workers: processes that prefetch batches; 0 reads them in the training process, which takes microseconds.
         seed: with the epoch, determines the order of the sequences.
 
     Attributes:
-        sizes: what a net must know: vocab_size, context_length. After `setup`, like all that follows.
+        sizes: sizes that the net is built with: vocab_size, context_length. Set by `setup`, like all below.
         fingerprint: hash of the tokens and the tokenizer.
         tokenizer: the loaded `Tokenizer`.
-        prepared: what the prepared folder holds.
+        prepared: description of the prepared folder.
     """
 
     sizes: dict[str, int]
@@ -139,16 +141,16 @@ class TextData(L.LightningDataModule):
 
     @property
     def plan(self) -> Plan:
-        """The checked input, dealt out to splits, and the folder it is prepared in."""
+        """The checked input, assigned to splits, and the folder where it is prepared."""
         if self._plan is None:
             self._plan = make_plan(self.path, self.choice, self.split, self.exclude, self.cache_dir)
         return self._plan
 
     def prepare_data(self) -> None:
-        """Tokenize, unless this text was tokenized before with these settings.
+        """Tokenize the text, unless the cache holds it for these settings.
 
         Raises:
-            ValueError: if the input cannot be used as asked; see `make_plan`.
+            ValueError: if the input or a setting is invalid; see `make_plan`.
             OSError: if the disk is full.
         """
         prepare(self.plan, self.num_processes)
@@ -157,7 +159,7 @@ class TextData(L.LightningDataModule):
         """Open the prepared text.
 
         Raises:
-            ValueError: if it was not prepared, or the train split holds no window.
+            ValueError: if it was not prepared, or the train split has no window.
         """
         if self._windows:
             return
@@ -179,7 +181,7 @@ class TextData(L.LightningDataModule):
         }
 
     def windows(self, split: str) -> Windows:
-        """The data set of a split.
+        """Return the dataset of a split.
 
         Raises:
             ValueError: if there is no such split.
@@ -189,20 +191,22 @@ class TextData(L.LightningDataModule):
         return self._windows[split]
 
     def bytes_per_token(self, split: str) -> float:
-        """Bytes of UTF-8 per predicted token; bits per byte = loss / ln 2 / this, for a loss in nats per token."""
+        """UTF-8 bytes per predicted token; bits per byte = loss / ln 2 / this, for a loss in nats per token."""
         return self.prepared.splits[split].bytes / self.windows(split).num_predicted
 
     def split_text(self, split: str) -> Iterator[str]:
-        """The split's own text, in pieces of at most 64 KiB, with nothing between documents."""
+        """Yield the raw text of a split, in pieces of at most 64 KiB, with nothing between documents."""
         for segment in self.plan.splits[split]:
             yield from blocks(segment)
 
     def beginnings(self, numbers: Sequence[int], seed: int) -> list[str]:
-        """How documents of the train split begin, up to `BEGINNING` bytes of each: of as many different ones as there are,
-        in an order that depends on the seed, and then again. Needs no `setup`.
+        """Return the starts of documents of the train split, up to `BEGINNING` bytes of each.
+
+        Number n is a document in a shuffled order that depends on the seed; numbers beyond the last document start
+        again. Needs no `setup`.
 
         Raises:
-            ValueError: if the text is not there any more.
+            ValueError: if the text does not exist any more.
         """
         documents = [segment for segment in self.plan.splits["train"] if segment.start == 0]
         if not documents:
@@ -223,7 +227,7 @@ class TextData(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[TextBatch] | list[DataLoader[TextBatch]]:
         if "val" not in self._windows and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            return []  # asked for none
+            return []  # none requested
         return self._eval_loader("val")
 
     def test_dataloader(self) -> DataLoader[TextBatch]:

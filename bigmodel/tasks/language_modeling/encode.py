@@ -1,10 +1,10 @@
-"""Text to tokens in worker processes: documents in, token ids out, long documents in blocks.
+"""Tokenization in worker processes: documents to token ids, long documents in blocks.
 
-A long document is cut into blocks of about `BLOCK_BYTES`, so that memory stays bounded, and so that processes share it. The
-tokens are those of the whole document: a cut is made only where the text around it has the same tokens in one piece and in
-two. For a byte-level tokenizer this is so before nearly every space, since its pre-tokenizer's pieces never go on across
-one. Where no such place is found (text with no white space at all; a tokenizer that treats the start of a text in its own
-way) the block grows until there is one, at worst to the document's end.
+A long document is cut into blocks of about `BLOCK_BYTES`, to limit memory and to let processes share it. The tokens are
+those of the whole document: a cut is made only where the text around it has the same tokens in one piece and in two.
+For a byte-level tokenizer this is true before nearly every space, because the pieces of its pre-tokenizer do not extend
+across one. If there is no such place (text with no white space at all; a tokenizer that treats the start of a text
+differently), the block grows until there is one, at worst to the end of the document.
 
 This module imports neither torch nor Lightning.
 """
@@ -23,16 +23,16 @@ from bigmodel.tasks.language_modeling.sources import Segment, blocks, read_text
 from bigmodel.tasks.language_modeling.tokenizer import Tokenizer, UnknownCharacter
 from bigmodel.tasks.language_modeling.tokenizer_config import TokenizerConfig
 
-BLOCK_BYTES = 2**17  # larger ones are no faster, and take 0.2 KB of memory a byte
-SAMPLE_BYTES = 2**16  # of text that goes to the tokenizer's training in one piece
+BLOCK_BYTES = 2**17  # larger ones are no faster, and take 0.2 KB of memory per byte
+SAMPLE_BYTES = 2**16  # size of a piece of training text of the tokenizer
 CUT_SEARCH_BYTES = 2**16
 CUT_CANDIDATES = 16
-CUT_CONTEXT = 128  # characters on either side that must have the same tokens
+CUT_CONTEXT = 128  # characters on either side of a cut whose tokens must not change
 
 
 @dataclass(frozen=True)
 class Block:
-    """Bytes `start` to `stop` of a segment's file; both are moved on to the next place where the text may be cut."""
+    """Bytes `start` to `stop` of a segment's file; both are moved forward to the next possible cut."""
 
     segment: Segment
     start: int
@@ -41,7 +41,7 @@ class Block:
 
 
 def blocks_of(segments: Iterable[Segment], block_bytes: int = BLOCK_BYTES) -> Iterator[list[Block]]:
-    """The segments as blocks, in order, short ones together: about `block_bytes` in each list."""
+    """Yield the segments as blocks, in order, short ones grouped: about `block_bytes` in each list."""
     together: list[Block] = []
     size = 0
     for segment in segments:
@@ -60,10 +60,10 @@ _tokenizers: dict[str, Tokenizer] = {}  # in a worker: loaded once
 
 
 def encode_blocks(tokenizer_file: str, some: Sequence[Block]) -> tuple[np.ndarray, int]:
-    """Token ids [n] of the blocks, end-of-text after each that ends its document; and how many bytes of text that was.
+    """Return the token ids [n] of the blocks, with end-of-text after each document, and the number of bytes of text.
 
     Raises:
-        ValueError: if the tokenizer does not know a character; names file and byte offset.
+        ValueError: if a character is not in the vocabulary; names file and byte offset.
     """
     tokenizer = _tokenizers.get(tokenizer_file)
     if tokenizer is None:
@@ -91,7 +91,7 @@ def encode_blocks(tokenizer_file: str, some: Sequence[Block]) -> tuple[np.ndarra
 
 
 def _cut(tokenizer: Tokenizer, block: Block) -> tuple[int, int]:
-    """Where the block's text starts and stops in the file [bytes]; nowhere if it belongs to the block before."""
+    """Return the start and stop of the block's text in the file [bytes]; empty if it belongs to the previous block."""
     segment = block.segment
     start: int | None = block.start
     if block.start > segment.start:
@@ -106,7 +106,7 @@ def _cut(tokenizer: Tokenizer, block: Block) -> tuple[int, int]:
 
 
 def find_cut(tokenizer: Tokenizer, segment: Segment, near: int, step: int) -> int | None:
-    """The first place from `near` on [bytes], before `near + step`, where the segment's text may be cut; None if none."""
+    """Return the first possible cut of the segment's text from `near` on, before `near + step` [bytes]; None if none."""
     first = max(segment.start, near - 4 * CUT_CONTEXT)
     last = min(near + min(step, CUT_SEARCH_BYTES), segment.stop)
     with open(segment.file.path, "rb") as stream:
@@ -129,12 +129,12 @@ def find_cut(tokenizer: Tokenizer, segment: Segment, near: int, step: int) -> in
 
 
 def make_tokenizer(choice: TokenizerConfig, segments: Sequence[Segment]) -> str:
-    """The tokenizer made from the train split's segments, as JSON."""
+    """Make the tokenizer from the segments of the train split; return it as JSON."""
     return choice.make(sample_text(segments, choice.text_bytes)).to_json()
 
 
 def sample_text(segments: Sequence[Segment], limit: int | None) -> Iterator[str]:
-    """Pieces of the segments' text, evenly taken: all of it, or about `limit` bytes."""
+    """Yield pieces of the segments' text, evenly sampled: all of it, or about `limit` bytes."""
     ends = list(accumulate(segment.size for segment in segments))
     total = ends[-1] if ends else 0
     if limit is None or total <= limit:

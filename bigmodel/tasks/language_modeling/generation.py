@@ -1,4 +1,4 @@
-"""Generating tokens one by one: greedy or sampled, with or without a cache of keys and values.
+"""Generation of tokens one by one: greedy or sampled, with or without a cache of keys and values.
 
 Sources: top-k, Fan et al. 2018 (arXiv 1805.04833); top-p, Holtzman et al. 2019 (arXiv 1904.09751).
 
@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from bigmodel.data.stateless_rng import random_bits
 from bigmodel.nn.accumulation import accumulable
 
-Draw = Callable[[Tensor, int], Tensor]  # from probabilities [B, V], in the step of this number: ids [B]
+Draw = Callable[[Tensor, int], Tensor]  # maps probabilities [B, V] and a step number to ids [B]
 
 
 @runtime_checkable
 class Caches(Protocol):
-    """A net that continues from a cache, which has a `length` in tokens and can `clear()`: `bigmodel.nn.GPT` is one."""
+    """A net with a key-value cache, which has a `length` in tokens and can `clear()`; for example `bigmodel.nn.GPT`."""
 
     def new_cache(self, batch_size: int) -> Any: ...
 
     def features(self, tokens: Tensor, cache: Any = None) -> Tensor:
-        """[B, T] -> [B, T, D], adding the tokens to the cache."""
+        """Map tokens [B, T] to features [B, T, D], and add the tokens to the cache."""
 
     def logits(self, features: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, V]."""
+        """Map features [B, T, D] to logits [B, T, V]."""
 
 
 def generate(
@@ -45,27 +45,27 @@ def generate(
     keys: Tensor | None = None,
     use_cache: bool = True,
 ) -> Iterator[Tensor]:
-    """Continue each sequence of `tokens`, yielding one token per sequence as soon as it is known.
+    """Continue each sequence of `tokens`, and yield one token per sequence at each step.
 
-    The net reads a window of the latest tokens. Whenever this outgrows `net.context_length`, its last half
-    (context_length // 2 tokens, at least one) is kept, read anew, and grows again; so the cost stays that of one
-    position for most tokens. The rule is the same with and without a cache, and for a prompt that is too long.
+    The net reads a window of the latest tokens. When the window exceeds `net.context_length`, its last half
+    (context_length // 2 tokens, at least one) is kept, computed again, and grows again; so most tokens cost one
+    position. The rule is the same with and without a cache, and for a prompt that is too long.
 
-    The net is in eval mode until the iterator is exhausted or closed; then each module gets its own mode back.
+    The net is in eval mode until the iterator is exhausted or closed; then the mode of each module is restored.
 
     Args:
         net: maps ids [B, T] to logits [B, T, V]. `context_length` (tokens) limits the window if the net has it, and
             `vocab_size` the prompt's ids. Without the methods of `Caches`, every step reads the whole window.
         tokens: the prompts [B, T], int64, on the net's device.
-        max_new_tokens: at most so many steps.
-        temperature: divides the logits; 0 takes the likeliest token, and the first of equals.
-        top_k: sample among the k likeliest tokens (and those equal to the last of them).
-        top_p: sample among the fewest likeliest tokens whose probabilities reach this sum, after top_k.
+        max_new_tokens: maximum number of steps.
+        temperature: divides the logits; 0: greedy decoding; of equal logits, the first token.
+        top_k: sample from the k most likely tokens (and those equal to the last of them).
+        top_p: sample from the smallest set of most likely tokens whose probabilities reach this sum, after top_k.
         stop_tokens: a sequence ends with any of these, and repeats it until all have ended.
-        seed: of this call's own random generator; None for one that differs from call to call.
-        keys: of the sequences [B] (`stateless_rng.sample_keys`), in place of a seed: what is drawn for each depends
-            neither on the others nor on the device.
-        use_cache: keep keys and values, if the net can.
+        seed: of the random generator of this call; None: a different one in each call.
+        keys: of the sequences [B] (`stateless_rng.sample_keys`), instead of a seed: the draws of a sequence then depend
+            neither on the other sequences nor on the device.
+        use_cache: use a key-value cache, if the net has one.
 
     Returns:
         An iterator of ids [B], int64.
@@ -118,7 +118,7 @@ def _generate(
             with torch.inference_mode():
                 logits = _next_logits(net, window, cache)  # [B, V]
                 token = _choose(logits, temperature, top_k, top_p, draw, step)  # [B]
-            # A tensor made in inference mode could not be trained on; its copy, made outside, can.
+            # A tensor made in inference mode cannot be used in training; its copy, made outside, can.
             token = token.clone()
             if last is not None and len(stops):
                 token = torch.where(torch.isin(last, stops), last, token)
@@ -131,7 +131,7 @@ def _generate(
 
 @contextmanager
 def _evaluating(net: nn.Module) -> Iterator[None]:
-    """Eval mode, and afterwards the mode that each module had: a frozen part may have been in eval mode before."""
+    """Set eval mode, and restore the mode of each module afterwards: frozen modules may have been in eval mode before."""
     training = [module for module in net.modules() if module.training]
     net.eval()
     try:
@@ -142,7 +142,7 @@ def _evaluating(net: nn.Module) -> Iterator[None]:
 
 
 def _next_logits(net: nn.Module, window: Tensor, cache: Any) -> Tensor:
-    """Logits [B, V] of the token after the window [B, T], of which the cache holds a beginning."""
+    """Return the logits [B, V] of the token after the window [B, T]; the cache holds the beginning of the window."""
     if not isinstance(net, Caches):
         return net(window)[:, -1]
     features = net.features(window if cache is None else window[:, cache.length :], cache)
@@ -159,9 +159,9 @@ def _by_seed(seed: int | None, device: torch.device) -> Draw:
 
 
 def draw_by_keys(keys: Tensor, probabilities: Tensor, step: int) -> Tensor:
-    """Ids [B]: where the cumulative probabilities of each row [V] pass a number that its key and the step give."""
+    """Draw ids [B]: the first whose cumulative probability exceeds a uniform number of the row's key and the step."""
     cumulative = accumulable(probabilities).cumsum(-1)
-    # As many bits as follow the leading one: times the sum of all, the largest number stays below that sum.
+    # As many bits as the fraction of a float has: times the total, the largest number stays below the total.
     bits = 52 if cumulative.dtype == torch.float64 else 23
     uniform = (random_bits(keys, step, 1) >> 64 - bits & (1 << bits) - 1).to(
         cumulative.dtype
@@ -172,7 +172,7 @@ def draw_by_keys(keys: Tensor, probabilities: Tensor, step: int) -> Tensor:
 def _choose(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, draw: Draw, step: int
 ) -> Tensor:
-    """One token id per row of logits [B, V]: [B]."""
+    """Choose one token id per row of logits [B, V]: [B]."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -185,16 +185,16 @@ def _choose(
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Logits [B, V] with -inf below each row's k-th largest; what equals the k-th largest stays."""
+    """Return logits [B, V] with -inf below the k-th largest of each row; ties with the k-th largest are kept."""
     smallest_kept = logits.topk(min(k, logits.shape[-1]), dim=-1).values[:, -1:]  # [B, 1]
     return logits.masked_fill(logits < smallest_kept, float("-inf"))
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Logits [B, V] with -inf but for the fewest likeliest tokens whose probabilities sum to at least p."""
+    """Return logits [B, V] with -inf except for the smallest set of most likely tokens whose sum reaches p."""
     if p >= 1:
         return logits
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities  # the likeliest has 0 before it, and always stays
+    before = probabilities.cumsum(dim=-1) - probabilities  # 0 for the most likely token, which is therefore always kept
     return logits.masked_fill((before >= p).scatter(-1, order, before >= p), float("-inf"))

@@ -1,4 +1,4 @@
-"""A language model of transformers as a net, with the weights and the tokenizer that it was published with.
+"""Wraps a transformers language model as a net, with its published weights and tokenizer.
 
 B sequences, T tokens, D width, V vocabulary of the tokenizer, V' >= V that of the model.
 """
@@ -19,18 +19,18 @@ _REMEDY = "name a model that has all weights of its architecture"
 
 
 class CausalLM(nn.Module):
-    """Tokens [B, T] in, logits [B, T, V] of each next token out.
+    """Maps tokens [B, T] to logits [B, T, V] of each next token.
 
-    Published models often have a larger vocabulary than their tokenizer, so that V' is a round number. What stands for no
-    token is left out of the logits: probabilities are those of the tokens, given that it is one.
+    Published models often have a larger vocabulary than their tokenizer, because V' is padded. Logits of ids without a
+    token are dropped: probabilities are those of the tokens, conditional on the id being one.
 
     Args:
-        model: transformers' model, in evaluation mode.
+        model: model of transformers, in evaluation mode.
         vocab_size: V.
-        context_length: T, the most tokens that it is to read.
+        context_length: T, maximum number of input tokens.
 
     Raises:
-        ValueError: if a token's logits depend on those that come behind it.
+        ValueError: if the logits of a token depend on later tokens.
     """
 
     def __init__(self, model: Any, vocab_size: int, context_length: int) -> None:
@@ -41,7 +41,9 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def _probe(self) -> None:
-        """Find out whether its head makes the logits of what its body gives, with nothing done to them before or after."""
+        """Check that the model is causal, and whether its logits are the output layer applied to the features, without
+        further operations.
+        """
         tokens = torch.tensor([[0, 1], [0, 2]])
         whole = self._whole(tokens)
         if not torch.allclose(whole[0, 0], whole[1, 0], rtol=1e-4, atol=1e-5):
@@ -56,30 +58,30 @@ class CausalLM(nn.Module):
         return logits[..., : self.vocab_size]
 
     def features(self, tokens: Tensor) -> Tensor:
-        """[B, T] -> [B, T, D], what the head reads; the logits themselves, if these are more than the head's."""
+        """Return the input of the output layer, [B, T, D]; the logits if they are more than its output."""
         if not self._is_parted:
             return self._whole(tokens)
         read: Tensor = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         return read
 
     def logits(self, features: Tensor) -> Tensor:
-        """[..., D] -> [..., V]."""
+        """Map features [..., D] to logits [..., V]."""
         if not self._is_parted:
             return features
         logits: Tensor = self.model.get_output_embeddings()(features)
         return logits[..., : self.vocab_size]
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [B, T, V] of the token after each of tokens [B, T]."""
+        """Return logits [B, T, V] of the token after each of tokens [B, T]."""
         return self.logits(self.features(tokens))
 
 
 def as_published(path: str, flag: str, tokenizer: Tokenizer, context_length: int) -> CausalLM:
-    """A language model with all of its weights.
+    """Load a language model with all of its weights.
 
     Args:
         path: a folder, or hf://owner/name.
-        flag: that it was given by, for messages.
+        flag: the flag that the path was given by, for messages.
         tokenizer: of the data.
         context_length: T, tokens of a sequence.
 
@@ -89,7 +91,7 @@ def as_published(path: str, flag: str, tokenizer: Tokenizer, context_length: int
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     settings = published.read_settings(path, flag, _KIND, MODEL_FOR_CAUSAL_LM_MAPPING)
-    text = settings.get_text_config()  # of a model that reads pictures too
+    text = settings.get_text_config()  # part of a model that also reads images
     try:
         difference = _difference(published.location(path), tokenizer)
     except ValueError as error:
@@ -115,7 +117,7 @@ def as_published(path: str, flag: str, tokenizer: Tokenizer, context_length: int
 
 
 def _difference(where: str, ours: Tokenizer) -> str | None:
-    """In which way the tokenizer beside a model encodes text otherwise; None if it does not."""
+    """Describe how the model's own tokenizer encodes text differently; None if it does not."""
     if not isinstance(ours, Subwords):
         return f"that is of {ours.kind}"
     end = ours.backend.id_to_token(ours.end_of_text)

@@ -1,4 +1,4 @@
-"""Language modeling: the next token from those before it.
+"""Language modeling: predict the next token from the tokens before it.
 
 Loss in nats per token; perplexity = exp(loss); bits per byte = loss / ln 2 / (UTF-8 bytes per token), the only one of the
 three that compares across tokenizers.
@@ -34,18 +34,18 @@ class _Mean(Accumulates, MeanMetric):
 
 
 class LanguageModeling(LightningModule):
-    """Trains a net that maps tokens [B, T] to logits [B, T, V]; evaluates it; generates text with it.
+    """Trains and evaluates a net that maps tokens [B, T] to logits [B, T, V], and generates text with it.
 
     Args:
-        net: makes the net, called with `vocab_size` and `context_length` (tokens), which the data know.
-        optimizer: makes the optimizer from parameter groups.
-        schedule: the learning rate over the run's optimizer steps; null: constant.
+        net: factory of the net, called with `vocab_size` and `context_length` (tokens), taken from the data.
+        optimizer: factory of the optimizer, called with parameter groups.
+        schedule: learning rate schedule over the run's optimizer steps; null: constant.
         loss_chunk_size: tokens whose logits are in memory at once, for a large vocabulary; null: all of a micro-batch.
 
     Logs `val/loss` (nats per token), `val/perplexity`, `val/bits_per_byte`, and the same for `test`.
     """
 
-    counts = "tokens"  # what a step's count counts
+    counts = "tokens"  # unit of the count that training_step returns
 
     def __init__(
         self,
@@ -66,35 +66,37 @@ class LanguageModeling(LightningModule):
             self.net = self.make_net(**sizes(self))  # type: ignore[call-arg]
 
     def configure_callbacks(self) -> list[Callback]:
-        # The loss is a sum: also a bare Trainer must divide it by the count.
+        # The loss is a sum: a plain Trainer also needs the callback that divides it by the count.
         return [] if get_callback(self.trainer, GradientScaling) else [GradientScaling()]
 
     def configure_optimizers(self) -> Any:
         return optimizers.configure(self, self.optimizer, self.schedule)
 
-    # What distillation, evaluation and export need of a task that *SupportsLogits*.
+    # The SupportsLogits protocol, used by distillation, evaluation and export.
 
     def features(self, batch: TextBatch) -> Tensor:
-        """[B, T, D], what the head reads; the logits themselves, if the net does not part the two."""
+        """Return what the output layer reads, [B, T, D]; the logits if the net has no separate output layer."""
         read = getattr(self.net, "features", self.net)
         return read(batch.tokens)
 
     def logits(self, features: Tensor) -> Tensor:
-        """[..., D] -> [..., V]; may be called on chunks."""
+        """Map features [..., D] to logits [..., V]; may be called on chunks."""
         return self.net.logits(features) if hasattr(self.net, "logits") else features
 
     def targets(self, batch: TextBatch) -> Tensor:
-        """The next tokens [B, T]; -100 where nothing is predicted, padding rows included."""
+        """Return the next tokens [B, T]; -100 where nothing is predicted, including padding rows."""
         return batch.targets.masked_fill(batch.weight[:, None] == 0, IGNORE_INDEX)
 
     @property
     def outcomes(self) -> str | None:
-        """What the tokens are: the tokenizer, as JSON."""
+        """The vocabulary: the tokenizer as JSON."""
         tokenizer = self._tokenizer()
         return tokenizer.to_json() if tokenizer is not None else None
 
     def imported(self, path: str, flag: str) -> LanguageModeling:
-        """A language model of transformers with this task's tokenizer; see `bigmodel.protocols.SupportsFromPretrained`."""
+        """Load a transformers language model with this task's tokenizer; see
+        `bigmodel.protocols.SupportsFromPretrained`.
+        """
         from bigmodel.tasks.language_modeling.hugging_face import as_published
 
         known, tokenizer = sizes(self), self._known_tokenizer()
@@ -132,7 +134,7 @@ class LanguageModeling(LightningModule):
         for name, value in metrics.items():
             self.log(f"{split}/{name}", torch.tensor(value, dtype=torch.float32), sync_dist=True)
 
-    # The tokenizer travels in the checkpoint, so that a loaded task generates with no data present.
+    # The checkpoint holds the tokenizer, so that a loaded task can generate without the data.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         tokenizer = self._tokenizer()
@@ -164,16 +166,16 @@ class LanguageModeling(LightningModule):
         stop: Collection[str] = (),
         seed: int | None = None,
     ) -> Iterator[str]:
-        """Go on with a text, piece by piece.
+        """Continue a text, and yield it piece by piece.
 
         Args:
-            prompt: where to start; empty: at the beginning of a document.
-            max_new_tokens: at most so many tokens.
-            temperature: divides the logits; 0 takes the likeliest token each time.
-            top_k: draw among the k likeliest tokens only.
-            top_p: draw among the likeliest tokens that together have this probability.
-            stop: end at any of these tokens, given as text, besides the end of the document.
-            seed: the same seed draws the same text.
+            prompt: the text to continue; empty: start a new document.
+            max_new_tokens: maximum number of new tokens.
+            temperature: divides the logits; 0: greedy decoding.
+            top_k: sample from the k most likely tokens only.
+            top_p: sample from the most likely tokens that together have this probability.
+            stop: tokens, given as text, that end the generation, besides the end of the document.
+            seed: the same seed gives the same text.
 
         Returns:
             Pieces of text, without the prompt.
@@ -211,7 +213,7 @@ class LanguageModeling(LightningModule):
         yield decoder.finish()
 
     def generate(self, prompt: str, **options: Any) -> str:
-        """The whole text that `stream` yields, without the prompt; the same arguments."""
+        """Return the whole text that `stream` yields, without the prompt; the same arguments."""
         return "".join(self.stream(prompt, **options))
 
     def write_documents(
@@ -225,16 +227,17 @@ class LanguageModeling(LightningModule):
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> list[tuple[str, bool]]:
-        """Write documents, each to its end or `max_new_tokens`.
+        """Generate documents, each up to its end or `max_new_tokens`.
 
         Args:
-            beginnings: of texts, each a document's.
-            keys: for what is drawn, [B] int64 on the net's device.
-            prompt_tokens: so many of a beginning's are kept, 0 or above; a shorter one whole.
+            beginnings: the text that each document starts with.
+            keys: keys of the random draws, [B] int64 on the net's device.
+            prompt_tokens: number of tokens of a beginning to use as the prompt, 0 or above; a shorter beginning is used
+                whole.
             max_new_tokens, temperature, top_k, top_p: as for `stream`.
 
         Returns:
-            Documents, beginnings included, and whether the end was met.
+            The documents including their beginnings, each with whether it reached its end.
 
         Raises:
             ValueError: for arguments out of range.
@@ -245,7 +248,7 @@ class LanguageModeling(LightningModule):
         end = tokenizer.end_of_text
         prompts = [
             [end, *tokenizer.encode(text)[:prompt_tokens]] for text in beginnings
-        ]  # as documents stand in the data
+        ]  # as documents are stored in the data
         written: dict[int, tuple[str, bool]] = {}
         for length in sorted({len(prompt) for prompt in prompts}):
             rows = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
@@ -264,16 +267,18 @@ class LanguageModeling(LightningModule):
             for row, ids in zip(rows, whole, strict=True):
                 ended = end in ids
                 text = tokenizer.decode(ids[: ids.index(end)] if ended else ids)
-                written[row] = (text if ended else text.rstrip("\ufffd"), ended)  # a character may be cut
+                written[row] = (text if ended else text.rstrip("\ufffd"), ended)  # a character may be truncated
         return [written[row] for row in range(len(prompts))]
 
     def rewrite(self, batch: TextBatch, keys: Tensor, *, max_new_tokens: int, temperature: float) -> TextBatch:
-        """The sequences with their last `max_new_tokens` tokens, behind the last that is read, written by the net, which
-        alone are targets; documents end and begin as in any text.
+        """Replace the end of each sequence by tokens that the net generates, and make these the only targets.
+
+        The net writes `max_new_tokens` tokens after the last token that it reads. Documents end and begin as in any
+        text.
 
         Args:
             batch: B sequences of T tokens.
-            keys: for what is drawn, [B] int64.
+            keys: keys of the random draws, [B] int64.
             max_new_tokens: 1 to T.
             temperature: as for `stream`.
         """
@@ -286,6 +291,6 @@ class LanguageModeling(LightningModule):
         steps = generate(self.net, start, max_new_tokens=max_new_tokens, temperature=temperature, keys=keys)
         new = torch.stack(list(steps), 1)  # [B, max_new_tokens]
         if torch.is_autocast_enabled(new.device.type):
-            torch.clear_autocast_cache()  # weights that were cast without gradients would be taken for training
+            torch.clear_autocast_cache()  # else autocast would reuse, in training, weights that were cast without gradients
         unread = start.new_full((len(start), start.shape[1] - 1), IGNORE_INDEX)
         return batch._replace(tokens=torch.cat([start, new[:, :-1]], 1), targets=torch.cat([unread, new], 1))

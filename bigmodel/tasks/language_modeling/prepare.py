@@ -1,7 +1,7 @@
-"""Prepare text once: files in, shards of token ids out, kept in a cache under what determines them.
+"""Prepare text once: read files, write shards of token ids into a cache.
 
-The key of a prepared folder is a hash of the documents' contents in their order, of how they are dealt out to the splits,
-and of the tokenizer; not of paths, so a folder of text may be moved. Layout::
+The key of a prepared folder is a hash of the documents' contents in their order, of their splits, and of the tokenizer;
+not of paths, so a folder of text may be moved. Layout::
 
     <cache>/language_modeling/<key>/      see shards.py
     <cache>/language_modeling/scans/      see sources.py
@@ -50,13 +50,13 @@ ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # in
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be prepared, and where it is or will be.
+    """The input of a preparation, and its folder.
 
     Attributes:
         folder: the prepared folder.
-        splits: the segments of each.
+        splits: the segments of each split.
         choice: the tokenizer.
-        settings: what the key was made of, for people to read.
+        settings: the inputs of the key, for people to read.
     """
 
     folder: Path
@@ -66,14 +66,14 @@ class Plan:
 
     @property
     def done(self) -> bool:
-        """Whether the folder is there."""
+        """True if the folder exists."""
         return (self.folder / "meta.json").exists()
 
 
 def make_plan(
     path: str | Sequence[str], choice: TokenizerConfig, split: Split, exclude: Sequence[str], cache_dir: str | None
 ) -> Plan:
-    """Find and check the input, deal it out, and name the folder it is prepared in. Writes nothing but the scan.
+    """Find and check the input, split it, and name its prepared folder. Writes only the scan.
 
     Raises:
         ValueError: if a file is missing, empty, unreadable or not UTF-8, or a split gets no document.
@@ -96,15 +96,15 @@ def make_plan(
 
 
 def prepare(plan: Plan, num_processes: int | None = None) -> Prepared:
-    """Make the plan's folder, unless it is there. Any number of processes may do so at once.
+    """Make the plan's folder, unless it exists. Any number of processes may do so at the same time.
 
     Args:
         plan: from `make_plan`.
         num_processes: worker processes; None: one per core.
 
     Raises:
-        ValueError: if the tokenizer cannot be made or does not know a character.
-        OSError: if the disk is full; says how much is needed where.
+        ValueError: if the tokenizer cannot be made, or a character is not in its vocabulary.
+        OSError: if the disk is full; the message names the required space and the place.
     """
     if plan.done:
         return Prepared.load(plan.folder)
@@ -153,7 +153,7 @@ def _write(plan: Plan, folder: Path, num_processes: int) -> Prepared:
 
 
 def _make_tokenizer(plan: Plan, folder: Path) -> Tokenizer:
-    """Make and save the tokenizer. Training has a process of its own, which takes its threads and its memory with it."""
+    """Make and save the tokenizer, in a process of its own, so that threads and memory of its training are released."""
     began = time.monotonic()
     if plan.choice.text_bytes == 0:
         tokenizer = plan.choice.make([])

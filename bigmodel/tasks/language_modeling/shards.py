@@ -2,7 +2,7 @@
 
 A prepared folder::
 
-    meta.json            what is in it, see `Prepared`
+    meta.json            its contents, see `Prepared`
     tokenizer.json       `Tokenizer.to_json`
     train-00000.bin      token ids, little-endian uint16 (uint32 if the vocabulary has more than 65,536), and nothing else;
     train-00001.bin      each shard but a split's last holds `shard_tokens`
@@ -27,8 +27,8 @@ from bigmodel.data.cache import write_text
 VERSION = 1  # of this format
 SHARD_TOKENS = 2**27
 
-# The kernel maps up to 64 KiB around a page that is read: let go of all pages after so many reads, or a run's resident
-# memory grows to the size of its text.
+# The kernel maps up to 64 KiB around a page that is read: release all pages after this number of reads, or the resident
+# memory of a run grows to the size of its text.
 RELEASE_READS = 1024
 
 
@@ -44,7 +44,7 @@ class SplitFacts:
 
 @dataclass
 class Prepared:
-    """What a prepared folder holds.
+    """Contents of a prepared folder.
 
     Attributes:
         splits: by name.
@@ -81,7 +81,7 @@ class Prepared:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smallest type of a shard that holds every token id."""
+    """Return the smallest dtype that holds every token id."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
@@ -90,10 +90,10 @@ def shard_path(folder: Path, split: str, number: int) -> Path:
 
 
 class ShardWriter:
-    """Writes one split's tokens through to the disk; a context manager.
+    """Writes the tokens of one split to the disk; a context manager.
 
     Args:
-        folder: where.
+        folder: target folder.
         split: first part of the files' names.
         dtype: of the tokens.
         shard_tokens: tokens per shard.
@@ -127,7 +127,7 @@ class ShardWriter:
 
     @property
     def sha256(self) -> str:
-        """Of all tokens written."""
+        """SHA-256 of all tokens written."""
         return self._digest.hexdigest()
 
     def _finish_shard(self) -> None:
@@ -143,10 +143,10 @@ class Tokens:
 
     Args:
         folder: a prepared folder.
-        split: which split of it.
+        split: name of the split.
 
     Raises:
-        ValueError: if a shard is missing or has not the size that meta.json states.
+        ValueError: if a shard is missing, or its size differs from the one in meta.json.
     """
 
     def __init__(self, folder: Path, split: str) -> None:

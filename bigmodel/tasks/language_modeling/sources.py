@@ -1,7 +1,7 @@
-"""From paths to documents: find the files, check and measure each, read them in pieces.
+"""Documents of the input: find the files, check and measure each, read them in pieces.
 
-A file is a document. Every byte is read once on the way in: it must be UTF-8, and its SHA-256 is its identity. What was
-found is remembered in the cache under the paths, sizes and modification times, so a second start reads no text::
+A file is a document. Every byte is read once: it must be UTF-8, and its SHA-256 is its identity. The result is cached
+by paths, sizes and modification times, so a second start reads no text::
 
     <cache>/scans/<hash of (path, size, mtime in ns) of all files>.json    [[sha256, characters], ...]
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 
 READ_BYTES = 2**16  # larger blocks are no faster, and their strings fragment the memory
 
-# Plain text, markup, source code. Not data (json, csv): ask for those with a glob.
+# Plain text, markup, source code. Data files (json, csv) need a glob.
 TEXT_SUFFIXES = {
     *(".txt", ".text", ".md", ".rst", ".tex", ".org", ".html", ".htm", ".xml", ".css"),
     *(
@@ -70,8 +70,8 @@ class File:
     """One file of the input.
 
     Attributes:
-        path: where it is.
-        name: its path below the folder or glob that found it, which is what patterns are matched against.
+        path: path of the file.
+        name: its path below the folder or glob that found it, which patterns are matched against.
         size: [bytes].
         sha256: of its bytes.
         characters: Unicode code points in it.
@@ -86,7 +86,7 @@ class File:
 
 @dataclass(frozen=True)
 class Segment:
-    """Bytes `start` to `stop` of a file: a document, or the part of one that a split was given."""
+    """Bytes `start` to `stop` of a file: a document, or the part of a document in one split."""
 
     file: File
     start: int
@@ -99,12 +99,14 @@ class Segment:
 
     @property
     def ends_document(self) -> bool:
-        """Whether end-of-text follows."""
+        """True if end-of-text follows."""
         return self.stop == self.file.size
 
 
 def matches(file: File, patterns: Sequence[str]) -> bool:
-    """Whether any shell pattern (in which * also matches /) fits the file's name below its folder, or its whole path."""
+    """True if any shell pattern (in which * also matches /) matches the file's name below its folder, or its whole
+    path.
+    """
     path = os.path.abspath(file.path)
     for pattern in patterns:
         below = fnmatchcase(file.name, pattern) or fnmatchcase("/" + file.name, pattern)
@@ -114,7 +116,9 @@ def matches(file: File, patterns: Sequence[str]) -> bool:
 
 
 def find_files(paths: str | Sequence[str], exclude: Sequence[str] = ()) -> tuple[list[File], list[str]]:
-    """The input files in their order (as given; sorted within a folder or glob; each once), and the empty ones left out.
+    """Return the input files in their order, and the empty ones that were left out.
+
+    The order is as given; sorted within a folder or glob; each file once.
 
     Args:
         paths: files, folders (in them, recursively, files with one of `TEXT_SUFFIXES`) and globs (all that match; ** is any
@@ -122,7 +126,8 @@ def find_files(paths: str | Sequence[str], exclude: Sequence[str] = ()) -> tuple
         exclude: patterns of files to leave out, see `matches`.
 
     Raises:
-        ValueError: if something given does not exist, holds no file, or all is excluded; or a file named itself is empty.
+        ValueError: if a path does not exist or holds no file, all files are excluded, or a file that was named itself
+            is empty.
     """
     found: dict[str, File] = {}
     empty: list[str] = []
@@ -153,7 +158,7 @@ def find_files(paths: str | Sequence[str], exclude: Sequence[str] = ()) -> tuple
 
 
 def _walk(top: str, root: str, exclude: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Folders and the names of their files, without hidden folders and those that a pattern ending in /** excludes."""
+    """Yield folders and the names of their files, without hidden folders and those excluded by a pattern ending in /**."""
     whole = [pattern[:-2] for pattern in exclude if pattern.endswith("/**")]
 
     def enter(path: str) -> bool:
@@ -201,11 +206,11 @@ def _in_folder(folder: str, exclude: Sequence[str]) -> list[str]:
 
 
 def scan(files: Sequence[File], cache: Path, progress: Callable[[int], None] = lambda _: None) -> list[File]:
-    """The files with their SHA-256 and number of characters, from the cache if none has changed.
+    """Return the files with their SHA-256 and number of characters, from the cache if none has changed.
 
     Args:
-        files: what to read.
-        cache: folder that remembers.
+        files: the files to read.
+        cache: folder of the cache.
         progress: called with the number of bytes read since the last call.
 
     Raises:
@@ -225,7 +230,7 @@ def scan(files: Sequence[File], cache: Path, progress: Callable[[int], None] = l
 
 
 def _read(file: File, progress: Callable[[int], None]) -> tuple[str, int]:
-    """SHA-256 and number of characters of a file."""
+    """Return SHA-256 and number of characters of a file."""
     digest, characters, offset, rest = hashlib.sha256(), 0, 0, b""
     try:
         with open(file.path, "rb") as stream:
@@ -249,7 +254,7 @@ def _read(file: File, progress: Callable[[int], None]) -> tuple[str, int]:
 
 
 def read_text(segment: Segment, start: int | None = None, stop: int | None = None) -> str:
-    """Text of a segment's bytes from `start` to `stop`; a character that these offsets cut is left out."""
+    """Return the text of a segment's bytes from `start` to `stop`, without a character that these offsets cut."""
     start, stop = segment.start if start is None else start, segment.stop if stop is None else stop
     with open(segment.file.path, "rb") as stream:
         stream.seek(start)
@@ -260,7 +265,7 @@ def read_text(segment: Segment, start: int | None = None, stop: int | None = Non
 
 
 def blocks(segment: Segment, size: int = READ_BYTES) -> Iterator[str]:
-    """The text of a segment, in pieces of about so many bytes."""
+    """Yield the text of a segment, in pieces of about `size` bytes."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open(segment.file.path, "rb") as stream:
         stream.seek(segment.start)

@@ -1,4 +1,4 @@
-"""How documents are dealt out to train, val and test: by content, by position, by name."""
+"""Assignment of documents to train, val and test: by content, by position, by name."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from bigmodel.tasks.language_modeling.sources import File, Segment, blocks, matc
 
 
 class Split(ABC):
-    """How documents are dealt out to train, val and test."""
+    """Assigns documents to train, val and test."""
 
     @abstractmethod
     def assign(self, files: Sequence[File]) -> dict[str, list[Segment]]:
-        """The segments of each split that is wanted; train always is."""
+        """Return the segments of each requested split; train is always one."""
 
 
 @dataclass(frozen=True)
 class DocumentHashSplit(Split):
-    """By a hash of each document's content: stable when files are added, renamed or moved; copies stay together.
+    """Splits by a hash of each document's content: stable when files are added, renamed or moved; copies stay together.
 
     Args:
         val: expected share of the documents that go to the validation split.
@@ -44,7 +44,7 @@ class DocumentHashSplit(Split):
 
 @dataclass(frozen=True)
 class ContiguousSplit(Split):
-    """By position in all files one after the other: first train, then val, then test. As published runs on one text do.
+    """Splits by position in the concatenated files: first train, then val, then test, as in published runs on one text.
 
     A document that a border crosses is divided, and its first part gets no end-of-text.
 
@@ -65,7 +65,7 @@ class ContiguousSplit(Split):
         stops = {"train": int(total * (1 - self.val - self.test)), "val": int(total * (1 - self.test)), "test": total}
         first = 0  # characters before this file
         for file in files:
-            start = 0  # bytes of this file that are dealt out
+            start = 0  # bytes of this file that are already assigned
             for name in splits:
                 characters = min(max(stops[name] - first, 0), file.characters)
                 stop = file.size if characters == file.characters else _byte_offset(file, characters)
@@ -78,7 +78,7 @@ class ContiguousSplit(Split):
 
 @dataclass(frozen=True)
 class FileSplit(Split):
-    """By the files' names; train gets those that no pattern names.
+    """Splits by file names; train gets the files that no pattern matches.
 
     Args:
         val: files of the validation split: paths, or patterns in which * also matches /.
@@ -110,7 +110,7 @@ def _wanted(val: float, test: float) -> dict[str, list[Segment]]:
 
 
 def _byte_offset(file: File, characters: int) -> int:
-    """Where in the file its first so many characters end [bytes]."""
+    """Return the byte offset after the first `characters` characters of the file."""
     offset = 0
     for block in blocks(Segment(file, 0, file.size)):
         if characters <= len(block):

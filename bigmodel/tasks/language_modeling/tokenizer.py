@@ -1,12 +1,13 @@
-"""Text to token ids and back: subwords, bytes, characters.
+"""Conversion of text to token ids and back: subwords, bytes, characters.
 
-A `Tokenizer` is made by a `TokenizerConfig` (``tokenizer_config.py``) and travels as one JSON string, ``tokenizer.json``
+A `Tokenizer` is made by a `TokenizerConfig` (``tokenizer_config.py``) and saved as one JSON string, ``tokenizer.json``
 beside prepared text and inside every checkpoint::
 
     {"kind": "subwords" | "bytes" | "characters", ...}
 
-Text is only text here: the characters ``<|endoftext|>`` inside a document are encoded as these 13 characters, and never as
-the token that ends a document. This module imports neither torch nor Lightning, for it runs in small worker processes.
+Special tokens in a text are plain text: the characters ``<|endoftext|>`` inside a document are encoded as these 13
+characters, and never as the token that ends a document. This module imports neither torch nor Lightning, because it
+runs in small worker processes.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer(ABC):
-    """What the rest of the task needs of any tokenizer.
+    """Interface of all tokenizers.
 
     Attributes:
         vocab_size: number of token ids; every id is below it.
         end_of_text: id of the token that follows each document.
-        cut: where a long text may perhaps be cut without changing its tokens (if then the text around the cut has the
-            same tokens in one piece and in two); None: anywhere.
+        cut: pattern of places where a long text can perhaps be cut without changing its tokens (if the text around the
+            cut has the same tokens in one piece and in two); None: anywhere.
     """
 
     kind: ClassVar[str]
@@ -39,31 +40,31 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without end-of-text."""
+        """Return the token ids of a text, without end-of-text."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text."""
+        """Return the token ids of each text."""
         return [self.encode(text) for text in texts]
 
     @abstractmethod
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of token ids. Bytes that are not UTF-8 become U+FFFD; end-of-text becomes ``<|endoftext|>``."""
+        """Return the text of token ids. Bytes that are not UTF-8 become U+FFFD; end-of-text becomes ``<|endoftext|>``."""
 
     @abstractmethod
     def _state(self) -> dict[str, Any]:
-        """What `_load` needs to make this tokenizer again."""
+        """Return the state from which `_load` makes this tokenizer again."""
 
     @classmethod
     @abstractmethod
     def _load(cls, state: dict[str, Any]) -> Tokenizer: ...
 
     def to_json(self) -> str:
-        """The whole tokenizer as one string, for `from_json`."""
+        """Return the whole tokenizer as one string, for `from_json`."""
         return json.dumps({"kind": self.kind, **self._state()}, ensure_ascii=False)
 
     @staticmethod
     def from_json(text: str) -> Tokenizer:
-        """The tokenizer that `to_json` wrote.
+        """Load the tokenizer that `to_json` wrote.
 
         Raises:
             ValueError: if the text was not written by `to_json`.
@@ -82,18 +83,19 @@ class Subwords(Tokenizer):
     """A tokenizer of the `tokenizers` library: trained here, or from Hugging Face.
 
     Args:
-        backend: the library's own object, to be had again as `.backend` (its `save` writes Hugging Face's tokenizer.json).
+        backend: the object of the library, available as `.backend` (its `save` writes Hugging Face's tokenizer.json).
         end_of_text: id of the token that ends a document.
     """
 
     kind = "subwords"
-    # In all common pre-tokenizers a piece begins with white space or has none inside, but for line ends behind punctuation.
+    # In all common pre-tokenizers a piece begins with white space or has none inside, except line ends after
+    # punctuation.
     cut = re.compile(r"(?<=\S)(?=\s)")
 
     def __init__(self, backend: Backend, end_of_text: int) -> None:
         backend.no_truncation()
         backend.no_padding()
-        backend.encode_special_tokens = True  # text that looks like a special token is text
+        backend.encode_special_tokens = True  # text that looks like a special token is encoded as plain text
         self.backend = backend
         self.end_of_text = end_of_text
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
@@ -167,7 +169,7 @@ class CharacterTokenizer(Tokenizer):
         self._strings = [*characters, END_OF_TEXT]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text.
+        """Return the token ids of a text.
 
         Raises:
             UnknownCharacter: if the vocabulary lacks one of its characters.
@@ -189,29 +191,31 @@ class CharacterTokenizer(Tokenizer):
 
 
 class StreamDecoder:
-    """Tokens in one by one, text out as soon as it is sure: an unfinished UTF-8 character is held back.
+    """Decodes a stream of tokens: takes tokens one by one, and returns text as soon as it is final.
 
-    All that `push` and `finish` return, joined, is `decode` of all tokens (for byte-level tokenizers, bytes and characters).
+    An unfinished UTF-8 character is held back. The joined results of `push` and `finish` equal `decode` of all tokens
+    (for byte-level tokenizers, bytes and characters).
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._decode = tokenizer.decode
         self._tokens: list[int] = []
-        self._shown = 0  # characters of the tokens' text that were returned
+        self._shown = 0  # number of characters that were returned
 
     def push(self, token: int) -> str:
-        """The text that this token makes certain; may be empty."""
+        """Return the text that this token completes; may be empty."""
         self._tokens.append(token)
         text = self._decode(self._tokens)
         certain = len(text.rstrip("\ufffd"))
         piece = text[self._shown : certain]
         self._shown = max(self._shown, certain)
         if certain == len(text) and len(self._tokens) > 16:
-            # A few tokens remain as context, at least one whole character: some decoders treat a text's start otherwise.
+            # A few tokens remain as context, at least one whole character: some decoders treat the start of a text
+            # differently.
             self._tokens = self._tokens[-4:]
             self._shown = len(self._decode(self._tokens))
         return piece
 
     def finish(self) -> str:
-        """What was held back."""
+        """Return the text that was held back."""
         return self._decode(self._tokens)[self._shown :]

@@ -1,6 +1,6 @@
-"""Where a tokenizer comes from: trained byte-level BPE, Hugging Face, bytes, characters, a run. What an experiment names.
+"""Configuration of the tokenizer of an experiment: trained byte-level BPE, Hugging Face, bytes, characters, a run.
 
-This module imports neither torch nor Lightning, for it runs in small worker processes.
+This module imports neither torch nor Lightning, because it runs in small worker processes.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from bigmodel.tasks.language_modeling.tokenizer import (
 
 
 class TokenizerConfig(ABC):
-    """Which tokenizer an experiment wants."""
+    """Configuration of a tokenizer."""
 
     @property
     def text_bytes(self) -> int | None:
-        """How much training text `make` wants to see, evenly taken [bytes]; None: all of it."""
+        """Maximum size of the training text for `make`, evenly sampled [bytes]; None: all of it."""
         return 0
 
     def settings(self) -> dict[str, Any]:
-        """What, with the training text, determines the tokenizer. Part of the key under which prepared text is kept."""
+        """Settings that, with the training text, determine the tokenizer; part of the cache key of prepared text."""
         return {"tokenizer": type(self).__qualname__, **asdict(self)}  # type: ignore[call-overload]
 
     @abstractmethod
     def make(self, texts: Iterable[str]) -> Tokenizer:
-        """The tokenizer, from pieces of the training text."""
+        """Make the tokenizer from pieces of the training text."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class BPE(TokenizerConfig):
 
     Args:
         vocab_size: number of tokens, the 256 bytes and end-of-text among them. A small text may give fewer.
-        train_bytes: train on at most so much of the training text, taken from it evenly [bytes of UTF-8].
+        train_bytes: maximum size of the training text of the tokenizer, evenly sampled [bytes of UTF-8].
             Memory grows with it: about 0.15 GB for 16 MB of source code, 0.5 GB for 100 MB.
     """
 
@@ -95,7 +95,7 @@ class Bytes(TokenizerConfig):
 class Characters(TokenizerConfig):
     """The characters (Unicode code points) of the training split, sorted.
 
-    A character that only another split has is an error, since no loss could be stated for it: then take `Bytes` or `BPE`.
+    A character that occurs only in another split is an error, because it has no loss: use `Bytes` or `BPE` instead.
     """
 
     @property
@@ -114,8 +114,8 @@ class Pretrained(TokenizerConfig):
     """A Hugging Face tokenizer.
 
     Args:
-        path: a folder with tokenizer.json, or anything else that transformers' AutoTokenizer takes (a folder in an older
-            format, a name on the Hub).
+        path: a folder with tokenizer.json, or anything else that transformers' AutoTokenizer accepts (a folder in an
+            older format, a name on the Hub).
         end_of_text: the token that ends a document; by default the tokenizer's own `eos_token`.
     """
 
@@ -130,7 +130,7 @@ class Pretrained(TokenizerConfig):
         """Load the tokenizer.
 
         Raises:
-            ValueError: if the folder lacks a file, or the token that ends a document is not known.
+            ValueError: if the folder lacks a file, or the token that ends a document is unknown.
         """
         backend, eos = self.read()
         end_of_text = backend.token_to_id(eos)
@@ -139,7 +139,7 @@ class Pretrained(TokenizerConfig):
         return Subwords(backend, end_of_text)
 
     def read(self) -> tuple[Backend, str]:
-        """The library's own object, and the token that is to end a document, which may not be in its vocabulary.
+        """Return the object of the library, and the token that ends a document, which may be missing in its vocabulary.
 
         Raises:
             ValueError: if the folder lacks a file, or no such token is named.
@@ -158,7 +158,7 @@ class Pretrained(TokenizerConfig):
             _check_old_format(folder)
         elif self.path.startswith((os.sep, ".", "~")):
             raise ValueError(f"--data.tokenizer.path {self.path}: no such folder")
-        from transformers import AutoTokenizer  # takes seconds, so only where it is needed
+        from transformers import AutoTokenizer  # takes seconds, so it is imported only where needed
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(
@@ -178,7 +178,7 @@ class Pretrained(TokenizerConfig):
 
 @dataclass(frozen=True)
 class FromRun(TokenizerConfig):
-    """The tokenizer of a trained language model: for text that it wrote, or a student that it shall teach.
+    """The tokenizer of a trained language model: for text that the model generated, or for a student of the model.
 
     Args:
         run: a run directory, `last`, the end of a run's name, or a checkpoint.
@@ -205,7 +205,7 @@ class FromRun(TokenizerConfig):
 
 
 def _eos_token(folder: Path) -> str:
-    """The `eos_token` that a folder in Hugging Face format states."""
+    """Return the `eos_token` of a folder in Hugging Face format."""
     names = ("tokenizer_config.json", "special_tokens_map.json")
     for path in (folder / name for name in names):
         if path.is_file():
@@ -222,7 +222,7 @@ def _eos_token(folder: Path) -> str:
 
 
 def _check_old_format(folder: Path) -> None:
-    """Say which file an incomplete folder lacks."""
+    """Raise an error that names the file that an incomplete folder lacks."""
     present = {path.name for path in folder.iterdir()}
     for one, other in (("vocab.json", "merges.txt"), ("merges.txt", "vocab.json")):
         if one in present and other not in present:

@@ -1,4 +1,4 @@
-"""Recommendation: who chose what and when in, what they will choose next out."""
+"""Recommendation: train a model on the events of users that predicts their next items."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for and no more: reading tables needs neither torch nor Lightning."""
+    """Import on first access: reading tables needs neither torch nor Lightning."""
     for module, names in _WHERE.items():
         if name in names:
             return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -1,4 +1,4 @@
-"""Batches of this task, and the data sets that make them from flat arrays; no loop over rows.
+"""Batches of this task, and the datasets that build them from flat arrays; no loop over rows.
 
 B rows, T positions of a window, H events of the longest history in a batch, K of the most targets, I items, U users.
 Items are numbered from 1; 0 is padding, on the left.
@@ -27,9 +27,9 @@ class SequenceBatch(NamedTuple):
         targets: [B, T] int64, the item after each; 0 where `items` is.
         times: [B, T] int64, seconds since 1970, 0 at padding; None if the data have none.
         users: [B] int64.
-        index: [B] int64, which window.
-        weight: [B] float32, 0 for rows that only fill up a batch.
-        key: [B] int64, what all of a sample's randomness (negatives, masks) is drawn from, see `data.stateless_rng`.
+        index: [B] int64, number of the window.
+        weight: [B] float32, 0 for padding rows.
+        key: [B] int64, key of all random draws of a sample (negatives, masks), see `data.stateless_rng`.
     """
 
     items: Tensor
@@ -42,15 +42,15 @@ class SequenceBatch(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """Training events one by one.
+    """Single training events.
 
     Attributes:
         users: [B] int64.
         items: [B] int64.
         ratings: [B] float32; None if the data have none.
-        index: [B] int64, which training event.
-        weight: [B] float32, 0 for rows that only fill up a batch.
-        key: [B] int64, what all of a sample's randomness (negatives, masks) is drawn from, see `data.stateless_rng`.
+        index: [B] int64, number of the training event.
+        weight: [B] float32, 0 for padding rows.
+        key: [B] int64, key of all random draws of a sample (negatives, masks), see `data.stateless_rng`.
     """
 
     users: Tensor
@@ -68,9 +68,9 @@ class UserBatch(NamedTuple):
         users: [B] int64.
         items: [B, H] int64.
         ratings: [B, H] float32, 0 at padding; None if the data have none.
-        index: [B] int64, which of the users who have training events.
-        weight: [B] float32, 0 for rows that only fill up a batch.
-        key: [B] int64, what all of a sample's randomness (negatives, masks) is drawn from, see `data.stateless_rng`.
+        index: [B] int64, number of the user among those with training events.
+        weight: [B] float32, 0 for padding rows.
+        key: [B] int64, key of all random draws of a sample (negatives, masks), see `data.stateless_rng`.
     """
 
     users: Tensor
@@ -82,17 +82,17 @@ class UserBatch(NamedTuple):
 
 
 class EvalBatch(NamedTuple):
-    """Users with what is known of them before their targets.
+    """Users with their histories and targets.
 
     Attributes:
         users: [B] int64.
-        items: [B, T] int64, the last T items of the history: what a net reads.
+        items: [B, T] int64, the last T items of the history, the input of a net.
         times: [B, T] int64, seconds since 1970, 0 at padding; None if the data have none.
-        history: [B, H] int64, the whole history: what is not recommended again.
+        history: [B, H] int64, the whole history, which is excluded from recommendations.
         targets: [B, K] int64; K is 0 in prediction.
         ratings: [B, K] float32, of the targets, 0 at padding; None if the data have none.
-        index: [B] int64, which of the users who are evaluated.
-        weight: [B] float32, 0 for rows that only fill up a batch.
+        index: [B] int64, number of the user among those who are evaluated.
+        weight: [B] float32, 0 for padding rows.
         history_ratings: [B, H] float32, of the history, 0 at padding; None if the data have none.
     """
 
@@ -108,12 +108,12 @@ class EvalBatch(NamedTuple):
 
 
 def padded(array: np.ndarray, starts: np.ndarray, stops: np.ndarray, width: int | None = None) -> np.ndarray:
-    """The last `width` values of each range of a flat array, 0 on the left where there are fewer.
+    """Return the last `width` values of each range of a flat array, left-padded with 0.
 
     Args:
         array: [N].
-        starts: [B], where the ranges start.
-        stops: [B], where they end.
+        starts: [B], starts of the ranges.
+        stops: [B], ends of the ranges.
         width: by default the length of the longest.
 
     Returns:
@@ -131,14 +131,15 @@ def _tensor(array: np.ndarray | None, dtype: torch.dtype = torch.int64) -> Any:
 
 
 class Windows(Dataset[SequenceBatch]):
-    """Users' training events in windows of T + 1, counted back from each user's last, so that this is always in one.
+    """Users' training events in windows of T + 1, counted back from each user's last event, which is therefore always
+    used.
 
-    A window begins `step` events after the one before it. With a step of T each event but a user's first is a target once,
-    with a smaller one several times, each with more of its past; a user's first window may be shorter than the others. A
-    user with fewer than two events has none.
+    A window begins `step` events after the previous one. With a step of T each event except a user's first is a target
+    once; with a smaller step several times, each time with a longer history. The first window of a user may be shorter
+    than the others. A user with fewer than two events has none.
 
     Args:
-        parts: the events, dealt out.
+        parts: the split events.
         max_length: T.
         step: 1 to T.
         seed: with epoch and sample, determines a sample's key.
@@ -148,7 +149,7 @@ class Windows(Dataset[SequenceBatch]):
         self.events, self.max_length, self.step, self.seed = parts.events, max_length, step, seed
         self.starts, self.stops = parts.borders("train")
         num_targets = self.stops - self.starts - 1
-        # ceil of what a first window of T targets leaves, over the step
+        # ceil((events after a first window of T targets) / step)
         counts = np.where(num_targets > 0, 1 - np.minimum(max_length - num_targets, 0) // step, 0)
         self._last = np.cumsum(counts)  # [U], one past the last window of each user
 
@@ -156,14 +157,16 @@ class Windows(Dataset[SequenceBatch]):
         return int(self._last[-1])
 
     def __getitem__(self, number: int) -> SequenceBatch:
-        """One window, without the batch dimension."""
+        """Return one window, without the batch dimension."""
         return SequenceBatch(*_first_rows(self.__getitems__([number])))
 
     def __getitems__(self, numbers: Sequence[int], epoch: int = 0) -> SequenceBatch:
-        """The windows of these numbers, in an epoch, as one batch."""
+        """Return the windows of these numbers, in an epoch, as one batch."""
         index = np.asarray(numbers, np.int64)
         users = np.searchsorted(self._last, index, side="right")
-        stops = self.stops[users] - (self._last[users] - 1 - index) * self.step  # a user's windows in the order of time
+        stops = (
+            self.stops[users] - (self._last[users] - 1 - index) * self.step
+        )  # a user's windows in chronological order
         starts = self.starts[users]
         T = self.max_length
         items = padded(self.events.items, starts, stops, T + 1)
@@ -181,10 +184,10 @@ class Windows(Dataset[SequenceBatch]):
 
 
 class Pairs(Dataset[PairBatch]):
-    """Training events one by one, those of a user one after the other.
+    """Single training events, grouped by user.
 
     Args:
-        parts: the events, dealt out.
+        parts: the split events.
         seed: with epoch and sample, determines a sample's key.
     """
 
@@ -198,11 +201,11 @@ class Pairs(Dataset[PairBatch]):
         return int(self._last[-1])
 
     def __getitem__(self, number: int) -> PairBatch:
-        """One event, without the batch dimension."""
+        """Return one event, without the batch dimension."""
         return PairBatch(*_first_rows(self.__getitems__([number])))
 
     def __getitems__(self, numbers: Sequence[int], epoch: int = 0) -> PairBatch:
-        """The events of these numbers, in an epoch, as one batch."""
+        """Return the events of these numbers, in an epoch, as one batch."""
         index = np.asarray(numbers, np.int64)
         users = np.searchsorted(self._last, index, side="right")
         events = index + self._shift[users]
@@ -218,10 +221,10 @@ class Pairs(Dataset[PairBatch]):
 
 
 class Users(Dataset[UserBatch]):
-    """Users with all their training events; those who have any.
+    """Users with all their training events; users without any are left out.
 
     Args:
-        parts: the events, dealt out.
+        parts: the split events.
         seed: with epoch and sample, determines a sample's key.
     """
 
@@ -234,11 +237,11 @@ class Users(Dataset[UserBatch]):
         return len(self.users)
 
     def __getitem__(self, number: int) -> UserBatch:
-        """One user, without the batch dimension."""
+        """Return one user, without the batch dimension."""
         return UserBatch(*_first_rows(self.__getitems__([number])))
 
     def __getitems__(self, numbers: Sequence[int], epoch: int = 0) -> UserBatch:
-        """The users of these numbers, in an epoch, as one batch."""
+        """Return the users of these numbers, in an epoch, as one batch."""
         index = np.asarray(numbers, np.int64)
         users = self.users[index]
         starts, stops = self.starts[users], self.stops[users]
@@ -258,9 +261,9 @@ class Histories(Dataset[EvalBatch]):
 
     Args:
         events: all of them.
-        users: [n], which of the users are evaluated.
-        starts: [U], where the targets of each user start; the history is what lies before.
-        stops: [U], where they end.
+        users: [n], numbers of the users who are evaluated.
+        starts: [U], start of the targets of each user; the history is before it.
+        stops: [U], end of the targets of each user.
         max_length: T.
     """
 
@@ -274,11 +277,11 @@ class Histories(Dataset[EvalBatch]):
         return len(self.users)
 
     def __getitem__(self, number: int) -> EvalBatch:
-        """One user, without the batch dimension."""
+        """Return one user, without the batch dimension."""
         return EvalBatch(*_first_rows(self.__getitems__([number])))
 
     def __getitems__(self, numbers: Sequence[int]) -> EvalBatch:
-        """The users of these numbers, as one batch."""
+        """Return the users of these numbers, as one batch."""
         users = self.users[np.asarray(numbers, np.int64)]
         firsts, starts, stops = self.events.offsets[users], self.starts[users], self.stops[users]
         events, T = self.events, self.max_length

@@ -23,10 +23,10 @@ _FLAGS = {"user", "history", "times", "k", "checkpoint", "runs_dir"}
 
 
 def run_recommend(argv: list[str]) -> None:
-    """Load a run's task and print its list.
+    """Load a run's task and print its recommendations.
 
     Raises:
-        ValueError: for arguments that do not fit together, a run that recommends nothing, an unknown user or item.
+        ValueError: for inconsistent arguments, a run that cannot recommend, an unknown user or item.
     """
     positional, _, flags = parse_flags(argv)
     given = dict(flags)
@@ -74,7 +74,7 @@ def _listed(text: str) -> list[str]:
 
 
 def _seconds(text: str) -> int:
-    """Since 1970."""
+    """Return seconds since 1970."""
     try:
         return int(text)
     except ValueError:

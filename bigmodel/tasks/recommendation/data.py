@@ -26,12 +26,12 @@ Examples = Literal["sequences", "pairs", "users"]
 
 
 class InteractionData(L.LightningDataModule):
-    """Who chose what and when, from tables or a public data set, sorted and numbered once into a cache.
+    """User-item events from tables or a public dataset, sorted and numbered once into a cache.
 
-    What training batches are is the task's choice: its attribute `examples`, unless `examples` is given here. A task that
-    keeps what its items are called, in a list `item_ids` (see `Ids.ids`; item 1 first), can predict for the users of other
-    data: their events then have the task's item numbers, and those with unknown items are left out. In other data that are
-    to be evaluated, other items are refused.
+    The task's attribute `examples` determines the type of the training batches, unless `examples` is given here. A task
+    that has the ids of its items in a list `item_ids` (see `Ids.ids`; item 1 first) can predict for the users of other
+    data: their events then have the task's item numbers, and events of unknown items are left out. Other data are
+    rejected in evaluation if they have other items.
 
     Args:
         path: tables of events (CSV, TSV, Parquet; files, a folder or a glob), MovieLens as published (a folder with u.data,
@@ -39,28 +39,28 @@ class InteractionData(L.LightningDataModule):
         user_column: ids of users, whole numbers or text; by default user_id or userId.
         item_column: ids of items, likewise; by default item_id or movieId.
         rating_column: numbers; by default rating, if there is such a column.
-        time_column: seconds, milliseconds, microseconds or nanoseconds since 1970 (told apart by their size), text in ISO
-            format, or timestamps; by default timestamp, if there is such a column. Without times, the order of the source
-            counts.
-        filters: which events are left out; by default none.
+        time_column: seconds, milliseconds, microseconds or nanoseconds since 1970 (recognised by their size), text in
+            ISO format, or timestamps; by default timestamp, if there is such a column. Without times, the order of the
+            source counts.
+        filters: rules for events to leave out; by default none.
         split: LeaveOneOut (by default), GlobalTime or Ratio, all of bigmodel.tasks.recommendation.
-        examples: what is trained on: `sequences` (windows of a user's events), `pairs` (one event each), or `users` (each
-            with all events).
+        examples: type of the training samples: `sequences` (windows of a user's events), `pairs` (one event each), or
+            `users` (each with all events).
         max_length: T, events that a net reads at once.
         step: events from one training window to the next; by default T.
         batch_size: windows, events or users per optimizer step over all processes.
-        micro_batch_size: of those, what one process takes at once; by default its whole share of the batch.
-        cache_dir: where prepared events are kept; by default $BIGMODEL_CACHE or ~/.cache/bigmodel.
-        num_workers: processes that read batches ahead; 0 reads them in the training process, which takes microseconds a
+        micro_batch_size: of those, the number per forward pass of one process; by default its whole share of the batch.
+        cache_dir: folder of the prepared events; by default $BIGMODEL_CACHE or ~/.cache/bigmodel.
+        num_workers: processes that prefetch batches; 0 reads them in the training process, which takes microseconds per
             row.
         seed: with the epoch, determines the order of the samples, and their keys.
 
     Attributes:
-        sizes: what a net must know: num_items, max_length; num_users too if examples are pairs or users. After `setup`,
-            like all that follows, and not when predicting.
-        fingerprint: hash of the events and how they are dealt out.
-        parts: how events are dealt out.
-        prepared: the events, and what users and items are called; when predicting too.
+        sizes: sizes that the net is built with: num_items, max_length; num_users too if examples are pairs or users.
+            Set by `setup`, like all below, but not when predicting.
+        fingerprint: hash of the events and their splits.
+        parts: the split events.
+        prepared: the events, and the ids of users and items; also set when predicting.
     """
 
     sizes: dict[str, int]
@@ -105,10 +105,10 @@ class InteractionData(L.LightningDataModule):
 
     @property
     def examples(self) -> str:
-        """What is trained on.
+        """Type of the training samples.
 
         Raises:
-            ValueError: if the task asks for something unknown.
+            ValueError: if the task requests an unknown type.
         """
         if self._examples is not None:
             return self._examples
@@ -118,10 +118,10 @@ class InteractionData(L.LightningDataModule):
         return str(asked)
 
     def prepare_data(self) -> None:
-        """Read, filter, sort and number the events, unless that was done before with these settings.
+        """Read, filter, sort and number the events, unless the cache already holds them for these settings.
 
         Raises:
-            ValueError: if the input cannot be used as asked; says which file or row, and what to do.
+            ValueError: if the input or a setting is invalid; the message names the file or row and the remedy.
         """
         self._prepare()
 
@@ -133,10 +133,10 @@ class InteractionData(L.LightningDataModule):
         return self._prepared
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the prepared events, and deal them out.
+        """Open the prepared events, and split them.
 
         Raises:
-            ValueError: if a split gets nothing.
+            ValueError: if a split is empty.
         """
         self.prepared = self._prepare()
         if stage == "predict":
@@ -151,7 +151,7 @@ class InteractionData(L.LightningDataModule):
         self.fingerprint = digest([self.prepared.fingerprint, *dealing])
 
     def train_matrix(self, values: Literal["ones", "ratings"] = "ones") -> SparseMatrix:
-        """The training events as a matrix of users by items, for models that are solved for.
+        """Return the training events as a matrix of users by items, for models in closed form.
 
         Args:
             values: 1 where there is an event; or the rating, of several events the last.
@@ -179,7 +179,7 @@ class InteractionData(L.LightningDataModule):
         )
 
     def mean_rating(self) -> float:
-        """Of the training events.
+        """Mean rating of the training events.
 
         Raises:
             ValueError: if there are no ratings.
@@ -189,7 +189,7 @@ class InteractionData(L.LightningDataModule):
         return float(np.mean(self.parts.events.ratings[self.parts.numbers("train")], dtype=np.float64))
 
     def median_gap(self) -> int | None:
-        """Seconds between two training events of a user that follow each other, the median over all; None without times."""
+        """Median of the seconds between two consecutive training events of a user, over all users; None without times."""
         events, (starts, stops) = self.parts.events, self.parts.borders("train")
         later = ranges(np.minimum(starts + 1, stops), stops)
         if events.times is None or not len(later):
@@ -197,7 +197,7 @@ class InteractionData(L.LightningDataModule):
         return int(np.median(events.times[later] - events.times[later - 1]))
 
     def item_counts(self) -> np.ndarray:
-        """[I + 1] int64, how many training events each item has."""
+        """Number of training events of each item, [I + 1] int64."""
         events = self.parts.events
         return np.bincount(events.items[self.parts.numbers("train")], minlength=events.num_items + 1)
 
@@ -219,24 +219,24 @@ class InteractionData(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[EvalBatch] | list[DataLoader[EvalBatch]]:
         fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if "val" not in self.split.wanted and fitting:
-            return []  # asked for none
+            return []  # none requested
         return self._eval_loader(self.histories("val"))
 
     def test_dataloader(self) -> DataLoader[EvalBatch]:
         return self._eval_loader(self.histories("test"))
 
     def predict_dataloader(self) -> DataLoader[EvalBatch]:
-        """All users with all their events, and no targets.
+        """Return a loader of all users with all their events, without targets.
 
         Raises:
-            ValueError: if the task knows none of the items.
+            ValueError: if the task has none of the items.
         """
         events = self._events_for(self._known_items())
         ends = events.offsets[1:]
         return self._eval_loader(Histories(events, np.arange(events.num_users), ends, ends, self.max_length))
 
     def _events_for(self, known: list[int] | list[str] | None) -> Interactions:
-        """All events, with the items' numbers that they have for a task that knows these ids; of other items none."""
+        """Return all events, with the item numbers of a task that has these ids; events of other items are left out."""
         prepared = self._prepare()
         if known is None or prepared.items.same(known):
             return prepared.events
@@ -253,21 +253,21 @@ class InteractionData(L.LightningDataModule):
         return events
 
     def user(self, user_id: int | str, item_ids: list[int] | list[str] | None = None) -> EvalBatch:
-        """One user with all events, to recommend to; no `setup` needed.
+        """Return one user with all events, to recommend to; no `setup` needed.
 
         Args:
             user_id: as in the data.
-            item_ids: of the items that the task knows, in the order of its numbers; None: those of these data.
+            item_ids: ids of the task's items, in the order of its numbers; None: those of these data.
 
         Raises:
-            ValueError: if there is no such user, or the task knows none of the items.
+            ValueError: if there is no such user, or the task has none of the items.
         """
         events, users = self._events_for(item_ids), self._prepare().users.numbers([user_id])
         ends = events.offsets[1:]
         return Histories(events, users, ends, ends, self.max_length).__getitems__([0])
 
     def histories(self, split: str) -> Histories:
-        """The users who are evaluated in a split (val, test), with their histories and targets.
+        """Return the users who are evaluated in a split (val, test), with their histories and targets.
 
         Raises:
             ValueError: if there is no such split, or the task was trained on other items.
@@ -283,12 +283,12 @@ class InteractionData(L.LightningDataModule):
         return Histories(self.parts.events, self.parts.evaluated(split), *self.parts.borders(split), self.max_length)
 
     def _say(self, line: str) -> None:
-        """A line for the person at the terminal, from one process."""
+        """Print a line, from one process only."""
         if self.trainer is None or self.trainer.is_global_zero:
             say(line)
 
     def _known_items(self) -> list[int] | list[str] | None:
-        """The ids of the task's items, if it says."""
+        """Ids of the task's items, if it has them."""
         known: list[int] | list[str] | None = getattr(getattr(self.trainer, "lightning_module", None), "item_ids", None)
         return known
 
@@ -302,7 +302,7 @@ class InteractionData(L.LightningDataModule):
         )
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """The batch on the device."""
-        if device.type == "cpu":  # where Lightning takes a tenth of a millisecond to find that it is there
+        """Move the batch to the device."""
+        if device.type == "cpu":  # already there; Lightning needs 0.1 ms to find that out
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)

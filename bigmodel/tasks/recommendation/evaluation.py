@@ -1,4 +1,4 @@
-"""The evaluation that all recommenders share: full ranking, seen items masked, exact over processes.
+"""Evaluation of all recommenders: full ranking, seen items masked, exact over processes.
 
 B users, I items (numbered 1 to I; 0 is padding), K targets, k length of a list.
 """
@@ -16,22 +16,22 @@ from bigmodel.tasks.recommendation.metrics import RankingMetrics, RatingErrors
 from bigmodel.tasks.recommendation.negatives import evaluation_negatives
 from bigmodel.tasks.recommendation.ranking import ScoreBlock, rank_and_top_k, sampled_rank
 
-_SEED = 0  # of sampled metrics: no flag changes it, so that every model is measured among the same items
+_SEED = 0  # of sampled metrics: fixed, so that every model is evaluated on the same items
 
 
 class Evaluation(nn.Module):
-    """Ranks targets among all items but the history, and takes means over users; errors of ratings over all targets.
+    """Ranks targets among all items but the history, and averages over users; errors of ratings over all targets.
 
     Args:
         cutoffs: lengths k of lists; those above the number of items are left out.
-        sampled_negatives: rank each target also among so many items that are drawn for its user, neither of the history
-            nor targets, for metrics called `sampled_...`. They order models otherwise than full ranking does (Krichene and
-            Rendle 2020, doi 10.1145/3394486.3403226). None: do not.
+        sampled_negatives: number of items drawn per user, not of the history and not targets, among which each target
+            is also ranked, for metrics called `sampled_...`. Their order of models differs from that of full ranking
+            (Krichene and Rendle 2020, doi 10.1145/3394486.3403226). None: only full ranking.
     """
 
     def __init__(self, cutoffs: Sequence[int], sampled_negatives: int | None = None) -> None:
         super().__init__()
-        RankingMetrics(cutoffs)  # refuses what cannot be
+        RankingMetrics(cutoffs)  # checks the cutoffs
         if sampled_negatives is not None and sampled_negatives < 1:
             raise ValueError(
                 f"--model.sampled_negatives {sampled_negatives}: at least 1, or null for full ranking only"
@@ -43,11 +43,10 @@ class Evaluation(nn.Module):
         self.errors = RatingErrors()
 
     def prepare(self, num_items: int, counts: Tensor | None) -> None:
-        """Take what the data know: I, and the training events of each item [I + 1]; without these, coverage and popularity
-        are not measured.
+        """Set I, and the training events of each item [I + 1]; without these, coverage and popularity are not computed.
 
         Raises:
-            ValueError: for as many negatives as there are items, or more.
+            ValueError: if there are at least as many negatives as items.
         """
         self.num_items = num_items
         self.cutoffs = tuple(k for k in self.cutoffs if k <= num_items) or (num_items,)
@@ -62,15 +61,15 @@ class Evaluation(nn.Module):
             self.sampled = RankingMetrics([k for k in self.cutoffs if k < among] or [among], prefix="sampled_")
 
     def update(self, score_block: ScoreBlock, batch: EvalBatch, ratings: Tensor | None = None) -> None:
-        """Take in a batch of users.
+        """Update the metrics with a batch of users.
 
         Args:
             score_block: their scores.
             batch: their histories and targets.
-            ratings: [B, K], what is predicted as the ratings of the targets, where it is.
+            ratings: [B, K], predicted ratings of the targets, if any.
         """
         assert self.metrics is not None
-        targets = batch.targets * (batch.weight > 0)[:, None]  # rows that only fill up have none
+        targets = batch.targets * (batch.weight > 0)[:, None]  # padding rows have none
         ranks, lists = rank_and_top_k(score_block, self.num_items, max(self.cutoffs), targets, batch.history)
         self.metrics.update(ranks, lists if self.metrics.counts is not None else None)
         if self.sampled is not None and self.sampled_negatives is not None:
@@ -82,14 +81,14 @@ class Evaluation(nn.Module):
             self.errors.update(accumulable(ratings[rated]), accumulable(batch.ratings[rated]))
 
     def compute(self, split: str) -> dict[str, Tensor]:
-        """By name, `val/ndcg@10`; every process must call it."""
+        """Return the metrics by name, `val/ndcg@10`; every process must call it."""
         assert self.metrics is not None
         values = self.metrics.compute()
         self.metrics.reset()
         if self.sampled is not None:
             values |= self.sampled.compute()
             self.sampled.reset()
-        if self.errors["rmse"].update_called:  # by every process or none: all have as many batches
+        if self.errors["rmse"].update_called:  # by every process or none, because all have the same number of batches
             values |= {name: value.float() for name, value in self.errors.compute().items()}
             self.errors.reset()
         return {f"{split}/{name}": value for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""Which events are kept: by rating, one of several alike, by how often users and items occur, by age.
+"""Filters of events: by rating, repeated events, number of events of users and items, and age.
 
 N events.
 """
@@ -13,14 +13,14 @@ import numpy as np
 
 @dataclass
 class Filters:
-    """Events that are left out, before items are numbered and splits are made; in this order.
+    """Rules for events to leave out, before items are numbered and splits are made; applied in this order.
 
     Args:
         min_rating: events with a lower rating are left out; by default none are.
         keep: of several events of the same user with the same item, the `first` or the `last`, or `all` of them.
         min_user_events: users with fewer events are left out; together with the next until both hold (k-core).
         min_item_events: items with fewer events are left out.
-        max_history: of each user only so many events are kept, the latest; by default all.
+        max_history: number of latest events of each user to keep; by default all.
     """
 
     min_rating: float | None = None
@@ -38,22 +38,22 @@ class Filters:
                 raise ValueError(f"--data.filters.{name} {value}: at least 1 is accepted; leave it out to keep all")
 
     def settings(self) -> dict[str, Any]:
-        """For the key of what was prepared with them."""
+        """Settings for the key of the prepared folder."""
         return asdict(self)
 
     def kept(self, users: np.ndarray, items: np.ndarray, ratings: np.ndarray | None) -> tuple[np.ndarray, list[str]]:
-        """Which events are kept, and a line about each kind that was left out.
+        """Return the numbers of the kept events, and a line about each kind that was left out.
 
         Args:
             users: [N] int, ascending.
-            items: [N] int, from 0; each user's in the order of time.
+            items: [N] int, from 0; in chronological order for each user.
             ratings: [N] float32, or None.
 
         Returns:
             The numbers of the events that are kept, ascending, int64.
 
         Raises:
-            ValueError: if a rating is asked for and there is none, or nothing is kept.
+            ValueError: if `min_rating` is set and there are no ratings, or nothing is kept.
         """
         kept, lines = np.arange(len(users)), []
 
@@ -91,7 +91,7 @@ class Filters:
 
 
 def _one_of_each(users: np.ndarray, items: np.ndarray, keep: str) -> np.ndarray:
-    """The first or last event of each pair, ascending."""
+    """Return the first or last event of each pair, ascending."""
     pairs = users.astype(np.int64) * (int(items.max(initial=0)) + 1) + items
     if keep == "first":
         return np.sort(np.unique(pairs, return_index=True)[1])
@@ -99,7 +99,9 @@ def _one_of_each(users: np.ndarray, items: np.ndarray, keep: str) -> np.ndarray:
 
 
 def _core(users: np.ndarray, items: np.ndarray, min_user: int, min_item: int) -> tuple[np.ndarray, int]:
-    """The largest set of events in which each user has `min_user` and each item `min_item` of them; rounds it took."""
+    """Return the largest set of events in which each user has `min_user` and each item `min_item`, and the number of
+    rounds.
+    """
     kept, num_rounds = np.arange(len(users)), 0
     while True:
         enough = (np.bincount(users) >= min_user)[users] & (np.bincount(items) >= min_item)[items]
@@ -110,6 +112,6 @@ def _core(users: np.ndarray, items: np.ndarray, min_user: int, min_item: int) ->
 
 
 def _latest(users: np.ndarray, count: int) -> np.ndarray:
-    """The last so many events of each user, of users in ascending order."""
+    """Return the last `count` events of each user, of users in ascending order."""
     stops = np.searchsorted(users, users, side="right")
     return np.flatnonzero(np.arange(len(users)) >= stops - count)

@@ -1,4 +1,4 @@
-"""Who chose what and when, as flat arrays: the events of each user one after the other, in the order of time.
+"""User-item events as flat arrays: grouped by user, in chronological order.
 
 Items have the numbers 1 to I (0 is padding), users 0 to U - 1.
 
@@ -20,13 +20,13 @@ import pyarrow.compute as pc
 
 @dataclass(frozen=True)
 class Interactions:
-    """Events of all users; the arrays may be mapped into memory.
+    """Events of all users; the arrays may be memory-mapped.
 
     Attributes:
-        offsets: [U + 1] int64; the events of user u are `offsets[u]` to `offsets[u + 1]`, in the order of time, those of
-            equal time in the order of the source.
+        offsets: [U + 1] int64; the events of user u are `offsets[u]` to `offsets[u + 1]`, in chronological order, those
+            of equal time in the order of the source.
         items: [N] int32, 1 to I.
-        times: [N] int64, whole seconds since 1970; None: the source has none, and the order is its own.
+        times: [N] int64, whole seconds since 1970; None: the source has none, and its order is used.
         ratings: [N] float32, or None.
         num_items: I, the largest number that an item may have.
     """
@@ -39,7 +39,7 @@ class Interactions:
 
     @property
     def num_users(self) -> int:
-        """U"""
+        """Number of users U."""
         return len(self.offsets) - 1
 
     def __len__(self) -> int:
@@ -47,11 +47,11 @@ class Interactions:
 
     @property
     def lengths(self) -> np.ndarray:
-        """[U] int64, how many events each user has."""
+        """Number of events of each user, [U] int64."""
         return np.diff(self.offsets)
 
     def reordered(self, order: np.ndarray) -> Interactions:
-        """The events in another order [N], within each user."""
+        """Return the events in another order [N], within each user."""
         return Interactions(
             self.offsets,
             self.items[order],
@@ -61,7 +61,7 @@ class Interactions:
         )
 
     def renumbered(self, numbers: np.ndarray, num_items: int) -> Interactions:
-        """The events with other item numbers; those of items without one are left out.
+        """Return the events with other item numbers; those of items without one are left out.
 
         Args:
             numbers: [I + 1] int32, the new number of each item, or 0.
@@ -80,7 +80,7 @@ class Interactions:
 
 
 def ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """The numbers [sum of stops - starts] int64 of all ranges from `starts` [M] to `stops` [M], one after the other."""
+    """Return the numbers [sum of stops - starts] int64 of all ranges from `starts` [M] to `stops` [M], concatenated."""
     counts = stops - starts
     numbers = np.arange(counts.sum(), dtype=np.int64)
     numbers += np.repeat(starts - (np.cumsum(counts) - counts), counts)
@@ -105,7 +105,7 @@ class SparseMatrix(NamedTuple):
 
 @dataclass(frozen=True)
 class Ids:
-    """What users or items are called in the source.
+    """Ids of users or items in the source.
 
     Args:
         table: column `id` (int64 or string), ascending; of items also `title` and `genres` where the source has them.
@@ -125,11 +125,13 @@ class Ids:
         return self.table.column("id").combine_chunks()
 
     def same(self, ids: Sequence[int] | Sequence[str]) -> bool:
-        """Whether these are the ids, in this order."""
+        """True if these are the ids, in this order."""
         return len(ids) == len(self) and bool(self._ids.equals(_ids(ids)))
 
     def numbers_in(self, ids: Sequence[int] | Sequence[str]) -> np.ndarray:
-        """Where each of these stands in a list of ids, counted from `first`: [first + len(self)], 0 for those that do not.
+        """Return the position of each own id in another list of ids, counted from `first`; 0 where it is missing.
+
+        Shape [first + len(self)].
 
         Args:
             ids: of another table; the first has the number `first` there.
@@ -141,12 +143,12 @@ class Ids:
         return np.concatenate([np.zeros(self.first, np.int32), found])
 
     def ids(self, numbers: np.ndarray) -> list[int] | list[str]:
-        """The ids of these numbers [M]."""
+        """Return the ids of these numbers [M]."""
         found: list[int] | list[str] = self._ids.take(pa.array(np.asarray(numbers) - self.first)).to_pylist()
         return found
 
     def titles(self, numbers: np.ndarray) -> list[str | None]:
-        """The titles of these numbers [M]; None where the source has none."""
+        """Return the titles of these numbers [M]; None where the source has none."""
         if "title" not in self.table.column_names:
             return [None] * len(numbers)
         titles: list[str | None] = (
@@ -155,7 +157,7 @@ class Ids:
         return titles
 
     def numbers(self, ids: Iterable[int | str]) -> np.ndarray:
-        """The numbers [M] int64 of these ids. Text that spells a whole number will do for an integer.
+        """Return the numbers [M] int64 of these ids. Text is accepted for an integer id.
 
         Raises:
             ValueError: if an id is unknown.
@@ -174,11 +176,11 @@ class Ids:
         return found
 
     def _near(self, one: int | str) -> list[int] | list[str]:
-        """Up to four ids beside the place where this one would stand."""
+        """Return up to four ids next to the position of this one."""
         there: list[Any] = self._ids.to_pylist()
         try:
             place = bisect_left(there, type(there[0])(one))
-        except ValueError:  # no number, where ids are numbers
+        except ValueError:  # not a number, where ids are numbers
             place = 0
         return there[max(0, min(place, len(there) - 2) - 2) :][:4]
 

@@ -1,4 +1,4 @@
-"""What items are called: from numbers to ids and titles and back, with no data present.
+"""Ids and titles of items by number, and back; available without the data.
 
 B users, I items (numbered 1 to I), k length of a list.
 """
@@ -20,11 +20,11 @@ from bigmodel.tasks.recommendation.ranking import ScoreBlock, top_k
 
 
 class ItemCatalog:
-    """Ids and titles of items; ids of users too, where the data are there.
+    """Ids and titles of items; also ids of users, where the data are present.
 
     Args:
-        items: what items are called.
-        users: what users are called; None: not known.
+        items: ids of items.
+        users: ids of users; None: unknown.
     """
 
     def __init__(self, items: Ids, users: Ids | None = None) -> None:
@@ -32,7 +32,7 @@ class ItemCatalog:
 
     @classmethod
     def known_to(cls, loaded: ItemCatalog | None, data: Any) -> ItemCatalog:
-        """That of a task: its items are those of its checkpoint, if it comes from one, and users those of its data.
+        """Return the catalogue of a task: items of its checkpoint, if it was loaded from one, and users of its data.
 
         Raises:
             ValueError: if it has neither.
@@ -45,14 +45,14 @@ class ItemCatalog:
 
     @property
     def item_ids(self) -> list[int] | list[str]:
-        """In the order of their numbers."""
+        """Ids of the items, in the order of their numbers."""
         return self.items.ids(np.arange(1, len(self) + 1))
 
     def __len__(self) -> int:
         return len(self.items)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors, for a checkpoint."""
+        """Return plain values and tensors, for a checkpoint."""
         ids = self.item_ids
         whole = all(isinstance(one, int) for one in ids)
         titles = self.items.titles(np.arange(1, len(self) + 1))
@@ -63,7 +63,7 @@ class ItemCatalog:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> ItemCatalog:
-        """What `state_dict` gave."""
+        """Restore the catalogue from `state_dict`."""
         ids = state["ids"].tolist() if isinstance(state["ids"], Tensor) else state["ids"]
         columns = {"id": pa.array(ids)}
         if state["titles"] is not None:
@@ -71,18 +71,19 @@ class ItemCatalog:
         return cls(Ids(pa.table(columns), 1, "item"))
 
     def numbers(self, ids: Sequence[int | str]) -> Tensor:
-        """The numbers [M] of items.
+        """Return the numbers [M] of items.
 
         Raises:
-            ValueError: for one that the data did not have.
+            ValueError: for an id that is not in the data.
         """
         return torch.from_numpy(self.items.numbers(ids))
 
     def best(self, score_block: ScoreBlock, batch: EvalBatch, k: int) -> list[dict[str, Any]]:
-        """The best k items of the one user of a batch, each with `item`, `title` (None: the data have none) and `score`.
+        """Return the best k items of the one user of a batch, each with `item`, `title` (None: the data have none) and
+        `score`.
 
         Raises:
-            ValueError: for a k that cannot be.
+            ValueError: for an invalid k.
         """
         if not 1 <= k <= len(self):
             raise ValueError(f"--k {k}: a list has 1 to {len(self):,} items, as many as there are")
@@ -93,7 +94,9 @@ class ItemCatalog:
         return [{"item": one, "title": title, "score": score} for one, title, score in rows]
 
     def table(self, score_block: ScoreBlock, batch: EvalBatch, k: int) -> dict[str, Any]:
-        """A row for each user of a batch: `user`, and the lists `items`, `scores` and, where there are any, `titles`."""
+        """Return a row for each user of a batch: `user`, and the lists `items`, `scores` and, if there are any,
+        `titles`.
+        """
         assert self.users is not None
         items, scores = top_k(score_block, len(self), k, batch.history)
         real = batch.weight > 0

@@ -1,6 +1,6 @@
-"""Losses of the next item, each a sum and a count: the softmax over all items, or contrasts with a few drawn ones.
+"""Losses of the next item, each a sum and a count: the softmax over all items, or contrasts with sampled negatives.
 
-A loss of positions is an object made from its options alone; what the data know comes by `prepare`, and in each step::
+A loss of positions is made from its options alone; `prepare` passes facts about the data; in each step::
 
     loss, count = self.loss(self.net, features, targets, DrawKeys.of(seed, step, batch.index, num_positions))
 
@@ -29,14 +29,14 @@ _NUMBERS_AT_ONCE = 1 << 24  # of the vectors of negatives: 64 MB
 
 
 class ScoresItems(Protocol):
-    """What a loss needs of a net."""
+    """Interface of a net that a loss needs."""
 
     def item_vectors(self, items: Tensor | None = None) -> Tensor:
-        """Vectors [..., D] of items [...]."""
+        """Return vectors [..., D] of items [...]."""
         ...
 
     def logits(self, features: Tensor) -> Tensor:
-        """Scores [..., I + 1] of all items, from features [..., D]; that of padding is not looked at."""
+        """Return scores [..., I + 1] of all items, from features [..., D]; that of padding is ignored."""
         ...
 
 
@@ -44,20 +44,21 @@ class NextItemLoss(Protocol):
     """A loss of positions, to be injected into a task."""
 
     def prepare(self, num_items: int, counts: Tensor | None = None) -> None:
-        """Take what the data know: I, and the training events of each item [I + 1], int64.
+        """Set I, and the training events of each item [I + 1], int64.
 
         Raises:
-            ValueError: if an option does not suit these, or counts are needed and not there.
+            ValueError: if an option is invalid for these, or counts are required and missing.
         """
         ...
 
     def __call__(self, net: ScoresItems, features: Tensor, targets: Tensor, keys: DrawKeys) -> tuple[Tensor, Tensor]:
-        """Sum over the positions that count, in nats, a float32 scalar, and how many these are, int64.
+        """Return the sum over the positions that count, in nats, a float32 scalar, and their number, int64.
 
         Args:
             net: gives vectors and scores of items.
             features: [..., D].
-            targets: items [...] int64; 0 where nothing is predicted. Leaving such positions out before saves their work.
+            targets: items [...] int64; 0 where nothing is predicted. Dropping such positions beforehand saves
+                computation.
             keys: of the draws; `keys.positions` has the targets' shape.
         """
         ...
@@ -83,14 +84,14 @@ class FullSoftmax(nn.Module):
     def forward(self, net: ScoresItems, features: Tensor, targets: Tensor, keys: DrawKeys) -> tuple[Tensor, Tensor]:
         def logits(features: Tensor) -> Tensor:
             scores = net.logits(features)
-            scores[..., 0] = -torch.inf  # in place: a second copy of them would be the largest tensor of all
+            scores[..., 0] = -torch.inf  # in place: a copy would be the largest tensor of all
             return scores
 
         return cross_entropy_sum(logits, features, targets.masked_fill(targets == 0, IGNORE_INDEX), self.chunk_size)
 
 
 class _Drawing(nn.Module):
-    """Options and draws that the sampling losses share."""
+    """Options and draws shared by the sampling losses."""
 
     def __init__(self, num_negatives: int, popularity: bool) -> None:
         super().__init__()
@@ -112,7 +113,9 @@ class _Drawing(nn.Module):
         keys: DrawKeys,
         loss_of: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
-        """Sum and count by `loss_of(positive [m], negative [m, n], hits [m, n], counted [m])`; a position has its own n."""
+        """Return sum and count by `loss_of(positive [m], negative [m, n], hits [m, n], counted [m])`; negatives per
+        position.
+        """
         if keys.positions.shape != targets.shape:
             raise ValueError(
                 f"keys {list(keys.positions.shape)} and targets {list(targets.shape)} do not belong together"
@@ -167,7 +170,7 @@ class BCE(_Drawing):
 
 
 class GBCE(_Drawing):
-    """Generalised binary cross-entropy: the target's part weighs less, so that few negatives do not make overconfident.
+    """Generalised binary cross-entropy: a smaller weight of the target avoids overconfidence with few negatives.
 
     Reads n vectors for each position: below some ten thousand items `FullSoftmax` costs no more on a CPU.
 
@@ -236,12 +239,12 @@ class SquaredError(nn.Module):
         pass
 
     def predict(self, net: Any, users: Tensor, items: Tensor) -> Tensor:
-        """Ratings [B, K] float32 that users [B] are expected to give to items [B, K]; not cut to a range."""
+        """Return predicted ratings [B, K] float32 of users [B] for items [B, K]; not clipped to a range."""
         ratings: Tensor = self.mean + net.ratings(users, items).float()
         return ratings
 
     def forward(self, net: Any, users: Tensor, items: Tensor, ratings: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum over events [B], and how many they are."""
+        """Return the sum over events [B], and their number."""
         errors = ratings - self.predict(net, users, items[:, None])[:, 0]
         read = [net.features(users), net.item_vectors(items)]
         read += [bias[at, None] for bias, at in ((net.user_bias, users), (net.item_bias, items)) if bias is not None]
@@ -252,15 +255,16 @@ class SquaredError(nn.Module):
 def sampled_softmax_sum(
     net: ScoresItems, features: Tensor, targets: Tensor, items: Tensor, log_expected: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sum and count of -log(exp(s_target) / (exp(s_target) + sum_j exp(s_j) / expected_j)) over negatives j.
+    """Return sum and count of -log(exp(s_target) / (exp(s_target) + sum_j exp(s_j) / expected_j)) over negatives j.
 
-    The sum over the negatives other than the target then estimates, without bias, that over all items other than it: the
-    target is not drawn, so its score is not corrected. Each item once, with log_expected 0, is the full softmax.
+    The sum over the negatives other than the target is then an unbiased estimate of that over all items other than the
+    target; the target is not drawn, so its score is not corrected. Each item once, with log_expected 0, is the full
+    softmax.
 
     Args:
         net, features, targets: as for `NextItemLoss`.
         items: negatives [n] that all positions share; where one is the target, it is left out.
-        log_expected: [n], logarithm of the number of times that each is expected to be drawn.
+        log_expected: [n], logarithm of the expected number of draws of each.
     """
     features, targets = features.flatten(0, -2), targets.flatten()
     # One look-up: in the backward pass each makes a gradient as large as the whole table.
@@ -275,7 +279,7 @@ def sampled_softmax_sum(
 def bce_sum(
     positive: Tensor, negative: Tensor, hits: Tensor | None = None, counted: Tensor | None = None, beta: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Sum and count of -(beta log sigma(positive) + sum_j log(1 - sigma(negative_j))) / (n + 1).
+    """Return sum and count of -(beta log sigma(positive) + sum_j log(1 - sigma(negative_j))) / (n + 1).
 
     Args:
         positive: scores [M] of targets.
@@ -292,7 +296,7 @@ def bce_sum(
 
 
 def gbce_beta(num_negatives: int, num_items: int, t: float) -> float:
-    """The weight beta that calibration t gives to the target's part, with that many negatives out of num_items - 1."""
+    """Return the weight beta of the target's part for calibration t, with that many negatives out of num_items - 1."""
     share = num_negatives / (num_items - 1)
     return share * (t * (1 - 1 / share) + 1 / share)
 
@@ -300,7 +304,7 @@ def gbce_beta(num_negatives: int, num_items: int, t: float) -> float:
 def bpr_sum(
     positive: Tensor, negative: Tensor, hits: Tensor | None = None, counted: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum and count of -log sigma(positive - negative_j), the mean over n of them; arguments as for `bce_sum`.
+    """Return sum and count of -log sigma(positive - negative_j), the mean over n of them; arguments as for `bce_sum`.
 
     For a model of pairs (user, item): positive [P] and negative [P, n] scores of a user's items and of drawn ones.
     """
@@ -311,7 +315,7 @@ def bpr_sum(
 
 
 def _bias(net: Any, items: Tensor) -> Tensor | float:
-    """What items [...] score whatever the features; 0 for a net without `item_bias` [I + 1]."""
+    """Return the scores of items [...] that do not depend on features; 0 for a net without `item_bias` [I + 1]."""
     bias = getattr(net, "item_bias", None)
     return 0.0 if bias is None else bias[items].float()
 

@@ -1,14 +1,14 @@
-"""What an evaluation of a recommender measures, over all processes: sums over users, and which items were recommended.
+"""Metrics of a recommender over all processes: sums over users, and the set of recommended items.
 
-Each number is the mean over users of what their list is worth, by the ranks of their targets in it (NDCG: Järvelin and
+Each metric is a mean over users, computed from the ranks of their targets in their lists (NDCG: Järvelin and
 Kekäläinen 2002, with gain 1 per target). With r_1 < r_2 < ... the ranks of a user's n targets, and [..] 1 or 0::
 
-    hr@k        [r_1 <= k]                      whether there is any target in the list
+    hr@k        [r_1 <= k]                      1 if there is any target in the list
     recall@k    sum_i [r_i <= k] / n            hr@k, where users have one target each
     precision@k sum_i [r_i <= k] / k
     ndcg@k      sum_i [r_i <= k] / log2(r_i + 1)  /  sum_{i <= min(k, n)} 1 / log2(i + 1)
     mrr@k       [r_1 <= k] / r_1,               mrr the same over the whole catalogue
-    coverage@k    share of all items that stand in the list of some user
+    coverage@k    share of all items that are in the list of some user
     popularity@k  training events of an item in a list, the mean over lists and places
 
 Errors of predicted ratings are over all targets of all users, each counted once::
@@ -37,12 +37,12 @@ class RankingMetrics(Accumulates, Metric):
 
     Args:
         cutoffs: lengths of the lists, k.
-        counts: training events of each item [I + 1], int64: `coverage` and `popularity` are measured, and `update` needs
-            lists. None: they are not.
+        counts: training events of each item [I + 1], int64: `coverage` and `popularity` are computed, and `update`
+            needs lists. None: they are not computed.
         prefix: before each name: "sampled_", where targets were ranked among a sample of the items.
 
     Raises:
-        ValueError: for cutoffs below 1, none, or one twice; counts that are none.
+        ValueError: for cutoffs below 1, repeated or missing; invalid counts.
     """
 
     full_state_update = False
@@ -74,17 +74,17 @@ class RankingMetrics(Accumulates, Metric):
         self.register_buffer("counts", None, persistent=False)
         if counts is not None:
             self.counts = check_counts(counts, len(counts) - 1)
-            # The best place that each item had in any list; beyond all of them if it was in none.
+            # The best position of each item in any list; larger than any position if it was in none.
             self.add_state("places", torch.full_like(self.counts, self.longest + 1), dist_reduce_fx="min")
             self.add_state("events", torch.zeros(2, len(cutoffs), dtype=torch.int64), dist_reduce_fx="sum")
 
     @torch.no_grad()
     def update(self, ranks: Tensor, items: Tensor | None = None) -> None:
-        """Take in a batch of users; one without any target is not counted.
+        """Update with a batch of users; users without a target are not counted.
 
         Args:
-            ranks: [B, K] int64 from 1, 0 where there is no target, as `ranking.rank` gives them.
-            items: lists [B, k] int64, the best item first, 0 where it ends; as long as the largest cutoff at least.
+            ranks: [B, K] int64 from 1, 0 where there is no target, as returned by `ranking.rank`.
+            items: lists [B, k] int64, the best item first, 0 after the end; at least as long as the largest cutoff.
 
         Raises:
             ValueError: for other shapes, or lists that are missing or too short.
@@ -120,12 +120,14 @@ class RankingMetrics(Accumulates, Metric):
             )
         items = items[:, : self.longest].masked_fill(~counted[:, None], 0)
         place = torch.arange(1, self.longest + 1, device=items.device).expand_as(items)
-        self.places.scatter_reduce_(0, items.flatten(), place.flatten(), "amin")  # what is 0 goes to padding
+        self.places.scatter_reduce_(0, items.flatten(), place.flatten(), "amin")  # 0 goes to padding
         listed = torch.stack([counts[items] * (items > 0), (items > 0).long()])  # [2, B, longest]
         self.events += listed.sum(1).cumsum(1)[:, self.lengths - 1]
 
     def compute(self) -> dict[str, Tensor]:
-        """Over all users of all processes since the last `reset`, float32 by name (`ndcg@10`); every process must call it.
+        """Return metrics over all users of all processes since the last `reset`, float32 by name (`ndcg@10`).
+
+        Every process must call it.
 
         Raises:
             ValueError: if there was no user with a target.

@@ -1,7 +1,8 @@
-"""Recommendation: what a user chooses next, from what was chosen before.
+"""Recommendation: predict the next item of a user from the history.
 
-Two trained tasks, which differ in what they read: `SequenceRecommendation` histories in their order, also of new users;
-`PairRecommendation` the number of a user that it was trained on. Both are evaluated by ranking the whole catalogue.
+There are two trained tasks with different inputs. `SequenceRecommendation` reads ordered histories, also of new users.
+`PairRecommendation` reads the number of a user that it was trained on. Both are evaluated by ranking the whole
+catalogue.
 
 B rows, T positions, D width, I items (numbered 1 to I; 0 is padding), H items of a history, K targets, k length of a list.
 """
@@ -31,33 +32,33 @@ from bigmodel.training.callbacks import GradientScaling
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 
 _MASKS, _LAST_ONLY = 1, 2  # streams of random numbers
-_SECONDS = 10**11  # times from here on are in milliseconds
+_SECONDS = 10**11  # times from this number on are in milliseconds
 
 
 class SequenceRecommendation(Recommender):
-    """Trains a net that reads histories to score each next item; evaluates it; recommends with it.
+    """Trains and evaluates a net that scores each next item of a history, and recommends items with it.
 
-    A net that has a `mask_item` (BERT4Rec) is trained to fill in masked items instead, and recommends what it puts into a
-    mask at the end.
+    A net that has a `mask_item` (BERT4Rec) is trained to predict masked items instead; it recommends its predictions
+    for a mask at the end.
 
     Args:
-        net: makes the net, called with `num_items` and `max_length`, which the data know.
+        net: factory of the net, called with `num_items` and `max_length`, taken from the data.
         loss: of the next items, one of bigmodel.tasks.recommendation: FullSoftmax (by default), SampledSoftmax, BCE, GBCE.
-        optimizer: makes the optimizer from parameter groups.
+        optimizer: factory of the optimizer, called with parameter groups.
         schedule: the learning rate over the run's optimizer steps; null: constant.
-        cutoffs: lengths k of the lists that are measured.
-        mask_rate: share of the items that is masked; for nets with a mask only.
-        mask_last_rate: share of the windows in which only the last item is masked, as it is when recommending; likewise.
-        seed: of negatives and masks, with optimizer step and sample.
-        sampled_negatives: rank each target also among so many items drawn for its user, for metrics called `sampled_...`,
-            which compare only with others of as many; null: among all items only.
+        cutoffs: lengths k of the evaluated lists.
+        mask_rate: share of masked items; only for nets with a mask.
+        mask_last_rate: share of the windows in which only the last item is masked, as in recommendation; likewise.
+        seed: with the optimizer step and the sample, determines negatives and masks.
+        sampled_negatives: number of items drawn per user among which each target is also ranked, for metrics
+            `sampled_...`, which are comparable only at the same number; null: rank among all items only.
 
     Logs `val/ndcg@k`, `hr@k`, `recall@k`, `precision@k`, `mrr@k`, `coverage@k`, `popularity@k` and `mrr`, and the same for
     `test`.
     """
 
-    counts = "items"  # what a step's count counts
-    examples = "sequences"  # what it is trained on
+    counts = "items"  # unit of the count that training_step returns
+    examples = "sequences"  # type of the training samples
 
     def __init__(
         self,
@@ -91,16 +92,18 @@ class SequenceRecommendation(Recommender):
         self.loss.prepare(known["num_items"], self._prepare_evaluation(known["num_items"]))
 
     def configure_callbacks(self) -> list[Callback]:
-        # The loss is a sum: also a bare Trainer must divide it by the count.
+        # The loss is a sum: a plain Trainer also needs the callback that divides it by the count.
         return [] if get_callback(self.trainer, GradientScaling) else [GradientScaling()]
 
     def configure_optimizers(self) -> Any:
         return optimizers.configure(self, self.optimizer, self.schedule)
 
-    # What distillation, evaluation and export need of a task that *SupportsLogits*.
+    # The SupportsLogits protocol, used by distillation, evaluation and export.
 
     def features(self, batch: Any) -> Tensor:
-        """What scores items: [B, T, D] after each position of training windows; [B, D] after each history."""
+        """Return the features that score items: [B, T, D] after each position of training windows; [B, D] after each
+        history.
+        """
         if isinstance(batch, SequenceBatch):
             items, _ = self._windows(batch)
             features: Tensor = self.net.features(items, batch.times)
@@ -109,24 +112,26 @@ class SequenceRecommendation(Recommender):
         return self.net.features(items, batch.times)[:, -1]
 
     def logits(self, features: Tensor) -> Tensor:
-        """[..., D] -> [..., I + 1], -inf for padding."""
+        """Map features [..., D] to logits [..., I + 1], -inf for padding."""
         scores: Tensor = self.net.logits(features).clone()
         scores[..., 0] = -torch.inf
         return scores
 
     def targets(self, batch: Any) -> Tensor:
-        """The items to be predicted: [B, T] of training windows, -100 where there is none; the first target [B] else."""
+        """Return the items to be predicted: [B, T] of training windows, -100 where there is none; else the first target
+        [B].
+        """
         targets = self._windows(batch)[1] if isinstance(batch, SequenceBatch) else batch.targets[:, 0]
         padding = (batch.weight == 0).view(-1, *[1] * (targets.ndim - 1))
         return targets.masked_fill((targets == 0) | padding, IGNORE_INDEX)
 
     @property
     def outcomes(self) -> list[int] | list[str]:
-        """The ids of the items, in the order of their numbers."""
+        """Ids of the items, in the order of their numbers."""
         return self._catalogue().item_ids
 
     def _windows(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-        """What the net reads, and what it is to predict at each position, 0 where nothing; each [B, T]."""
+        """Return the inputs and the items to be predicted at each position, 0 where there is none; each [B, T]."""
         if not hasattr(self.net, "mask_item"):
             return batch.items, batch.targets
         items = torch.cat([batch.items[:, 1:], batch.targets[:, -1:]], 1)  # the last T of the T + 1 events
@@ -150,25 +155,25 @@ class SequenceRecommendation(Recommender):
     def score_block(self, batch: EvalBatch) -> ScoreBlock:
         return dot_products(self.features(batch), self.net.item_vectors(), self.net.item_bias)
 
-    # `bigmodel recommend`: what a task that *SupportsRecommend* offers.
+    # The SupportsRecommend protocol, used by `bigmodel recommend`.
 
     def recommend(
         self, history: Sequence[int | str], k: int = 10, times: Sequence[int] | None = None
     ) -> list[dict[str, Any]]:
-        """The best items for somebody who has had these, whom the model need not have seen.
+        """Return the best items for a user with this history, who may be new to the model.
 
         Args:
-            history: items as they are called in the data, in the order in which they were chosen; all are left out of the
-                list, and the net reads the last `max_length`.
+            history: ids of items as in the data, in chronological order; all are excluded from the list, and the net
+                reads the last `max_length`.
             k: length of the list.
-            times: of the history, in seconds since 1970, for a net that reads them; None: evenly apart, by the median
-                between two training events of a user (a line says so).
+            times: of the history, in seconds since 1970, for a net that reads them; None: evenly spaced, by the median
+                gap between two training events of a user (a line is printed).
 
         Returns:
             The best first, each with `item`, `title` (None where the data have none) and `score`.
 
         Raises:
-            ValueError: for an item that the data did not have, an empty history, times that do not go with it, or k above
+            ValueError: for an item that is not in the data, an empty history, times that do not match it, or k above
                 the number of items.
         """
         numbers = self._catalogue().numbers(history)
@@ -193,17 +198,17 @@ class SequenceRecommendation(Recommender):
 
 
 class PairRecommendation(SequenceRecommendation):
-    """Trains a net of users' and items' vectors on single events; for users that it was trained on.
+    """Trains a net of user and item vectors on single events; recommends only to users of the training data.
 
     With SquaredError it learns to predict ratings, and logs `val/rmse` and `val/mae` over all targets besides.
 
     Args:
-        net: makes the net, called with `num_users` and `num_items`, which the data know; `max_length` is left out.
+        net: factory of the net, called with `num_users` and `num_items`, taken from the data; `max_length` is left out.
         loss: of the pairs: BPR (by default), BCE, SampledSoftmax, FullSoftmax; or of their ratings: SquaredError.
-        optimizer: makes the optimizer from parameter groups.
+        optimizer: factory of the optimizer, called with parameter groups.
         schedule: the learning rate over the run's optimizer steps; null: constant.
-        cutoffs: lengths k of the lists that are measured.
-        seed: of negatives, with optimizer step and sample.
+        cutoffs: lengths k of the evaluated lists.
+        seed: with the optimizer step and the sample, determines the negatives.
         sampled_negatives: as in SequenceRecommendation.
     """
 
@@ -234,16 +239,16 @@ class PairRecommendation(SequenceRecommendation):
                     f"--model.loss SquaredError needs a net that predicts ratings, which {type(self.net).__name__} does"
                     " not: take bigmodel.nn.MatrixFactorization"
                 )
-            if hasattr(self._data, "parts"):  # else the mean comes with the checkpoint
+            if hasattr(self._data, "parts"):  # else the checkpoint holds the mean
                 self.loss.mean.fill_(self._data.mean_rating())
 
     def features(self, batch: Any) -> Tensor:
-        """Users' vectors [B, D]."""
+        """Return the vectors of the users [B, D]."""
         features: Tensor = self.net.features(batch.users)
         return features
 
     def targets(self, batch: Any) -> Tensor:
-        """The items to be predicted [B]; -100 where there is none."""
+        """Return the items to be predicted [B]; -100 where there is none."""
         targets = batch.items if isinstance(batch, PairBatch) else batch.targets[:, 0]
         return targets.masked_fill((targets == 0) | (batch.weight == 0), IGNORE_INDEX)
 
@@ -260,7 +265,7 @@ class PairRecommendation(SequenceRecommendation):
             return None
         return self.loss.predict(self.net, batch.users, batch.targets)
 
-    # A user's number means what it did in training only where the data are the same.
+    # The number of a user has the same meaning as in training only if the data are the same.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -292,10 +297,10 @@ def _without_max_length(net: Callable[..., nn.Module]) -> Callable[..., nn.Modul
 
 
 def one_history(numbers: Tensor, times: Sequence[int] | None, max_length: int, device: torch.device) -> EvalBatch:
-    """A batch of one history [H] of item numbers; times None: the data had none.
+    """Return a batch of one history [H] of item numbers; times None: the data have none.
 
     Raises:
-        ValueError: for an empty history, or times that are not as many, no whole seconds or in another order.
+        ValueError: for an empty history, or times that differ in number, are not whole seconds or are not ascending.
     """
     if not len(numbers):
         raise ValueError("the history is empty: name at least one item that was chosen")

@@ -1,7 +1,7 @@
-"""Items drawn as negatives: on the device, as a function of (seed, optimizer step, sample) and of nothing else.
+"""Negative sampling of items on the device, as a function of (seed, optimizer step, sample) only.
 
 A step's draws are the same on any number of processes, in micro-batches of any size, and after a resume, since a sample is
-in the same step in all of them. A task asks for `DrawKeys` in each step: a few small kernels and no synchronisation::
+in the same step in all of them. A task makes `DrawKeys` in each step: a few small kernels and no synchronisation::
 
     keys = DrawKeys.of(seed, self.trainer.global_step, batch.index, num_positions)
 
@@ -31,7 +31,7 @@ class DrawKeys(NamedTuple):
     """Keys of random numbers.
 
     Attributes:
-        step: [1] int64, for what all samples of an optimizer step share.
+        step: [1] int64, for draws that all samples of an optimizer step share.
         positions: [B, T] or [M] int64, one for each position.
     """
 
@@ -40,7 +40,7 @@ class DrawKeys(NamedTuple):
 
     @classmethod
     def of(cls, seed: int, step: int, index: Tensor, num_positions: int = 1) -> DrawKeys:
-        """Keys of a micro-batch: positions [B, T], or [B] if T is 1.
+        """Return the keys of a micro-batch: positions [B, T], or [B] if T is 1.
 
         Args:
             seed: of the run.
@@ -50,14 +50,14 @@ class DrawKeys(NamedTuple):
         """
         shared = int(sample_keys(seed, step, np.array([_NO_SAMPLE]))[0])
         keys = random_bits(sample_keys(seed, step, index), _POSITIONS, num_positions)
-        # Filled in on the device: a copy would wait for it.
+        # Filled on the device: a copy would need a synchronisation.
         return cls(torch.full((1,), shared, device=index.device), keys if num_positions > 1 else keys[:, 0])
 
 
 class Negatives(nn.Module):
     """Draws items with replacement, uniformly or by popularity.
 
-    Nothing is excluded: whoever draws masks what is also the target.
+    No item is excluded: the caller masks negatives that are also the target.
 
     Args:
         num_items: I.
@@ -76,20 +76,20 @@ class Negatives(nn.Module):
             counts = check_counts(counts, num_items)[1:]
             self.total = int(counts.sum())
             upper, log_shares = counts.cumsum(0), (accumulable(counts) / self.total).log().float()
-        # Sums of the counts up to each item, and logarithms of the shares [I]; no weights, so not in checkpoints.
+        # Cumulative counts, and logarithms of the shares [I]; not weights, so not in checkpoints.
         self.upper: Tensor | None
         self.log_shares: Tensor
         self.register_buffer("upper", upper, persistent=False)
         self.register_buffer("log_shares", log_shares, persistent=False)
 
     def draw(self, keys: Tensor, num_negatives: int) -> Tensor:
-        """Items [M, n] int64 from keys [M]; a row depends on its key alone."""
+        """Draw items [M, n] int64 from keys [M]; a row depends on its key alone."""
         # Of 63 bits: the remainders are biased by less than 1e-9 for any total below 2^33.
         numbers = (random_bits(keys, _NEGATIVES, num_negatives) & _POSITIVE) % self.total
         return 1 + (numbers if self.upper is None else torch.searchsorted(self.upper, numbers, right=True))
 
     def log_probability(self, items: Tensor) -> Tensor:
-        """Logarithm of each item's probability in a draw, float32, of the items' shape; -inf for those never drawn."""
+        """Return the log-probability of each item in a draw, float32, of the items' shape; -inf for those never drawn."""
         if self.upper is None:
             return torch.full(items.shape, -math.log(self.num_items), device=items.device)
         return self.log_shares[items - 1]
@@ -98,10 +98,10 @@ class Negatives(nn.Module):
 def evaluation_negatives(
     seed: int, users: Tensor, num_items: int, num_negatives: int, excluded: Tensor, counts: Tensor | None = None
 ) -> Tensor:
-    """Items to rank a target among, for sampled metrics: drawn without replacement, the same for a user in any batch.
+    """Draw items to rank a target among, for sampled metrics: without replacement, the same for a user in any batch.
 
     Each item that is not excluded gets a random number u, and the highest are taken; by popularity, log(u) / count, which
-    takes items one after the other in proportion to their counts (Efraimidis and Spirakis 2006).
+    draws items one after the other in proportion to their counts (Efraimidis and Spirakis 2006).
 
     Args:
         seed: of the evaluation, the same throughout a run.
@@ -132,7 +132,7 @@ def evaluation_negatives(
 
 
 def check_counts(counts: Tensor, num_items: int) -> Tensor:
-    """Counts of items [I + 1] as int64.
+    """Return counts of items [I + 1] as int64.
 
     Raises:
         ValueError: for another shape, negative counts, or only zeros.

@@ -1,4 +1,4 @@
-"""Recommenders that are computed from the training events in one go, as a task: fitted, evaluated and saved once.
+"""Closed-form recommenders as a task: fitted, evaluated and saved once.
 
 B users, I items (numbered 1 to I; 0 is padding), U users of the training events, k length of a list.
 """
@@ -21,21 +21,22 @@ from bigmodel.tasks.recommendation.recommender import Recommender
 
 
 class FittedRecommendation(Recommender):
-    """Fits a method in closed form on the first process, hands it to the others, evaluates it, and recommends with it.
+    """Fits a method in closed form on the first process, broadcasts it, evaluates it, and recommends with it.
 
     There is nothing to optimize: the run is one step long, in which the method is fitted. Its experiments set
-    `trainer.max_steps` to 1 and leave validation before training out.
+    `trainer.max_steps` to 1 and skip validation before training.
 
     Args:
         method: one of bigmodel.tasks.recommendation.closed_form: Popularity (by default), UserKNN, ItemKNN, EASE.
-        values: what an event is worth to the method, in training and in histories: 1 (`ones`), or its rating (`ratings`).
-        decay: what an item of a history counts less, by this factor, for each that was chosen after it; 1: all alike. For
-            lists only: predicted ratings know no order.
-        cutoffs: lengths k of the lists that are measured.
+        values: value of an event in training and in histories: 1 (`ones`), or its rating (`ratings`).
+        decay: factor of the value of an item of a history for each item that was chosen after it; 1: no decay. For
+            lists only: predicted ratings ignore the order.
+        cutoffs: lengths k of the evaluated lists.
         sampled_negatives: as in SequenceRecommendation.
 
-    Logs what SequenceRecommendation does; with `ratings` and a method that predicts them (UserKNN, ItemKNN) also `val/rmse`
-    and `val/mae` over all targets. Where the method knows nothing of an item, the mean of the user's history is predicted.
+    Logs the metrics of SequenceRecommendation; with `ratings` and a method that predicts them (UserKNN, ItemKNN) also
+    `val/rmse` and `val/mae` over all targets. Where the method cannot rate an item, the mean of the user's history is
+    used.
     """
 
     counts = "users"
@@ -53,7 +54,7 @@ class FittedRecommendation(Recommender):
         self.method: ClosedForm = method if method is not None else Popularity()
         self.values: Literal["ones", "ratings"] = values
         self.decay = decay
-        recency(torch.zeros(1, 1, dtype=torch.int64), decay)  # refuses what cannot be
+        recency(torch.zeros(1, 1, dtype=torch.int64), decay)  # checks the decay
         self.fitted = False
         self.fitted_on = ""  # fingerprint of the events
         # A dummy parameter: Lightning needs an optimizer step in order to write a checkpoint.
@@ -88,7 +89,7 @@ class FittedRecommendation(Recommender):
         self.fitted, self.fitted_on = True, data.prepared.fingerprint
 
     def score_block(self, batch: EvalBatch) -> ScoreBlock:
-        values = batch.history_ratings if self.values == "ratings" else None  # without: a bare history from a person
+        values = batch.history_ratings if self.values == "ratings" else None  # a history given by hand has no ratings
         if self.decay != 1:
             values = recency(batch.history, self.decay) * (1 if values is None else values)
         return self.method.score_block(batch.history, values, self._known(batch))
@@ -103,7 +104,7 @@ class FittedRecommendation(Recommender):
         return torch.where(rated.isnan(), mean, rated)
 
     def _known(self, batch: EvalBatch) -> Tensor | None:
-        """The rows of a batch's users in the training events; None where the data are not those."""
+        """Return the rows of a batch's users in the training events; None if the data are different."""
         same = self._data is None or self._data.prepared.fingerprint == self.fitted_on
         return batch.users if same else None
 
@@ -129,7 +130,9 @@ class FittedRecommendation(Recommender):
     def recommend(
         self, history: Sequence[int | str], k: int = 10, times: Sequence[int] | None = None
     ) -> list[dict[str, Any]]:
-        """The best items for somebody who has had these; see `SequenceRecommendation.recommend`. Times are not used."""
+        """Return the best items for a user with this history; see `SequenceRecommendation.recommend`. Times are not
+        used.
+        """
         numbers = self._catalogue().numbers(history)
         batch = one_history(numbers, None, len(numbers), self.device)
-        return self.recommend_to(batch._replace(users=batch.users - 1), k)  # -1: nobody that it was fitted on
+        return self.recommend_to(batch._replace(users=batch.users - 1), k)  # -1: a user without training events

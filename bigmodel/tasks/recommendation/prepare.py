@@ -1,10 +1,10 @@
-"""Prepare events once: read, filtered, sorted and numbered, in arrays that are mapped into memory.
+"""Prepare events once: read, filter, sort and number them, and write memory-mapped arrays.
 
 The key of a prepared folder is a hash of the sources' contents, the columns and the filters; not of paths. Layout::
 
     <cache>/recommendation/<key>/
         offsets.npy items.npy times.npy ratings.npy     see `Interactions`; the last two where the source has them
-        users.parquet items.parquet                     what they are called there, see `Ids`
+        users.parquet items.parquet                     their ids in the source, see `Ids`
         meta.json
     <cache>/recommendation/scans/                       hashes of files
 
@@ -41,11 +41,11 @@ class Prepared:
     """Events in their prepared folder.
 
     Attributes:
-        folder: where they are.
+        folder: the prepared folder.
         events: all of them.
-        users: what users are called.
-        items: what items are called.
-        lines: what was read and left out, for people.
+        users: ids of users.
+        items: ids of items.
+        lines: summary of what was read and left out, for people.
         fingerprint: hash of events and ids.
     """
 
@@ -58,7 +58,7 @@ class Prepared:
 
     @classmethod
     def load(cls, folder: Path) -> Prepared:
-        """What `prepare` left in a folder; arrays stay on the disk."""
+        """Load a folder written by `prepare`; arrays are memory-mapped."""
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         arrays = {
             name: np.load(path, mmap_mode="r") if (path := folder / f"{name}.npy").exists() else None
@@ -80,11 +80,11 @@ class Prepared:
 
 
 def prepare(source: Source, columns: Columns, filters: Filters, cache: Path) -> Prepared:
-    """Make the prepared folder of a source, unless it is there. Any number of processes may do so at once.
+    """Make the prepared folder of a source, unless it exists. Any number of processes may do so at the same time.
 
     Raises:
-        ValueError: if the source cannot be used; or the filters leave fewer than two items, or nothing.
-        OSError: if the disk is full; says how much is needed where.
+        ValueError: if the source is invalid; or the filters leave fewer than two items, or nothing.
+        OSError: if the disk is full; the message names the required space and the place.
     """
     folder = cache / digest([VERSION, source.content, asdict(columns), filters.settings()])
     if not (folder / "meta.json").exists():
@@ -119,7 +119,7 @@ def _make(source: Source, filters: Filters, final: Path) -> None:
 
 
 def _sorted(found: Events, filters: Filters) -> tuple[Interactions, pa.Array, pa.Array, list[str]]:
-    """Events by user and time, filtered; ids of those users and items that are left; lines about it."""
+    """Return events by user and time, filtered; ids of the remaining users and items; lines about it."""
     # Both sorts are stable: events of equal time stay in the order of the source.
     keys = (found.users,) if found.times is None else (found.times, found.users)
     order = np.lexsort(keys)
@@ -151,7 +151,7 @@ def _sorted(found: Events, filters: Filters) -> tuple[Interactions, pa.Array, pa
 
 
 def _named(ids: pa.Array, titles: pa.Table | None) -> pa.Table:
-    """A table of ids in their order, with titles and genres beside them if there are any."""
+    """Return a table of ids in their order, with titles and genres if there are any."""
     if titles is None:
         return pa.table({"id": ids})
     rows = {item: row for row, item in reversed(list(enumerate(titles.column("id").to_pylist())))}  # the first of each

@@ -1,8 +1,8 @@
-"""Where a user's targets stand among all items, and the k best items: exact, in blocks of items.
+"""Ranks of a user's targets among all items, and the k best items: exact, in blocks of items.
 
-A list is ordered by score. The user's history is left out of it, the targets never. Of equal scores the worst is assumed for
-the targets: every other item stands before them, so that constant scores rank last, not first. No catalogue is sorted, and
-no more scores are in memory than those of one block.
+A list is ordered by score. The user's history is excluded from it, the targets never are. Ties count against the
+targets: every other item of equal score is ranked before them, so that constant scores rank last, not first. The
+catalogue is not sorted, and only the scores of one block are in memory.
 
 B users, D width, H items of the longest history, I items (numbered 1 to I; 0 is padding), K targets of a user, k length of a
 list, W items of a block.
@@ -26,9 +26,10 @@ _MAGNITUDE = 0x7FFFFFFF
 
 
 def dot_products(queries: Tensor, table: Tensor, bias: Tensor | None = None) -> ScoreBlock:
-    """Scores that are products of queries [B, D] and the rows of a table [I + 1, D], plus a bias [I + 1] if there is one.
+    """Return scores that are products of queries [B, D] and the rows of a table [I + 1, D], plus an optional bias [I +
+    1].
 
-    In float32, whatever type the table has, also under autocast: bfloat16 would make ties of many scores.
+    In float32, whatever the type of the table, also under autocast: bfloat16 would make ties of many scores.
     """
     queries = queries.float()
 
@@ -44,17 +45,17 @@ def dot_products(queries: Tensor, table: Tensor, bias: Tensor | None = None) -> 
 def rank(
     score_block: ScoreBlock, num_items: int, targets: Tensor, history: Tensor, block_size: int | None = None
 ) -> Tensor:
-    """Ranks of the targets, from 1, among all items but the history.
+    """Return the ranks of the targets, from 1, among all items but the history.
 
-    A target's rank is the number of items that score at least as high, itself included; of two targets that tie, one stands
-    before the other. All scores are computed once, or twice if they take more than one block.
+    A target's rank is the number of items that score at least as high, including itself; of two targets that tie, one
+    is ranked before the other. All scores are computed once, or twice if they need more than one block.
 
     Args:
         score_block: the scores of all B users, block by block.
         num_items: I.
         targets: [B, K] int64, each item at most once in a row, padded with 0 anywhere.
-        history: [B, H] int64, padded with 0; an item may stand in it more than once, or be a target.
-        block_size: W; None: as many as take 4 million scores (16 million on a GPU).
+        history: [B, H] int64, padded with 0; an item may occur more than once, or be a target.
+        block_size: W; None: as many as fit in 4 million scores (16 million on a GPU).
 
     Returns:
         [B, K] int64, 0 where there is no target.
@@ -73,7 +74,7 @@ def rank(
 def top_k(
     score_block: ScoreBlock, num_items: int, k: int, history: Tensor, block_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The k items with the highest scores that are not in the history, best first; of equals, the lower number first.
+    """Return the k items with the highest scores that are not in the history, best first; ties: the lower number first.
 
     Args:
         score_block, num_items, history, block_size: as for `rank`.
@@ -96,7 +97,7 @@ def top_k(
 def rank_and_top_k(
     score_block: ScoreBlock, num_items: int, k: int, targets: Tensor, history: Tensor, block_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Ranks [B, K] as `rank` gives them, and the items [B, k] of the list they stand in, from the same scores.
+    """Return ranks [B, K] as `rank` does, and the items [B, k] of the ranked list, from the same scores.
 
     Differs from `top_k` where a target is in the history: it may be recommended here.
     """
@@ -110,9 +111,9 @@ def rank_and_top_k(
 
 @torch.no_grad()
 def scores_of(score_block: ScoreBlock, num_items: int, items: Tensor, block_size: int | None = None) -> Tensor:
-    """Scores [B, n] float32 of items [B, n] int64, picked from their blocks; 0 where there is none (0).
+    """Return scores [B, n] float32 of items [B, n] int64, picked from their blocks; 0 where there is none (0).
 
-    For a model that predicts ratings: these are its predictions (torchmetrics has what measures their errors).
+    For a model that predicts ratings, these are its predictions (torchmetrics computes their errors).
     """
     return _Blocks(score_block, num_items, items, block_size).pick(items)
 
@@ -121,10 +122,10 @@ def scores_of(score_block: ScoreBlock, num_items: int, items: Tensor, block_size
 def sampled_rank(
     score_block: ScoreBlock, num_items: int, targets: Tensor, negatives: Tensor, block_size: int | None = None
 ) -> Tensor:
-    """Ranks of the targets, each among the negatives of its user only: for metrics that say so (`sampled_...`).
+    """Return ranks of the targets, each among the negatives of its user only: for metrics called `sampled_...`.
 
-    They order models otherwise than ranks among all items do (Krichene and Rendle 2020), and compare only with others
-    of as many negatives, drawn alike.
+    Their order of models differs from that of ranks among all items (Krichene and Rendle 2020); they are comparable
+    only at the same number of negatives, drawn the same way.
 
     Args:
         score_block, num_items, targets, block_size: as for `rank`.
@@ -159,7 +160,7 @@ class _Blocks:
         self._kept: Tensor | None = None  # the only block
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        """First item and scores [B, W] float32 of each block."""
+        """Yield first item and scores [B, W] float32 of each block."""
         for first, last in self.bounds:
             scores = self.score_block(first, last) if self._kept is None else self._kept
             if scores.shape != (len(self.history), last - first):
@@ -172,7 +173,7 @@ class _Blocks:
             yield first, scores
 
     def pick(self, items: Tensor) -> Tensor:
-        """Scores [B, n] of items [B, n]; 0 where there is none."""
+        """Return scores [B, n] of items [B, n]; 0 where there is none."""
         picked = torch.zeros(items.shape, device=items.device)
         for first, scores in self:
             places, inside = _places(items, first, scores)
@@ -180,14 +181,14 @@ class _Blocks:
         return picked
 
     def masked(self, counter: _Counter | None = None) -> Iterator[tuple[int, Tensor]]:
-        """As by iteration, with -inf for the history, but not for the counter's targets."""
+        """Iterate over blocks with -inf for the history, except for the counter's targets."""
         highest = torch.full((len(self.history), 1), -torch.inf, device=self.history.device)
         for first, scores in self:
-            highest = torch.maximum(highest, scores.amax(1, keepdim=True))  # a NaN stays
+            highest = torch.maximum(highest, scores.amax(1, keepdim=True))  # a NaN propagates
             places, inside = _places(self.history, first, scores)
-            # The minimum with +inf changes nothing; nor do several writers of one place matter.
+            # The minimum with +inf changes nothing; several writes to one place are harmless.
             mask = _infinity(scores, places).masked_fill_(inside, -torch.inf)
-            scores = scores.scatter_reduce(1, places, mask, "amin")  # a copy: the scores may be kept elsewhere
+            scores = scores.scatter_reduce(1, places, mask, "amin")  # a copy: the scores may be used elsewhere
             if counter is not None:
                 places, inside = _places(counter.targets, first, scores)
                 restored = torch.where(inside, counter.values, -_infinity(scores, places))
@@ -210,17 +211,17 @@ class _Counter:
         self.values = blocks.pick(targets)
         if not self.values.isfinite().all():
             raise ValueError("the score of a target is not finite: training has diverged. Lower --model.optimizer.lr")
-        # Ascending; behind the last target of a row, +inf.
+        # Ascending; +inf after the last target of a row.
         self.ascending, self.order = self.values.masked_fill(targets == 0, torch.inf).sort(dim=1, stable=True)
         self.below = torch.zeros_like(targets)  # in the order of `ascending`
-        # Users by their number of targets, so that the j-th target is looked at for those only that have one.
+        # Users by number of targets, so that the j-th target is processed only for those that have one.
         num_targets = (targets > 0).sum(1)
         self.users = num_targets.argsort(descending=True, stable=True) if targets.shape[1] > 1 else None
         slots = torch.arange(targets.shape[1], device=targets.device)
         self.num_users: list[int] = (num_targets[:, None] > slots).sum(0).tolist()
 
     def add(self, first: int, scores: Tensor) -> None:
-        """Scores [B, W], masked."""
+        """Add scores [B, W], masked."""
         if self.users is None:
             self.below[:, 0] += (scores < self.ascending).sum(1, dtype=torch.int32)
             return
@@ -230,8 +231,8 @@ class _Counter:
             self.below[self.users[:n], slot] += below
 
     def ranks(self) -> Tensor:
-        """[B, K], in the order of the targets."""
-        # What is masked scores below any target. Equal targets: each stands behind those before it in `ascending`.
+        """Return ranks [B, K], in the order of the targets."""
+        # Masked items score below any target. Equal targets: each is ranked after those before it in `ascending`.
         equals = torch.searchsorted(self.ascending, self.ascending)
         place = torch.arange(equals.shape[1], device=equals.device) - equals
         ranks = self.num_items - self.below - place
@@ -240,7 +241,7 @@ class _Counter:
 
 
 class _Best:
-    """The k best so far, as numbers that sort by score, and then by item."""
+    """The k best so far, as integers that sort by score, and then by item."""
 
     def __init__(self, blocks: _Blocks, k: int) -> None:
         if not 1 <= k <= blocks.num_items:
@@ -249,10 +250,10 @@ class _Best:
         self.keys = torch.empty(len(blocks.history), 0, dtype=torch.int64, device=self.device)
 
     def add(self, first: int, scores: Tensor) -> None:
-        """Scores [B, W], masked."""
+        """Add scores [B, W], masked."""
         k, width = min(self.k, scores.shape[1]), scores.shape[1]
         values, columns = scores.topk(min(k + 1, width))
-        if width > k and (values[:, k - 1] == values[:, k]).any():  # of these equals, `topk` has taken any
+        if width > k and (values[:, k - 1] == values[:, k]).any():  # `topk` may have taken any of these ties
             values, columns = scores, torch.arange(width, device=self.device)
         keys = pack(values, first + columns)
         keys = torch.cat([self.keys, keys.topk(k).values], 1)
@@ -264,22 +265,24 @@ class _Best:
 
 
 def pack(scores: Tensor, items: Tensor) -> Tensor:
-    """Int64 numbers that are the greater, the higher the score (float32, not NaN), and of equal scores, the lower the item's
-    number (below 2^32). `torch.topk` of scores takes any of equals; of these there are none."""
+    """Pack scores (float32, not NaN) and items (below 2^32) into int64 that sort by score, and by lower item for ties.
+
+    `torch.topk` of scores takes any of equal ones; packed numbers are all different.
+    """
     bits = (scores + 0.0).view(torch.int32)  # -0 becomes 0
     bits.bitwise_xor_((bits >> 31).bitwise_and_(_MAGNITUDE))  # negative numbers are stored by magnitude
     return bits.long().mul_(1 << 32).bitwise_or_(_LOW - items)
 
 
 def unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores and items of `pack`."""
+    """Return scores and items of `pack`."""
     bits = (keys >> 32).int()
     scores = (bits ^ (bits >> 31).bitwise_and_(_MAGNITUDE)).view(torch.float32)
     return scores, _LOW - (keys & _LOW)
 
 
 def _places(items: Tensor, first: int, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns [B, n] of items [B, n] in a block of scores, and which are inside it (others: some column, False)."""
+    """Return columns [B, n] of items [B, n] in a block of scores, and which are inside it (others: some column, False)."""
     columns = items - first
     inside = (columns >= 0) & (columns < scores.shape[1])
     return columns.clamp_(0, scores.shape[1] - 1), inside

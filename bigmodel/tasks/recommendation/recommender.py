@@ -1,4 +1,4 @@
-"""What all recommenders share: they rank for evaluation, prediction and people, and know what their items are called."""
+"""Base class of all recommenders: ranking for evaluation and prediction, and ids of the items."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from bigmodel.tasks.recommendation.ranking import ScoreBlock
 
 
 class Recommender(LightningModule):
-    """A task that scores items for histories; a subclass has `score_block`.
+    """A task that scores items for histories; a subclass defines `score_block`.
 
     Args:
-        cutoffs: lengths k of the lists that are measured.
+        cutoffs: lengths k of the evaluated lists.
         sampled_negatives: see `Evaluation`.
     """
 
@@ -28,20 +28,20 @@ class Recommender(LightningModule):
         self.catalogue: ItemCatalog | None = None
 
     def score_block(self, batch: EvalBatch) -> ScoreBlock:
-        """The scores of all items for a batch of histories, block by block (see `ranking`)."""
+        """Return the scores of all items for a batch of histories, block by block (see `ranking`)."""
         raise NotImplementedError
 
     def predicted_ratings(self, batch: EvalBatch) -> torch.Tensor | None:
-        """The ratings [B, K] that users are expected to give to their targets; None: it predicts none."""
+        """Return the predicted ratings [B, K] of the targets; None: the task predicts none."""
         return None
 
     @property
     def _data(self) -> Any:
-        """The data module; None where the task was loaded without."""
+        """The data module; None if the task was loaded without one."""
         return self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
 
     def _prepare_evaluation(self, num_items: int) -> torch.Tensor | None:
-        """The training events of each item [I + 1], where the data are dealt out; the evaluation is made ready for them."""
+        """Prepare the evaluation; return the training events of each item [I + 1], where the data are split."""
         counts = torch.from_numpy(self._data.item_counts()) if hasattr(self._data, "parts") else None
         self.evaluation.prepare(num_items, counts)
         return counts
@@ -66,7 +66,7 @@ class Recommender(LightningModule):
     def prediction_metadata(self) -> dict[str, str]:
         return {"lists": "the items of each user, the best first; none that the user has had"}
 
-    # What items are called travels in the checkpoint, so that a loaded task recommends with no data present.
+    # The checkpoint holds the ids of the items, so that a loaded task recommends without the data.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["catalogue"] = self._catalogue().state_dict()
@@ -76,7 +76,7 @@ class Recommender(LightningModule):
 
     @property
     def item_ids(self) -> list[int] | list[str] | None:
-        """The ids of the items that it was trained on, in the order of their numbers; None before it is loaded."""
+        """Ids of the items that it was trained on, in the order of their numbers; None before it is loaded."""
         return None if self.catalogue is None else self.catalogue.item_ids
 
     def _catalogue(self) -> ItemCatalog:
@@ -84,8 +84,9 @@ class Recommender(LightningModule):
 
     @torch.no_grad()
     def recommend_to(self, batch: EvalBatch, k: int = 10) -> list[dict[str, Any]]:
-        """The best items for the one user of a batch, as the data module's `user` gives it, each with `item`, `title` (None
-        where the data have none) and `score`.
+        """Return the best items for the one user of a batch, as made by the data module's `user`.
+
+        Each has `item`, `title` (None where the data have none) and `score`.
 
         Raises:
             ValueError: for a k above the number of items.

@@ -1,10 +1,10 @@
-"""Dealing each user's events out to training, validation and test.
+"""Split of each user's events into training, validation and test.
 
-However it is done, the events of a user lie in the order training, validation, test, so that two numbers a user say all::
+In every split, the events of a user have the order training, validation, test, so that two numbers per user define it::
 
     offsets[u] .. train_stops[u] .. val_stops[u] .. offsets[u + 1]
 
-What is known before a target is what lies before its split: the training events for validation, those and the validation
+The history of a target are the events before its split: the training events for validation, those and the validation
 events for test.
 
 N events, U users.
@@ -25,13 +25,13 @@ from bigmodel.tasks.recommendation.interactions import Interactions, ranges
 
 @dataclass(frozen=True)
 class Parts:
-    """Events dealt out to train, val and test.
+    """Events split into train, val and test.
 
     Attributes:
         events: all of them, each user's in the order train, val, test.
         train_stops: [U] int64, where the training events of each user end.
         val_stops: [U] int64, where the validation events end and the test events begin.
-        line: what was done, for people to read.
+        line: summary, for people to read.
     """
 
     events: Interactions
@@ -40,7 +40,7 @@ class Parts:
     line: str
 
     def borders(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Where the events of each user in a split (train, val, test) start and stop, [U] int64 each."""
+        """Return start and stop of the events of each user in a split (train, val, test), [U] int64 each."""
         starts, stops = self.events.offsets[:-1], self.events.offsets[1:]
         return {
             "train": (starts, self.train_stops),
@@ -49,23 +49,23 @@ class Parts:
         }[split]
 
     def numbers(self, split: str) -> np.ndarray:
-        """The numbers [n] int64 of the events of a split, ascending."""
+        """Return the numbers [n] int64 of the events of a split, ascending."""
         return ranges(*self.borders(split))
 
     def evaluated(self, split: str) -> np.ndarray:
-        """The users [n] int64 who have a target in a split, and something before it."""
+        """Return the users [n] int64 who have a target in a split, and a history."""
         starts, stops = self.borders(split)
         return np.flatnonzero((stops > starts) & (starts > self.events.offsets[:-1]))
 
 
 class Split(ABC):
-    """How events are dealt out. Its `repr` says all that determines it (a dataclass's does)."""
+    """Splits events. Its `repr` must contain all settings (that of a dataclass does)."""
 
     def divide(self, events: Interactions) -> Parts:
-        """Deal them out.
+        """Split the events.
 
         Raises:
-            ValueError: if nothing is left to train on, or a split that is wanted gets nobody who can be evaluated.
+            ValueError: if nothing is left to train on, or a requested split has no user who can be evaluated.
         """
         parts = self._divide(events)
         counts = {name: int(np.subtract(*parts.borders(name)[::-1]).sum()) for name in ("train", "val", "test")}
@@ -90,12 +90,12 @@ class Split(ABC):
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """The splits beside train that are made."""
+        """The splits that are made besides train."""
         return ("val", "test")
 
     @abstractmethod
     def _divide(self, events: Interactions) -> Parts:
-        """Deal them out, unchecked."""
+        """Split the events, unchecked."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +126,14 @@ class LeaveOneOut(Split):
 
 @dataclass(frozen=True)
 class GlobalTime(Split):
-    """All that happened from one instant on is for validation, from a later one on for test: as a recommender is met in use.
+    """Splits by time: events from one instant on are for validation, from a later one on for test, as in production.
 
-    No training event is as late as any validation event, and so on. A user may have several targets, or none; a user without
-    earlier events is not evaluated.
+    All training events are earlier than all validation events, and so on. A user may have several targets, or none; a
+    user without earlier events is not evaluated.
 
     Args:
         val: share of the events, at least 0 (no such split), those of equal time on the same side; or the instant from which
-            on, in ISO format (UTC if it does not say).
+            on, in ISO format (UTC by default).
         test: the same.
     """
 
@@ -173,16 +173,17 @@ class GlobalTime(Split):
 
 @dataclass(frozen=True)
 class Ratio(Split):
-    """Of each user's events the last share is for test, the share before it for validation; or shares drawn at random.
+    """Splits each user's events: the last share is for test, the share before it for validation; or shares drawn at
+    random.
 
     Counts are rounded to the nearest; each user keeps an event to train on. Drawn at random, later events may be used to
-    predict earlier ones: for models that know no order.
+    predict earlier ones: for models that ignore the order.
 
     Args:
         val: share of each user's events for validation, at least 0 (no such split) and below 1.
         test: share for test, likewise.
         random: draw them.
-        seed: with the event's number, determines what is drawn.
+        seed: with the event's number, determines the random split.
     """
 
     val: float = 0.1
@@ -220,7 +221,7 @@ class Ratio(Split):
 
 
 def _instant(name: str, text: str) -> int:
-    """Seconds since 1970."""
+    """Return seconds since 1970."""
     try:
         instant = datetime.fromisoformat(text)
     except ValueError:
@@ -231,7 +232,9 @@ def _instant(name: str, text: str) -> int:
 
 
 def _share_from(times: np.ndarray, share: float) -> int:
-    """The instant [s] from which on this share of the events lies, those of equal time all on the later side."""
+    """Return the instant [s] from which on this share of the events lies; events of equal time are all on the later
+    side.
+    """
     if share == 0:
         return int(np.iinfo(np.int64).max)
     place = min(len(times) - round(len(times) * share), len(times) - 1)
@@ -239,7 +242,7 @@ def _share_from(times: np.ndarray, share: float) -> int:
 
 
 def _first_from(offsets: np.ndarray, times: np.ndarray, instant: int) -> np.ndarray:
-    """[U] int64, the first event of each user at this instant or later, or where the user's events end."""
+    """Return [U] int64, the first event of each user at this instant or later, or the end of the user's events."""
     before = np.concatenate([[0], np.cumsum(times < instant)])
     stops: np.ndarray = offsets[:-1] + before[offsets[1:]] - before[offsets[:-1]]
     return stops

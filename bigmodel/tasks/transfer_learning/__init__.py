@@ -1,4 +1,4 @@
-"""Transfer learning: a model that somebody trained, made good at a new task."""
+"""Transfer learning: fine-tune a pretrained model for a new task."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for and no more."""
+    """Import on first access."""
     for module, names in _WHERE.items():
         if name in names:
             return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -1,4 +1,4 @@
-"""Labelled texts as batches of tokens, and the data set that makes them.
+"""Labelled texts as batches of tokens, and the dataset that makes them.
 
 B texts, T tokens, K classes, N texts of a split.
 """
@@ -19,20 +19,21 @@ from bigmodel.tasks.transfer_learning.prepare import Prepared
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
 
 UNKNOWN = -1  # the class of a text without a label
-_MULTIPLE = 8  # of which T is one, as matrix units like it
+_MULTIPLE = 8  # T is a multiple of this, for matrix units
 
 
 class LabelledTextBatch(NamedTuple):
-    """Texts with what is to be told of them.
+    """Texts with their targets.
 
     Attributes:
-        tokens: [B, T] int64, filled up on the right; T is the longest of these, rounded up to a multiple of 8.
-        mask: [B, T] bool, where tokens are the text's.
-        segments: [B, T] int64, which text of a pair a token is of, for models that are told; else 0.
-        targets: class numbers [B] int64 (-1 where there is no label); or 0 and 1, [B, K] float32; or numbers [B] float32.
-        index: [B] int64, which text of the split.
-        weight: [B] float32, of the text's class; 0 for rows that only fill up a batch.
-        key: [B] int64, from which the sample's random numbers come.
+        tokens: [B, T] int64, padded on the right; T is the longest of these, rounded up to a multiple of 8.
+        mask: [B, T] bool, True for tokens of the text.
+        segments: [B, T] int64, token type id: the text of a pair, for models that use it; else 0.
+        targets: class indices [B] int64 (-1 where there is no label); or 0 and 1, [B, K] float32; or numbers [B]
+            float32.
+        index: [B] int64, number of the text in its split.
+        weight: [B] float32, of the text's class; 0 for padding rows.
+        key: [B] int64, key of the random draws of a sample.
     """
 
     tokens: Tensor
@@ -45,11 +46,11 @@ class LabelledTextBatch(NamedTuple):
 
 
 def padded(rows: Sequence[np.ndarray], encoder: TextEncoder, paired: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, mask and segments [B, T] of encoded texts, see `LabelledTextBatch`."""
+    """Return tokens, mask and segments [B, T] of encoded texts, see `LabelledTextBatch`."""
     longest = max(map(len, rows))
     width = -(-longest // _MULTIPLE) * _MULTIPLE
     if encoder.max_length is not None:
-        width = max(longest, min(width, encoder.max_length))  # there are no positions behind
+        width = max(longest, min(width, encoder.max_length))  # there are no more positions
     tokens = np.full((len(rows), width), encoder.pad_id, np.int64)
     segments = np.zeros((len(rows), width), np.int64)
     for i, row in enumerate(rows):
@@ -64,11 +65,11 @@ class Texts:
     """The texts of a split.
 
     Args:
-        parts: prepared texts, and which rows [n] of them; one after the other.
+        parts: prepared texts, each with the rows [n] to use; concatenated.
 
     Attributes:
-        lengths: [N] int64, tokens of each, special ones counted.
-        paired: whether each is a pair.
+        lengths: [N] int64, tokens of each, including special tokens.
+        paired: True if each is a pair.
     """
 
     def __init__(self, parts: Sequence[tuple[Prepared, np.ndarray]]) -> None:
@@ -81,22 +82,22 @@ class Texts:
         return int(self._starts[-1])
 
     def __getitem__(self, i: int) -> str:
-        """One text; a pair as `a | b`."""
+        """Return one text; a pair as `a | b`."""
         pair = self.pair(i)
         return self.text(i) if pair is None else f"{self.text(i)} | {pair}"
 
     def text(self, i: int) -> str:
-        """One text, of a pair the first."""
+        """Return one text, of a pair the first."""
         prepared, row = self._find(i)
         return prepared.texts[row].tobytes().decode()
 
     def pair(self, i: int) -> str | None:
-        """The second text of a pair."""
+        """Return the second text of a pair."""
         prepared, row = self._find(i)
         return prepared.pairs[row].tobytes().decode() if prepared.pairs is not None else None
 
     def tokens(self, i: int) -> np.ndarray:
-        """[T] int32, all of them, special ones too."""
+        """Return all tokens [T] int32, including special tokens."""
         prepared, row = self._find(i)
         return prepared.tokens[row]
 
@@ -109,11 +110,11 @@ class Texts:
 
 
 class Several:
-    """Classes of texts that may have several, which `[rows]` gives as 0 and 1, [B, K] float32.
+    """Multi-label targets; `[rows]` returns 0 and 1, [B, K] float32.
 
     Args:
-        values: [L] class numbers, one text's after the other's.
-        counts: [N] how many each has.
+        values: [L] class indices of all texts, concatenated.
+        counts: [N] number of classes of each text.
         num_classes: K.
     """
 
@@ -129,17 +130,17 @@ class Several:
 
 
 class Samples(Dataset[LabelledTextBatch]):
-    """A split's texts in batches.
+    """Dataset of the texts of a split; returns batches.
 
     Args:
         texts: the split.
-        targets: `[rows]` gives those of the batch.
+        targets: `[rows]` returns those of the batch.
         encoder: of the backbone.
-        max_length: T, cut at; None: nothing is cut.
+        max_length: T, texts are truncated to it; None: no truncation.
         seed: with the epoch and the sample, determines a sample's key.
         class_weights: [K] float32, the weight of a text by its class; None: 1.
-        balanced: whether each class has as many samples as the largest, its texts met several times in an epoch.
-        by_length: whether samples are in the order of their length, to be evaluated with little to fill up.
+        balanced: oversample each class to the size of the largest.
+        by_length: order samples by length, for evaluation with little padding.
     """
 
     def __init__(
@@ -165,11 +166,11 @@ class Samples(Dataset[LabelledTextBatch]):
         return len(self.texts if self.balanced is None else self.balanced)
 
     def __getitem__(self, number: int) -> LabelledTextBatch:
-        """One sample of the first epoch, without the batch dimension."""
+        """Return one sample of the first epoch, without the batch dimension."""
         return LabelledTextBatch(*(field[0] for field in self.__getitems__([number])))
 
     def __getitems__(self, numbers: Sequence[int], epoch: int = 0) -> LabelledTextBatch:
-        """The samples of these numbers in an epoch, as one batch."""
+        """Return the samples of these numbers in an epoch, as one batch."""
         samples = np.asarray(numbers, np.int64)
         rows = self._rows(samples, epoch)
         cut = [self.encoder.truncate(self.texts.tokens(row), self.max_length) for row in rows.tolist()]
@@ -184,12 +185,12 @@ class Samples(Dataset[LabelledTextBatch]):
         )
 
     def lengths(self, numbers: np.ndarray, epoch: int) -> np.ndarray:
-        """[B] tokens that the samples of these numbers [B] have in an epoch."""
+        """Return the numbers of tokens [B] of these samples [B] in an epoch."""
         lengths = self.texts.lengths[self._rows(numbers, epoch)]
         return lengths if self.max_length is None else np.minimum(lengths, self.max_length)
 
     def _rows(self, samples: np.ndarray, epoch: int) -> np.ndarray:
-        """Which text each sample is."""
+        """Return the text of each sample."""
         if self.balanced is not None:
             return self.balanced.rows(samples, epoch)
         return samples if self._order is None else self._order[samples]
@@ -198,13 +199,13 @@ class Samples(Dataset[LabelledTextBatch]):
 def text_batch(
     encoder: TextEncoder, texts: Sequence[str], pairs: Sequence[str] | None = None, max_length: int | None = None
 ) -> LabelledTextBatch:
-    """Texts that came from nowhere, for a trained task to look at: no labels, weight 1.
+    """Make a batch of unlabelled texts for inference: no labels, weight 1.
 
     Args:
         encoder: of the task.
-        texts: to look at, at least one.
+        texts: at least one.
         pairs: a second text for each.
-        max_length: T, cut at; None: what the model has positions for.
+        max_length: T, texts are truncated to it; None: the number of positions of the model.
     """
     limit = encoder.max_length if max_length is None else max_length
     cut = [encoder.truncate(row, limit) for row in encoder.encode(texts, pairs)]

@@ -29,47 +29,48 @@ _SHOWN = 5
 
 
 class LabelledTextData(L.LightningDataModule):
-    """Texts with a class, several, or a number, from tables or a public data set, tokenized once into a cache.
+    """Texts with a class, several labels, or a number, from tables or a public dataset, tokenized once into a cache.
 
-    Splits that the source does not say are dealt out of its training texts, the same for equal texts. Batches are filled up
-    to their longest text, and training batches are of texts of like length.
+    Splits that the source lacks are drawn from its training texts; equal texts are in the same split. Batches are
+    padded to their longest text, and training batches contain texts of similar length.
 
     Args:
         path: tables of texts (CSV, TSV, JSON Lines, Parquet; files, a folder or a glob; files named train, validation or
-            test are these splits), a data set saved by Hugging Face datasets, hf://owner/name, or {fine_foods}. To predict:
-            the same, without labels.
-        text_column: texts.
-        pair_column: second texts, for sentence pairs.
-        label_column: classes (text or whole numbers), numbers, or lists of classes (Arrow or JSON lists, or text parted by |
-            or ;).
-        split_column: train, validation or test; by default the files' names say it, or nothing does.
-        problem: what a label is: a `class`, several (`labels`), or a `number`; `auto`: floats are numbers, lists are
-            several, all else are classes.
+            test are these splits), a dataset saved by Hugging Face datasets, hf://owner/name, or {fine_foods}. For
+            prediction: the same, without labels.
+        text_column: column of the texts.
+        pair_column: column of the second texts, for sentence pairs.
+        label_column: classes (text or integers), numbers, or lists of classes (Arrow or JSON lists, or text separated
+            by | or ;).
+        split_column: train, validation or test; by default the split is taken from the file names, if they contain it.
+        problem: type of the targets: a `class`, several (`labels`), or a `number`; `auto`: floats are numbers, lists
+            are several, everything else is a class.
         tokenizer: folder or owner/name of a Hugging Face tokenizer; by default the task's own, its `text_encoder`.
-        max_length: T, tokens of a text that are read; by default as many as the model has positions for.
-        split: shares of the texts for validation and test, where the source does not say.
-        shots: so many training texts of each class are drawn by --data.seed, and the others not used; by default all are.
-        folds: k-fold cross-validation instead of a share for validation; the test split stays apart.
-        fold: which of the folds is the validation split, from 0; by default the first, but `bigmodel fit` takes all in turn.
-        balance: for skewed classes; `weights`: the loss of a text counts inversely to the size of its class; `samples`:
-            texts of small classes are met more often.
-        pseudo_labels: a file that `bigmodel predict` wrote for texts without labels; they join the training texts.
-        min_confidence: the probability that a prediction must have for that.
-        group_by_length: whether training batches are of texts of like length.
+        max_length: T, texts are truncated to so many tokens; by default the number of positions of the model.
+        split: shares of the texts for validation and test, if the source has no splits.
+        shots: number of training texts per class, drawn by --data.seed; by default all texts are used.
+        folds: k-fold cross-validation instead of a validation share; the test split is not part of it.
+        fold: index of the fold that is the validation split, from 0; by default the first, but `bigmodel fit` runs all
+            folds.
+        balance: for skewed classes; `weights`: weights the loss of a text by the inverse size of its class; `samples`:
+            oversamples small classes.
+        pseudo_labels: a file that `bigmodel predict` wrote for unlabelled texts, which are added to the training texts.
+        min_confidence: minimum probability of a prediction that is used as a pseudo-label.
+        group_by_length: make training batches of texts of similar length.
         batch_size: texts per optimizer step over all processes.
-        micro_batch_size: texts one process takes at once; by default its whole share of the batch.
-        cache_dir: where prepared texts are kept; by default $BIGMODEL_CACHE or ~/.cache/bigmodel.
-        num_workers: processes that read batches ahead; 0 reads them in the training process, which takes microseconds a
+        micro_batch_size: texts per forward pass of one process; by default its whole share of the batch.
+        cache_dir: folder of the prepared texts; by default $BIGMODEL_CACHE or ~/.cache/bigmodel.
+        num_workers: processes that prefetch batches; 0 reads them in the training process, which takes microseconds per
             text.
-        seed: with the epoch, determines the order of the texts; and which shots are drawn.
+        seed: with the epoch, determines the order of the texts; also the draw of `shots`.
 
     Attributes:
-        sizes: what a net must know: num_classes, 1 for numbers. After `setup`, like all that follows, and not when
-            predicting.
-        fingerprint: hash of the texts, their labels, and how they are dealt out and read.
+        sizes: sizes that the net is built with: num_classes, 1 for numbers. Set by `setup`, like all below, but not
+            when predicting.
+        fingerprint: hash of the texts, their labels, their splits and the settings of reading.
         classes: names, by class number; [] for numbers.
-        problem: what a label is: `class`, `labels` or `number`.
-        encoder: makes tokens of texts. When predicting too.
+        problem: type of the targets: `class`, `labels` or `number`.
+        encoder: the tokenizer. Also set when predicting.
     """
 
     sizes: dict[str, int]
@@ -124,18 +125,18 @@ class LabelledTextData(L.LightningDataModule):
         self._splits: dict[str, tuple[Texts, np.ndarray | Several]] = {}
 
     def prepare_data(self) -> None:
-        """Read, check and tokenize the texts, unless that was done before with these settings.
+        """Read, check and tokenize the texts, unless the cache already holds them for these settings.
 
         Raises:
-            ValueError: if the input cannot be used as asked; says which file and row, and what to do.
+            ValueError: if the input or a setting is invalid; the message names the file and row and the remedy.
         """
         self._prepare(predicting=_verb(self) == TrainerFn.PREDICTING)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the prepared texts, and deal them out.
+        """Open the prepared texts, and split them.
 
         Raises:
-            ValueError: if they cannot be dealt out as asked.
+            ValueError: if the requested splits are impossible.
         """
         if stage == "predict":
             prepared = self._prepare(predicting=True)
@@ -146,7 +147,7 @@ class LabelledTextData(L.LightningDataModule):
             self._divide(self._prepare(predicting=False))
 
     def _prepare(self, predicting: bool) -> Prepared:
-        """The texts in their folder."""
+        """Return the prepared texts, from their folder."""
         self.encoder = encoder = self._find_encoder()
         cache = cache_folder("transfer_learning", self.cache_dir)
         columns = Columns(self.columns.text, self.columns.pair, None) if predicting else self.columns
@@ -181,7 +182,7 @@ class LabelledTextData(L.LightningDataModule):
 
     @property
     def _limit(self) -> int | None:
-        """T that texts are cut at."""
+        """T, the number of tokens that texts are truncated to."""
         return self.encoder.max_length if self.max_length is None else self.max_length
 
     def _divide(self, prepared: Prepared) -> None:
@@ -213,7 +214,7 @@ class LabelledTextData(L.LightningDataModule):
         self._say(f"texts: {counts}; {what}")
 
     def _add_predicted(self, prepared: Prepared, rows: dict[str, np.ndarray]) -> list[Any]:
-        """Let predicted texts join the training split; what tells them from others."""
+        """Add pseudo-labelled texts to the training split; return what the fingerprint must include for them."""
         if self.problem != "class":
             raise ValueError(f"--data.pseudo_labels is for texts of one class each, and here are {self.problem}")
         known = prepared.contents[np.concatenate(list(rows.values()))]
@@ -232,7 +233,7 @@ class LabelledTextData(L.LightningDataModule):
             )
 
     def texts(self, split: str) -> Texts:
-        """The texts of a split (train, val, test; when predicting, all).
+        """Return the texts of a split (train, val, test; when predicting, all).
 
         Raises:
             ValueError: if there is no such split.
@@ -248,13 +249,13 @@ class LabelledTextData(L.LightningDataModule):
         return self._splits[split]
 
     def class_weights(self) -> np.ndarray:
-        """[K] float32, inverse to the classes' sizes, with mean 1 over the training texts."""
+        """[K] float32, inverse to the sizes of the classes, with mean 1 over the training texts."""
         targets = self._split("train")[1]
         assert isinstance(targets, np.ndarray)
         return class_weights(np.bincount(targets, minlength=len(self.classes)))
 
     def target_statistics(self) -> tuple[float, float]:
-        """Mean and standard deviation of the training numbers; 0 and 1 where texts have classes."""
+        """Return mean and standard deviation of the training numbers; 0 and 1 where texts have classes."""
         targets = self._split("train")[1]
         if self.problem != "number" or not isinstance(targets, np.ndarray):
             return 0.0, 1.0
@@ -283,19 +284,19 @@ class LabelledTextData(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[LabelledTextBatch] | list[DataLoader[LabelledTextBatch]]:
         if "val" not in self._splits and _verb(self) == TrainerFn.FITTING:
-            return []  # asked for none
+            return []  # none requested
         return self._eval_loader("val")
 
     def test_dataloader(self) -> DataLoader[LabelledTextBatch]:
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader[LabelledTextBatch]:
-        """All texts at the path in their order, whatever split they are in."""
+        """Return a loader of all texts at the path in their order, of whichever split."""
         return self._eval_loader("all")
 
     def _eval_loader(self, split: str) -> DataLoader[LabelledTextBatch]:
         texts, targets = self._split(split)
-        # What is predicted is written in the order of the file.
+        # Predictions are written in the order of the file.
         samples = Samples(texts, targets, self.encoder, self._limit, self.seed, by_length=split != "all")
         return eval_loader(
             samples,
@@ -306,19 +307,19 @@ class LabelledTextData(L.LightningDataModule):
         )
 
     def _say(self, line: str) -> None:
-        """A line for the person at the terminal, from one process."""
+        """Print a line, from one process only."""
         if self.trainer is None or self.trainer.is_global_zero:
             say(line)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """The batch on the device."""
-        if device.type == "cpu":  # where Lightning takes a tenth of a millisecond to find that it is there
+        """Move the batch to the device."""
+        if device.type == "cpu":  # already there; Lightning needs 0.1 ms to find that out
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
 
 def _classes(prepared: Prepared, labels: Labels, rows: dict[str, np.ndarray]) -> list[str]:
-    """Names of the classes of the training texts, in order; [] for numbers.
+    """Return the names of the classes of the training texts, in order; [] for numbers.
 
     Raises:
         ValueError: if there are fewer than two, or another split has further ones.
@@ -342,7 +343,7 @@ def _classes(prepared: Prepared, labels: Labels, rows: dict[str, np.ndarray]) ->
 
 
 def _targets(labels: Labels, classes: list[str], rows: np.ndarray) -> np.ndarray | Several:
-    """What `[rows]` of a batch gives its targets."""
+    """Return the targets, which a batch indexes with its rows."""
     values, counts = labels.of(rows)
     if labels.problem == "number":
         return values

@@ -1,6 +1,6 @@
-"""A text classifier of transformers as a net of this task, with its own head, as it was published.
+"""Wraps a transformers text classifier as a net of this task, with its own head, unchanged.
 
-B texts, T tokens, D width of what the head reads, K classes or labels.
+B texts, T tokens, D width of the input of the output layer, K classes or labels.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ _PROBLEMS = {"class": "single_label_classification", "labels": "multi_label_clas
 
 
 class TextClassifier(nn.Module):
-    """Maps a batch of texts to logits [B, K]. A head that reads each token, of a decoder, is asked at a text's last one.
+    """Maps a batch of texts to logits [B, K]. The head of a decoder is applied to the last token of a text.
 
     Args:
         model: transformers' model, in evaluation mode.
-        text_encoder: its way from text to tokens.
+        text_encoder: its tokenizer.
 
     Raises:
-        ValueError: if it ends in no linear layer, or what it says of a text depends on how far that is filled up.
+        ValueError: if its last layer is not linear, or its logits depend on padding.
     """
 
     def __init__(self, model: Any, text_encoder: TextEncoder) -> None:
         super().__init__()
         self.model, self.last = model, Last()
-        model.config.pad_token_id = text_encoder.pad_id  # where it looks for a text's end; none may be set
+        model.config.pad_token_id = text_encoder.pad_id  # the model finds the end of a text by it; it may be unset
         arguments = inspect.signature(model.forward).parameters
         self._has_segments = "token_type_ids" in arguments and (getattr(model.config, "type_vocab_size", None) or 0) > 1
         self._probe(text_encoder)
 
     @torch.no_grad()
     def _probe(self, text_encoder: TextEncoder) -> None:
-        """Find the head, and see that it tells the same of a text alone and beside a longer one."""
+        """Find the head, and check that logits of a text are the same alone and in a batch with a longer one."""
         texts = ["a", "a a a a a a a a a a a a"]
         one, two = text_batch(text_encoder, texts[:1]), text_batch(text_encoder, texts)
         whole = LabelledTextBatch(*(part[:, : int(one.mask.sum())] if part.ndim == 2 else part for part in one))
@@ -58,7 +58,7 @@ class TextClassifier(nn.Module):
 
     @property
     def head(self) -> nn.Linear:
-        """What gives the logits."""
+        """The layer that computes the logits."""
         head: Any = self.model.get_submodule(self._head_name)
         return head
 
@@ -67,7 +67,7 @@ class TextClassifier(nn.Module):
         return inputs | {"token_type_ids": batch.segments} if self._has_segments else inputs
 
     def features(self, batch: Any) -> Tensor:
-        """[B, D], what the head reads."""
+        """Return the input of the output layer, [B, D]."""
         read: list[Tensor] = []
         hook = self.head.register_forward_pre_hook(lambda _, args: read.append(args[0]))
         try:
@@ -77,12 +77,12 @@ class TextClassifier(nn.Module):
         return read[0] if read[0].ndim == 2 else self.last(read[0], batch.mask)
 
     def logits(self, features: Tensor) -> Tensor:
-        """[..., D] -> [..., K]."""
+        """Map features [..., D] to logits [..., K]."""
         logits: Tensor = self.head(features)
         return logits
 
     def forward(self, batch: Any) -> Tensor:
-        """Logits [B, K] of a batch."""
+        """Return logits [B, K] of a batch."""
         return self.logits(self.features(batch))
 
 
@@ -95,19 +95,19 @@ def as_published(
     text_encoder: TextEncoder | None,
     max_length: int | None,
 ) -> TextClassifier:
-    """A text classifier with all of its weights.
+    """Load a text classifier with all of its weights.
 
     Args:
         path: a folder, or hf://owner/name.
-        flag: that it was given by, for messages.
-        classes: the names that the data have; its logits come in their order.
-        problem: what a text has of them.
-        text_encoder: by which the data's texts are encoded; None: they are pictures.
-        max_length: T that texts are cut at; None: at what the encoder says.
+        flag: the flag that the path was given by, for messages.
+        classes: the class names of the data; the logits are returned in their order.
+        problem: type of the targets.
+        text_encoder: the tokenizer of the data's texts; None: they are images.
+        max_length: T, texts are truncated to it; None: the encoder's limit.
 
     Raises:
-        ValueError: if there is no such model, it tells other classes, has another tokenizer, reads shorter texts, or lacks a
-            weight.
+        ValueError: if there is no such model, it has other classes, another tokenizer, a smaller maximum length, or
+            lacks a weight.
     """
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
 
@@ -150,7 +150,7 @@ def as_published(
 
 
 def _difference(theirs: TextEncoder, ours: TextEncoder) -> str | None:
-    """In which way texts are encoded otherwise; None if they are not."""
+    """Describe how the encodings of texts differ; None if they do not."""
     if not isinstance(theirs, TransformersEncoder) or not isinstance(ours, TransformersEncoder):
         return "that is of a run"
     difference = published.tokenizer_difference(theirs.backend, ours.backend)

@@ -1,6 +1,6 @@
 """Predictions of a trained task, for samples in memory and as columns of a table.
 
-n samples, K classes or labels (1 for a number); B pictures, C channels, S pixels of the square's side.
+n samples, K classes or labels (1 for a number); B images, C channels, S pixels of the square's side.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Sample = str | tuple[str, str] | Picture
 
 
 def format_predictions(logits: Tensor, problem: Problem, classes: Sequence[str]) -> dict[str, Any]:
-    """Columns of a table, of logits [n, K].
+    """Return columns of a table from logits [n, K].
 
-    Where there is one class, `class`, its `probability`, and the `probabilities` [n, K] of all; where there may be several,
-    `labels` (lists) and `probabilities` [n, K]; else the `number`.
+    For one class: `class`, its `probability`, and the `probabilities` [n, K] of all. For several labels: `labels`
+    (lists) and `probabilities` [n, K]. Otherwise: the `number`.
     """
     if problem == "number":
         return {"number": logits[:, 0]}
@@ -47,14 +47,14 @@ def format_predictions(logits: Tensor, problem: Problem, classes: Sequence[str])
 
 @torch.no_grad()
 def predict(task: Any, samples: Sequence[Sample]) -> list[Any]:
-    """Of each sample the classes or labels with their probabilities, the likeliest first; or the number.
+    """Return the classes or labels of each sample with their probabilities, the most likely first; or the number.
 
     Args:
-        task: a TransferLearning that has been trained.
-        samples: texts, pairs of texts, or pictures, as its backbone reads them.
+        task: a trained TransferLearning.
+        samples: texts, pairs of texts, or images, whichever its backbone reads.
 
     Raises:
-        ValueError: if the task has learned nothing, or the samples are not of its kind.
+        ValueError: if the task is untrained, or the samples are of another type.
     """
     if not task.facts:
         raise ValueError("this task has learned nothing yet: load it from a run with bigmodel.load")
@@ -92,6 +92,6 @@ def _pictures(task: Any, samples: Sequence[Sample]) -> Any:
 
 
 class _Pictures(NamedTuple):
-    """Of a batch of pictures what a backbone reads: [B, C, S, S] uint8."""
+    """Images of a batch as a backbone reads them: [B, C, S, S] uint8."""
 
     images: Tensor

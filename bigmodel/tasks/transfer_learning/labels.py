@@ -1,8 +1,8 @@
 """Conversion of a label column to class indices, multi-hot labels or regression targets; the type can be inferred.
 
-`auto` takes a column of floats (of a CSV: all cells are numbers, and not all whole) for numbers, of lists (of a CSV: all
-cells are JSON lists) for several labels, and any other for classes. Classes are put in the order of their names, and if all
-are whole numbers, in the order of these.
+`auto`: a column of floats (of a CSV: all cells are numbers, and not all whole) holds numbers, of lists (of a CSV: all
+cells are JSON lists) several labels, and any other classes. Classes are sorted by name, or by value if all
+are whole numbers.
 
 N texts, M rows in a block, L labels of all texts together.
 """
@@ -31,7 +31,7 @@ class Labels:
     """The labels of all texts.
 
     Attributes:
-        problem: what a text has: a `class`, `labels` (any number of classes), or a `number`.
+        problem: type of the targets: a `class`, `labels` (any number of classes), or a `number`.
         names: of the classes that occur, or are declared; [] for numbers.
         values: [N] int32 rows of `names`, -1 where a declared class is not given; [L] int32 for labels; [N] float32 for
             numbers.
@@ -44,7 +44,7 @@ class Labels:
     offsets: np.ndarray | None = None
 
     def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Values of these texts [n], one text's after the other's, and how many each has [n] int64."""
+        """Return the concatenated values of these texts [n], and the number of values of each [n] int64."""
         if self.offsets is None:
             return self.values[rows], np.ones(len(rows), np.int64)
         counts = self.offsets[rows + 1] - self.offsets[rows]
@@ -56,8 +56,8 @@ class LabelReader:
     """Collects the labels of blocks of rows.
 
     Args:
-        problem: what they are; `auto`: see above.
-        name: what a person calls a row, by its number in all blocks.
+        problem: type of the targets; `auto`: see above.
+        name: returns the name of a row for messages, by its number in all blocks.
     """
 
     def __init__(self, problem: str, name: Callable[[int], str]) -> None:
@@ -70,10 +70,10 @@ class LabelReader:
         self._where = ""
 
     def add(self, rows: Rows) -> None:
-        """Take the labels of a block.
+        """Add the labels of a block.
 
         Raises:
-            ValueError: if a cell is empty, or the column is of a type that is no label, or another than before.
+            ValueError: if a cell is empty, or the type of the column is invalid or differs from previous blocks.
         """
         values = plain(rows.columns["label"])
         if not rows.typed:
@@ -108,10 +108,10 @@ class LabelReader:
         self._cells.append(values.dictionary_encode() if kind in ("text", "list") else values)
 
     def labels(self) -> Labels:
-        """The labels of all rows.
+        """Return the labels of all rows.
 
         Raises:
-            ValueError: if they are not what the problem says, or a number is none; names the row.
+            ValueError: if they do not match the problem, or a number is invalid; names the row.
         """
         read = {"text": self._of_text, "whole": self._of_whole, "float": self._of_floats, "list": self._of_lists}
         return read[self._kind]()
@@ -175,7 +175,7 @@ class LabelReader:
         return _numbered("labels", codes, names, np.concatenate(self._counts))
 
     def _unified(self) -> tuple[np.ndarray, list[str]]:
-        """Each cell as its number among the distinct ones, and these."""
+        """Return the code of each cell among the distinct cells, and these."""
         whole = pa.chunked_array(self._cells).unify_dictionaries().combine_chunks()
         self._cells.clear()
         return whole.indices.to_numpy(), whole.dictionary.to_pylist()
@@ -201,7 +201,7 @@ def _kind(kind: pa.DataType) -> str | None:
         return "float"
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         inner = kind.value_type
-        # An empty list tells no type.
+        # An empty list has no type.
         fits = is_text(inner) or pa.types.is_integer(inner) or pa.types.is_dictionary(inner) or pa.types.is_null(inner)
         return "list" if fits else None
     return "text" if pa.types.is_null(kind) else None
@@ -226,7 +226,7 @@ def _number(cell: str) -> float:
 
 
 def _problem_of(cells: list[str]) -> Problem:
-    """What distinct cells of a table of text are."""
+    """Return the problem type of the distinct cells of a text table."""
     try:
         if [float(cell) for cell in cells] and not all(_WHOLE.fullmatch(cell) for cell in cells):
             return "number"
@@ -236,7 +236,7 @@ def _problem_of(cells: list[str]) -> Problem:
 
 
 def _listed(cell: str) -> list[str] | None:
-    """The labels in a cell; None if it is no list."""
+    """Return the labels in a cell; None if it is not a list."""
     if not cell.startswith("["):
         return list(dict.fromkeys(part.strip() for part in _SEPARATORS.split(cell) if part.strip()))
     try:
@@ -249,7 +249,7 @@ def _listed(cell: str) -> list[str] | None:
 
 
 def _numbered(problem: Problem, codes: np.ndarray, names: list[str], counts: np.ndarray | None = None) -> Labels:
-    """Labels with their classes in order, from rows of `names` in any."""
+    """Return labels with sorted classes, from codes of unsorted `names`."""
     as_numbers = all(_WHOLE.fullmatch(name) for name in names)
     order = sorted(range(len(names)), key=lambda i: (int(names[i]), names[i]) if as_numbers else names[i])
     place = np.empty(len(names), np.int32)
@@ -260,7 +260,7 @@ def _numbered(problem: Problem, codes: np.ndarray, names: list[str], counts: np.
 
 
 def _with_offsets(labels: Labels) -> Labels:
-    """The same; where there may be several labels, each text has one."""
+    """Return the labels with offsets: for several labels, each text then has one."""
     if labels.problem == "class":
         return labels
     return Labels(labels.problem, labels.names, labels.values, np.arange(len(labels.values) + 1, dtype=np.int64))

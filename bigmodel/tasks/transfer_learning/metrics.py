@@ -1,8 +1,7 @@
-"""What an evaluation measures where each sample has one class, several labels, or a number; over all processes.
+"""Metrics for samples with one class, several labels, or a number; over all processes.
 
-Matthews' correlation of K classes: Gorodkin 2004 (doi 10.1016/j.compbiolchem.2004.09.006). Spearman's is Pearson's of the
-ranks, those that tie having their mean rank. A correlation with what does not vary is 0: a model that always says the same
-says nothing.
+Matthews' correlation of K classes: Gorodkin 2004 (doi 10.1016/j.compbiolchem.2004.09.006). Spearman's correlation is
+Pearson's correlation of the ranks, with mean ranks for ties. A correlation with a constant is 0.
 
 B samples in a batch, N in all, K classes or labels.
 """
@@ -23,18 +22,19 @@ Problem = Literal["class", "labels", "number"]
 
 
 class TransferMetrics(Protocol):
-    """What the task asks of its metrics, whatever the problem is; they are modules, and move along with the net."""
+    """Interface of the task's metrics for any problem; they are modules, and move with the net."""
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Take in a batch: logits [B, K] in any floating-point type, and the data's targets; B may be 0.
+        """Update with a batch: logits [B, K] in any floating-point type, and the data's targets; B may be 0.
 
         Raises:
             ValueError: for other shapes, or classes out of range.
         """
 
     def compute(self) -> dict[str, Tensor]:
-        """Over all batches of all processes since the last `reset`: float32 numbers by name, none of them NaN. Every process
-        must call it.
+        """Return metrics over all batches of all processes since the last `reset`: float32 by name, none of them NaN.
+
+        Every process must call it.
 
         Raises:
             ValueError: if there was nothing to evaluate, or the net's outputs were not finite.
@@ -42,21 +42,21 @@ class TransferMetrics(Protocol):
         ...
 
     def confusion(self) -> Tensor | None:
-        """[K, K] int64, true class by predicted; None where a sample is not of one class."""
+        """Return the confusion matrix [K, K] int64, true class by predicted; None unless each sample has one class."""
 
     def reset(self) -> None:
-        """Forget all batches."""
+        """Clear all batches."""
 
 
 def make_metrics(problem: Problem, num_classes: int) -> TransferMetrics:
-    """The metrics of a problem, an `nn.Module`.
+    """Return the metrics of a problem, an `nn.Module`.
 
     Args:
-        problem: whether a sample has one class, several labels, or a number.
-        num_classes: K; not asked for numbers.
+        problem: type of the targets: one class, several labels, or a number.
+        num_classes: K; ignored for numbers.
 
     Raises:
-        ValueError: if there is one class, and so nothing to tell apart.
+        ValueError: if there is only one class.
     """
     if problem == "number":
         return NumberMetrics()
@@ -64,8 +64,9 @@ def make_metrics(problem: Problem, num_classes: int) -> TransferMetrics:
 
 
 class SingleLabelMetrics(ClassMetrics):
-    """One class each: what `ClassMetrics` measures, and `matthews`, -1 to 1. F1 of all decisions together (micro) is the
-    accuracy, and not named twice."""
+    """Metrics of single-label samples: those of `ClassMetrics`, and `matthews`, -1 to 1. Micro-averaged F1 equals the
+    accuracy, and is not repeated.
+    """
 
     def compute(self) -> dict[str, Tensor]:
         values = super().compute()
@@ -80,11 +81,12 @@ class SingleLabelMetrics(ClassMetrics):
 
 
 class MultiLabelMetrics(nn.Module):
-    """Several labels each, predicted where their probability is above one half.
+    """Metrics of multi-label samples; a label is predicted if its probability is above one half.
 
-    `loss` is binary cross-entropy in nats, the mean over samples and labels; `f1_macro` the mean over the labels that are
-    there or were predicted, `f1_micro` that of all decisions together, 0 / 0 counting as 0; `auroc` the mean over the labels
-    that some samples have and others not, left out if there is none; `exact_match` the share of samples with all right.
+    `loss` is binary cross-entropy in nats, averaged over samples and labels; `f1_macro` the mean over the labels that
+    occur or were predicted, `f1_micro` that of all decisions together, 0 / 0 counting as 0; `auroc` the mean over the
+    labels that some samples have and others lack, omitted if there is none; `exact_match` the share of samples with all
+    labels correct.
 
     Args:
         num_labels: K.
@@ -124,15 +126,17 @@ class MultiLabelMetrics(nn.Module):
         return {name: value.float().to(self.samples.device) for name, value in values.items()}
 
     def confusion(self) -> None:
-        """There is none."""
+        """Return None."""
 
     def reset(self) -> None:
-        """Forget all batches."""
+        """Clear all batches."""
         self.samples.reset()
 
 
 class NumberMetrics(nn.Module):
-    """A number each: `loss`, the mean squared error; `rmse` and `mae`, in the number's unit; `pearson` and `spearman`."""
+    """Metrics of numbers: `loss`, the mean squared error; `rmse` and `mae`, in the number's unit; `pearson` and
+    `spearman`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,15 +169,15 @@ class NumberMetrics(nn.Module):
         return {name: value.float().to(self.samples.device) for name, value in values.items()}
 
     def confusion(self) -> None:
-        """There is none."""
+        """Return None."""
 
     def reset(self) -> None:
-        """Forget all batches."""
+        """Clear all batches."""
         self.samples.reset()
 
 
 def _measured(samples: AllSamples) -> tuple[Tensor, Tensor]:
-    """The outputs, in float64, and targets of all samples.
+    """Return the outputs, in float64, and targets of all samples.
 
     Raises:
         ValueError: if there are none.
@@ -185,7 +189,7 @@ def _measured(samples: AllSamples) -> tuple[Tensor, Tensor]:
 
 
 def _correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Pearson's, in -1 to 1; 0 if one of the two does not vary."""
+    """Return Pearson's correlation, in -1 to 1; 0 if one of the two is constant."""
     if x.min() == x.max() or y.min() == y.max():
         return torch.zeros((), dtype=torch.float64)
     x, y = x - x.mean(), y - y.mean()

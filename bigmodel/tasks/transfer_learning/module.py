@@ -1,4 +1,4 @@
-"""Transfer learning: a net that somebody trained is made good at a new task.
+"""Transfer learning: fine-tune a pretrained net for a new task.
 
 Losses, sums over samples: cross-entropy in nats where a sample has one class; binary cross-entropy in nats, the mean over
 the labels, where it may have several; squared error in units of the training targets' variance where it has a number.
@@ -44,27 +44,27 @@ class TransferLearning(LightningModule):
 
     Args:
         backbone: a run directory of a task that predicts, a folder with a Hugging Face model, or owner/name on the hub.
-        method: what trains, and when: full, linear_probe, knn_probe, gradual, lora, bias_only; or a Method with settings of
-            its own, as `--model.method lora --model.method.rank 16` makes it.
-        layers: numbers of the layers to keep, from 0, of a Hugging Face model that reads text: a smaller net from a trained
+        method: which parameters train, and when: full, linear_probe, knn_probe, gradual, lora, bias_only; or a Method
+            with settings, such as `--model.method lora --model.method.rank 16`.
+        layers: indices of the layers to keep, from 0, of a Hugging Face text model: a smaller net from a trained
             one, as a student in distillation; null: all.
-        pretrained: take the backbone's weights; false: its architecture with new weights, as a control.
-        excuse: patterns (`*` as in file names) of weights that may be missing, left over or of another shape.
-        allow_pickle: read weights from pickles too, which can run any code; only for files that you trust.
-        pooling: from the features of tokens to those of a text: first (class token), mean, last, attention (learned), or
-            auto, which is what the backbone was made for.
+        pretrained: use the pretrained weights; false: the same architecture with new weights, as a control.
+        excuse: patterns (`*` as in file names) of weights that may be missing, unexpected or of another shape.
+        allow_pickle: also read weights from pickles, which can run any code; only for files that you trust.
+        pooling: of the features of tokens to those of a text: first (class token), mean, last, attention (learned), or
+            auto, the pooling that the backbone was pretrained with.
         dropout: between the features and the head, in [0, 1); in training only.
-        layer_decay: the learning rate of a layer is that of the layer above times this, in (0, 1]; the head has the
+        layer_decay: the learning rate of a layer is that of the layer above times this, in (0, 1]; the head uses the
             optimizer's.
-        penalty: what is added to the mean loss for the weights: L2SP, L1.
-        optimizer: makes the optimizer from parameter groups.
-        schedule: each rate over the run's optimizer steps; null: constant.
+        penalty: penalty on the weights that is added to the mean loss: L2SP, L1.
+        optimizer: factory of the optimizer, called with parameter groups.
+        schedule: learning rate schedule over the run's optimizer steps; null: constant.
 
-    Logs, as `val/...` and `test/...`, what `make_metrics` says of the problem, which the data know.
+    Logs the metrics that `make_metrics` returns for the problem, which the data determine, as `val/...` and `test/...`.
     """
 
-    counts = "samples"  # what a step's count counts
-    # So that a word can be given settings.
+    counts = "samples"  # unit of the count that training_step returns
+    # So that a method given as a word can have settings.
     words: ClassVar = {"method": {word: f"{kind.__module__}.{kind.__qualname__}" for word, kind in WORDS.items()}}
 
     def __init__(
@@ -93,21 +93,21 @@ class TransferLearning(LightningModule):
         self.optimizer, self.schedule = optimizer, schedule
         self.net: Any = None
         self.metrics: Any = None
-        self.facts: dict[str, Any] = {}  # what the data know, as in the checkpoint
-        self.description: dict[str, Any] | None = None  # of the backbone, from a checkpoint
+        self.facts: dict[str, Any] = {}  # facts about the data, as in the checkpoint
+        self.description: dict[str, Any] | None = None  # description of the backbone, from a checkpoint
         self._text_encoder: TextEncoder | None = None
 
-    # What the data know, and what they must be told.
+    # Facts about the data, and requirements on the data.
 
     @property
     def problem(self) -> Problem:
-        """What a sample has: a class, labels, or a number."""
+        """Type of the targets: a class, labels, or a number."""
         problem: Problem = self.facts.get("problem", "class")
         return problem
 
     @property
     def text_encoder(self) -> TextEncoder | None:
-        """The backbone's way from text to tokens; None if it reads pictures. Known before there is a net."""
+        """The backbone's tokenizer; None if it reads images. Available before the net is built."""
         if self.net is not None:
             encoder: TextEncoder | None = self.net.backbone.text_encoder
             return encoder
@@ -118,7 +118,7 @@ class TransferLearning(LightningModule):
         return self._text_encoder
 
     def setup(self, stage: str) -> None:
-        """Take from the data what they alone know, and see that the method can do with them."""
+        """Read the facts about the data from the data module, and check that the method supports them."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage != "predict" and hasattr(data, "classes"):
             center, scale = data.target_statistics() if hasattr(data, "target_statistics") else (0.0, 1.0)
@@ -139,7 +139,7 @@ class TransferLearning(LightningModule):
                 self._take_one_step()
 
     def _take_one_step(self) -> None:
-        """The run is one optimizer step and a validation."""
+        """Limit the run to one optimizer step and a validation."""
         trainer = self.trainer
         trainer.fit_loop.epoch_loop.max_steps = 1
         trainer.val_check_interval, trainer.check_val_every_n_epoch = trainer.accumulate_grad_batches, None
@@ -174,26 +174,26 @@ class TransferLearning(LightningModule):
         return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
 
     def new_metrics(self) -> TransferMetrics:
-        """Metrics of this problem, on this device."""
+        """Return metrics for this problem, on this device."""
         metrics: Any = make_metrics(self.problem, sizes(self)["num_classes"])
         return metrics.to(self.device)
 
     def train(self, mode: bool = True) -> TransferLearning:
-        """Training mode; what is frozen stays in evaluation mode."""
+        """Set training mode; frozen modules stay in evaluation mode."""
         super().train(mode)
         if mode and self.net is not None:
             eval_frozen_modules(self.net.backbone)
         return self
 
     def configure_callbacks(self) -> list[Callback]:
-        # The loss is a sum: also a bare Trainer must divide it by the count.
+        # The loss is a sum: a plain Trainer also needs the callback that divides it by the count.
         missing = [kind for kind in (GradientScaling, Report) if get_callback(self.trainer, kind) is None]
         return [kind() for kind in missing]
 
     def configure_optimizers(self) -> Any:
         if not self.method.optimizes:
             return torch.optim.SGD([p for _, p in self.method.trained(self.net)], lr=0.0)
-        # Who extends the task may have parameters beside its net.
+        # Subclasses may have parameters outside the net.
         beside = nn.ModuleList(child for name, child in self.named_children() if name != "net")
         chosen = [*groups.parameter_groups(self._layers()), *optimizers.parameter_groups(beside)]
         return optimizers.configure(self, self.optimizer, self.schedule, chosen)
@@ -203,27 +203,27 @@ class TransferLearning(LightningModule):
         return groups.layer_groups(self.net, trained, self.layer_decay, self.method.by_layer)
 
     def say_what_trains(self) -> None:
-        """Print the parameter groups, with how fast they learn; to be called when there are optimizers."""
+        """Print the parameter groups with their learning rates; call it when there are optimizers."""
         if self.method.optimizes:
             settings = self.trainer.optimizers[0].defaults
             groups.show(self._layers(), settings, self.method.joins(self))
 
-    # What distillation, evaluation and export need of a task that *SupportsLogits*.
+    # The SupportsLogits protocol, used by distillation, evaluation and export.
 
     def features(self, batch: Any) -> Tensor:
-        """[B, D], pooled, before dropout."""
+        """Return pooled features [B, D], before dropout."""
         features: Tensor = batch.features if isinstance(batch, FeatureBatch) else self.net.features(batch)
         return features
 
     def logits(self, features: Tensor) -> Tensor:
-        """[..., D] -> [..., K]; of numbers [..., 1], in the unit of the targets."""
+        """Map features [..., D] to logits [..., K]; for numbers [..., 1], in the unit of the targets."""
         logits: Tensor = self.net.logits(features)
         if self.problem == "number" and self.method.optimizes:
             logits = logits.float() * self.facts["scale"] + self.facts["center"]
         return logits
 
     def targets(self, batch: Any) -> Tensor:
-        """Class numbers [B] or, where pictures were mixed, distributions [B, K]; 0 and 1 [B, K]; or numbers [B]."""
+        """Return class indices [B] or, where images were mixed, distributions [B, K]; 0 and 1 [B, K]; or numbers [B]."""
         targets: Tensor = batch.targets
         return targets
 
@@ -233,8 +233,9 @@ class TransferLearning(LightningModule):
         return self.facts.get("classes") or None
 
     def imported(self, path: str, flag: str) -> TransferLearning:
-        """A text classifier of transformers that tells this task's classes, as it was trained; see
-        `bigmodel.protocols.SupportsFromPretrained`."""
+        """Load a text classifier of transformers with this task's classes, as it was trained; see
+        `bigmodel.protocols.SupportsFromPretrained`.
+        """
         from bigmodel.tasks.transfer_learning.hugging_face import as_published
 
         task = TransferLearning(backbone=path)
@@ -251,7 +252,7 @@ class TransferLearning(LightningModule):
         return task.eval()
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """[B], of logits [B, K]."""
+        """Return the loss of each sample [B] from logits [B, K]."""
         if self.problem == "class":
             return F.cross_entropy(logits, targets, reduction="none")
         if self.problem == "labels":
@@ -269,7 +270,7 @@ class TransferLearning(LightningModule):
         return {"loss": loss, "count": count}
 
     def validation_step(self, batch: Any) -> dict[str, Tensor]:
-        """Of each sample: its number, loss, target and what was predicted, with its probability; for `Report`."""
+        """Return index, loss, target and prediction with its probability for each sample; used by `Report`."""
         real = batch.weight > 0
         logits = self.logits(self.features(batch)).float()[real]
         targets = batch.targets[real]
@@ -292,12 +293,12 @@ class TransferLearning(LightningModule):
         self.log_metrics("test", self.metrics)
 
     def log_metrics(self, split: str, metrics: TransferMetrics) -> None:
-        """Log what was measured over all processes, and begin anew."""
+        """Log the metrics over all processes, and reset them."""
         for name, value in metrics.compute().items():
             self.log(f"{split}/{name}", value.to(torch.float32), sync_dist=True)
         metrics.reset()
 
-    # The method's moments.
+    # Hooks of the method.
 
     def on_fit_start(self) -> None:
         self.method.on_fit_start(self)
@@ -317,7 +318,8 @@ class TransferLearning(LightningModule):
     def on_fit_end(self) -> None:
         self.method.on_fit_end(self)
 
-    # What the data know travels in the checkpoint, so that a loaded task needs neither them nor the backbone's files.
+    # The checkpoint holds the facts about the data, so that a loaded task needs neither the data nor the backbone's
+    # files.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         encoder = self.text_encoder if self.net.backbone.modality == "text" else None
@@ -345,23 +347,26 @@ class TransferLearning(LightningModule):
         self.method.load_state_dict(kept["method"], self.net)
 
     def recall(self, checkpoint: dict[str, Any]) -> None:
-        """Take from a checkpoint what it says besides weights, before data are prepared and there is a net: what is told of
-        a sample, the tokenizer, and the backbone's architecture, so that its files are not asked for."""
+        """Restore everything but the weights from a checkpoint, before data are prepared and the net is built.
+
+        This includes the type of the targets, the tokenizer, and the backbone's architecture, so that its files are not
+        needed.
+        """
         self.on_load_checkpoint(checkpoint)
 
-    # In use.
+    # Inference.
 
     def exported_net(self) -> TransferNet:
-        """The net with what its method put in merged into its weights."""
+        """Return the net with the changes of its method (such as LoRA) merged into its weights."""
         self.method.merge(self.net)
         net: TransferNet = self.net
         return net
 
     def predict_step(self, batch: Any) -> dict[str, Any]:
-        """Of each sample: what it is (`text`, or the picture's `path`), and what is told of it.
+        """Return the predictions for each sample, with the sample itself (`text`, or the `path` of the image).
 
-        Where there is one class, `class`, its `probability`, and the `probabilities` [n, K] of all; where there may be
-        several, `labels` (lists) and `probabilities` [n, K]; else the `number`.
+        For one class: `class`, its `probability`, and the `probabilities` [n, K] of all. For several labels: `labels`
+        (lists) and `probabilities` [n, K]. Otherwise: the `number`.
         """
         data: Any = getattr(self.trainer, "datamodule")  # noqa: B009
         real = batch.weight > 0
@@ -378,18 +383,19 @@ class TransferLearning(LightningModule):
         return columns | format_predictions(logits, self.problem, self.facts["classes"])
 
     def prediction_metadata(self) -> dict[str, str]:
-        """What is written into a file of predictions: the classes, in the order of `probabilities`, as JSON."""
+        """Metadata of a file of predictions: the classes, in the order of `probabilities`, as JSON."""
         return {"classes": json.dumps(self.facts["classes"])}
 
     def forward(self, samples: Tensor | Sample | Sequence[Sample]) -> Any:
-        """Tell of texts or pictures, whichever the backbone reads.
+        """Predict for texts or images, whichever the backbone reads.
 
         Args:
-            samples: a text, a pair of texts (a tuple), or a picture (a PIL image, its path, or pixels [H, W] or [H, W, C] of
-                uint8); or several.
+            samples: a text, a pair of texts (a tuple), or an image (a PIL image, its path, or pixels [H, W] or [H, W,
+                C] of uint8); or several.
 
         Returns:
-            The classes or labels with their probabilities, the likeliest first; or the number. For several samples, a list.
+            The classes or labels with their probabilities, the most likely first; or the number. For several samples, a
+            list.
         """
         if isinstance(samples, str | tuple | Picture):
             return predict(self, [samples])[0]

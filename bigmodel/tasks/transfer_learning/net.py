@@ -16,17 +16,17 @@ _INIT_STD = 0.02  # as the heads of BERT and of vision transformers
 
 
 class TransferNet(nn.Module):
-    """Maps a batch, of texts or of pictures, to logits [B, K].
+    """Maps a batch, of texts or of images, to logits [B, K].
 
     Args:
         backbone: gives features.
         num_classes: K.
-        pooling: of tokens into one vector; auto: as the backbone has it, the mean over an encoder's tokens, the last token
+        pooling: of tokens to one vector; auto: that of the backbone, the mean over an encoder's tokens, the last token
             of a causal net.
         dropout: probability, between the pooled features and the head.
 
     Raises:
-        ValueError: a pooling that this backbone does not take.
+        ValueError: a pooling that this backbone does not support.
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class TransferNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def features(self, batch: Any) -> Tensor:
-        """[B, D], pooled, before dropout."""
+        """Return pooled features [B, D], before dropout."""
         features, mask = self.backbone(batch)
         return features if self.pool is None else self.pool(features, mask)
 
     def logits(self, features: Tensor) -> Tensor:
-        """[..., D] -> [..., K]."""
+        """Map features [..., D] to logits [..., K]."""
         return self.head(self.dropout(features))
 
     def forward(self, batch: Any) -> Tensor:
-        """Logits [B, K] of a batch."""
+        """Return logits [B, K] of a batch."""
         return self.logits(self.features(batch))

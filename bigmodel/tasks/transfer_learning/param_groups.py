@@ -1,11 +1,11 @@
-"""Parameter groups of a pretrained net: which layer each parameter is of, how fast it learns, whether it decays.
+"""Parameter groups of a pretrained net: layer, learning rate and weight decay of each parameter.
 
 Source of the rates: Howard and Ruder 2018 (discriminative fine-tuning, arXiv 1801.06146, section 3.2), geometric as in
 Clark et al. 2020 (ELECTRA, arXiv 2003.10555)::
 
     rate of layer i = rate of the head * decay^(L + 1 - i)
 
-L layers of the backbone; layer 0 is its embeddings or its stem, L + 1 what stands behind its blocks.
+L layers of the backbone; layer 0 is its embeddings or its stem, L + 1 the modules after its blocks.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _BACKBONE = "backbone."
 
 @dataclass
 class LayerGroup:
-    """Parameters of one place in the net.
+    """Parameters of one layer or part of the net.
 
     Attributes:
-        name: of the place.
-        number: of the layer; None: not one alone.
+        name: of the part.
+        number: of the layer; None: not a single layer.
         rate: its share of the head's learning rate.
-        matrices: those that train and decay.
-        vectors: those that train and do not: biases, norms.
-        frozen: how many numbers do not train.
+        matrices: parameters that train with weight decay.
+        vectors: parameters that train without weight decay: biases, norms.
+        frozen: number of frozen parameters (scalars).
     """
 
     name: str
@@ -43,18 +43,18 @@ class LayerGroup:
 
     @property
     def num_trained(self) -> int:
-        """How many numbers train."""
+        """Number of trained parameters (scalars)."""
         return sum(parameter.numel() for parameter in (*self.matrices, *self.vectors))
 
 
 def layer_groups(net: Any, trained: Iterable[nn.Parameter], layer_decay: float, by_layer: bool) -> list[LayerGroup]:
-    """Head, then the layers of the backbone from the top to the input.
+    """Return groups of the head, then of the backbone's layers from the top to the input.
 
     Args:
-        net: with `backbone`, which has `num_layers` and `layer_of(name)`; what is outside of it belongs to the head.
+        net: with `backbone`, which has `num_layers` and `layer_of(name)`; parameters outside of it belong to the head.
         trained: the parameters that train now or later.
         layer_decay: factor from layer to layer, in 0 < layer_decay <= 1.
-        by_layer: tell layers apart even if their rates are the same.
+        by_layer: make a group per layer even if their rates are the same.
     """
     count = net.backbone.num_layers
     names = {0: "embeddings" if net.backbone.modality == "text" else "stem", count + 1: "after the layers"}
@@ -80,8 +80,10 @@ def layer_groups(net: Any, trained: Iterable[nn.Parameter], layer_decay: float, 
 
 
 def parameter_groups(of: Iterable[LayerGroup]) -> list[dict[str, Any]]:
-    """As `bigmodel.training.optimizers.configure` takes them: of each layer that trains its matrices, and its vectors
-    without decay."""
+    """Return parameter groups for `bigmodel.training.optimizers.configure`.
+
+    For each layer that trains: its matrices, and its vectors without weight decay.
+    """
     found = [group for layer in of for group in (
         {"params": layer.matrices, "rate": layer.rate},
         {"params": layer.vectors, "rate": layer.rate, "weight_decay": 0.0},
@@ -90,12 +92,12 @@ def parameter_groups(of: Iterable[LayerGroup]) -> list[dict[str, Any]]:
 
 
 def table(of: Sequence[LayerGroup], settings: Mapping[str, Any], joins: Mapping[int, int]) -> Table:
-    """What trains how, for a person to look at before it does.
+    """Return a table of the trained parameters and their settings, to print before training.
 
     Args:
         of: the layers.
         settings: the optimizer's defaults: `lr`, and `weight_decay` if it has one.
-        joins: optimizer steps before which layers join that are frozen at first, by number.
+        joins: optimizer steps at which initially frozen layers are unfrozen, by number.
     """
     drawn = Table(box=None, pad_edge=False)
     for column, justify in (

@@ -1,11 +1,12 @@
-"""What a net pays for its weights, besides what it pays for its mistakes.
+"""Penalties on the weights, which are added to the loss.
 
 Source of L2-SP: Li, Grandvalet and Davoine 2018 (arXiv 1802.01483, equation 2)::
 
-    strength / 2 |w - w0|^2  over pretrained weights w, which began as w0,  +  head_strength / 2 |v|^2  over new ones v
+    strength / 2 |w - w0|^2  over pretrained weights w with initial values w0,  +  head_strength / 2 |v|^2  over new
+    ones v
 
 A loss is a sum over samples, and a penalty belongs to their mean: each micro-batch of B samples adds B times the penalty, so
-that it is the same however a batch is divided.
+that it does not depend on how a batch is divided.
 """
 
 from __future__ import annotations
@@ -19,31 +20,31 @@ from bigmodel.data.output_cache import weights_digest
 
 
 class Penalty(ABC):
-    """A function of the weights that train, to be added to the mean loss of a sample."""
+    """A function of the trained weights that is added to the mean loss of a sample."""
 
     @abstractmethod
     def start(self, pretrained: dict[str, nn.Parameter], trained: dict[str, nn.Parameter]) -> None:
-        """Get ready, before the first step.
+        """Set up the penalty before the first step.
 
         Args:
-            pretrained: parameters that came with the backbone, with the values they came with.
-            trained: those that train, by name; some are pretrained ones, others new.
+            pretrained: parameters of the backbone, with their pretrained values.
+            trained: those that train, by name; some are pretrained, others new.
 
         Raises:
-            ValueError: if nothing that it acts on trains.
+            ValueError: if none of its parameters trains.
         """
 
     @abstractmethod
     def __call__(self) -> Tensor:
-        """The penalty, a scalar."""
+        """Return the penalty, a scalar."""
 
     def identity(self) -> str:
-        """Is another where the same weights would be penalised otherwise, though settings are the same."""
+        """Digest that differs if the same weights would be penalised differently with the same settings."""
         return ""
 
 
 class L2SP(Penalty):
-    """Draws pretrained weights towards their starting point, and new ones towards 0.
+    """Pulls pretrained weights towards their initial values, and new weights towards 0.
 
     Args:
         strength: of the pull towards the pretrained weights, biases and norms included.
@@ -81,14 +82,14 @@ class L2SP(Penalty):
         return 0.5 * (self.strength * way.sum() + self.head_strength * size.sum())
 
     def identity(self) -> str:
-        """Digest of the starting point."""
+        """Digest of the initial values."""
         if self._identity is None:
             self._identity = weights_digest(nn.ParameterList(self._origin))
         return self._identity
 
 
 class L1(Penalty):
-    """Draws the matrices that train towards 0, each number by the same amount: many get there.
+    """Pulls trained matrices towards 0, each number by the same amount, which makes many of them 0.
 
     Args:
         strength: times the sum of absolute values.

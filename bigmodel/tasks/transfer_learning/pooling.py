@@ -1,4 +1,4 @@
-"""Many vectors into one: what stands for a text.
+"""Pooling of the token features of a text to one vector.
 
 B texts, T tokens, D width.
 """
@@ -14,14 +14,14 @@ PoolingKind = Literal["auto", "first", "mean", "last", "attention"]
 
 
 class First(nn.Module):
-    """The first token's, the class token of BERT and its like: [B, T, D] -> [B, D]."""
+    """Selects the first token, the class token of BERT and similar models: [B, T, D] -> [B, D]."""
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         return tokens[:, 0]
 
 
 class Mean(nn.Module):
-    """The mean over the real tokens: [B, T, D] -> [B, D]."""
+    """Averages over the real tokens: [B, T, D] -> [B, D]."""
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         shares = mask / mask.sum(1, keepdim=True)  # [B, T]
@@ -29,7 +29,7 @@ class Mean(nn.Module):
 
 
 class Last(nn.Module):
-    """The last real token's, the only one of a causal net that has read all of the text: [B, T, D] -> [B, D]."""
+    """Selects the last real token, the only one of a causal net that depends on the whole text: [B, T, D] -> [B, D]."""
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         places = torch.arange(mask.shape[1], device=mask.device)
@@ -38,9 +38,9 @@ class Last(nn.Module):
 
 
 class Attention(nn.Module):
-    """A mean over the real tokens, weighted by how each answers one learned query q: softmax(x q / sqrt(D)) over T, as
-    attention with one head whose keys and values are the tokens (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
-    [B, T, D] -> [B, D]. The query starts at zero: at first it is the mean.
+    """Averages over the real tokens with weights from one learned query q: softmax(x q / sqrt(D)) over T, as in
+    attention with one head whose keys and values are the tokens (Vaswani et al. 2017, arXiv 1706.03762, eq. 1). [B, T,
+    D] -> [B, D]. The query starts at zero: at first it is the plain mean.
 
     Args:
         width: D.
@@ -57,14 +57,14 @@ class Attention(nn.Module):
 
 
 def make_pool(kind: PoolingKind, backbone: Any) -> nn.Module | None:
-    """What pools a backbone's tokens; None for one that pools itself.
+    """Return the pooling module of a backbone's tokens; None for a backbone that pools itself.
 
     Args:
-        kind: how; auto: as the backbone has it, see `Backbone.pooling`.
+        kind: type of pooling; auto: that of the backbone, see `Backbone.pooling`.
         backbone: has `pooling` and `width`.
 
     Raises:
-        ValueError: a kind that does not exist, or that this backbone cannot be pooled by.
+        ValueError: an unknown kind, or one that this backbone does not support.
     """
     if kind not in get_args(PoolingKind):
         raise ValueError(f"--model.pooling {kind} is not known; choose {', '.join(get_args(PoolingKind))}")

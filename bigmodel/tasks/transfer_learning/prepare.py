@@ -1,7 +1,7 @@
-"""Prepare texts once: checked, tokenized and labelled, in arrays that are mapped into memory.
+"""Prepare texts once: check and tokenize them, read their labels, and write memory-mapped arrays.
 
-They are read in one pass, a block at a time, so memory grows by some 40 bytes a text and no more. How texts are dealt out to
-splits, how much of one is read and how batches are made is decided later, on what is here. The key of a prepared folder is a
+They are read in one pass, a block at a time, so memory grows by only some 40 bytes per text. The assignment of texts to
+splits, truncation and batching are done later, on the prepared texts. The key of a prepared folder is a
 hash of the sources' contents, the columns, the problem and the tokenizer; not of paths. Layout, all numbers little-endian::
 
     <cache>/transfer_learning/<key>/
@@ -45,12 +45,12 @@ from bigmodel.tasks.transfer_learning.sources.columns import Part
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
 
 VERSION = 1
-SPLITS = ("all", "train", "val", "test")  # `all` where nothing says which
-_CHARACTERS_AT_ONCE = 2**19  # that are tokenized together, which takes some 100 bytes of memory a token
+SPLITS = ("all", "train", "val", "test")  # `all`: the source has no splits
+_CHARACTERS_AT_ONCE = 2**19  # tokenized together, which takes some 100 bytes of memory per token
 
 
 class Flat:
-    """Arrays of differing lengths, one after the other in a file that is mapped into memory. Pickles as its place.
+    """Arrays of different lengths, concatenated in a memory-mapped file. Pickled as its path.
 
     Args:
         folder: where it is.
@@ -112,12 +112,12 @@ class Prepared:
         return len(self.contents)
 
     def name(self, i: int) -> str:
-        """What a person calls a text: file and row."""
+        """Return the name of a text for messages: file and row."""
         return _row_name(self._parts, self._names, i)
 
 
 def _row_name(parts: Sequence[tuple[int, int, str]], names: Sequence[str], i: int) -> str:
-    """File and row of a text, from the first text of each part, what it is counted as, and what a row is called there."""
+    """Return file and row of a text, from the first text of each part, its row offset, and the name of a row."""
     part = bisect_right([start for start, _, _ in parts], i) - 1
     start, first, word = parts[part]
     return f"{names[part]} {word} {first + i - start:,}"
@@ -130,18 +130,18 @@ def _loaded(folder: Path) -> Iterator[np.ndarray]:
 
 
 def prepare(source: Source, columns: Columns, problem: str, encoder: TextEncoder, cache: Path) -> Prepared:
-    """Make the prepared folder of a source, unless it is there. Any number of processes may do so at once.
+    """Make the prepared folder of a source, unless it exists. Any number of processes may do so at the same time.
 
     Args:
-        source: what was found at a path.
+        source: the source found at a path.
         columns: names of a table's columns.
-        problem: what labels are: class, labels, number; or auto, see labels.py.
-        encoder: makes tokens.
+        problem: type of the targets: class, labels, number; or auto, see labels.py.
+        encoder: the tokenizer.
         cache: folder of the task.
 
     Raises:
-        ValueError: if a row cannot be used, or there is none; says which file and row, and what to do.
-        OSError: if the disk is full; says how much is needed where.
+        ValueError: if a row is invalid, or there is none; the message names file and row, and the remedy.
+        OSError: if the disk is full; the message names the required space and the place.
     """
     names = [part.where for part in source.parts]
     key = [VERSION, source.content, asdict(columns), columns.label and problem, encoder.fingerprint]
@@ -178,7 +178,7 @@ def _make(source: Source, columns: Columns, problem: str, encoder: TextEncoder, 
 
 
 class _Reader(ExitStack):
-    """From blocks of rows to the files of a prepared folder."""
+    """Writes blocks of rows to the files of a prepared folder."""
 
     def __init__(self, folder: Path, columns: Columns, problem: str, encoder: TextEncoder) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class _Reader(ExitStack):
         self.names.append(part.where)
 
     def name(self, i: int) -> str:
-        """File and row of a text."""
+        """Return file and row of a text."""
         return _row_name(self.parts, self.names, i)
 
     def add(self, rows: Rows) -> None:
@@ -222,7 +222,7 @@ class _Reader(ExitStack):
         try:
             tokens = self.encoder.encode(*texts)
         except ValueError:
-            for i, some in enumerate(zip(*texts, strict=True)):  # which row it is
+            for i, some in enumerate(zip(*texts, strict=True)):  # number of the text column
                 try:
                     self.encoder.encode(*([text] for text in some))
                 except ValueError as error:
@@ -251,7 +251,7 @@ class _Reader(ExitStack):
             self.num_tokens += len(joined) // itemsize
 
     def _splits_of(self, rows: Rows) -> np.ndarray:
-        """[M] int8, numbers of `SPLITS`."""
+        """Return [M] int8, numbers of `SPLITS`."""
         if "split" not in rows.columns:
             return np.full(len(rows), SPLITS.index(self.split or "all"), np.int8)
         column = plain(rows.columns["split"])
@@ -266,7 +266,7 @@ class _Reader(ExitStack):
         return np.array([SPLITS.index(str(name)) for name in meant], np.int8)[codes]
 
     def finish(self) -> dict[str, Any]:
-        """Write what was kept in memory; facts for meta.json."""
+        """Write the arrays in memory; return facts for meta.json."""
         if not self.num_texts:
             raise ValueError("--data.path: the tables have no rows")
         labels = self.labels.labels() if self.labels is not None else None
@@ -294,7 +294,7 @@ class _Reader(ExitStack):
 
 
 def _texts(rows: Rows, role: str) -> pa.Array:
-    """A column of texts, none of them empty."""
+    """Return a column of texts, none of them empty."""
     values = plain(rows.columns[role])
     if not is_text(values.type) and not pa.types.is_null(values.type):
         raise ValueError(
@@ -308,7 +308,7 @@ def _texts(rows: Rows, role: str) -> pa.Array:
 
 
 def _pieces(texts: pa.Array) -> Iterator[tuple[int, int]]:
-    """Rows from, to: of about so many characters together as are tokenized at once."""
+    """Yield ranges of rows with about the number of characters that are tokenized at once."""
     ends = np.cumsum(pc.utf8_length(texts).to_numpy(zero_copy_only=False))
     start = 0
     while start < len(ends):

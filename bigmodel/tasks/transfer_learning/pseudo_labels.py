@@ -1,4 +1,4 @@
-"""Predictions of an unlabelled file as further training texts (Lee 2013): those whose class is probable enough."""
+"""Pseudo-labels (Lee 2013): confident predictions of an unlabelled file as additional training texts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
 
 
 def prepare_predictions(path: str, paired: bool, encoder: TextEncoder, cache: Path) -> Prepared:
-    """The texts of a file that `bigmodel predict` wrote: columns `text`, `class`, `probability`, and `pair` for pairs.
+    """Read the texts of a file that `bigmodel predict` wrote: columns `text`, `class`, `probability`, and `pair` for
+    pairs.
 
     Raises:
-        ValueError: if it is no such file.
+        ValueError: if it is not such a file.
     """
     columns = Columns("text", "pair" if paired else None, "class", None, "probability")
     try:
@@ -41,17 +42,17 @@ def choose(
     known: np.ndarray,
     tell: Tell,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows [n] that are trained on, and their class numbers [n].
+    """Return rows [n] to train on, and their class indices [n].
 
     Args:
         predicted: texts with predicted classes.
         classes: those of the labelled texts.
-        min_confidence: probability that is needed.
+        min_confidence: minimum probability.
         known: contents of the labelled texts, of all splits, which are left out here.
-        tell: what was done, for people.
+        tell: prints a summary.
 
     Raises:
-        ValueError: if a class is another, or no text is left.
+        ValueError: if a class is unknown, or no text is left.
     """
     labels = predicted.labels
     assert labels is not None

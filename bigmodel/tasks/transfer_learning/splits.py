@@ -1,10 +1,10 @@
-"""Dealing texts out: shares, folds of a cross-validation, a few training examples of each class.
+"""Splits of texts: shares, folds of a cross-validation, a few training examples of each class.
 
-Within each class the contents (texts that are equal are one) are put in the order of a hash of content and seed, in which
-neither places nor the other texts count. The first of that order are the test split, the last the validation split, and what
-lies between is for training. So a text that is added or removed moves two others at most, and none from test to validation
-or back. With k folds, what lies behind the test split is dealt to the folds in turn, class after class. Of texts with
-several labels the rarest counts as the class; numbers have none.
+Within each class the contents (equal texts are one content) are sorted by a hash of content and seed, which does not
+depend on position or other texts. The first are the test split, the last the validation split, and the rest is for
+training. So adding or removing a text moves at most two others, and none from test to validation or back. With k folds,
+the contents after the test split are assigned to the folds in turn, class after class. Texts with several labels are
+sorted by their rarest label; numbers have no classes.
 
 N texts, U contents, K classes.
 """
@@ -22,20 +22,20 @@ from bigmodel.data.stateless_rng import hash_seed, random_bits
 from bigmodel.tasks.transfer_learning.labels import Labels
 from bigmodel.tasks.transfer_learning.prepare import SPLITS, Prepared
 
-_SPLIT_STREAM, _SHOT_STREAM = 1, 2  # of draws, so that they have nothing to do with each other
+_SPLIT_STREAM, _SHOT_STREAM = 1, 2  # streams of random numbers, so that the draws are independent
 _SHOWN = 10
 
-Tell = Callable[[str], None]  # a line for the person at the terminal
+Tell = Callable[[str], None]  # prints a line
 
 
 @dataclass
 class Split:
-    """How many texts of each class are kept from training, where the data do not say which.
+    """Shares of texts of each class for validation and test, where the data have no such splits.
 
     Args:
         val: share of each class for validation, at least 0 (no such split) and below 1.
         test: share of each class for test, likewise.
-        seed: other texts for each; not --data.seed, so that runs of several seeds are measured with the same texts.
+        seed: selects other texts; not --data.seed, so that runs of several seeds are evaluated on the same texts.
     """
 
     val: float = 0.1
@@ -48,7 +48,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Folds:
-    """A k-fold cross-validation, and which of its folds is the validation split."""
+    """A k-fold cross-validation, and the index of its validation fold."""
 
     count: int
     number: int
@@ -63,7 +63,8 @@ class Folds:
 
 
 def divide(prepared: Prepared, split: Split, folds: Folds | None, tell: Tell) -> dict[str, np.ndarray]:
-    """Rows [n] int64 of each split, ascending: those that the data say, and what they lack dealt out of the training split.
+    """Return rows [n] int64 of each split, ascending: those of the data; missing splits are drawn from the training
+    split.
 
     Raises:
         ValueError: if a class has too few contents to be in all splits, or a split gets none.
@@ -110,7 +111,7 @@ def divide(prepared: Prepared, split: Split, folds: Folds | None, tell: Tell) ->
 
 
 def _given(prepared: Prepared, tell: Tell) -> dict[str, np.ndarray]:
-    """Rows of each split as the data say; all in train if they say nothing of it."""
+    """Return rows of each split as given in the data; all in train if none are given."""
     labels = prepared.labels
     assert labels is not None
     rows = {name: found for i, name in enumerate(SPLITS) if len(found := np.flatnonzero(prepared.splits == i))}
@@ -134,7 +135,7 @@ def _given(prepared: Prepared, tell: Tell) -> dict[str, np.ndarray]:
 
 
 def _strata(labels: Labels, pool: np.ndarray) -> np.ndarray:
-    """[n] the class by which each text of these rows is dealt out."""
+    """Return the class [n] by which each text of these rows is stratified."""
     if labels.problem == "class":
         return labels.values[pool].astype(np.int64)
     if labels.offsets is None:
@@ -147,7 +148,7 @@ def _strata(labels: Labels, pool: np.ndarray) -> np.ndarray:
 
 
 def _check_classes(labels: Labels, owners: np.ndarray, borders: list[int], needed: int, folds: Folds | None) -> None:
-    """Refuse classes that cannot be in all splits."""
+    """Check that each class can be in all splits."""
     sizes = {labels.names[owners[start]]: stop - start for start, stop in pairwise(borders)}
     few = {name: size for name, size in sizes.items() if size < needed}
     if few:
@@ -162,14 +163,17 @@ def _check_classes(labels: Labels, owners: np.ndarray, borders: list[int], neede
 
 
 def _count(share: float, contents: int, num_splits: int) -> int:
-    """Of so many contents of a class, how many a split with this share gets: the nearest number, at least 1 if there are as
-    many as splits."""
+    """Return the number of contents of a class for a split with this share: the nearest number, at least 1 if there are
+    as many contents as splits.
+    """
     return max(int(share * contents + 0.5), int(share > 0 and contents >= num_splits))
 
 
 def draw_shots(prepared: Prepared, rows: np.ndarray, classes: list[str], shots: int, seed: int) -> np.ndarray:
-    """So many different texts of each class, of these training rows: the first in an order of the seed's, so that fewer
-    shots are among more. Of texts with several labels, so many at least have each.
+    """Return `shots` different training texts of each class, from these rows.
+
+    They are the first in an order that depends on the seed, so that fewer shots are a subset of more. With several
+    labels, each label has at least this number of texts.
 
     Raises:
         ValueError: if a class has fewer, or there are no classes.
@@ -200,7 +204,7 @@ def draw_shots(prepared: Prepared, rows: np.ndarray, classes: list[str], shots: 
 
 
 def tell_repeats(prepared: Prepared, rows: dict[str, np.ndarray], tell: Tell) -> None:
-    """Tell of texts that are met again: with other labels, or in a split that the data keep from training."""
+    """Report repeated texts: with other labels, or in a split that is excluded from training."""
     labels = prepared.labels
     assert labels is not None
     used = np.concatenate(list(rows.values()))
@@ -222,7 +226,7 @@ def tell_repeats(prepared: Prepared, rows: dict[str, np.ndarray], tell: Tell) ->
 
 
 def _marks(labels: Labels) -> np.ndarray:
-    """[N] numbers that differ where labels do."""
+    """Return [N] numbers that differ where labels do."""
     if labels.offsets is None:
         return labels.values
     sums = np.concatenate([[0], np.cumsum(random_bits(labels.values.astype(np.int64), 0, 1)[:, 0])])

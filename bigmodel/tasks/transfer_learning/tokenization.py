@@ -1,13 +1,14 @@
-"""Text to the tokens that a backbone reads: special tokens, sentence pairs, truncation.
+"""Tokenization for a backbone: special tokens, sentence pairs, truncation.
 
-A text is encoded once and whole; what of it a model reads is cut out of its tokens later. Around the tokens stand those that
-the tokenizer puts there, found out by encoding a letter::
+A text is encoded once as a whole; truncation is done later on its tokens. The tokens that the tokenizer adds around a
+text are found by encoding a letter::
 
     first + A + last                 one text     [CLS] a [SEP]
     first + A + between + B + last   a pair       [CLS] a [SEP] b [SEP]
 
-Where it puts nothing between two texts (GPT-2, Llama) the end-of-text token stands there. Text that looks like a special
-token is text here, so the first `between` behind `first` is where A ends, and tokens need no more beside them.
+If it adds none between two texts (GPT-2, Llama), the end-of-text token separates them. Text that looks like a special
+token is encoded as plain text, so the first `between` after `first` is the end of A, and no further information is
+needed.
 
 T tokens.
 """
@@ -28,14 +29,14 @@ from bigmodel.data.cache import digest
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands around texts.
+    """Special tokens around texts.
 
     Attributes:
         first: token ids before the text.
         last: token ids after one text.
-        between: token ids that part a pair.
+        between: token ids that separate a pair.
         pair_last: token ids after a pair.
-        has_segments: whether the model is told which of a pair a token is of.
+        has_segments: True if the model reads token type ids.
     """
 
     first: tuple[int, ...] = ()
@@ -46,12 +47,12 @@ class Frame:
 
 
 class TextEncoder(ABC):
-    """What the task needs of any tokenizer.
+    """Interface of all tokenizers of the task.
 
     Attributes:
-        frame: what stands around texts.
-        pad_id: token id that fills up a batch; masked, so any will do.
-        max_length: T that the model has positions for; None: any number.
+        frame: special tokens around texts.
+        pad_id: padding token id; masked, so any will do.
+        max_length: T, number of positions of the model; None: unlimited.
     """
 
     frame: Frame
@@ -60,28 +61,28 @@ class TextEncoder(ABC):
 
     @abstractmethod
     def pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, and nothing around them."""
+        """Return the token ids of each text, without special tokens."""
 
     @abstractmethod
     def to_plain(self) -> dict[str, Any]:
-        """The whole encoder as plain values, for `from_plain`."""
+        """Return the whole encoder as plain values, for `from_plain`."""
 
     @property
     def fingerprint(self) -> str:
-        """Is another when texts may have other tokens."""
+        """Digest that changes when texts may have other tokens."""
         plain = self.to_plain()
         del plain["max_length"]
         return digest(plain)
 
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[np.ndarray]:
-        """Tokens [T] int32 of each text with its special tokens, however many they are.
+        """Return tokens [T] int32 of each text with its special tokens, not truncated.
 
         Args:
             texts: to encode.
             pairs: a second text for each.
 
         Raises:
-            ValueError: if there is nothing that parts the texts of a pair.
+            ValueError: if there is no separator for the texts of a pair.
         """
         frame, wholes = self.frame, self.pieces(texts)
         if pairs is None:
@@ -98,8 +99,9 @@ class TextEncoder(ABC):
         ]
 
     def truncate(self, tokens: np.ndarray, max_length: int | None) -> np.ndarray:
-        """At most `max_length` of the tokens [T], special tokens kept: a text loses its end; of a pair the longer one loses
-        its end until both are as long, then both do.
+        """Return at most `max_length` of the tokens [T], special tokens kept.
+
+        A text is truncated at its end; of a pair the longer one until both are of equal length, then both.
 
         Raises:
             ValueError: if not even the special tokens and one of each text fit.
@@ -119,7 +121,7 @@ class TextEncoder(ABC):
         return np.concatenate(parts)
 
     def room(self, max_length: int, paired: bool) -> int:
-        """Of `max_length` tokens, those that are not special.
+        """Return the number of tokens in `max_length` that are not special.
 
         Raises:
             ValueError: if there is not one for each text.
@@ -134,14 +136,14 @@ class TextEncoder(ABC):
         return max_length - around
 
     def segments(self, tokens: np.ndarray) -> np.ndarray:
-        """[T] int32: 1 from the second text of a pair on, if the model is told, else 0."""
+        """Return token type ids [T] int32: 1 from the second text of a pair on, if the model reads them, else 0."""
         segments = np.zeros(len(tokens), np.int32)
         if self.frame.has_segments and (second := self._second(tokens)) is not None:
             segments[second:] = 1
         return segments
 
     def _second(self, tokens: np.ndarray) -> int | None:
-        """Where the second text of a pair begins; None if there is one text."""
+        """Return the start of the second text of a pair; None if there is one text."""
         frame = self.frame
         if not frame.between:
             return None
@@ -153,10 +155,10 @@ class TextEncoder(ABC):
 
     @staticmethod
     def from_plain(plain: dict[str, Any]) -> TextEncoder:
-        """The encoder that `to_plain` described.
+        """Restore the encoder from `to_plain`.
 
         Raises:
-            ValueError: if no encoder wrote this.
+            ValueError: if it is not the state of an encoder.
         """
         if plain.get("kind") == "transformers":
             from tokenizers import Tokenizer
@@ -175,8 +177,8 @@ class TransformersEncoder(TextEncoder):
 
     Args:
         backend: the `tokenizers.Tokenizer` in it, which is copied.
-        pad_id: of the padding token; None: 0.
-        end_id: of the end-of-text token; None: there is none.
+        pad_id: id of the padding token; None: 0.
+        end_id: id of the end-of-text token; None: there is none.
         max_length: T that the model has positions for; None: any number.
     """
 
@@ -184,7 +186,7 @@ class TransformersEncoder(TextEncoder):
         self.backend = type(backend).from_str(backend.to_str())
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.backend.encode_special_tokens = True  # text that looks like a special token is text
+        self.backend.encode_special_tokens = True  # text that looks like a special token is encoded as plain text
         self.pad_id, self.end_id, self.max_length = pad_id or 0, end_id, max_length
         self.frame = self._frame()
 
@@ -216,13 +218,13 @@ class TransformersEncoder(TextEncoder):
 
 
 class LanguageModelEncoder(TextEncoder):
-    """The tokenizer of a language model that was trained here. A text stands as documents did in training, behind an
-    end-of-text token, and another parts a pair.
+    """The tokenizer of a language model trained with bigmodel. As in training, a text follows an end-of-text token;
+    another separates a pair.
 
     Args:
         tokenizer: has `encode_batch(texts)` (token ids of each), `end_of_text` (an id), `to_json()`, and a class with
             `from_json(text)`.
-        max_length: T that the model has positions for; None: any number.
+        max_length: T, number of positions of the model; None: unlimited.
     """
 
     def __init__(self, tokenizer: Any, max_length: int | None) -> None:
@@ -245,11 +247,11 @@ class LanguageModelEncoder(TextEncoder):
 
 
 def read_encoder(path: str, max_length: int | None = None) -> TransformersEncoder:
-    """The tokenizer of a folder or of the Hugging Face hub.
+    """Load the tokenizer of a folder or of the Hugging Face hub.
 
     Args:
         path: folder, or owner/name.
-        max_length: T that the model has positions for; None: what the tokenizer says of itself.
+        max_length: T, number of positions of the model; None: the limit of the tokenizer.
 
     Raises:
         ValueError: if there is none, or it is not a fast one.

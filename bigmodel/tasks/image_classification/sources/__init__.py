@@ -1,4 +1,4 @@
-"""From a path to pictures: what kind of data lies there is told from its content and structure."""
+"""Sources of images: the format at a path is recognised by content and structure."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ __all__ = ["Columns", "find_source"]
 
 
 def find_source(path: str, *, columns: Columns, cache: Path, labelled: bool = True) -> Source:
-    """The pictures at a path, with class numbers.
+    """Find the images at a path, with class numbers.
 
     Args:
-        path: a file, folder, glob of Parquet files, hf://owner/name, or a name in braces; the kinds of data are told apart
-            by what is there.
+        path: a file, folder, glob of Parquet files, hf://owner/name, or a name in braces; the format is recognised
+            by the contents.
         columns: names of a table's columns.
         cache: folder where downloads and converted tables are kept.
-        labelled: False, for prediction: no labels are looked for; all pictures are in one split `all`, their labels -1.
+        labelled: False, for prediction: no labels are read; all images are in one split `all`, their labels -1.
 
     Raises:
-        ValueError: if there is nothing at the path, or of no known kind; a file cannot be read; a label is missing or none
-            of the classes; or there are fewer than two classes.
+        ValueError: if there is nothing at the path, or of an unknown format; a file cannot be read; a label is missing
+            or none of the classes; or there are fewer than two classes.
     """
     return to_source(_find(path, columns, cache, labelled), labelled)
 

@@ -1,6 +1,6 @@
-"""Pictures in arrays: what shapes and types are taken, and .npz files of them.
+"""Images in arrays: accepted shapes and types, and .npz files of them.
 
-N pictures, H and W pixels, C channels (1, 3 or 4).
+N images, H and W pixels, C channels (1, 3 or 4).
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ _PAIRS = {
 
 
 def read_npz(path: str, labelled: bool) -> Found:
-    """Pictures and labels of an .npz file: x_train and y_train, x_val, x_test; train_images and train_labels, ...; or images
-    and labels, x and y. Loaded into memory as a whole.
+    """Read images and labels of an .npz file into memory.
+
+    Names: x_train and y_train, x_val, x_test; train_images and train_labels, ...; or images and labels, x and y.
 
     Raises:
-        ValueError: if it is damaged, holds Python objects, no known pair, or what `check_images`, `check_labels` refuse.
+        ValueError: if it is damaged, holds Python objects, no known pair, or arrays that `check_images`, `check_labels`
+            reject.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -67,7 +69,7 @@ def _load(file: np.lib.npyio.NpzFile, name: str, path: str) -> np.ndarray:
 
 
 def check_images(array: np.ndarray, where: str) -> np.ndarray:
-    """Pictures [N, H, W] or [N, H, W, C] of uint8 or uint16, from such an array or from [N, C, H, W]."""
+    """Return images [N, H, W] or [N, H, W, C] of uint8 or uint16, from such an array or from [N, C, H, W]."""
     if array.dtype.kind == "f":
         raise ValueError(
             f"{where} is of type {array.dtype}; pictures are uint8 or uint16. Of values from 0 to 1 make"
@@ -89,7 +91,7 @@ def check_images(array: np.ndarray, where: str) -> np.ndarray:
 
 
 def check_labels(array: np.ndarray, num_images: int, where: str) -> Labels:
-    """Labels [N], integers or strings, from [N] or [N, 1]."""
+    """Return labels [N], integers or strings, from [N] or [N, 1]."""
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]  # [N, 1] -> [N]
     if array.ndim != 1:

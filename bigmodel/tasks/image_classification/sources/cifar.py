@@ -1,9 +1,9 @@
 """CIFAR-10 and CIFAR-100 as published (Krizhevsky 2009): the python or the binary version, unpacked or in its archive.
 
-A picture is 3072 bytes, its red, green and blue planes of 32 x 32. The python version is pickled; only arrays and plain
+An image is 3072 bytes, its red, green and blue planes of 32 x 32. The python version is pickled; only arrays and plain
 containers are unpickled, since a pickle may otherwise run anything.
 
-N pictures.
+N images.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class _Version:
     """One published form.
 
     Attributes:
-        name: of the data set.
+        name: of the dataset.
         train, test: the files of the splits.
         meta: the file of the class names.
-        names_key: where the names are in it, if it is pickled.
-        labels_key: where the labels are in the other files, if they are pickled.
-        label_bytes: before each picture, if they are not; the last is the class.
+        names_key: key of the names in it, if it is pickled.
+        labels_key: key of the labels in the other files, if they are pickled.
+        label_bytes: number of bytes before each image, if they are not pickled; the last is the class.
     """
 
     name: str
@@ -74,7 +74,7 @@ _VERSIONS = (
 
 
 def _version(names: Collection[str]) -> _Version | None:
-    """The version that files of these names belong to: its meta file and one more are among them."""
+    """Return the version of files with these names: its meta file and one more are among them."""
     for version in _VERSIONS:
         if version.meta in names and len(version.files & set(names)) > 1:
             return version
@@ -87,18 +87,18 @@ def _file_names(folder: str) -> list[str]:
 
 
 def is_cifar(folder: str) -> bool:
-    """Whether the folder holds a published version, unpacked."""
+    """True if the folder holds a published version, unpacked."""
     return _version(_file_names(folder)) is not None
 
 
 def cifar_archives(folder: str) -> list[str]:
-    """The published archives lying in a folder."""
+    """Return the published archives in a folder."""
     names = sorted(name for name in _file_names(folder) if name.startswith("cifar-10") and name.endswith(".tar.gz"))
     return [os.path.join(folder, name) for name in names]
 
 
 def read_cifar(path: str, labelled: bool) -> Found:
-    """The splits train and test; the classes of CIFAR-100 are its 100 fine ones.
+    """Read the splits train and test; the classes of CIFAR-100 are its 100 fine ones.
 
     Args:
         path: the folder of the unpacked files, or the archive. Nothing is unpacked to the disk.
@@ -133,7 +133,7 @@ def _read_folder(folder: str) -> dict[str, bytes]:
 
 
 def _read_archive(path: str) -> dict[str, bytes]:
-    """The files of any version in an archive, by name."""
+    """Return the files of any version in an archive, by name."""
     wanted = set().union(*(version.files for version in _VERSIONS))
     files = {}
     try:
@@ -150,7 +150,7 @@ def _read_archive(path: str) -> dict[str, bytes]:
 
 
 def _pictures(data: bytes, version: _Version, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures [N, 32, 32, 3] uint8 and class numbers [N] int64."""
+    """Return images [N, 32, 32, 3] uint8 and class numbers [N] int64."""
     if version.labels_key:
         content = _unpickle(data, where)
         planes, labels = _entry(content, "data", where), np.asarray(_entry(content, version.labels_key, where))
@@ -181,7 +181,7 @@ def _entry(content: Any, key: str, where: str) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Rebuilds numpy arrays and plain containers, and refuses all else."""
+    """Rebuilds numpy arrays and plain containers, and rejects everything else."""
 
     _reconstruct = np.empty(0).__reduce__()[0]
     allowed: ClassVar[dict[tuple[str, str], Any]] = {
@@ -199,6 +199,6 @@ class _Unpickler(pickle.Unpickler):
 
 def _unpickle(data: bytes, where: str) -> Any:
     try:
-        return _Unpickler(io.BytesIO(data), encoding="latin1").load()  # Python 2 wrote it
+        return _Unpickler(io.BytesIO(data), encoding="latin1").load()  # written by Python 2
     except Exception as error:  # damaged pickles raise nearly anything
         raise ValueError(f"{where} is refused: {error}") from error

@@ -1,4 +1,4 @@
-"""The columns of a table of pictures, and what is in those of Arrow's types.
+"""The columns of a table of images, and conversion of Arrow columns.
 
 N rows.
 """
@@ -23,9 +23,9 @@ class Columns:
     """Names of the columns of a table (CSV, TSV, Parquet, Hugging Face).
 
     Args:
-        image: the pictures: paths, or in Parquet and Hugging Face data sets the encoded bytes.
+        image: the images: paths, or in Parquet and Hugging Face datasets the encoded bytes.
         label: class names or class numbers.
-        split: train, val or test; None: the files' names say it, or nothing does.
+        split: train, val or test; None: taken from the file names, if they contain it.
     """
 
     image: str = "image"
@@ -33,13 +33,13 @@ class Columns:
     split: str | None = None
 
     def wanted(self, labelled: bool) -> list[str]:
-        """The columns to read: without labels, splits are not needed either."""
+        """Return the columns to read: without labels, splits are not needed either."""
         if not labelled:
             return [self.image]
         return [self.image, self.label, *([self.split] if self.split else [])]
 
     def check(self, where: str, there: Sequence[str], wanted: Sequence[str]) -> None:
-        """Refuse a table that lacks a wanted column."""
+        """Raise an error if a table lacks a requested column."""
         for flag, column in (("image", self.image), ("label", self.label), ("split", self.split)):
             if column in wanted and column not in there:
                 raise ValueError(
@@ -48,12 +48,12 @@ class Columns:
 
 
 def rows_of(splits: Sequence[str]) -> dict[str, np.ndarray]:
-    """Rows [n] int64 of each split, from each row's split [N]."""
+    """Return the rows [n] int64 of each split, from each row's split [N]."""
     return {split: np.flatnonzero(np.array(splits) == split) for split in dict.fromkeys(splits)}
 
 
 def holds_bytes(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds encoded pictures: binary, or struct<bytes, path> of Hugging Face."""
+    """True if a column of this type holds encoded images: binary, or struct<bytes, path> of Hugging Face."""
     if pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}:
         kind = kind.field("bytes").type
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
@@ -62,7 +62,7 @@ def holds_bytes(kind: pa.DataType) -> bool:
 def parts_found(
     where: str, parts: dict[str, tuple[Store, pa.Table]], columns: Columns, labelled: bool, classes: list[str] | None
 ) -> Found:
-    """Splits from parts (split -> pictures and their table); or from the split column, over all parts."""
+    """Return splits from parts (split -> images and their table); or from the split column, over all parts."""
     if not labelled:
         return Found(where, {split: Split(store, None) for split, (store, _) in parts.items()})
     if columns.split is None:
@@ -79,7 +79,7 @@ def parts_found(
 
 
 def _filled(table: pa.Table, column: str, store: Store) -> pa.ChunkedArray:
-    """A column without gaps; strings, however they are kept, as strings."""
+    """Return a column without nulls; strings are decoded from any encoding of Arrow."""
     values = table.column(column)
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)

@@ -1,6 +1,6 @@
-"""What a reader found at a path, and its way to a `Source`: split names, class numbers, and what is refused in any format.
+"""The result of a reader, and its conversion to a `Source`: split names, class numbers, and checks of all formats.
 
-N pictures, K classes.
+N images, K classes.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Split:
     """One split as it was read.
 
     Attributes:
-        store: its pictures.
-        labels: [N] class numbers or names; None where labels were not asked for.
+        store: its images.
+        labels: [N] class numbers or names; None if labels were not requested.
     """
 
     store: Store
@@ -40,7 +40,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Found:
-    """What a reader found.
+    """The result of a reader.
 
     Attributes:
         where: the path, for messages.
@@ -54,7 +54,7 @@ class Found:
 
 
 def group_splits(words: Iterable[str], where: str, labelled: bool) -> dict[str, list[str]]:
-    """The words under the split that each means; all of them under `all` where none means train or all are wanted."""
+    """Group split names by the split that each means; all of them are `all` if none means train or all are wanted."""
     words = list(words)
     meant = {word: split_name(word) for word in words}
     if not labelled or "train" not in meant.values():
@@ -70,7 +70,7 @@ def to_source(found: Found, labelled: bool) -> Source:
     """Number the classes and check every label.
 
     Raises:
-        ValueError: if a split is empty, fewer than two classes are there, or a label is none of the classes.
+        ValueError: if a split is empty, there are fewer than two classes, or a label is none of the classes.
     """
     where = found.where
     for name, split in found.splits.items():
@@ -121,7 +121,7 @@ def _values(split: Split) -> list[int] | list[str]:
 
 
 def _lookup(split: Split, classes: list[str] | None) -> dict[int | str, int]:
-    """Class numbers by label: of known classes, else of the labels that occur, in order (numbers as numbers)."""
+    """Return class numbers by label: of known classes, else of the labels that occur, in order (numbers as numbers)."""
     values = _values(split)
     if isinstance(values[0], str):
         names = {str(value) for value in values}

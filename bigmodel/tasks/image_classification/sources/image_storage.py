@@ -1,8 +1,8 @@
-"""The places where pictures lie: files, one flat file, Arrow tables, arrays; parts and sums of them.
+"""Stores of images: files, one flat file, Arrow tables, arrays; selections and concatenations of them.
 
 Each satisfies `Store`. Rows are counted from 0, as by the libraries that read these formats.
 
-N pictures, H and W pixels, C channels.
+N images, H and W pixels, C channels.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from bigmodel.tasks.image_classification.batch import Store
 
 
 def file_stamp(path: str | os.PathLike[str]) -> list[str | int]:
-    """Absolute path, size in bytes, time of last change in ns; of a file that is not there only the path."""
+    """Return absolute path, size in bytes, time of last change in ns; of a missing file only the path."""
     try:
         stat = os.stat(path)
-    except OSError:  # reading it says more
+    except OSError:  # the error of reading it is more precise
         return [os.path.abspath(path)]
     return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
 
 
 class Files:
-    """One file each. The names are kept in one string of bytes: a million of them are cheap to hold and to pickle.
+    """One file per image. The names are in one string of bytes: a million of them are cheap to hold and to pickle.
 
     Args:
         root: folder that the names are relative to.
@@ -64,14 +64,14 @@ class Files:
 
 
 class Packed:
-    """Encoded pictures one after another in a memory-mapped file of a folder::
+    """Encoded images one after another in a memory-mapped file of a folder::
 
-        pictures.bin    the bytes
-        ends.npy        [N + 1] int64: picture i is bytes ends[i] to ends[i + 1]
-        files.json      [[name, rows], ...]: the tables that they came from, in order
+        images.bin    the bytes
+        ends.npy        [N + 1] int64: image i is bytes ends[i] to ends[i + 1]
+        files.json      [[name, rows], ...]: their source tables, in order
 
     Args:
-        folder: its name stands for its content.
+        folder: its name is a hash of its content.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -104,12 +104,13 @@ class Packed:
 
 
 class Arrow:
-    """An image column of Arrow stream files, memory-mapped: what Hugging Face's datasets keep. Pickled by their paths.
+    """An image column of memory-mapped Arrow stream files, the format of Hugging Face's datasets. Pickled as paths.
 
     Args:
         files: in order.
-        column: of binary, or of struct<bytes, path>: the file at the path is read where there are no bytes. Without gaps.
-        what: the data set's name, for `name`.
+        column: of binary, or of struct<bytes, path>: the file at the path is read where there are no bytes. Without
+            nulls.
+        what: the dataset's name, for `name`.
     """
 
     def __init__(self, files: Sequence[str], column: str, what: str) -> None:
@@ -128,7 +129,7 @@ class Arrow:
         return f"{self.what} row {i}"
 
     def _content(self, i: int) -> Any:
-        """A scalar of the picture's bytes, or of its path."""
+        """Return a scalar of the image's bytes, or of its path."""
         chunk = int(np.searchsorted(self._starts, i, side="right")) - 1
         value = self._chunks[chunk][i - self._starts[chunk]]
         if pa.types.is_struct(value.type):
@@ -145,7 +146,7 @@ class Arrow:
 
 
 def open_arrow(files: Sequence[str]) -> pa.Table:
-    """The memory-mapped table in Arrow stream files.
+    """Open Arrow stream files as a memory-mapped table.
 
     Raises:
         ValueError: if one cannot be read.
@@ -160,7 +161,7 @@ def open_arrow(files: Sequence[str]) -> pa.Table:
 
 
 class Pixels:
-    """Pictures in an array in memory.
+    """Images in an array in memory.
 
     Args:
         array: [N, H, W] or [N, H, W, C], uint8 or uint16.
@@ -184,7 +185,7 @@ class Pixels:
 
 
 class Joined:
-    """The pictures of several stores, one store after another."""
+    """The images of several stores, concatenated."""
 
     def __init__(self, stores: Sequence[Store]) -> None:
         self.stores = list(stores)
@@ -211,11 +212,11 @@ class Joined:
 
 
 class Chosen:
-    """Some pictures of a store.
+    """A selection of images of a store.
 
     Args:
         store: has them.
-        rows: [N] int64, which.
+        rows: [N] int64, their numbers.
     """
 
     def __init__(self, store: Store, rows: np.ndarray) -> None:

@@ -1,7 +1,7 @@
-"""Parquet tables: labels are read from them; encoded pictures are copied once to a flat file that is read at random.
+"""Parquet tables: labels are read from them; encoded images are copied once to a flat file with random access.
 
-A page of Parquet is compressed as a whole, so a picture in it cannot be read alone. The copy is made in record batches; the
-memory it takes is a few pages, however large the files are::
+A page of Parquet is compressed as a whole, so a single image in it cannot be read. The copy is made in record batches;
+it takes the memory of a few pages, however large the files are::
 
     <cache>/tables/<hash of the files' paths, sizes, times of change, and the column>/    see `Packed`
 """
@@ -25,20 +25,20 @@ from bigmodel.tasks.image_classification.sources.columns import Columns, holds_b
 from bigmodel.tasks.image_classification.sources.dataset_index import Found, group_splits
 from bigmodel.tasks.image_classification.sources.image_storage import Files, Packed, file_stamp
 
-_ROWS_AT_ONCE = 64  # of encoded pictures in memory
+_ROWS_AT_ONCE = 64  # of encoded images in memory
 
 
 def read_parquet(where: str, paths: Sequence[str], columns: Columns, cache: Path, labelled: bool) -> Found:
-    """Pictures in Parquet files: struct<bytes, path> as Hugging Face writes it, binary, or strings (paths).
+    """Read images in Parquet files: struct<bytes, path> as Hugging Face writes it, binary, or strings (paths).
 
-    Without a split column the files' names say the split, as on the Hugging Face hub (train-00000-of-00003.parquet).
+    Without a split column, splits are taken from file names, as on the Hugging Face hub (train-00000-of-00003.parquet).
 
     Args:
-        where: what the person gave.
+        where: the path that was given.
         paths: the files, in order.
         columns: their names.
-        cache: where the copy is kept.
-        labelled: False: only the pictures are wanted.
+        cache: folder of the copy.
+        labelled: False: only the images are read.
 
     Raises:
         ValueError: if a file cannot be read, a column is missing or of another type, or a cell is empty.
@@ -73,7 +73,7 @@ def _read(path: str, names: list[str]) -> pa.Table:
 
 
 def _pictures(path: str, column: str) -> Iterator[pa.Array]:
-    """The bytes of a file's pictures, some at once."""
+    """Yield the bytes of a file's images, in blocks."""
     with open_parquet(path) as file:
         for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[column]):
             pictures = batch.column(0)
@@ -92,7 +92,7 @@ def _store(paths: list[str], column: str, kind: pa.DataType, cache: Path) -> Sto
 
 
 def _files(paths: list[str], column: str) -> Files:
-    """The files named in a column of paths, absolute or below their table's folder."""
+    """Return the files named in a column of paths, absolute or below their table's folder."""
     names = []
     for path in paths:
         folder = os.path.dirname(path)

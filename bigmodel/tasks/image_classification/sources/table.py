@@ -1,4 +1,4 @@
-"""Tables of text, CSV or TSV: a picture's path, its label, perhaps its split in each row; the first line names them."""
+"""CSV or TSV tables: an image's path, its label, and optionally its split in each row; the first line is the header."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from bigmodel.tasks.image_classification.sources.image_storage import Files
 
 
 def read_table(path: str, columns: Columns, labelled: bool) -> Found:
-    """Pictures named in a table, their paths absolute or below the table's folder.
+    """Read images named in a table, their paths absolute or below the table's folder.
 
     Raises:
-        ValueError: if a column is missing or a cell is empty, or a picture is not there; names the line.
+        ValueError: if a column is missing or a cell is empty, or an image does not exist; names the line.
     """
     folder = os.path.dirname(path)
     wanted = columns.wanted(labelled)
@@ -57,7 +57,7 @@ def read_table(path: str, columns: Columns, labelled: bool) -> Found:
 
 
 def _rows(path: str, columns: Columns, wanted: list[str]) -> Iterator[tuple[int, dict[str, str | None]]]:
-    """Line numbers, as in an editor, and rows."""
+    """Yield line numbers, as in an editor, and rows."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as stream:
             header = stream.readline()

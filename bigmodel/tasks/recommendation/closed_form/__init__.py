@@ -1,6 +1,6 @@
-"""Recommenders that are computed from the training events in one go: the marks that a trained net has to beat.
+"""Recommenders that are computed from the training events in closed form: baselines for trained nets.
 
-Each is made from its options, then fitted; it scores the items for any history, of users that it was fitted on or not::
+Each is made from its options, then fitted; it scores the items for any history, also of users without training events::
 
     method = EASE().fit(indptr, indices, None, num_items)
     items, scores = top_k(method.score_block(history, recency(history, 0.8)), num_items, 10, history)

@@ -54,7 +54,7 @@ class EASE(ClosedForm):
         self.kept: Any = None  # and lambda P_jj [I + 1]
 
     def fit(self, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None, num_items: int) -> EASE:
-        """As `ClosedForm.fit`; values make no difference. Memory: one square matrix of the smaller of U and I."""
+        """Fit as in `ClosedForm.fit`; values have no effect. Memory: one square matrix of the smaller of U and I."""
         matrix = event_matrix(indptr, indices, None, num_items)
         self.num_items = num_items
         by_users = matrix.shape[0] < num_items
@@ -81,7 +81,7 @@ class EASE(ClosedForm):
         return self
 
     def score_block(self, history: Tensor, values: Tensor | None = None, users: Tensor | None = None) -> ScoreBlock:
-        """As `ClosedForm.score_block`; an item of the history is worth its value."""
+        """Score as in `ClosedForm.score_block`; an item of the history is weighted by its value."""
         given = history_matrix(history, values, self.num_items).astype(self.dtype)
         if self.by_item is None:
             scores = given @ self.weights  # [B, I + 1]: less than the weights, as long as B is less than I

@@ -1,4 +1,5 @@
-"""Items like those in the history (Deshpande and Karypis 2004, "Item-based top-N recommendation algorithms").
+"""Item-based kNN: items similar to those in the history (Deshpande and Karypis 2004, "Item-based top-N recommendation
+algorithms").
 
 The similarity of two items is the cosine of their columns x_i of the event matrix, shrunk where these are short (Ferrari
 Dacrema et al. 2019, arXiv 1907.06902); each item keeps its K most similar ones, and the items of a history vote for theirs::
@@ -35,7 +36,7 @@ from bigmodel.tasks.recommendation.closed_form.matrix import (
 )
 from bigmodel.tasks.recommendation.ranking import ScoreBlock, pack, unpack
 
-_SIMILARITIES_AT_ONCE = 1 << 22  # of a block of items with all that they share users with
+_SIMILARITIES_AT_ONCE = 1 << 22  # of a block of items with all items that share a user with them
 
 
 class ItemKNN(ClosedForm):
@@ -46,8 +47,8 @@ class ItemKNN(ClosedForm):
         shrinkage: in units of |x_i| |x_j|, at least 0.
 
     Attributes:
-        similarity: sparse [I + 1, I + 1] float32, once fitted; row i has the neighbours of item i, of equally similar ones
-            the lower numbers.
+        similarity: sparse [I + 1, I + 1] float32, once fitted; row i has the neighbours of item i; ties are broken by
+            the lower number.
     """
 
     similarity: Any
@@ -60,12 +61,12 @@ class ItemKNN(ClosedForm):
         self.num_neighbors, self.shrinkage = num_neighbors, shrinkage
 
     def fit(self, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None, num_items: int) -> ItemKNN:
-        """As `ClosedForm.fit`. Memory: 24 bytes for each neighbour, and a block of similarities at a time."""
+        """Fit as in `ClosedForm.fit`. Memory: 24 bytes for each neighbour, and a block of similarities at a time."""
         by_user = event_matrix(indptr, indices, values, num_items)
         by_user.eliminate_zeros()
         by_item = by_user.T.tocsr()  # [I + 1, U]
         num_users = np.diff(by_item.indptr)
-        # How many items each can at most share a user with.
+        # Upper bound of the number of items that share a user with each item.
         sharing = np.minimum(by_item.astype(bool) @ np.diff(by_user.indptr), num_items)
         require_memory(
             24.0 * np.minimum(sharing, self.num_neighbors).sum() + 64.0 * _SIMILARITIES_AT_ONCE,
@@ -84,7 +85,7 @@ class ItemKNN(ClosedForm):
         return self
 
     def _neighbors(self, items: np.ndarray, by_item: Any, by_user: Any, norms: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Rows, columns and values of the similarities that a block of items keeps."""
+        """Return rows, columns and values of the kept similarities of a block of items."""
         products = by_item[items] @ by_user  # [n, I + 1]
         lengths = np.diff(products.indptr)
         row = np.repeat(np.arange(len(items)), lengths)
@@ -100,12 +101,12 @@ class ItemKNN(ClosedForm):
         return items[n], columns.numpy()[n, slot], best.numpy()[n, slot]
 
     def score_block(self, history: Tensor, values: Tensor | None = None, users: Tensor | None = None) -> ScoreBlock:
-        """As `ClosedForm.score_block`; an item of the history is worth its value."""
+        """Score as in `ClosedForm.score_block`; an item of the history is weighted by its value."""
         given = history_matrix(history, values, self.similarity.shape[0] - 1)
         return sparse_scores(given @ self.similarity, history.device)
 
     def rate(self, history: Tensor, ratings: Tensor, items: Tensor, users: Tensor | None = None) -> Tensor:
-        """As `ClosedForm.rate`; NaN for an item that is no neighbour of any in the history."""
+        """Rate as in `ClosedForm.rate`; NaN for an item that is not a neighbour of any item in the history."""
         given = history_matrix(history, ratings, self.similarity.shape[0] - 1)
         return quotients(given @ self.similarity, ones_like(given) @ self.similarity, items)
 

@@ -1,4 +1,4 @@
-"""Events and histories as sparse matrices, and the memory that a method needs.
+"""Events and histories as sparse matrices, and checks of the required memory.
 
 U users, B users to score for, H items of the longest history, I items (numbered 1 to I; column 0 is padding).
 """
@@ -23,56 +23,56 @@ class ClosedForm(ABC):
 
     @abstractmethod
     def fit(self, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None, num_items: int) -> ClosedForm:
-        """Learn from training events.
+        """Fit the method to training events.
 
         Args:
             indptr: [U + 1], where each user's events begin.
-            indices: [N] items of the events, each user's in the order of time.
-            values: [N], what an event is worth, such as a rating; None: 1. Of a user's events with the same item, the last
-                counts.
+            indices: [N] items of the events, in chronological order for each user.
+            values: [N], value of an event, such as a rating; None: 1. Of a user's events with the same item, the last
+                is used.
             num_items: I.
 
         Raises:
-            ValueError: for arrays that do not fit together, or if memory does not suffice.
+            ValueError: for arrays of inconsistent sizes, or if the memory is too small.
         """
 
     @abstractmethod
     def score_block(self, history: Tensor, values: Tensor | None = None, users: Tensor | None = None) -> ScoreBlock:
-        """Scores of all items for B users, as `ranking` takes them, on the history's device.
+        """Return the scores of all items for B users, as `ranking` takes them, on the history's device.
 
         Args:
             history: items [B, H] int64, padded with 0.
-            values: [B, H], what each is worth; None: 1.
-            users: [B], the row of each in the training events, -1 for one who is not in them; None: nobody is.
+            values: [B, H], values of the items; None: 1.
+            users: [B], row of each user in the training events, -1 for a new user; None: all are new.
         """
 
     def rate(self, history: Tensor, ratings: Tensor, items: Tensor, users: Tensor | None = None) -> Tensor | None:
-        """Ratings that B users are expected to give, on the history's device; None: the method predicts no ratings.
+        """Return predicted ratings of B users, on the history's device; None: the method predicts no ratings.
 
         Args:
             history: items [B, H] int64, padded with 0.
             ratings: [B, H], of the history.
-            items: [B, K] int64, what is to be rated.
+            items: [B, K] int64, the items to rate.
             users: as for `score_block`.
 
         Returns:
-            [B, K] float32, NaN where nothing is known of the item.
+            [B, K] float32, NaN where no prediction is possible.
         """
         return None
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
-        """What was fitted, for a checkpoint."""
+        """Return the fitted state, for a checkpoint."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take it back, into an object with the same options."""
+        """Load a fitted state, into an object with the same options."""
 
 
 def recency(history: Tensor, decay: float) -> Tensor:
-    """Values [B, H] float32 of histories [B, H] that are in the order of time: decay^a for the item that a others follow.
+    """Return values [B, H] float32 of chronological histories [B, H]: decay^a for the item that a others follow.
 
-    The closed forms know no order; counted like this they follow what a user does now, as a net of sequences does.
+    The closed forms ignore the order; with these values recent items have more weight, as in a sequence model.
 
     Raises:
         ValueError: for a decay that is not in 0 to 1.
@@ -85,7 +85,7 @@ def recency(history: Tensor, decay: float) -> Tensor:
 
 
 def event_matrix(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None, num_items: int) -> Any:
-    """Events as a sparse matrix [U, I + 1] in rows, float64, sorted, each item at most once in a row."""
+    """Return events as a sparse matrix [U, I + 1] in rows, float64, sorted, each item at most once in a row."""
     indptr, indices = np.asarray(indptr, np.int64), np.asarray(indices)
     if len(indptr) < 2 or indptr[0] != 0 or indptr[-1] != len(indices) or (np.diff(indptr) < 0).any():
         raise ValueError(f"indptr must ascend from 0 to the number of events, {len(indices)}, one step for each user")
@@ -102,7 +102,7 @@ def event_matrix(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | N
 
 
 def history_matrix(history: Tensor, values: Tensor | None, num_items: int) -> Any:
-    """Histories as such a matrix [B, I + 1]."""
+    """Return histories as such a matrix [B, I + 1]."""
     items = history.cpu().numpy()
     if items.size and not 0 <= items.min() <= items.max() <= num_items:
         raise ValueError(
@@ -115,14 +115,14 @@ def history_matrix(history: Tensor, values: Tensor | None, num_items: int) -> An
 
 def _matrix(rows: np.ndarray, columns: np.ndarray, values: np.ndarray | None, shape: tuple[int, int]) -> Any:
     cells = rows.astype(np.int64) * shape[1] + columns
-    # The last of equals is the first in reverse.
+    # The last of equal entries is the first in reverse order.
     cells, last = np.unique(cells[::-1], return_index=True)
     data = np.ones(len(cells)) if values is None else np.asarray(values, np.float64)[::-1][last]
     return sp.csr_matrix((data, (cells // shape[1], cells % shape[1])), shape)
 
 
 def sparse_scores(scores: Any, device: torch.device) -> ScoreBlock:
-    """Scores that are a sparse matrix [B, I + 1]."""
+    """Return block-wise scores from a sparse matrix [B, I + 1]."""
     by_column = scores.tocsc()
 
     def score_block(first: int, last: int) -> Tensor:
@@ -132,7 +132,9 @@ def sparse_scores(scores: Any, device: torch.device) -> ScoreBlock:
 
 
 def quotients(above: Any, below: Any, items: Tensor) -> Tensor:
-    """Quotients [B, K] float32 of two sparse matrices [B, I + 1] at items [B, K]; NaN where the one below is 0."""
+    """Return quotients [B, K] float32 of two sparse matrices [B, I + 1] at items [B, K]; NaN where the denominator is
+    0.
+    """
     columns = items.cpu().numpy()
     rows = np.arange(len(columns))[:, None].repeat(columns.shape[1], 1)
     picked = (np.asarray(matrix[rows.ravel(), columns.ravel()]).reshape(columns.shape) for matrix in (above, below))
@@ -141,25 +143,26 @@ def quotients(above: Any, below: Any, items: Tensor) -> Tensor:
 
 
 def ones_like(matrix: Any) -> Any:
-    """1 where something is stored."""
+    """Return a matrix with 1 where an entry is stored."""
     return sp.csr_matrix((np.ones_like(matrix.data), matrix.indices, matrix.indptr), matrix.shape)
 
 
 def save_matrix(name: str, matrix: Any) -> dict[str, Tensor]:
-    """A sparse matrix in rows as tensors, for a state."""
+    """Return a sparse matrix in rows as tensors, for a state."""
     parts = {"data": matrix.data, "indices": matrix.indices, "indptr": matrix.indptr, "shape": np.array(matrix.shape)}
     return {f"{name}.{part}": torch.from_numpy(array) for part, array in parts.items()}
 
 
 def load_matrix(name: str, state: dict[str, Tensor]) -> Any:
-    """The matrix that `save_matrix` gave."""
+    """Return the matrix that `save_matrix` saved."""
     data, indices, indptr, shape = (state[f"{name}.{part}"].numpy() for part in ("data", "indices", "indptr", "shape"))
     return sp.csr_matrix((data, indices, indptr), tuple(shape.tolist()))
 
 
 def blocks(sizes: np.ndarray, budget: int) -> list[tuple[int, int]]:
-    """Parts of an ascending array of sizes, such that its length times its largest size is at most the budget (or it has one
-    element)."""
+    """Partition an ascending array of sizes so that length times largest size of each part is at most the budget (or
+    the part has one element).
+    """
     parts, start = [], 0
     while start < len(sizes):
         length = max(1, budget // max(1, int(sizes[start])))
@@ -172,7 +175,7 @@ def blocks(sizes: np.ndarray, budget: int) -> list[tuple[int, int]]:
 
 
 def require_memory(needed: float, purpose: str, instead: str) -> None:
-    """Raise a ValueError, before anything is allocated, if that many bytes are not there."""
+    """Raise a ValueError, before anything is allocated, if that many bytes are not available."""
     there = available_memory()
     if needed > there:
         raise ValueError(
@@ -181,11 +184,11 @@ def require_memory(needed: float, purpose: str, instead: str) -> None:
 
 
 def available_memory() -> float:
-    """Bytes of main memory that this process can still take: of the machine, and of its control group."""
+    """Return the available bytes of main memory: of the machine, and of the process's control group."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         there = next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux: what there is in all
+    except (OSError, StopIteration):  # not Linux: the total memory
         there = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     group = Path("/sys/fs/cgroup")
     try:

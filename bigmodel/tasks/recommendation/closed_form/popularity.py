@@ -20,13 +20,13 @@ class Popularity(ClosedForm):
     counts: Tensor
 
     def fit(self, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None, num_items: int) -> Popularity:
-        """As `ClosedForm.fit`; values make no difference."""
+        """Fit as in `ClosedForm.fit`; values have no effect."""
         matrix = event_matrix(indptr, indices, None, num_items)
         self.counts = torch.from_numpy(np.bincount(matrix.indices, minlength=num_items + 1)).float()
         return self
 
     def score_block(self, history: Tensor, values: Tensor | None = None, users: Tensor | None = None) -> ScoreBlock:
-        """As `ClosedForm.score_block`; the history makes no difference."""
+        """Score as in `ClosedForm.score_block`; the history has no effect."""
         counts = self.counts.to(history.device)
         return lambda first, last: counts[first:last].expand(len(history), -1)
 

@@ -1,4 +1,4 @@
-"""What similar users have (Resnick et al. 1994, "GroupLens"; Herlocker et al. 1999).
+"""User-based kNN: items of similar users (Resnick et al. 1994, "GroupLens"; Herlocker et al. 1999).
 
 The similarity of two users is the cosine of their rows of the event matrix, or Pearson's correlation over the items that
 both have. Of the k most similar users (above 0 only), with ratings r_j of those that have an item, its score is::
@@ -7,7 +7,7 @@ both have. Of the k most similar users (above 0 only), with ratings r_j of those
     norm:  sum_j r_j / sqrt(sum_j r_j^2)          grows with how many have it, and is on no scale of ratings: for ranking
 
 and 0 where none has it. Where events have no values, r_j is 1: `mean` is then 1 or 0, and `norm` the root of a count.
-Either is also what is predicted as a rating, and measured as one; of `norm` that shows how far off its scale is.
+Both are also evaluated as predicted ratings; for `norm` the errors show how far its scale is off.
 
 U users, B users to score for, I items (numbered 1 to I), k neighbours.
 """
@@ -37,7 +37,7 @@ _SIMILARITIES_AT_ONCE = 1 << 22
 
 
 class UserKNN(ClosedForm):
-    """Recommends what neighbours have; nothing is learned beforehand.
+    """Recommends items of neighbours; nothing is learned in advance.
 
     Args:
         num_neighbors: k.
@@ -62,7 +62,7 @@ class UserKNN(ClosedForm):
         self.num_neighbors, self.similarity, self.prediction = num_neighbors, similarity, prediction
 
     def fit(self, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None, num_items: int) -> UserKNN:
-        """As `ClosedForm.fit`."""
+        """Fit as in `ClosedForm.fit`."""
         if self.similarity == "pearson" and values is None:
             raise ValueError(
                 "similarity pearson needs ratings, and all events are worth 1: set --model.values ratings, or"
@@ -72,7 +72,7 @@ class UserKNN(ClosedForm):
         return self
 
     def score_block(self, history: Tensor, values: Tensor | None = None, users: Tensor | None = None) -> ScoreBlock:
-        """As `ClosedForm.score_block`; nobody is a neighbour of himself.
+        """Score as in `ClosedForm.score_block`; a user is never a neighbour of itself.
 
         Raises:
             ValueError: for Pearson's correlation with histories that are not rated.
@@ -82,11 +82,11 @@ class UserKNN(ClosedForm):
         return sparse_scores(sums.multiply(scale), history.device)
 
     def rate(self, history: Tensor, ratings: Tensor, items: Tensor, users: Tensor | None = None) -> Tensor:
-        """As `ClosedForm.rate`; NaN for an item that no neighbour has."""
+        """Rate as in `ClosedForm.rate`; NaN for an item that no neighbour has."""
         return quotients(*self._sums(history, ratings, users), items)
 
     def _sums(self, history: Tensor, values: Tensor | None, users: Tensor | None) -> tuple[Any, Any]:
-        """What stands above and below the line in the module's equations, sparse [B, I + 1] each."""
+        """Return numerator and denominator of the module's equations, sparse [B, I + 1] each."""
         if self.similarity == "pearson" and values is None:
             raise ValueError(
                 "similarity pearson needs a history's ratings, and this one has none: name a user of the data, or fit with"
@@ -109,7 +109,7 @@ class UserKNN(ClosedForm):
         self.matrix = load_matrix("matrix", state)
 
     def _neighbors(self, given: Any, rows: np.ndarray) -> Any:
-        """Similarities [b, U] of the neighbours that users [b, I + 1] have, sparse."""
+        """Return the sparse similarities [b, U] of the neighbours of users [b, I + 1]."""
         similarity = torch.from_numpy(self._pearson(given) if self.similarity == "pearson" else self._cosine(given))
         known = (rows >= 0).nonzero()[0]
         similarity[known, rows[known]] = 0
@@ -125,7 +125,7 @@ class UserKNN(ClosedForm):
         return _divide((given @ self.matrix.T).toarray(), scale, scale > 0)
 
     def _pearson(self, given: Any) -> np.ndarray:
-        """Sums over the items that both have, of which there must be two."""
+        """Return Pearson's correlation over the items that both users have, of which there must be at least two."""
         both, others = ones_like(given), ones_like(self.matrix).T
         n = np.maximum((both @ others).toarray(), 1)
         mean_own, mean_other = (given @ others).toarray() / n, (both @ self.matrix.T).toarray() / n
@@ -133,7 +133,7 @@ class UserKNN(ClosedForm):
         square_other = (both @ self.matrix.power(2).T).toarray() / n
         product = (given @ self.matrix.T).toarray() / n
         variances = square_own - mean_own**2, square_other - mean_other**2
-        # Rounding leaves a little where all ratings are equal.
+        # Rounding leaves a small residue where all ratings are equal.
         vary = (variances[0] > 1e-12 * square_own) & (variances[1] > 1e-12 * square_other)
         return _divide(product - mean_own * mean_other, np.sqrt(np.maximum(variances[0] * variances[1], 0)), vary)
 

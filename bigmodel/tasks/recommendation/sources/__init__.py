@@ -1,4 +1,4 @@
-"""Where events come from: the reader of each kind of data, and which of them a path is for."""
+"""Sources of events: the reader of each format, and the choice by path."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ _ROWS_AT_ONCE = 2**19  # of Parquet: events are small
 
 
 def find_source(path: str | list[str], *, columns: Columns, cache: Path) -> Source:
-    """The events at a path, unread.
+    """Find the events at a path, without reading them.
 
     Args:
-        path: files, folders or globs, all of one data set; hf://owner/name; or a name in braces.
+        path: files, folders or globs, all of one dataset; hf://owner/name; or a name in braces.
         columns: names of a table's columns.
-        cache: folder of the task, which remembers the hashes of files.
+        cache: folder of the task, where hashes of files are cached.
 
     Raises:
-        ValueError: if there is nothing at the path, or of no known kind.
+        ValueError: if there is nothing at the path, or of an unknown format.
     """
     if isinstance(path, str) and path.startswith("{") and path.endswith("}"):
         return find_named(path)
@@ -66,23 +66,23 @@ def find_source(path: str | list[str], *, columns: Columns, cache: Path) -> Sour
 
 
 def _files_in(folder: str) -> list[str]:
-    """The files of events in a folder."""
+    """Return the files of events in a folder."""
     place = os.path.expanduser(folder)
     there = os.listdir(place)
     published = [name for name in ("u.data", "ratings.dat", "ratings.csv") if name in there]  # by MovieLens
     if published == ["ratings.csv"] and "movies.csv" not in there:
-        published = []  # a name that anybody may give a table
+        published = []  # a name that other tables may also have
     if len(published) > 1:
         raise ValueError(f"--data.path {folder}: tables of several kinds, such as {published}; give the files")
     return [os.path.join(place, name) for name in published] or files_in(folder, _SUFFIXES)
 
 
 def _content(files: list[str], cache: Path) -> str:
-    """Hash of the files' contents in their order, and of what lies beside them; remembered until a file changes."""
+    """Return the hash of the files' contents in their order, and of the files beside them; cached until a file changes."""
     beside = [
         os.path.join(os.path.dirname(file), name) for file in files for name in ("u.item", "movies.dat", "movies.csv")
     ]
     beside += [file.removesuffix(".inter") + ".item" for file in files if file.endswith(".inter")]
     paths = [*files, *(path for path in dict.fromkeys(beside) if os.path.isfile(path))]
-    names = [os.path.basename(file) == "u.data" or file.endswith(".inter") for file in files]  # how a text is read, too
+    names = [os.path.basename(file) == "u.data" or file.endswith(".inter") for file in files]  # the format of a text
     return digest([*file_hashes(paths, cache), *names])

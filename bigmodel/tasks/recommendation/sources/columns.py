@@ -1,4 +1,4 @@
-"""The columns of a table of events, and what was found of such tables."""
+"""The columns of a table of events, and the description of a source."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Columns:
     time: str | None = None
 
     def found(self, where: str, there: Sequence[str]) -> dict[str, str]:
-        """Names by role (user, item, and rating, time, title, genres where they are), in a table with these columns.
+        """Return names by role (user, item, and rating, time, title, genres if present), in a table with these columns.
 
         Raises:
-            ValueError: if a column that is needed or named is not there.
+            ValueError: if a required or named column is missing.
         """
         given = {role: name for role, name in vars(self).items() if name is not None}
         names = _USUAL | {role: (name,) for role, name in given.items()}
@@ -48,14 +48,14 @@ class Columns:
 
 @dataclass(frozen=True)
 class Source:
-    """Events that were found, unread.
+    """Events that were found, but not read.
 
     Attributes:
-        where: what the person gave.
-        content: is another when the events may be others; neither names nor places count.
+        where: the path that was given.
+        content: a hash that changes with the events; names and places do not count.
         rows: reads them.
-        titles: reads what items are called: a table of strings with the columns `id`, `title`, `genres` (nulls where there
-            are none); None if the events say so themselves, or nothing does.
+        titles: reads ids and titles of items: a table of strings with the columns `id`, `title`, `genres` (nulls where
+            there are none); None if the events contain them, or there are none.
         size: bytes in all, about.
     """
 

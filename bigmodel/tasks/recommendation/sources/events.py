@@ -1,4 +1,4 @@
-"""From blocks of rows to flat arrays of events: ids become numbers, times one unit; what cannot be used is refused by row.
+"""Conversion of blocks of rows to flat arrays of events: ids to numbers, times to one unit; errors name the row.
 
 N events, M rows of a block.
 """
@@ -15,10 +15,10 @@ import pyarrow.compute as pc
 
 from bigmodel.data.tables.rows import Rows, first_true, is_text, plain
 
-_NOTHING = pa.array(["", "nan", "NaN", "null", "NULL", "None"])  # written where there is no id
+_NOTHING = pa.array(["", "nan", "NaN", "null", "NULL", "None"])  # texts for a missing id
 _IDS = ": whole numbers from 0 on, or text, are accepted"
 _UNITS = {"seconds": 10**6, "milliseconds": 10**3, "microseconds": 1}  # [microseconds]
-_PER_UNIT = 10**11  # numbers of a unit stay below: as seconds the year 5138, as milliseconds 1973
+_PER_UNIT = 10**11  # values of a unit are below this: as seconds the year 5138, as milliseconds 1973
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Events:
         user_ids: ascending, int64 or string.
         item_ids: the same.
         titles: a table with `id`, `title`, `genres` (nulls where there are none), each item at most once; or None.
-        line: what was read, for people.
+        line: summary of the events, for people.
     """
 
     users: np.ndarray
@@ -54,7 +54,7 @@ def collect(blocks: Iterable[Rows], advance: Callable[[int], None] = lambda _: N
         advance: called with the bytes that were read.
 
     Raises:
-        ValueError: if a cell cannot be used (says file and row), the files differ in their columns, or there is no row.
+        ValueError: if a cell is invalid (names file and row), the files differ in their columns, or there is no row.
     """
     reader = _Reader()
     for rows in blocks:
@@ -123,7 +123,7 @@ class _Reader:
         return encoded
 
     def _times(self, rows: Rows) -> np.ndarray:
-        """[M] microseconds since 1970."""
+        """Return [M] microseconds since 1970."""
         values = plain(rows.columns["time"])
         _refuse_gaps(rows, values, "time")
         if is_text(values.type):
@@ -184,9 +184,9 @@ class _Reader:
         )
 
     def _numbered(self, role: str) -> tuple[np.ndarray, pa.Array]:
-        """Each event's id as its place [N] int32 among the ids in ascending order, and these."""
+        """Return the position [N] int32 of each event's id among the ascending ids, and the ids."""
         chunks = self.ids[role]
-        if len({chunk.type for chunk in chunks}) > 1:  # integers of one file, text of another that may spell integers
+        if len({chunk.type for chunk in chunks}) > 1:  # integers in one file, text in another that may contain integers
             chunks = [pa.DictionaryArray.from_arrays(c.indices, c.dictionary.cast(pa.string())) for c in chunks]
         whole = pa.chunked_array(chunks).unify_dictionaries().combine_chunks()
         chunks.clear()
@@ -199,7 +199,7 @@ class _Reader:
         return place[codes], ids.take(pa.array(order))
 
     def _as_integers(self, role: str, codes: np.ndarray, ids: pa.Array) -> pa.Array:
-        """The ids as integers if all of them are integers as one writes them (no leading zeros)."""
+        """Return the ids as integers if all of them are plain integers (no leading zeros)."""
         try:
             numbers = ids.cast(pa.int64())
         except pa.ArrowInvalid:
@@ -212,13 +212,13 @@ class _Reader:
         return numbers
 
     def _name(self, event: int) -> str:
-        """File and row of an event."""
+        """Return file and row of an event."""
         first, rows = next(place for place in reversed(self.places) if place[0] <= event)
         return rows.name(event - first)
 
 
 def _unit(number: float) -> str:
-    """What a number of this size counts since 1970."""
+    """Return the unit of a time of this size since 1970."""
     power = 0
     while number >= _PER_UNIT * 1000**power:
         power += 1
@@ -231,7 +231,7 @@ def _refuse_gaps(rows: Rows, values: pa.Array, what: str) -> None:
 
 
 def _ratings(rows: Rows) -> np.ndarray:
-    """[M] float32."""
+    """Return ratings [M] float32."""
     values = rows.columns["rating"]
     _refuse_gaps(rows, values, "rating")
     if is_text(values.type):
@@ -249,7 +249,7 @@ def _ratings(rows: Rows) -> np.ndarray:
 
 
 def _parsed(rows: Rows, values: pa.Array) -> pa.Array:
-    """Times in text as numbers or timestamps; the first row says which."""
+    """Parse times in text as numbers or timestamps; the first row determines which."""
     first = values[0].as_py().strip()
     try:
         float(first)
@@ -263,7 +263,7 @@ def _parsed(rows: Rows, values: pa.Array) -> pa.Array:
 
 
 def _cast(rows: Rows, values: pa.Array, kind: pa.DataType, what: str) -> pa.Array:
-    """Text as numbers or timestamps; names the first row that is none."""
+    """Convert text to numbers or timestamps; an error names the first invalid row."""
     try:
         return values.cast(kind)
     except pa.ArrowInvalid:
@@ -271,7 +271,7 @@ def _cast(rows: Rows, values: pa.Array, kind: pa.DataType, what: str) -> pa.Arra
     try:
         return values.cast(kind)
     except pa.ArrowInvalid as error:
-        low, high = 0, len(values)  # the first half or the second, until one row is left
+        low, high = 0, len(values)  # bisection, until one row is left
         while high - low > 1:
             middle = (low + high) // 2
             try:

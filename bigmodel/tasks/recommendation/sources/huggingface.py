@@ -1,4 +1,4 @@
-"""Events in data sets of the Hugging Face hub."""
+"""Events in datasets of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _ROWS_AT_ONCE = 2**17
 
 
 def find_hub(path: str, columns: Columns) -> Source:
-    """A data set of the hub; its splits are read one after the other.
+    """Find a dataset of the hub; its splits are read one after the other.
 
     Raises:
-        ValueError: if `datasets` is not installed, or the data set cannot be had.
+        ValueError: if `datasets` is not installed, or the dataset cannot be loaded.
     """
     loaded = load_hub(path, instead="its Parquet files")
     if len(loaded) > 1:

@@ -1,5 +1,6 @@
-"""How events in text are laid out: tables with a line of names, RecBole's .inter with names and types, MovieLens without
-names. In all of them each line is an event."""
+"""Layouts of events in text: tables with a header, RecBole's .inter with names and types, MovieLens without names. In
+all of them each line is an event.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ _MOVIELENS = ["user_id", "item_id", "rating", "timestamp"]
 
 
 def events_layout(path: str) -> Layout:
-    """The layout of a file of events.
+    """Return the layout of a file of events.
 
     Raises:
         ValueError: if it cannot be read.

@@ -1,4 +1,4 @@
-"""What items are called, in the files that lie beside the events: MovieLens and RecBole. Strings throughout."""
+"""Titles of items, in the files beside the events: MovieLens and RecBole. All values are strings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SCHEMA = pa.schema({"id": pa.string(), "title": pa.string(), "genres": pa.strin
 
 
 def titles_beside(path: str) -> pa.Table | None:
-    """Titles and genres from beside a file of events; None if there are none.
+    """Read titles and genres from the files beside a file of events; None if there are none.
 
     Raises:
         ValueError: if such a file cannot be read.

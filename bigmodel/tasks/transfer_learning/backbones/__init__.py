@@ -1,4 +1,4 @@
-"""Pretrained nets, wherever they come from: models of transformers that read texts or pictures, and runs of our own."""
+"""Pretrained nets: transformers models of texts or images, and runs of bigmodel."""
 
 from bigmodel.tasks.transfer_learning.backbones.base import Backbone, Modality, Pooling
 from bigmodel.tasks.transfer_learning.backbones.factory import build_backbone, find_text_encoder, rebuild

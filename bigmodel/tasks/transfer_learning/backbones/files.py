@@ -1,4 +1,4 @@
-"""The files of a model of transformers: what is in a folder, its configuration, its weights."""
+"""Files of a transformers model: contents of a folder, configuration, weights."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
 def read_settings(path: str) -> Any:
-    """The configuration of a model in a folder or on the hub.
+    """Read the configuration of a model in a folder or on the hub.
 
     Raises:
-        ValueError: if there is none, or transformers does not know its architecture.
+        ValueError: if there is none, or its architecture is unknown to transformers.
     """
     from transformers import AutoConfig
 
@@ -31,10 +31,10 @@ def read_settings(path: str) -> Any:
 
 
 def modality_of(settings: Any, path: str) -> str:
-    """What a model reads.
+    """Return the input type of a model.
 
     Raises:
-        ValueError: neither texts nor pictures, or both.
+        ValueError: neither texts nor images, or both.
     """
     from transformers import MODEL_MAPPING
 
@@ -60,14 +60,14 @@ def modality_of(settings: Any, path: str) -> str:
 
 
 def check_folder(path: str, *, modality: str, pretrained: bool, allow_pickle: bool) -> None:
-    """Refuse a folder that lacks what is to be read from it, before any of it is.
+    """Check that a folder contains all required files, before any is read.
 
     Raises:
         ValueError: no tokenizer, no weights, or pickles only.
     """
     folder = Path(path)
     if not folder.is_dir():
-        return  # the hub is asked
+        return  # the model is on the hub
     names = {file.name for file in folder.iterdir()}
     if modality == "text" and not names & set(_TOKENIZERS):
         raise ValueError(
@@ -91,7 +91,7 @@ def check_folder(path: str, *, modality: str, pretrained: bool, allow_pickle: bo
 
 
 def from_weights(kind: Any, path: str, settings: Any, allow_pickle: bool) -> tuple[Any, dict[str, Any]]:
-    """A model with its weights in float32, and transformers' report of what it loaded.
+    """Return a model with its weights in float32, and transformers' loading report.
 
     Args:
         kind: a class of transformers that has `from_pretrained`.

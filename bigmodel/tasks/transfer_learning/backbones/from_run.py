@@ -1,4 +1,4 @@
-"""A task that was trained here as a backbone: what its head reads of texts or pictures.
+"""A task trained with bigmodel as a backbone: the input of its output layer, for texts or images.
 
 B rows, T tokens, D width.
 """
@@ -19,17 +19,17 @@ from bigmodel.tasks.transfer_learning.tokenization import LanguageModelEncoder, 
 
 
 class RunBackbone(Backbone):
-    """A task that *SupportsLogits* texts or pictures, of any package, without the head of its net.
+    """A task that *SupportsLogits* texts or images, of any package, without the head of its net.
 
-    It reads the tokens of a batch, or its images, which it normalises as it did when it was trained. Which of the two is
-    told by the sizes that its net was made with: `vocab_size`, or `image_size`.
+    It reads the tokens of a batch, or its images, with the normalisation of its training. The sizes of its net
+    determine which of the two: `vocab_size`, or `image_size`.
 
     Args:
         task: from `bigmodel.load` or `bigmodel.run.build`; its net loses the head.
-        data_sizes: `in_channels` and `image_size` of the pictures to come; None: as those that it was trained on.
+        data_sizes: `in_channels` and `image_size` of the data; None: those that it was trained on.
 
     Raises:
-        ValueError: if the task has no features of texts or pictures, or cannot read such pictures.
+        ValueError: if the task has no features of texts or images, or cannot read such images.
     """
 
     def __init__(self, task: LightningModule, data_sizes: Mapping[str, int] | None = None) -> None:
@@ -73,13 +73,13 @@ class RunBackbone(Backbone):
             raise ValueError(f"its features have shape {list(features.shape)}, not [B, D], or [B, T, D] of texts")
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        """[B, T, D] and the mask [B, T] of a batch with tokens and mask; [B, D] and None of one with images."""
+        """Return [B, T, D] and the mask [B, T] of a batch with tokens and mask; [B, D] and None of one with images."""
         features = self.task.features(batch)
         return features, batch.mask if features.ndim == 3 else None
 
 
 def from_run(run: str, data_sizes: Mapping[str, int] | None) -> Backbone:
-    """The backbone in a run, with its weights. A run of transfer learning has one in it already."""
+    """Return the backbone of a run, with its weights. A run of transfer learning already contains one."""
     task = load(run)
     net: Any = task.exported_net() if isinstance(task, SupportsExport) else getattr(task, "net", None)
     inside = getattr(net, "backbone", None)
@@ -90,7 +90,7 @@ def from_run(run: str, data_sizes: Mapping[str, int] | None) -> Backbone:
 
 
 def encoder_from_run(run: str) -> TextEncoder | None:
-    """The tokenizer of a run's task, whose net is not made; None if it reads pictures."""
+    """Return the tokenizer of a run's task, without building its net; None if it reads images."""
     described = describe(run)
     task: Any = build(described, net=False)
     if hasattr(task, "text_encoder"):  # a run of transfer learning
@@ -100,10 +100,10 @@ def encoder_from_run(run: str) -> TextEncoder | None:
 
 
 def modality_of(described: Mapping[str, Any], task: LightningModule) -> Modality:
-    """What a task reads, from the sizes that its net was made with.
+    """Return the input type of a task, from the sizes of its net.
 
     Raises:
-        ValueError: neither texts nor pictures.
+        ValueError: neither texts nor images.
     """
     sizes = described["sizes"]
     if "image_size" in sizes:
@@ -117,10 +117,10 @@ def modality_of(described: Mapping[str, Any], task: LightningModule) -> Modality
 
 
 def text_encoder_of(described: Mapping[str, Any], task: Any) -> TextEncoder:
-    """The tokenizer that a task kept in its attribute `tokenizer`.
+    """Return the tokenizer in the task's attribute `tokenizer`.
 
     Raises:
-        ValueError: if it kept none.
+        ValueError: if it has none.
     """
     tokenizer = getattr(task, "tokenizer", None)
     if tokenizer is None:
@@ -132,7 +132,7 @@ def text_encoder_of(described: Mapping[str, Any], task: Any) -> TextEncoder:
 
 
 def from_description(description: Mapping[str, Any]) -> RunBackbone:
-    """The same architecture, with new weights."""
+    """Return the same architecture, with new weights."""
     return RunBackbone(build(description["task"]), description["sizes"] or None)
 
 

@@ -1,4 +1,4 @@
-"""Any encoder or decoder of transformers as a backbone: tokens in, the features of the last layer out.
+"""Any encoder or decoder of transformers as a backbone: maps tokens to the features of the last layer.
 
 B texts, T tokens, D width.
 """
@@ -19,7 +19,7 @@ from bigmodel.tasks.transfer_learning.backbones.base import Backbone, Pooling, p
 from bigmodel.tasks.transfer_learning.backbones.files import LAYERS_FLAG, from_weights
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder, read_encoder
 
-# Their positions are counted from the padding token's id, so that the first of them are nobody's.
+# Their positions are counted from the padding token's id, so that the first positions are unused.
 _POSITIONS_AFTER_PAD = {
     "camembert", "data2vec-text", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl",
     "xmod",
@@ -29,13 +29,13 @@ _POSITIONS_AFTER_PAD = {
 class HuggingFaceText(Backbone):
     """A model of transformers that reads text, without its heads.
 
-    Padding stands on the right and is masked, in decoders too; positions are counted over the real tokens. A net is causal
-    if its first feature does not change with the second token: then the last token stands for a text, else the mean.
+    Padding is on the right and masked, in decoders too; positions are counted over the real tokens. A net is causal
+    if its first feature does not depend on the second token: then pooling is `last`, else `mean`.
 
     Args:
-        model: of transformers, that returns `last_hidden_state`.
-        text_encoder: its way from text to tokens.
-        pooling: of a net that was built before; None: find out.
+        model: a transformers model that returns `last_hidden_state`.
+        text_encoder: its tokenizer.
+        pooling: of a net that was built before; None: determine it.
     """
 
     modality = "text"
@@ -61,7 +61,7 @@ class HuggingFaceText(Backbone):
         self.train()
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """[B, T, D] and the mask [B, T] of a batch with tokens, mask and segments [B, T]."""
+        """Return [B, T, D] and the mask [B, T] of a batch with tokens, mask and segments [B, T]."""
         options = {}
         if self._has_segments:
             options["token_type_ids"] = batch.segments
@@ -80,7 +80,7 @@ def from_files(
     allow_pickle: bool,
     layers: Sequence[int] | None = None,
 ) -> HuggingFaceText:
-    """The backbone in a folder or on the hub; see `build_backbone`."""
+    """Load the backbone from a folder or the hub; see `build_backbone`."""
     from transformers import AutoModel
 
     encoder = encoder_from_files(path, settings)
@@ -97,7 +97,7 @@ def from_files(
     unread = tuple(f"{name.removeprefix('model.')}." for name in backbone.dropped)
     prefix = f"{model.base_model_prefix}."
     is_whole = type(model).__name__ in (settings.architectures or [type(model).__name__])
-    # A file of a model with a head names what is not the head's with a prefix.
+    # In a file of a model with a head, weights outside the head have a prefix.
     heads = {
         name
         for name, problem in problems.items()
@@ -118,10 +118,10 @@ def from_files(
 
 
 def _keep_layers(model: Any, layers: Sequence[int], path: str) -> None:
-    """Leave only these layers of a model in it, in their order.
+    """Remove all other layers of a model; the order stays.
 
     Raises:
-        ValueError: if there are no such layers, or the model has them in no list of its own.
+        ValueError: if there are no such layers, or the model has no single list of layers.
     """
     count = model.config.num_hidden_layers
     wrong = [layer for layer in layers if not 0 <= layer < count]
@@ -145,7 +145,7 @@ def _keep_layers(model: Any, layers: Sequence[int], path: str) -> None:
 
 
 def encoder_from_files(path: str, settings: Any) -> TextEncoder:
-    """The tokenizer of a folder or of the hub, with as many positions as the model has.
+    """Load the tokenizer of a folder or of the hub, with the number of positions of the model.
 
     Raises:
         ValueError: if there is none.
@@ -160,7 +160,7 @@ def encoder_from_files(path: str, settings: Any) -> TextEncoder:
 
 
 def from_description(description: dict[str, Any]) -> HuggingFaceText:
-    """The same architecture, with new weights."""
+    """Return the same architecture, with new weights."""
     from transformers import AutoConfig, AutoModel
 
     settings = AutoConfig.for_model(**description["settings"])

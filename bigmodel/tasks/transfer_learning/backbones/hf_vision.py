@@ -1,6 +1,6 @@
-"""Any vision model of transformers as a backbone: pictures in, what its head reads out.
+"""Any vision model of transformers as a backbone: maps images to the input of its output layer.
 
-B pictures, C channels, S pixels on a side, T tokens, D width, H and W positions.
+B images, C channels, S pixels on a side, T tokens, D width, H and W positions.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from bigmodel.pretrained import hugging_face
 from bigmodel.tasks.transfer_learning.backbones.base import Backbone, probe_of
 from bigmodel.tasks.transfer_learning.backbones.files import FLAG, from_weights
 
-_LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow has it
+_LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow
 _CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
 
 
 class HuggingFaceImages(Backbone):
-    """A model of transformers that reads pictures, without its head; it pools them itself.
+    """A model of transformers that reads images, without its head; it pools them itself.
 
-    Of a classifier: what its head reads (the logits themselves, if it ends in no linear layer). Of any other model: its
-    `pooler_output`; without one, the class token of the last layer, the mean over tokens that have none, or over positions.
+    For a classifier: the input of its output layer (the logits if its last layer is not linear). For any other model:
+    its `pooler_output`; without one, the class token of the last layer, the mean over tokens that have none, or over
+    positions.
 
     Args:
-        model: of transformers; of a classifier the head is taken out.
+        model: a transformers model; the head of a classifier is removed.
         normalization: mean and standard deviation by channel, for pixels in 0 to 1.
-        data_sizes: `in_channels` C and `image_size` S of the pictures to come.
+        data_sizes: `in_channels` C and `image_size` S of the data.
 
     Raises:
-        ValueError: if the model cannot read such pictures.
+        ValueError: if the model cannot read such images.
     """
 
     modality = "images"
@@ -47,7 +48,7 @@ class HuggingFaceImages(Backbone):
         super().__init__()
         settings = hugging_face.plain_settings(model.config)
         sizes = {name: data_sizes[name] for name in ("in_channels", "image_size")}
-        guard_convolutions(model)  # pictures come in channels_last
+        guard_convolutions(model)  # images are in channels_last
         self.model = model
         self.is_classifier = "ForImageClassification" in type(model).__name__
         for name, values in zip(("mean", "std"), normalization, strict=True):
@@ -78,10 +79,10 @@ class HuggingFaceImages(Backbone):
         self.train()
 
     def forward(self, batch: Any) -> tuple[Tensor, None]:
-        """[B, D] and None, of a batch whose images [B, C, S, S] are in 0 to 255 (uint8) or 0 to 1 (float)."""
+        """Return [B, D] and None, for a batch whose images [B, C, S, S] are in 0 to 255 (uint8) or 0 to 1 (float)."""
         outputs = self.model(pixel_values=self._normalize(batch.images))
         if self.is_classifier:
-            return outputs.logits.flatten(1), None  # an identity stands where the head stood
+            return outputs.logits.flatten(1), None  # an identity replaces the head
         pooled = getattr(outputs, "pooler_output", None)
         if pooled is not None:
             return pooled.flatten(1), None  # [B, D, 1, 1] of convolutional nets
@@ -95,7 +96,9 @@ class HuggingFaceImages(Backbone):
         return any(name.rpartition(".")[2] in _CLASS_TOKENS for name, _ in self.model.named_parameters())
 
     def _normalize(self, images: Tensor) -> Tensor:
-        """float32 as the model reads it. Grey pictures are given its three channels, coloured ones made grey for one."""
+        """Return float32 images, normalized for the model; the number of channels is converted (grey to 3, coloured to
+        1).
+        """
         images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         if images.shape[1] == 3 and len(self.mean) == 1:
             images = (images * images.new_tensor(_LUMINANCE)[:, None, None]).sum(1, keepdim=True)
@@ -111,7 +114,7 @@ def from_files(
     allow_pickle: bool,
     data_sizes: Mapping[str, int] | None,
 ) -> HuggingFaceImages:
-    """The backbone in a folder or on the hub; see `build_backbone`."""
+    """Load the backbone from a folder or the hub; see `build_backbone`."""
     from transformers import AutoModel, AutoModelForImageClassification
 
     vision = hugging_face.vision_settings(settings)
@@ -148,7 +151,7 @@ def from_files(
 
 
 def from_description(description: dict[str, Any]) -> HuggingFaceImages:
-    """The same architecture, with new weights."""
+    """Return the same architecture, with new weights."""
     from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
     settings = AutoConfig.for_model(**description["settings"])

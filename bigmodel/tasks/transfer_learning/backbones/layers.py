@@ -1,4 +1,4 @@
-"""The layers of any net, in the order from input to output, and the parts of it that its features do not depend on.
+"""The layers of any net, in order from input to output, and its modules that the features do not depend on.
 
 L layers.
 """
@@ -14,14 +14,14 @@ from bigmodel.parallel import find_blocks
 
 
 class Layers:
-    """Which layer each parameter of a net is of: 0 before the layers, 1 to L in them, L + 1 behind them.
+    """Assigns parameters of a net to layers: 0 before the layers, 1 to L in them, L + 1 after them.
 
-    Layers are the blocks of `bigmodel.parallel.find_blocks` that stand in lists, or the stages around them; without any, the
-    elements of the longest list; without lists, the blocks as they are. What stands outside of them is before or behind them
-    as it ran, when the net was watched; what was not called by itself is as what it stands in.
+    Layers are the blocks of `bigmodel.parallel.find_blocks` that are in lists, or the stages around them; without any,
+    the elements of the longest list; without lists, the blocks themselves. Modules outside of them are before or after
+    them by the order of execution; a module that was not called itself belongs to its parent.
 
     Args:
-        whole: whose parameters are asked for.
+        whole: the module whose parameters are assigned.
         net: the net in it.
     """
 
@@ -34,7 +34,7 @@ class Layers:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """See which modules run before the layers, and which behind them."""
+        """Record which modules run before the layers, and which after them."""
         begun = 0
 
         def note(name: str) -> None:
@@ -57,14 +57,14 @@ class Layers:
             self._whole = {}
 
     def of(self, name: str) -> int:
-        """The layer of a parameter, from its name: that of the innermost module around it that is known."""
+        """Return the layer of a parameter by its name: that of the innermost known module around it."""
         while name not in self._of and name:
             name = name.rpartition(".")[0]
         return self._of.get(name, 0)
 
 
 def _find_layers(net: nn.Module) -> list[str]:
-    """Names of a net's layers, in order."""
+    """Return the names of a net's layers, in order."""
     blocks = [name for name, _ in find_blocks(net)]
     listed = list(dict.fromkeys(_stage(name) for name in blocks if _in_list(net, _stage(name))))
     if listed:
@@ -77,7 +77,9 @@ def _find_layers(net: nn.Module) -> list[str]:
 
 
 def _stage(name: str) -> str:
-    """The stage that a module is in, or its own name: convolutional nets are told apart by stages, whatever is split."""
+    """Return the stage that a module is in, or its own name: layers of convolutional nets are stages, whatever is
+    split.
+    """
     parts = name.split(".")
     if "stages" in parts[:-1]:
         return ".".join(parts[: parts.index("stages") + 2])
@@ -89,7 +91,7 @@ def _in_list(net: nn.Module, name: str) -> bool:
 
 
 def remove_unused_modules(whole: nn.Module, features: Tensor) -> list[str]:
-    """Put identities where modules stand that features do not depend on; returns their names.
+    """Replace modules that features do not depend on by identities; return their names.
 
     Args:
         whole: a net whose parameters all train.
@@ -100,7 +102,7 @@ def remove_unused_modules(whole: nn.Module, features: Tensor) -> list[str]:
     for name, module in list(whole.named_modules()):
         parameters = list(module.parameters())
         inside = bool(dropped) and name.startswith(f"{dropped[-1]}.")
-        # The elements of a list may be asked for by name, so it stays.
+        # Elements of a list may be accessed by name, so it stays.
         if not name or inside or isinstance(module, nn.ModuleList | nn.Sequential):
             continue
         if parameters and not any(id(parameter) in read for parameter in parameters):
@@ -110,7 +112,10 @@ def remove_unused_modules(whole: nn.Module, features: Tensor) -> list[str]:
 
 
 def _parameters_behind(features: Tensor) -> set[int]:
-    """Ids of the leaves that a tensor was computed from. Walks the graph: no gradients, which were as large as the net."""
+    """Return the ids of the leaves that a tensor was computed from.
+
+    Walks the autograd graph without computing gradients, which would need as much memory as the net.
+    """
     found: set[int] = set()
     nodes, seen = [features.grad_fn], set()
     while nodes:

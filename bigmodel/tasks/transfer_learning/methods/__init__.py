@@ -1,4 +1,4 @@
-"""Methods of transfer, and the words for them."""
+"""Methods of transfer learning, and their names."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ WORDS: dict[str, type[Method]] = {
 
 
 def find_method(given: str | Method) -> Method:
-    """The method that a word means, with its defaults; or the method itself.
+    """Return the method of this name with its defaults; or the method itself.
 
     Raises:
-        ValueError: no such word.
+        ValueError: unknown name.
     """
     if isinstance(given, Method):
         return given

@@ -1,4 +1,5 @@
-"""What a method of transfer is: which parameters train, from when on, and what stands in their place.
+"""Interface of a method of transfer learning: which parameters train, from which step on, and which modules are
+replaced.
 
 N samples, B rows of a batch, D width of the features, K classes.
 """
@@ -16,87 +17,90 @@ Named = list[tuple[str, nn.Parameter]]
 
 
 class Method:
-    """How a pretrained net is fitted to a new task.
+    """A way to fit a pretrained net to a new task.
 
     Attributes:
-        optimizes: whether there is anything to optimize; if not, the run is one step long, in which nothing moves.
-        by_layer: whether the layers of the backbone are told apart in the optimizer.
+        optimizes: False if there is nothing to optimize; the run is then one step long, which changes no weights.
+        by_layer: True if the optimizer has a parameter group per layer of the backbone.
     """
 
     optimizes: ClassVar[bool] = True
     by_layer: ClassVar[bool] = False
 
     def prepare(self, net: Any, problem: str) -> None:
-        """Freeze what does not train, put in what is new. Called once, when the net has its pretrained weights; also where
-        weights that were trained by this method are loaded next, which must find the same names.
+        """Freeze parameters, and add new modules. Called once, when the net has its pretrained weights.
+
+        Also called before weights trained by this method are loaded, so that their names exist.
 
         Args:
             net: with `backbone`, `pool`, `dropout` and `head`.
-            problem: what is told of a sample: a `class`, `labels` or a `number`.
+            problem: type of the targets: a `class`, `labels` or a `number`.
 
         Raises:
-            ValueError: if the net is not one for this method.
+            ValueError: if the net is unsuitable for this method.
         """
         raise NotImplementedError
 
     def trained(self, net: nn.Module) -> Named:
-        """The parameters that train in this run, now or later, each once."""
+        """Return the parameters that train in this run, now or later, each once."""
         return [(name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad]
 
     def joins(self, task: TransferLearning) -> dict[int, int]:
-        """Optimizer steps (from 0) before which layers of the backbone join that are frozen at first, by their number."""
+        """Return the optimizer steps (from 0) at which initially frozen layers of the backbone are unfrozen, by layer
+        number.
+        """
         return {}
 
     def merge(self, net: nn.Module) -> None:
-        """Write what was put in into the weights that were there, so that the net is again one of its own kind."""
+        """Merge added modules into the original weights, so that the net has its original architecture again."""
 
     def before_transfer(self, task: TransferLearning, batch: Any) -> Any:
-        """A batch on the CPU of the split that the trainer is at, on its way to the device: as it is to be taken there."""
+        """Return the batch to move to the device, from a batch on the CPU of the trainer's current split."""
         return batch
 
-    # When something happens, in the order in which it does.
+    # Hooks, in the order of their calls.
 
     def setup(self, task: TransferLearning) -> None:
-        """A fit is about to begin, its data are set up; there is no net yet.
+        """Called at the start of a fit, when its data are set up; there is no net yet.
 
         Raises:
-            ValueError: if task or data are not for this method.
+            ValueError: if task or data are unsuitable for this method.
         """
 
     def on_fit_start(self, task: TransferLearning) -> None:
-        """Weights and data are in place; nothing has run yet."""
+        """Called when weights and data are in place, before anything runs."""
 
     def on_train_start(self, task: TransferLearning) -> None:
-        """Before the first optimizer step, or the first after a resume."""
+        """Called before the first optimizer step, or the first after a resume."""
 
     def on_train_batch_start(self, task: TransferLearning, batch_idx: int) -> None:
-        """Before each micro-batch."""
+        """Called before each micro-batch."""
 
     def on_after_backward(self, task: TransferLearning) -> None:
-        """After each micro-batch's backward pass."""
+        """Called after each micro-batch's backward pass."""
 
     def on_fit_end(self, task: TransferLearning) -> None:
-        """Nothing runs any more."""
+        """Called at the end of a fit."""
 
-    # What a loaded task must know besides its settings and weights; plain values.
+    # State that a loaded task needs besides settings and weights; plain values.
 
     def state_dict(self) -> dict[str, Any]:
-        """As it stands in the checkpoint."""
+        """Return the state for the checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any], net: Any) -> None:
-        """As it stood in the checkpoint; with the net, or None, if it has not been made yet."""
+        """Load the state of a checkpoint; `net` is None if it has not been built yet."""
 
 
 class Full(Method):
-    """Every weight trains."""
+    """Trains all weights."""
 
     def prepare(self, net: Any, problem: str) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 class BiasOnly(Method):
-    """Biases and the head train. Source: BitFit, Ben Zaken et al. 2022 (arXiv 2106.10199)."""
+    """Trains biases and the head. Source: BitFit, Ben Zaken et al. 2022 (arXiv 2106.10199)."""
 
     def prepare(self, net: Any, problem: str) -> None:
         freeze(net.backbone)
@@ -111,12 +115,12 @@ class BiasOnly(Method):
 
 
 def is_bias(name: str) -> bool:
-    """Whether a parameter of this name is added to what a layer computes."""
+    """True if a parameter of this name is added to the output of a layer."""
     return name.rpartition(".")[2] in ("bias", "in_proj_bias")
 
 
 def freeze(module: Any) -> None:
-    """Take the gradients away from all parameters of a module."""
+    """Freeze all parameters of a module."""
     for parameter in module.parameters():
         parameter.requires_grad_(False)
 
@@ -124,8 +128,8 @@ def freeze(module: Any) -> None:
 def eval_frozen_modules(module: Any) -> None:
     """Put frozen submodules in evaluation mode: no dropout, and BatchNorm statistics unchanged.
 
-    To be called after `train()`. A module is frozen if it has parameters and none of them trains; a BatchNorm already if one
-    of its own does not, for its statistics belong to them.
+    Call it after `train()`. A module is frozen if it has parameters and none of them trains; a BatchNorm is frozen if
+    any of its own parameters is, because its statistics belong to them.
     """
     if all(parameter.requires_grad for parameter in module.parameters()):
         return

@@ -23,13 +23,13 @@ _ROWS = 64  # samples that a process takes at once
 
 
 class FeatureBatch(NamedTuple):
-    """What is left of a batch whose features are known.
+    """A batch with cached features instead of inputs.
 
     Attributes:
         features: [B, D] float32, pooled, before dropout.
-        targets: as the data have them.
-        index: [B] int64, which sample of the split.
-        weight: [B] float32, 0 for rows that only fill up a batch.
+        targets: as in the data.
+        index: [B] int64, number of the sample in its split.
+        weight: [B] float32, 0 for padding rows.
     """
 
     features: Tensor
@@ -42,7 +42,7 @@ def check_cacheable(task: TransferLearning, remedy: str) -> None:
     """Check that features are deterministic per sample: no augmentation, oversampling or sharding.
 
     Raises:
-        ValueError: if they are not; `remedy` is what to do besides.
+        ValueError: if they are not; `remedy` is an alternative for the message.
     """
     data: Any = task.trainer.datamodule  # type: ignore[attr-defined]
     if isinstance(task.trainer.strategy, ModelParallelStrategy):
@@ -70,14 +70,14 @@ def check_cacheable(task: TransferLearning, remedy: str) -> None:
 
 
 def cache_features(task: TransferLearning, split: str) -> OutputCache | None:
-    """Compute the features of a split, unless that was done before with this backbone on these data.
+    """Compute the features of a split, unless they are cached for this backbone and these data.
 
     Args:
         task: with its net and its trainer.
         split: `train` or `val`.
 
     Returns:
-        A store with the fields `features` [D] float32, and `targets` as the data have them; None if there is no such split.
+        A store with the fields `features` [D] float32, and `targets` as in the data; None if there is no such split.
     """
     trainer, net = task.trainer, task.net
     data: Any = trainer.datamodule  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Gradual unfreezing: the head trains first, then one layer more at a time, from the top.
+"""Gradual unfreezing: the head trains first, then one more layer at a time, from the top.
 
 Source: Howard and Ruder 2018 (ULMFiT, arXiv 1801.06146, section 3.3). L layers of the backbone, by `backbone.layer_of`.
 """
@@ -21,17 +21,18 @@ if TYPE_CHECKING:
 
 
 class Gradual(Method):
-    """The head trains first; layers of the backbone join it from the top, each at its optimizer step, and stay.
+    """Trains the head first, and unfreezes layers of the backbone from the top, each at its optimizer step.
 
-    Every parameter that shall train is in the optimizer from the start, once; as long as it is frozen it has no gradient,
-    so that the optimizer keeps no state of it and does not decay it. What stands above the top layer joins with that; the
-    embeddings, or the stem, come last. Which layers train is a function of the optimizer step alone, so a resumed run goes
-    on exactly.
+    Every parameter that will train is in the optimizer from the start, once; while it is frozen it has no gradient, so
+    that the optimizer keeps no state for it and does not decay it. Modules above the top layer are unfrozen with it;
+    the embeddings, or the stem, come last. The set of unfrozen layers is a function of the optimizer step alone, so
+    resuming is exact.
 
     Args:
-        at: when the next layers join: an optimizer step (1, 2, ...), or a share of the run (below 1). One entry for each
-            time; layers for which there is none stay frozen. Null: evenly over the first half of the run, until all train.
-        layers_at_once: how many layers join each time.
+        at: when the next layers are unfrozen: an optimizer step (1, 2, ...), or a share of the run (below 1). One entry
+            for each time; layers without an entry stay frozen. Null: evenly over the first half of the run, until all
+            train.
+        layers_at_once: number of layers to unfreeze each time.
 
     Raises:
         ValueError: entries that do not rise, more of them than the backbone has layers for, shares of a run without an end,
@@ -46,8 +47,10 @@ class Gradual(Method):
         if at is not None and any(not moment > 0 or (moment >= 1 and moment != int(moment)) for moment in at):
             raise ValueError(f"--model.method.at {at}: each must be an optimizer step (1, 2, ...) or a share below 1")
         self.at, self.layers_at_once = at, layers_at_once
-        self.stages: list[list[nn.Parameter]] = []  # of the backbone, in the order in which they join
-        self.steps: list[int] = []  # at which they do
+        self.stages: list[
+            list[nn.Parameter]
+        ] = []  # parameters of the backbone, in the order in which they are unfrozen
+        self.steps: list[int] = []  # the step of each stage
         self.num_open = 0
         self._last_of_step = True
 
@@ -62,7 +65,7 @@ class Gradual(Method):
             )
         stages: list[list[nn.Parameter]] = [[] for _ in range(num_stages)]
         for name, parameter in backbone.named_parameters():
-            if parameter.requires_grad:  # what the net itself keeps fixed stays so
+            if parameter.requires_grad:  # parameters that the net itself freezes stay frozen
                 below_top = top - min(backbone.layer_of(name), top)
                 stages[below_top // self.layers_at_once].append(parameter)
         self.stages = stages if self.at is None else stages[: len(self.at)]
@@ -91,7 +94,7 @@ class Gradual(Method):
         self._open(task)
 
     def _steps(self, total: int) -> list[int]:
-        """Before which optimizer step (from 0) each stage joins."""
+        """Return the optimizer step (from 0) at which each stage is unfrozen."""
         number = len(self.stages)
         at = self.at if self.at is not None else [0.5 * (i + 1) / number for i in range(number)]
         if total < 0 and any(moment < 1 for moment in at):
@@ -111,7 +114,7 @@ class Gradual(Method):
             self._open(task)
 
     def _open(self, task: TransferLearning) -> None:
-        """Unfreeze what trains at this step."""
+        """Unfreeze the parameters that train at this step."""
         self.num_open = sum(step <= task.trainer.global_step for step in self.steps)
         for stage in self.stages[: self.num_open]:
             for parameter in stage:
@@ -119,7 +122,7 @@ class Gradual(Method):
         task.train()
 
     def on_after_backward(self, task: TransferLearning) -> None:
-        """DDP has seen the head alone as it was made: the gradients of what joined since are averaged here."""
+        """Average the gradients of unfrozen layers: DDP was built when only the head trained."""
         if self.num_open == 0 or not self._last_of_step or data_parallel_size(task.trainer) == 1:
             return
         grads = [p.grad for stage in self.stages[: self.num_open] for p in stage if p.grad is not None]

@@ -1,4 +1,4 @@
-"""k-nearest-neighbour probe: a sample is told by the training samples whose features are most like its own.
+"""k-nearest-neighbour probe: predicts from the training samples with the most similar features.
 
 Source: Wu et al. 2018 (arXiv 1805.01978, section 3.4): cosine similarity s, the k nearest vote, each with weight
 exp(s / temperature).
@@ -20,20 +20,20 @@ from bigmodel.tasks.transfer_learning.methods.feature_cache import cache_feature
 if TYPE_CHECKING:
     from bigmodel.tasks.transfer_learning.module import TransferLearning
 
-_ROWS = 256  # that are asked about at once
-_BLOCK = 16_384  # training samples that are compared at once
-_LEAST = 1e-6  # probability of what no neighbour votes for, so that its logarithm is finite
+_ROWS = 256  # queries per block
+_BLOCK = 16_384  # training samples per block
+_LEAST = 1e-6  # probability of a class without votes, so that its logarithm is finite
 
 
 class Neighbors(nn.Module):
     """The head: features [B, D] -> logits [B, K], the logarithms of the neighbours' votes.
 
     Args:
-        k: neighbours that vote.
+        k: number of neighbours.
         temperature: of their weights.
-        problem: class, labels or number; of numbers, the weighted mean is the answer.
+        problem: class, labels or number; for numbers, the weighted mean is predicted.
         num_classes: K.
-        num_samples: N, before any are known.
+        num_samples: N, before the samples are set.
         width: D.
     """
 
@@ -50,12 +50,12 @@ class Neighbors(nn.Module):
         self.nominal = nn.Parameter(torch.zeros(()))
 
     def resize(self, num_samples: int) -> None:
-        """Make room for so many."""
+        """Allocate memory for this number of samples."""
         self.features = self.features.new_zeros(num_samples, self.features.shape[1])
         self.answers = self.answers.new_zeros(num_samples, self.answers.shape[1])
 
     def remember(self, features: Tensor, targets: Tensor) -> None:
-        """Take the training samples: features [N, D], and targets as the data have them."""
+        """Store the training samples: features [N, D], and targets as in the data."""
         self.features = F.normalize(features.float(), dim=-1).to(self.features.device)
         targets = targets.to(self.features.device)
         if self.problem == "class":
@@ -64,7 +64,9 @@ class Neighbors(nn.Module):
             self.answers = targets.float().view(len(targets), -1)
 
     def forward(self, features: Tensor, itself: Tensor | None = None) -> Tensor:
-        """Logits [B, K] of features [B, D]; for training samples, `itself` [B] says which they are, and is left out."""
+        """Return logits [B, K] of features [B, D]; for training samples, `itself` [B] are their numbers, which are
+        excluded.
+        """
         with torch.autocast(features.device.type, enabled=False):
             similarity, nearest = self.nearest(features.float(), itself)
             votes = (similarity / self.temperature).softmax(-1)  # [B, k]
@@ -76,7 +78,7 @@ class Neighbors(nn.Module):
         return mean.clamp(_LEAST, 1 - _LEAST).logit()
 
     def nearest(self, features: Tensor, itself: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Similarities [B, k] of the nearest training samples, and which they are [B, k]; found block by block."""
+        """Return similarities [B, k] and numbers [B, k] of the nearest training samples, computed block by block."""
         features = F.normalize(features, dim=-1)
         best = features.new_full((len(features), 0), 0.0)
         which = torch.empty(len(features), 0, dtype=torch.int64, device=features.device)
@@ -93,13 +95,13 @@ class Neighbors(nn.Module):
 
 
 class KNNProbe(Method):
-    """Nothing trains: a sample is told by its neighbours among the training samples, in the features of the backbone.
+    """Predicts from the nearest training samples in the features of the backbone; nothing trains.
 
-    The run is one step long. It logs how well the training samples are told by the others, as `leave_one_out/...`: a sample
-    is never its own neighbour. The training features are part of the checkpoint, so that a loaded task needs no data.
+    The run is one step long. It logs metrics of the training samples as `leave_one_out/...`, each predicted from the
+    others. The training features are part of the checkpoint, so that a loaded task needs no data.
 
     Args:
-        k: neighbours that vote.
+        k: number of neighbours.
         temperature: a neighbour of cosine similarity s votes with weight exp(s / temperature).
 
     Raises:
@@ -137,7 +139,7 @@ class KNNProbe(Method):
         task.net.head.remember(samples["features"], samples["targets"])
 
     def on_train_start(self, task: TransferLearning) -> None:
-        """Tell each training sample by the others; every process its share of them."""
+        """Predict each training sample from the others; each process does its share."""
         head, metrics = task.net.head, task.new_metrics()
         rank, world_size = task.trainer.global_rank, task.trainer.world_size
         for numbers in torch.arange(rank, self.num_samples, world_size).split(_ROWS):

@@ -13,15 +13,16 @@ if TYPE_CHECKING:
 
 
 class LinearProbe(Method):
-    """The head trains, on a backbone that is frozen and computes as in evaluation.
+    """Trains the head on a frozen backbone in evaluation mode.
 
     Args:
-        cache: compute the features of training and validation samples once, before training, and read them ever after;
-            another run of the same backbone on the same data, with another learning rate for example, finds them there.
-            False: compute them each time, as augmentation needs it.
+        cache: compute the features of training and validation samples once, before training, and read them from the
+            cache; it is shared with other runs of the same backbone on the same data, with another learning rate for
+            example.
+            False: compute them each time, as augmentation requires.
 
     Raises:
-        ValueError: if features are to be kept, and a sample has others each time it is met.
+        ValueError: if features are cached and differ each time.
     """
 
     def __init__(self, cache: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Low-rank adaptation and its relatives, as `peft` has them: small factors beside frozen weights.
+"""Low-rank adaptation and related methods of `peft`: small factors added to frozen weights.
 
 Sources: LoRA, Hu et al. 2022 (arXiv 2106.09685); rank-stabilised, Kalajdzievski 2023 (arXiv 2312.03732); DoRA, Liu et al.
 2024 (arXiv 2402.09353); LoHa, Hyeon-Woo et al. 2022 (arXiv 2108.06098); LoKr, Yeh et al. 2024 (arXiv 2309.14859).
@@ -18,17 +18,17 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 class LoRA(Method):
-    """Adapters beside the linear layers of the backbone train, and the head; the backbone's own weights are frozen.
+    """Trains adapters of the linear layers of the backbone, and the head; the backbone's own weights are frozen.
 
-    At the start the net computes what the pretrained one does. On `bigmodel export` the adapters are merged into its
+    At the start the net computes the same as the pretrained one. `bigmodel export` merges the adapters into its
     weights. Needs peft: `pip install 'bigmodel[transfer]'`.
 
     Args:
         rank: of the factors.
-        alpha: scale of what the adapters add: alpha / rank (rslora: alpha / sqrt(rank)).
+        alpha: scale of the adapters' output: alpha / rank (rslora: alpha / sqrt(rank)).
         dropout: share of an adapter's inputs that are dropped in training (loha, lokr: of whole adapters).
         targets: names, or ends of names, of the layers that get adapters; null: all linear layers of the blocks.
-        kind: how the change of a matrix is made up: lora, rslora, dora, loha or lokr.
+        kind: type of the adapters: lora, rslora, dora, loha or lokr.
 
     Raises:
         ValueError: peft is not installed, a target that the backbone does not have, or no linear layer in its blocks.
@@ -67,7 +67,7 @@ class LoRA(Method):
         peft.inject_adapter_in_model(config, net.backbone)
 
     def _find_targets(self, backbone: nn.Module) -> list[str]:
-        """Full names of the layers that get adapters."""
+        """Return the full names of the layers that get adapters."""
         layers = _layers(backbone)
         if self.targets is None:
             blocks = tuple(f"{name}." for name, _ in find_blocks(backbone))
@@ -107,8 +107,8 @@ def _peft() -> Any:
 
 
 def _layers(backbone: nn.Module) -> dict[str, nn.Module]:
-    """What an adapter can stand beside, by name."""
-    from transformers.pytorch_utils import Conv1D  # a linear layer, as GPT-2 has it
+    """Return the layers that can get an adapter, by name."""
+    from transformers.pytorch_utils import Conv1D  # a linear layer of GPT-2
 
     inside = {id(m.out_proj) for m in backbone.modules() if isinstance(m, nn.MultiheadAttention)}  # is not called
     kinds = (*_LAYERS, Conv1D)
@@ -120,7 +120,7 @@ def _is(name: str, target: str) -> bool:
 
 
 def _some(layers: dict[str, nn.Module]) -> str:
-    """The ends of the names, each once."""
+    """Return the last components of the names, each once."""
     ends = list(
         dict.fromkeys(name.rpartition(".")[2] if not name.rpartition(".")[2].isdigit() else name for name in layers)
     )

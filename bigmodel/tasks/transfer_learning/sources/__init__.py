@@ -1,4 +1,4 @@
-"""Where labelled texts come from: the reader of each kind of data, and which of them a path is for."""
+"""Sources of labelled texts: the reader of each format, and the choice by path."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
 
 def find_source(path: str | list[str], *, columns: Columns, cache: Path) -> Source:
-    """The texts at a path, unread.
+    """Find the texts at a path, without reading them.
 
     Args:
-        path: files, folders or globs, all of one data set; hf://owner/name; or a name in braces. Files whose names say
-            train, validation or test are these splits, unless a column says it.
+        path: files, folders or globs, all of one dataset; hf://owner/name; or a name in braces. Files named train,
+            validation or test are these splits, unless there is a split column.
         columns: names of a table's columns.
-        cache: folder of the task, which remembers the hashes of files.
+        cache: folder of the task, where hashes of files are cached.
 
     Raises:
-        ValueError: if there is nothing at the path, or of no known kind, or some files are of splits and others of none.
+        ValueError: if there is nothing at the path, or of an unknown format, or only some files are of splits.
     """
     if isinstance(path, str) and path.startswith("{") and path.endswith("}"):
         return find_named(path, columns)
@@ -56,7 +56,7 @@ def find_source(path: str | list[str], *, columns: Columns, cache: Path) -> Sour
             )
         parts = [part for part in parts if part.split is not None]
     hashes = file_hashes(files, cache)
-    # How a text is read depends on its name too.
+    # The format of a text depends on its name too.
     return Source(where, digest([hashes, [part.split for part in parts], *map(_suffix, files)]), parts, left_out)
 
 
@@ -65,7 +65,7 @@ def _suffix(path: str) -> str:
 
 
 def _of_hugging_face(path: str) -> dict[str, list[str]]:
-    """The files of each split, if a data set of Hugging Face is there."""
+    """Return the files of each split, if the folder is a dataset of Hugging Face."""
     if path.startswith(HUB):
         return hub_files(path, "its Parquet files, or the folder that Dataset.save_to_disk wrote elsewhere")
     folder = os.path.expanduser(path)
@@ -77,5 +77,5 @@ def _split(where: str, split: str, paths: list[str], columns: Columns) -> Part:
 
 
 def _part(path: str, columns: Columns) -> Part:
-    kind_of(path, KINDS)  # now, before any is read
+    kind_of(path, KINDS)  # check the format before any is read
     return Part(path, split_in(Path(path).stem), partial(read_table, path, columns), os.path.getsize(path))

@@ -1,4 +1,4 @@
-"""The columns of a table of labelled texts, and what was found of such tables."""
+"""The columns of a table of labelled texts, and the description of a source."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Columns:
     Args:
         text: the texts.
         pair: a second text for each; None: there is none.
-        label: a class, several, or a number; None: no labels are looked for.
-        split: train, val or test; None: the files' names say it, or nothing does.
-        confidence: a number for each row, by which rows are chosen later; None: there is none.
+        label: a class, several, or a number; None: no labels are read.
+        split: train, val or test; None: taken from the file names, if they contain it.
+        confidence: a number for each row, by which rows are selected later; None: there is none.
     """
 
     text: str = "text"
@@ -27,21 +27,21 @@ class Columns:
     confidence: str | None = None
 
     def found(self, where: str, there: Sequence[str]) -> dict[str, str]:
-        """Names by role, in a table with these columns.
+        """Return names by role, in a table with these columns.
 
         Raises:
-            ValueError: if one is not there.
+            ValueError: if one is missing.
         """
         return find_columns(where, there, {role: (name,) for role, name in vars(self).items() if name is not None})
 
 
 @dataclass(frozen=True)
 class Part:
-    """A file, or a split of a data set, unread.
+    """A file, or a split of a dataset, unread.
 
     Attributes:
-        where: what a person calls it.
-        split: train, val or test; None: it does not say.
+        where: its name for messages.
+        split: train, val or test; None: unknown.
         rows: reads it.
         size: bytes, about.
     """
@@ -54,13 +54,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """Texts that were found, unread.
+    """Texts that were found, but not read.
 
     Attributes:
-        where: what the person gave.
-        content: is another when the texts or labels may be others; neither names nor places count, but the splits do.
-        parts: what is read, in order.
-        left_out: parts that are none of the splits.
+        where: the path that was given.
+        content: a hash that changes with the texts, labels or splits; names and places do not count.
+        parts: the parts to read, in order.
+        left_out: parts that belong to none of the splits.
     """
 
     where: str

