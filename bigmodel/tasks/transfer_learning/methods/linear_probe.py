@@ -18,8 +18,7 @@ class LinearProbe(Method):
     Args:
         cache: compute the features of training and validation samples once, before training, and read them from the
             cache; it is shared with other runs of the same backbone on the same data, with another learning rate for
-            example.
-            False: compute them each time, as augmentation requires.
+            example. False: compute them each time, as augmentation requires.
 
     Raises:
         ValueError: if features are cached and differ each time.
