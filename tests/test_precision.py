@@ -6,12 +6,13 @@ import json
 import pytest
 import torch
 import yaml
+from outsider import TabularRegression
 from torch import nn
 
 import bigmodel.training.precision
 from bigmodel.nn import GPT, ResNet
 from bigmodel.training import machine
-from bigmodel.training.precision import choose, product_shapes
+from bigmodel.training.precision import choose, decide, product_shapes
 
 CPU = torch.device("cpu")
 FIT_FLAGS = ["--trainer.max_epochs", "1"]
@@ -111,6 +112,19 @@ def test_the_choice_stands_in_the_run_and_a_resume_keeps_it(bm, tmp_path, speed)
     assert "precision  32-true: " in anew
     assert config_of(run)["trainer"]["precision"] == "32-true"
     assert "precision" not in bm("validate", run)
+
+
+def test_what_asks_before_there_is_a_net_is_answered_by_a_layer_of_usual_size(bm, tmp_path, speed, monkeypatch):
+    speed({(256, 256): 1.8})
+    setup = TabularRegression.setup
+
+    def ask_early(self, stage):
+        setup(self, stage)
+        decide(self.trainer)
+
+    monkeypatch.setattr(TabularRegression, "setup", ask_early)
+    assert "precision  bf16-mixed: on this CPU, bf16 has 1.8 times" in bm("fit")
+    assert config_of(run_of(tmp_path))["trainer"]["precision"] == "bf16-mixed"
 
 
 def test_bf16_that_is_emulated_is_warned_of_with_the_factor(bm, tmp_path, speed):

@@ -155,8 +155,9 @@ class ChoosePrecision(Callback):
 
     def decide(self, trainer: Trainer) -> None:
         """Choose the precision, see `decide`."""
-        device = trainer.strategy.root_device
-        self.choice = trainer.strategy.broadcast(choose(device, trainer.lightning_module))
+        device, task = trainer.strategy.root_device, trainer.lightning_module
+        made = next(task.parameters(), None) is not None
+        self.choice = trainer.strategy.broadcast(choose(device, task if made else None))
         bf16 = self.choice.precision == "bf16-mixed"
         trainer.strategy.precision_plugin = MixedPrecision("bf16-mixed", device.type) if bf16 else Precision()
 
