@@ -7,7 +7,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from outsider import TableData, TabularRegression
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.data import Dataset
 
 from bigmodel.data.sampling import eval_loader, train_loader
@@ -254,3 +256,17 @@ def test_counting_flops_changes_no_bit():
         trainer.fit(task, RandomText())
         trained.append(task.state_dict())
     assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
+
+
+def test_a_first_step_that_fails_leaves_no_counter_of_flops(table):
+    class Fails(TabularRegression):
+        def training_step(self, batch):
+            raise RuntimeError("as meant")
+
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_epochs=1,
+        enable_checkpointing=False, callbacks=[TrainingLog(mfu=True)], limit_val_batches=0,
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="as meant"):
+        trainer.fit(Fails(), TableData(str(table), "y", batch_size=20))
+    assert _get_current_dispatch_mode() is None

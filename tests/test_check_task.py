@@ -1,6 +1,7 @@
 """Every task keeps every promise, and a task that breaks one is told which, and what to do."""
 
 import re
+import subprocess
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from bigmodel.protocols import PROTOCOL_VERSION
 from bigmodel.testing import checks
 from bigmodel.testing import command as check_task
 from bigmodel.testing.checks import Finding
+from bigmodel.testing.worker import wait_for_file
 
 OUTSIDER = str(Path(__file__).parent / "outsider" / "experiment.yaml")
 PROMISES = ["task", "data", "batch", "loaders", "resume", "loss", "accumulation", "bf16", "evaluation", "logits"]
@@ -372,3 +374,11 @@ def test_what_cannot_be_checked_is_refused(words, code, message, tmp_path, monke
     assert stopped.value.code == code
     printed = capsys.readouterr()
     assert message in printed.out + printed.err
+
+
+def test_the_two_processes_do_not_outlive_a_command_that_was_killed(tmp_path):
+    command = subprocess.Popen(["true"])
+    assert command.wait() == 0
+    assert not wait_for_file(tmp_path / "ready", command.pid)
+    (tmp_path / "ready").touch()
+    assert wait_for_file(tmp_path / "ready", command.pid)

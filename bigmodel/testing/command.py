@@ -149,9 +149,8 @@ def _two_processes(folder: Path) -> Iterator[None]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--module"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     with open(folder / "output", "w+") as output:
-        process = subprocess.Popen(
-            [*launch, "bigmodel.testing.worker", str(folder)], stdout=output, stderr=output, env=environment
-        )
+        command = [*launch, "bigmodel.testing.worker", str(folder), str(os.getpid())]
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
 
         def tell() -> None:
             process.wait()

@@ -1,8 +1,8 @@
-"""Two-process part of `bigmodel check-task`: `torchrun --nproc-per-node 2 -m bigmodel.testing.worker FOLDER`.
+"""Two-process part of `bigmodel check-task`: `torchrun --nproc-per-node 2 -m bigmodel.testing.worker FOLDER PID`.
 
 FOLDER/plans.json lists folders, one per task, each with its settings.json; a file `ready` appears when the runs of one
 process are done. Written to each: `reload.json`, `ddp.pt`, `sharded.pt` (results of the first process), or
-`NAME.error`.
+`NAME.error`. PID is the process of the command; if it is killed, these two end as well.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from bigmodel.testing import short_runs
 _SHARDED = {"class_path": "bigmodel.parallel.ShardedStrategy"}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, pid: int) -> None:
     """Process all plans."""
     torch.set_num_threads(1)
     trainer_cli.quiet_lightning()
     doors = _DataAccessGuard()
     for name in json.loads((folder / "plans.json").read_text()):
         plan = folder / name
-        while not (plan / "ready").exists():
-            time.sleep(0.05)
+        if not wait_for_file(plan / "ready", pid):
+            return
         ready = json.loads((plan / "ready").read_text())
         if ready["checkpoint"] is None:  # no run succeeded on one process
             continue
@@ -43,6 +43,17 @@ def main(folder: Path) -> None:
             _try(plan / "reload", lambda: doors.closed(settings, lambda: _reload(checkpoint)))  # noqa: B023
         _try(plan / "ddp", lambda: _train(settings, plan, "ddp", checkpoint))  # noqa: B023
         _try(plan / "sharded", lambda: _train(settings, plan, _SHARDED, None))  # noqa: B023
+
+
+def wait_for_file(path: Path, pid: int) -> bool:
+    """Wait until a file exists; False if the process that was to write it has ended."""
+    while not path.exists():
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _try(path: Path, work: Callable[[], Any]) -> None:
@@ -102,4 +113,4 @@ class _DataAccessGuard:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

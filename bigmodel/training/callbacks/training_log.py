@@ -99,6 +99,7 @@ class TrainingLog(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.mfu and self._flops is None:
+            self._stop_counting()  # of a batch that had no backward pass
             if "torch._dynamo" in sys.modules:  # operations in compiled code cannot be counted
                 torch.compiler.set_stance("force_eager")
             self._counter = _FlopCounter()
@@ -106,10 +107,22 @@ class TrainingLog(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._counter is not None:
-            self._counter.__exit__(None, None, None)
-            self._flops, self._counter = self._counter.flops, None
-            if "torch._dynamo" in sys.modules:
-                torch.compiler.set_stance("default")
+            self._flops = self._counter.flops
+            self._stop_counting()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop_counting()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_counting()
+
+    def _stop_counting(self) -> None:
+        if self._counter is None:
+            return
+        self._counter.__exit__(None, None, None)
+        self._counter = None
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.set_stance("default")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
