@@ -219,11 +219,11 @@ class Writer(torch.nn.Module):
     def draw(self, keys, n):
         return uniform(keys, 0, n).mul(100).long()  # [B, n]
 
-    def write_documents(self, beginnings, keys, *, max_new_tokens=256):
+    def write_documents(self, prompts, keys, *, max_new_tokens=256):
         rows = self.draw(keys, max_new_tokens).tolist()
-        return [(f"{text} {row}", True) for text, row in zip(beginnings, rows, strict=True)]
+        return [(f"{text} {row}", True) for text, row in zip(prompts, rows, strict=True)]
 
-    def rewrite(self, batch, keys, *, max_new_tokens, temperature):
+    def sample_on_policy(self, batch, keys, *, max_new_tokens, temperature):
         if max_new_tokens > 4:
             raise ValueError("no")
         new, targets = self.draw(keys, max_new_tokens), torch.full_like(batch.targets, -100)
@@ -246,18 +246,18 @@ class WritesTogether(Writer):
 
 
 class WritesOthersToo(Writer):
-    def rewrite(self, batch, keys, **options):
-        return super().rewrite(batch, keys, **{**options, "max_new_tokens": 3})
+    def sample_on_policy(self, batch, keys, **options):
+        return super().sample_on_policy(batch, keys, **{**options, "max_new_tokens": 3})
 
-    def write_documents(self, beginnings, keys):
-        return [text for text, _ in super().write_documents(beginnings, keys)]
+    def write_documents(self, prompts, keys):
+        return [text for text, _ in super().write_documents(prompts, keys)]
 
 
 class WritesWithDropout(Writer):
     def draw(self, keys, n):
         return super().draw(keys, n) + int(torch.rand(()) < 0)
 
-    def write_documents(self, beginnings, keys):
+    def write_documents(self, prompts, keys):
         raise ValueError("no such beginning")
 
 
@@ -268,13 +268,13 @@ class WritesInAnotherMode(Writer):
 
 
 class WritesAnyLength(Writer):
-    def rewrite(self, batch, keys, *, max_new_tokens, temperature):
-        return super().rewrite(batch, keys, max_new_tokens=min(max_new_tokens, 4), temperature=temperature)
+    def sample_on_policy(self, batch, keys, *, max_new_tokens, temperature):
+        return super().sample_on_policy(batch, keys, max_new_tokens=min(max_new_tokens, 4), temperature=temperature)
 
 
 class WritesNumbered(Writer):
-    def rewrite(self, batch, keys, **options):
-        return super().rewrite(batch, keys, **options)._replace(index=torch.arange(len(keys)))
+    def sample_on_policy(self, batch, keys, **options):
+        return super().sample_on_policy(batch, keys, **options)._replace(index=torch.arange(len(keys)))
 
 
 class Sequences(NamedTuple):
@@ -301,7 +301,7 @@ class Sequences(NamedTuple):
 )
 def test_what_is_written_depends_on_keys_alone(kind, documents, batches):
     batch = Sequences(torch.zeros(4, 4, dtype=torch.int64), torch.arange(4) + 7, torch.ones(4))
-    data = SimpleNamespace(beginnings=lambda numbers, seed: [f"no. {number}" for number in numbers])
+    data = SimpleNamespace(prompts=lambda numbers, seed: [f"no. {number}" for number in numbers])
     for promise, expected in ((checks.writes, documents), (checks.rewrites, batches)):
         try:
             text = promise(SimpleNamespace(task=kind(), data=data, batch=batch))
@@ -313,9 +313,9 @@ def test_what_is_written_depends_on_keys_alone(kind, documents, batches):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (None, "has no method beginnings"),
+        (None, "has no method prompts"),
         (
-            SimpleNamespace(beginnings=lambda numbers, seed: [str(len(numbers))] * len(numbers)),
+            SimpleNamespace(prompts=lambda numbers, seed: [str(len(numbers))] * len(numbers)),
             "a function of its number",
         ),
     ],

@@ -105,7 +105,7 @@ def test_nothing_is_overwritten_and_what_is_wrong_is_said(bm):
 class MergedRegression(TabularRegression):
     """A task that puts its net together before it is exported."""
 
-    def exported_net(self):
+    def merged_model(self):
         return self.net.layers
 
 

@@ -17,22 +17,62 @@ RENAMED = {
     "bigmodel.tasks.language_modeling.ByPosition": "bigmodel.tasks.language_modeling.ContiguousSplit",
     "bigmodel.tasks.language_modeling.OfRun": "bigmodel.tasks.language_modeling.FromRun",
 }
+# Current class path: its arguments by their earlier names. One block for each room or task.
+RENAMED_ARGUMENTS: dict[str, dict[str, str]] = {}
+# Current class path: by argument, earlier values of it (short names such as those of a Literal) and current ones.
+RENAMED_VALUES: dict[str, dict[str, dict[str, str]]] = {}
 # Earlier class names of callbacks, the keys of their states in a checkpoint: current names.
 RENAMED_CALLBACKS = {"Gradients": "GradientScaling", "Times": "StepTimer"}
 _PATTERN = re.compile(rf"({'|'.join(re.escape(old) for old in sorted(RENAMED, key=len, reverse=True))})(?=\.|$)")
 
 
 def current(tree: Any) -> Any:
-    """Return a configuration, or a part of one, with paths of earlier versions replaced.
+    """Return a configuration, or a part of one, with names of earlier versions replaced.
 
     Args:
         tree: plain values: mappings, lists, strings and numbers. It is not changed.
     """
     if isinstance(tree, str):
         return _PATTERN.sub(lambda found: RENAMED[found[1]], tree, count=1) if _PATTERN.match(tree) else tree
-    if isinstance(tree, dict):
-        return {key: current(value) for key, value in tree.items()}
-    return [current(value) for value in tree] if isinstance(tree, list) else tree
+    if isinstance(tree, list):
+        return [current(value) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    tree = {key: current(value) for key, value in tree.items()}
+    arguments = tree.get("init_args")
+    if isinstance(arguments, dict):
+        tree["init_args"] = _current_arguments(str(tree.get("class_path")), arguments)
+    return tree
+
+
+def _current_arguments(class_path: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a class under current names; a value under an earlier name takes precedence."""
+    names, values = RENAMED_ARGUMENTS.get(class_path, {}), RENAMED_VALUES.get(class_path, {})
+    given = {key: value for key, value in arguments.items() if key not in names}
+    given |= {names[key]: value for key, value in arguments.items() if key in names}
+    for key in values.keys() & given.keys():
+        if isinstance(value := given[key], str):
+            given[key] = values[key].get(value, value)
+    return given
+
+
+def find_renamed(tree: Any, key: str = "") -> str | None:
+    """Describe the first argument under an earlier name in a configuration, as flags; None if there is none.
+
+    Args:
+        tree: as for `current`, with current class paths.
+        key: its place in the whole configuration, such as `model.net`.
+    """
+    if not isinstance(tree, dict):
+        return None
+    path, arguments = str(tree.get("class_path")), tree.get("init_args")
+    for name, value in arguments.items() if isinstance(arguments, dict) else ():
+        if (now := RENAMED_ARGUMENTS.get(path, {}).get(name)) is not None:
+            return f"--{key}.{name} is now --{key}.{now}"
+        if isinstance(value, str) and (now := RENAMED_VALUES.get(path, {}).get(name, {}).get(value)) is not None:
+            return f"--{key}.{name} {value} is now --{key}.{name} {now}"
+    inner = ((key if name == "init_args" else f"{key}.{name}".lstrip("."), value) for name, value in tree.items())
+    return next((found for place, value in inner if (found := find_renamed(value, place)) is not None), None)
 
 
 def current_callbacks(states: dict[str, Any]) -> dict[str, Any]:

@@ -218,7 +218,7 @@ class Probe(run.RunDirectory):
         samples = samples_per_step(trainer)
         if samples:
             parts.append(f"{samples / self.step_seconds:,.0f} samples/s")
-        counts, first, last = getattr(pl_module, "counts", "samples"), self._counts[1], self._counts[-1]
+        counts, first, last = getattr(pl_module, "count_unit", "samples"), self._counts[1], self._counts[-1]
         if counts != "samples" and first is not None and last is not None:
             parts.append(f"{int(last - first) / seconds:,.0f} {counts}/s")
         log = get_callback(trainer, TrainingLog)

@@ -66,7 +66,7 @@ def _write_safetensors(checkpoint: Path, output: Path) -> None:
     from bigmodel.run import find_average, load
 
     task = load(checkpoint)
-    net: Any = task.exported_net() if isinstance(task, SupportsExport) else getattr(task, "net", None)
+    net: Any = task.merged_model() if isinstance(task, SupportsExport) else getattr(task, "net", None)
     if net is None:
         raise ValueError(f"{type(task).__name__} has no net to export: it should be in its attribute `net`")
     tensors, tied = _each_once(net)

@@ -337,8 +337,10 @@ def run_parsed(verb: str, cli: _CLI, checkpoint: Path | None, directory: Path | 
             raise ValueError(f"nothing to {verb}: name a run, as in `bigmodel {verb} RUN`")
         if verb == "predict":
             check_prediction(task, data)
-        if recall := getattr(task, "recall", None):  # optional: restores saved state that data or net depend on
-            recall(read(checkpoint, verify=False, whole=False))
+        if restore := getattr(
+            task, "restore_metadata", None
+        ):  # optional: restores saved state that data or net depend on
+            restore(read(checkpoint, verify=False, whole=False))
         quiet = {"return_predictions": False} if verb == "predict" else {"verbose": False}
         metrics = getattr(trainer, verb)(task, datamodule=data, ckpt_path=checkpoint, **quiet)
     except RollbackRequested as cause:

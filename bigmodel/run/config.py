@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from bigmodel.checkpoint.renamed import current
+from bigmodel.checkpoint.renamed import current, find_renamed
 
 Settings = dict[str, Any]
 _CLASS_KEYS = {"class_path", "init_args", "dict_kwargs"}
@@ -124,15 +124,21 @@ def flag_value(key: str, text: str) -> Any:
 
 
 def layered(layers: Iterable[Settings], flags: Iterable[tuple[str, str]]) -> Settings:
-    """Merge all layers in order, then the flags one by one."""
+    """Merge all layers in order, then the flags one by one. Layers may use names of earlier versions.
+
+    Raises:
+        ValueError: for a flag under an earlier name; the message gives the current one.
+    """
     settings: Settings = {}
     for layer in layers:
-        settings = merge(settings, layer)
+        settings = current(merge(settings, layer))
     for key, text in flags:
-        value = current(flag_value(key, text))
+        value = flag_value(key, text)
         for part in reversed(key.split(".")):
             value = {part: value}
-        settings = merge(settings, value)
+        settings = merge(settings, current(value))
+        if (renamed := find_renamed(settings)) is not None:
+            raise ValueError(renamed)
     return settings
 
 

@@ -260,7 +260,7 @@ class RunDirectory(Callback):
         profiler: Any = trainer.profiler  # type: ignore[attr-defined]
         if not isinstance(profiler, PassThroughProfiler):
             print(f"profile    {profiler.dirpath}: a table at the end", flush=True)
-        tell = getattr(pl_module, "say_what_trains", None)  # optional: a task's own lines about its net
+        tell = getattr(pl_module, "log_trainable_parameters", None)  # optional: a task's own lines about its net
         if tell is not None:
             tell()
 
@@ -281,7 +281,7 @@ class RunDirectory(Callback):
                 logger.flush()  # before the checkpoint is written: a run resumed from it does not log these rows again
         data = getattr(trainer, "datamodule", None)
         model = self.config["model"]
-        if trained := getattr(pl_module, "trains", None):  # name of the argument that is the trained task
+        if trained := getattr(pl_module, "trained_submodule", None):  # name of the argument that is the trained task
             model = model["init_args"][trained]
         checkpoint["bigmodel"] = {
             "version": importlib.metadata.version("bigmodel"),

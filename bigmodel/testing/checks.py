@@ -206,29 +206,27 @@ def generates(run: ShortRun) -> str:
 
 
 def writes(run: ShortRun) -> str:
-    """Check that documents depend only on their keys and beginnings."""
+    """Check that documents depend only on their keys and prompts."""
     task: Any = run.task
     data: Any = run.data
     if not isinstance(task, SupportsCorpusGeneration):
         raise Skip("not offered (write_documents): no student can be trained on what it writes")
-    if not callable(getattr(data, "beginnings", None)):
-        raise Failure(f"{type(data).__name__} has no method beginnings(numbers, seed): how would a document begin?")
+    if not callable(getattr(data, "prompts", None)):
+        raise Failure(f"{type(data).__name__} has no method prompts(numbers, seed): how would a document begin?")
     numbers = range(3)
-    beginnings = list(data.beginnings(numbers, 0))
-    if [*data.beginnings(numbers[:1], 0), *data.beginnings(numbers[1:], 0)] != beginnings:
+    prompts = list(data.prompts(numbers, 0))
+    if [*data.prompts(numbers[:1], 0), *data.prompts(numbers[1:], 0)] != prompts:
         raise Failure(
-            "beginnings gave others for the same numbers and seed: make each a function of its number and the seed"
+            "prompts gave others for the same numbers and seed: make each a function of its number and the seed"
         )
     known = inspect.signature(task.write_documents).parameters
     options = {"max_new_tokens": 4} if "max_new_tokens" in known else {}
     keys = sample_keys(0, 0, torch.tensor(numbers))
     run.task.eval()
-    written = list(task.write_documents(beginnings, keys, **options))
-    if len(written) != len(beginnings) or not all(_is_document(one) for one in written):
-        raise Failure(
-            f"write_documents gave {written!r} for {len(beginnings)} beginnings: (text, ended) is due for each"
-        )
-    if list(task.write_documents(beginnings[1:], keys[1:], **options)) != written[1:]:
+    written = list(task.write_documents(prompts, keys, **options))
+    if len(written) != len(prompts) or not all(_is_document(one) for one in written):
+        raise Failure(f"write_documents gave {written!r} for {len(prompts)} prompts: (text, ended) is due for each")
+    if list(task.write_documents(prompts[1:], keys[1:], **options)) != written[1:]:
         raise Failure(
             "write_documents wrote another document for the same beginning and key beside others: let nothing but its key"
             " (bigmodel.data.stateless_rng) decide what is drawn for a document"
@@ -247,9 +245,11 @@ def rewrites(run: ShortRun) -> str:
     """Check the regenerated ends of sequences, by their keys."""
     task: Any = run.task
     if not isinstance(task, SupportsOnPolicySampling):
-        raise Skip("not offered (rewrite)")
+        raise Skip("not offered (sample_on_policy)")
     if not isinstance(task, SupportsLogits):
-        raise Failure("it has rewrite, and not all of features, logits, targets, which say what of a batch is learned")
+        raise Failure(
+            "it has sample_on_policy, and not all of features, logits, targets, which say what of a batch is learned"
+        )
     batch: Any = run.batch
     keys = sample_keys(0, 0, batch.index)
     run.task.train()  # as in training
@@ -257,13 +257,13 @@ def rewrites(run: ShortRun) -> str:
     new = _rewritten(task, batch, keys)
     if modes != [module.training for module in run.task.modules()] or not torch.equal(state, torch.get_rng_state()):
         raise Failure(
-            "rewrite leaves the net in another mode, or draws from torch's global state (dropout does): write in evaluation"
-            " mode, restore what was, and draw by the keys"
+            "sample_on_policy leaves the net in another mode, or draws from torch's global state (dropout does): write in"
+            " evaluation mode, restore what was, and draw by the keys"
         )
     if type(new) is not type(batch) or not all(
         torch.equal(getattr(new, n), getattr(batch, n)) for n in ("index", "weight")
     ):
-        raise Failure("rewrite must give a batch of the same class, with the same index and weight")
+        raise Failure("sample_on_policy must give a batch of the same class, with the same index and weight")
     targets = task.targets(new)
     counted = (targets != -100).reshape(len(targets), -1).sum(1).tolist()
     if targets.shape != task.targets(batch).shape or set(counted) != {_WRITTEN}:
@@ -277,19 +277,21 @@ def rewrites(run: ShortRun) -> str:
     ]
     if not all(torch.equal(whole, torch.cat(halves)) for whole, *halves in zip(new, *parts, strict=True)):
         raise Failure(
-            "rewrite wrote something else for the same sample and key beside others: let nothing but its key"
+            "sample_on_policy wrote something else for the same sample and key beside others: let nothing but its key"
             " (bigmodel.data.stateless_rng) decide what is drawn for a sample"
         )
     try:
-        task.rewrite(batch, keys, max_new_tokens=targets.numel() + 2, temperature=1.0)
+        task.sample_on_policy(batch, keys, max_new_tokens=targets.numel() + 2, temperature=1.0)
     except ValueError:
         return f"the last {_WRITTEN} tokens of each sequence are its own, the same for the same keys, in any batch"
-    raise Failure("rewrite wrote more tokens than there are: a ValueError is due, which says how many there may be")
+    raise Failure(
+        "sample_on_policy wrote more tokens than there are: a ValueError is due, which says how many there may be"
+    )
 
 
 def _rewritten(task: Any, batch: Any, keys: Tensor) -> Any:
     with torch.no_grad():
-        return task.rewrite(batch, keys, max_new_tokens=_WRITTEN, temperature=1.0)
+        return task.sample_on_policy(batch, keys, max_new_tokens=_WRITTEN, temperature=1.0)
 
 
 def ranks(run: ShortRun) -> str:

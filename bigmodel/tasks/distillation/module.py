@@ -53,7 +53,7 @@ class Distillation(LightningModule):
         chunk_size: positions whose logits are in memory at once, for a large vocabulary; null: all of a micro-batch.
     """
 
-    trains = "student"  # the argument whose checkpoints are saved
+    trained_submodule = "student"  # the argument whose checkpoints are saved
     lessons: TeacherOutputs
     net: Any
 
@@ -164,9 +164,9 @@ class Distillation(LightningModule):
             )
         self.lessons.begin(self)
 
-    def say_what_trains(self) -> None:
+    def log_trainable_parameters(self) -> None:
         """Print the student's own summary, and its teachers."""
-        if (own := getattr(super(), "say_what_trains", None)) is not None:
+        if (own := getattr(super(), "log_trainable_parameters", None)) is not None:
             own()
         for teacher in self.lessons.in_words():
             print(f"teacher    {teacher}", flush=True)

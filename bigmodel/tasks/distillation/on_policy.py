@@ -1,7 +1,7 @@
 """On-policy distillation: the student learns from text that it generates, with the teacher's predictions for it.
 
 Source: generalised knowledge distillation (GKD), Agarwal et al. 2024 (arXiv 2306.13649), algorithm 1: in a share of the
-steps the student continues the beginnings of the batch's sequences. No gradient flows through the sampling.
+steps the student continues the prompts of the batch's sequences. No gradient flows through the sampling.
 
 B sequences.
 """
@@ -68,4 +68,6 @@ class OnPolicy:
         """Return the batch [B, ...] of an optimizer step with the tokens that the student generates."""
         keys = sample_keys(self.seed, step, batch.index)
         with torch.no_grad(), outside_mfu():
-            return student.rewrite(batch, keys, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
+            return student.sample_on_policy(
+                batch, keys, max_new_tokens=self.max_new_tokens, temperature=self.temperature
+            )

@@ -111,7 +111,7 @@ class Teacher:
         """Load the task, in evaluation mode and without gradients.
 
         Raises:
-            ValueError: if its checkpoint is damaged, it does not predict, or its outcomes have other names than the
+            ValueError: if its checkpoint is damaged, it does not predict, or its label space has other names than the
                 student's.
         """
         with _named(self.path, "; name a checkpoint that is whole"):
@@ -141,7 +141,7 @@ class Published:
 
     def load(self, student: Any) -> Any:
         """Load the model as a task of the student's type, see `Teacher.load`."""
-        return _suiting(student.imported(self.path, _FLAG), student, self.path)
+        return _suiting(student.from_pretrained(self.path, _FLAG), student, self.path)
 
 
 def _suiting(task: Any, student: LightningModule, path: str) -> Any:
@@ -152,7 +152,7 @@ def _suiting(task: Any, student: LightningModule, path: str) -> Any:
     """
     if not isinstance(task, SupportsLogits):
         raise ValueError(f"{_FLAG} {path}: {type(task).__name__} cannot teach: it has no features, logits and targets")
-    own, others = getattr(student, "outcomes", None), getattr(task, "outcomes", None)
+    own, others = getattr(student, "label_space", None), getattr(task, "label_space", None)
     if own is not None and others is not None and own != others:
         raise ValueError(
             f"{_FLAG} {path} predicts other things than the student, or calls them otherwise (teacher, student):"

@@ -50,7 +50,7 @@ class ImageClassification(LightningModule):
     (macro), `val/auroc` (macro, one against the rest), `val/calibration_error` (15 bins), and the same for `test`.
     """
 
-    counts = "images"  # unit of the count that training_step returns
+    count_unit = "images"  # unit of the count that training_step returns
 
     def __init__(
         self,
@@ -151,11 +151,11 @@ class ImageClassification(LightningModule):
         return batch.targets
 
     @property
-    def outcomes(self) -> list[str] | None:
+    def label_space(self) -> list[str] | None:
         """The classes, in the order of the logits."""
         return self.facts.get("classes")
 
-    def imported(self, path: str, flag: str) -> ImageClassification:
+    def from_pretrained(self, path: str, flag: str) -> ImageClassification:
         """Load an image classifier of transformers with this task's classes, unchanged; see
         `bigmodel.protocols.SupportsFromPretrained`.
         """

@@ -42,7 +42,7 @@ def write_documents(name: str, task: Any, data: Any, weights: str, options: dict
     """
     from bigmodel.protocols import SupportsCorpusGeneration
 
-    if not isinstance(task, SupportsCorpusGeneration) or not hasattr(data, "beginnings"):
+    if not isinstance(task, SupportsCorpusGeneration) or not hasattr(data, "prompts"):
         raise ValueError(
             f"{name} is a {type(task).__name__}, which writes no documents (bigmodel.protocols.SupportsCorpusGeneration)"
         )
@@ -104,7 +104,7 @@ def _fill(
             files = {number: folder / f"{number:07}.txt" for number in numbers}
             if not all(file.exists() for file in files.values()):
                 keys = sample_keys(seed, 0, torch.tensor(numbers, device=task.device))
-                written = task.write_documents(data.beginnings(numbers, seed), keys, **options)
+                written = task.write_documents(data.prompts(numbers, seed), keys, **options)
                 if new := [str(number) for number, (_, ended) in zip(numbers, written, strict=True) if not ended]:
                     _write(folder / _CUT, "\n".join(sorted({*_cut(folder), *new})))
                 for file, (text, _) in zip(files.values(), written, strict=True):

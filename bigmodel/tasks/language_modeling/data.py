@@ -199,7 +199,7 @@ class TextData(L.LightningDataModule):
         for segment in self.plan.splits[split]:
             yield from blocks(segment)
 
-    def beginnings(self, numbers: Sequence[int], seed: int) -> list[str]:
+    def prompts(self, numbers: Sequence[int], seed: int) -> list[str]:
         """Return the starts of documents of the train split, up to `BEGINNING` bytes of each.
 
         Number n is a document in a shuffled order that depends on the seed; numbers beyond the last document start

@@ -45,7 +45,7 @@ class LanguageModeling(LightningModule):
     Logs `val/loss` (nats per token), `val/perplexity`, `val/bits_per_byte`, and the same for `test`.
     """
 
-    counts = "tokens"  # unit of the count that training_step returns
+    count_unit = "tokens"  # unit of the count that training_step returns
 
     def __init__(
         self,
@@ -88,12 +88,12 @@ class LanguageModeling(LightningModule):
         return batch.targets.masked_fill(batch.weight[:, None] == 0, IGNORE_INDEX)
 
     @property
-    def outcomes(self) -> str | None:
+    def label_space(self) -> str | None:
         """The vocabulary: the tokenizer as JSON."""
         tokenizer = self._tokenizer()
         return tokenizer.to_json() if tokenizer is not None else None
 
-    def imported(self, path: str, flag: str) -> LanguageModeling:
+    def from_pretrained(self, path: str, flag: str) -> LanguageModeling:
         """Load a transformers language model with this task's tokenizer; see
         `bigmodel.protocols.SupportsFromPretrained`.
         """
@@ -218,7 +218,7 @@ class LanguageModeling(LightningModule):
 
     def write_documents(
         self,
-        beginnings: Sequence[str],
+        prompts: Sequence[str],
         keys: Tensor,
         *,
         prompt_tokens: int = 16,
@@ -230,14 +230,14 @@ class LanguageModeling(LightningModule):
         """Generate documents, each up to its end or `max_new_tokens`.
 
         Args:
-            beginnings: the text that each document starts with.
+            prompts: the text that each document starts with.
             keys: keys of the random draws, [B] int64 on the net's device.
             prompt_tokens: number of tokens of a beginning to use as the prompt, 0 or above; a shorter beginning is used
                 whole.
             max_new_tokens, temperature, top_k, top_p: as for `stream`.
 
         Returns:
-            The documents including their beginnings, each with whether it reached its end.
+            The documents including their prompts, each with whether it reached its end.
 
         Raises:
             ValueError: for arguments out of range.
@@ -246,13 +246,13 @@ class LanguageModeling(LightningModule):
         if prompt_tokens < 0:
             raise ValueError(f"--prompt_tokens {prompt_tokens} must not be negative")
         end = tokenizer.end_of_text
-        prompts = [
-            [end, *tokenizer.encode(text)[:prompt_tokens]] for text in beginnings
+        starts = [
+            [end, *tokenizer.encode(text)[:prompt_tokens]] for text in prompts
         ]  # as documents are stored in the data
         written: dict[int, tuple[str, bool]] = {}
-        for length in sorted({len(prompt) for prompt in prompts}):
-            rows = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
-            start = torch.tensor([prompts[row] for row in rows], device=self.device)
+        for length in sorted({len(tokens) for tokens in starts}):
+            rows = [row for row, tokens in enumerate(starts) if len(tokens) == length]
+            start = torch.tensor([starts[row] for row in rows], device=self.device)
             tokens = generate(
                 self.net,
                 start,
@@ -268,9 +268,9 @@ class LanguageModeling(LightningModule):
                 ended = end in ids
                 text = tokenizer.decode(ids[: ids.index(end)] if ended else ids)
                 written[row] = (text if ended else text.rstrip("\ufffd"), ended)  # a character may be truncated
-        return [written[row] for row in range(len(prompts))]
+        return [written[row] for row in range(len(starts))]
 
-    def rewrite(self, batch: TextBatch, keys: Tensor, *, max_new_tokens: int, temperature: float) -> TextBatch:
+    def sample_on_policy(self, batch: TextBatch, keys: Tensor, *, max_new_tokens: int, temperature: float) -> TextBatch:
         """Replace the end of each sequence by tokens that the net generates, and make these the only targets.
 
         The net writes `max_new_tokens` tokens after the last token that it reads. Documents end and begin as in any

@@ -57,7 +57,7 @@ class SequenceRecommendation(Recommender):
     `test`.
     """
 
-    counts = "items"  # unit of the count that training_step returns
+    count_unit = "items"  # unit of the count that training_step returns
     examples = "sequences"  # type of the training samples
 
     def __init__(
@@ -126,7 +126,7 @@ class SequenceRecommendation(Recommender):
         return targets.masked_fill((targets == 0) | padding, IGNORE_INDEX)
 
     @property
-    def outcomes(self) -> list[int] | list[str]:
+    def label_space(self) -> list[int] | list[str]:
         """Ids of the items, in the order of their numbers."""
         return self._catalogue().item_ids
 
@@ -212,7 +212,7 @@ class PairRecommendation(SequenceRecommendation):
         sampled_negatives: as in SequenceRecommendation.
     """
 
-    counts = "samples"
+    count_unit = "samples"
     examples = "pairs"
 
     def __init__(

@@ -39,7 +39,7 @@ class FittedRecommendation(Recommender):
     used.
     """
 
-    counts = "users"
+    count_unit = "users"
     examples = "users"
 
     def __init__(

@@ -63,7 +63,7 @@ class TransferLearning(LightningModule):
     Logs the metrics that `make_metrics` returns for the problem, which the data determine, as `val/...` and `test/...`.
     """
 
-    counts = "samples"  # unit of the count that training_step returns
+    count_unit = "samples"  # unit of the count that training_step returns
     # So that a method given as a word can have settings.
     words: ClassVar = {"method": {word: f"{kind.__module__}.{kind.__qualname__}" for word, kind in WORDS.items()}}
 
@@ -202,7 +202,7 @@ class TransferLearning(LightningModule):
         trained = [parameter for _, parameter in self.method.trained(self.net)]
         return groups.layer_groups(self.net, trained, self.layer_decay, self.method.by_layer)
 
-    def say_what_trains(self) -> None:
+    def log_trainable_parameters(self) -> None:
         """Print the parameter groups with their learning rates; call it when there are optimizers."""
         if self.method.optimizes:
             settings = self.trainer.optimizers[0].defaults
@@ -228,11 +228,11 @@ class TransferLearning(LightningModule):
         return targets
 
     @property
-    def outcomes(self) -> list[str] | None:
+    def label_space(self) -> list[str] | None:
         """The classes or labels, in the order of the logits; None for a number."""
         return self.facts.get("classes") or None
 
-    def imported(self, path: str, flag: str) -> TransferLearning:
+    def from_pretrained(self, path: str, flag: str) -> TransferLearning:
         """Load a text classifier of transformers with this task's classes, as it was trained; see
         `bigmodel.protocols.SupportsFromPretrained`.
         """
@@ -346,7 +346,7 @@ class TransferLearning(LightningModule):
             self._text_encoder = TextEncoder.from_plain(kept["text_encoder"])
         self.method.load_state_dict(kept["method"], self.net)
 
-    def recall(self, checkpoint: dict[str, Any]) -> None:
+    def restore_metadata(self, checkpoint: dict[str, Any]) -> None:
         """Restore everything but the weights from a checkpoint, before data are prepared and the net is built.
 
         This includes the type of the targets, the tokenizer, and the backbone's architecture, so that its files are not
@@ -356,7 +356,7 @@ class TransferLearning(LightningModule):
 
     # Inference.
 
-    def exported_net(self) -> TransferNet:
+    def merged_model(self) -> TransferNet:
         """Return the net with the changes of its method (such as LoRA) merged into its weights."""
         self.method.merge(self.net)
         net: TransferNet = self.net

@@ -56,7 +56,7 @@ class ProgressLine(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._total = num_steps(trainer)
         self._log = get_callback(trainer, TrainingLog)
-        self._counts = str(getattr(pl_module, "counts", "samples"))
+        self._count_unit = str(getattr(pl_module, "count_unit", "samples"))
         self._start_step, self._start_time = trainer.global_step, time.monotonic()
         self._next = self._start_time
         if self._enabled and self._console.is_terminal:
@@ -150,7 +150,7 @@ class ProgressLine(ProgressBar):
     def _summary(self) -> str:
         row = self._log.latest if self._log is not None else {}
         parts = [f"loss {row['train/loss']:.4f}"] if "train/loss" in row else []
-        for unit in dict.fromkeys((self._counts, "samples")):
+        for unit in dict.fromkeys((self._count_unit, "samples")):
             if f"speed/{unit}_per_s" in row:
                 parts.append(f"{row[f'speed/{unit}_per_s']:,.0f} {unit}/s")
                 break

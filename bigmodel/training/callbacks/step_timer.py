@@ -210,7 +210,7 @@ class StepTimer(Callback):
         gradients = get_callback(trainer, GradientScaling)
         counted = gradients.total_count if gradients is not None else None
         if counted is not None and self._count is not None and int(counted) > int(self._count):
-            unit, done = str(getattr(pl_module, "counts", "samples")), int(counted) - int(self._count)
+            unit, done = str(getattr(pl_module, "count_unit", "samples")), int(counted) - int(self._count)
         log = get_callback(trainer, TrainingLog)
         mfu = log.mfu_of(self._micro_batches, total) if log is not None else None
         return f"{done / total:,.0f} {unit}/s over all of it" + ("" if mfu is None else f", MFU {mfu:.1%}")

@@ -32,9 +32,10 @@ class TrainingLog(Callback):
 
     `train/loss` (mean over all predicted elements, all processes), `train/lr`, `train/grad_norm` (when clipping); if a
     training step returns `parts`, sums by name beside its loss, also their means as `train/<name>`;
-    `speed/samples_per_s` and, if the task counts, `speed/<counts>_per_s` (all processes); `speed/mfu` (0 to 1, per
-    device, if its peak is known); `seen/samples`, `seen/<counts>`. Time in validation is excluded. The task's attribute
-    `counts` names the unit of its count, for example `counts = "tokens"`. Between rows nothing is read from the device.
+    `speed/samples_per_s` and, if the task counts, `speed/<count_unit>_per_s` (all processes); `speed/mfu` (0 to 1, per
+    device, if its peak is known); `seen/samples`, `seen/<count_unit>`. Time in validation is excluded. The task's attribute
+    `count_unit` names the unit of its count, for example `count_unit = "tokens"`. Between rows nothing is read from the
+    device.
 
     Args:
         mfu: count the FLOPs of the trained net on the first micro-batch, and log `speed/mfu`: their rate over the peak
@@ -58,7 +59,7 @@ class TrainingLog(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._gradients = get_callback(trainer, GradientScaling)
-        self._counts = str(getattr(pl_module, "counts", "samples"))
+        self._count_unit = str(getattr(pl_module, "count_unit", "samples"))
         self._batch_size = samples_per_step(trainer)
         settings: Any = trainer
         self._every = settings.log_every_n_steps
@@ -155,8 +156,8 @@ class TrainingLog(Callback):
         steps = step - max(self._step, self._first + 1)
         if steps > 0 and seconds > 0:
             row["speed/samples_per_s"] = steps * self._batch_size / seconds
-            if count and self._counts != "samples":
-                row[f"speed/{self._counts}_per_s"] = (count - self._count) * steps / (step - self._step) / seconds
+            if count and self._count_unit != "samples":
+                row[f"speed/{self._count_unit}_per_s"] = (count - self._count) * steps / (step - self._step) / seconds
             mfu = self.mfu_of(accumulation * steps, seconds)
             if mfu is not None:
                 row["speed/mfu"] = mfu
@@ -181,8 +182,8 @@ class TrainingLog(Callback):
         loader, step = trainer.train_dataloader, trainer.global_step
         course = loader.course if isinstance(loader, Loader) else None
         seen: dict[str, float] = {"seen/samples": course.at(step).seen if course else step * self._batch_size}
-        if self._counts != "samples" and (count := self._total_count()):
-            seen[f"seen/{self._counts}"] = count
+        if self._count_unit != "samples" and (count := self._total_count()):
+            seen[f"seen/{self._count_unit}"] = count
         return seen
 
     def _total_count(self) -> int:

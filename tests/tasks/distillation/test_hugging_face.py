@@ -292,7 +292,7 @@ def language_student(tokenizer):
 def test_a_language_model_has_the_tokenizer_of_the_data(folder, tmp_path):
     model = GPT2LMHeadModel.from_pretrained("gpt2").eval()
     tokenizer = bigmodel.load(only("teacher")).tokenizer
-    task = language_student(tokenizer).imported("gpt2", FLAG)
+    task = language_student(tokenizer).from_pretrained("gpt2", FLAG)
     tokens = torch.randint(tokenizer.vocab_size, (2, T))
     features = task.features(TextBatch(tokens, tokens, torch.arange(2), torch.ones(2)))
     assert features.shape == (2, T, 16)
@@ -311,16 +311,16 @@ def test_a_language_model_has_the_tokenizer_of_the_data(folder, tmp_path):
         (Subwords.from_json(json.dumps(spaced)), r"cut into them in another way \(its normalizer differs\)"),
     ]:
         with pytest.raises(ValueError, match=f"another tokenizer than the data .*{message}.*{remedy}"):
-            language_student(other).imported("gpt2", FLAG)
+            language_student(other).from_pretrained("gpt2", FLAG)
     student = language_student(tokenizer)
     set_sizes(student, {"vocab_size": tokenizer.vocab_size, "context_length": T + 1})
     with pytest.raises(ValueError, match=f"reads {T} tokens at most, .* 17: set --data.context_length 16"):
-        student.imported("gpt2", FLAG)
+        student.from_pretrained("gpt2", FLAG)
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     shutil.copytree("gpt2", tmp_path, dirs_exist_ok=True)
     BertLMHeadModel(BertConfig(vocab_size=400, **sizes)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"\(bert\) is no language model: it reads the tokens that it is to predict"):
-        language_student(tokenizer).imported(str(tmp_path), FLAG)
+        language_student(tokenizer).from_pretrained(str(tmp_path), FLAG)
     with pytest.raises(
         ValueError, match=r"of which the student's task makes none of its kind \(bigmodel.protocols.Imports\)"
     ):

@@ -48,7 +48,7 @@ def test_a_student_is_trained_on_what_the_teacher_wrote(folder, capsys, monkeypa
     assert {path.suffix for path in Path("written").iterdir()} == {".txt", ".json"}
 
     teacher, data = bigmodel.load("teacher-run"), bigmodel.run.load_data("teacher-run")
-    starts = data.beginnings(range(50), 0)
+    starts = data.prompts(range(50), 0)
     num_train = len(data.plan.splits["train"])
     assert len(set(starts)) == len(set(starts[:num_train])) == num_train, "of all documents, and then again"
     prompts = [teacher.tokenizer.decode(teacher.tokenizer.encode(text)[:4]) for text in starts]
@@ -61,7 +61,7 @@ def test_a_student_is_trained_on_what_the_teacher_wrote(folder, capsys, monkeypa
     assert f"{cut} met --max_new_tokens before their end" in capsys.readouterr().err
 
     run = fit("sequence", data__path="written", data__tokenizer=f"{LM}.FromRun", data__tokenizer__run="teacher-run")
-    assert bigmodel.load(run).outcomes == teacher.outcomes
+    assert bigmodel.load(run).label_space == teacher.label_space
     main(["validate", str(run), "--data.path", "text"])
     assert json.loads((run / "validate.json").read_text())["val/loss"] > 0
 
@@ -123,7 +123,7 @@ class Witness(Callback):
     written: list[int] = []  # noqa: RUF012  # steps of all runs
 
     def on_train_start(self, trainer, pl_module):
-        rewrite = type(pl_module).rewrite
+        rewrite = type(pl_module).sample_on_policy
 
         def watch(batch, keys, **options):
             new = rewrite(pl_module, batch, keys, **options)
@@ -139,7 +139,7 @@ class Witness(Callback):
                 self.expected = halves[0] + halves[1]
             return new
 
-        pl_module.rewrite = watch
+        pl_module.sample_on_policy = watch
         self.new, self.expected, (self.teacher,) = None, None, pl_module.lessons.teachers.tasks
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -204,7 +204,7 @@ def test_no_gradient_goes_through_what_is_drawn(folder):
         task.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             if not gradients:
-                batch = task.rewrite(batch, keys, max_new_tokens=T, temperature=1.0)
+                batch = task.sample_on_policy(batch, keys, max_new_tokens=T, temperature=1.0)
             assert not batch.tokens.requires_grad
             assert task.net.training
             torch.manual_seed(0)
@@ -212,15 +212,15 @@ def test_no_gradient_goes_through_what_is_drawn(folder):
         gradients.append({name: p.grad.clone() for name, p in task.named_parameters()})
     same(*gradients)
     assert (batch.targets != -100).all()
-    again = task.rewrite(batch, keys, max_new_tokens=T, temperature=1.0)
+    again = task.sample_on_policy(batch, keys, max_new_tokens=T, temperature=1.0)
     assert again.tokens[:, 0].equal(batch.tokens[:, 0])
     with pytest.raises(ValueError, match="max_new_tokens 17: of sequences of 16 tokens, 1 to 16"):
-        task.rewrite(batch, keys, max_new_tokens=T + 1, temperature=1.0)
+        task.sample_on_policy(batch, keys, max_new_tokens=T + 1, temperature=1.0)
 
 
 def test_a_mean_teacher_is_its_closed_form_and_resumes_bitwise(folder):
     run = distill("mean", callbacks__last__every_n_steps=1, **MEAN)
-    assert bigmodel.load(run).outcomes == bigmodel.load("teacher-run").outcomes
+    assert bigmodel.load(run).label_space == bigmodel.load("teacher-run").label_space
     states = [state(run, step) for step in range(1, 7)]
     averages = [saved["callbacks"]["MeanTeacher"]["average"] for saved in states]
     for name in averages[0]:

@@ -89,7 +89,7 @@ def test_what_comes_out_is_the_students_run(folder, capsys):
     assert content["bigmodel"]["distillation"]["learned"] == {}
     saved = (run / "checkpoints" / "last-12.ckpt").stat().st_size
     assert saved < sum(file.stat().st_size for file in Path("teacher-run/checkpoints").glob("last-60.ckpt")) / 2
-    assert len(student.outcomes) == 10
+    assert len(student.label_space) == 10
     main(["test", str(run)])
     alone = float(json.loads((run / "test.json").read_text())["test/accuracy"])
     assert f"{alone:.6g}" in capsys.readouterr().out

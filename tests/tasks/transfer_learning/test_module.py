@@ -187,7 +187,7 @@ def test_adapters_are_merged_on_export(runs, folder):
     assert names == set(pretrained)
     task = bigmodel.load(runs["lora"])
     told = task(["the bread", "a star"])
-    task.exported_net()
+    task.merged_model()
     for one, other in zip(told, task(["the bread", "a star"]), strict=True):
         assert one == pytest.approx(other, abs=1e-5)
     moved = [name for name in names if not torch.equal(merged[f"backbone.model.{name}"], pretrained[name])]

@@ -81,7 +81,7 @@ class RunBackbone(Backbone):
 def from_run(run: str, data_sizes: Mapping[str, int] | None) -> Backbone:
     """Return the backbone of a run, with its weights. A run of transfer learning already contains one."""
     task = load(run)
-    net: Any = task.exported_net() if isinstance(task, SupportsExport) else getattr(task, "net", None)
+    net: Any = task.merged_model() if isinstance(task, SupportsExport) else getattr(task, "net", None)
     inside = getattr(net, "backbone", None)
     if isinstance(inside, Backbone):
         inside.requires_grad_(True)
