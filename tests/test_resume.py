@@ -12,6 +12,7 @@ from outsider import MLP, TableData, TabularRegression
 
 from bigmodel.checkpoint import AtomicCheckpointIO, read
 from bigmodel.data.sampling import Permutation
+from bigmodel.data.schedule import num_steps
 from bigmodel.training.callbacks import EMA, GradientScaling, Resume
 from bigmodel.training.callbacks.checkpoint import Checkpoint
 from bigmodel.training.schedules import Constant, Cosine
@@ -86,6 +87,11 @@ def fit(
         {"max_epochs": 3, "val_check_interval": 0.5},
         {"max_epochs": 4, "check_val_every_n_epoch": 2},
         {"max_epochs": 3, "data": NoValidation},
+        {"max_epochs": 3, "limit_train_batches": 4},
+        {"max_epochs": 3, "limit_train_batches": 4, "val_check_interval": 2},
+        {"max_epochs": 2, "limit_train_batches": 0.7, "val_check_interval": 0.5},
+        {"max_steps": 7, "limit_train_batches": 3, "check_val_every_n_epoch": 2},
+        {"max_epochs": 3, "overfit_batches": 2},
     ],
     ids=lambda options: ",".join(f"{key}={getattr(value, '__name__', value)}" for key, value in options.items()),
 )
@@ -128,6 +134,41 @@ def test_a_finished_run_can_be_made_longer(table, tmp_path):
 
 def order(epoch, n=80):
     return Permutation(n, 0, epoch)(np.arange(n)).tolist()
+
+
+@pytest.mark.parametrize("micro", [None, 4])
+@pytest.mark.parametrize(
+    ("options", "steps", "num_epochs"),
+    [
+        ({"max_epochs": 3}, 6, 3),
+        ({"max_epochs": 3, "limit_train_batches": 4}, 4, 3),
+        ({"max_epochs": 3, "limit_train_batches": 100}, 6, 3),
+        ({"max_epochs": 3, "limit_train_batches": 0.7}, 4, 3),
+        ({"max_steps": 11, "limit_train_batches": 4}, 4, 11 / 4),
+        ({"max_steps": 11, "max_epochs": 2, "limit_train_batches": 4}, 4, 2),
+        ({"max_epochs": 2, "overfit_batches": 3}, 3, 2),
+        ({"max_epochs": 2, "overfit_batches": 0.5}, 3, 2),
+        ({"fast_dev_run": True}, 1, 1),
+    ],
+    ids=str,
+)
+def test_an_epoch_ends_where_its_limit_is(table, tmp_path, options, steps, num_epochs, micro):
+    """`steps` of the epoch's 6, by hand: samples from the start of each epoch's order, a validation after it, a schedule
+    that ends with the run."""
+    task, recorder, _ = fit(table, tmp_path, micro=micro, **options)
+    whole, total = int(num_epochs), round(num_epochs * steps)
+    epochs = [0 if "overfit_batches" in options else epoch for epoch in range(whole + 1)]
+    expected = [number for epoch in epochs for number in order(epoch)[: steps * 12]]
+    assert recorder.samples == expected[: total * 12]
+    assert [step for step, _ in recorder.validations] == [steps * epoch for epoch in range(1, whole + 1)]
+    assert task.trainer.global_step == num_steps(task.trainer) == total
+    if total > 3:  # steps of warm-up
+        assert task.optimizers().param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_limit_below_one_step_is_refused(table, tmp_path):
+    with pytest.raises(ValueError, match=r"--trainer.limit_train_batches 0.1 of an epoch of 6 optimizer steps"):
+        fit(table, tmp_path, max_epochs=1, limit_train_batches=0.1)
 
 
 def test_changed_data_or_batch_is_refused(table, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from bigmodel.data.sampling import Permutation, eval_loader, micro_batches, train_loader
+from bigmodel.data.schedule import DataPosition, DataProgress
 
 
 class Sample(NamedTuple):
@@ -31,7 +32,9 @@ class Squares(Dataset):
 def process(rank: int = 0, num_processes: int = 1, global_step: int = 0) -> SimpleNamespace:
     """As much of a trainer as a loader asks for."""
     share = {"rank": rank, "num_replicas": num_processes}
-    return SimpleNamespace(distributed_sampler_kwargs=share, global_step=global_step)
+    return SimpleNamespace(
+        distributed_sampler_kwargs=share, global_step=global_step, callbacks=[], limit_train_batches=1.0
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 16, 17, 1000, 4099])
@@ -224,10 +227,9 @@ def test_each_epoch_is_grouped_by_its_own_lengths():
 
 
 def test_a_batch_size_changed_within_an_epoch_is_grouped_from_there():
-    from bigmodel.data.schedule import DataPosition, set_origin
-
-    trainer = process(global_step=60)
-    set_origin(trainer, DataPosition(step=60, epoch=0, samples=720, seen=720))
+    trainer, progress = process(global_step=60), DataProgress()
+    progress.origin = DataPosition(step=60, epoch=0, samples=720, seen=720)
+    trainer.callbacks.append(progress)
     loader = train_loader(Squares(2_000), batch_size=20, seed=5, trainer=trainer, lengths=lengths_of)
     rest = [batch.index.tolist() for batch in loader]
     assert [len(step) for step in rest] == [20] * 64

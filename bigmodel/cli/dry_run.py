@@ -19,12 +19,12 @@ from bigmodel import run
 from bigmodel.checkpoint import read, size_on_disk
 from bigmodel.cli.formatting import amount, describe, different
 from bigmodel.data.sampling import data_parallel_size
+from bigmodel.data.schedule import num_steps
 from bigmodel.parallel.tensors import local
 from bigmodel.run.tracking import MetricsCSV
 from bigmodel.training.callbacks import GradientScaling, TrainingLog
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 from bigmodel.training.callbacks.training_log import samples_per_step
-from bigmodel.training.optimizers import num_steps
 from bigmodel.training.precision import ChoosePrecision
 
 _MOST_STEPS, _SECONDS = 20, 15.0  # maximum number of optimizer steps, and approximate duration

@@ -31,7 +31,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from bigmodel.data.schedule import DataPosition, DataSchedule, get_origin
+from bigmodel.data.schedule import DataSchedule, schedule_of
 from bigmodel.data.stateless_rng import hash_seed
 
 _ROUNDS = 6
@@ -139,26 +139,28 @@ class _TrainOrder(Sampler[_Numbers]):
         self.epoch = 0  # for use without a trainer
 
     @property
-    def course(self) -> DataSchedule:
-        """Schedule of these samples from the trainer's origin."""
-        return DataSchedule(
-            self.n, self.batch_size, DataPosition() if self.trainer is None else get_origin(self.trainer)
-        )
+    def schedule(self) -> DataSchedule:
+        """Positions of the trainer in these samples."""
+        return schedule_of(self.trainer, self.n, self.batch_size, self.accumulation)
 
     def __len__(self) -> int:
-        return self.course.steps_per_epoch * self.accumulation
+        return self.n // self.batch_size * self.accumulation  # the trainer limits it
 
     def __iter__(self) -> Iterator[_Numbers]:
         # Computed here, not at the first next(): by then a loader's workers have prefetched.
         if self.trainer is None:
-            return self._from(self.epoch, 0, 0)
-        course = self.course
-        here = course.at(self.trainer.global_step)
-        return self._from(here.epoch, here.samples, course.origin.samples if here.epoch == course.origin.epoch else 0)
+            return self._from(self.epoch, 0, 0, self.n)
+        schedule = self.schedule
+        here, origin = schedule.at(self.trainer.global_step), schedule.origin
+        overfit = getattr(self.trainer, "overfit_batches", 0)  # the same samples in each epoch
+        epoch = 0 if overfit else here.epoch
+        return self._from(
+            epoch, here.samples, origin.samples if here.epoch == origin.epoch else 0, schedule.num_samples
+        )
 
-    def _from(self, epoch: int, start: int, origin: int) -> Iterator[_Numbers]:
-        """Yield the rest of an epoch after `start` samples, in steps of this batch size counted from `origin`."""
-        first, num_steps = (start - origin) // self.batch_size, (self.n - origin) // self.batch_size
+    def _from(self, epoch: int, start: int, origin: int, stop: int) -> Iterator[_Numbers]:
+        """Yield an epoch's samples from `start` to `stop`, in steps of this batch size counted from `origin`."""
+        first, num_steps = (start - origin) // self.batch_size, (stop - origin) // self.batch_size
         if self.views is not None:
             epoch %= self.views
         order = Permutation(self.n, self.seed, epoch)
@@ -282,9 +284,9 @@ class Loader(DataLoader[Any]):
         self.num_samples = order.n
 
     @property
-    def course(self) -> DataSchedule | None:
-        """Schedule of the training samples; None for evaluation."""
-        return self.order.course if isinstance(self.order, _TrainOrder) else None
+    def schedule(self) -> DataSchedule | None:
+        """Positions of the trainer in the training samples; None for evaluation."""
+        return self.order.schedule if isinstance(self.order, _TrainOrder) else None
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next pass, for use without a trainer."""
@@ -295,12 +297,12 @@ class Loader(DataLoader[Any]):
         """Return the number of samples that the optimizer has consumed.
 
         The existence of this method marks the loader as resumable for Lightning; the position itself follows from the
-        trainer's optimizer step, which the checkpoint restores, and from `get_origin`.
+        trainer's optimizer step, which the checkpoint restores, and from `data.schedule.DataProgress`.
         """
         order = self.order
         if isinstance(order, _EvaluationOrder) or order.trainer is None:
             return {}
-        return {"samples": order.course.at(order.trainer.global_step).seen}
+        return {"samples": order.schedule.at(order.trainer.global_step).seen}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Do nothing, see `state_dict`."""

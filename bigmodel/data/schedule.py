@@ -1,14 +1,22 @@
-"""Mapping from an optimizer step to (epoch, sample offset), across changes of batch size or data.
+"""Length of an epoch and of a run in optimizer steps, and the position in the training data after each step.
+
+All that depends on them is computed here: the loaders' order of samples, the learning rate schedule, the state of
+Lightning's loops after a resume. The position is a function of the number of optimizer steps; what a run adds to it is
+an origin, which changes with its batch size or data (`DataProgress`).
 
 N samples in an epoch, S samples per optimizer step (the batch size).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class DataSchedule:
     """Positions of a run in its data, by optimizer step.
 
     Args:
-        num_samples: N.
+        num_samples: N, the samples that an epoch takes, from the start of its order.
         batch_size: S.
         origin: the position from which the run takes S of these N samples per step; its start, unless they were changed
             on a resume, or samples were skipped.
@@ -50,7 +58,7 @@ class DataSchedule:
 
     def steps_left(self, position: DataPosition) -> int:
         """Return the optimizer steps from a position to the end of its epoch."""
-        return (self.num_samples - position.samples) // self.batch_size
+        return max(0, self.num_samples - position.samples) // self.batch_size
 
     def at(self, step: int) -> DataPosition:
         """Return the position after `step` optimizer steps; at the end of an epoch, the start of the next."""
@@ -69,11 +77,92 @@ class DataSchedule:
         return origin.step + self.steps_left(origin) + (epoch - origin.epoch - 1) * self.steps_per_epoch
 
 
-def set_origin(trainer: Any, position: DataPosition) -> None:
-    """Set the position from which this trainer's loaders use their current batch size and samples."""
-    trainer._bigmodel_origin = position
+class DataProgress(Callback):
+    """The position from which a trainer's loaders take their current batch size of their current samples.
+
+    Attributes:
+        origin: the start of the run by default. It is saved in checkpoints by `bigmodel.training.callbacks.Resume`.
+    """
+
+    origin = DataPosition()
 
 
-def get_origin(trainer: Trainer) -> DataPosition:
-    """Return the position set by `set_origin`; the start of the run by default."""
-    return getattr(trainer, "_bigmodel_origin", DataPosition())
+def schedule_of(trainer: Trainer | None, num_samples: int, batch_size: int, accumulation: int) -> DataSchedule:
+    """Return the positions of a trainer in its training samples.
+
+    Args:
+        trainer: None: one pass after another over all samples.
+        num_samples: of the whole training split.
+        batch_size: samples per optimizer step over all processes.
+        accumulation: micro-batches of one process per step.
+    """
+    if trainer is None:
+        return DataSchedule(num_samples, batch_size)
+    taken = limit_steps(num_samples // batch_size, trainer.limit_train_batches, accumulation)
+    if taken < num_samples // batch_size:
+        num_samples = taken * batch_size
+    progress = (callback for callback in cast(Any, trainer).callbacks if isinstance(callback, DataProgress))
+    return DataSchedule(num_samples, batch_size, next(progress, DataProgress()).origin)
+
+
+def limit_steps(num_steps: int, limit: int | float, accumulation: int) -> int:
+    """Return how many of an epoch's optimizer steps the trainer's `limit_train_batches` leaves.
+
+    Args:
+        num_steps: of the whole epoch.
+        limit: an integer counts micro-batches of one process, as in Lightning; a fraction is one of the steps.
+        accumulation: micro-batches of one process per step.
+
+    Raises:
+        ValueError: if it leaves none.
+    """
+    taken = limit // accumulation if isinstance(limit, int) else int(num_steps * limit)
+    if limit and num_steps and not taken:
+        raise ValueError(
+            f"--trainer.limit_train_batches {limit} of an epoch of {num_steps:,} optimizer steps is less than one step: set"
+            " a larger fraction, or a number of steps"
+        )
+    return min(taken, num_steps)
+
+
+def num_steps(trainer: Trainer) -> int:
+    """Return the optimizer steps of the whole run, from `max_steps` and `max_epochs`; -1 if neither bounds it.
+
+    Lightning's own `estimated_stepping_batches` is not used: it starts to read data before a checkpoint is restored.
+    """
+    bounds = [trainer.max_steps] if trainer.max_steps > 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        source: Any = getattr(trainer, "datamodule", None) or trainer.lightning_module
+        loader = source.train_dataloader()
+        schedule: DataSchedule | None = getattr(loader, "schedule", None)
+        if schedule is not None:
+            bounds.append(schedule.steps_until(trainer.max_epochs))
+        elif math.isfinite(batches := _num_batches(loader, trainer)):
+            bounds.append(trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+    return min(bounds, default=-1)
+
+
+def _num_batches(loader: Any, trainer: Trainer) -> float:
+    """Return the batches of an epoch on one process, as Lightning counts them; infinite if there is no end.
+
+    Args:
+        loader: any iterable of batches, or a collection of these, of which Lightning reads all at once until the longest
+            ends.
+        trainer: limits the batches, and divides the samples among processes if `use_distributed_sampler` is set.
+    """
+    if isinstance(loader, Mapping | list | tuple):
+        parts = loader.values() if isinstance(loader, Mapping) else loader
+        return max((_num_batches(part, trainer) for part in parts), default=0)
+    try:
+        batches: float = len(loader)
+    except (TypeError, NotImplementedError):  # an iterable without a length
+        batches = math.inf
+    divides = trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler
+    if divides and isinstance(loader, DataLoader) and not isinstance(loader.sampler, DistributedSampler):
+        samples = len(cast(Sized, loader.sampler))
+        share = math.ceil(samples / cast(Any, trainer).distributed_sampler_kwargs["num_replicas"])
+        batches = share // loader.batch_size if loader.drop_last else math.ceil(share / loader.batch_size)
+    limit = trainer.limit_train_batches
+    if isinstance(limit, int):
+        return min(batches, limit)
+    return batches if math.isinf(batches) else int(batches * limit)

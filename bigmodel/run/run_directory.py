@@ -24,11 +24,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from bigmodel.checkpoint import checkpoint_step, clear_hidden, find_checkpoint, read
+from bigmodel.data.schedule import num_steps
 from bigmodel.run.paths import new_directory
 from bigmodel.run.tracking import MetricsCSV, WandB, WandBRun
 from bigmodel.training.callbacks import Preempted, Resume, RollbackRequested, StepTimer
 from bigmodel.training.callbacks.gradient_scaling import get_callback
-from bigmodel.training.optimizers import num_steps
 from bigmodel.training.precision import ChoosePrecision
 
 _PACKAGES = ("bigmodel", "torch", "lightning", "torchmetrics", "transformers", "tokenizers", "wandb", "numpy")

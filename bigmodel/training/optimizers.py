@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from bigmodel.data.sampling import Loader
+from bigmodel.data.schedule import num_steps
 from bigmodel.training.schedules import Constant, Schedule
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -33,25 +33,6 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     exempt = [p for p in trainable if p.ndim < 2]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-
-
-def num_steps(trainer: Trainer) -> int:
-    """Return the optimizer steps of the whole run, from `max_steps` and `max_epochs`; -1 if neither bounds it.
-
-    Lightning's own `estimated_stepping_batches` is not used: it starts to read data before a checkpoint is restored.
-    """
-    bounds = [trainer.max_steps] if trainer.max_steps > 0 else []
-    if trainer.max_epochs is not None and trainer.max_epochs > 0:
-        source: Any = getattr(trainer, "datamodule", None) or trainer.lightning_module
-        loader = source.train_dataloader()
-        batches, limit = len(loader), trainer.limit_train_batches
-        taken = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        course = loader.course if isinstance(loader, Loader) else None
-        if course is not None and taken == batches:
-            bounds.append(course.steps_until(trainer.max_epochs))
-        else:
-            bounds.append(trainer.max_epochs * -(-taken // trainer.accumulate_grad_batches))
-    return min(bounds, default=-1)
 
 
 class _StepSchedule(LambdaLR):

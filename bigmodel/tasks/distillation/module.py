@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from bigmodel.data.sampling import sequential_loader
+from bigmodel.data.schedule import num_steps
 from bigmodel.nn.loss import IGNORE_INDEX
 from bigmodel.protocols import SupportsLogits, SupportsOnPolicySampling
 from bigmodel.run import sizes
@@ -30,7 +31,6 @@ from bigmodel.tasks.distillation.mean_teacher import MeanTeacher
 from bigmodel.tasks.distillation.on_policy import OnPolicy
 from bigmodel.tasks.distillation.teacher_outputs import TeacherOutputs
 from bigmodel.tasks.distillation.teachers import Layers, evaluating
-from bigmodel.training import optimizers
 
 _TERMS = "distillation_terms"  # in the state of the student; checkpoints hold regressors separately
 
@@ -147,7 +147,7 @@ class Distillation(LightningModule):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        self._num_steps = optimizers.num_steps(self.trainer)
+        self._num_steps = num_steps(self.trainer)
         ending = [name for name, term in self.terms.items() if term.is_scheduled]
         if self._num_steps < 0 and ending:
             raise ValueError(

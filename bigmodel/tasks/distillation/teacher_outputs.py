@@ -350,7 +350,7 @@ class TeacherOutputs:
         def look_up(batch: Any, dataloader_idx: int) -> Any:
             if trainer.training:
                 loader: Any = trainer.train_dataloader
-                view = loader.course.at(trainer.global_step).epoch % self._views
+                view = loader.schedule.at(trainer.global_step).epoch % self._views
                 self._looked_up = [store.read(batch.index, view) for store in self._stores if store is not None]
             return hand_on(batch, dataloader_idx)
 

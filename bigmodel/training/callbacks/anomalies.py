@@ -249,13 +249,13 @@ class Anomalies(Callback):
         loader = trainer.train_dataloader
         assert self._resume is not None
         assert isinstance(loader, Loader)
-        assert loader.course is not None
+        assert loader.schedule is not None
         if self._resume.num_returns >= self.most_returns:
             raise FloatingPointError(
                 f"{message}. The run went back {self._resume.num_returns} times before;"
                 " --callbacks.anomalies.most_returns allows no more"
             )
-        raise RollbackRequested(message, step.number, loader.course.at(step.number))
+        raise RollbackRequested(message, step.number, loader.schedule.at(step.number))
 
     def state_dict(self) -> dict[str, Any]:
         step = self._latest

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from bigmodel.checkpoint.files import AtomicCheckpointIO
-from bigmodel.training.optimizers import num_steps
+from bigmodel.data.schedule import num_steps
 
 _STEPS_TO_AGREE = 10  # with several processes, the time limit is checked collectively at every tenth step only
 

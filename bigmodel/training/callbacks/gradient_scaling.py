@@ -8,11 +8,12 @@ it whenever their counts differ.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.optim import Optimizer
@@ -47,32 +48,32 @@ class GradientScaling(Callback):
         self._loss: Tensor | None = None  # summed over micro-batches
         self._restored = 0
         self._clip: float | None = None
+        self._loop: Any = None  # Lightning's, whose results are recorded during a fit
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        self._loop = trainer.fit_loop.epoch_loop.automatic_optimization
+        self._loop.output_result_cls = _RecordingResult(self)
         overridden = type(pl_module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping
         if trainer.gradient_clip_val and trainer.gradient_clip_algorithm in (None, "norm") and not overridden:
             self._clip, trainer.gradient_clip_val = float(trainer.gradient_clip_val), None
-        step = pl_module.training_step
 
-        @functools.wraps(step)
-        def counting_step(*args: Any, **kwargs: Any) -> Any:
-            output = step(*args, **kwargs)
-            if isinstance(output, dict) and "count" in output:
-                count = torch.as_tensor(output["count"], device=output["loss"].device)
-                # A copy, because the sum over processes is computed in place.
-                self._count = count.detach().clone() if self._count is None else self._count + count
-            loss: Any = output.get("loss") if isinstance(output, dict) else output
-            if loss is not None:
-                loss = loss.detach().float()
-                self._loss = loss if self._loss is None else self._loss + loss
-            return output
-
-        pl_module.training_step = counting_step  # type: ignore[method-assign]
+    def record(self, output: Any) -> None:
+        """Add what a micro-batch's `training_step` returned to the sums of this optimizer step."""
+        if isinstance(output, Mapping) and "count" in output:
+            count = torch.as_tensor(output["count"], device=output["loss"].device)
+            # A copy, because the sum over processes is computed in place.
+            self._count = count.detach().clone() if self._count is None else self._count + count
+        loss: Any = output.get("loss") if isinstance(output, Mapping) else output
+        if loss is not None:
+            loss = loss.detach().float()
+            self._loss = loss if self._loss is None else self._loss + loss
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        pl_module.__dict__.pop("training_step", None)
+        if self._loop is not None:
+            del self._loop.output_result_cls  # the class's own again
+            self._loop = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.total_count = torch.tensor(self._restored, device=pl_module.device)
@@ -124,6 +125,17 @@ class GradientScaling(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict["total_count"]
+
+
+class _RecordingResult:
+    """Lightning's conversion of what `training_step` returns, for the backward pass, with a record of loss and count."""
+
+    def __init__(self, scaling: GradientScaling) -> None:
+        self.scaling = scaling
+
+    def from_training_step_output(self, output: Any, normalize: int = 1) -> ClosureResult:
+        self.scaling.record(output)
+        return ClosureResult.from_training_step_output(output, normalize)
 
 
 def get_callback(trainer: Any, kind: type[_Kind]) -> _Kind | None:

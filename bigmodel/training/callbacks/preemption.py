@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer, callbacks
 
+from bigmodel.data.schedule import num_steps
 from bigmodel.training.callbacks.checkpoint import Checkpoint, validation_due
-from bigmodel.training.optimizers import num_steps
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _STEPS_TO_AGREE = 10  # several processes exchange the signal at every tenth step,

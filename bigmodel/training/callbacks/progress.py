@@ -12,10 +12,10 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from bigmodel.data.schedule import num_steps
 from bigmodel.training.callbacks.checkpoint import Checkpoint
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 from bigmodel.training.callbacks.training_log import TrainingLog
-from bigmodel.training.optimizers import num_steps
 
 _MOST, _SHOWN = 10, 6  # metrics on a line: all up to _MOST, else only _SHOWN
 

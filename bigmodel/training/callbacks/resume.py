@@ -10,21 +10,22 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data.distributed import DistributedSampler
 
 from bigmodel.data.sampling import Loader, data_parallel_rank, micro_batches
-from bigmodel.data.schedule import DataPosition, DataSchedule, get_origin, set_origin
+from bigmodel.data.schedule import DataPosition, DataProgress, DataSchedule, limit_steps
 from bigmodel.data.stateless_rng import hash_seed
 
 
-class Resume(Callback):
+class Resume(DataProgress):
     """Makes `data.batch_size` global and resuming exact. Always on.
 
     Sets the trainer's accumulation from the data module's `batch_size` and `micro_batch_size`; interprets an integer
-    `val_check_interval` as optimizer steps, so that it is independent of the number of processes; seeds torch for each
+    `val_check_interval` or `limit_train_batches` as optimizer steps, so that they are independent of the number of
+    processes; seeds torch for each
     micro-batch, so that dropout needs no stored state; on loading, checks that data and batch size are those of the
     checkpoint, and rewrites the loops' progress for the current number of processes and micro-batches.
 
@@ -48,7 +49,7 @@ class Resume(Callback):
         self.allow_changed_data, self.allow_changed_batch = allow_changed_data, allow_changed_batch
         self.returns: list[dict[str, Any]] = []
         self.num_returns = self.new_returns = 0
-        self._course: DataSchedule | None = None  # of these data with this batch size, from the start
+        self._loader: Loader | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         torch.manual_seed(self.seed)  # the net is created next: its weights depend on the seed alone
@@ -65,14 +66,20 @@ class Resume(Callback):
         _, trainer.accumulate_grad_batches = micro_batches(batch_size, micro, share["num_replicas"])
         if isinstance(trainer.val_check_interval, int):
             trainer.val_check_interval *= trainer.accumulate_grad_batches
+        if isinstance(trainer.limit_train_batches, int):
+            trainer.limit_train_batches *= trainer.accumulate_grad_batches
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             # Check directly after validation, not at the epoch's end: a checkpoint saved in between then includes it.
             if isinstance(callback, EarlyStopping) and callback._check_on_train_epoch_end is None:
                 callback._check_on_train_epoch_end = not callback.monitor.startswith("val/")
         # Create the loaders once: errors (too few samples, an empty split) are raised before any file is written.
-        set_origin(trainer, DataPosition())
+        self.origin = DataPosition()
         loader = _data(trainer).train_dataloader()
-        self._course = loader.course if isinstance(loader, Loader) else None
+        self._loader = loader if isinstance(loader, Loader) else None
+        if self._loader is not None:  # else Lightning's own count of micro-batches could end within a step
+            whole = self._loader.num_samples // batch_size
+            if (steps := limit_steps(whole, trainer.limit_train_batches, trainer.accumulate_grad_batches)) < whole:
+                trainer.limit_train_batches = steps * trainer.accumulate_grad_batches
         if trainer.limit_val_batches and is_overridden("val_dataloader", _data(trainer)):
             _data(trainer).val_dataloader()
 
@@ -102,8 +109,9 @@ class Resume(Callback):
         checkpoint["data"] = {
             "batch_size": getattr(data, "batch_size", None),
             "fingerprint": getattr(data, "fingerprint", None),
-            "num_samples": loader.course.num_samples if isinstance(loader, Loader) and loader.course else None,
-            "origin": asdict(get_origin(trainer)),
+            "num_samples": loader.num_samples if isinstance(loader, Loader) else None,
+            "epoch_samples": loader.schedule.num_samples if isinstance(loader, Loader) and loader.schedule else None,
+            "origin": asdict(self.origin),
             "returns": self.num_returns,
         }
 
@@ -112,22 +120,25 @@ class Resume(Callback):
             return
         saved, step = checkpoint["data"], checkpoint["global_step"]
         changed = self._changed(saved, _data(trainer), step)
-        if self._course is None or not (saved.get("num_samples") or saved.get("steps_per_epoch")):
+        if self._loader is None or not (saved.get("num_samples") or saved.get("steps_per_epoch")):
             return  # not a bigmodel loader
-        before, now = _course_of(saved, self._course), self._course
+        now = self._loader.schedule
+        assert now is not None
+        num_samples, before = _saved_schedule(saved, self._loader)
         here = before.at(step)
         from_here = [entry for entry in self.returns if entry["to"] == step]
         self.new_returns = len(from_here)
         self.num_returns = saved.get("returns", 0) + self.new_returns
         if from_here:
             here = replace(here, epoch=from_here[-1]["epoch"], samples=from_here[-1]["samples"])
-        if before.num_samples != now.num_samples and here.samples:  # another order: seen samples are unknown
+        if num_samples != self._loader.num_samples and here.samples:  # another order: seen samples are unknown
             here = replace(here, epoch=here.epoch + 1, samples=0)
-        now = replace(now, origin=here if changed or from_here else before.origin)
-        set_origin(trainer, now.origin)
+        limited = before.num_samples != now.num_samples and num_samples == self._loader.num_samples
+        self.origin = here if changed or from_here or limited else before.origin
+        now = replace(now, origin=self.origin)
         if changed and trainer.is_global_zero:
-            print(f"{changed}, on purpose. {_goes_on(now, step)}", flush=True)
-        _place_loops(checkpoint["loops"]["fit_loop"], now, step, trainer.accumulate_grad_batches)
+            print(f"{changed}, on purpose. {_describe_position(now, step)}", flush=True)
+        _set_progress(checkpoint["loops"]["fit_loop"], now, step, trainer.accumulate_grad_batches)
 
     def _changed(self, saved: dict[str, Any], data: Any, step: int) -> str:
         """Describe what differs from the checkpoint; empty if nothing does.
@@ -136,7 +147,7 @@ class Resume(Callback):
             ValueError: if the change is not allowed.
         """
         batch_size, fingerprint = getattr(data, "batch_size", None), getattr(data, "fingerprint", None)
-        num_samples = self._course.num_samples if self._course is not None else None
+        num_samples = self._loader.num_samples if self._loader is not None else None
         was = saved.get("num_samples") or num_samples  # not written by earlier versions
         changes = []
         if saved["fingerprint"] != fingerprint or was != num_samples:
@@ -164,22 +175,25 @@ def _how_data_go_on(as_many: bool) -> str:
     return "from the same place in their order" if as_many else "from the start of an epoch: their order is another"
 
 
-def _course_of(saved: dict[str, Any], now: DataSchedule) -> DataSchedule:
-    """Return the data schedule that a checkpoint was written with."""
+def _saved_schedule(saved: dict[str, Any], loader: Loader) -> tuple[int, DataSchedule]:
+    """Return the number of samples and the data schedule that a checkpoint was written with."""
     batch_size = saved["batch_size"]
     num_samples = saved.get("num_samples")
     if num_samples is None:  # written by an earlier version, which counted whole steps only
-        as_now = saved["steps_per_epoch"] == now.num_samples // batch_size
-        num_samples = now.num_samples if as_now else saved["steps_per_epoch"] * batch_size
-    return DataSchedule(num_samples, batch_size, DataPosition(**saved.get("origin", {})))
+        as_now = saved["steps_per_epoch"] == loader.num_samples // batch_size
+        num_samples = loader.num_samples if as_now else saved["steps_per_epoch"] * batch_size
+    schedule = DataSchedule(
+        saved.get("epoch_samples") or num_samples, batch_size, DataPosition(**saved.get("origin", {}))
+    )
+    return num_samples, schedule
 
 
-def _goes_on(course: DataSchedule, step: int) -> str:
+def _describe_position(schedule: DataSchedule, step: int) -> str:
     """Describe where a run continues after a change of batch size or data."""
-    here, left = course.origin, course.steps_left(course.origin)
+    here, left = schedule.origin, schedule.steps_left(schedule.origin)
     place = f"{here.seen:,} samples were seen in {step:,} optimizer steps; epoch {here.epoch} goes on after {here.samples:,}"
-    dropped = course.num_samples - here.samples - left * course.batch_size
-    rest = f" of its {course.num_samples:,} samples, with {left:,} steps of {course.batch_size:,}"
+    dropped = schedule.num_samples - here.samples - left * schedule.batch_size
+    rest = f" of its {schedule.num_samples:,} samples, with {left:,} steps of {schedule.batch_size:,}"
     if left == 0:
         return (
             f"{place}{rest}: the {dropped:,} samples left make no step and are left out, and so is its last validation"
@@ -191,15 +205,15 @@ def _data(trainer: Trainer) -> Any:
     return getattr(trainer, "datamodule", None)
 
 
-def _place_loops(loops: dict[str, Any], course: DataSchedule, step: int, accumulation: int) -> None:
+def _set_progress(loops: dict[str, Any], schedule: DataSchedule, step: int, accumulation: int) -> None:
     """Write the progress after `step` optimizer steps into the state of Lightning's fit loop.
 
     Each step has `accumulation` micro-batches. A validation due at this step counts as done
     (`bigmodel.training.callbacks.Checkpoint` ensures that).
     """
-    here, steps_per_epoch = course.at(step), course.steps_per_epoch
+    here, steps_per_epoch = schedule.at(step), schedule.steps_per_epoch
     # Counted from the epoch's end, where Lightning must end it: the batch size may have changed within the epoch.
-    epoch, step_in_epoch = here.epoch, steps_per_epoch - course.steps_left(here)
+    epoch, step_in_epoch = here.epoch, steps_per_epoch - schedule.steps_left(here)
     if step_in_epoch == 0 and step > 0:  # still in the epoch that this step completes; Lightning ends it
         epoch, step_in_epoch = epoch - 1, steps_per_epoch
     batches = loops["epoch_loop.batch_progress"]

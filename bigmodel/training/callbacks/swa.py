@@ -21,8 +21,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bigmodel.data.sampling import Loader
+from bigmodel.data.schedule import num_steps
 from bigmodel.training.callbacks.averaging import WeightAverage, tensors
-from bigmodel.training.optimizers import num_steps
 
 
 class SWA(WeightAverage):

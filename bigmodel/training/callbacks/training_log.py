@@ -180,8 +180,8 @@ class TrainingLog(Callback):
     def seen(self, trainer: Trainer) -> dict[str, float]:
         """Return the samples, and the elements that the task counts, consumed so far. Reads from the device."""
         loader, step = trainer.train_dataloader, trainer.global_step
-        course = loader.course if isinstance(loader, Loader) else None
-        seen: dict[str, float] = {"seen/samples": course.at(step).seen if course else step * self._batch_size}
+        schedule = loader.schedule if isinstance(loader, Loader) else None
+        seen: dict[str, float] = {"seen/samples": schedule.at(step).seen if schedule else step * self._batch_size}
         if self._count_unit != "samples" and (count := self._total_count()):
             seen[f"seen/{self._count_unit}"] = count
         return seen

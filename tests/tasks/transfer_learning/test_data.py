@@ -49,7 +49,9 @@ def as_process(made, rank=0, num_processes=1, global_step=0):
     """The data module as one of several processes has it."""
     share = {"rank": rank, "num_replicas": num_processes}
     state = SimpleNamespace(fn=None)
-    made.trainer = SimpleNamespace(distributed_sampler_kwargs=share, global_step=global_step, state=state)
+    made.trainer = SimpleNamespace(
+        distributed_sampler_kwargs=share, global_step=global_step, state=state, callbacks=[], limit_train_batches=1.0
+    )
     return made
 
 

@@ -13,8 +13,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from bigmodel.data.sampling import data_parallel_size
+from bigmodel.data.schedule import num_steps
 from bigmodel.tasks.transfer_learning.methods.base import Method, Named, freeze
-from bigmodel.training.optimizers import num_steps
 
 if TYPE_CHECKING:
     from bigmodel.tasks.transfer_learning.module import TransferLearning
