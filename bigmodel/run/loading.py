@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from bigmodel.checkpoint import find_checkpoint, gather_full, load_weights, read
 from bigmodel.checkpoint.renamed import current
 from bigmodel.run.config import read_yaml
 from bigmodel.run.paths import find_run
+from bigmodel.run.trust import check_imports, restricted_imports, trusting
 from bigmodel.training.callbacks import EMA, SWA
 
 
@@ -43,7 +44,12 @@ def set_sizes(module: LightningModule, known: Mapping[str, int]) -> None:
 
 
 def load(
-    run: str | Path, checkpoint: str = "best", *, ema: bool = True, runs_dir: str | Path = "runs"
+    run: str | Path,
+    checkpoint: str = "best",
+    *,
+    ema: bool = True,
+    runs_dir: str | Path = "runs",
+    trust: Sequence[str] = (),
 ) -> LightningModule:
     """Return the trained task of a run, in evaluation mode, ready to use; no data needed.
 
@@ -52,15 +58,19 @@ def load(
         checkpoint: `best`, `last`, or the name of a file in the run's `checkpoints/`.
         ema: use the averaged weights if the run saved them.
         runs_dir: the folder in which runs are searched by name.
+        trust: import paths of packages, modules, classes or functions that the run's configuration may name, besides
+            those of bigmodel, torch.nn, torch.optim and of packages with a registered task.
 
     Raises:
+        UntrustedImport: if its configuration names anything else.
         ValueError: if there is no such run, its checkpoint is damaged (the named one, or all), or its weights do not
             fit the model that its configuration describes.
     """
     content = _content(run, checkpoint, runs_dir)
     content.pop("optimizer_states", None)  # most of a sharded checkpoint, which would be assembled in memory
     content = gather_full(content)
-    task = _built(_description(content), content, net=True)
+    with trusting(trust):
+        task = _built(_description(content), content, net=True)
     load_weights(task, content["state_dict"])
     average = find_average(content)
     if ema and average is not None:
@@ -141,21 +151,36 @@ def find_average(checkpoint: dict[str, Any]) -> tuple[str, dict[str, Tensor]] | 
     return next(((name, state["average"]) for name, state in states if state.get("average")), None)
 
 
-def load_data(run: str | Path, *, runs_dir: str | Path = "runs") -> LightningDataModule:
+def load_data(run: str | Path, *, runs_dir: str | Path = "runs", trust: Sequence[str] = ()) -> LightningDataModule:
     """Return the data module of a run as it was configured, before prepare_data and setup.
 
+    Args:
+        run: a run directory, `last`, or the end of a run's name.
+        runs_dir: the folder in which runs are searched by name.
+        trust: as for `load`.
+
     Raises:
+        UntrustedImport: if its configuration names code that is not allowed.
         ValueError: if there is no such run.
     """
     config = read_yaml(find_run(run, runs_dir) / "config.yaml")
-    data: LightningDataModule = _instantiate(LightningDataModule, config["data"])
+    with trusting(trust):
+        data: LightningDataModule = _instantiate(LightningDataModule, config["data"])
     return data
 
 
 def _instantiate(kind: type, block: dict[str, Any]) -> Any:
-    """Instantiate a block of class_path and init_args."""
+    """Instantiate a block of class_path and init_args that a run or a checkpoint holds.
+
+    Raises:
+        UntrustedImport: if it names code that is not allowed.
+    """
     from jsonargparse import ArgumentParser
 
+    block = current(block)
+    key = "data" if kind is LightningDataModule else "model"
+    check_imports(block, key)
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(kind, "block", fail_untyped=False)
-    return parser.instantiate(parser.parse_object({"block": current(block)})).block
+    with restricted_imports(key):
+        parser.add_subclass_arguments(kind, "block", fail_untyped=False)
+        return parser.instantiate(parser.parse_object({"block": block})).block

@@ -19,12 +19,12 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 
 from bigmodel.data.cache import digest
+from bigmodel.run.trust import import_saved_class
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,7 @@ class TextEncoder(ABC):
             backend = Tokenizer.from_str(plain["tokenizer"])
             return TransformersEncoder(backend, plain["pad_id"], plain["end_id"], plain["max_length"])
         if plain.get("kind") == "bigmodel":
-            module, _, name = plain["class"].partition(":")
-            tokenizer = getattr(import_module(module), name).from_json(plain["tokenizer"])
+            tokenizer = import_saved_class(plain["class"].replace(":", ".")).from_json(plain["tokenizer"])
             return LanguageModelEncoder(tokenizer, plain["max_length"])
         raise ValueError(f"not a text encoder that bigmodel saved: {sorted(plain)}")
 
