@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigmodel.cli import dry_run as probe
+from bigmodel.cli import findings as findings_module
 from bigmodel.cli import main
 from bigmodel.cli.formatting import amount, describe, different, num_validations
 
@@ -50,7 +50,7 @@ def test_it_says_what_fit_will_do(checked):
     assert found["first batch"].startswith("Rows(features [4, 2] float32, target [4] float32, index [4] int64")
     assert found["validation"].startswith("Rows(features [12, 2] float32")
     assert found["memory"].startswith("weights 260 bytes, gradients 260 bytes, optimizer state 5")  # and 4 steps
-    assert "read back bitwise the same, loaded without data" in found["checkpoint"]
+    assert "read back bitwise equal, loaded without data" in found["checkpoint"]
     assert "samples/s" in found["speed"]
     assert "36 steps take" in found["whole run"]
     assert "6 validation(s) of 2 batch(es)" in found["whole run"]
@@ -121,14 +121,14 @@ def test_what_would_stop_the_run_later_is_found(checked, monkeypatch):
         assert "FAIL disk: checkpoints need" in out
         assert "1 kB are free" in out
 
-    def damaged(path, whole, read=probe.read):
+    def damaged(path, whole, read=findings_module.read):
         content = read(path, whole=whole)
         content["state_dict"]["net.layers.0.bias"] = content["state_dict"]["net.layers.0.bias"] + 1e-7
         return content
 
     with monkeypatch.context() as patch:
-        patch.setattr(probe, "read", damaged)
-        assert "FAIL checkpoint: state_dict/net.layers.0.bias came back changed" in checked(status=1)
+        patch.setattr(findings_module, "read", damaged)
+        assert "FAIL checkpoint: state_dict/net.layers.0.bias differ when read back" in checked(status=1)
 
 
 def test_an_error_of_the_task_is_named_and_shown(checked, monkeypatch):

@@ -12,8 +12,9 @@ import torch
 import transfer_runs
 from torch.utils.data import Dataset
 
-from bigmodel.cli import main, trainer_cli
+from bigmodel.cli import main
 from bigmodel.cli.new import write_package
+from bigmodel.cli.trainer_cli import merge_config
 from bigmodel.data.sampling import eval_loader
 from bigmodel.data.stateless_rng import uniform
 from bigmodel.protocols import PROTOCOL_VERSION
@@ -60,7 +61,7 @@ DEFECTS = {  # which class, and what is found
 
 
 def outsider(table, *flags):
-    return trainer_cli.merge_settings([OUTSIDER], [("data.path", str(table)), *flags])
+    return merge_config([OUTSIDER], [("data.path", str(table)), *flags])
 
 
 @pytest.fixture(scope="module")
@@ -77,18 +78,12 @@ def found(table, digit_files, tmp_path_factory):
         patch.syspath_prepend(folder / "new_task")
         new = str(folder / "new_task" / "new_task" / "experiment.yaml")
         plans = {
-            "language_modeling": trainer_cli.merge_settings(
-                [str(experiments / "language_modeling" / "check.yaml")], cache
-            ),
-            "image_classification": trainer_cli.merge_settings(
-                [str(experiments / "image_classification/check.yaml")], pictures
-            ),
-            "recommendation": trainer_cli.merge_settings([str(experiments / "recommendation/check.yaml")], cache),
-            "transfer_learning": trainer_cli.merge_settings(
-                [str(experiments / "transfer_learning/check.yaml")], small_net
-            ),
+            "language_modeling": merge_config([str(experiments / "language_modeling" / "check.yaml")], cache),
+            "image_classification": merge_config([str(experiments / "image_classification/check.yaml")], pictures),
+            "recommendation": merge_config([str(experiments / "recommendation/check.yaml")], cache),
+            "transfer_learning": merge_config([str(experiments / "transfer_learning/check.yaml")], small_net),
             "outsider": outsider(table, ("model.net.dropout", "0.2")),
-            "new": trainer_cli.merge_settings([new], [("data.packages", "[email, asyncio]")]),
+            "new": merge_config([new], [("data.packages", "[email, asyncio]")]),
             "batch norm": outsider(table, ("model.net", "broken_tasks.Normed")),
         }
         for name in DEFECTS:

@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import ProgressBar
 
-from bigmodel.cli import ClearError, trainer_cli
+from bigmodel.cli import ClearError
 from bigmodel.cli.class_help import print_class_help
 from bigmodel.cli.dry_run import Findings, Probe
 from bigmodel.cli.formatting import amount, num_saves, num_validations
-from bigmodel.run import config as run_config
+from bigmodel.cli.lightning_warnings import quiet_lightning
+from bigmodel.cli.run_verb import run_verb
+from bigmodel.cli.trainer_cli import TrainerCLI, merge_config
+from bigmodel.run.config import parse_flags
 from bigmodel.training.callbacks import Anomalies, StepTimer
 
 _HELP = """\
@@ -52,7 +55,7 @@ def run_check(argv: list[str]) -> Probe | None:
         ValueError: for anything that `fit` would refuse.
         SystemExit: with status 1, if a finding is a failure.
     """
-    positional, files, flags = run_config.parse_flags(argv)
+    positional, files, flags = parse_flags(argv)
     if "help" in dict(flags) or "-h" in argv:
         print(_HELP, end="")
         return None
@@ -60,12 +63,12 @@ def run_check(argv: list[str]) -> Probe | None:
         raise ValueError(f"unexpected argument {positional[-1]!r} (a YAML file is given with -c)")
     if not files and not any(key.endswith(".help") for key, _ in flags):
         raise ValueError("nothing to check: give an experiment with -c FILE.yaml")
-    merged = trainer_cli.merge_settings(files, flags)
+    merged = merge_config(files, flags)
     if print_class_help(flags, merged):
         return None
-    trainer_cli.quiet_lightning()
+    quiet_lightning()
     probe = Probe(merged)
-    cli = trainer_cli.parse(merged, [probe])
+    cli = TrainerCLI(merged, [probe])
     runs_dir = Path(cli.config.runs_dir).absolute()
     probe.findings = findings = Findings(cli.trainer.is_global_zero)
     # On the disk of the checkpoints, to measure its speed and free space.
@@ -73,7 +76,7 @@ def run_check(argv: list[str]) -> Probe | None:
         probe.config = {**cli.resolved(), "runs_dir": folder}
         _shorten(cli.trainer, probe)
         try:
-            trainer_cli.run_parsed("fit", cli, None, None)
+            run_verb("fit", cli, None, None)
         except ClearError:  # the configuration: before the run has begun
             raise
         except Exception as error:

@@ -12,10 +12,10 @@ from typing import Any
 from unittest import mock
 
 from bigmodel.cli import plugins
-from bigmodel.run.config import Settings, read_yaml
+from bigmodel.run.config import Config, read_yaml
 
 
-def print_class_help(flags: list[tuple[str, Any]], merged: Settings) -> bool:
+def print_class_help(flags: list[tuple[str, Any]], merged: Config) -> bool:
     """Print the help of a flag such as --model.net.help, if there is one; return True if there was.
 
     Raises:
@@ -35,14 +35,14 @@ def print_class_help(flags: list[tuple[str, Any]], merged: Settings) -> bool:
     return False
 
 
-def _configured(key: str, merged: Settings) -> str | None:
+def _configured(key: str, merged: Config) -> str | None:
     if key == "trainer":
         return "lightning.pytorch.Trainer"
     block = _at(key, merged)
     return block.get("class_path") if isinstance(block, dict) else block if isinstance(block, str) else None
 
 
-def _at(key: str, merged: Settings) -> Any:
+def _at(key: str, merged: Config) -> Any:
     """Return the value at a key that omits `init_args`; None if there is none."""
     block: Any = merged
     for part in key.split("."):
@@ -73,7 +73,7 @@ def _list_tasks(key: str) -> None:
         print(f"  {task.name:24} {task.path}")
 
 
-def _print_choice(key: str, merged: Settings) -> None:
+def _print_choice(key: str, merged: Config) -> None:
     """Print the options of a key without a configured class.
 
     These are the description of this argument in the class above it, and the named entries if it is a mapping.

@@ -23,18 +23,18 @@ from typing import Any
 
 from bigmodel.checkpoint import checkpoint_step
 from bigmodel.run import find_run, new_directory
-from bigmodel.run.config import Settings
+from bigmodel.run.config import Config
 
 _TOLD = (signal.SIGTERM, signal.SIGUSR1)
 
 
-def num_folds(settings: Settings) -> int | None:
+def num_folds(config: Config) -> int | None:
     """Return the number of fits; None: one, as usual.
 
     Raises:
         ValueError: for an invalid number of folds, or several processes, each of which would start its own fits.
     """
-    data = settings.get("data") or {}
+    data = config.get("data") or {}
     options = data.get("init_args") or {}
     folds = options.get("folds")
     if folds is None or options.get("fold") is not None:

@@ -158,23 +158,23 @@ def check_classes(settings: Any, key: str = "") -> None:
         check_classes(value, inner)
 
 
-def resolve_words(settings: Any) -> None:
+def resolve_aliases(config: Any) -> None:
     """Replace short names by class paths if they have arguments, as in `--model.method lora --model.method.rank 16`.
 
-    A class that accepts a short name or an object has an attribute `words`: by argument, the class path of each name.
+    A class that accepts a short name or an object has an attribute `aliases`: by argument, the class path of each name.
     """
-    if not isinstance(settings, dict):
+    if not isinstance(config, dict):
         return
-    arguments = settings.get("init_args") or {}
+    arguments = config.get("init_args") or {}
     for name, value in arguments.items():
-        word = value.get("class_path") if isinstance(value, dict) else None
-        if isinstance(word, str) and "." not in word:
-            known = getattr(import_class(settings["class_path"]), "words", {}).get(name, {})
-            if known and word not in known:
-                raise ValueError(f"--...{name} {word}: choose {', '.join(known)}, or give a class_path")
-            value["class_path"] = known.get(word, word)
-    for value in settings.values():
-        resolve_words(value)
+        alias = value.get("class_path") if isinstance(value, dict) else None
+        if isinstance(alias, str) and "." not in alias:
+            known = getattr(import_class(config["class_path"]), "aliases", {}).get(name, {})
+            if known and alias not in known:
+                raise ValueError(f"--...{name} {alias}: choose {', '.join(known)}, or give a class_path")
+            value["class_path"] = known.get(alias, alias)
+    for value in config.values():
+        resolve_aliases(value)
 
 
 def _is_installed(class_path: str) -> bool:

@@ -1,4 +1,4 @@
-"""Settings from YAML files and flags, merged as plain mappings before any class is imported.
+"""Config from YAML files and flags, merged as plain mappings before any class is imported.
 
 Later values take precedence. Mappings merge key by key, with two rules for a block `{class_path: ..., init_args:
 {...}}`: another `class_path` replaces the whole block, so that no argument of the old class remains; and a key other
@@ -17,7 +17,7 @@ import yaml
 
 from bigmodel.checkpoint.renamed import current, find_renamed
 
-Settings = dict[str, Any]
+Config = dict[str, Any]
 _CLASS_KEYS = {"class_path", "init_args", "dict_kwargs"}
 
 
@@ -40,7 +40,7 @@ _Loader.add_implicit_resolver(
 _Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: node.value)
 
 
-def read_yaml(path: str | Path) -> Settings:
+def read_yaml(path: str | Path) -> Config:
     """Return the mapping in a YAML file, with import paths of earlier versions replaced.
 
     Raises:
@@ -57,8 +57,8 @@ def read_yaml(path: str | Path) -> Settings:
     return current(content)
 
 
-def read_defaults() -> Settings:
-    """Return the default settings of every run."""
+def read_defaults() -> Config:
+    """Return the default configuration of every run."""
     return read_yaml(Path(__file__).parents[1] / "defaults.yaml")
 
 
@@ -123,23 +123,23 @@ def flag_value(key: str, text: str) -> Any:
         return text
 
 
-def layered(layers: Iterable[Settings], flags: Iterable[tuple[str, str]]) -> Settings:
+def layered(layers: Iterable[Config], flags: Iterable[tuple[str, str]]) -> Config:
     """Merge all layers in order, then the flags one by one. Layers may use names of earlier versions.
 
     Raises:
         ValueError: for a flag under an earlier name; the message gives the current one.
     """
-    settings: Settings = {}
+    config: Config = {}
     for layer in layers:
-        settings = current(merge(settings, layer))
+        config = current(merge(config, layer))
     for key, text in flags:
         value = flag_value(key, text)
         for part in reversed(key.split(".")):
             value = {part: value}
-        settings = merge(settings, current(value))
-        if (renamed := find_renamed(settings)) is not None:
+        config = merge(config, current(value))
+        if (renamed := find_renamed(config)) is not None:
             raise ValueError(renamed)
-    return settings
+    return config
 
 
 def experiment_name(files: Sequence[str]) -> str:

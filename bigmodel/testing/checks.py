@@ -26,7 +26,7 @@ from bigmodel.protocols import (
     SupportsRecommend,
     TaskData,
 )
-from bigmodel.run.config import Settings
+from bigmodel.run.config import Config
 from bigmodel.testing import short_runs
 from bigmodel.testing.short_runs import ShortRun
 
@@ -58,13 +58,13 @@ class Blocked(Skip):
     """Requirement that cannot be checked, because another is violated."""
 
 
-def arguments(settings: Settings) -> tuple[str, str] | None:
+def arguments(config: Config) -> tuple[str, str] | None:
     """Return the first obstacle to a run: requirement and remedy; None if the classes have the required arguments."""
     for what, key, needed in (
         ("task", "model", ("optimizer", "schedule")),
         ("data", "data", ("batch_size", "micro_batch_size")),
     ):
-        class_path = settings[key]["class_path"]
+        class_path = config[key]["class_path"]
         taken = inspect.signature(plugins.import_class(class_path)).parameters
         missing = [word for word in needed if word not in taken]
         if missing:
@@ -183,7 +183,7 @@ def tabulates(run: ShortRun) -> str:
     if not is_overridden("predict_dataloader", data, LightningDataModule):
         raise Failure(f"{type(data).__name__} has no predict_dataloader, which predict_step needs")
     output = run.checkpoints[-1].with_suffix(".parquet")
-    count = short_runs.predict(run.settings, run.checkpoints[-1], output)
+    count = short_runs.predict(run.config, run.checkpoints[-1], output)
     table = pq.read_table(output)
     if len(table) != count:
         raise Failure(f"predict_step wrote {len(table)} rows for {count} samples: one each, without those of weight 0")

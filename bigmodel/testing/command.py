@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigmodel.cli import plugins
-from bigmodel.run.config import Settings, parse_flags
+from bigmodel.run.config import Config, parse_flags
 
 if TYPE_CHECKING:
     from bigmodel.testing.checks import Finding
@@ -59,12 +59,12 @@ def run_check_task(argv: list[str]) -> None:
     path, files = _task_and_experiment(positional[0], files)
     start = time.monotonic()
 
-    from bigmodel.cli import trainer_cli
+    from bigmodel.cli.trainer_cli import merge_config
     from bigmodel.protocols import PROTOCOL_VERSION
 
-    settings = trainer_cli.merge_settings(files, flags)
-    configured = {key: _class_path(settings, key, files[-1]) for key in ("model", "data")}
-    plugins.check_classes(settings)
+    config = merge_config(files, flags)
+    configured = {key: _class_path(config, key, files[-1]) for key in ("model", "data")}
+    plugins.check_classes(config)
     try:
         task, same, _ = (plugins.import_class(name) for name in (path, configured["model"], configured["data"]))
     except (Exception, SystemExit) as error:  # any exception of the package's own code
@@ -76,7 +76,7 @@ def run_check_task(argv: list[str]) -> None:
         )
     print(f"{path}, as in {files[-1]}; contract version {PROTOCOL_VERSION}")
     failed = False
-    for _, finding in check([settings]):
+    for _, finding in check([config]):
         failed |= finding.status == "FAIL"
         _print(finding.status, finding.what, finding.text)
     print(f"{'not every promise is kept' if failed else 'every promise is kept'} ({time.monotonic() - start:.0f} s)")
@@ -98,10 +98,10 @@ def _task_and_experiment(name: str, files: list[str]) -> tuple[str, list[str]]:
     return (task.path if task is not None else name), files or [str(shipped)]
 
 
-def _class_path(settings: Settings, key: str, file: str) -> str:
-    block = settings.get(key)
+def _class_path(config: Config, key: str, file: str) -> str:
+    block = config.get(key)
     if isinstance(block, str):
-        block = settings[key] = {"class_path": block}
+        block = config[key] = {"class_path": block}
     if not isinstance(block, dict) or "class_path" not in block:
         raise ValueError(f"{file} names no class for {key}: add {key}: {{class_path: package.module.Class}}")
     return str(block["class_path"])
@@ -111,28 +111,28 @@ def _print(status: str, what: str, text: str) -> None:
     print(f"{status:4} {what:13} {text}", flush=True)
 
 
-def check(plans: Sequence[Settings]) -> Iterator[tuple[int, Finding]]:
+def check(plans: Sequence[Config]) -> Iterator[tuple[int, Finding]]:
     """Check the task of each plan, all with one pair of processes.
 
     Args:
-        plans: merged settings of an experiment each.
+        plans: merged config of an experiment each.
 
     Yields:
         Findings as they occur, each with the number of its plan.
     """
     import torch
 
-    from bigmodel.cli import trainer_cli
+    from bigmodel.cli.lightning_warnings import quiet_lightning
     from bigmodel.testing.suite import ConformanceSuite
 
-    trainer_cli.quiet_lightning()
+    quiet_lightning()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums are reproducible, and the nets are small
     try:
         with tempfile.TemporaryDirectory(prefix="bigmodel-check-task-") as name:
             folder = Path(name)
             names = [str(number) for number in range(len(plans))]
-            contracts = [ConformanceSuite(settings, folder / name) for name, settings in zip(names, plans, strict=True)]
+            contracts = [ConformanceSuite(config, folder / name) for name, config in zip(names, plans, strict=True)]
             (folder / "plans.json").write_text(json.dumps(names))
             with _two_processes(folder):
                 for number, contract in enumerate(contracts):

@@ -19,11 +19,10 @@ from torch.utils.data import Dataset
 
 from bigmodel import run
 from bigmodel.checkpoint import read
-from bigmodel.cli import trainer_cli
+from bigmodel.cli.trainer_cli import TrainerCLI
 from bigmodel.data.sampling import Loader, eval_loader
 from bigmodel.evaluation.predictions import PredictionWriter
-from bigmodel.run.config import Settings, read_defaults
-from bigmodel.run.tracking import MetricsCSV
+from bigmodel.run.config import Config, read_defaults
 from bigmodel.training.callbacks import Resume
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 
@@ -33,38 +32,38 @@ _LARGEST_BATCH = 16
 _SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}  # Adam would amplify the smallest difference
 
 
-def short_run_settings(given: Settings, folder: Path, *, comparable: bool = False, **changes: Any) -> Settings:
-    """Return an experiment's settings, made short and small, on one CPU, in float32.
+def short_run_config(given: Config, folder: Path, *, comparable: bool = False, **changes: Any) -> Config:
+    """Return an experiment's config, made short and small, on one CPU, in float32.
 
     Args:
-        given: the merged settings.
+        given: the merged config.
         folder: the folder of run directories.
         comparable: plain gradient descent without a schedule and without clipping, so that rounding errors are not
             amplified.
         changes: of `micro_batch_size` (samples), or of keys of the trainer.
     """
-    settings = copy.deepcopy(given)
+    config = copy.deepcopy(given)
     default = read_defaults()["callbacks"]
-    kept = {name: block for name, block in (settings.get("callbacks") or {}).items() if name not in default and block}
+    kept = {name: block for name, block in (config.get("callbacks") or {}).items() if name not in default and block}
     own = {name: block for name, block in kept.items() if not _class_path(block).startswith("bigmodel.")}
-    settings["callbacks"] = own  # from the task's own package: it may need them
-    settings |= {"runs_dir": str(folder), "experiment": "trial", "wandb": {"mode": "disabled"}, "seed_everything": 0}
-    data = settings["data"].setdefault("init_args", {})
+    config["callbacks"] = own  # from the task's own package: it may need them
+    config |= {"runs_dir": str(folder), "experiment": "trial", "wandb": {"mode": "disabled"}, "seed_everything": 0}
+    data = config["data"].setdefault("init_args", {})
     data["batch_size"] = batch_size(given)
     data["micro_batch_size"] = changes.pop("micro_batch_size", None)
-    clip = (settings.get("trainer") or {}).get("gradient_clip_val")
+    clip = (config.get("trainer") or {}).get("gradient_clip_val")
     if comparable:
-        settings["model"].setdefault("init_args", {}).update(optimizer=_SGD, schedule=None)
+        config["model"].setdefault("init_args", {}).update(optimizer=_SGD, schedule=None)
         clip = None
-    settings["trainer"] = {
+    config["trainer"] = {
         "max_steps": STEPS, "accelerator": "cpu", "devices": 1, "strategy": "auto", "precision": "32-true",
         "gradient_clip_val": clip, "limit_val_batches": 0, "num_sanity_val_steps": 0, "log_every_n_steps": 1,
         "use_distributed_sampler": False, "enable_model_summary": False, **changes,
     }  # fmt: skip
-    return settings
+    return config
 
 
-def batch_size(given: Settings) -> int:
+def batch_size(given: Config) -> int:
     """Return the samples per optimizer step: the experiment's, but few, and a multiple of four."""
     configured = (given["data"].get("init_args") or {}).get("batch_size", _LARGEST_BATCH)
     return max(4, min(int(configured), _LARGEST_BATCH) // 4 * 4)
@@ -74,27 +73,14 @@ def _class_path(block: Any) -> str:
     return str(block.get("class_path", "") if isinstance(block, dict) else block)
 
 
-class _Quiet(run.RunDirectory):
-    """Run directory without its usual output."""
-
-    def _start_loggers(self, trainer: Trainer, directory: Path) -> None:
-        trainer.loggers = [MetricsCSV(directory / "metrics.csv", trainer)]  # some callbacks require one
-
-    @staticmethod
-    def _say_what_runs(trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do nothing: the findings contain it."""
-
-    def _say_precision(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do nothing: the precision is fixed, for comparison."""
+class _Quiet(run.QuietRunDirectory):
+    """Run directory of a run of a few steps."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do nothing: the run is too short for the optimizations of a long one."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do nothing: there is nothing to undo."""
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Do nothing: there is no run to resume."""
 
 
 @dataclass
@@ -132,7 +118,7 @@ class ShortRun(Callback):
     trainer: Any = None
     task: Any = None
     data: Any = None
-    settings: Settings = field(default_factory=dict)
+    config: Config = field(default_factory=dict)
     had_parameters: bool = False  # before configure_model
 
     def __hash__(self) -> int:
@@ -196,10 +182,10 @@ class ShortRun(Callback):
         self.evaluated += batch.index[batch.weight > 0].tolist()
 
 
-def fit(settings: Settings, trial: ShortRun, resume: Path | None = None) -> ShortRun:
+def fit(config: Config, trial: ShortRun, resume: Path | None = None) -> ShortRun:
     """Train, from the beginning or from a checkpoint."""
-    trial.settings, record = settings, _Quiet(settings)
-    cli = trainer_cli.parse(settings, [record])
+    trial.config, record = config, _Quiet(config)
+    cli = TrainerCLI(config, [record])
     record.config = cli.resolved()
     trial.trainer, trial.task, trial.data = cli.trainer, cli.model, cli.datamodule
     trial.had_parameters = next(iter(cli.model.parameters()), None) is not None
@@ -208,15 +194,15 @@ def fit(settings: Settings, trial: ShortRun, resume: Path | None = None) -> Shor
     return trial
 
 
-def evaluate(settings: Settings, checkpoint: Path, samples_at_once: int | None) -> ShortRun:
+def evaluate(config: Config, checkpoint: Path, samples_at_once: int | None) -> ShortRun:
     """Validate a checkpoint on the first samples of the split.
 
     Args:
-        settings: of the short run.
+        config: of the short run.
         checkpoint: the checkpoint to evaluate.
         samples_at_once: over all processes; None: all, so that there are no padding rows.
     """
-    trial, cli = ShortRun(), trainer_cli.parse(settings, [_Quiet(settings, checkpoint=checkpoint)])
+    trial, cli = ShortRun(), TrainerCLI(config, [_Quiet(config, checkpoint=checkpoint)])
     cli.trainer.limit_val_batches = 1.0
     trainer: Any = cli.trainer
     trainer.callbacks.append(trial)
@@ -227,13 +213,13 @@ def evaluate(settings: Settings, checkpoint: Path, samples_at_once: int | None) 
     return trial
 
 
-def predict(settings: Settings, checkpoint: Path, output: Path) -> int:
+def predict(config: Config, checkpoint: Path, output: Path) -> int:
     """Write predictions of the first samples; return their number."""
-    cli = trainer_cli.parse(settings, [_Quiet(settings, checkpoint=checkpoint), PredictionWriter(output)])
+    cli = TrainerCLI(config, [_Quiet(config, checkpoint=checkpoint), PredictionWriter(output)])
     loaders, count = cli.datamodule.predict_dataloader, []
 
     def loader() -> Loader:
-        made = first(loaders(), cli.trainer, batch_size(settings))
+        made = first(loaders(), cli.trainer, batch_size(config))
         count.append(len(made.dataset.dataset))  # type: ignore[attr-defined]
         return made
 

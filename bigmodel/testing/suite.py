@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bigmodel.cli import ClearError
 from bigmodel.cli.formatting import different
-from bigmodel.run.config import Settings
+from bigmodel.run.config import Config
 from bigmodel.testing import checks, short_runs
 from bigmodel.testing.checks import Blocked, Failure, Finding, Skip
 
@@ -34,14 +34,14 @@ class ConformanceSuite:
     """Checks of one task, in the order in which they are printed.
 
     Args:
-        settings: an experiment with it, merged.
+        config: an experiment with it, merged.
         folder: a folder of its own, into which `bigmodel.testing.worker` writes.
     """
 
-    def __init__(self, settings: Settings, folder: Path) -> None:
-        self.settings, self.folder = settings, folder
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config, self.folder = config, folder
         folder.mkdir()
-        (folder / "settings.json").write_text(json.dumps(settings))
+        (folder / "config.json").write_text(json.dumps(config))
         self.kept: dict[str, bool] = {}  # results of the checked requirements
         self.straight: short_runs.ShortRun | None = None
         self.reference: short_runs.ShortRun | None = None  # without dropout, whole batch on one process
@@ -52,7 +52,7 @@ class ConformanceSuite:
     def on_one_process(self) -> Iterator[Finding]:
         """Yield all findings on one process, as soon as they are available."""
         start = time.monotonic()
-        if (missing := checks.arguments(self.settings)) is not None:
+        if (missing := checks.arguments(self.config)) is not None:
             self._announce(None)
             yield Finding("FAIL", *missing)
             return
@@ -115,8 +115,8 @@ class ConformanceSuite:
         partial.write_text(json.dumps({"checkpoint": str(checkpoint) if checkpoint else None}))
         partial.rename(self.folder / "ready")
 
-    def _settings(self, **changes: Any) -> Settings:
-        return short_runs.short_run_settings(self.settings, self.folder / "runs", **changes)
+    def _settings(self, **changes: Any) -> Config:
+        return short_runs.short_run_config(self.config, self.folder / "runs", **changes)
 
     @property
     def _run(self) -> short_runs.ShortRun:
@@ -198,7 +198,7 @@ class ConformanceSuite:
     def _accumulation(self) -> str:
         self._need("loaders", "loss")
         self._need_comparable()
-        micro = short_runs.batch_size(self.settings) // 4
+        micro = short_runs.batch_size(self.config) // 4
         end = short_runs.fit(
             self._settings(comparable=True, micro_batch_size=micro), short_runs.ShortRun(dropout=False)
         ).end
@@ -210,8 +210,8 @@ class ConformanceSuite:
         comparable = self.reference is not None
         # Some processors emulate bf16, slowly: one step, unless a schedule requires more.
         steps = 1 if comparable else short_runs.STEPS
-        settings = self._settings(comparable=comparable, precision="bf16-mixed", max_steps=steps)
-        there, here = reference.losses[0], short_runs.fit(settings, trial).losses[0]
+        config = self._settings(comparable=comparable, precision="bf16-mixed", max_steps=steps)
+        there, here = reference.losses[0], short_runs.fit(config, trial).losses[0]
         if self.draws and math.isfinite(here):
             return f"bf16-mixed trains; first loss {here:.5g}"
         if not abs(here - there) <= _BF16 * max(abs(there), 1e-3):
@@ -224,11 +224,11 @@ class ConformanceSuite:
     def _evaluation(self) -> str:
         if not short_runs.has_split(self._run.data, "val_dataloader"):
             raise Skip("there is no val_dataloader")
-        settings, checkpoint = self._settings(), self._run.checkpoints[-1]
-        at_once = short_runs.batch_size(self.settings) // 2
+        config, checkpoint = self._settings(), self._run.checkpoints[-1]
+        at_once = short_runs.batch_size(self.config) // 2
         self._need("loaders")
-        whole = self.whole = short_runs.evaluate(settings, checkpoint, None)
-        filled = short_runs.evaluate(settings, checkpoint, at_once)
+        whole = self.whole = short_runs.evaluate(config, checkpoint, None)
+        filled = short_runs.evaluate(config, checkpoint, at_once)
         samples = sorted(set(whole.evaluated))  # possibly in another order
         if not samples or any(sorted(seen.evaluated) != samples for seen in (whole, filled)):
             raise Failure("validation did not meet each sample once: let the data set's index be the sample's number")
