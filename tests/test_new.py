@@ -13,7 +13,7 @@ from bigmodel.cli import main, plugins
 from bigmodel.cli.new import renamed
 from bigmodel.protocols import PROTOCOL_VERSION
 from bigmodel.testing import command as check_task
-from bigmodel.testing.checks import Finding
+from bigmodel.testing.checks import CheckResult
 
 TEMPLATE = Path(__file__).parents[1] / "bigmodel" / "cli" / "template"
 PAGE = Path(__file__).parents[1] / "bigmodel" / "tasks" / "README.md"
@@ -103,7 +103,7 @@ def fresh_metadata():
 @pytest.mark.usefixtures("fresh_metadata")
 def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    tried = Finding("ok", "task", "in test_check_task")
+    tried = CheckResult("ok", "task", "in test_check_task")
     monkeypatch.setattr(check_task, "check", lambda plans: iter([(0, tried)]))
     typed = [line.split(" #")[0].split() for block in blocks("bash") for line in block.splitlines()]
     for words in typed:
