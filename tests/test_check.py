@@ -101,7 +101,7 @@ def test_bad_input_is_refused_as_fit_refuses_it(checked, flags):
 
 def test_help_and_what_is_typed_wrong(checked):
     assert "unexpected argument 'x.yaml' (a YAML file is given with -c)" in checked("x.yaml", status=2)
-    assert "ok   what" in checked("--help")
+    assert "ok   NAME" in checked("--help")
     assert "--model.net.width" in checked("--model.net.help")
 
 
@@ -141,7 +141,7 @@ def test_an_error_of_the_task_is_named_and_shown(checked, monkeypatch):
     with pytest.raises(RuntimeError, match="no such thing"):
         checked()
     monkeypatch.setattr(TabularRegression, "training_step", lambda self, batch: torch.empty(1 << 50))
-    assert "FAIL memory: it does not suffice" in checked(status=1)
+    assert "FAIL memory: out of memory" in checked(status=1)
 
 
 @pytest.mark.parametrize(("every", "every_n_epoch"), list(itertools.product([1, 3, 4, 7], [1, 2, 3, None])))

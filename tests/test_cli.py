@@ -213,7 +213,7 @@ def test_bad_input_is_refused_in_a_line_before_anything_is_written(bm, flags, me
 
 
 def test_what_cannot_be_resumed_is_refused(bm):
-    assert "no run directory" in bm("fit", "--resume", "nothing", fails=True)
+    assert "nothing is not a run directory" in bm("fit", "--resume", "nothing", fails=True)
     assert "there is no run under runs/" in bm("fit", "--resume", "last", fails=True)
     assert "nothing to fit: give an experiment" in bm_without_experiment()
     bm("fit", "--trainer.max_epochs", 1)

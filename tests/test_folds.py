@@ -123,7 +123,7 @@ def test_what_stopped_in_a_fold_goes_on_there(bm, in_this_process, monkeypatch):
     assert code == 2
     assert "fold 1 is broken" in out
     (parent,) = Path("runs/outsider").iterdir()
-    assert f"stopped in fold 1; `bigmodel fit --resume {parent}` goes on from there" in out
+    assert f"stopped in fold 1; `bigmodel fit --resume {parent}` resumes it" in out
     before = (parent / "fold-0" / "run.json").read_text()
     Path("broken").unlink()
     monkeypatch.setattr(cross_validation, "_fit", REAL_FIT)  # once in a process of its own, as it is

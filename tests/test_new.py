@@ -1,4 +1,4 @@
-"""`bigmodel new`: what it writes trains and keeps its word, under any name; what cannot be a package is refused."""
+"""`bigmodel new`: its package trains and passes its tests, under any name; invalid names are refused."""
 
 import keyword
 import re
@@ -65,7 +65,7 @@ def test_a_folder_that_is_there_stays_as_it_is(made, capsys):
     (folder / "README.md").write_text("mine")
     with pytest.raises(SystemExit):
         main(["new", "bird_songs"])
-    assert "bird_songs is there already, and stays as it is" in capsys.readouterr().err
+    assert "bird_songs exists and is not overwritten" in capsys.readouterr().err
     assert (folder / "README.md").read_text() == "mine"
     main(["new", "bird_songs", "--into", "elsewhere/deep"])
     assert Path("elsewhere/deep/bird_songs/bird_songs/module.py").is_file()
@@ -128,19 +128,19 @@ def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
     [
         (
             ["my-task"],
-            "small letters, digits and _ are accepted, a letter first, and no word of the language; my_task would",
+            "lowercase letters, digits and _ are accepted, a letter first, except Python keywords; for example my_task",
         ),
-        (["class"], "class_task would do"),
-        (["2nd"], "nd_task would do"),
-        (["MyTask"], "mytask would do"),
-        (["../x"], "x would do"),
-        (["numpy"], "a package 'numpy' is there already"),
-        (["json"], "a package 'json' is there already"),
+        (["class"], "for example class_task"),
+        (["2nd"], "for example nd_task"),
+        (["MyTask"], "for example mytask"),
+        (["../x"], "for example x"),
+        (["numpy"], "a package 'numpy' is installed already"),
+        (["json"], "a package 'json' is installed already"),
         (["language_modeling"], "a task 'language_modeling' is installed already"),
         ([], "name one package"),
         (["a", "b"], "name one package"),
         (["a", "--onto", "b"], "no flag --onto"),
-        (["a_task", "--into", "file"], "nothing can be written there"),
+        (["a_task", "--into", "file"], "the folder is not writable"),
     ],
 )
 def test_what_cannot_be_made_is_refused(words, message, tmp_path, monkeypatch, capsys):
@@ -152,7 +152,7 @@ def test_what_cannot_be_made_is_refused(words, message, tmp_path, monkeypatch, c
     error = capsys.readouterr().err
     assert message in error
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    if "would do" in error:
-        better = error.split("; ")[1].split(" ")[0]
-        assert better.isidentifier()
-        assert not keyword.iskeyword(better)
+    if "for example" in error:
+        valid = error.split("for example ")[1].strip()
+        assert valid.isidentifier()
+        assert not keyword.iskeyword(valid)

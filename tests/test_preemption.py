@@ -96,7 +96,7 @@ def test_a_run_stopped_at_any_moment_goes_on_exactly(straight, table, tmp_path, 
     assert step == (-(-batches // a_step) if during == "train" else -(-batches // 2) * 3), "it or the validation ends"
     assert find_checkpoint(run, "last").name == f"last-{step}.ckpt", "the very step it stopped at is saved"
     said = capfd.readouterr()
-    assert f"stopped by {number} at step {step}; `bigmodel fit --resume {run}` goes on from there" in said.out
+    assert f"stopped by {number} at step {step}; `bigmodel fit --resume {run}` resumes from that step" in said.out
     assert f"{number}: stopping after this optimizer step" in said.err
     main(["fit", "--resume", str(run), "--callbacks.tell", "null"])
     assert record(run)["status"] == "finished"
@@ -142,7 +142,7 @@ def test_a_second_ctrl_c_stops_at_once(table, tmp_path, monkeypatch, capfd):
 def test_without_a_last_checkpoint_it_says_that_nothing_was_saved(table, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     assert stop(experiment(table, "runs", "--callbacks.last", "null", *tell(batches=5))) == 85
-    assert "goes on from the last checkpoint" in capfd.readouterr().out
+    assert "resumes from the last checkpoint" in capfd.readouterr().out
 
 
 def test_lightning_handles_signals_again_afterwards(table, tmp_path, monkeypatch):
@@ -263,6 +263,6 @@ def test_a_launcher_outside_sees_status_and_message(table, tmp_path):
     time.sleep(0.01)
     rest, _ = process.communicate(timeout=forked.LIMIT)
     assert process.returncode == 85, "".join(lines) + rest
-    assert "goes on from there" in rest
+    assert "resumes from that step" in rest
     assert "Traceback" not in rest
     assert record(only_run(tmp_path / "runs"))["status"] == "preempted"

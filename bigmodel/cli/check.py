@@ -29,17 +29,18 @@ from bigmodel.training.callbacks import Anomalies, StepTimer
 _HELP = """\
 bigmodel check -c EXPERIMENT.yaml [-c MORE.yaml ...] [--KEY VALUE ...]
 
-Takes a few steps of what `bigmodel fit` would do with the same words, in about a minute, and prints a line for each finding:
+Takes a few steps of the run that `bigmodel fit` would start with the same arguments, in about a minute, and prints a line
+for each finding:
 
-  ok   what          a figure
-  FAIL what: why, and what to do
+  ok   NAME          measurement
+  FAIL NAME: problem and remedy
 
-It opens the data, makes the net, takes up to 20 optimizer steps, writes a checkpoint and reads it back, runs a few batches
-of validation; on several processes it compares versions and sums known numbers. Then it says how long the whole run will
-take at this speed, and how much disk its checkpoints need. The exit status is 1 if anything failed, and 2 for a
-configuration that fit would refuse.
+It opens the data, creates the net, takes up to 20 optimizer steps, writes a checkpoint and reads it back, and runs a few
+batches of validation; on several processes it compares versions and sums test values. It estimates the duration of the whole
+run at this speed, and the disk space of its checkpoints. The exit status is 1 if anything failed, and 2 for a configuration
+that fit refuses.
 
-It leaves no run directory and no run in W&B behind. Data that it prepared stay in the cache, for fit to use.
+It creates no run directory and no run in W&B. Prepared data stay in the cache for fit.
 """
 
 _VALIDATION_BATCHES = 4
@@ -52,7 +53,7 @@ def run_check(argv: list[str]) -> Probe | None:
         The measurements; None if only help was requested.
 
     Raises:
-        ValueError: for anything that `fit` would refuse.
+        ValueError: for anything that `fit` refuses.
         SystemExit: with status 1, if a finding is a failure.
     """
     positional, files, flags = parse_flags(argv)
@@ -83,7 +84,7 @@ def run_check(argv: list[str]) -> Probe | None:
             if not _out_of_memory(error):
                 findings.fail(probe.stage, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
                 raise
-            findings.fail("memory", "it does not suffice: set a smaller --data.micro_batch_size, or a smaller net")
+            findings.fail("memory", "out of memory: set a smaller --data.micro_batch_size, or a smaller net")
         else:
             _conclude(cli.trainer, probe, shutil.disk_usage(folder).free, runs_dir)
     if findings.failed:
@@ -92,13 +93,12 @@ def run_check(argv: list[str]) -> Probe | None:
 
 
 def _temporary_folder(runs_dir: Path) -> tempfile.TemporaryDirectory[str]:
-    there = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
+    existing = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
     try:
-        return tempfile.TemporaryDirectory(prefix=".bigmodel-check-", dir=there)
+        return tempfile.TemporaryDirectory(prefix=".bigmodel-check-", dir=existing)
     except OSError as error:
         raise ValueError(
-            f"--runs_dir {runs_dir}: runs are kept there, and nothing can be written to {there} ({error.strerror});"
-            " choose another folder"
+            f"--runs_dir {runs_dir}: the folder {existing} is not writable ({error.strerror}); choose another folder"
         ) from error
 
 
@@ -122,11 +122,11 @@ def _conclude(trainer: Any, probe: Probe, free: int, runs_dir: Path) -> None:
     """Report the duration of the whole run, and the disk space of its checkpoints."""
     findings, steps, step_seconds = probe.findings, probe.total, probe.step_seconds
     if step_seconds is None:
-        findings.ok("whole run", "one step: too short for a figure")
+        findings.ok("whole run", "one step: too short to estimate")
         return
     if steps < 0:
         findings.ok(
-            "whole run", f"without an end; 1,000 steps take {_clock(1000 * step_seconds)}, validation not included"
+            "whole run", f"no maximum of steps; 1,000 steps take {_clock(1000 * step_seconds)}, validation not included"
         )
         return
     seconds, included, validations = steps * step_seconds, [], 0
@@ -152,7 +152,7 @@ def _conclude(trainer: Any, probe: Probe, free: int, runs_dir: Path) -> None:
         findings.fail(
             "disk",
             f"checkpoints need {amount(need)}, {amount(free)} are free in {runs_dir}: free some, choose another"
-            " --runs_dir, or keep fewer (--callbacks.NAME.keep)",
+            " --runs_dir, or save fewer (--callbacks.NAME.keep)",
         )
     else:
         findings.ok("disk", f"checkpoints need {amount(need)}, {amount(free)} are free in {runs_dir}")

@@ -91,7 +91,7 @@ class Probe(run.QuietRunDirectory):
         self.checkpoints = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
         trainer.callbacks = [callback for callback in trainer.callbacks if callback not in self.checkpoints]
         # Validation runs after the last step, independent of the configured interval.
-        self._few, trainer.limit_val_batches = trainer.limit_val_batches, 0
+        self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
         self.every_n_epoch, trainer.check_val_every_n_epoch = trainer.check_val_every_n_epoch, 1
         self.total, self.accumulation = num_steps(trainer), trainer.accumulate_grad_batches
         self._gradients = get_callback(trainer, GradientScaling)
@@ -147,7 +147,7 @@ class Probe(run.QuietRunDirectory):
             self.stage = "checkpoint"
             self._check_checkpoint(trainer)
             self.stage = "validation"
-            trainer.limit_val_batches = self._few
+            trainer.limit_val_batches = self._limit_val_batches
             trainer.should_stop = True  # after a validation
 
     def _report_speed(self, trainer: Trainer, pl_module: LightningModule, seconds: float) -> None:
@@ -182,7 +182,7 @@ class Probe(run.QuietRunDirectory):
         if bad is not None:
             self.findings.fail(
                 "loss",
-                f"it is {values[bad]} at step {bad + 1}: look at the data, lower --model.optimizer.lr, give a longer"
+                f"it is {values[bad]} at step {bad + 1}: check the data, lower --model.optimizer.lr, set a longer"
                 " --model.schedule.warmup_steps, or set --trainer.precision 32-true",
             )
             return
@@ -242,5 +242,5 @@ class Probe(run.QuietRunDirectory):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         if self.validated == 0:
-            self.findings.ok("validation", "none: there is no validation split, or it is switched off")
+            self.findings.ok("validation", "none: there is no validation split, or it is disabled")
         report_peak_memory(self.findings, pl_module.device)

@@ -1,4 +1,4 @@
-"""`bigmodel export RUN`: the trained net's weights in a file for other programs."""
+"""`bigmodel export RUN`: write a run's weights to a safetensors file."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _FLAGS = ("checkpoint", "format", "output", "runs_dir")
 _HELP = """\
 bigmodel export RUN [--checkpoint best|last|FILE] [--format safetensors] [--output FILE]
 
-Writes the weights of a run's net, the average where the run kept one, into one safetensors file. Each tensor is contiguous;
-of tied ones the first stands in the file. Its metadata, each value as JSON: class_path and sizes of the net, model (the
-whole block of the configuration), version of bigmodel, checkpoint, average (which, or null), and tied (name: the name whose
+Writes the weights of a run's net, averaged if the run saved an average, to one safetensors file. Each tensor is contiguous;
+of tied tensors, only the first is written. Metadata, each value as JSON: class_path and sizes of the net, model (its whole
+block of the configuration), version of bigmodel, checkpoint, average (its name, or null), and tied (name: the name whose
 tensor it shares).
 
   --checkpoint NAME      best (default), last, or a file in the run's checkpoints/
   --format NAME          safetensors (default)
-  --output FILE          default: RUN/<checkpoint>.safetensors; a file that is there already is not overwritten
+  --output FILE          default: RUN/<checkpoint>.safetensors; an existing file is not overwritten
 """
 
 
@@ -39,10 +39,12 @@ def run_export(argv: list[str]) -> None:
         raise ValueError("name one run, as in `bigmodel export RUN`; `bigmodel list` shows the runs")
     unknown = flags.keys() - set(_FLAGS)
     if unknown:
-        raise ValueError(f"no flag --{sorted(unknown)[0]}; export takes {', '.join('--' + name for name in _FLAGS)}")
+        raise ValueError(
+            f"no flag --{sorted(unknown)[0]}; `bigmodel export` accepts {', '.join('--' + name for name in _FLAGS)}"
+        )
     kind = flags.get("format", _FORMATS[0])
     if kind not in _FORMATS:
-        raise ValueError(f"--format {kind} is not known; choose {' or '.join(_FORMATS)}")
+        raise ValueError(f"--format {kind} is not supported; choose {' or '.join(_FORMATS)}")
 
     from bigmodel import run
     from bigmodel.checkpoint import find_checkpoint
@@ -51,7 +53,7 @@ def run_export(argv: list[str]) -> None:
     checkpoint = find_checkpoint(directory, flags.get("checkpoint", "best"))
     output = Path(flags.get("output") or directory / f"{checkpoint.stem}.{kind}")
     if output.exists():
-        raise ValueError(f"{output} is there already: no export overwrites another; name a new file by --output")
+        raise ValueError(f"{output} exists and is not overwritten; choose a new file with --output")
     if not output.parent.is_dir():
         raise ValueError(f"--output {output}: there is no folder {output.parent}")
     _write_safetensors(checkpoint, output)
@@ -68,7 +70,7 @@ def _write_safetensors(checkpoint: Path, output: Path) -> None:
     task = load(checkpoint)
     net: Any = task.merged_model() if isinstance(task, SupportsExport) else getattr(task, "net", None)
     if net is None:
-        raise ValueError(f"{type(task).__name__} has no net to export: it should be in its attribute `net`")
+        raise ValueError(f"{type(task).__name__} has no attribute `net` to export")
     tensors, tied = _each_once(net)
     content = read(checkpoint, whole=False)
     average = find_average(content)

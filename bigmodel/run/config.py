@@ -26,9 +26,9 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for n, key in enumerate(keys) if key in keys[:n]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands here twice", node.start_mark)
+        duplicate = next((key for n, key in enumerate(keys) if key in keys[:n]), None)
+        if duplicate is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {duplicate!r}", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -53,7 +53,7 @@ def read_yaml(path: str | Path) -> Config:
     except yaml.YAMLError as error:
         raise ValueError(f"the configuration {path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"the configuration {path} holds no keys; it should be a mapping such as `trainer: {{...}}`")
+        raise ValueError(f"the configuration {path} is not a mapping; write keys such as `trainer: {{...}}`")
     return current(content)
 
 
@@ -65,7 +65,7 @@ def read_defaults() -> Config:
 def merge(base: Any, over: Any) -> Any:
     """Return `over` merged onto `base`, without changing either; see the rules above."""
     if isinstance(base, str) and isinstance(over, dict) and "class_path" not in over:
-        base = {"class_path": base}  # a class given by name only, to which arguments are added
+        base = {"class_path": base}  # a class path alone, to which arguments are added
     if not isinstance(base, dict) or over is None:
         return copy.deepcopy(over)
     if "class_path" in base:
@@ -107,7 +107,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[list[str], list[str], list[tuple[s
                 value = tokens.pop(0) if tokens and not re.match(r"--?[a-zA-Z]", tokens[0]) else "true"
             flags.append((key[2:].replace("-", "_"), value))
         elif re.match(r"-[a-zA-Z]", token):
-            raise ValueError(f"there is no flag {token}; flags begin with two dashes, and -c names a YAML file")
+            raise ValueError(f"there is no flag {token}; flags begin with two dashes, and -c gives a YAML file")
         else:
             positional.append(token)
     return positional, files, flags

@@ -267,10 +267,10 @@ class RunDirectory(Callback):
         for logger in trainer.loggers:
             if stopped and isinstance(logger, WandBRun):
                 logger.experiment.mark_preempting()  # so that W&B does not mark it as crashed
-        where = "there" if stopped and stopped.saved else "the last checkpoint"
+        where = "that step" if stopped and stopped.saved else "the last checkpoint"
         how = f"stopped by {stopped.signal.name}" if stopped else "stopped"
         print(
-            f"{how} at step {trainer.global_step:,}; `bigmodel fit --resume {self.directory}` goes on from {where}",
+            f"{how} at step {trainer.global_step:,}; `bigmodel fit --resume {self.directory}` resumes from {where}",
             flush=True,
         )
 
@@ -292,8 +292,8 @@ class RunDirectory(Callback):
         returns = self.record.get("returns", [])
         if entry not in returns:  # already recorded, if an older checkpoint had to be used on resume
             self._update_record(returns=[*returns, entry])
-        passed_over = f"the samples of optimizer steps {step + 1:,} to {cause.step:,} are passed over"
-        print(f"{cause}; back to {checkpoint.name}: {passed_over}", flush=True)
+        skipped = f"the samples of optimizer steps {step + 1:,} to {cause.step:,} are skipped"
+        print(f"{cause}; back to {checkpoint.name}: {skipped}", flush=True)
         return checkpoint
 
     def _record_status(self, trainer: Trainer, status: str) -> None:
