@@ -11,7 +11,8 @@ import torch
 
 from bigmodel.cli import findings as findings_module
 from bigmodel.cli import main
-from bigmodel.cli.formatting import amount, describe, different, num_validations
+from bigmodel.cli.check import num_validations
+from bigmodel.cli.formatting import find_differences, format_batch, format_bytes
 
 EXPERIMENT = str(Path(__file__).parent / "outsider" / "experiment.yaml")
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -162,15 +163,15 @@ def test_validations_are_counted_as_they_come(every, every_n_epoch):
 def test_any_bit_is_a_difference():
     nan = float("nan")
     a = {"x": torch.tensor([1.0, nan]), "n": [1, {"y": torch.tensor(0.0)}], "f": nan, "s": "text"}
-    assert different(a, {**a, "x": a["x"].clone()}) == []
-    assert different(a, {**a, "n": [1, {"y": torch.tensor(-0.0)}]}) == ["n/1/y"]
-    assert different(a, {**a, "x": a["x"].double(), "s": "texts"}) == ["x", "s"]
-    assert different(a, {**a, "more": 1}) == [""]
-    assert different({"a": a}, {"a": {}}) == ["a"]
+    assert find_differences(a, {**a, "x": a["x"].clone()}) == []
+    assert find_differences(a, {**a, "n": [1, {"y": torch.tensor(-0.0)}]}) == ["n/1/y"]
+    assert find_differences(a, {**a, "x": a["x"].double(), "s": "texts"}) == ["x", "s"]
+    assert find_differences(a, {**a, "more": 1}) == [""]
+    assert find_differences({"a": a}, {"a": {}}) == ["a"]
 
 
 def test_shapes_and_amounts_for_people():
-    assert describe({"x": torch.zeros(2, 3), "y": [torch.zeros(1, dtype=torch.int64), "text"]}) == (
+    assert format_batch({"x": torch.zeros(2, 3), "y": [torch.zeros(1, dtype=torch.int64), "text"]}) == (
         "{x [2, 3] float32, y ([1] int64, str)}"
     )
-    assert [amount(n) for n in (999, 1000, 1_234_567, 5e12)] == ["999 bytes", "1 kB", "1.23 MB", "5,000.0 GB"]
+    assert [format_bytes(n) for n in (999, 1000, 1_234_567, 5e12)] == ["999 bytes", "1 kB", "1.23 MB", "5,000.0 GB"]

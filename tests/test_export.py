@@ -94,7 +94,6 @@ def test_nothing_is_overwritten_and_what_is_wrong_is_said(bm):
     Path("there.safetensors").write_text("mine")
     assert "there.safetensors exists" in bm("export", "last", "--output", "there.safetensors", fails=True)
     assert Path("there.safetensors").read_text() == "mine"
-    assert "--format onnx is not supported; choose safetensors" in bm("export", "last", "--format", "onnx", fails=True)
     assert "no flag --chekpoint; `bigmodel export` accepts --checkpoint" in bm(
         "export", "last", "--chekpoint", "best", fails=True
     )

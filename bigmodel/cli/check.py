@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 
 from bigmodel.cli import ClearError
 from bigmodel.cli.class_help import print_class_help
 from bigmodel.cli.dry_run import Findings, Probe
-from bigmodel.cli.formatting import amount, num_saves, num_validations
+from bigmodel.cli.formatting import format_bytes
 from bigmodel.cli.lightning_warnings import quiet_lightning
 from bigmodel.cli.run_verb import run_verb
 from bigmodel.cli.trainer_cli import TrainerCLI, merge_config
@@ -86,7 +86,7 @@ def run_check(argv: list[str]) -> Probe | None:
                 raise
             findings.fail("memory", "out of memory: set a smaller --data.micro_batch_size, or a smaller net")
         else:
-            _conclude(cli.trainer, probe, shutil.disk_usage(folder).free, runs_dir)
+            _estimate(cli.trainer, probe, shutil.disk_usage(folder).free, runs_dir)
     if findings.failed:
         sys.exit(1)
     return probe
@@ -103,7 +103,7 @@ def _temporary_folder(runs_dir: Path) -> tempfile.TemporaryDirectory[str]:
 
 
 def _shorten(trainer: Any, probe: Probe) -> None:
-    """Disable loggers, callbacks and settings that would leave files, or print between the findings."""
+    """Disable loggers, callbacks and options that would leave files, or print between the findings."""
     trainer.loggers = []
     # The probe prints instead of the bar, and checks the loss itself.
     trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, ProgressBar | Anomalies | StepTimer)]
@@ -118,15 +118,16 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _conclude(trainer: Any, probe: Probe, free: int, runs_dir: Path) -> None:
-    """Report the duration of the whole run, and the disk space of its checkpoints."""
+def _estimate(trainer: Any, probe: Probe, free: int, runs_dir: Path) -> None:
+    """Report the estimated duration of the whole run, and the disk space of its checkpoints."""
     findings, steps, step_seconds = probe.findings, probe.total, probe.step_seconds
     if step_seconds is None:
         findings.ok("whole run", "one step: too short to estimate")
         return
     if steps < 0:
         findings.ok(
-            "whole run", f"no maximum of steps; 1,000 steps take {_clock(1000 * step_seconds)}, validation not included"
+            "whole run",
+            f"no maximum of steps; 1,000 steps take {_format_seconds(1000 * step_seconds)}, validation not included",
         )
         return
     seconds, included, validations = steps * step_seconds, [], 0
@@ -141,24 +142,55 @@ def _conclude(trainer: Any, probe: Probe, free: int, runs_dir: Path) -> None:
         probe.validation_seconds = num_batches * probe.batch_seconds
         seconds += validations * probe.validation_seconds
         included.append(f"{validations:,} validation(s) of {num_batches:,} batch(es)")
-    saves = [num_saves(callback, steps, seconds, validations) for callback in probe.checkpoints]
+    saves = [_num_saves(callback, steps, seconds, validations) for callback in probe.checkpoints]
     seconds += sum(saves) * probe.save_seconds
     included.append(f"{sum(saves):,} checkpoint(s)")
-    findings.ok("whole run", f"{steps:,} steps take {_clock(seconds)} at this speed, with {' and '.join(included)}")
+    findings.ok(
+        "whole run", f"{steps:,} steps take {_format_seconds(seconds)} at this speed, with {' and '.join(included)}"
+    )
     # The next one is written before the previous one is deleted.
-    kept = [n if c.save_top_k < 0 else min(n, c.save_top_k + 1) for c, n in zip(probe.checkpoints, saves, strict=True)]
-    need = sum(kept) * probe.size
+    saved = [n if c.save_top_k < 0 else min(n, c.save_top_k + 1) for c, n in zip(probe.checkpoints, saves, strict=True)]
+    need = sum(saved) * probe.size
     if need > free:
         findings.fail(
             "disk",
-            f"checkpoints need {amount(need)}, {amount(free)} are free in {runs_dir}: free some, choose another"
+            f"checkpoints need {format_bytes(need)}, {format_bytes(free)} are free in {runs_dir}: free some, choose another"
             " --runs_dir, or save fewer (--callbacks.NAME.keep)",
         )
     else:
-        findings.ok("disk", f"checkpoints need {amount(need)}, {amount(free)} are free in {runs_dir}")
+        findings.ok("disk", f"checkpoints need {format_bytes(need)}, {format_bytes(free)} are free in {runs_dir}")
 
 
-def _clock(seconds: float) -> str:
+def num_validations(batches: float, per_epoch: float, every: float, every_n_epoch: int | None) -> int:
+    """Return the number of validations in a run.
+
+    Args:
+        batches: micro-batches of the whole run.
+        per_epoch: micro-batches of an epoch.
+        every: micro-batches between validations: of an epoch, or of the run if `every_n_epoch` is None.
+        every_n_epoch: validate only in every n-th epoch.
+    """
+    if every_n_epoch is None:
+        return int(batches // every)
+    every = min(every, per_epoch)
+    epochs, rest = divmod(batches, per_epoch)
+    in_last = rest // every if (epochs + 1) % every_n_epoch == 0 else 0
+    return int(epochs // every_n_epoch * (per_epoch // every) + in_last) if epochs else int(in_last)
+
+
+def _num_saves(callback: ModelCheckpoint, steps: int, seconds: float, validations: int) -> int:
+    """Return the maximum number of checkpoints of a callback in a run of so many steps, seconds and validations."""
+    if callback.save_top_k == 0:
+        return 0
+    every, interval = callback._every_n_train_steps, callback._train_time_interval
+    if callback.monitor is None and every:
+        return -(-steps // every)  # the last step is always saved
+    if callback.monitor is None and interval is not None:
+        return int(seconds // interval.total_seconds()) + 1
+    return validations
+
+
+def _format_seconds(seconds: float) -> str:
     return str(timedelta(seconds=max(1, round(seconds))))
 
 

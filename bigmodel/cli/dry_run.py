@@ -22,7 +22,7 @@ from bigmodel.cli.findings import (
     report_peak_memory,
     synchronize,
 )
-from bigmodel.cli.formatting import describe
+from bigmodel.cli.formatting import format_batch
 from bigmodel.data.sampling import data_parallel_size
 from bigmodel.training.callbacks import GradientScaling, TrainingLog
 from bigmodel.training.callbacks.gradient_scaling import get_callback
@@ -113,7 +113,7 @@ class Probe(run.QuietRunDirectory):
         waited = time.perf_counter() - self._ended
         self._waited += waited
         if self._step == 0 and batch_idx == 0:
-            self.findings.ok("first batch", f"{describe(batch)}, after {1e3 * waited:.1f} ms")
+            self.findings.ok("first batch", f"{format_batch(batch)}, after {1e3 * waited:.1f} ms")
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -214,7 +214,7 @@ class Probe(run.QuietRunDirectory):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self.validated == 0:
-            self._described = describe(batch)
+            self._described = format_batch(batch)
             self._start = time.perf_counter()
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bigmodel import run
 from bigmodel.checkpoint import read, size_on_disk
-from bigmodel.cli.formatting import amount, different
+from bigmodel.cli.formatting import find_differences, format_bytes
 from bigmodel.parallel.tensors import local
 
 _MAX_REDUCED = 1 << 24  # float32 numbers in the sum over processes, 64 MB: a typical part of a net's gradients
@@ -60,7 +60,7 @@ def check_processes(findings: Findings, pl_module: LightningModule) -> None:
     seconds, world = time.perf_counter() - start, len(hosts)
     correct = all(gather(bool((numbers == world * (world + 1) / 2).all())))
     nodes = len(set(hosts))
-    tested = f"{world} on {nodes} node{'s' if nodes > 1 else ''}; the sum of {amount(4 * size)} over them"
+    tested = f"{world} on {nodes} node{'s' if nodes > 1 else ''}; the sum of {format_bytes(4 * size)} over them"
     if correct:
         findings.ok("processes", f"{tested} is correct, in {1e3 * seconds:.1f} ms")
     else:
@@ -79,7 +79,7 @@ def report_memory(findings: Findings, trainer: Trainer, pl_module: LightningModu
         if isinstance(value, Tensor)
     ]
     tensors: dict[str, list[Any]] = {"weights": parameters, "gradients": gradients, "optimizer state": state}
-    parts = [f"{name} {amount(_num_bytes(some))}" for name, some in tensors.items()]
+    parts = [f"{name} {format_bytes(_num_bytes(some))}" for name, some in tensors.items()]
     findings.ok("memory", ", ".join(parts) + (" in each process" if trainer.world_size > 1 else ""))
 
 
@@ -88,11 +88,11 @@ def report_peak_memory(findings: Findings, device: torch.device) -> None:
     if device.type == "cuda":
         most = max(gather(torch.cuda.max_memory_allocated(device)))
         whole = torch.cuda.get_device_properties(device).total_memory
-        findings.ok("peak memory", f"{amount(most)} of the GPU's {amount(whole)}")
+        findings.ok("peak memory", f"{format_bytes(most)} of the GPU's {format_bytes(whole)}")
     else:
         unit = 1 if sys.platform == "darwin" else 1024  # bytes
         most = max(gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
-        findings.ok("peak memory", f"{amount(most)} resident in a process")
+        findings.ok("peak memory", f"{format_bytes(most)} resident in a process")
 
 
 def check_checkpoint(findings: Findings, written: dict[str, Any], path: Path, seconds: float) -> None:
@@ -104,7 +104,7 @@ def check_checkpoint(findings: Findings, written: dict[str, Any], path: Path, se
         path: the file, or a folder of shards.
         seconds: the time that writing took.
     """
-    wrong = different(written, read(path, whole=False))  # of sharded tensors, this process's part
+    wrong = find_differences(written, read(path, whole=False))  # of sharded tensors, this process's part
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         findings.fail(
@@ -122,7 +122,7 @@ def check_checkpoint(findings: Findings, written: dict[str, Any], path: Path, se
         return
     findings.ok(
         "checkpoint",
-        f"{amount(size_on_disk(path))}, written in {seconds:.2f} s, read back bitwise equal, loaded without data",
+        f"{format_bytes(size_on_disk(path))}, written in {seconds:.2f} s, read back bitwise equal, loaded without data",
     )
 
 

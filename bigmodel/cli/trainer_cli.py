@@ -6,7 +6,7 @@
 4. LightningCLI instantiates trainer, task and data; the task keeps `net` as a factory of its arguments.
 5. `run_verb` calls `trainer.fit`; the task's `configure_model` calls the factory with the sizes that the data define.
 
-Flags are merged before jsonargparse sees them, because it keeps arguments of a class that a flag replaces by another.
+Flags are merged before jsonargparse parses them: if a flag replaces a class, jsonargparse would retain its arguments.
 """
 
 from __future__ import annotations
@@ -160,12 +160,12 @@ def run_trainer(verb: str, argv: list[str]) -> None:
     directory = run.find_run(source, runs_dir) if source is not None else None
     checkpoint = None
     if directory is not None:
-        # The first process verifies the file, and the others use its choice (`run.RunDirectory`, `AtomicCheckpointIO`).
+        # The first process verifies the file, and all processes use its choice (`run.RunDirectory`, `AtomicCheckpointIO`).
         verify = rank_zero_only.rank == 0  # type: ignore[attr-defined]
         checkpoint = find_checkpoint(directory, "last" if verb == "fit" else own.get("checkpoint", "best"), verify)
     elif not files and not any(key.endswith("help") for key, _ in flags):
-        other = "resume a run with --resume RUN" if verb == "fit" else "name a run"
-        raise ValueError(f"nothing to {verb}: give an experiment with -c FILE.yaml, or {other}")
+        alternative = "resume a run with --resume RUN" if verb == "fit" else "name a run"
+        raise ValueError(f"nothing to {verb}: give an experiment with -c FILE.yaml, or {alternative}")
 
     merged = merge_config(files, flags, directory)
     if print_class_help(flags, merged):

@@ -61,7 +61,7 @@ class RunDirectory(Callback):
 
     Attributes:
         restart_step: the optimizer step from which a resumed run continues.
-        runs_dir: the folder of other runs.
+        runs_dir: the folder of all runs.
     """
 
     def __init__(self, config: dict[str, Any], resumed: Path | None = None, checkpoint: Path | None = None) -> None:
@@ -148,11 +148,7 @@ class RunDirectory(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = True
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.started = True
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.started = True
+    on_test_start = on_predict_start = on_validation_start
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._froze = freeze_objects() or self._froze

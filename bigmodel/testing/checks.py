@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from bigmodel.cli import plugins
-from bigmodel.cli.formatting import describe
+from bigmodel.cli.formatting import format_batch
 from bigmodel.data.sampling import Loader
 from bigmodel.protocols import Batch, TaskData
 from bigmodel.run.config import Config
@@ -119,7 +119,7 @@ def check_batch(run: RunRecorder) -> str:
         )
     if not isinstance(batch, Batch) or not {"index", "weight"} <= set(batch._fields):
         raise CheckFailed(
-            f"{describe(batch)} lacks index [B] (number of the sample) or weight [B] (0 for padding rows)"
+            f"{format_batch(batch)} lacks index [B] (number of the sample) or weight [B] (0 for padding rows)"
         )
     other = [name for name, part in zip(batch._fields, batch, strict=True) if not isinstance(part, Tensor)]
     if other:
@@ -131,11 +131,11 @@ def check_batch(run: RunRecorder) -> str:
     rows = {name: part.shape[0] if part.ndim else None for name, part in zip(batch._fields, batch, strict=True)}
     if len(set(rows.values())) > 1 or index.ndim != 1 or weight.ndim != 1:
         raise CheckFailed(
-            f"{describe(batch)}: all fields must have the same first dimension; index and weight must have no other"
+            f"{format_batch(batch)}: all fields must have the same first dimension; index and weight must have no other"
         )
     if index.is_floating_point() or not weight.is_floating_point() or not (weight > 0).all():
-        raise CheckFailed(f"{describe(batch)}: index must be integers, and weight floats above 0 in training")
-    return describe(batch)
+        raise CheckFailed(f"{format_batch(batch)}: index must be integers, and weight floats above 0 in training")
+    return format_batch(batch)
 
 
 def check_loaders(run: RunRecorder) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bigmodel.cli import ClearError
-from bigmodel.cli.formatting import different
+from bigmodel.cli.formatting import find_differences
 from bigmodel.run.config import Config
 from bigmodel.testing import checks, protocol_checks, short_runs
 from bigmodel.testing.checks import CheckFailed, CheckResult, CheckSkipped
@@ -136,7 +136,7 @@ class ConformanceSuite:
                 f"resumed after step {STOPPED_AT}, the run took different samples than the uninterrupted run: the order must"
                 " be a function of seed and epoch, as in bigmodel.data.sampling.train_loader"
             )
-        wrong = different(resumable_state(run.checkpoints[-1]), resumable_state(resumed.checkpoints[-1]))
+        wrong = find_differences(resumable_state(run.checkpoints[-1]), resumable_state(resumed.checkpoints[-1]))
         if wrong:
             more = f" and {len(wrong) - 2} more" if len(wrong) > 2 else ""
             raise CheckFailed(
@@ -158,7 +158,7 @@ class ConformanceSuite:
         self.has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self._run.task.modules())
         self.reference = short_runs.fit(self._config(comparable=True), RunRecorder(dropout=False, check_sum=True))
         other = short_runs.fit(self._config(comparable=True), RunRecorder(dropout=False, seed=1))
-        self.draws = bool(different(self.reference.end, other.end))
+        self.draws = bool(find_differences(self.reference.end, other.end))
         self._require_comparable()
         (whole, count), *halves = self.reference.halves
         parts, counts = (sum(values) for values in zip(*halves, strict=True))
@@ -274,7 +274,7 @@ class ConformanceSuite:
 
     def _reload(self) -> str:
         results = self._read_results("reload")
-        wrong = different(results["written"], results["state_dict"])
+        wrong = find_differences(results["written"], results["state_dict"])
         if wrong:
             raise CheckFailed(
                 f"bigmodel.load gives different values for {', '.join(wrong[:3])} than the checkpoint has"
