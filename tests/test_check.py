@@ -24,13 +24,13 @@ def checked(tmp_path, monkeypatch, table, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(*flags, status=0, verb="check"):
-        words = [verb, "-c", EXPERIMENT, "--data.path", table, "--trainer.accelerator", "cpu", *flags]
+        arguments = [verb, "-c", EXPERIMENT, "--data.path", table, "--trainer.accelerator", "cpu", *flags]
         capsys.readouterr()
         if status == 0:
-            main([str(word) for word in words])
+            main([str(part) for part in arguments])
         else:
             with pytest.raises(SystemExit) as stopped:
-                main([str(word) for word in words])
+                main([str(part) for part in arguments])
             assert stopped.value.code == status
         assert verb == "fit" or not list(tmp_path.iterdir()), "something was left behind"
         printed = capsys.readouterr()

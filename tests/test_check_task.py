@@ -344,7 +344,7 @@ def test_the_command_prints_a_line_each_and_fails_with_a_failure(monkeypatch, ca
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "message"),
+    ("arguments", "code", "message"),
     [
         (["no_such_task"], 2, "no task 'no_such_task' is installed; choose one of"),
         ([], 2, "name one task"),
@@ -361,11 +361,11 @@ def test_the_command_prints_a_line_each_and_fails_with_a_failure(monkeypatch, ca
         (["tabular_regression", "-c", OUTSIDER, "--data", "nowhere.Data"], 2, "no package 'nowhere' is installed"),
     ],
 )
-def test_what_cannot_be_checked_is_refused(words, code, message, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_checked_is_refused(arguments, code, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "fails.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        main(["check-task", *words])
+        main(["check-task", *arguments])
     assert stopped.value.code == code
     printed = capsys.readouterr()
     assert message in printed.out + printed.err

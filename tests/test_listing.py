@@ -49,15 +49,15 @@ def plugged(tmp_path, monkeypatch):
 
 
 def test_help_and_list_answer_at_once_whatever_is_installed(plugged):
-    for words in (["--help"], ["list"], ["new", "--help"], ["check-task", "--help"]):
+    for arguments in (["--help"], ["list"], ["new", "--help"], ["check-task", "--help"]):
         before = os.times()
         out = subprocess.check_output(
-            [sys.executable, "-c", HELP, *words], text=True, env={"PYTHONPATH": ":".join([str(plugged), *sys.path])}
+            [sys.executable, "-c", HELP, *arguments], text=True, env={"PYTHONPATH": ":".join([str(plugged), *sys.path])}
         )
         after = os.times()  # of a processor: a busy machine lets it wait
         spent = after.children_user - before.children_user + after.children_system - before.children_system
         assert spent < 2, "importing Lightning takes 5 s and more"
-        assert "good_5" in out or words != ["list"]
+        assert "good_5" in out or arguments != ["list"]
 
 
 def test_who_reads_the_list_may_stop_early():
@@ -158,12 +158,12 @@ def test_help_of_a_task_is_had_by_its_name(plugged, capsys):
     assert "--model.losses\n      terms by name" in out
     assert f"{ours}.Hint" in out
     assert "--model.losses.kd.help shows its arguments" in out
-    for words, message in [
+    for arguments, message in [
         (["--model.help", "twin"], "use twin_a.Task or twin_b.Task"),
         (["--model.help", "none"], "no such task is installed"),
         (["--model.help", "broken"], "cannot be imported (ModuleNotFoundError: No module named 'no_such_library')"),
         (["--model.net.help"], "no class is configured at model.net"),
     ]:
         with pytest.raises(SystemExit):
-            main(["fit", *words])
+            main(["fit", *arguments])
         assert message in capsys.readouterr().err

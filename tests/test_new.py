@@ -27,7 +27,7 @@ def made(tmp_path, monkeypatch, capsys):
 
 
 def test_a_package_is_the_template_under_its_name(made):
-    folder, said = made
+    folder, printed = made
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     inside = {f"bird_songs/{name}" for name in ("__init__.py", "data.py", "module.py", "experiment.yaml")}
     assert files == {"pyproject.toml", "README.md", "tests/test_bird_songs.py", *inside}
@@ -37,7 +37,7 @@ def test_a_package_is_the_template_under_its_name(made):
     assert 'bird_songs = "bird_songs.module:BirdSongs"' in text
     settings = yaml.safe_load((folder / "bird_songs" / "experiment.yaml").read_text())
     assert settings["model"]["class_path"] == "bird_songs.module.BirdSongs"
-    assert "pip install -e bird_songs\n  bigmodel fit -c bird_songs/experiment.yaml" in said
+    assert "pip install -e bird_songs\n  bigmodel fit -c bird_songs/experiment.yaml" in printed
     assert renamed("my_task.MyTask", "my_task") == "my_task.MyTask"
 
 
@@ -106,15 +106,15 @@ def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
     tried = CheckResult("ok", "task", "in test_check_task")
     monkeypatch.setattr(check_task, "check", lambda plans: iter([(0, tried)]))
     typed = [line.split(" #")[0].split() for block in blocks("bash") for line in block.splitlines()]
-    for words in typed:
-        if words[:2] == ["pip", "install"]:  # as pip does it, without a network
+    for arguments in typed:
+        if arguments[:2] == ["pip", "install"]:  # as pip does it, without a network
             install = ["install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "--target", "site"]
-            subprocess.run([sys.executable, "-m", "pip", *install, f"./{words[-1]}"], check=True)
+            subprocess.run([sys.executable, "-m", "pip", *install, f"./{arguments[-1]}"], check=True)
             monkeypatch.syspath_prepend(tmp_path / "site")
-        elif words[0] == "bigmodel":
-            main(words[1:])
+        elif arguments[0] == "bigmodel":
+            main(arguments[1:])
         else:
-            assert words == ["python", "-m", "pytest", "my_task/tests"], "which runs in test_its_own_tests_pass"
+            assert arguments == ["python", "-m", "pytest", "my_task/tests"], "which runs in test_its_own_tests_pass"
     printed = capsys.readouterr().out
     accuracies = [float(value) for value in re.findall(r"val/accuracy +(\d\.\d+)$", printed, re.MULTILINE)]
     assert len(accuracies) == 6, "three epochs, list, one epoch, validate"
@@ -124,7 +124,7 @@ def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (
             ["my-task"],
@@ -143,11 +143,11 @@ def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
         (["a_task", "--into", "file"], "the folder is not writable"),
     ],
 )
-def test_what_cannot_be_made_is_refused(words, message, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_made_is_refused(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as stopped:
-        main(["new", *words])
+        main(["new", *arguments])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert message in error
