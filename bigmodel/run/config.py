@@ -129,17 +129,17 @@ def layered(layers: Iterable[Config], flags: Iterable[tuple[str, str]]) -> Confi
     Raises:
         ValueError: for a flag under an earlier name; the message gives the current one.
     """
-    config: Config = {}
+    settings: Config = {}
     for layer in layers:
-        config = current(merge(config, layer))
+        settings = current(merge(settings, layer))
     for key, text in flags:
         value = flag_value(key, text)
         for part in reversed(key.split(".")):
             value = {part: value}
-        config = merge(config, current(value))
-        if (renamed := find_renamed(config)) is not None:
+        settings = merge(settings, current(value))
+        if (renamed := find_renamed(settings)) is not None:
             raise ValueError(renamed)
-    return config
+    return settings
 
 
 def experiment_name(files: Sequence[str]) -> str:

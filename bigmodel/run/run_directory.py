@@ -78,10 +78,10 @@ class RunDirectory(Callback):
             self.checkpoint = Path(trainer.strategy.broadcast(str(self.checkpoint)))
             self.restart_step = checkpoint_step(self.checkpoint)
         if self.directory is not None:
-            self._place_profile(trainer, self.directory)
+            self._set_profile_folder(trainer, self.directory)
         if stage == "fit":
             if self.directory is not None:  # needed for the checkpoint that is read next
-                self._place_checkpoints(trainer, self.directory)
+                self._set_checkpoint_folder(trainer, self.directory)
                 resume = get_callback(trainer, Resume)
                 if resume is not None:
                     resume.returns = trainer.strategy.broadcast(read_record(self.directory).get("returns", []))
@@ -108,8 +108,8 @@ class RunDirectory(Callback):
             if file := os.environ.get("BIGMODEL_RUN_FILE"):
                 Path(file).write_text(f"{self.directory.resolve()}\n")
         self.directory = Path(trainer.strategy.broadcast(str(self.directory)))
-        self._place_checkpoints(trainer, self.directory)
-        self._place_profile(trainer, self.directory)
+        self._set_checkpoint_folder(trainer, self.directory)
+        self._set_profile_folder(trainer, self.directory)
         if trainer.is_global_zero:
             self._start_loggers(trainer, self.directory)
             self._print_summary(trainer, pl_module)
@@ -163,13 +163,13 @@ class RunDirectory(Callback):
             self._froze = False
 
     @staticmethod
-    def _place_checkpoints(trainer: Any, directory: Path) -> None:
+    def _set_checkpoint_folder(trainer: Any, directory: Path) -> None:
         for callback in trainer.callbacks:
             if isinstance(callback, ModelCheckpoint):
                 callback.dirpath = str((directory / "checkpoints").resolve())
 
     @staticmethod
-    def _place_profile(trainer: Any, directory: Path) -> None:
+    def _set_profile_folder(trainer: Any, directory: Path) -> None:
         """Direct the profiler, if there is one, to the directory, unless another was configured."""
         profiler = trainer.profiler
         if isinstance(profiler, PassThroughProfiler):  # none
@@ -249,20 +249,17 @@ class RunDirectory(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._unfreeze()
-        if isinstance(exception, RollbackRequested):
-            self._record_status(trainer, "running")
+        stopped = exception if isinstance(exception, Preempted) else None
+        rollback = isinstance(exception, RollbackRequested)
+        if rollback or stopped:
+            self._record_status(trainer, "running" if stopped is None else stopped.status)
             for logger in trainer.loggers:
                 if isinstance(logger, WandBRun):
-                    logger.experiment.mark_preempting()
+                    logger.experiment.mark_preempting()  # so that W&B does not mark it as crashed
+        else:
+            self._record_status(trainer, "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed")
+        if rollback or not self.record:
             return
-        stopped = exception if isinstance(exception, Preempted) else None
-        by_hand = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
-        self._record_status(trainer, stopped.status if stopped else by_hand)
-        if not self.record:
-            return
-        for logger in trainer.loggers:
-            if stopped and isinstance(logger, WandBRun):
-                logger.experiment.mark_preempting()  # so that W&B does not mark it as crashed
         where = "that step" if stopped and stopped.saved else "the last checkpoint"
         how = f"stopped by {stopped.signal.name}" if stopped else "stopped"
         print(
