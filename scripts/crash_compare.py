@@ -22,7 +22,7 @@ class Comparison(NamedTuple):
 def compare_bitwise(straight: Path, crashed: Path, killed_at_end: bool) -> Comparison:
     """Tensors and columns of metrics of two runs on the same layout. A run that is killed while its last checkpoint is being
     written has that in part, for nothing is left to resume; else it has the same files."""
-    from bigmodel.cli.formatting import different
+    from bigmodel.cli.formatting import find_differences
 
     both: list[dict[str, Any]] = []
     for directory in (straight, crashed):
@@ -35,7 +35,7 @@ def compare_bitwise(straight: Path, crashed: Path, killed_at_end: bool) -> Compa
             "files": "" if killed_at_end else sorted(path.name for path in (directory / "checkpoints").iterdir()),
         }
         both.append(content)
-    return Comparison(sum(1 for _ in _leaves(both[0])), different(*both))
+    return Comparison(sum(1 for _ in _leaves(both[0])), find_differences(*both))
 
 
 def compare_layouts(straight: Path, crashed: Path, killed_at_end: bool) -> Comparison:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigmodel.cli import dry_run as probe
+from bigmodel.cli import findings as findings_module
 from bigmodel.cli import main
-from bigmodel.cli.formatting import amount, describe, different, num_validations
+from bigmodel.cli.check import num_validations
+from bigmodel.cli.formatting import find_differences, format_batch, format_bytes
 
 EXPERIMENT = str(Path(__file__).parent / "outsider" / "experiment.yaml")
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -23,13 +24,13 @@ def checked(tmp_path, monkeypatch, table, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(*flags, status=0, verb="check"):
-        words = [verb, "-c", EXPERIMENT, "--data.path", table, "--trainer.accelerator", "cpu", *flags]
+        arguments = [verb, "-c", EXPERIMENT, "--data.path", table, "--trainer.accelerator", "cpu", *flags]
         capsys.readouterr()
         if status == 0:
-            main([str(word) for word in words])
+            main([str(part) for part in arguments])
         else:
             with pytest.raises(SystemExit) as stopped:
-                main([str(word) for word in words])
+                main([str(part) for part in arguments])
             assert stopped.value.code == status
         assert verb == "fit" or not list(tmp_path.iterdir()), "something was left behind"
         printed = capsys.readouterr()
@@ -50,7 +51,7 @@ def test_it_says_what_fit_will_do(checked):
     assert found["first batch"].startswith("Rows(features [4, 2] float32, target [4] float32, index [4] int64")
     assert found["validation"].startswith("Rows(features [12, 2] float32")
     assert found["memory"].startswith("weights 260 bytes, gradients 260 bytes, optimizer state 5")  # and 4 steps
-    assert "read back bitwise the same, loaded without data" in found["checkpoint"]
+    assert "read back bitwise equal, loaded without data" in found["checkpoint"]
     assert "samples/s" in found["speed"]
     assert "36 steps take" in found["whole run"]
     assert "6 validation(s) of 2 batch(es)" in found["whole run"]
@@ -101,7 +102,7 @@ def test_bad_input_is_refused_as_fit_refuses_it(checked, flags):
 
 def test_help_and_what_is_typed_wrong(checked):
     assert "unexpected argument 'x.yaml' (a YAML file is given with -c)" in checked("x.yaml", status=2)
-    assert "ok   what" in checked("--help")
+    assert "ok   NAME" in checked("--help")
     assert "--model.net.width" in checked("--model.net.help")
 
 
@@ -121,14 +122,14 @@ def test_what_would_stop_the_run_later_is_found(checked, monkeypatch):
         assert "FAIL disk: checkpoints need" in out
         assert "1 kB are free" in out
 
-    def damaged(path, whole, read=probe.read):
+    def damaged(path, whole, read=findings_module.read):
         content = read(path, whole=whole)
         content["state_dict"]["net.layers.0.bias"] = content["state_dict"]["net.layers.0.bias"] + 1e-7
         return content
 
     with monkeypatch.context() as patch:
-        patch.setattr(probe, "read", damaged)
-        assert "FAIL checkpoint: state_dict/net.layers.0.bias came back changed" in checked(status=1)
+        patch.setattr(findings_module, "read", damaged)
+        assert "FAIL checkpoint: state_dict/net.layers.0.bias differ when read back" in checked(status=1)
 
 
 def test_an_error_of_the_task_is_named_and_shown(checked, monkeypatch):
@@ -141,7 +142,7 @@ def test_an_error_of_the_task_is_named_and_shown(checked, monkeypatch):
     with pytest.raises(RuntimeError, match="no such thing"):
         checked()
     monkeypatch.setattr(TabularRegression, "training_step", lambda self, batch: torch.empty(1 << 50))
-    assert "FAIL memory: it does not suffice" in checked(status=1)
+    assert "FAIL memory: out of memory" in checked(status=1)
 
 
 @pytest.mark.parametrize(("every", "every_n_epoch"), list(itertools.product([1, 3, 4, 7], [1, 2, 3, None])))
@@ -162,15 +163,15 @@ def test_validations_are_counted_as_they_come(every, every_n_epoch):
 def test_any_bit_is_a_difference():
     nan = float("nan")
     a = {"x": torch.tensor([1.0, nan]), "n": [1, {"y": torch.tensor(0.0)}], "f": nan, "s": "text"}
-    assert different(a, {**a, "x": a["x"].clone()}) == []
-    assert different(a, {**a, "n": [1, {"y": torch.tensor(-0.0)}]}) == ["n/1/y"]
-    assert different(a, {**a, "x": a["x"].double(), "s": "texts"}) == ["x", "s"]
-    assert different(a, {**a, "more": 1}) == [""]
-    assert different({"a": a}, {"a": {}}) == ["a"]
+    assert find_differences(a, {**a, "x": a["x"].clone()}) == []
+    assert find_differences(a, {**a, "n": [1, {"y": torch.tensor(-0.0)}]}) == ["n/1/y"]
+    assert find_differences(a, {**a, "x": a["x"].double(), "s": "texts"}) == ["x", "s"]
+    assert find_differences(a, {**a, "more": 1}) == [""]
+    assert find_differences({"a": a}, {"a": {}}) == ["a"]
 
 
 def test_shapes_and_amounts_for_people():
-    assert describe({"x": torch.zeros(2, 3), "y": [torch.zeros(1, dtype=torch.int64), "text"]}) == (
+    assert format_batch({"x": torch.zeros(2, 3), "y": [torch.zeros(1, dtype=torch.int64), "text"]}) == (
         "{x [2, 3] float32, y ([1] int64, str)}"
     )
-    assert [amount(n) for n in (999, 1000, 1_234_567, 5e12)] == ["999 bytes", "1 kB", "1.23 MB", "5,000.0 GB"]
+    assert [format_bytes(n) for n in (999, 1000, 1_234_567, 5e12)] == ["999 bytes", "1 kB", "1.23 MB", "5,000.0 GB"]

@@ -1,4 +1,4 @@
-"""Every task keeps every promise, and a task that breaks one is told which, and what to do."""
+"""Every task passes every check, and a task with a defect fails the right one, with a remedy."""
 
 import re
 import subprocess
@@ -12,19 +12,20 @@ import torch
 import transfer_runs
 from torch.utils.data import Dataset
 
-from bigmodel.cli import main, trainer_cli
+from bigmodel.cli import main
 from bigmodel.cli.new import write_package
+from bigmodel.cli.trainer_cli import merge_config
 from bigmodel.data.sampling import eval_loader
 from bigmodel.data.stateless_rng import uniform
 from bigmodel.protocols import PROTOCOL_VERSION
-from bigmodel.testing import checks
 from bigmodel.testing import command as check_task
-from bigmodel.testing.checks import Finding
+from bigmodel.testing import protocol_checks
+from bigmodel.testing.checks import CheckFailed, CheckResult
 from bigmodel.testing.worker import wait_for_file
 
 OUTSIDER = str(Path(__file__).parent / "outsider" / "experiment.yaml")
-PROMISES = ["task", "data", "batch", "loaders", "resume", "loss", "accumulation", "bf16", "evaluation", "logits"]
-PROMISES += ["predict", "generate", "corpus", "on_policy", "recommend", "reload", "two processes", "sharding"]
+CHECKS = ["task", "data", "batch", "loaders", "resume", "loss", "accumulation", "bf16", "evaluation", "logits"]
+CHECKS += ["predict", "generate", "corpus", "on_policy", "recommend", "reload", "two processes", "sharding"]
 TEXT = {"generate", "corpus", "on_policy"}
 GOOD = {  # and what is skipped
     "language_modeling": {"predict", "recommend"},
@@ -37,12 +38,12 @@ GOOD = {  # and what is skipped
 }
 DEFECTS = {  # which class, and what is found
     "model: MeanLoss": {
-        "loss": "it is a mean; take the sum",
-        "evaluation": "leave out rows of weight 0",
-        "logits": "it has features, and not all of features, logits, targets",
+        "loss": "it is a mean; return the sum",
+        "evaluation": "exclude rows of weight 0",
+        "logits": "the task has features, but not all of features, logits, targets",
     },
     "model: EachForItself": {
-        "task": "make the net in configure_model",
+        "task": "create the net in configure_model",
         "two processes": r"val/mse is [\d.]+ over the samples .* on two processes",
     },
     "model: DrawsElsewhere": {
@@ -51,21 +52,21 @@ DEFECTS = {  # which class, and what is found
         "predict": "no attribute 'train'",
     },
     "model: NoCount": {"loss": 'must return {"loss": sum, "count": number}'},
-    "model: Crashes": {"training": "RuntimeError: size mismatch.* Mend this first"},
-    "data: Unsized": {"data": "takes no micro_batch_size: add to its __init__"},
-    "data: Plain": {"loaders": "make it with bigmodel.data.sampling.train_loader"},
+    "model: Crashes": {"training": "RuntimeError: size mismatch.* Correct this first"},
+    "data: Unsized": {"data": "does not accept micro_batch_size: add to its __init__"},
+    "data: Plain": {"loaders": "create it with bigmodel.data.sampling.train_loader"},
     "data: Nameless": {"data": "plain int"},
-    "data: Bare": {"batch": r"lacks index \[B\]", "evaluation": "did not meet each sample once"},
+    "data: Bare": {"batch": r"lacks index \[B\]", "evaluation": "did not evaluate each sample once"},
 }
 
 
 def outsider(table, *flags):
-    return trainer_cli.merge_settings([OUTSIDER], [("data.path", str(table)), *flags])
+    return merge_config([OUTSIDER], [("data.path", str(table)), *flags])
 
 
 @pytest.fixture(scope="module")
 def found(table, digit_files, tmp_path_factory):
-    """All findings: {name: {promise: finding}}. All tasks share one pair of processes."""
+    """All results: {name: {check: result}}. All tasks share one pair of processes."""
     folder = tmp_path_factory.mktemp("tasks")
     write_package("new_task", folder / "new_task")
     cache = [("data.cache_dir", str(folder / "cache"))]
@@ -77,18 +78,12 @@ def found(table, digit_files, tmp_path_factory):
         patch.syspath_prepend(folder / "new_task")
         new = str(folder / "new_task" / "new_task" / "experiment.yaml")
         plans = {
-            "language_modeling": trainer_cli.merge_settings(
-                [str(experiments / "language_modeling" / "check.yaml")], cache
-            ),
-            "image_classification": trainer_cli.merge_settings(
-                [str(experiments / "image_classification/check.yaml")], pictures
-            ),
-            "recommendation": trainer_cli.merge_settings([str(experiments / "recommendation/check.yaml")], cache),
-            "transfer_learning": trainer_cli.merge_settings(
-                [str(experiments / "transfer_learning/check.yaml")], small_net
-            ),
+            "language_modeling": merge_config([str(experiments / "language_modeling" / "check.yaml")], cache),
+            "image_classification": merge_config([str(experiments / "image_classification/check.yaml")], pictures),
+            "recommendation": merge_config([str(experiments / "recommendation/check.yaml")], cache),
+            "transfer_learning": merge_config([str(experiments / "transfer_learning/check.yaml")], small_net),
             "outsider": outsider(table, ("model.net.dropout", "0.2")),
-            "new": trainer_cli.merge_settings([new], [("data.packages", "[email, asyncio]")]),
+            "new": merge_config([new], [("data.packages", "[email, asyncio]")]),
             "batch norm": outsider(table, ("model.net", "broken_tasks.Normed")),
         }
         for name in DEFECTS:
@@ -97,17 +92,17 @@ def found(table, digit_files, tmp_path_factory):
             plans[name][key]["class_path"] = f"broken_tasks.{defect}"
         findings = {name: {} for name in plans}
         for number, finding in check_task.check(list(plans.values())):
-            findings[list(plans)[number]][finding.what] = finding
+            findings[list(plans)[number]][finding.check] = finding
     return findings
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_a_task_keeps_every_promise(found, name):
-    assert list(found[name]) == PROMISES
+def test_a_task_passes_every_check(found, name):
+    assert list(found[name]) == CHECKS
     assert not [finding for finding in found[name].values() if finding.status == "FAIL"]
     skipped = {what for what, finding in found[name].items() if finding.status == "skip"}
     assert skipped == GOOD[name]
-    assert "bitwise: stopped in mid-epoch" in found[name]["resume"].text
+    assert "when resumed in mid-epoch" in found[name]["resume"].text
 
 
 def test_the_page_shows_what_is_found(found):
@@ -117,7 +112,7 @@ def test_the_page_shows_what_is_found(found):
     def without_numbers(text):
         return re.sub(r"fingerprint \w+|\d[\d.,]*(e-\d+)?", "#", text.replace("NewTask", "MyTask"))
 
-    here = [(one.status, one.what, without_numbers(one.text)) for one in found["new"].values()]
+    here = [(one.status, one.check, without_numbers(one.text)) for one in found["new"].values()]
     assert here == [(status, what, without_numbers(text)) for status, what, text in shown]
 
 
@@ -185,11 +180,11 @@ class RanksHistories:
     [
         (Ranker, "lists for users of the data and for a history"),
         (RanksUsers, "none for a history: it knows users"),
-        (RanksAgain, "into the list of one who had them"),
-        (RanksUnsorted, "at most k, each once, the best first"),
+        (RanksAgain, "which the history contains"),
+        (RanksUnsorted, "at most k different items are accepted"),
         (RanksTooMany, "at most k"),
-        (RanksOtherwise, "with k 1 gives another item"),
-        (RanksBare, "item, title and score are needed"),
+        (RanksOtherwise, "with k 1 gives a different item"),
+        (RanksBare, "item, title and score are required"),
         (RanksHistories, "not all of recommend, recommend_to, item_ids"),
     ],
 )
@@ -203,9 +198,9 @@ def test_lists_are_ordered_short_and_new(kind, found):
 
     data = SimpleNamespace(user=print, predict_dataloader=lambda: eval_loader(Rows(), batch_size=2))
     try:
-        text = checks.ranks(SimpleNamespace(task=kind(), data=data, trainer=None))
+        text = protocol_checks.check_recommend(SimpleNamespace(task=kind(), data=data, trainer=None))
         assert kind in (Ranker, RanksUsers)
-    except checks.Failure as failure:
+    except CheckFailed as failure:
         text = str(failure)
     assert found in text
 
@@ -286,26 +281,26 @@ class Sequences(NamedTuple):
 @pytest.mark.parametrize(
     ("kind", "documents", "batches"),
     [
-        (Writer, "3 documents, the same for the same keys", "the last 2 tokens of each sequence are its own"),
+        (Writer, "3 documents, the same for the same keys", "the last 2 tokens of each sequence are generated"),
         (
             WritesTogether,
-            "another document for the same beginning and key",
-            "for the same sample and key beside others",
+            "a different document for the same prompt and key",
+            "for the same sample and key in another batch",
         ),
-        (WritesOthersToo, "(text, ended) is due for each", "of 2 tokens that are written, 3 to 3 are targets"),
-        (WritesWithDropout, "no such beginning", "or draws from torch's global state"),
-        (WritesInAnotherMode, "3 documents", "leaves the net in another mode"),
-        (WritesAnyLength, "3 documents", "wrote more tokens than there are"),
+        (WritesOthersToo, "(text, ended) for each", "with 2 generated tokens, 3 to 3 tokens of a sequence are targets"),
+        (WritesWithDropout, "no such beginning", "or draws from torch's global random state"),
+        (WritesInAnotherMode, "3 documents", "changes train/eval mode"),
+        (WritesAnyLength, "3 documents", "above the sequence length"),
         (WritesNumbered, "3 documents", "with the same index and weight"),
     ],
 )
 def test_what_is_written_depends_on_keys_alone(kind, documents, batches):
     batch = Sequences(torch.zeros(4, 4, dtype=torch.int64), torch.arange(4) + 7, torch.ones(4))
     data = SimpleNamespace(prompts=lambda numbers, seed: [f"no. {number}" for number in numbers])
-    for promise, expected in ((checks.writes, documents), (checks.rewrites, batches)):
+    for check, expected in ((protocol_checks.check_corpus, documents), (protocol_checks.check_on_policy, batches)):
         try:
-            text = promise(SimpleNamespace(task=kind(), data=data, batch=batch))
-        except (checks.Failure, ValueError) as failure:
+            text = check(SimpleNamespace(task=kind(), data=data, batch=batch))
+        except (CheckFailed, ValueError) as failure:
             text = str(failure)
         assert expected in text
 
@@ -321,12 +316,12 @@ def test_what_is_written_depends_on_keys_alone(kind, documents, batches):
     ],
 )
 def test_documents_begin_as_the_data_do(data, message):
-    with pytest.raises(checks.Failure, match=message):
-        checks.writes(SimpleNamespace(task=Writer(), data=data))
+    with pytest.raises(CheckFailed, match=message):
+        protocol_checks.check_corpus(SimpleNamespace(task=Writer(), data=data))
 
 
 @pytest.mark.parametrize("name", DEFECTS)
-def test_a_broken_promise_is_found_and_named(found, name):
+def test_a_defect_is_found_and_named(found, name):
     failures = {what: finding.text for what, finding in found[name].items() if finding.status == "FAIL"}
     expected = DEFECTS[name]
     assert failures.keys() == expected.keys(), failures
@@ -335,30 +330,30 @@ def test_a_broken_promise_is_found_and_named(found, name):
 
 
 def test_the_command_prints_a_line_each_and_fails_with_a_failure(monkeypatch, capsys):
-    found = [Finding("ok", "task", "is one"), Finding("FAIL", "loss", "is none")]
+    found = [CheckResult("ok", "task", "is one"), CheckResult("FAIL", "loss", "is none")]
     monkeypatch.setattr(check_task, "check", lambda plans: ((0, finding) for finding in found))
     with pytest.raises(SystemExit) as stopped:
         main(["check-task", "tabular_regression", "-c", OUTSIDER])
     assert stopped.value.code == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"outsider.TabularRegression, as in {OUTSIDER}; contract version {PROTOCOL_VERSION}"
+    assert lines[0] == f"outsider.TabularRegression, as in {OUTSIDER}; protocol version {PROTOCOL_VERSION}"
     assert lines[1:3] == ["ok   task          is one", "FAIL loss          is none"]
     found.pop()
     main(["check-task", "outsider.TabularRegression", "-c", OUTSIDER])
-    assert "every promise is kept" in capsys.readouterr().out
+    assert "all checks passed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "message"),
+    ("arguments", "code", "message"),
     [
-        (["no_such_task"], 2, "no task 'no_such_task' is installed; there are"),
+        (["no_such_task"], 2, "no task 'no_such_task' is installed; choose one of"),
         ([], 2, "name one task"),
-        (["tabular_regression"], 2, "ships no experiment to check it by: name one with -c"),
+        (["tabular_regression"], 2, "has no experiment: give one with -c"),
         (["language_modeling", "-c", OUTSIDER], 2, "is an experiment with outsider.TabularRegression, not with"),
         (
             ["fails.Task", "-c", OUTSIDER],
             1,
-            "FAIL import        fails.Task: ZeroDivisionError: division by zero. Mend it",
+            "FAIL import        fails.Task: ZeroDivisionError: division by zero. Correct",
         ),
         (["nowhere.Task", "-c", OUTSIDER], 1, "No module named 'nowhere'"),
         (["tabular_regression", "-c", OUTSIDER, "--data", "fails.Data"], 1, "ZeroDivisionError"),
@@ -366,11 +361,11 @@ def test_the_command_prints_a_line_each_and_fails_with_a_failure(monkeypatch, ca
         (["tabular_regression", "-c", OUTSIDER, "--data", "nowhere.Data"], 2, "no package 'nowhere' is installed"),
     ],
 )
-def test_what_cannot_be_checked_is_refused(words, code, message, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_checked_is_refused(arguments, code, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "fails.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        main(["check-task", *words])
+        main(["check-task", *arguments])
     assert stopped.value.code == code
     printed = capsys.readouterr()
     assert message in printed.out + printed.err

@@ -213,7 +213,7 @@ def test_bad_input_is_refused_in_a_line_before_anything_is_written(bm, flags, me
 
 
 def test_what_cannot_be_resumed_is_refused(bm):
-    assert "no run directory" in bm("fit", "--resume", "nothing", fails=True)
+    assert "nothing is not a run directory" in bm("fit", "--resume", "nothing", fails=True)
     assert "there is no run under runs/" in bm("fit", "--resume", "last", fails=True)
     assert "nothing to fit: give an experiment" in bm_without_experiment()
     bm("fit", "--trainer.max_epochs", 1)
@@ -234,12 +234,12 @@ def bm_without_experiment():
 def test_list_help_and_version_answer_without_lightning(bm):
     bm("fit", "--trainer.max_epochs", 1)
     code = "import sys; from bigmodel.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
-    for words, expected in [
+    for arguments, expected in [
         (["list"], "outsider.TabularRegression"),
         (["--help"], "bigmodel fit"),
         (["--version"], "0.1.0"),
     ]:
-        out = subprocess.check_output([sys.executable, "-c", code, *words], text=True)
+        out = subprocess.check_output([sys.executable, "-c", code, *arguments], text=True)
         assert expected in out
     listing = bm("list")
     assert "bigmodel.tasks.language_modeling.LanguageModeling" in listing

@@ -57,5 +57,5 @@ def test_a_run_that_a_full_disk_does_not_take_leaves_no_directory(table, tmp_pat
     with pytest.raises(SystemExit):
         main(["fit", "-c", experiment, "--data.path", str(table), "--trainer.accelerator", "cpu"])
     error = capsys.readouterr().err
-    assert "(No space left on device): make room there, or set --runs_dir to another place" in error
+    assert "(No space left on device): free space there, or set --runs_dir to another folder" in error
     assert not list(tmp_path.glob("runs/*/*"))

@@ -46,8 +46,8 @@ def bm(tmp_path, monkeypatch, table, capfd):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     monkeypatch.syspath_prepend(tmp_path)
 
-    def fit(*words):
-        argv = ["fit", *map(str, words)]
+    def fit(*arguments):
+        argv = ["fit", *map(str, arguments)]
         if "--resume" not in argv:
             argv[1:1] = [
                 "-c",
@@ -123,7 +123,7 @@ def test_what_stopped_in_a_fold_goes_on_there(bm, in_this_process, monkeypatch):
     assert code == 2
     assert "fold 1 is broken" in out
     (parent,) = Path("runs/outsider").iterdir()
-    assert f"stopped in fold 1; `bigmodel fit --resume {parent}` goes on from there" in out
+    assert f"stopped in fold 1; `bigmodel fit --resume {parent}` resumes it" in out
     before = (parent / "fold-0" / "run.json").read_text()
     Path("broken").unlink()
     monkeypatch.setattr(cross_validation, "_fit", REAL_FIT)  # once in a process of its own, as it is
@@ -146,7 +146,7 @@ def test_a_fold_with_a_checkpoint_is_resumed(bm, in_this_process):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 85)])
 def test_signals_end_the_fold_and_no_other_begins(number, code, tmp_path, monkeypatch):
-    program = tmp_path / "program.py"  # in the place of Python: a fit that stops well when it is told to
+    program = tmp_path / "program.py"  # in the place of Python: a fit that stops well on a signal
     handler = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(85))"
     program.write_text(
         f"#!{sys.executable}\nimport os, signal, sys, time\n{handler}\n"

@@ -154,9 +154,9 @@ def test_long_tables_are_cut():
             "FSDPStrategy: this is FSDP1",
         ),
         (["--trainer.strategy", "ddp_spawn"], "--trainer.strategy ddp_spawn: .* set --trainer.strategy ddp,"),
-        (["--trainer.strategy", "dpp"], r"made with .*--trainer.strategy dpp.*: .*invalid strategy name"),
-        (["--trainer.accelerator", "tpu"], r"made with --trainer.accelerator tpu.*torch_xla"),
-        (["--trainer.devices", "0"], r"made with --trainer.accelerator cpu --trainer.devices 0"),
+        (["--trainer.strategy", "dpp"], r"created with .*--trainer.strategy dpp.*: .*invalid strategy name"),
+        (["--trainer.accelerator", "tpu"], r"created with --trainer.accelerator tpu.*torch_xla"),
+        (["--trainer.devices", "0"], r"created with --trainer.accelerator cpu --trainer.devices 0"),
     ],
 )
 def test_a_trainer_that_cannot_be_made(flags, message, table, tmp_path, monkeypatch, capsys):

@@ -49,15 +49,15 @@ def plugged(tmp_path, monkeypatch):
 
 
 def test_help_and_list_answer_at_once_whatever_is_installed(plugged):
-    for words in (["--help"], ["list"], ["new", "--help"], ["check-task", "--help"]):
+    for arguments in (["--help"], ["list"], ["new", "--help"], ["check-task", "--help"]):
         before = os.times()
         out = subprocess.check_output(
-            [sys.executable, "-c", HELP, *words], text=True, env={"PYTHONPATH": ":".join([str(plugged), *sys.path])}
+            [sys.executable, "-c", HELP, *arguments], text=True, env={"PYTHONPATH": ":".join([str(plugged), *sys.path])}
         )
         after = os.times()  # of a processor: a busy machine lets it wait
         spent = after.children_user - before.children_user + after.children_system - before.children_system
         assert spent < 2, "importing Lightning takes 5 s and more"
-        assert "good_5" in out or words != ["list"]
+        assert "good_5" in out or arguments != ["list"]
 
 
 def test_who_reads_the_list_may_stop_early():
@@ -80,7 +80,7 @@ def test_list_shows_tasks_and_experiments_of_all_packages(plugged, capsys):
     assert "experiments/language_modeling/stdlib.yaml" in out
     twins = [line for line in out.splitlines() if line.startswith("  twin ")]
     assert [line.split()[1] for line in twins] == ["twin_a.Task", "twin_b.Task"]
-    assert all("several of this name: give the path" in line for line in twins)
+    assert all("several tasks have this name: use the path" in line for line in twins)
     assert "no_such_library" not in out
 
 
@@ -92,7 +92,7 @@ def test_list_check_imports_each_and_names_the_broken(plugged, capsys):
     assert sum(line.startswith("  ok ") for line in lines) >= 11
     failed = [number for number, line in enumerate(lines) if line.startswith("  FAIL ")]
     assert [lines[number].split()[1] for number in failed] == ["broken", "hollow"]
-    assert "ModuleNotFoundError: No module named 'no_such_library'; mend broken 1.0" in lines[failed[0] + 1]
+    assert "ModuleNotFoundError: No module named 'no_such_library'; correct broken 1.0" in lines[failed[0] + 1]
     assert "SystemExit: no licence" in lines[failed[1] + 1]
     for module in [name for name in sys.modules if name.split("_")[0] in ("good", "twin")]:
         del sys.modules[module]
@@ -112,7 +112,7 @@ def test_an_experiment_inside_a_package_is_found_by_its_name(plugged):
     for name in ("good_1/none.yaml", "good_1/../good_2/experiment.yaml", "json/experiment.yaml", "none.yaml"):
         with pytest.raises(ValueError, match="cannot be read: there is no such file"):
             plugins.read_experiment(name)
-    with pytest.raises(ValueError, match=r"several .* 'twin': give the path .* twin_a.Task or twin_b.Task"):
+    with pytest.raises(ValueError, match=r"several .* 'twin': use twin_a.Task or twin_b.Task"):
         plugins.find_task("twin")
     assert plugins.find_task("twin_b.Task").package == "twin_b 1.0"
 
@@ -138,7 +138,7 @@ def test_an_experiment_of_a_task_that_cannot_be_had_says_what_to_do(plugged, pat
     assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["fit", "-c", "folder/experiment.yaml"])
-    assert "is folder to be installed? `pip install -e folder`" in capsys.readouterr().err
+    assert "is folder installed? `pip install -e folder`" in capsys.readouterr().err
 
 
 def test_help_of_a_task_is_had_by_its_name(plugged, capsys):
@@ -157,13 +157,13 @@ def test_help_of_a_task_is_had_by_its_name(plugged, capsys):
     out = capsys.readouterr().out
     assert "--model.losses\n      terms by name" in out
     assert f"{ours}.Hint" in out
-    assert "--model.losses.kd.help shows what it takes" in out
-    for words, message in [
-        (["--model.help", "twin"], "give the path"),
+    assert "--model.losses.kd.help shows its arguments" in out
+    for arguments, message in [
+        (["--model.help", "twin"], "use twin_a.Task or twin_b.Task"),
         (["--model.help", "none"], "no such task is installed"),
         (["--model.help", "broken"], "cannot be imported (ModuleNotFoundError: No module named 'no_such_library')"),
         (["--model.net.help"], "no class is configured at model.net"),
     ]:
         with pytest.raises(SystemExit):
-            main(["fit", *words])
+            main(["fit", *arguments])
         assert message in capsys.readouterr().err

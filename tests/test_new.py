@@ -1,4 +1,4 @@
-"""`bigmodel new`: what it writes trains and keeps its word, under any name; what cannot be a package is refused."""
+"""`bigmodel new`: its package trains and passes its tests, under any name; invalid names are refused."""
 
 import keyword
 import re
@@ -13,7 +13,7 @@ from bigmodel.cli import main, plugins
 from bigmodel.cli.new import renamed
 from bigmodel.protocols import PROTOCOL_VERSION
 from bigmodel.testing import command as check_task
-from bigmodel.testing.checks import Finding
+from bigmodel.testing.checks import CheckResult
 
 TEMPLATE = Path(__file__).parents[1] / "bigmodel" / "cli" / "template"
 PAGE = Path(__file__).parents[1] / "bigmodel" / "tasks" / "README.md"
@@ -27,7 +27,7 @@ def made(tmp_path, monkeypatch, capsys):
 
 
 def test_a_package_is_the_template_under_its_name(made):
-    folder, said = made
+    folder, printed = made
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     inside = {f"bird_songs/{name}" for name in ("__init__.py", "data.py", "module.py", "experiment.yaml")}
     assert files == {"pyproject.toml", "README.md", "tests/test_bird_songs.py", *inside}
@@ -37,7 +37,7 @@ def test_a_package_is_the_template_under_its_name(made):
     assert 'bird_songs = "bird_songs.module:BirdSongs"' in text
     settings = yaml.safe_load((folder / "bird_songs" / "experiment.yaml").read_text())
     assert settings["model"]["class_path"] == "bird_songs.module.BirdSongs"
-    assert "pip install -e bird_songs\n  bigmodel fit -c bird_songs/experiment.yaml" in said
+    assert "pip install -e bird_songs\n  bigmodel fit -c bird_songs/experiment.yaml" in printed
     assert renamed("my_task.MyTask", "my_task") == "my_task.MyTask"
 
 
@@ -65,7 +65,7 @@ def test_a_folder_that_is_there_stays_as_it_is(made, capsys):
     (folder / "README.md").write_text("mine")
     with pytest.raises(SystemExit):
         main(["new", "bird_songs"])
-    assert "bird_songs is there already, and stays as it is" in capsys.readouterr().err
+    assert "bird_songs exists and is not overwritten" in capsys.readouterr().err
     assert (folder / "README.md").read_text() == "mine"
     main(["new", "bird_songs", "--into", "elsewhere/deep"])
     assert Path("elsewhere/deep/bird_songs/bird_songs/module.py").is_file()
@@ -103,18 +103,18 @@ def fresh_metadata():
 @pytest.mark.usefixtures("fresh_metadata")
 def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    tried = Finding("ok", "task", "in test_check_task")
+    tried = CheckResult("ok", "task", "in test_check_task")
     monkeypatch.setattr(check_task, "check", lambda plans: iter([(0, tried)]))
     typed = [line.split(" #")[0].split() for block in blocks("bash") for line in block.splitlines()]
-    for words in typed:
-        if words[:2] == ["pip", "install"]:  # as pip does it, without a network
+    for arguments in typed:
+        if arguments[:2] == ["pip", "install"]:  # as pip does it, without a network
             install = ["install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "--target", "site"]
-            subprocess.run([sys.executable, "-m", "pip", *install, f"./{words[-1]}"], check=True)
+            subprocess.run([sys.executable, "-m", "pip", *install, f"./{arguments[-1]}"], check=True)
             monkeypatch.syspath_prepend(tmp_path / "site")
-        elif words[0] == "bigmodel":
-            main(words[1:])
+        elif arguments[0] == "bigmodel":
+            main(arguments[1:])
         else:
-            assert words == ["python", "-m", "pytest", "my_task/tests"], "which runs in test_its_own_tests_pass"
+            assert arguments == ["python", "-m", "pytest", "my_task/tests"], "which runs in test_its_own_tests_pass"
     printed = capsys.readouterr().out
     accuracies = [float(value) for value in re.findall(r"val/accuracy +(\d\.\d+)$", printed, re.MULTILINE)]
     assert len(accuracies) == 6, "three epochs, list, one epoch, validate"
@@ -124,35 +124,35 @@ def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (
             ["my-task"],
-            "small letters, digits and _ are accepted, a letter first, and no word of the language; my_task would",
+            "lowercase letters, digits and _ are accepted, a letter first, except Python keywords; for example my_task",
         ),
-        (["class"], "class_task would do"),
-        (["2nd"], "nd_task would do"),
-        (["MyTask"], "mytask would do"),
-        (["../x"], "x would do"),
-        (["numpy"], "a package 'numpy' is there already"),
-        (["json"], "a package 'json' is there already"),
+        (["class"], "for example class_task"),
+        (["2nd"], "for example nd_task"),
+        (["MyTask"], "for example mytask"),
+        (["../x"], "for example x"),
+        (["numpy"], "a package 'numpy' is installed already"),
+        (["json"], "a package 'json' is installed already"),
         (["language_modeling"], "a task 'language_modeling' is installed already"),
         ([], "name one package"),
         (["a", "b"], "name one package"),
         (["a", "--onto", "b"], "no flag --onto"),
-        (["a_task", "--into", "file"], "nothing can be written there"),
+        (["a_task", "--into", "file"], "the folder is not writable"),
     ],
 )
-def test_what_cannot_be_made_is_refused(words, message, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_made_is_refused(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as stopped:
-        main(["new", *words])
+        main(["new", *arguments])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert message in error
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    if "would do" in error:
-        better = error.split("; ")[1].split(" ")[0]
-        assert better.isidentifier()
-        assert not keyword.iskeyword(better)
+    if "for example" in error:
+        valid = error.split("for example ")[1].strip()
+        assert valid.isidentifier()
+        assert not keyword.iskeyword(valid)

@@ -1,4 +1,4 @@
-"""A run that is told to stop saves, says so, and goes on as if it had never been told: bitwise, on one and two processes."""
+"""A run stopped by a signal saves, reports it, and resumes bitwise as if uninterrupted, on one and two processes."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ import pytest
 import stopping
 import torch
 from lightning.pytorch import Trainer
-from stopping import experiment, returning, tell
+from stopping import experiment, returning, send_signal
 
 from bigmodel.cli import main
 from bigmodel.data.sampling import train_loader
@@ -73,9 +73,9 @@ def straight(request, tmp_path_factory, table):
     return only_run(folder / "runs"), micro
 
 
-def stop(words):
+def stop(arguments):
     with pytest.raises(SystemExit) as stopped:
-        main(["fit", *words])
+        main(["fit", *arguments])
     return stopped.value.code
 
 
@@ -88,17 +88,17 @@ def test_a_run_stopped_at_any_moment_goes_on_exactly(straight, table, tmp_path, 
     a_step = 12 // micro[1]
     # Six steps are an epoch; validation, of two batches, comes after every third.
     batches = draw.randrange(1, 14 * a_step) if during == "train" else draw.randrange(1, 8)
-    words = experiment(table, "runs", *micro, *tell(batches=batches, number=number, during=during))
-    assert stop(words) == (130 if number == "SIGINT" else 85)
+    arguments = experiment(table, "runs", *micro, *send_signal(batches=batches, number=number, during=during))
+    assert stop(arguments) == (130 if number == "SIGINT" else 85)
     run = only_run("runs")
     assert record(run)["status"] == ("interrupted" if number == "SIGINT" else "preempted")
     step = record(run)["step"]
     assert step == (-(-batches // a_step) if during == "train" else -(-batches // 2) * 3), "it or the validation ends"
     assert find_checkpoint(run, "last").name == f"last-{step}.ckpt", "the very step it stopped at is saved"
-    said = capfd.readouterr()
-    assert f"stopped by {number} at step {step}; `bigmodel fit --resume {run}` goes on from there" in said.out
-    assert f"{number}: stopping after this optimizer step" in said.err
-    main(["fit", "--resume", str(run), "--callbacks.tell", "null"])
+    printed = capfd.readouterr()
+    assert f"stopped by {number} at step {step}; `bigmodel fit --resume {run}` resumes from that step" in printed.out
+    assert f"{number}: stopping after this optimizer step" in printed.err
+    main(["fit", "--resume", str(run), "--callbacks.signal", "null"])
     assert record(run)["status"] == "finished"
     assert_same(run, straight)
     assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
@@ -109,19 +109,19 @@ def test_at_ends_of_epochs_and_where_validation_is_due(straight, table, tmp_path
     monkeypatch.chdir(tmp_path)
     straight, micro = straight
     a_step = 12 // micro[1]
-    assert stop(experiment(table, "runs", *micro, *tell(batches=a_step))) == 85
+    assert stop(experiment(table, "runs", *micro, *send_signal(batches=a_step))) == 85
     run, at = only_run("runs"), 1
     for step in (2, 3, 6, 7):
-        assert stop(["--resume", str(run), "--callbacks.tell.batches", str((step - at) * a_step)]) == 85
+        assert stop(["--resume", str(run), "--callbacks.signal.batches", str((step - at) * a_step)]) == 85
         assert record(run)["step"] == step
         at = step
-    main(["fit", "--resume", str(run), "--callbacks.tell", "null"])
+    main(["fit", "--resume", str(run), "--callbacks.signal", "null"])
     assert_same(run, straight)
 
 
 def test_in_the_last_step_the_run_simply_ends(table, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    main(["fit", *experiment(table, "runs", *tell(batches=30))])
+    main(["fit", *experiment(table, "runs", *send_signal(batches=30))])
     assert record(only_run("runs"))["status"] == "finished"
 
 
@@ -129,7 +129,7 @@ def test_a_second_ctrl_c_stops_at_once(table, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     before = signal.getsignal(signal.SIGINT)
     try:
-        assert stop(experiment(table, "runs", *tell(batches=5, number="SIGINT", times=2))) == 130
+        assert stop(experiment(table, "runs", *send_signal(batches=5, number="SIGINT", times=2))) == 130
     finally:
         signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored, for the process to end
     run = only_run("runs")
@@ -141,8 +141,8 @@ def test_a_second_ctrl_c_stops_at_once(table, tmp_path, monkeypatch, capfd):
 
 def test_without_a_last_checkpoint_it_says_that_nothing_was_saved(table, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    assert stop(experiment(table, "runs", "--callbacks.last", "null", *tell(batches=5))) == 85
-    assert "goes on from the last checkpoint" in capfd.readouterr().out
+    assert stop(experiment(table, "runs", "--callbacks.last", "null", *send_signal(batches=5))) == 85
+    assert "resumes from the last checkpoint" in capfd.readouterr().out
 
 
 def test_lightning_handles_signals_again_afterwards(table, tmp_path, monkeypatch):
@@ -150,7 +150,7 @@ def test_lightning_handles_signals_again_afterwards(table, tmp_path, monkeypatch
     trainers = []
     fit = Trainer.fit
     monkeypatch.setattr(Trainer, "fit", lambda self, *a, **k: (trainers.append(self), fit(self, *a, **k))[1])
-    assert stop(experiment(table, "runs", *tell(batches=2))) == 85
+    assert stop(experiment(table, "runs", *send_signal(batches=2))) == 85
     (trainer,) = trainers
     assert "register_signal_handlers" not in vars(trainer._signal_connector)
     assert "_broadcast_sigterm_tensor" not in vars(trainer.fit_loop.epoch_loop)
@@ -158,7 +158,7 @@ def test_lightning_handles_signals_again_afterwards(table, tmp_path, monkeypatch
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, table):
-    """What two processes did of which only the second was told to stop, in the eighth of 60 micro-batches."""
+    """Results of two processes, of which only the second received a signal, in the eighth of 60 micro-batches."""
     folder = tmp_path_factory.mktemp("two")
     lines = table.read_text().splitlines()
     (folder / "spoiled.csv").write_text("\n".join([*lines[:6], "nan,0.5,0.5", *lines[7:]]))
@@ -171,15 +171,15 @@ def test_two_processes_stop_at_the_same_step_though_one_was_told(two):
     assert [(two / f"exit.{rank}").read_text() for rank in (0, 1)] == ["85", "85"]
     first, second = record(run)["sessions"]
     assert first["step"] == 0
-    assert 4 <= second["step"] <= 14, "in the fourth step one was told; they agree within ten"
+    assert 4 <= second["step"] <= 14, "one received it in the fourth step; they agree within ten"
     assert_same(run, only_run(two / "straight"))
 
 
 def test_two_processes_skip_the_same_steps_as_one(two, monkeypatch):
     """The bad sample is in a micro-batch of one of them."""
     monkeypatch.chdir(two)
-    words = [*experiment("spoiled.csv", "alone"), "--trainer.limit_val_batches", "0", "--model.net.dropout", "0"]
-    main(["fit", *words, "--callbacks.anomalies.on_nan", "skip"])
+    arguments = [*experiment("spoiled.csv", "alone"), "--trainer.limit_val_batches", "0", "--model.net.dropout", "0"]
+    main(["fit", *arguments, "--callbacks.anomalies.on_nan", "skip"])
     alone, together = content(only_run("alone")), content(only_run("skipping"))
     for name, tensor in alone.items():
         torch.testing.assert_close(tensor, together[name], rtol=0, atol=1e-6)
@@ -190,8 +190,8 @@ def test_two_processes_skip_the_same_steps_as_one(two, monkeypatch):
 
 def test_two_processes_go_back_as_one_does(two, monkeypatch):
     monkeypatch.chdir(two)
-    words = experiment("spoiled.csv", "alone-returning", *returning(1), "--trainer.max_steps", 14)
-    main(["fit", *words, "--trainer.limit_val_batches", "0", "--model.net.dropout", "0"])
+    arguments = experiment("spoiled.csv", "alone-returning", *returning(1), "--trainer.max_steps", 14)
+    main(["fit", *arguments, "--trainer.limit_val_batches", "0", "--model.net.dropout", "0"])
     alone, together = only_run("alone-returning"), only_run("returning")
     places = [
         [(r["step"], r["to"], r["epoch"], r["samples"]) for r in record(run)["returns"]] for run in (alone, together)
@@ -213,7 +213,7 @@ def test_two_processes_tell_which_of_them_the_other_waits_for(two):
     assert re.search(
         rf"^step 6: process 1 on {platform.node()} takes [\d.]+ times as long .* as the median", printed, re.M
     )
-    assert printed.count("process 1 on") == 1, "told once, where it is so in two rows running"
+    assert printed.count("process 1 on") == 1, "reported once, if it is so in two consecutive rows"
     times = record(run)["sessions"][0]["times"]
     steps, slept = 8, 0.2 * 2  # two micro-batches; the first step is left out
     assert times["communication"] > 0.5 * steps * slept, "the first process waits for the second"
@@ -248,10 +248,10 @@ def test_readers_go_on_until_the_training_process_ends_them():
 
 def test_a_launcher_outside_sees_status_and_message(table, tmp_path):
     """As a person or a scheduler does it: a process of its own, a signal from outside; its readers get it too."""
-    words = experiment(table, "runs", "--trainer.max_steps", 100000, "--trainer.val_check_interval", 50000)
-    words += ["--trainer.check_val_every_n_epoch", "null", "--callbacks.progress.every_seconds", "0.2"]
+    arguments = experiment(table, "runs", "--trainer.max_steps", 100000, "--trainer.val_check_interval", 50000)
+    arguments += ["--trainer.check_val_every_n_epoch", "null", "--callbacks.progress.every_seconds", "0.2"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "bigmodel", "fit", *words],
+        [sys.executable, "-m", "bigmodel", "fit", *arguments],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     lines = []
@@ -263,6 +263,6 @@ def test_a_launcher_outside_sees_status_and_message(table, tmp_path):
     time.sleep(0.01)
     rest, _ = process.communicate(timeout=forked.LIMIT)
     assert process.returncode == 85, "".join(lines) + rest
-    assert "goes on from there" in rest
+    assert "resumes from that step" in rest
     assert "Traceback" not in rest
     assert record(only_run(tmp_path / "runs"))["status"] == "preempted"

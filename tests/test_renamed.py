@@ -12,7 +12,7 @@ import bigmodel
 from bigmodel.checkpoint import AtomicCheckpointIO, read
 from bigmodel.checkpoint.renamed import RENAMED, RENAMED_CALLBACKS, current
 from bigmodel.run.config import read_yaml
-from bigmodel.testing.short_runs import state
+from bigmodel.testing.recorder import resumable_state
 from bigmodel.training import schedules
 
 FIT_FLAGS = ["--trainer.max_epochs", "2", "--model.schedule", "bigmodel.optim.Cosine"]
@@ -58,7 +58,7 @@ def test_a_run_of_an_earlier_version_is_resumed_and_loaded(bm, tmp_path):
     assert isinstance(task.schedule, schedules.Cosine)
     for directory in (run, earlier):
         bm("fit", "--resume", directory, "--trainer.max_epochs", 3)
-    ours, theirs = (state(only_checkpoint(directory)) for directory in (run, earlier))
+    ours, theirs = (resumable_state(only_checkpoint(directory)) for directory in (run, earlier))
     torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
     assert "bigmodel.training.callbacks.StepTimer" in (earlier / "config.yaml").read_text()
 

@@ -24,7 +24,7 @@ import bigmodel
 from bigmodel.checkpoint import AtomicCheckpointIO, distribute_like, find_checkpoint, find_damage, read
 from bigmodel.checkpoint.parts import local_part
 from bigmodel.cli import main
-from bigmodel.cli.formatting import different
+from bigmodel.cli.formatting import find_differences
 
 EXPERIMENT = str(Path(__file__).parent / "outsider" / "experiment.yaml")
 
@@ -81,7 +81,7 @@ def test_the_part_of_fsdp_over_tensor_parallel_is_what_fsdp_gives():
 def test_what_four_processes_wrote_is_read_by_one(launched):
     expected = torch.load(launched / "expected.pt", weights_only=True)
     content = read(launched / "at-once.ckpt")
-    assert different(content, expected) == []
+    assert find_differences(content, expected) == []
     assert type(content["state_dict"]) is type(expected["state_dict"])
     weights = content["state_dict"]
     assert weights["tied"].data_ptr() == weights["also tied"].data_ptr()
@@ -138,7 +138,9 @@ def test_a_process_that_fails_is_named_and_nothing_is_left(launched):
 
 def test_the_checkpoint_that_was_to_be_replaced_is_whole(launched):
     assert find_damage(launched / "last-1.ckpt") is None
-    assert different(read(launched / "last-1.ckpt"), torch.load(launched / "expected.pt", weights_only=True)) == []
+    assert (
+        find_differences(read(launched / "last-1.ckpt"), torch.load(launched / "expected.pt", weights_only=True)) == []
+    )
     assert not [*launched.glob("full.ckpt"), *launched.glob("odd.ckpt"), *launched.glob(".last-1.*")]
 
 
@@ -197,13 +199,15 @@ def test_a_sharded_run_goes_on_unsharded(launched, monkeypatch, capsys):
     run, sharded = launched / "run", launched / "sharded"
     assert all(path.is_dir() for path in sharded.glob("checkpoints/*"))
     for which in ("best", "last"):
-        assert different(bigmodel.load(run, which).state_dict(), bigmodel.load(sharded, which).state_dict()) == []
+        assert (
+            find_differences(bigmodel.load(run, which).state_dict(), bigmodel.load(sharded, which).state_dict()) == []
+        )
     for directory in (run, sharded):
         main(["validate", str(directory)])
         main(["export", str(directory), "--output", str(directory / "net.safetensors")])
     figures = [json.loads((directory / "validate.json").read_text())["val/mse"] for directory in (run, sharded)]
     assert figures[0] == figures[1]
-    assert different(*(load_file(directory / "net.safetensors") for directory in (run, sharded))) == []
+    assert find_differences(*(load_file(directory / "net.safetensors") for directory in (run, sharded))) == []
 
     killed = shutil.copytree(
         sharded / "checkpoints" / "last-10.ckpt", sharded / "checkpoints" / ".last-9.ckpt.0.partial"
@@ -214,6 +218,6 @@ def test_a_sharded_run_goes_on_unsharded(launched, monkeypatch, capsys):
     assert not killed.exists()
     assert names(run / "checkpoints") == names(sharded / "checkpoints")
     last = [read(directory / "checkpoints" / "last-13.ckpt") for directory in (run, sharded)]
-    assert different(last[0]["state_dict"], last[1]["state_dict"]) == []
-    assert different(last[0]["optimizer_states"], last[1]["optimizer_states"]) == []
+    assert find_differences(last[0]["state_dict"], last[1]["state_dict"]) == []
+    assert find_differences(last[0]["optimizer_states"], last[1]["optimizer_states"]) == []
     assert (run / "metrics.csv").read_text().splitlines()[0] == (sharded / "metrics.csv").read_text().splitlines()[0]

@@ -1,4 +1,4 @@
-"""scripts/slurm.sh with a SLURM of three lines: a job told to stop goes back into the queue, and on from there."""
+"""scripts/slurm.sh with a SLURM of three lines: a job stopped by a signal is queued again, and resumes."""
 
 import json
 import os
@@ -32,10 +32,10 @@ def job(tmp_path):
         "PYTHONPATH": python_path, "SLURM_JOB_ID": "4217", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node-[3-4]",
     }  # fmt: skip
 
-    def run(words, restart=0):
+    def run(arguments, restart=0):
         (tmp_path / "calls").unlink(missing_ok=True)
         environment = {**variables, "SLURM_RESTART_COUNT": str(restart)}
-        result = forked.call(["bash", SCRIPT, *words], env=environment, cwd=tmp_path, stderr=subprocess.STDOUT)
+        result = forked.call(["bash", SCRIPT, *arguments], env=environment, cwd=tmp_path, stderr=subprocess.STDOUT)
         calls = tmp_path / "calls"
         return result.stdout, result.returncode, calls.read_text() if calls.exists() else ""
 
@@ -44,9 +44,9 @@ def job(tmp_path):
 
 
 def test_a_job_goes_back_into_the_queue_and_on_in_the_same_run(job, table):
-    told = ["--callbacks.tell", "stopping.TellParent", "--callbacks.tell.batches", "20"]
-    words = experiment(table, "runs", *told, "--callbacks.tell.number", "SIGUSR1")
-    out, status, calls = job(words)
+    signal = ["--callbacks.signal", "stopping.SignalParent", "--callbacks.signal.batches", "20"]
+    arguments = experiment(table, "runs", *signal, "--callbacks.signal.number", "SIGUSR1")
+    out, status, calls = job(arguments)
     assert status == 0, out
     assert "scontrol requeue 4217" in calls
     assert "--nnodes=1 --nproc-per-node=1 --rdzv-id=4217-0 --rdzv-backend=c10d --rdzv-endpoint=node-3:24217" in calls
@@ -57,7 +57,7 @@ def test_a_job_goes_back_into_the_queue_and_on_in_the_same_run(job, table):
     assert first["status"] == "preempted"
     assert first["step"] >= 20
 
-    out, status, calls = job(words, restart=1)
+    out, status, calls = job(arguments, restart=1)
     assert status == 0, out
     assert f"fit --resume {run} --trainer.num_nodes 1" in calls
     assert "requeue" not in calls

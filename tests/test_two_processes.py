@@ -117,7 +117,7 @@ def test_two_processes_are_checked(launched):
     assert "FAIL" not in printed
     lines = [line for line in printed.splitlines() if line.startswith("ok   ")]
     assert len(lines) == len({line.split("  ")[1] for line in lines}), "the first process alone speaks"
-    assert re.search(r"processes    2 on 1 node; summing 5\d+ bytes over them is right, in [\d.]+ ms", printed)
+    assert re.search(r"processes    2 on 1 node; the sum of 5\d+ bytes over them is correct, in [\d.]+ ms", printed)
     assert "10 steps take" in printed
     assert not (launched / "checked").exists()
     assert not list(launched.glob(".bigmodel-check-*"))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bigmodel import lazy_attributes
 
 if TYPE_CHECKING:
     from bigmodel.checkpoint.archive import clear_hidden
@@ -27,24 +28,14 @@ __all__ = [
     "size_on_disk",
 ]
 
-_MODULES = {
-    "AtomicCheckpointIO": "bigmodel.checkpoint.files",
-    "checkpoint_step": "bigmodel.checkpoint.selection",
-    "clear_hidden": "bigmodel.checkpoint.archive",
-    "content_hash": "bigmodel.checkpoint.files",
-    "distribute_like": "bigmodel.checkpoint.sharded",
-    "find_checkpoint": "bigmodel.checkpoint.selection",
-    "find_damage": "bigmodel.checkpoint.files",
-    "gather_full": "bigmodel.checkpoint.sharded",
-    "LazyShardedTensor": "bigmodel.checkpoint.sharded",
-    "load_weights": "bigmodel.checkpoint.weights",
-    "read": "bigmodel.checkpoint.files",
-    "size_on_disk": "bigmodel.checkpoint.files",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import lazily, so that the table of renamed paths is read without importing torch."""
-    if name in _MODULES:
-        return getattr(importlib.import_module(_MODULES[name]), name)
-    raise AttributeError(f"module 'bigmodel.checkpoint' has no attribute {name!r}")
+# The table of renamed paths (`bigmodel.checkpoint.renamed`) is read without importing torch.
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        "bigmodel.checkpoint.archive": "clear_hidden",
+        "bigmodel.checkpoint.files": "AtomicCheckpointIO content_hash find_damage read size_on_disk",
+        "bigmodel.checkpoint.selection": "checkpoint_step find_checkpoint",
+        "bigmodel.checkpoint.sharded": "LazyShardedTensor distribute_like gather_full",
+        "bigmodel.checkpoint.weights": "load_weights",
+    },
+)

@@ -18,20 +18,19 @@ _HELP = f"""\
 bigmodel {__version__}: a research framework on Lightning, with plug-in tasks
 
   bigmodel fit -c EXPERIMENT.yaml [-c HARDWARE.yaml] [--KEY VALUE ...]    train
-  bigmodel fit --resume RUN [--KEY VALUE ...]                             go on with a run that was stopped
-  bigmodel check -c EXPERIMENT.yaml [--KEY VALUE ...]                     a minute of it, before a long job
+  bigmodel fit --resume RUN [--KEY VALUE ...]                             resume a stopped run
+  bigmodel check -c EXPERIMENT.yaml [--KEY VALUE ...]                     a few steps of it, before a long job
   bigmodel validate|test|predict RUN [--KEY VALUE ...]                    evaluate a run's best checkpoint
-  bigmodel export RUN                                                     write a trained net's weights as safetensors
+  bigmodel export RUN                                                     write a run's weights as safetensors
   bigmodel list [--check]                                                 tasks, experiments, runs
-  bigmodel new NAME                                                       a package with a task that trains, to start from
+  bigmodel new NAME                                                       a package with a task, as a starting point
 {{commands}}
-A RUN is a run directory, the end of its name, or `last`. `bigmodel VERB --help` says more.
+A RUN is a run directory, the end of its name, or `last`. `bigmodel VERB --help` describes a verb.
 """
-_GROUP = (
-    "bigmodel.commands"  # entry points: verbs of installed tasks, `name = "package.module:function"` of the arguments
-)
-
-_VERBS = {  # module and function of each verb
+# Entry points of verbs in installed packages: `name = "package.module:function"`, called with the list of arguments.
+_GROUP = "bigmodel.commands"
+# Module and function of each verb.
+_VERBS = {
     "check": "bigmodel.cli.check:run_check",
     "export": "bigmodel.cli.export:run_export",
     "list": "bigmodel.cli.listing:run_list",
@@ -55,8 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     elif command := next(iter(_installed_commands(verb)), None):
         _with_clear_errors(command.load(), rest)
     else:
-        known = [*_VERBS, *(command.name for command in _installed_commands())]
-        _fail(f"there is no verb {verb!r}; choose one of {', '.join(sorted(known))}")
+        verbs = [*_VERBS, *(command.name for command in _installed_commands())]
+        _fail(f"there is no verb {verb!r}; choose one of {', '.join(sorted(verbs))}")
 
 
 def _installed_commands(name: str | None = None) -> list[EntryPoint]:

@@ -14,29 +14,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 
-from bigmodel.cli import ClearError, trainer_cli
+from bigmodel.cli import ClearError
 from bigmodel.cli.class_help import print_class_help
 from bigmodel.cli.dry_run import Findings, Probe
-from bigmodel.cli.formatting import amount, num_saves, num_validations
-from bigmodel.run import config as run_config
+from bigmodel.cli.formatting import format_bytes
+from bigmodel.cli.lightning_warnings import quiet_lightning
+from bigmodel.cli.run_verb import run_verb
+from bigmodel.cli.trainer_cli import TrainerCLI, merge_config
+from bigmodel.run.config import parse_flags
 from bigmodel.training.callbacks import Anomalies, StepTimer
 
 _HELP = """\
 bigmodel check -c EXPERIMENT.yaml [-c MORE.yaml ...] [--KEY VALUE ...]
 
-Takes a few steps of what `bigmodel fit` would do with the same words, in about a minute, and prints a line for each finding:
+Takes a few steps of the run that `bigmodel fit` would start with the same arguments, in about a minute, and prints a line
+for each finding:
 
-  ok   what          a figure
-  FAIL what: why, and what to do
+  ok   NAME          measurement
+  FAIL NAME: problem and remedy
 
-It opens the data, makes the net, takes up to 20 optimizer steps, writes a checkpoint and reads it back, runs a few batches
-of validation; on several processes it compares versions and sums known numbers. Then it says how long the whole run will
-take at this speed, and how much disk its checkpoints need. The exit status is 1 if anything failed, and 2 for a
-configuration that fit would refuse.
+It opens the data, creates the net, takes up to 20 optimizer steps, writes a checkpoint and reads it back, and runs a few
+batches of validation; on several processes it compares versions and sums test values. It estimates the duration of the whole
+run at this speed, and the disk space of its checkpoints. The exit status is 1 if anything failed, and 2 for a configuration
+that fit refuses.
 
-It leaves no run directory and no run in W&B behind. Data that it prepared stay in the cache, for fit to use.
+It creates no run directory and no run in W&B. Prepared data stay in the cache for fit.
 """
 
 _VALIDATION_BATCHES = 4
@@ -49,10 +53,10 @@ def run_check(argv: list[str]) -> Probe | None:
         The measurements; None if only help was requested.
 
     Raises:
-        ValueError: for anything that `fit` would refuse.
+        ValueError: for anything that `fit` refuses.
         SystemExit: with status 1, if a finding is a failure.
     """
-    positional, files, flags = run_config.parse_flags(argv)
+    positional, files, flags = parse_flags(argv)
     if "help" in dict(flags) or "-h" in argv:
         print(_HELP, end="")
         return None
@@ -60,12 +64,12 @@ def run_check(argv: list[str]) -> Probe | None:
         raise ValueError(f"unexpected argument {positional[-1]!r} (a YAML file is given with -c)")
     if not files and not any(key.endswith(".help") for key, _ in flags):
         raise ValueError("nothing to check: give an experiment with -c FILE.yaml")
-    merged = trainer_cli.merge_settings(files, flags)
+    merged = merge_config(files, flags)
     if print_class_help(flags, merged):
         return None
-    trainer_cli.quiet_lightning()
+    quiet_lightning()
     probe = Probe(merged)
-    cli = trainer_cli.parse(merged, [probe])
+    cli = TrainerCLI(merged, [probe])
     runs_dir = Path(cli.config.runs_dir).absolute()
     probe.findings = findings = Findings(cli.trainer.is_global_zero)
     # On the disk of the checkpoints, to measure its speed and free space.
@@ -73,34 +77,33 @@ def run_check(argv: list[str]) -> Probe | None:
         probe.config = {**cli.resolved(), "runs_dir": folder}
         _shorten(cli.trainer, probe)
         try:
-            trainer_cli.run_parsed("fit", cli, None, None)
+            run_verb("fit", cli, None, None)
         except ClearError:  # the configuration: before the run has begun
             raise
         except Exception as error:
             if not _out_of_memory(error):
                 findings.fail(probe.stage, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
                 raise
-            findings.fail("memory", "it does not suffice: set a smaller --data.micro_batch_size, or a smaller net")
+            findings.fail("memory", "out of memory: set a smaller --data.micro_batch_size, or a smaller net")
         else:
-            _conclude(cli.trainer, probe, shutil.disk_usage(folder).free, runs_dir)
+            _estimate(cli.trainer, probe, shutil.disk_usage(folder).free, runs_dir)
     if findings.failed:
         sys.exit(1)
     return probe
 
 
 def _temporary_folder(runs_dir: Path) -> tempfile.TemporaryDirectory[str]:
-    there = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
+    existing = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
     try:
-        return tempfile.TemporaryDirectory(prefix=".bigmodel-check-", dir=there)
+        return tempfile.TemporaryDirectory(prefix=".bigmodel-check-", dir=existing)
     except OSError as error:
         raise ValueError(
-            f"--runs_dir {runs_dir}: runs are kept there, and nothing can be written to {there} ({error.strerror});"
-            " choose another folder"
+            f"--runs_dir {runs_dir}: the folder {existing} is not writable ({error.strerror}); choose another folder"
         ) from error
 
 
 def _shorten(trainer: Any, probe: Probe) -> None:
-    """Disable loggers, callbacks and settings that would leave files, or print between the findings."""
+    """Disable loggers, callbacks and options that would leave files, or print between the findings."""
     trainer.loggers = []
     # The probe prints instead of the bar, and checks the loss itself.
     trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, ProgressBar | Anomalies | StepTimer)]
@@ -115,15 +118,16 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _conclude(trainer: Any, probe: Probe, free: int, runs_dir: Path) -> None:
-    """Report the duration of the whole run, and the disk space of its checkpoints."""
+def _estimate(trainer: Any, probe: Probe, free: int, runs_dir: Path) -> None:
+    """Report the estimated duration of the whole run, and the disk space of its checkpoints."""
     findings, steps, step_seconds = probe.findings, probe.total, probe.step_seconds
     if step_seconds is None:
-        findings.ok("whole run", "one step: too short for a figure")
+        findings.ok("whole run", "one step: too short to estimate")
         return
     if steps < 0:
         findings.ok(
-            "whole run", f"without an end; 1,000 steps take {_clock(1000 * step_seconds)}, validation not included"
+            "whole run",
+            f"no maximum of steps; 1,000 steps take {_format_seconds(1000 * step_seconds)}, validation not included",
         )
         return
     seconds, included, validations = steps * step_seconds, [], 0
@@ -138,24 +142,55 @@ def _conclude(trainer: Any, probe: Probe, free: int, runs_dir: Path) -> None:
         probe.validation_seconds = num_batches * probe.batch_seconds
         seconds += validations * probe.validation_seconds
         included.append(f"{validations:,} validation(s) of {num_batches:,} batch(es)")
-    saves = [num_saves(callback, steps, seconds, validations) for callback in probe.checkpoints]
+    saves = [_num_saves(callback, steps, seconds, validations) for callback in probe.checkpoints]
     seconds += sum(saves) * probe.save_seconds
     included.append(f"{sum(saves):,} checkpoint(s)")
-    findings.ok("whole run", f"{steps:,} steps take {_clock(seconds)} at this speed, with {' and '.join(included)}")
+    findings.ok(
+        "whole run", f"{steps:,} steps take {_format_seconds(seconds)} at this speed, with {' and '.join(included)}"
+    )
     # The next one is written before the previous one is deleted.
-    kept = [n if c.save_top_k < 0 else min(n, c.save_top_k + 1) for c, n in zip(probe.checkpoints, saves, strict=True)]
-    need = sum(kept) * probe.size
+    saved = [n if c.save_top_k < 0 else min(n, c.save_top_k + 1) for c, n in zip(probe.checkpoints, saves, strict=True)]
+    need = sum(saved) * probe.size
     if need > free:
         findings.fail(
             "disk",
-            f"checkpoints need {amount(need)}, {amount(free)} are free in {runs_dir}: free some, choose another"
-            " --runs_dir, or keep fewer (--callbacks.NAME.keep)",
+            f"checkpoints need {format_bytes(need)}, {format_bytes(free)} are free in {runs_dir}: free some, choose another"
+            " --runs_dir, or save fewer (--callbacks.NAME.keep)",
         )
     else:
-        findings.ok("disk", f"checkpoints need {amount(need)}, {amount(free)} are free in {runs_dir}")
+        findings.ok("disk", f"checkpoints need {format_bytes(need)}, {format_bytes(free)} are free in {runs_dir}")
 
 
-def _clock(seconds: float) -> str:
+def num_validations(batches: float, per_epoch: float, every: float, every_n_epoch: int | None) -> int:
+    """Return the number of validations in a run.
+
+    Args:
+        batches: micro-batches of the whole run.
+        per_epoch: micro-batches of an epoch.
+        every: micro-batches between validations: of an epoch, or of the run if `every_n_epoch` is None.
+        every_n_epoch: validate only in every n-th epoch.
+    """
+    if every_n_epoch is None:
+        return int(batches // every)
+    every = min(every, per_epoch)
+    epochs, rest = divmod(batches, per_epoch)
+    in_last = rest // every if (epochs + 1) % every_n_epoch == 0 else 0
+    return int(epochs // every_n_epoch * (per_epoch // every) + in_last) if epochs else int(in_last)
+
+
+def _num_saves(callback: ModelCheckpoint, steps: int, seconds: float, validations: int) -> int:
+    """Return the maximum number of checkpoints of a callback in a run of so many steps, seconds and validations."""
+    if callback.save_top_k == 0:
+        return 0
+    every, interval = callback._every_n_train_steps, callback._train_time_interval
+    if callback.monitor is None and every:
+        return -(-steps // every)  # the last step is always saved
+    if callback.monitor is None and interval is not None:
+        return int(seconds // interval.total_seconds()) + 1
+    return validations
+
+
+def _format_seconds(seconds: float) -> str:
     return str(timedelta(seconds=max(1, round(seconds))))
 
 

@@ -39,8 +39,10 @@ def fill_class_defaults(settings: Any) -> None:
 
 def _with_own_defaults(value: Any, replaced: str) -> Any:
     """Return a block, or the path of a class, as a block with its own defaults of arguments that `replaced` has too."""
-    block = {"class_path": value} if isinstance(value, str) and "." in value else value
-    path = block.get("class_path") if isinstance(block, dict) else None
+    block: dict[str, Any] = (
+        {"class_path": value} if isinstance(value, str) else value if isinstance(value, dict) else {}
+    )
+    path = block.get("class_path")
     if not isinstance(path, str) or "." not in path or _is_same(path, replaced):
         return value
     shared = {key: own for key, own in _defaults(path).items() if key in _defaults(replaced)}
@@ -60,7 +62,7 @@ def _found(path: str) -> Any:
 
 @functools.cache
 def _defaults(path: str) -> dict[str, Any]:
-    """Return a class's optional arguments with their defaults, as plain values; empty for what is not an importable class."""
+    """Return a class's optional arguments and their defaults, as plain values; nothing if the class cannot be imported."""
     from jsonargparse import ArgumentParser
 
     if not inspect.isclass(found := _found(path)):

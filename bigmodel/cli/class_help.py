@@ -12,10 +12,10 @@ from typing import Any
 from unittest import mock
 
 from bigmodel.cli import plugins
-from bigmodel.run.config import Settings, read_yaml
+from bigmodel.run.config import Config, read_yaml
 
 
-def print_class_help(flags: list[tuple[str, Any]], merged: Settings) -> bool:
+def print_class_help(flags: list[tuple[str, Any]], merged: Config) -> bool:
     """Print the help of a flag such as --model.net.help, if there is one; return True if there was.
 
     Raises:
@@ -30,19 +30,19 @@ def print_class_help(flags: list[tuple[str, Any]], merged: Settings) -> bool:
             elif class_path is None:
                 _print_choice(key, merged)
             else:
-                _print_help(key, class_path)
+                print(_help_of(key, class_path))
             return True
     return False
 
 
-def _configured(key: str, merged: Settings) -> str | None:
+def _configured(key: str, merged: Config) -> str | None:
     if key == "trainer":
         return "lightning.pytorch.Trainer"
     block = _at(key, merged)
     return block.get("class_path") if isinstance(block, dict) else block if isinstance(block, str) else None
 
 
-def _at(key: str, merged: Settings) -> Any:
+def _at(key: str, merged: Config) -> Any:
     """Return the value at a key that omits `init_args`; None if there is none."""
     block: Any = merged
     for part in key.split("."):
@@ -56,24 +56,28 @@ def _named(key: str, name: str) -> str:
     task = plugins.find_task(name) if key in ("model", "data") else None
     if task is None or (key == "data" and task.path == name):
         if "." not in name:
-            raise ValueError(f"--{key}.help {name}: no such task is installed; `bigmodel list` shows those that are")
+            raise ValueError(
+                f"--{key}.help {name}: no such task is installed; `bigmodel list` shows the installed tasks"
+            )
         return name
     if key == "model":
         return task.path
     experiment = plugins.experiment_of(task)
     class_path = _configured(key, read_yaml(experiment)) if experiment is not None else None
     if class_path is None:
-        raise ValueError(f"--data.help {name}: the task has no experiment that names its data; name a class")
+        raise ValueError(f"--data.help {name}: the task has no experiment with data; give a class path")
     return class_path
 
 
 def _list_tasks(key: str) -> None:
-    print(f"--{key}.help TASK shows what a task's {'class' if key == 'model' else 'data'} takes. Installed tasks:")
+    print(
+        f"--{key}.help TASK shows the arguments of a task's {'class' if key == 'model' else 'data'}. Installed tasks:"
+    )
     for task in plugins.installed_tasks():
         print(f"  {task.name:24} {task.path}")
 
 
-def _print_choice(key: str, merged: Settings) -> None:
+def _print_choice(key: str, merged: Config) -> None:
     """Print the options of a key without a configured class.
 
     These are the description of this argument in the class above it, and the named entries if it is a mapping.
@@ -82,60 +86,55 @@ def _print_choice(key: str, merged: Settings) -> None:
     class_path = _configured(above, merged) if above else None
     lines = _help_of(above, class_path).splitlines() if class_path is not None else []
     if f"  --{key}" not in lines:
-        raise ValueError(f"no class is configured at {key}; name one: --{key}.help CLASS")
+        raise ValueError(f"no class is configured at {key}; give one: --{key}.help CLASS")
     start = lines.index(f"  --{key}") + 1
-    meant = list(itertools.takewhile(lambda line: line.startswith("      "), lines[start:]))
-    print("\n".join([f"--{key}", *meant]))
-    there = _at(key, merged)
-    for name in there if isinstance(there, dict) else []:
+    description = list(itertools.takewhile(lambda line: line.startswith("      "), lines[start:]))
+    print("\n".join([f"--{key}", *description]))
+    entries = _at(key, merged)
+    for name in entries if isinstance(entries, dict) else []:
         if (configured := _configured(f"{key}.{name}", merged)) is not None:
-            print(f"\n--{key}.{name} {configured}; --{key}.{name}.help shows what it takes")
-
-
-def _print_help(key: str, class_path: str) -> None:
-    print(_help_of(key, class_path))
+            print(f"\n--{key}.{name} {configured}; --{key}.{name}.help shows its arguments")
 
 
 def _help_of(key: str, class_path: str) -> str:
     from jsonargparse import ArgumentParser
-    from jsonargparse._util import import_object
 
     try:
-        found = import_object(class_path)
+        found = plugins.import_class(class_path)
     except Exception as error:  # any exception of a package's own code during import
         raise ValueError(
             f"--{key}.help {class_path}: it cannot be imported ({type(error).__name__}: {error}); `bigmodel list --check`"
-            " shows which tasks can"
+            " shows the importable tasks"
         ) from error
     parser = ArgumentParser(prog=f"--{key} {class_path}", usage=f"--{key} {class_path} --{key}.ARGUMENT VALUE ...")
     parser.add_class_arguments(found, key, fail_untyped=False)
     with mock.patch.dict(os.environ, {"COLUMNS": "100000"}):  # one line per argument, to be shortened and wrapped here
         text = parser.format_help()
-    return _readable(text, key)
+    return _format_help(text, key)
 
 
-def _readable(text: str, key: str) -> str:
+def _format_help(text: str, key: str) -> str:
     """Return the parser's help without its own options, and without the hundreds of classes of other libraries."""
     width = min(shutil.get_terminal_size().columns, 120)
     lines: list[str] = []
     flag = ""
     for line in text.splitlines():
-        words = line.strip()
+        content = line.strip()
         if not line.startswith("  "):  # a heading
             flag = ""
-            lines += [words] if words != "options:" else []
+            lines += [content] if content != "options:" else []
             continue
         if not line.startswith("   "):  # an argument, and its description if it fits on the line
-            usage, _, words = words.partition("  ")
+            usage, _, content = content.partition("  ")
             flag = re.split(r"[ ,]", usage)[0]
             lines += [f"  {flag}"] if flag.startswith(f"--{key}.") and not flag.endswith(".help") else []
-        if words and lines[-1].startswith(" ") and not flag.endswith(".help"):
-            wrapped = textwrap.wrap(_ours(words.strip(), flag), width - 8, break_long_words=False)
+        if content and lines[-1].startswith(" ") and not flag.endswith(".help"):
+            wrapped = textwrap.wrap(_own_subclasses(content.strip(), flag), width - 8, break_long_words=False)
             lines += [f"      {part}" for part in wrapped]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
 
 
-def _ours(text: str, flag: str) -> str:
+def _own_subclasses(text: str, flag: str) -> str:
     """Keep only the known subclasses from packages with tasks, and append the flag that shows their arguments."""
     known = re.search(r", known subclasses: ([^()]*)\)$", text)
     if known is None:
@@ -146,8 +145,8 @@ def _ours(text: str, flag: str) -> str:
     ours = [name for name in candidates if name.split(".")[0] in packages and not _is_part(name)]
     ours = [name for name in ours if abc.ABC not in plugins.import_class(name).__bases__]
     by_name = ".NAME" if "dict[str, " in text else ""
-    choice = f"; among others: {', '.join(sorted(ours))}" if ours else ""
-    return f"{text[: known.start()]}){choice}; {flag}{by_name}.help CLASS shows what one takes"
+    choice = f"; available: {', '.join(sorted(ours))}" if ours else ""
+    return f"{text[: known.start()]}){choice}; {flag}{by_name}.help CLASS shows its arguments"
 
 
 def _is_part(name: str) -> bool:

@@ -1,10 +1,10 @@
-"""`bigmodel fit --data.folds K`: cross-validation, with one fit per fold in sequence, and a report of all.
+"""`bigmodel fit --data.folds K`: cross-validation, with one fit per fold in sequence, and a report.
 
-Each fit is a separate process, as if typed with `--data.fold i`, and leaves a run like any other::
+Each fit is a separate process with `--data.fold i`, and writes a run directory like any other::
 
     runs/<experiment>/<time>-<id>/folds.json             the arguments, the number of folds, and the run of `last`
                                   fold-0/, fold-1/, ...   run directories
-                                  folds.md, folds.csv    after all have finished: each fold's best, mean and deviation
+                                  folds.md, folds.csv    at the end: each fold's best metrics, mean and standard deviation
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from typing import Any
 
 from bigmodel.checkpoint import checkpoint_step
 from bigmodel.run import find_run, new_directory
-from bigmodel.run.config import Settings
+from bigmodel.run.config import Config
 
-_TOLD = (signal.SIGTERM, signal.SIGUSR1)
+_FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-def num_folds(settings: Settings) -> int | None:
+def num_folds(config: Config) -> int | None:
     """Return the number of fits; None: one, as usual.
 
     Raises:
         ValueError: for an invalid number of folds, or several processes, each of which would start its own fits.
     """
-    data = settings.get("data") or {}
+    data = config.get("data") or {}
     options = data.get("init_args") or {}
     folds = options.get("folds")
     if folds is None or options.get("fold") is not None:
         return None
     if not isinstance(folds, int) or folds < 2:
-        raise ValueError(f"--data.folds {folds} must be at least 2: into so many parts the samples are dealt")
+        raise ValueError(f"--data.folds {folds} must be at least 2: the samples are divided into as many parts")
     if max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "SLURM_NTASKS")) > 1:
         raise ValueError(
-            f"--data.folds {folds}: a launcher has started several processes, and each would go through all folds; launch"
+            f"--data.folds {folds}: a launcher has started several processes, and each would fit all folds; launch"
             " one fold after another, with --data.fold 0 and so on"
         )
     return folds
@@ -67,9 +67,9 @@ def run_folds(argv: list[str], folds: int, experiment: str, runs_dir: str) -> No
     with contextlib.suppress(ValueError):  # there is no run yet
         last = str(find_run("last", runs_dir))
     directory = new_directory(runs_dir, experiment)
-    facts = {"folds": folds, "arguments": argv, "last": last}
-    (directory / "folds.json").write_text(json.dumps(facts, indent=2) + "\n")
-    _go_on(directory, argv, [])
+    state = {"folds": folds, "arguments": argv, "last": last}
+    (directory / "folds.json").write_text(json.dumps(state, indent=2) + "\n")
+    _fit_remaining(directory, argv, [])
 
 
 def resume_folds(directory: Path, more: list[str]) -> None:
@@ -78,32 +78,30 @@ def resume_folds(directory: Path, more: list[str]) -> None:
     Raises:
         SystemExit: with the exit status of the fold that did not finish.
     """
-    _go_on(directory, json.loads((directory / "folds.json").read_text())["arguments"], more)
+    _fit_remaining(directory, json.loads((directory / "folds.json").read_text())["arguments"], more)
 
 
-def _go_on(directory: Path, argv: list[str], more: list[str]) -> None:
-    facts = json.loads((directory / "folds.json").read_text())
-    folds, last = facts["folds"], facts.get("last")
+def _fit_remaining(directory: Path, argv: list[str], more: list[str]) -> None:
+    state = json.loads((directory / "folds.json").read_text())
+    folds, last = state["folds"], state.get("last")
     if file := os.environ.get("BIGMODEL_RUN_FILE"):
         Path(file).write_text(f"{directory.resolve()}\n")
     for number in range(folds):
-        place = directory / f"fold-{number}"
-        if _status(place) == "finished":
+        run = directory / f"fold-{number}"
+        if _status(run) == "finished":
             continue
-        if any(place.glob("checkpoints/*.ckpt")):
-            arguments = ["--resume", str(place)]
+        if any(run.glob("checkpoints/*.ckpt")):
+            arguments = ["--resume", str(run)]
         else:
-            shutil.rmtree(
-                place, ignore_errors=True
-            )  # stopped before its first checkpoint: there is no checkpoint to resume
+            shutil.rmtree(run, ignore_errors=True)  # stopped before its first checkpoint
             arguments = [*argv, f"--data.fold={number}"]
         print(f"fold       {number} of {folds}", flush=True)
-        code = _fit([*arguments, *more], place, last)
+        code = _fit([*arguments, *more], run, last)
         if code:
-            if not any(directory.glob("fold-*/run.json")):  # refused before it began
+            if not any(directory.glob("fold-*/run.json")):  # an error before it began
                 shutil.rmtree(directory)
             else:
-                print(f"stopped in fold {number}; `bigmodel fit --resume {directory}` goes on from there", flush=True)
+                print(f"stopped in fold {number}; `bigmodel fit --resume {directory}` resumes it", flush=True)
             sys.exit(code)
     _report(directory, folds)
 
@@ -113,32 +111,36 @@ def _status(run: Path) -> str | None:
     return json.loads(record.read_text())["status"] if record.exists() else None
 
 
-def _fit(arguments: list[str], place: Path, last: str | None) -> int:
-    """Run `bigmodel fit` in a separate process, with the run in this place; return its exit status.
+def _fit(arguments: list[str], run: Path, last: str | None) -> int:
+    """Run `bigmodel fit` in a separate process; return its exit status, which is not 0 if it was interrupted.
 
-    The status is not 0 if it was interrupted. `last` has the value from before the first fold: else a fold's teacher
-    would be the previous fold. Ctrl-C reaches that process from the terminal; other signals are forwarded to it.
+    Ctrl-C reaches that process from the terminal; other signals are forwarded to it.
+
+    Args:
+        arguments: after `bigmodel fit`.
+        run: its run directory.
+        last: the run of `last` before the first fold: otherwise a fold's teacher would be the previous fold.
     """
-    environment = {**os.environ, "BIGMODEL_RUN_DIRECTORY": str(place)}
+    environment = {**os.environ, "BIGMODEL_RUN_DIRECTORY": str(run)}
     environment |= {"BIGMODEL_LAST": last} if last is not None else {}
-    environment.pop("BIGMODEL_RUN_FILE", None)  # it names the directory of all folds
-    told: list[int] = []
+    environment.pop("BIGMODEL_RUN_FILE", None)  # names the directory of all folds
+    received: list[int] = []
     process: subprocess.Popen[bytes] | None = None
 
     def receive(number: int, frame: Any) -> None:
-        told.append(number)
-        if process is not None and number in _TOLD:
+        received.append(number)
+        if process is not None and number in _FORWARDED_SIGNALS:
             process.send_signal(number)
 
-    handlers = {number: signal.signal(number, receive) for number in (*_TOLD, signal.SIGINT)}
+    handlers = {number: signal.signal(number, receive) for number in (*_FORWARDED_SIGNALS, signal.SIGINT)}
     try:
         process = subprocess.Popen([sys.executable, "-m", "bigmodel", "fit", *arguments], env=environment)
         code = process.wait()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if told:  # possibly in its last step, which then completed the fold
-        return code or (130 if signal.SIGINT in told else 85)
+    if received:  # possibly in its last step, so that it finished
+        return code or (130 if signal.SIGINT in received else 85)
     return code if code >= 0 else 128 - code
 
 
@@ -179,7 +181,7 @@ def _best(run: Path) -> dict[str, float]:
         step = checkpoint_step(Path(best["checkpoint"]))
         rows = [row for row in rows if int(row["step"]) == step] or rows
     if not rows:
-        raise ValueError(f"{run} measured nothing on a validation split: there is nothing to report of its fold")
+        raise ValueError(f"{run} has no validation metrics to report: the data need a validation split")
     measured = {name: float(value) for name, value in rows[-1].items() if name.startswith("val/") and value}
     first = {best["metric"]: float(best["value"])} if best is not None else {}
     return {**first, **measured, "step": float(rows[-1]["step"])}

@@ -1,13 +1,9 @@
-"""Run of `bigmodel check`: measurements at each step, and the printed findings."""
+"""Run of `bigmodel check`: measurements at each step."""
 
 from __future__ import annotations
 
 import math
-import platform
-import resource
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,45 +12,29 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from bigmodel import run
-from bigmodel.checkpoint import read, size_on_disk
-from bigmodel.cli.formatting import amount, describe, different
+from bigmodel.checkpoint import size_on_disk
+from bigmodel.cli.findings import (
+    Findings,
+    check_checkpoint,
+    check_processes,
+    gather,
+    report_memory,
+    report_peak_memory,
+    synchronize,
+)
+from bigmodel.cli.formatting import format_batch
 from bigmodel.data.sampling import data_parallel_size
 from bigmodel.data.schedule import num_steps
-from bigmodel.parallel.tensors import local
-from bigmodel.run.tracking import MetricsCSV
 from bigmodel.training.callbacks import GradientScaling, TrainingLog
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 from bigmodel.training.callbacks.training_log import samples_per_step
 from bigmodel.training.precision import ChoosePrecision
 
-_MOST_STEPS, _SECONDS = 20, 15.0  # maximum number of optimizer steps, and approximate duration
-_MOST_REDUCED = 1 << 24  # float32 numbers in the sum over processes, 64 MB: a typical part of a net's gradients
+_MAX_STEPS, _SECONDS = 20, 15.0  # maximum number of optimizer steps, and approximate duration
 
 
-class Findings:
-    """Prints findings as they occur; on the first process only.
-
-    Attributes:
-        failed: True if any of them was a failure.
-    """
-
-    def __init__(self, speaks: bool) -> None:
-        self.speaks, self.failed = speaks, False
-
-    def ok(self, what: str, figure: str) -> None:
-        """Print a successful finding."""
-        if self.speaks:
-            print(f"ok   {what:12} {figure}", flush=True)
-
-    def fail(self, what: str, why: str) -> None:
-        """Print a failure; `why` includes a remedy."""
-        self.failed = True
-        if self.speaks:
-            print(f"FAIL {what}: {why}", flush=True)
-
-
-class Probe(run.RunDirectory):
-    """Run directory without its usual output; it measures the run, and ends it.
+class Probe(run.QuietRunDirectory):
+    """Callback that measures a run at each step, and ends it.
 
     Attributes:
         stage: the current activity, for the line that reports a failure.
@@ -91,41 +71,14 @@ class Probe(run.RunDirectory):
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         if trainer.world_size > 1:
             self.stage = "processes"
-            self._check_processes(pl_module)
+            check_processes(self.findings, pl_module)
         net: Any = getattr(pl_module, "net", None) or pl_module
         trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         total = sum(p.numel() for p in pl_module.parameters())
         frozen = f", {(total - trainable) / total:.1%} of them frozen" if trainable < total else ""
         self.findings.ok("net", f"{type(net).__name__}, {run.format_parameter_count(total)}{frozen}")
 
-    def _check_processes(self, pl_module: LightningModule) -> None:
-        """Check a sum over processes; `bigmodel.parallel.rendezvous` has compared their software."""
-        everywhere = _gather(platform.node())
-        size = min(_MOST_REDUCED, sum(p.numel() for p in pl_module.parameters()))
-        numbers = torch.ones(size, device=pl_module.device)
-        torch.distributed.all_reduce(numbers)  # the first one sets up connections
-        numbers.fill_(torch.distributed.get_rank() + 1)
-        _wait_for(pl_module.device)
-        start = time.perf_counter()
-        torch.distributed.all_reduce(numbers)
-        _wait_for(pl_module.device)
-        seconds, world = time.perf_counter() - start, len(everywhere)
-        right = all(_gather(bool((numbers == world * (world + 1) / 2).all())))
-        nodes = len(set(everywhere))
-        what = f"{world} on {nodes} node{'s' if nodes > 1 else ''}; summing {amount(4 * size)} over them"
-        if right:
-            self.findings.ok("processes", f"{what} is right, in {1e3 * seconds:.1f} ms")
-        else:
-            self.findings.fail("processes", f"{what} comes out wrong: the network between them or its driver is broken")
-
-    def _start_loggers(self, trainer: Trainer, directory: Path) -> None:
-        trainer.loggers = [MetricsCSV(directory / "metrics.csv", trainer)]  # some callbacks require one
-
-    @staticmethod
-    def _say_what_runs(trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do nothing: the findings contain it."""
-
-    def _say_precision(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _print_summary(self, trainer: Trainer, pl_module: LightningModule) -> None:
         chooser = get_callback(trainer, ChoosePrecision)
         line = (chooser and chooser.describe(trainer, pl_module)) or trainer.precision
         self.findings.ok("precision", line.removeprefix("precision").strip())
@@ -138,7 +91,7 @@ class Probe(run.RunDirectory):
         self.checkpoints = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
         trainer.callbacks = [callback for callback in trainer.callbacks if callback not in self.checkpoints]
         # Validation runs after the last step, independent of the configured interval.
-        self._few, trainer.limit_val_batches = trainer.limit_val_batches, 0
+        self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
         self.every_n_epoch, trainer.check_val_every_n_epoch = trainer.check_val_every_n_epoch, 1
         self.total, self.accumulation = num_steps(trainer), trainer.accumulate_grad_batches
         self._gradients = get_callback(trainer, GradientScaling)
@@ -160,7 +113,7 @@ class Probe(run.RunDirectory):
         waited = time.perf_counter() - self._ended
         self._waited += waited
         if self._step == 0 and batch_idx == 0:
-            self.findings.ok("first batch", f"{describe(batch)}, after {1e3 * waited:.1f} ms")
+            self.findings.ok("first batch", f"{format_batch(batch)}, after {1e3 * waited:.1f} ms")
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -178,40 +131,26 @@ class Probe(run.RunDirectory):
 
     def _end_step(self, trainer: Any, pl_module: LightningModule) -> None:
         if self._step == 1:  # slow: memory is allocated, FLOPs are counted, kernels are chosen
-            self._say_memory(trainer, pl_module)
-            _wait_for(pl_module.device)
+            report_memory(self.findings, trainer, pl_module)
+            synchronize(pl_module.device)
             self._start, self._waited = time.perf_counter(), 0.0
         elif self._step == 2:
-            _wait_for(pl_module.device)
-            steps = min(_MOST_STEPS, max(3, int(_SECONDS / (time.perf_counter() - self._start))))
+            synchronize(pl_module.device)
+            steps = min(_MAX_STEPS, max(3, int(_SECONDS / (time.perf_counter() - self._start))))
             last = trainer.strategy.broadcast(steps)
             self._last = min(last, self.total) if self.total > 0 else last
         if self._step == self._last:
-            _wait_for(pl_module.device)
+            synchronize(pl_module.device)
             if self._step > 1:
-                self._say_speed(trainer, pl_module, time.perf_counter() - self._start)
-            self._say_loss(data_parallel_size(trainer))
+                self._report_speed(trainer, pl_module, time.perf_counter() - self._start)
+            self._report_loss(data_parallel_size(trainer))
             self.stage = "checkpoint"
             self._check_checkpoint(trainer)
             self.stage = "validation"
-            trainer.limit_val_batches = self._few
+            trainer.limit_val_batches = self._limit_val_batches
             trainer.should_stop = True  # after a validation
 
-    def _say_memory(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        parameters = list(pl_module.parameters())
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        state = [
-            value
-            for optimizer in trainer.optimizers
-            for values in optimizer.state.values()
-            for value in values.values()
-            if isinstance(value, Tensor)
-        ]
-        held: dict[str, list[Any]] = {"weights": parameters, "gradients": gradients, "optimizer state": state}
-        parts = [f"{name} {amount(_bytes(tensors))}" for name, tensors in held.items()]
-        self.findings.ok("memory", ", ".join(parts) + (" in each process" if trainer.world_size > 1 else ""))
-
-    def _say_speed(self, trainer: Trainer, pl_module: LightningModule, seconds: float) -> None:
+    def _report_speed(self, trainer: Trainer, pl_module: LightningModule, seconds: float) -> None:
         steps = self._step - 1
         self.step_seconds = seconds / steps
         parts = [f"{1e3 * self.step_seconds:,.1f} ms a step"]
@@ -228,12 +167,12 @@ class Probe(run.RunDirectory):
         parts.append(f"{self._waited / seconds:.0%} of the time between batches (data, callbacks)")
         self.findings.ok("speed", ", ".join(parts))
 
-    def _say_loss(self, replicas: int) -> None:
+    def _report_loss(self, replicas: int) -> None:
         """Report the loss; Lightning has divided a micro-batch's loss by the accumulation."""
         mine = [float(loss) * self.accumulation if loss is not None else None for loss in self._losses]
         counts = [int(count) if count is not None else 0 for count in self._counts]
         values = []
-        for step, losses in enumerate(zip(*_gather(mine), strict=True)):
+        for step, losses in enumerate(zip(*gather(mine), strict=True)):
             count = counts[step + 1] - counts[step] or self.accumulation * replicas
             total = (
                 sum(loss for loss in losses if loss is not None) * replicas / len(losses)
@@ -243,7 +182,7 @@ class Probe(run.RunDirectory):
         if bad is not None:
             self.findings.fail(
                 "loss",
-                f"it is {values[bad]} at step {bad + 1}: look at the data, lower --model.optimizer.lr, give a longer"
+                f"it is {values[bad]} at step {bad + 1}: check the data, lower --model.optimizer.lr, set a longer"
                 " --model.schedule.warmup_steps, or set --trainer.precision 32-true",
             )
             return
@@ -266,27 +205,8 @@ class Probe(run.RunDirectory):
         if not trainer.is_global_zero:
             return
         self.size = size_on_disk(path)
-        wrong = different(self.written, read(path, whole=False))  # of sharded tensors, this process's part
+        check_checkpoint(self.findings, self.written, path, self.save_seconds)
         self.written = {}
-        if wrong:
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            self.findings.fail(
-                "checkpoint",
-                f"{', '.join(wrong[:3])}{more} came back changed: the disk, or a callback's state, is at fault",
-            )
-            return
-        try:
-            run.load(path)
-        except Exception as error:  # any exception of the task's code: the run's result would be unusable
-            self.findings.fail(
-                "checkpoint",
-                f"`bigmodel.load` cannot make the task from it with no data present: {type(error).__name__}: {error}",
-            )
-            return
-        self.findings.ok(
-            "checkpoint",
-            f"{amount(self.size)}, written in {self.save_seconds:.2f} s, read back bitwise the same, loaded without data",
-        )
 
     # Validation.
 
@@ -294,11 +214,11 @@ class Probe(run.RunDirectory):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self.validated == 0:
-            self._described = describe(batch)
+            self._described = format_batch(batch)
             self._start = time.perf_counter()
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        _wait_for(pl_module.device)
+        synchronize(pl_module.device)
         now = time.perf_counter()
         self.validated += 1
         if self.validated == 1:  # slow like a first step, and counted only if there is no other
@@ -322,33 +242,5 @@ class Probe(run.RunDirectory):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         if self.validated == 0:
-            self.findings.ok("validation", "none: there is no validation split, or it is switched off")
-        if pl_module.device.type == "cuda":
-            most = max(_gather(torch.cuda.max_memory_allocated(pl_module.device)))
-            whole = torch.cuda.get_device_properties(pl_module.device).total_memory
-            self.findings.ok("peak memory", f"{amount(most)} of the GPU's {amount(whole)}")
-        else:
-            kilo = 1 if sys.platform == "darwin" else 1024
-            most = max(_gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo))
-            self.findings.ok("peak memory", f"{amount(most)} resident in a process")
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Do nothing: there is no run to resume."""
-
-
-def _bytes(tensors: list[Any]) -> int:
-    return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
-
-
-def _gather(value: Any) -> list[Any]:
-    """Return the values of all processes, on all of them."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+            self.findings.ok("validation", "none: there is no validation split, or it is disabled")
+        report_peak_memory(self.findings, pl_module.device)

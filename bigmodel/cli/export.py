@@ -1,4 +1,4 @@
-"""`bigmodel export RUN`: the trained net's weights in a file for other programs."""
+"""`bigmodel export RUN`: write a run's weights to a safetensors file."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ from bigmodel.run.config import parse_flags
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_FORMATS = ("safetensors",)
-_FLAGS = ("checkpoint", "format", "output", "runs_dir")
+_FLAGS = ("checkpoint", "output", "runs_dir")
 _HELP = """\
-bigmodel export RUN [--checkpoint best|last|FILE] [--format safetensors] [--output FILE]
+bigmodel export RUN [--checkpoint best|last|FILE] [--output FILE]
 
-Writes the weights of a run's net, the average where the run kept one, into one safetensors file. Each tensor is contiguous;
-of tied ones the first stands in the file. Its metadata, each value as JSON: class_path and sizes of the net, model (the
-whole block of the configuration), version of bigmodel, checkpoint, average (which, or null), and tied (name: the name whose
+Writes the weights of a run's net, averaged if the run saved an average, to one safetensors file. Each tensor is contiguous;
+of tied tensors, only the first is written. Metadata, each value as JSON: class_path and sizes of the net, model (its whole
+block of the configuration), version of bigmodel, checkpoint, average (its name, or null), and tied (name: the name whose
 tensor it shares).
 
   --checkpoint NAME      best (default), last, or a file in the run's checkpoints/
-  --format NAME          safetensors (default)
-  --output FILE          default: RUN/<checkpoint>.safetensors; a file that is there already is not overwritten
+  --output FILE          default: RUN/<checkpoint>.safetensors; an existing file is not overwritten
 """
 
 
@@ -39,19 +37,18 @@ def run_export(argv: list[str]) -> None:
         raise ValueError("name one run, as in `bigmodel export RUN`; `bigmodel list` shows the runs")
     unknown = flags.keys() - set(_FLAGS)
     if unknown:
-        raise ValueError(f"no flag --{sorted(unknown)[0]}; export takes {', '.join('--' + name for name in _FLAGS)}")
-    kind = flags.get("format", _FORMATS[0])
-    if kind not in _FORMATS:
-        raise ValueError(f"--format {kind} is not known; choose {' or '.join(_FORMATS)}")
+        raise ValueError(
+            f"no flag --{sorted(unknown)[0]}; `bigmodel export` accepts {', '.join('--' + name for name in _FLAGS)}"
+        )
 
     from bigmodel import run
     from bigmodel.checkpoint import find_checkpoint
 
     directory = run.find_run(positional[0], flags.get("runs_dir", "runs"))
     checkpoint = find_checkpoint(directory, flags.get("checkpoint", "best"))
-    output = Path(flags.get("output") or directory / f"{checkpoint.stem}.{kind}")
+    output = Path(flags.get("output") or directory / f"{checkpoint.stem}.safetensors")
     if output.exists():
-        raise ValueError(f"{output} is there already: no export overwrites another; name a new file by --output")
+        raise ValueError(f"{output} exists and is not overwritten; choose a new file with --output")
     if not output.parent.is_dir():
         raise ValueError(f"--output {output}: there is no folder {output.parent}")
     _write_safetensors(checkpoint, output)
@@ -61,14 +58,14 @@ def _write_safetensors(checkpoint: Path, output: Path) -> None:
     from safetensors.torch import save_file
 
     from bigmodel.checkpoint import read
-    from bigmodel.cli.formatting import amount
+    from bigmodel.cli.formatting import format_bytes
     from bigmodel.protocols import SupportsExport
     from bigmodel.run import find_average, load
 
     task = load(checkpoint)
     net: Any = task.merged_model() if isinstance(task, SupportsExport) else getattr(task, "net", None)
     if net is None:
-        raise ValueError(f"{type(task).__name__} has no net to export: it should be in its attribute `net`")
+        raise ValueError(f"{type(task).__name__} has no attribute `net` to export")
     tensors, tied = _each_once(net)
     content = read(checkpoint, whole=False)
     average = find_average(content)
@@ -87,7 +84,9 @@ def _write_safetensors(checkpoint: Path, output: Path) -> None:
         partial.unlink(missing_ok=True)
     count = sum(parameter.numel() for parameter in net.parameters())
     weights = f"{average[0]} of the weights" if average is not None else "weights"
-    print(f"wrote {output}: {weights} of {checkpoint.name}, {count:,} parameters, {amount(output.stat().st_size)}")
+    print(
+        f"wrote {output}: {weights} of {checkpoint.name}, {count:,} parameters, {format_bytes(output.stat().st_size)}"
+    )
 
 
 def _each_once(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -12,10 +12,10 @@ from bigmodel.run.config import parse_flags
 _HELP = """\
 bigmodel list [--check] [--runs_dir DIR] [--experiments DIR]
 
-Shows the tasks that are installed, the experiments in their packages and in a folder (experiments/), and the runs in another
-(runs/), the newest last, each with its status, optimizer step and best metric.
+Lists the installed tasks, the experiments in their packages and in --experiments (default: experiments), and the runs in
+--runs_dir (default: runs), the newest last, each with its status, optimizer step and best metric.
 
-  --check     import each task as well, and say which cannot be imported, and why; the exit status is 1 then
+  --check     import each task too, and print the errors; the exit status is 1 if there are any
 """
 
 
@@ -31,11 +31,11 @@ def run_list(argv: list[str]) -> None:
     flags = dict(parse_flags(argv)[2])
     unknown = flags.keys() - {"runs_dir", "experiments", "check"}
     if unknown:
-        raise ValueError(f"`bigmodel list` has no flag --{unknown.pop()}; it has --check, --runs_dir and --experiments")
-    whole = _list_tasks("check" in flags)
+        raise ValueError(f"no flag --{unknown.pop()}; `bigmodel list` accepts --check, --runs_dir and --experiments")
+    importable = _list_tasks("check" in flags)
     _list_experiments(Path(flags.get("experiments", "experiments")))
     _list_runs(Path(flags.get("runs_dir", "runs")))
-    if not whole:
+    if not importable:
         sys.exit(1)
 
 
@@ -47,10 +47,10 @@ def _list_tasks(check: bool) -> bool:
     for task in tasks:
         problem = _problem(task) if check else None
         broken |= problem is not None
-        found = ("FAIL " if problem else "ok   ") if check else ""
+        status = ("FAIL " if problem else "ok   ") if check else ""
         package = f" ({task.package})" if task.package else ""
-        twice = "; there are several of this name: give the path" if names.count(task.name) > 1 else ""
-        print(f"  {found}{task.name:24} {task.path}{package}{twice}")
+        duplicate = "; several tasks have this name: use the path" if names.count(task.name) > 1 else ""
+        print(f"  {status}{task.name:24} {task.path}{package}{duplicate}")
         if problem:
             print(f"       {problem}")
     return not broken
@@ -61,16 +61,16 @@ def _problem(task: plugins.InstalledTask) -> str | None:
     try:
         task.entry_point.load()
     except (Exception, SystemExit) as error:  # any error of the package's own code: continue with the others
-        return f"{type(error).__name__}: {error}; mend {task.package or 'its package'}, or uninstall it"
+        return f"{type(error).__name__}: {error}; correct {task.package or 'its package'}, or uninstall it"
     return None
 
 
 def _list_experiments(folder: Path) -> None:
     print(f"\nexperiments in {folder}/ and in packages")
-    here = sorted(folder.glob("**/*.yaml"))
-    known = {path.resolve() for path in here}
-    inside = [(name, path) for name, path in plugins.installed_experiments() if path.resolve() not in known]
-    for name, path in [*((str(path), path) for path in here), *inside]:
+    local = sorted(folder.glob("**/*.yaml"))
+    local_files = {path.resolve() for path in local}
+    inside = [(name, path) for name, path in plugins.installed_experiments() if path.resolve() not in local_files]
+    for name, path in [*((str(path), path) for path in local), *inside]:
         print(f"  {name:50} {_first_comment(path)}")
 
 

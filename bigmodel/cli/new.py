@@ -20,8 +20,8 @@ from bigmodel.run.config import parse_flags
 _HELP = """\
 bigmodel new NAME [--into DIR]
 
-Makes a folder DIR/NAME (DIR: the current folder) with an installable package of that name: a task that trains as it stands,
-its data, an experiment, tests and a page that says how to go on.
+Creates a folder DIR/NAME (default of DIR: the current folder) with an installable package of that name: a task that trains,
+its data, an experiment, tests and a README.
 
   pip install -e NAME
   bigmodel fit -c NAME/experiment.yaml
@@ -40,38 +40,38 @@ def run_new(argv: list[str]) -> None:
     positional, files, pairs = parse_flags(argv)
     unknown = dict(pairs).keys() - {"into"}
     if len(positional) != 1 or files or unknown:
-        problem = f"`bigmodel new` has no flag --{unknown.pop()}; " if unknown else ""
+        problem = f"no flag --{unknown.pop()}; " if unknown else ""
         raise ValueError(f"{problem}name one package, as in `bigmodel new my_task [--into DIR]`")
     name, into = positional[0], Path(dict(pairs).get("into", "."))
     folder = into / name
     _check_name(name)
     if os.path.lexists(folder):
-        raise ValueError(
-            f"{folder} is there already, and stays as it is; choose another name, or another folder by --into"
-        )
+        raise ValueError(f"{folder} exists and is not overwritten; choose another name, or another folder with --into")
     _check_free(name)
     write_package(name, folder)
     print(f"wrote {folder}/\n  pip install -e {folder}\n  bigmodel fit -c {name}/experiment.yaml")
-    print(f"then change data.py, module.py and experiment.yaml in {folder / name}/ one by one, and after each")
+    print(
+        f"then change data.py, module.py and experiment.yaml in {folder / name}/ one by one, and after each change run"
+    )
     print(f"  bigmodel check-task {name}")
 
 
 def _check_name(name: str) -> None:
     if re.fullmatch(r"[a-z][a-z0-9_]*", name) and not keyword.iskeyword(name):
         return
-    better = re.sub(r"\W+", "_", name).strip("_").lower()
-    if keyword.iskeyword(better) or not re.match(r"[a-z]", better):
-        better = f"{better.lstrip('0123456789_')}_task".lstrip("_")
+    valid = re.sub(r"\W+", "_", name).strip("_").lower()
+    if keyword.iskeyword(valid) or not re.match(r"[a-z]", valid):
+        valid = f"{valid.lstrip('0123456789_')}_task".lstrip("_")
     raise ValueError(
-        f"{name!r} cannot be imported as a package: small letters, digits and _ are accepted, a letter first, and no word of"
-        f" the language; {better} would do"
+        f"{name!r} is not a valid package name: lowercase letters, digits and _ are accepted, a letter first, except Python"
+        f" keywords; for example {valid}"
     )
 
 
 def _check_free(name: str) -> None:
     """Raise if another package or task has this name: one would hide the other."""
     if importlib.util.find_spec(name) is not None:
-        raise ValueError(f"a package {name!r} is there already, and a second would hide it; choose another name")
+        raise ValueError(f"a package {name!r} is installed already; choose another name")
     for task in importlib.metadata.entry_points(group="bigmodel.tasks", name=name):
         raise ValueError(f"a task {name!r} is installed already ({task.value}); choose another name")
 
@@ -94,7 +94,7 @@ def write_package(name: str, folder: Path) -> None:
             _write(resources.files("bigmodel") / "cli" / "template", whole, name)
             os.rename(whole, folder)
     except OSError as error:
-        raise ValueError(f"--into {folder.parent}: nothing can be written there ({error.strerror})") from error
+        raise ValueError(f"--into {folder.parent}: the folder is not writable ({error.strerror})") from error
 
 
 def _write(template: Traversable, to: Path, name: str) -> None:

@@ -63,7 +63,7 @@ def find_task(name: str) -> InstalledTask | None:
     exact = [task for task in found if task.path == name]
     if len({task.path for task in exact or found}) > 1:
         paths = " or ".join(task.path for task in found)
-        raise ValueError(f"several packages have a task {name!r}: give the path of the one that is meant, {paths}")
+        raise ValueError(f"several packages have a task {name!r}: use {paths}")
     return next(iter(exact or found), None)
 
 
@@ -74,8 +74,8 @@ def package_folder(package: str) -> Path | None:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):  # raised for modules created at runtime
         return None
-    places = list(spec.submodule_search_locations or []) if spec is not None else []
-    return Path(places[0]) if places else None
+    folders = list(spec.submodule_search_locations or []) if spec is not None else []
+    return Path(folders[0]) if folders else None
 
 
 def installed_experiments() -> list[tuple[str, Path]]:
@@ -111,14 +111,10 @@ def read_experiment(name: str) -> tuple[Path, dict[str, Any]]:
     inside = find_experiment(name) if not path.exists() else None
     if inside is None and not path.exists():
         folder = path.parts[0] if path.parts else ""
-        hint = (
-            f" (is {folder} to be installed? `{_install(folder)}`)"
-            if (Path(folder) / "pyproject.toml").is_file()
-            else ""
-        )
+        hint = f" (is {folder} installed? `{_install(folder)}`)" if (Path(folder) / "pyproject.toml").is_file() else ""
         raise ValueError(
-            f"the configuration {name} cannot be read: there is no such file, and no installed package with a task has"
-            f" it{hint}; `bigmodel list` shows the experiments"
+            f"the configuration {name} cannot be read: there is no such file, neither here nor in an installed package with"
+            f" a task{hint}; `bigmodel list` shows the experiments"
         )
     return inside or path, read_yaml(inside or path)
 
@@ -152,29 +148,29 @@ def check_classes(settings: Any, key: str = "") -> None:
         return
     path = settings.get("class_path")
     if isinstance(path, str) and "." in path and not _is_installed(path):
-        raise ValueError(f"--{key} {path}: no package {path.split('.')[0]!r} is installed. {_where_is(path)}")
+        raise ValueError(f"--{key} {path}: no package {path.split('.')[0]!r} is installed. {_suggest_package(path)}")
     for name, value in settings.items():
         inner = key if name == "init_args" else f"{key}.{name}".lstrip(".")
         check_classes(value, inner)
 
 
-def resolve_words(settings: Any) -> None:
+def resolve_aliases(config: Any) -> None:
     """Replace short names by class paths if they have arguments, as in `--model.method lora --model.method.rank 16`.
 
-    A class that accepts a short name or an object has an attribute `words`: by argument, the class path of each name.
+    A class that accepts a short name or an object has an attribute `aliases`: by argument, the class path of each name.
     """
-    if not isinstance(settings, dict):
+    if not isinstance(config, dict):
         return
-    arguments = settings.get("init_args") or {}
+    arguments = config.get("init_args") or {}
     for name, value in arguments.items():
-        word = value.get("class_path") if isinstance(value, dict) else None
-        if isinstance(word, str) and "." not in word:
-            known = getattr(import_class(settings["class_path"]), "words", {}).get(name, {})
-            if known and word not in known:
-                raise ValueError(f"--...{name} {word}: choose {', '.join(known)}, or give a class_path")
-            value["class_path"] = known.get(word, word)
-    for value in settings.values():
-        resolve_words(value)
+        alias = value.get("class_path") if isinstance(value, dict) else None
+        if isinstance(alias, str) and "." not in alias:
+            choices = getattr(import_class(config["class_path"]), "aliases", {}).get(name, {})
+            if choices and alias not in choices:
+                raise ValueError(f"--...{name} {alias}: choose {', '.join(choices)}, or give a class_path")
+            value["class_path"] = choices.get(alias, alias)
+    for value in config.values():
+        resolve_aliases(value)
 
 
 def _is_installed(class_path: str) -> bool:
@@ -186,17 +182,17 @@ def _is_installed(class_path: str) -> bool:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is not None or not spec.submodule_search_locations:
         return spec is not None
-    places = [Path(place, module) for place in spec.submodule_search_locations]
-    return any(place.is_dir() or place.with_suffix(".py").is_file() for place in places)
+    paths = [Path(folder, module) for folder in spec.submodule_search_locations]
+    return any(path.is_dir() or path.with_suffix(".py").is_file() for path in paths)
 
 
-def _where_is(class_path: str) -> str:
+def _suggest_package(class_path: str) -> str:
     package, *_, name = class_path.split(".")
-    there = [task for task in installed_tasks() if task.name == package or task.path.split(".")[-1] == name]
-    if there:
-        return f"{there[0].package} has {there[0].path}: set --model.class_path to it, if that is meant"
-    known = ", ".join(dict.fromkeys(task.name for task in installed_tasks()))
-    return f"Install it (`{_install(package)}`); tasks that are installed: {known}"
+    candidates = [task for task in installed_tasks() if task.name == package or task.path.split(".")[-1] == name]
+    if candidates:
+        return f"{candidates[0].package} has {candidates[0].path}: to use it, set --model.class_path"
+    installed = ", ".join(dict.fromkeys(task.name for task in installed_tasks()))
+    return f"Install it (`{_install(package)}`); installed tasks: {installed}"
 
 
 def _install(package: str) -> str:

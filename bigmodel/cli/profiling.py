@@ -65,7 +65,7 @@ class Trace(Profiler):
 
     def _begin(self) -> None:
         net = self._lightning_module
-        if net is not None and not any(map(_is_compiled, net.modules())):  # its hooks would cause recompilation
+        if net is not None and not any(map(_is_compiled, net.modules())):  # hooks would cause recompilation
             self._modules = RegisterRecordFunction(net)
             self._modules.__enter__()
         schedule = torch.profiler.schedule(wait=0, warmup=_WARM_UP, active=_TRACED, repeat=1)
@@ -92,7 +92,7 @@ class Trace(Profiler):
     def summary(self) -> str:
         """Return the traced operations, sorted by their own time, the longest first."""
         needed = _SKIPPED + _WARM_UP + _TRACED
-        return self._table or f"no trace: {self._count} micro-batches were taken, and {needed} are needed\n"
+        return self._table or f"no trace: the run had {self._count} micro-batches, and {needed} are required\n"
 
     def teardown(self, stage: str | None) -> None:
         self._end()
@@ -103,7 +103,7 @@ def _is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
-def make_profiler(asked: Profiler | str | None) -> Profiler:
+def make_profiler(profiler: Profiler | str | None) -> Profiler:
     """Return the profiler for a name: `simple`, `advanced`, `pytorch` (see `Trace`), an instance, or None.
 
     Its output folder is set by `bigmodel.run.RunDirectory`.
@@ -111,14 +111,16 @@ def make_profiler(asked: Profiler | str | None) -> Profiler:
     Raises:
         ValueError: for another name.
     """
-    if isinstance(asked, Profiler):
-        return asked
+    if isinstance(profiler, Profiler):
+        return profiler
     kinds: dict[Any, type[Profiler]] = {
         None: _NoProfiler,
         "simple": SimpleProfiler,
         "advanced": AdvancedProfiler,
         "pytorch": Trace,
     }
-    if asked not in kinds:
-        raise ValueError(f"--trainer.profiler {asked} is none: choose simple, advanced or pytorch, or name a class")
-    return kinds[asked]()
+    if profiler not in kinds:
+        raise ValueError(
+            f"--trainer.profiler {profiler} is not supported; choose simple, advanced or pytorch, or give a class path"
+        )
+    return kinds[profiler]()

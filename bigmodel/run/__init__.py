@@ -15,22 +15,25 @@ BIGMODEL_LAST the run that `last` refers to.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bigmodel import lazy_attributes
 
 if TYPE_CHECKING:
     from bigmodel.checkpoint import checkpoint_step, find_checkpoint
     from bigmodel.run.loading import build, describe, find_average, load, load_data, set_sizes, sizes
     from bigmodel.run.paths import find_run, new_directory
     from bigmodel.run.run_directory import (
+        QuietRunDirectory,
         RunDirectory,
         directory,
-        format_parameter_count,
         record_resolved_argument,
         runs_dir,
     )
+    from bigmodel.run.summary import format_parameter_count
 
 __all__ = [
+    "QuietRunDirectory",
     "RunDirectory",
     "build",
     "checkpoint_step",
@@ -49,28 +52,14 @@ __all__ = [
     "sizes",
 ]
 
-_MODULES = {
-    "build": "bigmodel.run.loading",
-    "checkpoint_step": "bigmodel.checkpoint",
-    "describe": "bigmodel.run.loading",
-    "directory": "bigmodel.run.run_directory",
-    "find_run": "bigmodel.run.paths",
-    "find_average": "bigmodel.run.loading",
-    "find_checkpoint": "bigmodel.checkpoint",
-    "load": "bigmodel.run.loading",
-    "load_data": "bigmodel.run.loading",
-    "new_directory": "bigmodel.run.paths",
-    "format_parameter_count": "bigmodel.run.run_directory",
-    "RunDirectory": "bigmodel.run.run_directory",
-    "runs_dir": "bigmodel.run.run_directory",
-    "set_sizes": "bigmodel.run.loading",
-    "record_resolved_argument": "bigmodel.run.run_directory",
-    "sizes": "bigmodel.run.loading",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import lazily, so that the command can respond without importing Lightning."""
-    if name in _MODULES:
-        return getattr(importlib.import_module(_MODULES[name]), name)
-    raise AttributeError(f"module 'bigmodel.run' has no attribute {name!r}")
+# The command answers `list` and `--help` without importing Lightning.
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        "bigmodel.checkpoint": "checkpoint_step find_checkpoint",
+        "bigmodel.run.loading": "build describe find_average load load_data set_sizes sizes",
+        "bigmodel.run.paths": "find_run new_directory",
+        "bigmodel.run.run_directory": "QuietRunDirectory RunDirectory directory record_resolved_argument runs_dir",
+        "bigmodel.run.summary": "format_parameter_count",
+    },
+)

@@ -1,4 +1,4 @@
-"""Settings from YAML files and flags, merged as plain mappings before any class is imported.
+"""Config from YAML files and flags, merged as plain mappings before any class is imported.
 
 Later values take precedence. Mappings merge key by key, with two rules for a block `{class_path: ..., init_args:
 {...}}`: another `class_path` replaces the whole block, so that no argument of the old class remains; and a key other
@@ -17,7 +17,7 @@ import yaml
 
 from bigmodel.checkpoint.renamed import current, find_renamed
 
-Settings = dict[str, Any]
+Config = dict[str, Any]
 _CLASS_KEYS = {"class_path", "init_args", "dict_kwargs"}
 
 
@@ -26,9 +26,9 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for n, key in enumerate(keys) if key in keys[:n]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands here twice", node.start_mark)
+        duplicate = next((key for n, key in enumerate(keys) if key in keys[:n]), None)
+        if duplicate is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {duplicate!r}", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -40,7 +40,7 @@ _Loader.add_implicit_resolver(
 _Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: node.value)
 
 
-def read_yaml(path: str | Path) -> Settings:
+def read_yaml(path: str | Path) -> Config:
     """Return the mapping in a YAML file, with import paths of earlier versions replaced.
 
     Raises:
@@ -53,19 +53,19 @@ def read_yaml(path: str | Path) -> Settings:
     except yaml.YAMLError as error:
         raise ValueError(f"the configuration {path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"the configuration {path} holds no keys; it should be a mapping such as `trainer: {{...}}`")
+        raise ValueError(f"the configuration {path} is not a mapping; write keys such as `trainer: {{...}}`")
     return current(content)
 
 
-def read_defaults() -> Settings:
-    """Return the default settings of every run."""
+def read_defaults() -> Config:
+    """Return the default configuration of every run."""
     return read_yaml(Path(__file__).parents[1] / "defaults.yaml")
 
 
 def merge(base: Any, over: Any) -> Any:
     """Return `over` merged onto `base`, without changing either; see the rules above."""
     if isinstance(base, str) and isinstance(over, dict) and "class_path" not in over:
-        base = {"class_path": base}  # a class given by name only, to which arguments are added
+        base = {"class_path": base}  # a class path alone, to which arguments are added
     if not isinstance(base, dict) or over is None:
         return copy.deepcopy(over)
     if "class_path" in base:
@@ -107,7 +107,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[list[str], list[str], list[tuple[s
                 value = tokens.pop(0) if tokens and not re.match(r"--?[a-zA-Z]", tokens[0]) else "true"
             flags.append((key[2:].replace("-", "_"), value))
         elif re.match(r"-[a-zA-Z]", token):
-            raise ValueError(f"there is no flag {token}; flags begin with two dashes, and -c names a YAML file")
+            raise ValueError(f"there is no flag {token}; flags begin with two dashes, and -c gives a YAML file")
         else:
             positional.append(token)
     return positional, files, flags
@@ -123,13 +123,13 @@ def flag_value(key: str, text: str) -> Any:
         return text
 
 
-def layered(layers: Iterable[Settings], flags: Iterable[tuple[str, str]]) -> Settings:
+def layered(layers: Iterable[Config], flags: Iterable[tuple[str, str]]) -> Config:
     """Merge all layers in order, then the flags one by one. Layers may use names of earlier versions.
 
     Raises:
         ValueError: for a flag under an earlier name; the message gives the current one.
     """
-    settings: Settings = {}
+    settings: Config = {}
     for layer in layers:
         settings = current(merge(settings, layer))
     for key, text in flags:

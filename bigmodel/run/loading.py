@@ -32,7 +32,7 @@ def sizes(module: LightningModule) -> dict[str, int]:
         found = getattr(module, "_sizes", None)
     if found is None:
         raise ValueError(
-            f"{type(module).__name__} needs sizes that data know: give its data module an attribute `sizes`, for example"
+            f"{type(module).__name__} needs sizes that the data define: give its data module an attribute `sizes`, such as"
             " {'num_features': 8}, set in `setup`"
         )
     return dict(found)
@@ -135,7 +135,7 @@ def _content(run: str | Path, checkpoint: str, runs_dir: str | Path) -> dict[str
     path = Path(run) if Path(run).suffix == ".ckpt" else find_checkpoint(find_run(run, runs_dir), checkpoint)
     content = read(path, whole=False)
     if "model" not in content.get("bigmodel", {}):
-        raise ValueError(f"{path} says nothing of the task it belongs to: it was not written by `bigmodel fit`")
+        raise ValueError(f"{path} does not contain a task's configuration: only checkpoints of `bigmodel fit` do")
     return content
 
 

@@ -36,16 +36,14 @@ def find_run(run: str | Path, runs_dir: str | Path = "runs") -> Path:
         if last := os.environ.get("BIGMODEL_LAST"):
             return Path(last)
         if not runs:
-            raise ValueError(f"there is no run under {runs_dir}/ (--runs_dir says where runs are)")
+            raise ValueError(f"there is no run under {runs_dir}/; set --runs_dir to the folder of runs")
         return runs[-1]
     matches = [path for path in runs if str(path).endswith(str(run))]
     if len(matches) != 1:
-        what = (
-            "no run directory (it has no config.yaml)"
-            if not matches
-            else f"more than one: {', '.join(map(str, matches))}"
+        problem = (
+            f"matches {len(matches)} runs: {', '.join(map(str, matches))}" if matches else "is not a run directory"
         )
-        raise ValueError(f"{run} is {what}; `bigmodel list` shows the runs under {runs_dir}/")
+        raise ValueError(f"{run} {problem}; `bigmodel list` shows the runs under {runs_dir}/")
     return matches[0]
 
 

@@ -5,19 +5,13 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib.metadata
-import json
 import os
-import platform
 import secrets
-import shlex
 import shutil
-import subprocess
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -26,12 +20,13 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from bigmodel.checkpoint import checkpoint_step, clear_hidden, find_checkpoint, read
 from bigmodel.data.schedule import num_steps
 from bigmodel.run.paths import new_directory
+from bigmodel.run.record import new_session, read_record, replace_text, write_record
+from bigmodel.run.step_overhead import freeze_objects, skip_empty_hooks
+from bigmodel.run.summary import print_summary
 from bigmodel.run.tracking import MetricsCSV, WandB, WandBRun
 from bigmodel.training.callbacks import Preempted, Resume, RollbackRequested, StepTimer
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 from bigmodel.training.precision import ChoosePrecision
-
-_PACKAGES = ("bigmodel", "torch", "lightning", "torchmetrics", "transformers", "tokenizers", "wandb", "numpy")
 
 
 def directory(trainer: Trainer) -> Path | None:
@@ -53,11 +48,6 @@ def record_resolved_argument(trainer: Trainer, argument: str, value: Any) -> Non
         record.config["model"]["init_args"][argument] = value
 
 
-def format_parameter_count(count: int) -> str:
-    """Format a number of parameters, exact below a million."""
-    return f"{count:,} parameters" if count < 1_000_000 else f"{count / 1e6:,.2f} M parameters"
-
-
 class RunDirectory(Callback):
     """Creates the run directory when a fit starts, updates its record, and directs loggers and checkpoints to it.
 
@@ -71,7 +61,7 @@ class RunDirectory(Callback):
 
     Attributes:
         restart_step: the optimizer step from which a resumed run continues.
-        runs_dir: the folder of other runs.
+        runs_dir: the folder of all runs.
     """
 
     def __init__(self, config: dict[str, Any], resumed: Path | None = None, checkpoint: Path | None = None) -> None:
@@ -88,16 +78,16 @@ class RunDirectory(Callback):
             self.checkpoint = Path(trainer.strategy.broadcast(str(self.checkpoint)))
             self.restart_step = checkpoint_step(self.checkpoint)
         if self.directory is not None:
-            self._place_profile(trainer, self.directory)
+            self._set_profile_folder(trainer, self.directory)
         if stage == "fit":
             if self.directory is not None:  # needed for the checkpoint that is read next
-                self._place_checkpoints(trainer, self.directory)
+                self._set_checkpoint_folder(trainer, self.directory)
                 resume = get_callback(trainer, Resume)
                 if resume is not None:
-                    resume.returns = trainer.strategy.broadcast(_read_record(self.directory).get("returns", []))
+                    resume.returns = trainer.strategy.broadcast(read_record(self.directory).get("returns", []))
         elif (
             self.checkpoint is not None and not (self.checkpoint / ".metadata").exists()
-        ):  # not a folder in Lightning's own format
+        ):  # not in Lightning's own format
             content: dict[str, Any] = read(self.checkpoint, verify=False, whole=False).get("bigmodel", {})
             pl_module._sizes = content.get("sizes")  # type: ignore[assignment]
 
@@ -107,7 +97,7 @@ class RunDirectory(Callback):
         if self.resumed and 0 <= total <= self.restart_step:
             raise ValueError(
                 f"{self.directory} has taken all of its {total:,} optimizer steps: nothing is left to resume. Set a larger"
-                " --trainer.max_steps or --trainer.max_epochs to go on"
+                " --trainer.max_steps or --trainer.max_epochs"
             )
         self.started = True
         chosen = get_callback(trainer, ChoosePrecision)
@@ -118,12 +108,11 @@ class RunDirectory(Callback):
             if file := os.environ.get("BIGMODEL_RUN_FILE"):
                 Path(file).write_text(f"{self.directory.resolve()}\n")
         self.directory = Path(trainer.strategy.broadcast(str(self.directory)))
-        self._place_checkpoints(trainer, self.directory)
-        self._place_profile(trainer, self.directory)
+        self._set_checkpoint_folder(trainer, self.directory)
+        self._set_profile_folder(trainer, self.directory)
         if trainer.is_global_zero:
             self._start_loggers(trainer, self.directory)
-            self._say_what_runs(trainer, pl_module)
-            self._say_precision(trainer, pl_module)
+            self._print_summary(trainer, pl_module)
 
     def _open(self) -> Path:
         """Return the directory, with configuration and record in it.
@@ -131,26 +120,27 @@ class RunDirectory(Callback):
         Raises:
             ValueError: if it cannot be written; a new directory is then removed.
         """
-        made: Path | None = None
+        created: Path | None = None
         try:
             if self.directory is None:
-                self.directory = made = self._new_directory()
+                self.directory = created = self._new_directory()
             self._write_config(self.directory)
             clear_hidden(self.directory / "checkpoints")
             self.record = self._begin_record(self.directory)
         except OSError as error:
             where = self.directory or self.config["runs_dir"]
-            if made is not None:
-                shutil.rmtree(made, ignore_errors=True)
+            if created is not None:
+                shutil.rmtree(created, ignore_errors=True)
                 self.directory = None
             raise ValueError(
-                f"the run cannot be kept in {where} ({error.strerror}): make room there, or set --runs_dir to another place"
+                f"the run cannot be written to {where} ({error.strerror}): free space there, or set --runs_dir to another"
+                " folder"
             ) from error
         return self.directory
 
     def _new_directory(self) -> Path:
-        if place := os.environ.get("BIGMODEL_RUN_DIRECTORY"):
-            directory = Path(place)
+        if path := os.environ.get("BIGMODEL_RUN_DIRECTORY"):
+            directory = Path(path)
             directory.mkdir(parents=True)
             return directory
         return new_directory(self.config["runs_dir"], self.config["experiment"])
@@ -158,20 +148,11 @@ class RunDirectory(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = True
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.started = True
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.started = True
+    on_test_start = on_predict_start = on_validation_start
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Current objects stay alive. Without freezing, the garbage collector repeatedly scans a million objects of imported
-        # packages during training: 3 % of the time of a small model's steps. The program may have frozen them already.
-        if gc.get_freeze_count() == 0:
-            gc.collect()
-            gc.freeze()
-            self._froze = True
-        _leave_out_empty_hooks(trainer)
+        self._froze = freeze_objects() or self._froze
+        skip_empty_hooks(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._unfreeze()
@@ -182,13 +163,13 @@ class RunDirectory(Callback):
             self._froze = False
 
     @staticmethod
-    def _place_checkpoints(trainer: Any, directory: Path) -> None:
+    def _set_checkpoint_folder(trainer: Any, directory: Path) -> None:
         for callback in trainer.callbacks:
             if isinstance(callback, ModelCheckpoint):
                 callback.dirpath = str((directory / "checkpoints").resolve())
 
     @staticmethod
-    def _place_profile(trainer: Any, directory: Path) -> None:
+    def _set_profile_folder(trainer: Any, directory: Path) -> None:
         """Direct the profiler, if there is one, to the directory, unless another was configured."""
         profiler = trainer.profiler
         if isinstance(profiler, PassThroughProfiler):  # none
@@ -203,74 +184,43 @@ class RunDirectory(Callback):
             if path.read_text() == text:
                 return
             shutil.copyfile(path, directory / f"config.until-step-{self.restart_step}.yaml")
-        partial = directory / ".config.yaml.partial"  # if killed here, the old file is still complete
-        partial.write_text(text)
-        os.replace(partial, path)
+        replace_text(path, text)
 
     def _begin_record(self, directory: Path) -> dict[str, Any]:
-        record = _read_record(directory)
+        record = read_record(directory)
         now = datetime.now(UTC).isoformat()
         record.setdefault("created", now)
         record.setdefault("wandb_id", secrets.token_hex(4))
-        record.setdefault("sessions", []).append(
-            {
-                "started": now,
-                "step": self.restart_step,
-                "command": shlex.join(sys.argv),
-                "git": _git_revision(),
-                "host": platform.node(),
-                "python": platform.python_version(),
-                "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
-            }
-        )
-        self._write_record(record, status="running")
+        record.setdefault("sessions", []).append(new_session(now, self.restart_step))
+        record["status"] = "running"
+        write_record(directory, record)
         return record
 
-    def _write_record(self, record: dict[str, Any], **news: Any) -> None:
-        record.update(news)
+    def _update_record(self, **changes: Any) -> None:
+        self.record.update(changes)
         assert self.directory is not None
-        partial = self.directory / ".run.json.partial"
-        partial.write_text(json.dumps(record, indent=2))
-        os.replace(partial, self.directory / "run.json")
+        write_record(self.directory, self.record)
 
     def _start_loggers(self, trainer: Trainer, directory: Path) -> None:
-        keep = self.restart_step if self.resumed else None
-        trainer.loggers = [*trainer.loggers, MetricsCSV(directory / "metrics.csv", trainer, keep)]
-        settings = WandB(**self.config["wandb"])
-        mode = settings.resolved_mode()
+        keep_until = self.restart_step if self.resumed else None
+        trainer.loggers = [*trainer.loggers, MetricsCSV(directory / "metrics.csv", trainer, keep_until)]
+        options = WandB(**self.config["wandb"])
+        mode = options.resolved_mode()
         print(f"run        {directory}{f' (resumed at step {self.restart_step:,})' if self.resumed else ''}")
         if mode != "disabled":
-            wandb = WandBRun(settings, directory, self.record["wandb_id"], self.config, trainer)
+            wandb = WandBRun(options, directory, self.record["wandb_id"], self.config, trainer)
             _ = wandb.experiment  # started now, not at the first log: errors are raised before the first step
             trainer.loggers = [*trainer.loggers, wandb]
             print(f"tracking   metrics.csv, and W&B {mode}" + (" (no login)" if mode == "offline" else ""))
 
-    @staticmethod
-    def _say_what_runs(trainer: Trainer, pl_module: LightningModule) -> None:
-        net = getattr(pl_module, "net", None) or pl_module
-        count = sum(p.numel() for p in net.parameters())
-        print(f"net        {type(net).__name__}, {format_parameter_count(count)}")
-        on_gpu = pl_module.device.type == "cuda"
-        device = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
-        print(
-            f"device     {trainer.world_size} x {pl_module.device.type} ({device}), {trainer.precision},"
-            f" {trainer.accumulate_grad_batches} micro-batch(es) a step",
-            flush=True,
-        )
-        profiler: Any = trainer.profiler  # type: ignore[attr-defined]
-        if not isinstance(profiler, PassThroughProfiler):
-            print(f"profile    {profiler.dirpath}: a table at the end", flush=True)
-        tell = getattr(pl_module, "log_trainable_parameters", None)  # optional: a task's own lines about its net
-        if tell is not None:
-            tell()
-
-    def _say_precision(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the line on the precision, and record the choice and its reason."""
+    def _print_summary(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print net, device and precision; record the chosen precision and its reason."""
+        print_summary(trainer, pl_module)
         chooser = get_callback(trainer, ChoosePrecision)
         if chooser is None:
             return
         if chooser.choice is not None:
-            self._write_record(self.record, precision=dataclasses.asdict(chooser.choice))
+            self._update_record(precision=dataclasses.asdict(chooser.choice))
         chosen_before = self.record.get("precision", {}).get("precision") == trainer.precision
         if (line := chooser.describe(trainer, pl_module, chosen_before)) is not None:
             print(line, flush=True)
@@ -292,35 +242,32 @@ class RunDirectory(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._report(trainer, "running")
+            self._record_status(trainer, "running")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._report(trainer, "finished")
+        self._record_status(trainer, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._unfreeze()
-        if isinstance(exception, RollbackRequested):
-            self._report(trainer, "running")
+        stopped = exception if isinstance(exception, Preempted) else None
+        rollback = isinstance(exception, RollbackRequested)
+        if rollback or stopped:
+            self._record_status(trainer, "running" if stopped is None else stopped.status)
             for logger in trainer.loggers:
                 if isinstance(logger, WandBRun):
-                    logger.experiment.mark_preempting()
+                    logger.experiment.mark_preempting()  # so that W&B does not mark it as crashed
+        else:
+            self._record_status(trainer, "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed")
+        if rollback or not self.record:
             return
-        stopped = exception if isinstance(exception, Preempted) else None
-        by_hand = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
-        self._report(trainer, stopped.status if stopped else by_hand)
-        if not self.record:
-            return
-        for logger in trainer.loggers:
-            if stopped and isinstance(logger, WandBRun):
-                logger.experiment.mark_preempting()  # so that W&B does not mark it as crashed
-        where = "there" if stopped and stopped.saved else "the last checkpoint"
+        where = "that step" if stopped and stopped.saved else "the last checkpoint"
         how = f"stopped by {stopped.signal.name}" if stopped else "stopped"
         print(
-            f"{how} at step {trainer.global_step:,}; `bigmodel fit --resume {self.directory}` goes on from {where}",
+            f"{how} at step {trainer.global_step:,}; `bigmodel fit --resume {self.directory}` resumes from {where}",
             flush=True,
         )
 
-    def go_back(self, cause: RollbackRequested) -> Path:
+    def rollback(self, cause: RollbackRequested) -> Path:
         """Return the checkpoint to continue from after a rollback; record it for this and later sessions.
 
         Raises:
@@ -328,8 +275,8 @@ class RunDirectory(Callback):
         """
         if self.directory is None or not any(self.directory.glob("checkpoints/*.ckpt")):
             if self.record:
-                self._write_record(self.record, status="failed")
-            raise FloatingPointError(f"{cause}. There is no checkpoint yet to go back to")
+                self._update_record(status="failed")
+            raise FloatingPointError(f"{cause}. There is no checkpoint yet to return to")
         if not self.record:  # not the first process, which prints and records
             return find_checkpoint(self.directory, "last", verify=False)
         checkpoint = find_checkpoint(self.directory, "last")
@@ -337,53 +284,34 @@ class RunDirectory(Callback):
         entry = {"step": cause.step, "to": step, "epoch": beyond.epoch, "samples": beyond.samples, "why": str(cause)}
         returns = self.record.get("returns", [])
         if entry not in returns:  # already recorded, if an older checkpoint had to be used on resume
-            self._write_record(self.record, returns=[*returns, entry])
-        passed_over = f"the samples of optimizer steps {step + 1:,} to {cause.step:,} are passed over"
-        print(f"{cause}; back to {checkpoint.name}: {passed_over}", flush=True)
+            self._update_record(returns=[*returns, entry])
+        skipped = f"the samples of optimizer steps {step + 1:,} to {cause.step:,} are skipped"
+        print(f"{cause}; back to {checkpoint.name}: {skipped}", flush=True)
         return checkpoint
 
-    def _report(self, trainer: Trainer, status: str) -> None:
+    def _record_status(self, trainer: Trainer, status: str) -> None:
         if not self.record:  # not the first process, or stopped before the run began
             return
-        news: dict[str, Any] = {"status": status, "step": trainer.global_step}
+        changes: dict[str, Any] = {"status": status, "step": trainer.global_step}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint) and callback.best_model_score is not None:
                 score = float(callback.best_model_score)
-                news["best"] = {"metric": callback.monitor, "value": score, "checkpoint": callback.best_model_path}
+                changes["best"] = {"metric": callback.monitor, "value": score, "checkpoint": callback.best_model_path}
         times = get_callback(trainer, StepTimer)
         if times is not None and status not in ("running", "failed"):
-            news["sessions"] = self.record["sessions"]
-            news["sessions"][-1]["times"] = {part: round(spent, 3) for part, spent in times.finish().items()}
-        self._write_record(self.record, **news)
+            changes["sessions"] = self.record["sessions"]
+            changes["sessions"][-1]["times"] = {part: round(spent, 3) for part, spent in times.finish().items()}
+        self._update_record(**changes)
 
 
-def _read_record(directory: Path) -> dict[str, Any]:
-    path = directory / "run.json"
-    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return record
+class QuietRunDirectory(RunDirectory):
+    """Run directory of a short run: it prints nothing, logs only to metrics.csv, and does not say how to resume."""
 
+    def _start_loggers(self, trainer: Trainer, directory: Path) -> None:
+        trainer.loggers = [MetricsCSV(directory / "metrics.csv", trainer)]  # some callbacks require a logger
 
-def _leave_out_empty_hooks(trainer: Any) -> None:
-    """Set the per-step hooks that a callback does not override to None.
+    def _print_summary(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do nothing: the caller reports."""
 
-    Six times a step Lightning calls every callback, with considerable overhead; it skips hooks that are not callable.
-    """
-    step = ("train_batch_start", "before_zero_grad", "before_backward", "after_backward", "before_optimizer_step")
-    for hook in (*(f"on_{name}" for name in step), "on_train_batch_end"):
-        for callback in trainer.callbacks:
-            if getattr(type(callback), hook) is getattr(Callback, hook):
-                setattr(callback, hook, None)
-
-
-def _git_revision() -> str | None:
-    """Return the revision of the working directory, `+changes` appended if it is modified; None outside a repository."""
-    try:
-        revision = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        ).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return revision + ("+changes" if changed.strip() else "")
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Do nothing: there is no run to resume."""

@@ -136,31 +136,31 @@ class WandBRun(WandbLogger):
     """One W&B run for one run directory: its resolved configuration, metrics by optimizer step, the best checkpoint.
 
     Args:
-        settings: see `WandB`.
+        options: see `WandB`.
         directory: the run directory; W&B's files go to `wandb/` inside it.
         run_id: the W&B run's id, the same when the run is resumed.
         config: the resolved configuration, uploaded once, nested.
         trainer: its optimizer step is logged.
     """
 
-    def __init__(self, settings: WandB, directory: Path, run_id: str, config: dict[str, Any], trainer: Trainer) -> None:
+    def __init__(self, options: WandB, directory: Path, run_id: str, config: dict[str, Any], trainer: Trainer) -> None:
         import wandb
 
-        mode = settings.resolved_mode()
+        mode = options.resolved_mode()
         super().__init__(
             name="/".join(directory.parts[-2:]),
             save_dir=directory,
             id=run_id,
-            project=settings.project,
-            entity=settings.entity,
-            tags=settings.tags,
+            project=options.project,
+            entity=options.entity,
+            tags=options.tags,
             resume="allow",
             mode=mode,
             config=config,
             settings=wandb.Settings(silent=True, console="off"),
         )
         self._wandb_init.pop("anonymous", None)  # Lightning passes it, and W&B warns about it
-        self.settings, self.directory, self.trainer = settings, directory, trainer
+        self.options, self.directory, self.trainer = options, directory, trainer
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
@@ -175,7 +175,7 @@ class WandBRun(WandbLogger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         best = getattr(self, "_best", None)
-        if self.settings.log_checkpoint and best and status == "success":
+        if self.options.log_checkpoint and best and status == "success":
             import wandb
 
             artifact = wandb.Artifact(f"checkpoint-{self.experiment.id}", type="model")

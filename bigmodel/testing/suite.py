@@ -18,290 +18,295 @@ import torch
 from torch import Tensor, nn
 
 from bigmodel.cli import ClearError
-from bigmodel.cli.formatting import different
-from bigmodel.run.config import Settings
-from bigmodel.testing import checks, short_runs
-from bigmodel.testing.checks import Blocked, Failure, Finding, Skip
+from bigmodel.cli.formatting import find_differences
+from bigmodel.run.config import Config
+from bigmodel.testing import checks, protocol_checks, short_runs
+from bigmodel.testing.checks import CheckFailed, CheckResult, CheckSkipped
+from bigmodel.testing.recorder import STEPS, STOPPED_AT, RunRecorder, distance, resumable_state
+from bigmodel.testing.samples import has_split
 
-_LIMIT = 1e-3  # of `short_runs.distance`; rounding alone leaves 1e-6 to 1e-4
-_BF16 = 0.05  # of the loss
+_MAX_DISTANCE = 1e-3  # of trained nets, see `distance`; rounding alone leaves 1e-6 to 1e-4
+_BF16_TOLERANCE = 0.05  # of the loss, relative
 # Timeout for one run on two processes: in seconds, or as a multiple of the time that one process took for all of its runs
 # if that is longer, because a slow machine is not a failure.
-_PATIENCE, _TIMES = 240.0, 10.0
+_TIMEOUT, _TIMEOUT_FACTOR = 240.0, 10.0
 
 
 class ConformanceSuite:
     """Checks of one task, in the order in which they are printed.
 
     Args:
-        settings: an experiment with it, merged.
+        config: an experiment with it, merged.
         folder: a folder of its own, into which `bigmodel.testing.worker` writes.
     """
 
-    def __init__(self, settings: Settings, folder: Path) -> None:
-        self.settings, self.folder = settings, folder
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config, self.folder = config, folder
         folder.mkdir()
-        (folder / "settings.json").write_text(json.dumps(settings))
-        self.kept: dict[str, bool] = {}  # results of the checked requirements
-        self.straight: short_runs.ShortRun | None = None
-        self.reference: short_runs.ShortRun | None = None  # without dropout, whole batch on one process
-        self.whole: short_runs.ShortRun | None = None  # evaluated at once
-        self.spent = 0.0  # seconds of one process
-        self.draws = self.normed = False  # reasons why runs cannot be compared
+        (folder / "config.json").write_text(json.dumps(config))
+        self.passed: dict[str, bool] = {}  # by check
+        self.uninterrupted: RunRecorder | None = None
+        self.reference: RunRecorder | None = None  # without dropout, whole batch on one process
+        self.whole: RunRecorder | None = None  # evaluated at once
+        self.seconds = 0.0  # of one process
+        self.draws = self.has_batch_norm = False  # reasons why runs cannot be compared
 
-    def on_one_process(self) -> Iterator[Finding]:
-        """Yield all findings on one process, as soon as they are available."""
+    def on_one_process(self) -> Iterator[CheckResult]:
+        """Yield all results on one process, as soon as they are available."""
         start = time.monotonic()
-        if (missing := checks.arguments(self.settings)) is not None:
-            self._announce(None)
-            yield Finding("FAIL", *missing)
+        if (missing := checks.find_missing_arguments(self.config)) is not None:
+            self._start_two_processes(None)
+            yield missing
             return
         try:
-            run = self.straight = short_runs.fit(self._settings(), short_runs.ShortRun(saves=True))
+            run = self.uninterrupted = short_runs.fit(self._config(), RunRecorder(saves=True))
         except (Exception, SystemExit) as error:  # the task's own code may raise any exception
-            self._announce(None)
-            yield Finding("FAIL", "training", f"{_said(error)}. Mend this first: all else needs a run that trains")
+            self._start_two_processes(None)
+            text = f"{_first_line(error)}. Correct this first: all other checks need a run that trains"
+            yield CheckResult("FAIL", "training", text)
             return
-        self._announce(run.checkpoints[-1])
-        yield from self._try("task", lambda: checks.task(run))
-        yield from self._try("data", lambda: checks.data(run))
-        yield from self._try("batch", lambda: checks.batch(run))
-        yield from self._try("loaders", lambda: checks.loaders(run))
-        yield from self._try("resume", self._resume)
-        yield from self._try("loss", self._loss)
-        yield from self._try("accumulation", self._accumulation)
-        yield from self._try("bf16", self._bf16)
-        yield from self._try("evaluation", self._evaluation)
-        yield from self._try("logits", lambda: checks.predicts(run))
-        yield from self._try("predict", lambda: checks.tabulates(run))
-        yield from self._try("generate", lambda: checks.generates(run))
-        yield from self._try("corpus", lambda: checks.writes(run))
-        yield from self._try("on_policy", lambda: checks.rewrites(run))
-        yield from self._try("recommend", lambda: checks.ranks(run))
-        self.spent = time.monotonic() - start
+        self._start_two_processes(run.checkpoints[-1])
+        yield from self._check("task", lambda: checks.check_task(run))
+        yield from self._check("data", lambda: checks.check_data(run))
+        yield from self._check("batch", lambda: checks.check_batch(run))
+        yield from self._check("loaders", lambda: checks.check_loaders(run))
+        yield from self._check("resume", self._resume)
+        yield from self._check("loss", self._loss)
+        yield from self._check("accumulation", self._accumulation)
+        yield from self._check("bf16", self._bf16)
+        yield from self._check("evaluation", self._evaluation)
+        yield from self._check("logits", lambda: protocol_checks.check_logits(run))
+        yield from self._check("predict", lambda: protocol_checks.check_predict(run))
+        yield from self._check("generate", lambda: protocol_checks.check_generate(run))
+        yield from self._check("corpus", lambda: protocol_checks.check_corpus(run))
+        yield from self._check("on_policy", lambda: protocol_checks.check_on_policy(run))
+        yield from self._check("recommend", lambda: protocol_checks.check_recommend(run))
+        self.seconds = time.monotonic() - start
 
-    def on_two_processes(self) -> Iterator[Finding]:
-        """Yield the findings with two further processes; call after `on_one_process`."""
-        if not self.kept:  # no run succeeded
+    def on_two_processes(self) -> Iterator[CheckResult]:
+        """Yield the results of two further processes; call after `on_one_process`."""
+        if not self.passed:  # no run succeeded
             return
-        yield from self._try("reload", self._reload)
-        yield from self._try("two processes", self._two_processes)
-        yield from self._try("sharding", self._sharding)
+        yield from self._check("reload", self._reload)
+        yield from self._check("two processes", self._two_processes)
+        yield from self._check("sharding", self._sharding)
 
-    def _try(self, what: str, check: Callable[[], str]) -> Iterator[Finding]:
+    def _check(self, name: str, check: Callable[[], str]) -> Iterator[CheckResult]:
         try:
-            finding = Finding("ok", what, check())
-        except Blocked as reason:
-            self.kept[what] = False
-            finding = Finding("skip", what, str(reason))
-        except Skip as reason:
-            finding = Finding("skip", what, str(reason))
-        except Failure as failure:
-            finding = Finding("FAIL", what, str(failure))
+            result = CheckResult("ok", name, check())
+        except CheckSkipped as skipped:
+            result = CheckResult("skip", name, str(skipped))
+            self.passed[name] = not skipped.blocked
+        except CheckFailed as failed:
+            result = CheckResult("FAIL", name, str(failed))
         except (Exception, SystemExit) as error:  # of the task's own code
-            finding = Finding("FAIL", what, _said(error))
-        self.kept.setdefault(what, finding.status != "FAIL")
-        yield finding
+            result = CheckResult("FAIL", name, _first_line(error))
+        self.passed.setdefault(name, result.status != "FAIL")
+        yield result
 
-    def _need(self, *promises: str) -> None:
-        """Raise Blocked if a requirement failed, so that its consequences are not reported again."""
-        for what in promises:
-            if not self.kept[what]:
-                raise Blocked(f"cannot be tried before {what!r} above is mended")
+    def _require(self, *names: str) -> None:
+        """Skip a check if another has failed, so that its consequences are not reported again."""
+        for name in names:
+            if not self.passed[name]:
+                raise CheckSkipped(f"not possible before {name!r} above passes", blocked=True)
 
-    def _announce(self, checkpoint: Path | None) -> None:
-        """Signal the two processes to begin."""
+    def _start_two_processes(self, checkpoint: Path | None) -> None:
+        """Signal `bigmodel.testing.worker` to begin; without a checkpoint, it has nothing to do."""
         partial = self.folder / "ready.partial"
         partial.write_text(json.dumps({"checkpoint": str(checkpoint) if checkpoint else None}))
         partial.rename(self.folder / "ready")
 
-    def _settings(self, **changes: Any) -> Settings:
-        return short_runs.short_run_settings(self.settings, self.folder / "runs", **changes)
+    def _config(self, **changes: Any) -> Config:
+        return short_runs.short_run_config(self.config, self.folder / "runs", **changes)
 
     @property
-    def _run(self) -> short_runs.ShortRun:
-        assert self.straight is not None
-        return self.straight
+    def _run(self) -> RunRecorder:
+        assert self.uninterrupted is not None
+        return self.uninterrupted
 
     # Comparisons of runs.
 
     def _resume(self) -> str:
-        self._need("loaders")
-        straight = self._run
-        stopped = next(path for path in straight.checkpoints if path.stem == f"last-{short_runs.STOPPED_AT}")
-        again = short_runs.fit(self._settings(), short_runs.ShortRun(saves=True), stopped)
-        if again.taken != straight.taken[short_runs.STOPPED_AT :]:
-            raise Failure(
-                f"resumed after step {short_runs.STOPPED_AT}, the run took other samples than the one left alone: make the"
-                " order a function of seed and epoch (bigmodel.data.sampling.train_loader is)"
+        self._require("loaders")
+        run = self._run
+        stopped = next(path for path in run.checkpoints if path.stem == f"last-{STOPPED_AT}")
+        resumed = short_runs.fit(self._config(), RunRecorder(saves=True), stopped)
+        if resumed.taken != run.taken[STOPPED_AT:]:
+            raise CheckFailed(
+                f"resumed after step {STOPPED_AT}, the run took different samples than the uninterrupted run: the order must"
+                " be a function of seed and epoch, as in bigmodel.data.sampling.train_loader"
             )
-        wrong = different(short_runs.state(straight.checkpoints[-1]), short_runs.state(again.checkpoints[-1]))
+        wrong = find_differences(resumable_state(run.checkpoints[-1]), resumable_state(resumed.checkpoints[-1]))
         if wrong:
             more = f" and {len(wrong) - 2} more" if len(wrong) > 2 else ""
-            raise Failure(
-                f"{', '.join(wrong[:2])}{more} differ after step {short_runs.STEPS} in a run that was resumed after step"
-                f" {short_runs.STOPPED_AT}: draw random numbers from torch alone, which is seeded at each step (Python's and"
-                " NumPy's are not), and save what training changes as buffers or in on_save_checkpoint"
+            raise CheckFailed(
+                f"{', '.join(wrong[:2])}{more} differ after step {STEPS} in a run that was resumed after step {STOPPED_AT}:"
+                " draw random numbers from torch alone, which is seeded at each step (Python's and NumPy's are not), and"
+                " save what training changes as buffers or in on_save_checkpoint"
             )
-        where = "in mid-epoch" if short_runs.STOPPED_AT % len(straight.trainer.train_dataloader) else "between epochs"
-        return f"bitwise: stopped {where} after step {short_runs.STOPPED_AT}, equal after step {short_runs.STEPS}"
+        where = "in mid-epoch" if STOPPED_AT % len(run.trainer.train_dataloader) else "between epochs"
+        return f"bitwise equal after step {STEPS} when resumed {where} after step {STOPPED_AT}"
 
     def _loss(self) -> str:
-        self._need("batch")
+        self._require("batch")
         output = self._run.output
         if not isinstance(output, dict) or not {"loss", "count"} <= output.keys():
-            raise Failure(
-                'training_step must return {"loss": sum, "count": number}: the sum of the loss over what was predicted, and'
-                " how much that was; a mean of means is another gradient where the numbers differ"
+            raise CheckFailed(
+                'training_step must return {"loss": sum, "count": number}: the loss summed over all predictions, and their'
+                " number; a mean of means has a different gradient if the numbers differ"
             )
-        self.normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self._run.task.modules())
-        self.reference = short_runs.fit(
-            self._settings(comparable=True), short_runs.ShortRun(dropout=False, check_sum=True)
-        )
-        other = short_runs.fit(self._settings(comparable=True), short_runs.ShortRun(dropout=False, seed=1))
-        self.draws = bool(different(self.reference.end, other.end))
-        self._need_comparable()
+        self.has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self._run.task.modules())
+        self.reference = short_runs.fit(self._config(comparable=True), RunRecorder(dropout=False, check_sum=True))
+        other = short_runs.fit(self._config(comparable=True), RunRecorder(dropout=False, seed=1))
+        self.draws = bool(find_differences(self.reference.end, other.end))
+        self._require_comparable()
         (whole, count), *halves = self.reference.halves
         parts, counts = (sum(values) for values in zip(*halves, strict=True))
         if abs(counts - count) > 1e-6 * abs(count):
-            raise Failure(
-                f"the count is {count:g} for a batch and {counts:g} for its halves together: count what is summed"
+            raise CheckFailed(
+                f"the count is {count:g} for a batch and {counts:g} for its halves together: count the summed predictions"
             )
         if not math.isclose(whole, parts, rel_tol=1e-4, abs_tol=1e-6):
             mean = math.isclose(2 * whole, parts, rel_tol=0.3)
-            raise Failure(
+            raise CheckFailed(
                 f"the loss is {whole:.5g} for a batch and {parts:.5g} for its halves together: "
-                + ('it is a mean; take the sum (reduction="sum")' if mean else "it is no sum over samples")
+                + ('it is a mean; return the sum (reduction="sum")' if mean else "it is not a sum over samples")
             )
-        return f"a sum ({whole:.5g}) and a count ({count:g}); halves of a batch add up to it"
+        return f"a sum ({whole:.5g}) and a count ({count:g}); the halves of a batch add up to the whole"
 
-    def _compare(self, end: dict[str, Tensor], what: str) -> str:
+    def _compare(self, end: dict[str, Tensor], how: str) -> str:
+        """Compare a trained net with the reference."""
         assert self.reference is not None
-        apart = short_runs.distance(self.reference.end, end, self.reference.start)
-        if not apart <= _LIMIT:
-            raise Failure(
-                f"{what} trains another net than one process with the whole batch: {apart:.2g} of the way apart after"
-                f" {short_runs.STEPS} steps (rounding: under {_LIMIT:g}). Return the loss as a sum, with the count of what"
-                " it sums, and let no sample's loss depend on others of its micro-batch"
+        difference = distance(self.reference.end, end, self.reference.start)
+        if not difference <= _MAX_DISTANCE:
+            raise CheckFailed(
+                f"{how} and the whole batch on one process give different nets after {STEPS} steps: relative distance"
+                f" {difference:.2g} (accepted: {_MAX_DISTANCE:g}, for rounding). Return the loss as a sum, with the count of"
+                " its predictions, and compute each sample's loss independently of the others in its micro-batch"
             )
-        return f"{what} trains the net of one process with the whole batch, {apart:.1g} of the way apart"
+        return (
+            f"{how} and the whole batch on one process give the same net, up to a relative distance of {difference:.1g}"
+        )
 
-    def _need_comparable(self) -> None:
+    def _require_comparable(self) -> None:
         if self.draws:
-            raise Skip(
-                "training draws random numbers that are not called dropout: switch them off by a flag, such as"
+            raise CheckSkipped(
+                "training draws random numbers that are not called dropout: disable them by a flag, such as"
                 " --model.net.NAME 0"
             )
-        if self.normed:
-            raise Skip("its BatchNorm makes a sample's loss depend on the others of its micro-batch")
+        if self.has_batch_norm:
+            raise CheckSkipped("with BatchNorm, a sample's loss depends on the others in its micro-batch")
 
     def _accumulation(self) -> str:
-        self._need("loaders", "loss")
-        self._need_comparable()
-        micro = short_runs.batch_size(self.settings) // 4
-        end = short_runs.fit(
-            self._settings(comparable=True, micro_batch_size=micro), short_runs.ShortRun(dropout=False)
-        ).end
-        return self._compare(end, f"accumulating micro-batches of {micro}")
+        self._require("loaders", "loss")
+        self._require_comparable()
+        micro = short_runs.batch_size(self.config) // 4
+        run = short_runs.fit(self._config(comparable=True, micro_batch_size=micro), RunRecorder(dropout=False))
+        return self._compare(run.end, f"micro-batches of {micro}")
 
     def _bf16(self) -> str:
         reference = self.reference or self._run
-        trial = short_runs.ShortRun(dropout=self.reference is None)
+        recorder = RunRecorder(dropout=self.reference is None)
         comparable = self.reference is not None
         # Some processors emulate bf16, slowly: one step, unless a schedule requires more.
-        steps = 1 if comparable else short_runs.STEPS
-        settings = self._settings(comparable=comparable, precision="bf16-mixed", max_steps=steps)
-        there, here = reference.losses[0], short_runs.fit(settings, trial).losses[0]
-        if self.draws and math.isfinite(here):
-            return f"bf16-mixed trains; first loss {here:.5g}"
-        if not abs(here - there) <= _BF16 * max(abs(there), 1e-3):
-            raise Failure(
-                f"the first loss is {here:.5g} in bf16-mixed and {there:.5g} in float32: take exponentials, logarithms and"
-                " sums in float32 (`logits.float()`)"
+        steps = 1 if comparable else STEPS
+        config = self._config(comparable=comparable, precision="bf16-mixed", max_steps=steps)
+        float32, bf16 = reference.losses[0], short_runs.fit(config, recorder).losses[0]
+        if self.draws and math.isfinite(bf16):
+            return f"first loss {bf16:.5g} in bf16-mixed"
+        if not abs(bf16 - float32) <= _BF16_TOLERANCE * max(abs(float32), 1e-3):
+            raise CheckFailed(
+                f"the first loss is {bf16:.5g} in bf16-mixed and {float32:.5g} in float32: compute exponentials, logarithms"
+                " and sums in float32 (`logits.float()`)"
             )
-        return f"bf16-mixed trains; first loss {here:.5g}, in float32 {there:.5g}"
+        return f"first loss {bf16:.5g} in bf16-mixed, {float32:.5g} in float32"
 
     def _evaluation(self) -> str:
-        if not short_runs.has_split(self._run.data, "val_dataloader"):
-            raise Skip("there is no val_dataloader")
-        settings, checkpoint = self._settings(), self._run.checkpoints[-1]
-        at_once = short_runs.batch_size(self.settings) // 2
-        self._need("loaders")
-        whole = self.whole = short_runs.evaluate(settings, checkpoint, None)
-        filled = short_runs.evaluate(settings, checkpoint, at_once)
+        if not has_split(self._run.data, "val_dataloader"):
+            raise CheckSkipped("the data module has no val_dataloader")
+        config, checkpoint = self._config(), self._run.checkpoints[-1]
+        at_once = short_runs.batch_size(self.config) // 2
+        self._require("loaders")
+        whole = self.whole = short_runs.evaluate(config, checkpoint, None)
+        padded = short_runs.evaluate(config, checkpoint, at_once)
         samples = sorted(set(whole.evaluated))  # possibly in another order
-        if not samples or any(sorted(seen.evaluated) != samples for seen in (whole, filled)):
-            raise Failure("validation did not meet each sample once: let the data set's index be the sample's number")
+        if not samples or any(sorted(run.evaluated) != samples for run in (whole, padded)):
+            raise CheckFailed(
+                "validation did not evaluate each sample once: `index` must be the sample's number in its data set"
+            )
         if not whole.metrics:
-            raise Failure("validation_step logs no metric: nothing tells which checkpoint is the best")
-        self._same_metrics(filled.metrics, f"in batches of {at_once}, the last filled up")
+            raise CheckFailed("validation_step logs no metric, so the best checkpoint cannot be selected")
+        self._compare_metrics(padded.metrics, f"in batches of {at_once} with padding rows")
         names = ", ".join(whole.metrics)
-        return f"{len(filled.evaluated)} samples once each, in one batch or filled up to several: the same {names}"
+        return f"{len(padded.evaluated)} samples once each; {names} equal in one batch and in padded batches"
 
-    def _same_metrics(self, metrics: dict[str, float], how: str) -> None:
+    def _compare_metrics(self, metrics: dict[str, float], how: str) -> None:
         assert self.whole is not None
         for name, value in self.whole.metrics.items():
             other = metrics.get(name, math.nan)
             if not math.isclose(value, other, rel_tol=1e-4, abs_tol=1e-5) and not (
                 math.isnan(value) and math.isnan(other)
             ):
-                raise Failure(
-                    f"{name} is {value:.6g} over the samples in one batch, and {other:.6g} {how}: leave out rows of weight"
-                    " 0, and give each sample's value with its weight to a torchmetrics metric, which you log itself"
+                raise CheckFailed(
+                    f"{name} is {value:.6g} over the samples in one batch, and {other:.6g} {how}: exclude rows of weight 0,"
+                    " update a torchmetrics metric with each sample's value and weight, and log the metric object"
                 )
 
     # On two processes.
 
-    def _of_two(self, name: str) -> dict[str, Any]:
-        """Return the results of the two processes."""
-        patience = max(_PATIENCE, _TIMES * self.spent)
-        deadline = time.monotonic() + patience
+    def _read_results(self, name: str) -> dict[str, Any]:
+        """Wait for the results of the two processes."""
+        timeout = max(_TIMEOUT, _TIMEOUT_FACTOR * self.seconds)
+        deadline = time.monotonic() + timeout
         path = self.folder / f"{name}.pt"
         while not path.exists():
             if (error := path.with_suffix(".error")).exists():
-                raise Failure(error.read_text())
+                raise CheckFailed(error.read_text())
             if (self.folder.parent / "ended").exists() and not path.exists():
-                raise Failure(f"the processes ended without an answer: {(self.folder.parent / 'ended').read_text()}")
+                raise CheckFailed(f"the processes ended without a result: {(self.folder.parent / 'ended').read_text()}")
             if time.monotonic() > deadline:
-                raise Failure(f"no answer after {patience:.0f} s: do both processes take part in every sum over them?")
+                raise CheckFailed(
+                    f"no result after {timeout:.0f} s: all processes must take part in every collective call"
+                )
             time.sleep(0.05)
-        found: dict[str, Any] = torch.load(path, weights_only=True)
-        return found
+        results: dict[str, Any] = torch.load(path, weights_only=True)
+        return results
 
     def _reload(self) -> str:
-        found = self._of_two("reload")
-        wrong = different(found["written"], found["state_dict"])
+        results = self._read_results("reload")
+        wrong = find_differences(results["written"], results["state_dict"])
         if wrong:
-            raise Failure(f"bigmodel.load gives other values for {', '.join(wrong[:3])} than the checkpoint has")
-        return "bigmodel.load makes it from the checkpoint, in another process, with no data present"
+            raise CheckFailed(
+                f"bigmodel.load gives different values for {', '.join(wrong[:3])} than the checkpoint has"
+            )
+        return "bigmodel.load restores the task from its checkpoint in another process, without data"
 
     def _two_processes(self) -> str:
-        self._need("loaders")
-        found = self._of_two("ddp")
+        self._require("loaders")
+        results = self._read_results("ddp")
         taken = [sorted(step) for step in (self.reference or self._run).taken]
-        if found["taken"] != taken:
-            raise Failure(
-                "two processes took other samples in a step than one: make the loader with bigmodel.data.sampling"
+        if results["taken"] != taken:
+            raise CheckFailed(
+                "two processes took different samples in a step than one: create the loader with bigmodel.data.sampling"
             )
-        said = []
-        if "metrics" in found and self.whole is not None and self.kept["evaluation"]:
-            if found["evaluated"] != sorted(self.whole.evaluated):
-                raise Failure(
-                    "two processes did not evaluate each sample once: make the loader with bigmodel.data.sampling"
+        metrics = ""
+        if "metrics" in results and self.whole is not None and self.passed["evaluation"]:
+            if results["evaluated"] != sorted(self.whole.evaluated):
+                raise CheckFailed(
+                    "two processes did not evaluate each sample once: create the loader with bigmodel.data.sampling"
                 )
-            self._same_metrics(found["metrics"], "on two processes")
-            said.append("the same samples and metrics")
-        self._need("loss")
-        self._need_comparable()
-        return "; ".join([self._compare(found["end"], "DDP"), *said])
+            self._compare_metrics(results["metrics"], "on two processes")
+            metrics = "; equal samples and metrics"
+        self._require("loss")
+        self._require_comparable()
+        return self._compare(results["end"], "DDP") + metrics
 
     def _sharding(self) -> str:
-        self._need("loaders", "loss")
-        self._need_comparable()
-        found = self._of_two("sharded")
-        return self._compare(found["end"], "a net sharded over two (FSDP2)")
+        self._require("loaders", "loss")
+        self._require_comparable()
+        return self._compare(self._read_results("sharded")["end"], "FSDP2 on two processes")
 
 
-def _said(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     first = (str(error).strip() or "no message").splitlines()[0]
     return first if isinstance(error, ClearError) else f"{type(error).__name__}: {first}"

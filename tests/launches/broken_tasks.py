@@ -14,7 +14,7 @@ from bigmodel.training import optimizers, schedules
 
 
 class MeanLoss(TabularRegression):
-    """Its loss is a mean, its metric counts the rows that only fill up, and it predicts half."""
+    """Its loss is a mean, its metric counts padding rows, and only half of SupportsLogits is implemented."""
 
     def training_step(self, batch):
         return {"loss": super().training_step(batch)["loss"] / len(batch.target), "count": len(batch.target)}
@@ -28,7 +28,7 @@ class MeanLoss(TabularRegression):
 
 
 class EachForItself(TabularRegression):
-    """It knows its sizes before it sees data, and its metric is that of one process."""
+    """Its net has fixed sizes and is created in __init__, and its metric is that of one process."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class EachForItself(TabularRegression):
 
 
 class DrawsElsewhere(TabularRegression):
-    """Its noise does not come from torch, and it asks the data what its sizes are."""
+    """Its noise does not come from torch, and it reads its sizes from the data module itself."""
 
     def configure_model(self):
         if self.net is None:
@@ -63,21 +63,21 @@ class DrawsElsewhere(TabularRegression):
 
 
 class NoCount(TabularRegression):
-    """It returns a mean alone."""
+    """It returns only a mean."""
 
     def training_step(self, batch):
         return (self.net(batch.features) - batch.target).square().mean()
 
 
 class Crashes(TabularRegression):
-    """It does not train at all."""
+    """Its training step raises."""
 
     def training_step(self, batch):
         return {"loss": batch.features @ batch.target, "count": 1}
 
 
 class Normed(nn.Module):
-    """A net in which the rows of a batch are not independent: no defect, and yet not to be compared."""
+    """Net in which the rows of a batch are not independent: not a defect, but not comparable."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Normed(nn.Module):
 
 
 class Unsized(TableData):
-    """It cannot be told how much one process takes at once."""
+    """It does not accept micro_batch_size."""
 
     def __init__(self, path: str, target: str, batch_size: int = 32) -> None:
         super().__init__(path, target, batch_size)
@@ -102,7 +102,7 @@ class Plain(TableData):
 
 
 class Nameless(TableData):
-    """It says how many features there are, but not as a plain number."""
+    """Its size is a tensor instead of a plain int."""
 
     def setup(self, stage):
         super().setup(stage)
@@ -116,7 +116,7 @@ class Pair(NamedTuple):
 
 
 class Bare(TableData):
-    """Its training batches have neither index nor weight, and it meets its first validation samples again and again."""
+    """Its training batches have neither index nor weight, and its first validation samples are repeated."""
 
     def setup(self, stage):
         super().setup(stage)

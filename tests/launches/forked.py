@@ -1,5 +1,5 @@
-"""`python forked.py N SCRIPT WORDS`: a script in N processes at once, as `torchrun --standalone` runs it, at a third of the
-price: they are forked from one process, which has imported what each of them would import for seconds."""
+"""`python forked.py N SCRIPT ARGUMENTS`: run a script in N processes, like `torchrun --standalone` in a third of its time:
+they are forked from one process that has imported the modules."""
 
 import contextlib
 import gc
@@ -14,9 +14,9 @@ LIMIT = 400.0  # seconds: far above what a launch needs beside other work, and b
 GRACE = 45.0  # seconds in which a launcher ends its processes
 
 
-def run(script, *words, processes=2, cwd=None):
+def run(script, *arguments, processes=2, cwd=None):
     """Run a script in so many processes, of which none may fail; returns what they printed, as `subprocess.run` does."""
-    result = call([sys.executable, __file__, str(processes), script, *words], cwd=cwd)
+    result = call([sys.executable, __file__, str(processes), script, *arguments], cwd=cwd)
     assert result.returncode == 0, result.stdout + result.stderr
     return result
 
@@ -41,7 +41,7 @@ def call(command, *, stderr=subprocess.PIPE, **options):
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
-def work(script, *words):
+def work(script, *arguments):
     """One of the processes; RANK and the other variables are set."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # not the launcher's handlers
         signal.signal(number, signal.SIG_DFL)
@@ -52,7 +52,7 @@ def work(script, *words):
     rank_zero_only.rank = prints.rank_zero_only.rank = int(
         os.environ["RANK"]
     )  # which they look up when they are imported
-    sys.argv = [script, *words]
+    sys.argv = [script, *arguments]
     try:
         runpy.run_path(script, run_name="__main__")
     except Exception:
@@ -69,11 +69,11 @@ if __name__ == "__main__":
 
     bigmodel.training.precision.bf16_speed = lambda shape: 1.0  # as in conftest.py: float32 is chosen on any machine
 
-    number, script, *words = sys.argv[1:]
+    number, script, *arguments = sys.argv[1:]
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=int(number), run_id="tests", rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=0, start_method="fork",
     )  # fmt: skip
     gc.collect()  # here once, not in each process at the start of each run
     gc.freeze()
-    elastic_launch(config, work)(script, *words)
+    elastic_launch(config, work)(script, *arguments)

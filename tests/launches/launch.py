@@ -1,7 +1,7 @@
-"""Launches that go wrong and one that goes well: `torchrun --nproc-per-node 2 launch.py TABLE OTHER`.
+"""Launches with an error, and one without: `torchrun --nproc-per-node 2 launch.py TABLE OTHER`.
 
-Run by test_launch.py in an empty folder, where OTHER is the directory of a run with another net. What each attempt of each
-process printed as its error goes to <attempt>.<rank>.
+Run by test_launch.py in an empty folder, where OTHER is the directory of a run with another net. The error of each attempt
+of each process is written to <attempt>.<rank>.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from bigmodel.cli import main
 RANK = os.environ["RANK"]
 
 
-def attempt(name: str, *words: str) -> None:
-    """Run the command; keep what it says when it refuses."""
-    said, start = io.StringIO(), time.monotonic()
-    with contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
-        main(["fit", *words])
-    Path(f"{name}.{RANK}").write_text(f"{time.monotonic() - start:.1f} s\n{said.getvalue()}")
+def attempt(name: str, *arguments: str) -> None:
+    """Run the command, and write its error message to a file."""
+    errors, start = io.StringIO(), time.monotonic()
+    with contextlib.redirect_stderr(errors), contextlib.suppress(SystemExit):
+        main(["fit", *arguments])
+    Path(f"{name}.{RANK}").write_text(f"{time.monotonic() - start:.1f} s\n{errors.getvalue()}")
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ def train(name: str, digits: object) -> list[float]:
     }  # fmt: skip
     if name != "language":
         settings["data.path"] = digits
-    words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
-    main(["fit", "-c", str(EXPERIMENTS / experiment), *flags, *words])
+    arguments = [str(part) for key, value in settings.items() for part in (f"--{key}", value)]
+    main(["fit", "-c", str(EXPERIMENTS / experiment), *flags, *arguments])
     (metrics,) = Path(name).glob("**/metrics.csv")
     with open(metrics, newline="") as file:
         return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]

@@ -60,7 +60,7 @@ class Look(Callback):
 
 
 def text(name: str, *flags: object) -> list[str]:
-    """Words for `bigmodel fit` on a small GPT, four steps of sixteen sequences, clipped, averaged, validated after two."""
+    """Arguments of `bigmodel fit` with a small GPT: 4 steps of sixteen sequences, clipped, averaged, validated after two."""
     settings = {
         "model.net.width": 32, "model.net.depth": 2, "model.net.num_heads": 4, "model.net.num_kv_heads": 2,
         "model.net.activation": "swiglu", "model.net.norm": "rms", "model.net.qk_norm": True, "model.net.tied_head": False,
@@ -77,12 +77,12 @@ def text(name: str, *flags: object) -> list[str]:
         "callbacks.last.keep": -1, "callbacks.look": "sharded.Look", "callbacks.look.folder": f"seen-{name}",
         "runs_dir": name, "wandb.mode": "disabled",
     }  # fmt: skip
-    words = [word for key, value in settings.items() for word in (f"--{key}", value)]
-    return [str(word) for word in ("-c", EXPERIMENTS / "language_modeling" / "stdlib.yaml", *words, *flags)]
+    arguments = [part for key, value in settings.items() for part in (f"--{key}", value)]
+    return [str(part) for part in ("-c", EXPERIMENTS / "language_modeling" / "stdlib.yaml", *arguments, *flags)]
 
 
 def pictures(name: str, digits: object, *flags: object) -> list[str]:
-    """Words for `bigmodel fit` on digits with a ResNet, which has BatchNorm, two steps."""
+    """Arguments of `bigmodel fit` on digits with a ResNet, which has BatchNorm, two steps."""
     settings = {
         "model.net": "bigmodel.nn.ResNet", "model.net.blocks": "[1, 1]", "model.net.widths": "[16, 32]",
         "data.path": digits, "data.cache_dir": "cache", "data.batch_size": 32, "trainer.accelerator": "cpu",
@@ -90,12 +90,12 @@ def pictures(name: str, digits: object, *flags: object) -> list[str]:
         "trainer.check_val_every_n_epoch": "null", "callbacks.report": "null", "runs_dir": name,
         "wandb.mode": "disabled",
     }  # fmt: skip
-    words = [word for key, value in settings.items() for word in (f"--{key}", value)]
-    return [str(word) for word in ("-c", EXPERIMENTS / "image_classification" / "digits.yaml", *words, *flags)]
+    arguments = [part for key, value in settings.items() for part in (f"--{key}", value)]
+    return [str(part) for part in ("-c", EXPERIMENTS / "image_classification" / "digits.yaml", *arguments, *flags)]
 
 
 def choices(name: str, task: str, *flags: object) -> list[str]:
-    """Words for `bigmodel fit` on a recommender with an item table, four steps of 32 samples, ranking all items twice."""
+    """Arguments of `bigmodel fit` on a recommender with an item table, four steps of 32 samples, ranking all items twice."""
     where = "bigmodel.tasks.recommendation"
     settings = {
         "model": f"{where}.{task}", "model.net.width": 16, "model.loss": f"{where}.SampledSoftmax",
@@ -106,8 +106,8 @@ def choices(name: str, task: str, *flags: object) -> list[str]:
         "trainer.check_val_every_n_epoch": "null", "callbacks.best.monitor": "val/ndcg@5", "callbacks.best.mode": "max",
         "callbacks.last.every_n_minutes": "null", "runs_dir": name, "wandb.mode": "disabled",
     }  # fmt: skip
-    words = [word for key, value in settings.items() for word in (f"--{key}", value)]
-    return [str(word) for word in ("-c", "events.yaml", *words, *flags)]
+    arguments = [part for key, value in settings.items() for part in (f"--{key}", value)]
+    return [str(part) for part in ("-c", "events.yaml", *arguments, *flags)]
 
 
 def strategy(**options: object) -> list[str]:
@@ -133,12 +133,12 @@ def copy_stopped(source: Path, target: Path, step: int) -> None:
     distributed.barrier()
 
 
-def refused(words: list[str]) -> str:
+def refused(arguments: list[str]) -> str:
     """What the command says that it refuses."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
-        main(["fit", *words])
-        raise AssertionError(f"not refused: {words}")
+        main(["fit", *arguments])
+        raise AssertionError(f"not refused: {arguments}")
     return said.getvalue()
 
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from bigmodel.checkpoint import AtomicCheckpointIO, read, shards
 from bigmodel.checkpoint.parts import map_tree
 from bigmodel.checkpoint.sharded import LazyShardedTensor, distribute_like
-from bigmodel.cli.formatting import different
+from bigmodel.cli.formatting import find_differences
 
 NUM_PROCESSES = 4
 
@@ -136,8 +136,8 @@ def work(rank, run):
 
     content = AtomicCheckpointIO().load_checkpoint("at-once.ckpt", whole=False)
     assert isinstance(content["state_dict"]["0.weight"], LazyShardedTensor)
-    assert different(tree, content) == []
-    assert different(change(tree, lambda leaf: leaf + (rank == 3)), content) or rank < 3
+    assert find_differences(tree, content) == []
+    assert find_differences(change(tree, lambda leaf: leaf + (rank == 3)), content) or rank < 3
     places_right(content, tree, row, square)
     places_right(AtomicCheckpointIO().load_checkpoint("file.ckpt"), tree, row, square)
     to_folders(run, row)

@@ -1,6 +1,6 @@
-"""Runs that are told to stop, on two processes: `python forked.py 2 stopping.py TABLE`, in an empty folder.
+"""Runs stopped by a signal, on two processes: `python forked.py 2 stopping.py TABLE`, in an empty folder.
 
-Run by test_preemption.py. What the processes were told reaches the second of them only.
+Run by test_preemption.py. Only the second process receives the signal.
 """
 
 import os
@@ -17,15 +17,15 @@ from bigmodel.training.callbacks import Resume
 from bigmodel.training.callbacks.preemption import Preemption
 
 
-class Tell(Callback):
+class SendSignal(Callback):
     """Sends its own process a signal after so many batches of a kind, once.
 
     Args:
         batches: 1 is the first batch of this session.
         number: the signal's name.
         during: `train`: within the step, before its backward pass; `validation`: within it.
-        rank: the process that is told.
-        times: how often, at once.
+        rank: the process that receives it.
+        times: number of signals sent at once.
     """
 
     def __init__(
@@ -48,15 +48,15 @@ class Tell(Callback):
             self._count(trainer)
 
 
-class TellParent(Tell):
-    """Tells the process that launched it, which is to pass it on."""
+class SignalParent(SendSignal):
+    """Sends the signal to the launcher, which must forward it."""
 
     def _count(self, trainer):
         self.left -= 1
         if self.left == 0:
             os.kill(os.getppid(), getattr(signal, self.number))
-            told = next(callback for callback in trainer.callbacks if isinstance(callback, Preemption))
-            while not told._signal:  # a run that was never told hangs, and is ended by the test
+            preemption = next(callback for callback in trainer.callbacks if isinstance(callback, Preemption))
+            while not preemption._signal:  # without a signal, the run hangs until the test ends it
                 time.sleep(0.01)
 
 
@@ -89,8 +89,8 @@ class Slow(Callback):
 
 
 def experiment(table, runs_dir, *flags):
-    """Words for `bigmodel fit`: 30 steps of 12 rows, with dropout and average, validated now and then."""
-    words = [
+    """Arguments of `bigmodel fit`: 30 steps of 12 rows, with dropout and average, validated every third step."""
+    arguments = [
         "-c",
         Path(__file__).parents[1] / "outsider" / "experiment.yaml",
         "--data.path",
@@ -103,20 +103,20 @@ def experiment(table, runs_dir, *flags):
         "trainer.max_steps": 30, "trainer.val_check_interval": 3, "trainer.log_every_n_steps": 1,
         "callbacks.ema": "bigmodel.training.callbacks.EMA", "callbacks.ema.decay": 0.9,
     }  # fmt: skip
-    words += [word for key, value in settings.items() for word in (f"--{key}", value)]
-    return [str(word) for word in (*words, *flags)]
+    arguments += [part for key, value in settings.items() for part in (f"--{key}", value)]
+    return [str(part) for part in (*arguments, *flags)]
 
 
-def tell(**arguments):
-    """Flags that add a `Tell`."""
-    words = ["--callbacks.tell", "stopping.Tell"]
-    return [*words, *(str(word) for key, value in arguments.items() for word in (f"--callbacks.tell.{key}", value))]
+def send_signal(**options):
+    """Flags that add a `SendSignal`."""
+    flags = ["--callbacks.signal", "stopping.SendSignal"]
+    return [*flags, *(str(part) for key, value in options.items() for part in (f"--callbacks.signal.{key}", value))]
 
 
 def returning(every):
-    """Flags for a run that goes back from a loss that is not finite, and saves after so many steps."""
-    words = ["--callbacks.anomalies.on_nan", "back", "--callbacks.last.every_n_minutes", "null"]
-    return [*words, "--callbacks.last.every_n_steps", str(every)]
+    """Flags of a run that rolls back after a non-finite loss, and saves every so many steps."""
+    arguments = ["--callbacks.anomalies.on_nan", "back", "--callbacks.last.every_n_minutes", "null"]
+    return [*arguments, "--callbacks.last.every_n_steps", str(every)]
 
 
 if __name__ == "__main__":
@@ -125,10 +125,10 @@ if __name__ == "__main__":
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.micro_batch_size", "3"]
     main(["fit", *experiment(table, "straight", *two)])
     try:
-        main(["fit", *experiment(table, "stopped", *two, *tell(batches=8, number="SIGUSR1", rank=1))])
+        main(["fit", *experiment(table, "stopped", *two, *send_signal(batches=8, number="SIGUSR1", rank=1))])
     except SystemExit as stopped:
         Path(f"exit.{os.environ['RANK']}").write_text(str(stopped.code))
-    main(["fit", "--runs_dir", "stopped", "--resume", "last", "--callbacks.tell", "null"])
+    main(["fit", "--runs_dir", "stopped", "--resume", "last", "--callbacks.signal", "null"])
     without = ["--trainer.limit_val_batches", "0", "--model.net.dropout", "0"]
     main(["fit", *experiment("spoiled.csv", "skipping", *two, *without), "--callbacks.anomalies.on_nan", "skip"])
     main(["fit", *experiment("spoiled.csv", "returning", *two, *without, *returning(1), "--trainer.max_steps", 14)])

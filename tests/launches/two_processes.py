@@ -32,8 +32,8 @@ class Recorder(Callback):
 
 
 def experiment(table: str, runs_dir: str, *flags: object) -> list[str]:
-    """Words for `bigmodel fit` on the outsider's task, ten steps of twelve rows over two epochs, validated in mid-epoch."""
-    words = [
+    """Arguments of `bigmodel fit` with the outsider's task: 10 steps of 12 rows over two epochs, validated in mid-epoch."""
+    arguments = [
         "-c",
         Path(__file__).parents[1] / "outsider" / "experiment.yaml",
         "--data.path",
@@ -41,9 +41,9 @@ def experiment(table: str, runs_dir: str, *flags: object) -> list[str]:
         "--data.batch_size",
         12,
     ]
-    words += ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "null", "--trainer.max_steps", 10]
-    words += ["--trainer.val_check_interval", 2, "--trainer.log_every_n_steps", 1, "--runs_dir", runs_dir]
-    words += [
+    arguments += ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "null", "--trainer.max_steps", 10]
+    arguments += ["--trainer.val_check_interval", 2, "--trainer.log_every_n_steps", 1, "--runs_dir", runs_dir]
+    arguments += [
         "--callbacks.last.every_n_steps",
         1,
         "--callbacks.last.every_n_minutes",
@@ -51,13 +51,13 @@ def experiment(table: str, runs_dir: str, *flags: object) -> list[str]:
         "--callbacks.last.keep",
         -1,
     ]
-    words += ["--callbacks.recorder", "two_processes.Recorder", "--callbacks.recorder.path", f"{runs_dir}.samples"]
-    return [str(word) for word in (*words, *flags)]
+    arguments += ["--callbacks.recorder", "two_processes.Recorder", "--callbacks.recorder.path", f"{runs_dir}.samples"]
+    return [str(part) for part in (*arguments, *flags)]
 
 
 def pictures(runs_dir: str, digits: object, *flags: object) -> list[str]:
-    """Words for `bigmodel fit` on digits, ten steps of 32, augmented, mixed and weighted by class, validated twice."""
-    words: list[object] = ["-c", Path(__file__).parents[2] / "experiments" / "image_classification" / "digits.yaml"]
+    """Arguments of `bigmodel fit` on digits, ten steps of 32, augmented, mixed and weighted by class, validated twice."""
+    arguments: list[object] = ["-c", Path(__file__).parents[2] / "experiments" / "image_classification" / "digits.yaml"]
     settings = {
         "model.net": "bigmodel.nn.ViT", "model.net.patch_size": 4, "model.net.width": 32, "model.net.depth": 1,
         "model.net.num_heads": 2, "data.mix": "bigmodel.tasks.image_classification.Mix", "data.mix.mixup": 0.5,
@@ -66,8 +66,8 @@ def pictures(runs_dir: str, digits: object, *flags: object) -> list[str]:
         "trainer.max_epochs": "null", "trainer.max_steps": 10, "runs_dir": runs_dir,
         "trainer.val_check_interval": 5, "trainer.check_val_every_n_epoch": "null", "trainer.log_every_n_steps": 1,
     }  # fmt: skip
-    words += [word for key, value in settings.items() for word in (f"--{key}", value)]
-    return [str(word) for word in (*words, *flags)]
+    arguments += [part for key, value in settings.items() for part in (f"--{key}", value)]
+    return [str(part) for part in (*arguments, *flags)]
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class TransferLearning(LightningModule):
 
     count_unit = "samples"  # unit of the count that training_step returns
     # So that a method given as a word can have settings.
-    words: ClassVar = {"method": {word: f"{kind.__module__}.{kind.__qualname__}" for word, kind in WORDS.items()}}
+    aliases: ClassVar = {"method": {word: f"{kind.__module__}.{kind.__qualname__}" for word, kind in WORDS.items()}}
 
     def __init__(
         self,

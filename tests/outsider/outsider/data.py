@@ -33,13 +33,13 @@ class Table(Dataset):
 
 
 class TableData(LightningDataModule):
-    """Rows of a CSV file with a header; every fifth is for validation, and all are to be predicted.
+    """Rows of a CSV file with a header; every fifth is for validation, and all are for prediction.
 
     Args:
         path: the CSV file.
         target: the column to predict; the others are features.
         batch_size: rows per optimizer step over all processes.
-        micro_batch_size: rows one process takes at once.
+        micro_batch_size: rows per process and forward pass.
         seed: determines the order of the rows.
     """
 

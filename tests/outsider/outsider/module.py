@@ -28,9 +28,9 @@ class TabularRegression(LightningModule):
     """Squared error, summed over the rows.
 
     Args:
-        net: makes the net from `num_features`, which the data know.
-        optimizer: makes the optimizer.
-        schedule: the learning rate over the run.
+        net: creates the net from `num_features`, which the data define.
+        optimizer: creates the optimizer.
+        schedule: of the learning rate.
     """
 
     def __init__(

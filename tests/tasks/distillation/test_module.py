@@ -297,7 +297,7 @@ def test_accumulation_and_processes_change_nothing(folder, school, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"teacher": "nowhere"}, "nowhere is no run directory"),
+        ({"teacher": "nowhere"}, "nowhere is not a run directory"),
         ({"hard_weight": -1}, "--model.hard_weight -1.0 must be a number of 0 or above"),
         ({"losses__kd": f"{OURS}.KD", "losses__kd__temperature": 0}, "KD has temperature 0.0, which must be a number abo"),
         ({"losses__kd": f"{OURS}.KD", "losses__kd__weight": -1}, "KD has weight -1.0, which must be a number of 0 or above"),

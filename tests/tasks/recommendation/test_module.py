@@ -12,7 +12,7 @@ import torch
 
 import bigmodel
 from bigmodel.cli import main
-from bigmodel.cli.formatting import different
+from bigmodel.cli.formatting import find_differences
 from bigmodel.run import checkpoint_step, find_run
 from bigmodel.tasks.recommendation import InteractionData
 from bigmodel.tasks.recommendation.batches import SequenceBatch
@@ -209,7 +209,7 @@ def test_a_run_stopped_in_mid_epoch_and_resumed_equals_one_left_alone(folder, ta
         with open(directory / "metrics.csv", newline="") as file:
             rows = [{k: v for k, v in row.items() if "speed" not in k and v} for row in csv.DictReader(file)]
             measured.append([row for row in rows if any(name.startswith("val/") for name in row)])
-    assert not different(*ends)
+    assert not find_differences(*ends)
     assert measured[0] == measured[1]
     assert measured[0]
 

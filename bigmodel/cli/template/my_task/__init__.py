@@ -1,1 +1,1 @@
-"""Which package of Python's standard library a piece of source code comes from."""
+"""Classification of source code by the package of Python's standard library that it is from."""

@@ -1,4 +1,4 @@
-"""Pieces of Python's own source, each with the package that it comes from. T bytes in a piece, B pieces in a batch."""
+"""Chunks of source code of Python's standard library, labelled with their package. T bytes per chunk, B batch size."""
 
 import hashlib
 import sysconfig
@@ -11,21 +11,21 @@ from lightning.pytorch import LightningDataModule
 from bigmodel.data.sampling import eval_loader, train_loader
 
 
-class Piece(NamedTuple):  # a sample; a batch of them has a dimension B in front. Every task's has `index` and `weight`
+class Chunk(NamedTuple):  # a sample; a batch adds a first dimension B. Every task needs `index` and `weight`
     text: torch.Tensor  # [T] uint8
-    target: torch.Tensor  # int64, which package
-    index: torch.Tensor  # int64, which sample of its split
-    weight: torch.Tensor  # float32, 1: bigmodel makes it 0 in rows that only fill up a last batch
+    target: torch.Tensor  # int64, number of the package
+    index: torch.Tensor  # int64, number of the sample in its split
+    weight: torch.Tensor  # float32, 1; bigmodel sets it to 0 in padding rows of a last batch
 
 
 class MyTaskData(LightningDataModule):
-    """The standard library's source in pieces; every fifth file is for validation.
+    """Source code of the standard library in chunks; every fifth file is for validation.
 
     Args:
-        packages: those to tell apart.
-        length: T, bytes in a piece.
-        batch_size: pieces per optimizer step over all processes.
-        micro_batch_size: pieces one process takes at once; null: its whole share of the batch.
+        packages: the classes.
+        length: T, bytes per chunk.
+        batch_size: chunks per optimizer step over all processes.
+        micro_batch_size: chunks per process and forward pass; null: the process's whole share of the batch.
     """
 
     def __init__(self, packages: list[str], length: int, batch_size: int, micro_batch_size: int | None = None) -> None:
@@ -40,12 +40,12 @@ class MyTaskData(LightningDataModule):
                 split, source = self.val if number % 5 == 4 else self.train, file.read_bytes()
                 for start in range(0, len(source) - T + 1, T):
                     text = torch.tensor(list(source[start : start + T]), dtype=torch.uint8)
-                    split.append(Piece(text, torch.tensor(label), torch.tensor(len(split)), torch.tensor(1.0)))
+                    split.append(Chunk(text, torch.tensor(label), torch.tensor(len(split)), torch.tensor(1.0)))
                 content.update(source)
-        self.sizes = {"num_classes": len(self.packages)}  # what the net is made from: nobody types it twice
-        self.fingerprint = content.hexdigest()  # a resume on other data is refused
+        self.sizes = {"num_classes": len(self.packages)}  # arguments of the net
+        self.fingerprint = content.hexdigest()  # a resume with different data is refused
 
-    def train_dataloader(self):  # in an order that is the same on any number of processes, and resumes anywhere
+    def train_dataloader(self):  # the order does not depend on the number of processes
         sizes = {"batch_size": self.batch_size, "micro_batch_size": self.micro_batch_size}
         return train_loader(self.train, **sizes, trainer=self.trainer)
 

@@ -1,4 +1,4 @@
-"""Packages told apart by the trigrams of their source. B pieces, T bytes in each, K packages, D width."""
+"""Classification of source code by its trigrams. B batch, T bytes, K classes, D width."""
 
 from collections.abc import Callable
 
@@ -13,22 +13,22 @@ from bigmodel.training import optimizers, schedules
 
 
 class NGrams(nn.Module):
-    """The mean of the vectors of all trigrams, hashed into buckets; then a linear layer. [B, T] uint8 -> [B, K]."""
+    """Mean of the embeddings of all trigrams, hashed into buckets; then a linear layer. [B, T] uint8 -> [B, K]."""
 
     def __init__(self, num_classes: int, width: int = 32, num_buckets: int = 8192) -> None:
         super().__init__()
-        self.vectors, self.head = nn.Embedding(num_buckets, width), nn.Linear(width, num_classes)
+        self.embedding, self.head = nn.Embedding(num_buckets, width), nn.Linear(width, num_classes)
 
     def forward(self, text: torch.Tensor) -> torch.Tensor:
         first, second, third = (text.long()[:, i : text.shape[1] - 2 + i] for i in range(3))  # [B, T - 2] each
-        buckets = (first * 7919 + second * 104729 + third) % self.vectors.num_embeddings
-        return self.head(self.vectors(buckets).mean(1))  # [B, T - 2, D] -> [B, D] -> [B, K]
+        buckets = (first * 7919 + second * 104729 + third) % self.embedding.num_embeddings
+        return self.head(self.embedding(buckets).mean(1))  # [B, T - 2, D] -> [B, D] -> [B, K]
 
 
 class MyTask(LightningModule):
-    """Logs `val/loss` (nats per piece) and `val/accuracy`."""
+    """Classifies chunks; logs `val/loss` (nats per chunk) and `val/accuracy`."""
 
-    # The YAML file and flags say which net and which optimizer, and their arguments; what the data know is added below.
+    # Net, optimizer and their arguments come from the YAML file and flags; sizes of the data are added below.
     def __init__(
         self,
         net: Callable[[int], nn.Module] = NGrams,
@@ -46,10 +46,10 @@ class MyTask(LightningModule):
     def configure_optimizers(self):
         return optimizers.configure(self, self.optimizer, self.schedule)
 
-    def training_step(self, batch):  # a sum and a count: bigmodel takes the mean over all micro-batches and processes
+    def training_step(self, batch):  # bigmodel divides by the count over all micro-batches and processes
         return {"loss": cross_entropy(self.net(batch.text), batch.target, reduction="sum"), "count": len(batch.target)}
 
-    def validation_step(self, batch):  # torchmetrics adds up over processes; the weight leaves out what only fills up
+    def validation_step(self, batch):  # torchmetrics adds up over processes; weight 0 excludes padding rows
         logits = self.net(batch.text)
         self.loss.update(cross_entropy(logits, batch.target, reduction="none"), batch.weight)
         self.accuracy.update((logits.argmax(1) == batch.target).float(), batch.weight)

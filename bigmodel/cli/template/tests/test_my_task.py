@@ -1,4 +1,4 @@
-"""A short run learns, and what it learned can be used with no data present."""
+"""A short run learns, and its result is loaded without data."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -20,14 +20,14 @@ def test_a_short_run_is_better_than_chance(tmp_path, monkeypatch):
     assert task.net(torch.tensor([list(code)])).argmax() == 0, "asyncio"
 
 
-def test_no_piece_is_in_both_splits():
+def test_no_chunk_is_in_both_splits():
     data = MyTaskData(["asyncio", "email"], length=128, batch_size=8)
     data.setup("fit")
-    train, val = ({bytes(piece.text.tolist()) for piece in split} for split in (data.train, data.val))
+    train, val = ({bytes(chunk.text.tolist()) for chunk in split} for split in (data.train, data.val))
     assert train
     assert val
-    assert len(train & val) < 0.01 * len(val), "but for a licence or two that stand in several files"
+    assert len(train & val) < 0.01 * len(val), "except for a licence that several files contain"
 
 
-def test_the_files_are_where_the_package_says():
+def test_the_experiment_is_in_the_package():
     assert Path(str(files("my_task") / "experiment.yaml")).is_file()

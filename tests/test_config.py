@@ -1,4 +1,4 @@
-"""Configuration: what wins, and what is left behind."""
+"""Merging of configurations: precedence, and replaced classes."""
 
 import pytest
 
@@ -76,10 +76,10 @@ def test_negative_numbers_are_values_and_unknown_dashes_are_refused():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\na: 2", "'a' stands here twice"),
+        ("a: 1\na: 2", "duplicate key 'a'"),
         ("a: [", "not valid YAML"),
-        ("3", "holds no keys"),
-        ("", "holds no keys"),
+        ("3", "is not a mapping"),
+        ("", "is not a mapping"),
     ],
 )
 def test_bad_yaml_is_named(tmp_path, text, message):
