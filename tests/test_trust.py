@@ -162,3 +162,39 @@ def test_settings_of_jsonargparse_are_restored():
     with restricted_imports():
         assert _common.parsing_settings["import_path_verdicts"]["*"] is False
     assert _common.parsing_settings == before
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict", "export", "fit --resume"])
+def test_no_verb_runs_what_a_run_names(tampered, tmp_path, capsys, verb):
+    from bigmodel.cli import main
+
+    popen = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", str(tmp_path / "marker")]}}
+    run = tampered({"net": popen})
+    for net in (popen, "os.system"):
+        run = tampered({"net": net})
+        with pytest.raises(SystemExit) as stopped:
+            main([*verb.split(), str(run)])
+        assert stopped.value.code == 2
+        assert "--trust" in capsys.readouterr().err
+    assert not (tmp_path / "marker").exists()
+
+
+def test_trust_is_a_flag_of_every_verb(tampered, tmp_path, capsys):
+    from bigmodel.cli import main
+
+    (tmp_path / "flag_module.py").write_text("import outsider\nclass Net(outsider.MLP): pass\n")
+    run = tampered({"net": {"class_path": "flag_module.Net"}})
+    main(["validate", str(run), "--trust", "flag_module"])
+    main(["export", str(run), "--trust=flag_module.Net"])
+    with pytest.raises(SystemExit):
+        main(["export", str(run), "--trust"])
+    assert "--trust needs an import path" in capsys.readouterr().err
+
+
+def test_printing_a_configuration_constructs_nothing(tmp_path, bm):
+    (tmp_path / "loud.py").write_text(
+        "import outsider\nclass Net(outsider.TabularRegression):\n    def __init__(self): raise SystemError\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        assert "loud.Net" in bm("fit", "--model", "loud.Net", "--print_config")

@@ -25,7 +25,9 @@ bigmodel {__version__}: a research framework on Lightning, with plug-in tasks
   bigmodel list [--check]                                                 tasks, experiments, runs
   bigmodel new NAME                                                       a package with a task, as a starting point
 {{commands}}
-A RUN is a run directory, the end of its name, or `last`. `bigmodel VERB --help` describes a verb.
+A RUN is a run directory, the end of its name, or `last`. An experiment file runs the code that it names; a run does not,
+beyond bigmodel, torch.nn, torch.optim and installed tasks, unless --trust IMPORT.PATH allows it.
+`bigmodel VERB --help` describes a verb.
 """
 # Entry points of verbs in installed packages: `name = "package.module:function"`, called with the list of arguments.
 _GROUP = "bigmodel.commands"
@@ -48,14 +50,34 @@ def main(argv: list[str] | None = None) -> None:
     elif verb in ("-V", "--version"):
         print(f"bigmodel {__version__}")
     elif verb in _VERBS:
-        module, _, function = _VERBS[verb].partition(":")
-        run = getattr(importlib.import_module(module), function)
-        _with_clear_errors(run, *([verb] if function == "run_trainer" else []), rest)
+        module, _, name = _VERBS[verb].partition(":")
+        function = getattr(importlib.import_module(module), name)
+        _with_clear_errors(_run_trusting, function, *([verb] if name == "run_trainer" else []), rest)
     elif command := next(iter(_installed_commands(verb)), None):
-        _with_clear_errors(command.load(), rest)
+        _with_clear_errors(_run_trusting, command.load(), rest)
     else:
         verbs = [*_VERBS, *(command.name for command in _installed_commands())]
         _fail(f"there is no verb {verb!r}; choose one of {', '.join(sorted(verbs))}")
+
+
+def _run_trusting(function: Callable[..., object], *args: Any) -> None:
+    """Run a verb; its flags `--trust PATH` allow runs and checkpoints to name these import paths."""
+    *before, argv = args
+    flags = [n for n, word in enumerate(argv) if word == "--trust" or word.startswith("--trust=")]
+    if not flags:
+        function(*args)
+        return
+    from bigmodel.run.trust import trusting
+
+    paths: list[str] = []
+    for n in reversed(flags):
+        value = argv[n].partition("=")[2] if "=" in argv[n] else "".join(argv[n + 1 : n + 2])
+        if not value or value.startswith("-"):
+            raise ValueError("--trust needs an import path, such as my_package.nets.Net")
+        paths.append(value)
+        argv = [*argv[:n], *argv[n + (1 if "=" in argv[n] else 2) :]]
+    with trusting(paths):
+        function(*before, argv)
 
 
 def _installed_commands(name: str | None = None) -> list[EntryPoint]:

@@ -1,7 +1,8 @@
 """From the command line to a running trainer, for `fit`, `validate`, `test` and `predict`.
 
 1. `merge_config` merges defaults.yaml, a run's config.yaml, the files of `-c` and the flags, as plain mappings.
-2. `TrainerCLI` checks that the packages of all classes are installed (`plugins.check_classes`).
+2. `run.trust` checks the import paths of a run's config.yaml; `TrainerCLI`, that the packages of all classes are
+   installed (`plugins.check_classes`).
 3. jsonargparse, called by LightningCLI, checks types and fills in defaults; `TrainerCLI.resolved` is the result.
 4. LightningCLI instantiates trainer, task and data; the task keeps `net` as a factory of its arguments.
 5. `run_verb` calls `trainer.fit`; the task's `configure_model` calls the factory with the sizes that the data define.
@@ -15,6 +16,7 @@ import gc
 import secrets
 import time
 from argparse import ArgumentError
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from bigmodel import run
 from bigmodel.checkpoint import AtomicCheckpointIO, find_checkpoint
 from bigmodel.cli import ClearError, cross_validation, plugins
+from bigmodel.cli.class_defaults import fill_class_defaults
 from bigmodel.cli.class_help import print_class_help
 from bigmodel.cli.lightning_warnings import quiet_lightning
 from bigmodel.cli.parse_errors import format_parse_error
@@ -41,6 +44,7 @@ from bigmodel.evaluation.predictions import PredictionWriter
 from bigmodel.parallel import ShardedStrategy, rendezvous
 from bigmodel.run.config import Config, experiment_name, layered, parse_flags, read_defaults, read_yaml
 from bigmodel.run.tracking import WandB
+from bigmodel.run.trust import check_imports, remember, restricted_imports
 from bigmodel.training.callbacks import DiskSpace, GradientScaling, Preemption, Resume
 from bigmodel.training.precision import ChoosePrecision, Undecided, check_precision
 
@@ -54,14 +58,19 @@ class TrainerCLI(LightningCLI):
     Args:
         config: from `merge_config`.
         extra_callbacks: callbacks that are not in the configuration.
+        saved: part of it is the configuration of a run, which may come from somebody else; see `run.trust`.
+        instantiate: create trainer, task and data; False: only parse.
 
     Raises:
         ClearError: for a configuration that cannot be parsed.
     """
 
-    def __init__(self, config: Config, extra_callbacks: list[Callback]) -> None:
+    def __init__(
+        self, config: Config, extra_callbacks: list[Callback], *, saved: bool = False, instantiate: bool = True
+    ) -> None:
         plugins.check_classes(config)
-        self.extra_callbacks = extra_callbacks
+        fill_class_defaults(config)
+        self.extra_callbacks, self.creates = extra_callbacks, instantiate
         # Lightning's type for a precision does not include `auto`.
         trainer = dict(config.get("trainer") or {})
         self.auto_precision = trainer.get("precision") == "auto"
@@ -69,17 +78,24 @@ class TrainerCLI(LightningCLI):
             config = {**config, "trainer": {**trainer, "precision": None}}
         try:
             check_precision(trainer.get("precision"))
-            super().__init__(
-                args=config,
-                run=False,
-                save_config_callback=None,
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,
-                seed_everything_default=0,
-                parser_kwargs={"exit_on_error": False},
-            )
+            with restricted_imports() if saved else nullcontext():
+                super().__init__(
+                    args=config,
+                    run=False,
+                    save_config_callback=None,
+                    auto_configure_optimizers=False,
+                    load_from_checkpoint_support=False,
+                    seed_everything_default=0,
+                    parser_kwargs={"exit_on_error": False},
+                )
         except (ArgumentError, ValueError) as error:
             raise ClearError(format_parse_error(str(error))) from error
+        if instantiate and not saved:
+            remember(config)
+
+    def instantiate_classes(self) -> None:
+        if self.creates:
+            super().instantiate_classes()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--experiment", type=str, default="unnamed")
@@ -180,7 +196,7 @@ def run_trainer(verb: str, argv: list[str]) -> None:
         extra: list[Callback] = [record]
         if verb == "predict" and directory is not None and checkpoint is not None:
             extra.append(PredictionWriter(Path(own.get("output") or _new_predictions(directory, checkpoint))))
-        cli = TrainerCLI(merged, extra)
+        cli = TrainerCLI(merged, extra, saved=directory is not None, instantiate="print_config" not in own)
         record.config = cli.resolved()
         if "print_config" in own:
             print(yaml.safe_dump(record.config, sort_keys=False), end="")
@@ -209,10 +225,15 @@ def merge_config(files: list[str], flags: list[tuple[str, Any]], directory: Path
     """Merge the defaults, a run's own configuration, files and flags, in this order; add the experiment's name."""
     layers = [read_defaults()]
     if directory is not None:
-        layers.append(read_yaml(directory / "config.yaml"))
+        saved = read_yaml(directory / "config.yaml")
+        check_imports(saved)
+        layers.append(saved)
     experiments = [plugins.read_experiment(file) for file in files]
     layers += [content for _, content in experiments]
-    merged = layered(layers, [(key, value) for key, value in flags if not key.endswith(".help")])
+    given = [(key, value) for key, value in flags if not key.endswith(".help")]
+    if directory is not None:  # what a person types beside a run's configuration is allowed
+        remember(layered([content for _, content in experiments], given))
+    merged = layered(layers, given)
     merged["experiment"] = merged.get("experiment") or experiment_name([str(path) for path, _ in experiments])
     trainer = merged.get("trainer") or {}
     if isinstance(strategy := trainer.get("strategy"), str) and "." in strategy:  # not one of Lightning's names

@@ -11,11 +11,13 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import re
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from bigmodel.data.cache import cache_folder
@@ -31,6 +33,7 @@ _ALLOWED = (
 _NOT_ALLOWED = "which is not of bigmodel, torch.nn, torch.optim or an installed task"
 _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _trusted: set[str] = set()  # by callers of `trusting`
+_run_here: set[str] = set()  # by `remember`, in this process
 
 
 class UntrustedImport(ValueError):
@@ -70,28 +73,34 @@ def trusting(paths: Iterable[str]) -> Iterator[None]:
 
 
 def remember(tree: Any) -> None:
-    """Allow from now on, on this machine, what an experiment names that a person has run from its own file.
+    """Allow from now on, on this machine, exactly what an experiment names that a person runs from its own file.
 
     Without this, a run with a net of one's own module could be trained, and not be loaded again.
 
     Args:
         tree: the configuration, as plain values.
     """
-    new = sorted({path for _, path in _paths(tree) if not _is_allowed(path)} - _remembered())
+    named = {path for _, path in _strings(tree) if _PATH.fullmatch(path) and not _is_allowed(path)}
+    new = sorted({path for path in named if importlib.util.find_spec(path.split(".")[0]) is not None} - _remembered())
+    _run_here.update(new)
     if new:
-        file = cache_folder("trust") / "imports.txt"
+        file = _file()
         with suppress(OSError):  # a read-only home
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("a", encoding="utf-8") as stream:
                 stream.write("".join(f"{path}\n" for path in new))
 
 
+def _file() -> Path:
+    return cache_folder("trust") / "imports.txt"
+
+
 def _remembered() -> set[str]:
     """Return the exact import paths of `remember`."""
     try:
-        return set((cache_folder("trust") / "imports.txt").read_text(encoding="utf-8").split())
+        return _run_here | set(_file().read_text(encoding="utf-8").split())
     except (OSError, UnicodeDecodeError):
-        return set()
+        return _run_here
 
 
 def _is_allowed(path: str) -> bool:
