@@ -60,7 +60,7 @@ def fit(table, folder=None, *, steps=(), micro=6, resume=None, clip=1.0, max_ste
     anomalies = kind(**settings)
     saving = []
     if folder is not None:
-        saving = [Checkpoint(every_n_steps=1, keep=-1, filename="step-{step}")]
+        saving = [Checkpoint(every_n_steps=1, save_top_k=-1, filename="step-{step}")]
         saving[0].dirpath = str(folder)
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_steps=max_steps,

@@ -168,7 +168,7 @@ def test_a_run_whose_files_a_thread_writes_is_the_same_run(bm):
         1,
         "--callbacks.last.every_n_minutes",
         "null",
-        "--callbacks.last.keep",
+        "--callbacks.last.save_top_k",
         -1,
     ]
     bm("fit", *often, "--runs_dir", "a")
@@ -200,7 +200,7 @@ def test_a_run_whose_writer_fails_fails_and_says_so(bm, monkeypatch):
 
 
 def test_a_strategy_that_writes_its_own_is_refused(table, tmp_path):
-    with pytest.raises(ValueError, match="cannot be written asynchronously under SingleDeviceStrategy"):
+    with pytest.raises(ValueError, match="--callbacks.NAME.asynchronous true: SingleDeviceStrategy"):
         fit(table, tmp_path, Checkpoint(asynchronous=True), max_steps=2, plugins=[])
 
 
@@ -222,7 +222,7 @@ def fit(table, folder, *callbacks, resume=None, plugins=None, **options):
 
 def test_the_latest_n_are_kept_over_resumes(table, tmp_path):
     def every():
-        return Checkpoint(every_n_steps=1, keep=3, filename="last-{step}")
+        return Checkpoint(every_n_steps=1, save_top_k=3, filename="last-{step}")
 
     fit(table, tmp_path, every(), max_steps=4)
     assert names(tmp_path) == ["last-2.ckpt", "last-3.ckpt", "last-4.ckpt"]
@@ -230,8 +230,8 @@ def test_the_latest_n_are_kept_over_resumes(table, tmp_path):
     assert names(tmp_path) == ["last-3.ckpt", "last-4.ckpt", "last-5.ckpt"]
     fit(table, tmp_path, every(), max_steps=9, resume=tmp_path / "last-5.ckpt")
     assert names(tmp_path) == ["last-7.ckpt", "last-8.ckpt", "last-9.ckpt"], "none is left by a resume"
-    with pytest.raises(ValueError, match="keep -2"):
-        Checkpoint(keep=-2)
+    with pytest.raises(ValueError, match="save_top_k -2"):
+        Checkpoint(save_top_k=-2)
 
 
 class Clock(Callback):
@@ -251,8 +251,8 @@ def test_one_is_kept_every_so_many_minutes_of_training_whatever_stops_it(table, 
     def kept(folder, resume=None):
         clock = Clock()
         monkeypatch.setattr(callback, "time", clock)
-        keeper = Checkpoint(every_n_minutes=5, keep=-1, filename="keep-{step}")
-        fit(table, folder, clock, keeper, Checkpoint(every_n_steps=1, keep=-1), max_steps=17, resume=resume)
+        keeper = Checkpoint(every_n_minutes=5, save_top_k=-1, filename="keep-{step}")
+        fit(table, folder, clock, keeper, Checkpoint(every_n_steps=1, save_top_k=-1), max_steps=17, resume=resume)
         return sorted(checkpoint_step(path) for path in folder.glob("keep-*"))
 
     assert kept(tmp_path / "straight") == [5, 10, 15, 17], "the end is always kept"
@@ -264,7 +264,7 @@ def test_one_is_kept_every_so_many_minutes_of_training_whatever_stops_it(table, 
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(bm):
-    bm("fit", "--callbacks.last.keep", 2, "--callbacks.last.every_n_steps", 3, "--callbacks.last.every_n_minutes", "null",
+    bm("fit", "--callbacks.last.save_top_k", 2, "--callbacks.last.every_n_steps", 3, "--callbacks.last.every_n_minutes", "null",
        "--callbacks.best", "null")  # fmt: skip
     run = run_directory()
     folder = run / "checkpoints"
@@ -302,7 +302,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(bm):
 
 
 def test_in_place_of_a_damaged_best_another_best_is_taken_before_the_last(bm, capsys):
-    bm("fit", "--callbacks.best.keep", 3)
+    bm("fit", "--callbacks.best.save_top_k", 3)
     run = run_directory()
     *others, best = sorted(run.glob("checkpoints/best-*"), key=checkpoint_step)
     assert find_checkpoint(run) == best, "the error falls all the time"
@@ -320,7 +320,7 @@ def test_in_place_of_a_damaged_best_another_best_is_taken_before_the_last(bm, ca
 
 
 def test_of_two_processes_one_verifies_and_the_other_follows(bm, table, tmp_path):
-    bm("fit", "--callbacks.last.keep", 2, "--callbacks.last.every_n_steps", 3, "--callbacks.last.every_n_minutes", "null",
+    bm("fit", "--callbacks.last.save_top_k", 2, "--callbacks.last.every_n_steps", 3, "--callbacks.last.every_n_minutes", "null",
        "--callbacks.best", "null", "--trainer.max_epochs", "null", "--trainer.max_steps", 10)  # fmt: skip
     run, two = run_directory(), tmp_path / "two"
     shutil.copytree(run, two)

@@ -71,7 +71,7 @@ def test_resuming_goes_on_in_the_same_directory_and_flags_win(bm):
     bm("fit", "--trainer.max_epochs", 4)
     straight = runs()[0]
     bm("fit", "--trainer.max_epochs", 4, "--callbacks.last.every_n_steps", 3, "--callbacks.last.every_n_minutes", "null",
-       "--callbacks.last.keep", -1)  # fmt: skip
+       "--callbacks.last.save_top_k", -1)  # fmt: skip
     stopped = next(run for run in runs() if run != straight)
     for path in (stopped / "checkpoints").glob("*.ckpt"):  # as if it had been killed in step 5
         if int(path.stem.split("-")[1]) > 3:

@@ -91,7 +91,7 @@ class Recorder(Callback):
 def fit(*callbacks, resume=None, folder=None, task=None, exact=True, **options):
     saved = []
     if folder is not None:
-        saved = [Checkpoint(every_n_steps=1, keep=-1, filename="step-{step}")]
+        saved = [Checkpoint(every_n_steps=1, save_top_k=-1, filename="step-{step}")]
         saved[0].dirpath = str(folder)
     task = task or Task()
     always = [GradientScaling(), Resume()] if exact else []

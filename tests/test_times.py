@@ -83,7 +83,7 @@ def slow(table, tmp_path_factory):
             self.seconds = time.perf_counter() - self.start
 
     times, clock = StepTimer(), Clock()
-    saving = Checkpoint(every_n_steps=4, keep=1)
+    saving = Checkpoint(every_n_steps=4, save_top_k=1)
     saving.dirpath = str(tmp_path_factory.mktemp("slow"))
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_steps=STEPS + 1,

@@ -18,7 +18,12 @@ RENAMED = {
     "bigmodel.tasks.language_modeling.OfRun": "bigmodel.tasks.language_modeling.FromRun",
 }
 # Current class path: its arguments by their earlier names. One block for each room or task.
-RENAMED_ARGUMENTS: dict[str, dict[str, str]] = {}
+_CHECKPOINT = {"keep": "save_top_k"}
+RENAMED_ARGUMENTS: dict[str, dict[str, str]] = {
+    # Callbacks of training.
+    "bigmodel.training.callbacks.Checkpoint": _CHECKPOINT,
+    "bigmodel.training.callbacks.checkpoint.Checkpoint": _CHECKPOINT,
+}
 # Current class path: by argument, earlier values of it (short names such as those of a Literal) and current ones.
 RENAMED_VALUES: dict[str, dict[str, dict[str, str]]] = {}
 # Earlier class names of callbacks, the keys of their states in a checkpoint: current names.

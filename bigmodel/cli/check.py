@@ -20,6 +20,7 @@ from bigmodel.cli import ClearError, trainer_cli
 from bigmodel.cli.class_help import print_class_help
 from bigmodel.cli.dry_run import Findings, Probe
 from bigmodel.cli.formatting import amount, num_saves, num_validations
+from bigmodel.internals import clear_minimum
 from bigmodel.run import config as run_config
 from bigmodel.training.callbacks import Anomalies, StepTimer
 
@@ -108,7 +109,7 @@ def _shorten(trainer: Any, probe: Probe) -> None:
     probe.limit_val = limit = trainer.limit_val_batches
     if limit:
         trainer.limit_val_batches = min(limit, _VALIDATION_BATCHES) if isinstance(limit, int) else _VALIDATION_BATCHES
-    trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
+    clear_minimum(trainer)
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -149,7 +150,7 @@ def _conclude(trainer: Any, probe: Probe, free: int, runs_dir: Path) -> None:
         findings.fail(
             "disk",
             f"checkpoints need {amount(need)}, {amount(free)} are free in {runs_dir}: free some, choose another"
-            " --runs_dir, or keep fewer (--callbacks.NAME.keep)",
+            " --runs_dir, or keep fewer (--callbacks.NAME.save_top_k)",
         )
     else:
         findings.ok("disk", f"checkpoints need {amount(need)}, {amount(free)} are free in {runs_dir}")

@@ -98,7 +98,8 @@ def _print_help(key: str, class_path: str) -> None:
 
 def _help_of(key: str, class_path: str) -> str:
     from jsonargparse import ArgumentParser
-    from jsonargparse._util import import_object
+
+    from bigmodel.internals import import_object
 
     try:
         found = import_object(class_path)

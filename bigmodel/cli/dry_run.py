@@ -21,7 +21,7 @@ from bigmodel.cli.formatting import amount, describe, different
 from bigmodel.data.sampling import data_parallel_size
 from bigmodel.parallel.tensors import local
 from bigmodel.run.tracking import MetricsCSV
-from bigmodel.training.callbacks import GradientScaling, TrainingLog
+from bigmodel.training.callbacks import Checkpoint, GradientScaling, TrainingLog
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 from bigmodel.training.callbacks.training_log import samples_per_step
 from bigmodel.training.optimizers import num_steps
@@ -135,7 +135,9 @@ class Probe(run.RunDirectory):
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self.stage = "training"
-        self.checkpoints = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
+        self.checkpoints = [
+            callback for callback in trainer.callbacks if isinstance(callback, Checkpoint | ModelCheckpoint)
+        ]
         trainer.callbacks = [callback for callback in trainer.callbacks if callback not in self.checkpoints]
         # Validation runs after the last step, independent of the configured interval.
         self._few, trainer.limit_val_batches = trainer.limit_val_batches, 0

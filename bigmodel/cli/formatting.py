@@ -9,6 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from bigmodel.checkpoint import LazyShardedTensor, distribute_like
+from bigmodel.internals import save_triggers
+from bigmodel.training.callbacks import Checkpoint
 
 
 def num_validations(batches: float, per_epoch: float, every: float, every_n_epoch: int | None) -> int:
@@ -28,15 +30,19 @@ def num_validations(batches: float, per_epoch: float, every: float, every_n_epoc
     return int(epochs // every_n_epoch * (per_epoch // every) + in_last) if epochs else int(in_last)
 
 
-def num_saves(callback: ModelCheckpoint, steps: int, seconds: float, validations: int) -> int:
+def num_saves(callback: Checkpoint | ModelCheckpoint, steps: int, seconds: float, validations: int) -> int:
     """Return the maximum number of checkpoints of a callback in a run of so many steps, seconds and validations."""
     if callback.save_top_k == 0:
         return 0
-    every, interval = callback._every_n_train_steps, callback._train_time_interval
+    if isinstance(callback, Checkpoint):
+        every = callback.every_n_steps
+        interval = None if callback.every_n_minutes is None else 60 * callback.every_n_minutes
+    else:
+        every, interval = save_triggers(callback)
     if callback.monitor is None and every:
         return -(-steps // every)  # the last step is always saved
     if callback.monitor is None and interval is not None:
-        return int(seconds // interval.total_seconds()) + 1
+        return int(seconds // interval) + 1
     return validations
 
 

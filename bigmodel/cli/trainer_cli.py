@@ -392,7 +392,6 @@ def quiet_lightning() -> None:
     for message in (
         ".*does not have many workers which may be a bottleneck.*",  # batches are read from memory maps
         ".*Total length of `list` across ranks is zero.*",  # no split for validation
-        ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run's own
         ".*module\\(s\\) in eval mode at the start of training.*",  # frozen parts are intended
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*is smaller than the logging interval.*",

@@ -91,7 +91,7 @@ def blocks_of(pl_module: LightningModule, flag: str, only: list[str] | None = No
 def after_configure_model(pl_module: LightningModule, act: Callable[[LightningModule], None]) -> None:
     """Run `act` on a task when its net is created, before it is moved or sharded; at once if the net already exists.
 
-    To be called in a callback's `setup`; its `teardown` must pop `configure_model` from the task's `__dict__`.
+    To be called in a callback's `setup`: Lightning has no hook between the net's creation and its sharding.
     """
     if not is_overridden("configure_model", pl_module):
         act(pl_module)
@@ -100,6 +100,7 @@ def after_configure_model(pl_module: LightningModule, act: Callable[[LightningMo
 
     @functools.wraps(configure)
     def configured() -> None:
+        pl_module.__dict__.pop("configure_model", None)
         configure()
         act(pl_module)
 
@@ -144,7 +145,6 @@ class ActivationCheckpointing(Callback):
                 block.forward = MethodType(_forward, block)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        pl_module.__dict__.pop("configure_model", None)
         for module in pl_module.modules():
             checkpointed = module.__dict__.pop(_KEY, None)
             if checkpointed is not None:

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from bigmodel.internals import compiled_in_place, cpp_compilers, dynamo, undo_compile
 from bigmodel.parallel.blocks import after_configure_model, blocks_of
 
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -48,23 +49,21 @@ class Compile(Callback):
             after_configure_model(pl_module, self._install)
 
     def _install(self, pl_module: LightningModule) -> None:
-        import torch._dynamo  # takes a second
-
-        self._counters = torch._dynamo.utils.counters
+        compiler = dynamo()
+        self._counters = compiler.utils.counters
         blocks = [block for _, block in blocks_of(pl_module, _FLAG)]
         for block in blocks:
-            if block._compiled_call_impl is None:
+            if not compiled_in_place(block):
                 block.compile(mode=self.mode, dynamic=self.dynamic, fullgraph=self.fullgraph)
                 self._compiled.append(block)
         # Blocks share the code, and with it the limit: if each has a different constant (a layer's index, a rate of
         # stochastic depth), each needs its own graph, for training and for evaluation, or would run uncompiled.
-        limit = max(torch._dynamo.config.recompile_limit, _MANY + 2 * len(blocks))
-        torch._dynamo.config.recompile_limit = limit
+        compiler.config.recompile_limit = max(compiler.config.recompile_limit, _MANY + 2 * len(blocks))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _check(trainer.strategy.root_device.type)
-        torch._dynamo.utils.set_compilation_metrics_limit(1_000)
-        torch._dynamo.utils.clear_compilation_metrics()
+        dynamo().utils.set_compilation_metrics_limit(1_000)
+        dynamo().utils.clear_compilation_metrics()
         self._graphs, self._told = self._num_graphs(), _MANY
 
     def _num_graphs(self) -> int:
@@ -86,9 +85,8 @@ class Compile(Callback):
             print(describe(), flush=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        pl_module.__dict__.pop("configure_model", None)
         for block in self._compiled:
-            block._compiled_call_impl = None
+            undo_compile(block)
         self._compiled = []
 
 
@@ -120,9 +118,7 @@ def _check(kind: str) -> None:
 
 
 def _check_compiler() -> None:
-    from torch._inductor import config
-
-    given = config.cpp.cxx
+    given = cpp_compilers()
     names = [os.environ.get("CXX", "cl")] if sys.platform == "win32" else [given] if isinstance(given, str) else given
     if not any(name and shutil.which(name) for name in names):
         raise ValueError(
@@ -133,7 +129,7 @@ def _check_compiler() -> None:
 
 def describe() -> str:
     """Format, in one line, the compilations in this process since the net was created."""
-    known = torch._dynamo.utils.get_compilation_metrics()
+    known = dynamo().utils.get_compilation_metrics()
     graphs = [frame for frame in known if frame.co_name is not None and not frame.fail_type]
     failed = [frame for frame in known if frame.fail_type]
     reasons = [frame.recompile_reason for frame in graphs if frame.recompile_reason]

@@ -32,6 +32,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from bigmodel import __version__
+from bigmodel.internals import start_method
 
 _SECONDS = "BIGMODEL_RENDEZVOUS_SECONDS"
 _POLL = 0.2  # seconds
@@ -53,7 +54,7 @@ def check_strategy(strategy: Any) -> None:
             f"--trainer.strategy {name}: this is FSDP1, which cannot clip gradients by their norm nor run on a CPU; shard"
             " with FSDP2: -c experiments/hardware/fsdp.yaml"
         )
-    if "spawn" in name or getattr(strategy, "_start_method", "popen") in ("spawn", "forkserver"):
+    if "spawn" in name or start_method(strategy) in ("spawn", "forkserver"):
         raise ValueError(
             f"--trainer.strategy {name}: a run that was set up here cannot be handed over to processes that are spawned;"
             " set --trainer.strategy ddp, which starts the command again for each process"

@@ -24,9 +24,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from bigmodel.checkpoint import checkpoint_step, clear_hidden, find_checkpoint, read
+from bigmodel.internals import skip_hook
 from bigmodel.run.paths import new_directory
 from bigmodel.run.tracking import MetricsCSV, WandB, WandBRun
-from bigmodel.training.callbacks import Preempted, Resume, RollbackRequested, StepTimer
+from bigmodel.training.callbacks import Checkpoint, Preempted, Resume, RollbackRequested, StepTimer
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 from bigmodel.training.optimizers import num_steps
 from bigmodel.training.precision import ChoosePrecision
@@ -184,7 +185,7 @@ class RunDirectory(Callback):
     @staticmethod
     def _place_checkpoints(trainer: Any, directory: Path) -> None:
         for callback in trainer.callbacks:
-            if isinstance(callback, ModelCheckpoint):
+            if isinstance(callback, Checkpoint | ModelCheckpoint):
                 callback.dirpath = str((directory / "checkpoints").resolve())
 
     @staticmethod
@@ -347,7 +348,7 @@ class RunDirectory(Callback):
             return
         news: dict[str, Any] = {"status": status, "step": trainer.global_step}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, ModelCheckpoint) and callback.best_model_score is not None:
+            if isinstance(callback, Checkpoint | ModelCheckpoint) and callback.best_model_score is not None:
                 score = float(callback.best_model_score)
                 news["best"] = {"metric": callback.monitor, "value": score, "checkpoint": callback.best_model_path}
         times = get_callback(trainer, StepTimer)
@@ -372,7 +373,7 @@ def _leave_out_empty_hooks(trainer: Any) -> None:
     for hook in (*(f"on_{name}" for name in step), "on_train_batch_end"):
         for callback in trainer.callbacks:
             if getattr(type(callback), hook) is getattr(Callback, hook):
-                setattr(callback, hook, None)
+                skip_hook(callback, hook)
 
 
 def _git_revision() -> str | None:

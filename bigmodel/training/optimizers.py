@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from bigmodel.data.sampling import Loader
+from bigmodel.internals import set_scheduler_position
 from bigmodel.training.schedules import Constant, Schedule
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -66,11 +67,11 @@ class _StepSchedule(LambdaLR):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.total = num_steps(self.trainer)  # differs after a resume with another batch size
-        self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
-        rates = [base * factor(self.last_epoch) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)]
+        step = state_dict["last_epoch"]
+        rates = [base * factor(step) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        self._last_lr = rates
+        set_scheduler_position(self, step, state_dict["_step_count"], rates)
 
 
 def _without(groups: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:

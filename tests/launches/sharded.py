@@ -74,7 +74,7 @@ def text(name: str, *flags: object) -> list[str]:
         "callbacks.samples.options": "{max_new_tokens: 4, temperature: 0}",
         "callbacks.ema": "bigmodel.training.callbacks.EMA",
         "callbacks.ema.decay": 0.8, "callbacks.last.every_n_steps": 2, "callbacks.last.every_n_minutes": "null",
-        "callbacks.last.keep": -1, "callbacks.look": "sharded.Look", "callbacks.look.folder": f"seen-{name}",
+        "callbacks.last.save_top_k": -1, "callbacks.look": "sharded.Look", "callbacks.look.folder": f"seen-{name}",
         "runs_dir": name, "wandb.mode": "disabled",
     }  # fmt: skip
     words = [word for key, value in settings.items() for word in (f"--{key}", value)]

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer, callbacks
 
-from bigmodel.training.callbacks.checkpoint import Checkpoint, validation_due
+from bigmodel.internals import disable_signal_handling, restore_signal_handling, stops_here, validation_due
+from bigmodel.training.callbacks.checkpoint import Checkpoint
 from bigmodel.training.optimizers import num_steps
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -58,8 +59,7 @@ class Preemption(callbacks.Checkpoint):
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            trainer._signal_connector.register_signal_handlers = _nothing
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing
+            disable_signal_handling(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._signal, self._speaks = 0, trainer.is_global_zero
@@ -109,8 +109,7 @@ class Preemption(callbacks.Checkpoint):
         return int(told)
 
     def _stop(self, trainer: Any, told: int) -> None:
-        ends = trainer.should_stop and trainer.fit_loop._can_stop_early
-        if ends or self._step == self._last_step:  # the run is about to end anyway
+        if stops_here(trainer) or self._step == self._last_step:  # the run ends anyway
             return
         last = next((c for c in trainer.callbacks if isinstance(c, Checkpoint) and c.monitor is None), None)
         if last is not None:
@@ -128,9 +127,4 @@ class Preemption(callbacks.Checkpoint):
             if handler is not None:  # None: not installed from Python, which cannot restore it
                 signal.signal(number, handler)
         self._handlers = {}
-        trainer._signal_connector.__dict__.pop("register_signal_handlers", None)
-        trainer.fit_loop.epoch_loop.__dict__.pop("_broadcast_sigterm_tensor", None)
-
-
-def _nothing() -> None:
-    pass
+        restore_signal_handling(trainer)

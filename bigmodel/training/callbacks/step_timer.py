@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
+from bigmodel.internals import before_fetch
 from bigmodel.training.callbacks.clocks import Clock, DeviceClock, HostClock
 from bigmodel.training.callbacks.gradient_scaling import GradientScaling, get_callback
 from bigmodel.training.callbacks.preemption import Preempted
@@ -63,7 +64,7 @@ class StepTimer(Callback):
         self._accumulation, self._steps = trainer.accumulate_grad_batches, False
         self._measure(trainer.fit_loop.epoch_loop.val_loop, "run", "validation")
         self._measure(trainer, "save_checkpoint", "checkpoint")
-        self._measure_fetching(trainer.fit_loop.epoch_loop)
+        self._undo.append(before_fetch(trainer, lambda: self._mark("data")))
         self._tells_apart = trainer.world_size > 1 and isinstance(trainer.strategy, DDPStrategy)
         if self._tells_apart:
             self._watch_last_gradient(pl_module)
@@ -91,17 +92,6 @@ class StepTimer(Callback):
             yield
         finally:
             self._mark(before)
-
-    def _measure_fetching(self, loop: Any) -> None:
-        """Wrap the hook that Lightning's loop calls around fetching a batch (meant for its profilers)."""
-        before_fetch = loop._on_before_fetch
-
-        def fetching() -> None:
-            self._mark("data")
-            before_fetch()
-
-        loop._on_before_fetch = fetching
-        self._undo.append(lambda: delattr(loop, "_on_before_fetch"))
 
     def _watch_last_gradient(self, pl_module: LightningModule) -> None:
         """Find, in the first step, the parameter whose gradient is last: DDP then waits for pending communication."""

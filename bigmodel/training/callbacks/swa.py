@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bigmodel.data.sampling import Loader
+from bigmodel.internals import prepare_batch
 from bigmodel.training.callbacks.averaging import WeightAverage, tensors
 from bigmodel.training.optimizers import num_steps
 
@@ -182,5 +183,4 @@ def _first_batches(trainer: Trainer, pl_module: LightningModule, count: int) -> 
         order.trainer = None  # else the loader would start at the trainer's step
     for batch in islice(loader, count):
         batch = trainer.precision_plugin.convert_input(batch)
-        batch = pl_module._on_before_batch_transfer(batch)
-        yield trainer.strategy.batch_to_device(batch)
+        yield trainer.strategy.batch_to_device(prepare_batch(pl_module, batch))

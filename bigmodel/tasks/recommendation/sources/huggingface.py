@@ -8,6 +8,7 @@ from bigmodel.data.cache import digest, say
 from bigmodel.data.tables import Rows
 from bigmodel.data.tables.arrow import rows_of
 from bigmodel.data.tables.hugging_face import load_hub
+from bigmodel.internals import fingerprint
 from bigmodel.tasks.recommendation.sources.columns import Columns, Source
 
 _ROWS_AT_ONCE = 2**17
@@ -29,4 +30,4 @@ def find_hub(path: str, columns: Columns) -> Source:
             batches = (batch for table in tables for batch in table.to_batches())
             yield from rows_of(f"{path} {split}", data.features.arrow_schema, batches, columns, _ROWS_AT_ONCE)
 
-    return Source(path, digest({split: data._fingerprint for split, data in loaded.items()}), rows)
+    return Source(path, digest({split: fingerprint(data) for split, data in loaded.items()}), rows)
