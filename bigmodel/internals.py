@@ -1,7 +1,8 @@
 """The only door to what Lightning, torch and other libraries do not document: private attributes, hooks, state keys.
 
 A newer version may rename any of these without notice. Each is checked when it is used, or, if it is listed in
-`CHECKED`, when this module is imported; the error names the attribute, its purpose, and the version it was read in.
+`CHECKED`, when this module is imported; the error names the attribute, its purpose, and the version it was read in. A
+module's private name that is imported (`from torch.utils._pytree import ...`) needs no check: the import fails.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def _get(owner: Any, name: str, purpose: str) -> Any:
     raise MissingInternal(package, f"{label}{name}", purpose)
 
 
-# Used in many places, some of them several times a step.
+# Used in place, some of them several times a step.
+_aten: Any = torch.ops.aten
 CHECKED = [
     (torch, "_foreach_lerp_", "average weights"),
     (torch, "_foreach_mul_", "scale gradients"),
@@ -58,13 +60,23 @@ CHECKED = [
     (torch, "_foreach_copy_", "copy weights"),
     (torch.Tensor, "_version", "detect changes in place"),
     (torch.Tensor, "_make_subclass", "create parameters without memory"),
-    (torch.nn.Module, "_apply", "keep sums of metrics in their type"),
-    (torch.nn.init, "_no_grad_trunc_normal_", "record initial weights"),
-    (torch._C, "_current_graph_task_id", "recognize a recomputed forward pass"),
-    (torch._C, "_has_storage", "identify the memory of tensors"),
     (torch.UntypedStorage, "_cdata", "identify the memory of tensors"),
     (torch.UntypedStorage, "_new_with_weak_ptr", "write recorded initial values"),
-    (torch.ops.aten, "_to_copy", "record initial weights"),
+    (torch._C, "_current_graph_task_id", "recognize a recomputed forward pass"),
+    (torch._C, "_has_storage", "identify the memory of tensors"),
+    (_aten, "_to_copy", "record initial weights"),
+    (_aten, "_scaled_dot_product_flash_attention_for_cpu", "count FLOPs"),
+    (_aten, "_scaled_dot_product_flash_attention_for_cpu_backward", "count FLOPs"),
+    (_aten.clone.default, "_schema", "recognize operations that write"),
+    (_aten.clone.default, "_overloadpacket", "recognize operations"),
+    (nn.Module, "_apply", "keep sums of metrics in their type"),
+    (nn.Module(), "_buffers", "replace buffers"),
+    (nn.Module(), "_modules", "copy modules"),
+    (nn.Module(), "_parameters", "replace parameters"),
+    (nn.Embedding, "_fill_padding_idx_with_zero", "initialize the embedding of padding"),
+    (nn.init, "_no_grad_trunc_normal_", "record initial weights"),
+    (nn.modules.batchnorm, "_BatchNorm", "recognize batch normalization"),
+    (nn.modules.batchnorm, "_NormBase", "recognize normalization with running statistics"),
 ]
 for _owner, _name, _purpose in CHECKED:
     _get(_owner, _name, _purpose)

@@ -200,7 +200,7 @@ def test_a_run_whose_writer_fails_fails_and_says_so(bm, monkeypatch):
 
 
 def test_a_strategy_that_writes_its_own_is_refused(table, tmp_path):
-    with pytest.raises(ValueError, match="--callbacks.NAME.asynchronous true: SingleDeviceStrategy"):
+    with pytest.raises(ValueError, match=r"--callbacks.NAME.asynchronous true: SingleDeviceStrategy"):
         fit(table, tmp_path, Checkpoint(asynchronous=True), max_steps=2, plugins=[])
 
 
@@ -264,8 +264,8 @@ def test_one_is_kept_every_so_many_minutes_of_training_whatever_stops_it(table, 
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(bm):
-    bm("fit", "--callbacks.last.save_top_k", 2, "--callbacks.last.every_n_steps", 3, "--callbacks.last.every_n_minutes", "null",
-       "--callbacks.best", "null")  # fmt: skip
+    bm("fit", "--callbacks.last.save_top_k", 2, "--callbacks.last.every_n_steps", 3,
+       "--callbacks.last.every_n_minutes", "null", "--callbacks.best", "null")  # fmt: skip
     run = run_directory()
     folder = run / "checkpoints"
     assert names(folder) == ["last-10.ckpt", "last-9.ckpt"]
@@ -320,8 +320,9 @@ def test_in_place_of_a_damaged_best_another_best_is_taken_before_the_last(bm, ca
 
 
 def test_of_two_processes_one_verifies_and_the_other_follows(bm, table, tmp_path):
-    bm("fit", "--callbacks.last.save_top_k", 2, "--callbacks.last.every_n_steps", 3, "--callbacks.last.every_n_minutes", "null",
-       "--callbacks.best", "null", "--trainer.max_epochs", "null", "--trainer.max_steps", 10)  # fmt: skip
+    bm("fit", "--callbacks.last.save_top_k", 2, "--callbacks.last.every_n_steps", 3,
+       "--callbacks.last.every_n_minutes", "null", "--callbacks.best", "null",
+       "--trainer.max_epochs", "null", "--trainer.max_steps", 10)  # fmt: skip
     run, two = run_directory(), tmp_path / "two"
     shutil.copytree(run, two)
     for directory in (run, two):
