@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+from datetime import timedelta
 from pathlib import Path
 
 import damaged_checkpoint
@@ -13,6 +14,7 @@ import forked
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from outsider import MLP, TableData, TabularRegression
 
 import bigmodel
@@ -230,8 +232,31 @@ def test_the_latest_n_are_kept_over_resumes(table, tmp_path):
     assert names(tmp_path) == ["last-3.ckpt", "last-4.ckpt", "last-5.ckpt"]
     fit(table, tmp_path, every(), max_steps=9, resume=tmp_path / "last-5.ckpt")
     assert names(tmp_path) == ["last-7.ckpt", "last-8.ckpt", "last-9.ckpt"], "none is left by a resume"
-    with pytest.raises(ValueError, match="save_top_k -2"):
-        Checkpoint(save_top_k=-2)
+
+
+def test_the_state_of_an_earlier_version_is_read_in_another_folder(tmp_path):
+    lightnings = ModelCheckpoint(monitor="val/mse", save_top_k=2)
+    lightnings.best_model_score, lightnings.best_model_path = torch.tensor(0.5), "/earlier/best-2.ckpt"
+    lightnings.best_k_models = {"/earlier/best-1.ckpt": torch.tensor(0.7), "/earlier/best-2.ckpt": torch.tensor(0.5)}
+    (tmp_path / "best-2.ckpt").touch()
+    ours = Checkpoint(monitor="val/mse", save_top_k=2)
+    assert ours.state_key == lightnings.state_key.removeprefix("Model")
+    ours.dirpath = str(tmp_path)
+    ours.load_state_dict(lightnings.state_dict())
+    assert ours.best_model_path == str(tmp_path / "best-2.ckpt")
+    assert ours.best_model_score == 0.5
+    assert ours.best_k_models == {ours.best_model_path: 0.5}, "the other is gone"
+    timed = ModelCheckpoint(train_time_interval=timedelta(minutes=2.5))
+    assert Checkpoint(every_n_minutes=2.5).state_key == timed.state_key.removeprefix("Model")
+
+
+def test_conflicting_settings_are_refused():
+    for settings in (
+        {"monitor": "val/mse", "every_n_steps": 3}, {"every_n_steps": 3, "every_n_minutes": 1.0}, {"every_n_steps": 0},
+        {"save_top_k": -2}, {"mode": "largest"},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"--callbacks\.NAME\."):
+            Checkpoint(**settings)
 
 
 class Clock(Callback):

@@ -70,5 +70,5 @@ def test_validation_counts_as_life_and_the_watch_ends_with_the_fit(table, clock,
 
 
 def test_no_time_at_all_is_refused():
-    with pytest.raises(ValueError, match=r"watchdog.minutes 0 must be above 0"):
+    with pytest.raises(ValueError, match=r"watchdog.timeout_minutes 0 must be above 0"):
         Watchdog(0)

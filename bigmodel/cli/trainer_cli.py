@@ -81,8 +81,8 @@ _HELP_KEYS = """
                              when it is an integer), profiler (pytorch: a trace of three micro-batches), ...
   --trainer.precision WORD   auto (default: bf16-mixed where this device computes the net faster in it, else 32-true),
                              bf16-mixed, 32-true, 16-mixed, ...; what auto chose stands in the run's config.yaml
-  --callbacks.NAME.KEY VALUE times, log, progress, ema, swa, compile, activation_checkpointing, anomalies, watchdog, best,
-                             last, and your own; `--callbacks.NAME null` switches one off
+  --callbacks.NAME.KEY VALUE step_timer, training_log, progress, ema, swa, compile, activation_checkpointing,
+                             anomalies, watchdog, best, last, and your own; `--callbacks.NAME null` switches one off
   --wandb.KEY VALUE          mode (auto, online, offline, disabled), project, entity, tags, log_checkpoint
   --allow_changed_data true  resume although the data differ from those of the checkpoint
   --allow_changed_batch true resume with another --data.batch_size, from the first sample not yet seen

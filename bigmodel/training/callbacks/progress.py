@@ -27,13 +27,13 @@ class ProgressLine(ProgressBar):
     metrics, six are shown: the one that selects the best checkpoint, and those related to it.
 
     Args:
-        every_seconds: seconds between lines if the output is not a terminal. A terminal's bar is redrawn twice a
+        every_n_seconds: seconds between lines if the output is not a terminal. A terminal's bar is redrawn twice a
             second.
     """
 
-    def __init__(self, every_seconds: float = 10.0) -> None:
+    def __init__(self, every_n_seconds: float = 10.0) -> None:
         super().__init__()
-        self.every_seconds = every_seconds
+        self.every_n_seconds = every_n_seconds
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -74,7 +74,7 @@ class ProgressLine(ProgressBar):
             self._next = now + 0.5
         elif self._log is None or self._log.latest:
             self._console.print(f"step {trainer.global_step:,}{self._of_total(trainer, now)}  {self._summary()}")
-            self._next = now + self.every_seconds
+            self._next = now + self.every_n_seconds
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_bar()
@@ -117,7 +117,7 @@ class ProgressLine(ProgressBar):
 
     def _start_evaluation(self, name: str, num_batches: Sequence[int | float]) -> None:
         self._evaluating, self._total, self._done = name, int(sum(num_batches)), 0
-        self._next = time.monotonic() + self.every_seconds
+        self._next = time.monotonic() + self.every_n_seconds
         if self._enabled and self._console.is_terminal:
             self._start_bar(name, self._total, 0)
             self._next = 0.0
@@ -133,7 +133,7 @@ class ProgressLine(ProgressBar):
             self._next = now + 0.5
         else:
             self._console.print(f"{self._evaluating}  {self._done:,} of {self._total:,} batches")
-            self._next = now + self.every_seconds
+            self._next = now + self.every_n_seconds
 
     def _end_evaluation(self) -> None:
         if self._bar is not None and self._task is not None:

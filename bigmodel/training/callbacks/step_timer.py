@@ -69,8 +69,8 @@ class StepTimer(Callback):
         if self._tells_apart:
             self._watch_last_gradient(pl_module)
             if (log := get_callback(trainer, TrainingLog)) is not None:
-                log.further.append(self._slowest)
-                self._undo.append(lambda: log.further.remove(self._slowest))
+                log.extra_metrics.append(self._slowest)
+                self._undo.append(lambda: log.extra_metrics.remove(self._slowest))
 
     def _measure(self, owner: Any, method: str, part: str) -> None:
         """Attribute the time of an object's method to a part, and return to the previous part afterwards."""

@@ -43,13 +43,13 @@ class TrainingLog(Callback):
 
     Attributes:
         latest: the last row.
-        further: functions that add metrics to each row; called on all processes.
+        extra_metrics: functions that add metrics to each row; called on all processes.
     """
 
     def __init__(self, mfu: bool = True) -> None:
         self.mfu = mfu
         self.latest: dict[str, float] = {}
-        self.further: list[Callable[[Trainer], dict[str, float]]] = []
+        self.extra_metrics: list[Callable[[Trainer], dict[str, float]]] = []
         self._peak: float | None = None  # FLOP/s
         self._flops: int | None = None  # of one micro-batch on one device, forward and backward
         self._counter: _FlopCounter | None = None
@@ -161,7 +161,7 @@ class TrainingLog(Callback):
             mfu = self.mfu_of(accumulation * steps, seconds)
             if mfu is not None:
                 row["speed/mfu"] = mfu
-        for measure in self.further:
+        for measure in self.extra_metrics:
             row |= measure(trainer)
         row |= self.seen(trainer)
         self.latest = row
