@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ParallelStyle
 
 READ_IN = {  # the versions whose source was read
     "lightning": "2.6.6",
     "torch": "2.13.0",
-    "torchmetrics": "1.9.0",
     "jsonargparse": "4.53.0",
     "transformers": "5.23.0",
     "datasets": "5.2.0",
@@ -69,7 +69,8 @@ CHECKED = [
     (_aten, "_scaled_dot_product_flash_attention_for_cpu_backward", "count FLOPs"),
     (_aten.clone.default, "_schema", "recognize operations that write"),
     (_aten.clone.default, "_overloadpacket", "recognize operations"),
-    (nn.Module, "_apply", "keep sums of metrics in their type"),
+    (nn.Module, "_apply", "move modules to another type and device"),
+    (ParallelStyle, "_apply", "shard layers for tensor parallelism"),
     (nn.Module(), "_buffers", "replace buffers"),
     (nn.Module(), "_modules", "copy modules"),
     (nn.Module(), "_parameters", "replace parameters"),
@@ -304,6 +305,17 @@ def set_scheduler_position(scheduler: Any, step: int, step_count: int, rates: li
     for name in ("_step_count", "_last_lr"):
         _get(scheduler, name, "continue a schedule")
     scheduler.last_epoch, scheduler._step_count, scheduler._last_lr = step, step_count, rates
+
+
+def disable_fused(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer that was created with `fused` take ordinary steps."""
+    if type(optimizer).__module__.startswith("torch."):
+        _get(optimizer, "_step_supports_amp_scaling", "replace a fused optimizer that torch lacks for these parameters")
+    for group in (optimizer.defaults, *optimizer.param_groups):
+        group["fused"] = False
+    for name in ("_step_supports_amp_scaling", "_need_device_dtype_check_for_fused"):
+        if hasattr(optimizer, name):
+            setattr(optimizer, name, False)
 
 
 # Other libraries

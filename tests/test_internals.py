@@ -80,6 +80,8 @@ USES = [
     (lambda: torch.Tensor._make_subclass(DTensor, torch.zeros(1)), lambda c: c, "_local_tensor", internals.local_part),
     (lambda: bare(DeviceMesh), lambda c: c, "_flatten", lambda c: internals.flatten_mesh(c, "all")),
     (lambda: 8, lambda _: torch.UntypedStorage, "_new_shared", internals.shared_storage),
+    (lambda: torch.optim.SGD([nn.Parameter(torch.zeros(1))], fused=True), lambda c: c, "_step_supports_amp_scaling",
+     internals.disable_fused),
     (scheduler, lambda c: c, "_step_count", lambda c: internals.set_scheduler_position(c, 1, 1, [1.0])),
     (scheduler, lambda c: c, "_last_lr", lambda c: internals.set_scheduler_position(c, 1, 1, [1.0])),
 ]  # fmt: skip

@@ -79,6 +79,11 @@ def test_initial_weights_are_drawn_as_on_one_process(launched, layout):
     same(torch.load("seen-one/initial.pt"), torch.load(f"seen-{layout}/initial.pt"), tolerance=0)
 
 
+def test_lightnings_average_fails_on_sharded_nets(launched):
+    """The reason for `WeightAverage`; once this fails, it may go."""
+    assert "mixed torch.Tensor and DTensor" in json.loads(Path("messages.json").read_text())["average"]
+
+
 def test_a_process_holds_its_share_and_reduces_gradients_once_a_step(launched):
     seen = {layout: json.loads(Path(f"seen-{layout}/seen.json").read_text()) for layout in LAYOUTS}
     assert seen["fsdp"]["share"] == pytest.approx(1 / 4, rel=0.05)

@@ -241,7 +241,7 @@ def test_what_makes_no_average_is_refused():
         fit(SWA(), max_steps=-1, max_epochs=-1)
     with pytest.raises(ValueError, match=r"start_fraction 0.8: .* 5 optimizer steps ends from step 11 to step 14"):
         fit(SWA(0.8), max_steps=14)
-    with pytest.raises(ValueError, match=r"not SWA and EMA: switch one off"):
+    with pytest.raises(ValueError, match=r"SWA and EMA .* set --callbacks.ema null or --callbacks.swa null"):
         fit(SWA(), EMA())
 
     class Plain(Task):

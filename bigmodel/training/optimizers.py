@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from bigmodel.data.sampling import Loader
-from bigmodel.internals import set_scheduler_position
+from bigmodel.internals import disable_fused, set_scheduler_position
 from bigmodel.training.schedules import Constant, Schedule
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -93,11 +93,7 @@ def _drop_missing_fused(built: Optimizer, optimizer: OptimizerFactory) -> None:
     missing = [p for p in kinds.values() if not _steps(optimizer, p)]
     if not missing:
         return
-    for group in (built.defaults, *built.param_groups):
-        group["fused"] = False
-    for attribute in ("_step_supports_amp_scaling", "_need_device_dtype_check_for_fused"):
-        if hasattr(built, attribute):
-            setattr(built, attribute, False)
+    disable_fused(built)
     p = missing[0]
     kind_of = f"{'sharded ' if isinstance(p, DTensor) else ''}parameters in {str(p.dtype)[6:]} on {p.device.type}"
     rank_zero_only(print)(

@@ -142,6 +142,14 @@ def refused(words: list[str]) -> str:
     return said.getvalue()
 
 
+def error_of(words: list[str]) -> str:
+    try:
+        main(["fit", *words])
+    except RuntimeError as error:
+        return str(error)
+    raise AssertionError(f"not refused: {words}")
+
+
 def refused_net(net: torch.nn.Module, **options: bool) -> str:
     try:
         tensor_parallel(net, init_device_mesh("cpu", (4,)), **options)
@@ -186,8 +194,11 @@ if __name__ == "__main__":
     main(["fit", *choices("pairs", "PairRecommendation", *strategy())])
     outsider = Path(__file__).parents[1] / "outsider" / "experiment.yaml"
     few = ["--data.path", table, "--data.batch_size", "12", "--trainer.accelerator", "cpu", "--trainer.max_steps", "3"]
-    main(["fit", "-c", str(outsider), *few, "--runs_dir", "outsider", "--wandb.mode", "disabled", *strategy()])
+    few += ["--wandb.mode", "disabled"]
+    main(["fit", "-c", str(outsider), *few, "--runs_dir", "outsider", *strategy()])
+    average = ("--callbacks.ema", "lightning.pytorch.callbacks.EMAWeightAveraging", "--runs_dir", "average")
     messages = {
+        "average": error_of(["-c", str(outsider), *few, *average, *strategy()]),
         "replicas": refused(text("refused", *strategy(num_replicas=3))),
         "half": refused(text("refused", *strategy(), "--trainer.precision", "16-mixed")),
         "heads": refused_net(GPT(100, 8, width=12, num_heads=3, depth=1)),

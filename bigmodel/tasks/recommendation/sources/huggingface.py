@@ -8,7 +8,6 @@ from bigmodel.data.cache import digest, say
 from bigmodel.data.tables import Rows
 from bigmodel.data.tables.arrow import rows_of
 from bigmodel.data.tables.hugging_face import load_hub
-from bigmodel.internals import fingerprint
 from bigmodel.tasks.recommendation.sources.columns import Columns, Source
 
 _ROWS_AT_ONCE = 2**17
@@ -29,5 +28,7 @@ def find_hub(path: str, columns: Columns) -> Source:
             tables = data.with_format("arrow").iter(_ROWS_AT_ONCE)
             batches = (batch for table in tables for batch in table.to_batches())
             yield from rows_of(f"{path} {split}", data.features.arrow_schema, batches, columns, _ROWS_AT_ONCE)
+
+    from bigmodel.internals import fingerprint  # imports torch
 
     return Source(path, digest({split: fingerprint(data) for split, data in loaded.items()}), rows)
