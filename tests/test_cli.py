@@ -222,7 +222,7 @@ def test_what_cannot_be_resumed_is_refused(bm):
     assert "another architecture" in bm("fit", "--resume", run, "--model.net.width", 5, fails=True)
     for path in (run / "checkpoints").iterdir():
         path.unlink()
-    assert "has no checkpoint: the run was stopped before it wrote its first" in bm("fit", "--resume", run, fails=True)
+    assert "has no checkpoint: the run ended before its first one" in bm("fit", "--resume", run, fails=True)
 
 
 def bm_without_experiment():

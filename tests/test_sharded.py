@@ -153,9 +153,9 @@ def test_samples_are_generated_by_all_processes_together(launched):
 
 def test_what_cannot_be_shared_out_is_refused(launched):
     said = json.loads((launched / "messages.json").read_text())
-    assert re.search(r"4 process\(es\) cannot form 3 replica.*--trainer.strategy.num_replicas", said["replicas"])
+    assert re.search(r"4 process\(es\) are not divisible by --trainer.strategy.num_replicas 3", said["replicas"])
     assert "16-mixed" in said["half"]
-    assert "3 key/value heads cannot be dealt out to 4 processes" in said["heads"]
+    assert "3 key/value heads are not divisible by 4 processes" in said["heads"]
     assert "class_token" in said["own"] or "tensor_plan" in said["own"]
     assert "--model.net.dropout 0" in said["dropout"]
     assert "has no attribute `tensor_plan`" in said["plan"]

@@ -56,7 +56,7 @@ def fit(table, slow, minutes):
 def test_a_hang_is_told_once_with_all_stacks(table, clock, capfd):
     fit(table, Slow(clock, step=2.0), 0.3 / 60)
     told = capfd.readouterr().err
-    line = r"no batch has ended for 0\.0\d* minutes: process 0 of 1, optimizer step 1; its threads stand here"
+    line = r"no batch has ended for 0\.0\d* minutes: process 0 of 1, optimizer step 1; stacks of its threads"
     assert len(re.findall(line, told)) == 1
     assert "take_a_nap" in told
     assert "_watch" in told, "all threads, the watching one included"

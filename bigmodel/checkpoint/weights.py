@@ -33,7 +33,7 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], excuse: Iterable
     if refused:
         more = f"\n  and {len(refused) - 20} more" if len(refused) > 20 else ""
         raise ValueError(
-            f"the weights are not those of this {type(module).__name__} (another architecture or vocabulary?):\n"
+            f"the weights do not fit this {type(module).__name__} (another architecture or vocabulary?):\n"
             + "\n".join(refused[:20])
             + more
         )

@@ -64,7 +64,7 @@ class Compile(Callback):
         _check(trainer.strategy.root_device.type)
         dynamo().utils.set_compilation_metrics_limit(1_000)
         dynamo().utils.clear_compilation_metrics()
-        self._graphs, self._told = self._num_graphs(), _MANY
+        self._graphs, self._reported = self._num_graphs(), _MANY
 
     def _num_graphs(self) -> int:
         return int(self._counters["stats"]["unique_graphs"])
@@ -73,14 +73,14 @@ class Compile(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         graphs = self._num_graphs()
-        if graphs - self._graphs > self._told:
-            self._told = 2 * (graphs - self._graphs)
-            self._say(trainer)
+        if graphs - self._graphs > self._reported:
+            self._reported = 2 * (graphs - self._graphs)
+            self._print(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._say(trainer)
+        self._print(trainer)
 
-    def _say(self, trainer: Trainer) -> None:
+    def _print(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
             print(describe(), flush=True)
 
@@ -136,7 +136,7 @@ def describe() -> str:
     line = f"compiled {len(graphs)} graphs in {sum(graph.entire_frame_compile_time_s or 0 for graph in graphs):.1f} s"
     if reasons:  # as in "0/1: GLOBAL_STATE changed: grad_mode", followed by the source after a # and in more lines
         last = reasons[-1].splitlines()[0].partition(": ")[2].partition("  #")[0].strip()
-        line += f", {len(reasons)} of them anew, the last because this no longer held: {last}"
+        line += f", {len(reasons)} of them recompiled, the last because of a failed guard: {last}"
     if failed:
-        line += f"; {len(failed)} could not be and run as they are: {str(failed[-1].fail_reason).splitlines()[0]}"
+        line += f"; {len(failed)} failed and run uncompiled: {str(failed[-1].fail_reason).splitlines()[0]}"
     return line

@@ -101,7 +101,9 @@ class ShardedStrategy(ModelParallelStrategy):
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"--trainer.strategy.{name} {value} must be at least 1")
         if sequence_parallel and tensor_parallel_size == 1:
-            raise ValueError("--trainer.strategy.sequence_parallel needs a tensor_parallel_size above 1")
+            raise ValueError(
+                "--trainer.strategy.sequence_parallel true needs --trainer.strategy.tensor_parallel_size above 1"
+            )
         self.num_replicas, self.tensor_size = num_replicas, tensor_parallel_size
         self.sequence_parallel = sequence_parallel
         self.reshard_after_forward = reshard_after_forward
@@ -121,9 +123,8 @@ class ShardedStrategy(ModelParallelStrategy):
         shards, rest = divmod(self.world_size, replicas * self.tensor_size)
         if rest or not shards:
             raise ValueError(
-                f"{self.world_size} process(es) cannot form {replicas} replica(s) of models that {self.tensor_size} share by"
-                " tensor parallelism: set --trainer.strategy.num_replicas and tensor_parallel_size so that their product"
-                f" divides {self.world_size}, or --trainer.devices and --trainer.num_nodes"
+                f"{self.world_size} process(es) are not divisible by --trainer.strategy.num_replicas {replicas} x"
+                f" tensor_parallel_size {self.tensor_size}: change these, or --trainer.devices and --trainer.num_nodes"
             )
         names = ("replicas", "data_parallel", "tensor_parallel")
         sizes = (replicas, shards, self.tensor_size)
@@ -232,7 +233,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """Keep whole float32 gradients on each process while accumulating."""
+        """Store whole float32 gradients on each process while accumulating."""
         root = self._root()
         if root is None or self.reduce_each_micro_batch:
             yield

@@ -57,23 +57,27 @@ def tensor_parallel(net: nn.Module, mesh: DeviceMesh, sequence_parallel: bool = 
     name = type(net).__name__
     if plan is None:
         raise ValueError(
-            f"{name} has no attribute `tensor_plan` that says how to cut it for tensor parallelism: set"
-            " --trainer.strategy.tensor_parallel_size 1 (sharding alone needs none), or write one"
-            " (`bigmodel.parallel.tensor_parallel` explains it)"
+            f"{name} has no attribute `tensor_plan`, which tensor parallelism needs: set"
+            " --trainer.strategy.tensor_parallel_size 1 (sharding alone needs none), or add one (see"
+            " `bigmodel.parallel.tensor_parallel`)"
         )
     own = [key for key, _ in net.named_parameters(recurse=False)]
     if own:
-        raise ValueError(f"{name} holds parameters of its own ({', '.join(own)}), which no tensor plan can place")
+        raise ValueError(
+            f"{name} has parameters that are not in a submodule ({', '.join(own)}), which a tensor plan cannot shard"
+        )
     heads = getattr(net, "num_kv_heads", None)
     if heads is not None and heads % mesh.size():
         raise ValueError(
-            f"{heads} key/value heads cannot be dealt out to {mesh.size()} processes: set"
+            f"{heads} key/value heads are not divisible by {mesh.size()} processes: set"
             f" --trainer.strategy.tensor_parallel_size to a divisor of {heads}, or another --model.net.num_kv_heads"
         )
     blocks: Any = getattr(net, "blocks", None)
     if sequence_parallel:
         if not isinstance(blocks, nn.ModuleList):
-            raise ValueError(f"{name} has no `blocks`, which sequence parallelism needs")
+            raise ValueError(
+                f"{name} has no `blocks`, which sequence parallelism needs: set --trainer.strategy.sequence_parallel false"
+            )
         if any(isinstance(part, nn.Dropout) and part.p > 0 for part in net.modules()):
             raise ValueError(
                 "with sequence parallelism, dropout would draw the same mask for each part of the sequence: set"
@@ -110,7 +114,7 @@ def _check(path: str, role: str, module: nn.Module, size: int) -> None:
         count, what = module.in_features, "inputs"
     if what and count % size:
         raise ValueError(
-            f"{path} has {count} {what}, which {size} processes cannot share evenly: set"
+            f"{path} has {count} {what}, which are not divisible by {size} processes: set"
             " --trainer.strategy.tensor_parallel_size to a divisor"
         )
 
@@ -128,7 +132,7 @@ def _style(role: str, module: nn.Module, stream: _Stream) -> ParallelStyle:
         return SequenceParallel(sequence_dim=1, use_local_output=True)  # the sharded dimension is that of the heads
     if role == "norm":
         return _Whole(stream)
-    raise ValueError(f"tensor_plan: {role!r} is none of column, row, vocabulary, heads, norm")
+    raise ValueError(f"tensor_plan: {role!r} column, row, vocabulary, heads or norm is accepted")
 
 
 class _Stream:
@@ -144,7 +148,7 @@ class _Stream:
         length, size = inputs[0].shape[1], self.mesh.size()
         if self.placement.is_shard() and length % size:
             raise ValueError(
-                f"with sequence parallelism, sequences of {length} tokens cannot be dealt out to {size} processes: set"
+                f"with sequence parallelism, sequences of {length} tokens must be divisible by {size} processes: set"
                 " --data.context_length to a multiple, or --trainer.strategy.sequence_parallel false"
             )
         return (self.laid_out(inputs[0], Replicate(), self.placement).to_local(), *inputs[1:])

@@ -17,7 +17,7 @@ from bigmodel.training.callbacks.gradient_scaling import get_callback
 from bigmodel.training.callbacks.training_log import TrainingLog
 from bigmodel.training.optimizers import num_steps
 
-_MOST, _SHOWN = 10, 6  # metrics on a line: all up to _MOST, else only _SHOWN
+_MAX_METRICS, _NUM_SHOWN = 10, 6  # on a line: all, up to _MAX_METRICS; else _NUM_SHOWN
 
 
 class ProgressLine(ProgressBar):
@@ -179,8 +179,8 @@ class ProgressLine(ProgressBar):
 
 def _monitored(trainer: Trainer) -> str:
     """Return the metric that selects the best checkpoint; empty if there is none."""
-    kept = (one.monitor for one in trainer.checkpoint_callbacks if isinstance(one, Checkpoint) and one.monitor)
-    return next(kept, "")
+    metrics = (one.monitor for one in trainer.checkpoint_callbacks if isinstance(one, Checkpoint) and one.monitor)
+    return next(metrics, "")
 
 
 def _line(metrics: dict[str, float], monitored: str) -> str:
@@ -190,7 +190,7 @@ def _line(metrics: dict[str, float], monitored: str) -> str:
         return name.partition("@")[2]
 
     names, more = list(metrics), ""
-    if len(names) > _MOST:
+    if len(names) > _MAX_METRICS:
         names.sort(key=lambda name: (name != monitored, name != "val/loss", cutoff(name) != cutoff(monitored)))
-        names, more = names[:_SHOWN], f"  and {len(names) - _SHOWN} more in metrics.csv"
+        names, more = names[:_NUM_SHOWN], f"  and {len(names) - _NUM_SHOWN} more in metrics.csv"
     return "  ".join(f"{name} {metrics[name]:.5g}" for name in names) + more

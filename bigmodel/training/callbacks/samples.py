@@ -28,8 +28,8 @@ class Samples(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not hasattr(pl_module, "generate"):
             raise ValueError(
-                f"{type(pl_module).__name__} has no method `generate(prompt, ...)`, so there are no samples to look at:"
-                " switch them off with --callbacks.samples null"
+                f"{type(pl_module).__name__} has no method `generate(prompt, ...)`, which the callback Samples needs: set"
+                " --callbacks.samples null"
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

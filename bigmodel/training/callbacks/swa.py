@@ -1,8 +1,8 @@
 """Stochastic weight averaging (Izmailov et al. 2018, arXiv 1803.05407).
 
-The equal mean of weights over the last part of a run is evaluated and saved beside the live weights. Running statistics
-of BatchNorm are not weights: those of the mean net are not the mean of theirs. They are recomputed over training
-batches (section 3.2), just before the average is evaluated or saved, if it has changed since.
+The equal mean of weights over the last part of a run is evaluated and saved in addition to the live weights. Running
+statistics of BatchNorm are not weights: the statistics of the mean net differ from the mean of the statistics. They are
+recomputed over training batches (section 3.2), before the average is evaluated or saved, if it has changed since.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ class SWA(WeightAverage):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.num_bn_batches and _batch_norms(pl_module) and not hasattr(pl_module, "features"):
             raise ValueError(
-                f"the net has BatchNorm, and to compute its statistics for averaged weights {type(pl_module).__name__} would"
-                " need the methods `features(batch)` and `logits(features)`; --callbacks.swa.num_bn_batches 0 averages them"
-                " instead"
+                f"the net has BatchNorm, whose statistics are computed for averaged weights with the methods"
+                f" `features(batch)` and `logits(features)`, which {type(pl_module).__name__} lacks; with"
+                " --callbacks.swa.num_bn_batches 0 they are averaged instead"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

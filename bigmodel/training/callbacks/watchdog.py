@@ -55,7 +55,7 @@ class Watchdog(Callback):
             self._ended.set()
 
     def _watch(self, trainer: Trainer, ended: threading.Event) -> None:
-        limit, told = self.timeout_minutes * 60, -1.0
+        limit, reported = self.timeout_minutes * 60, -1.0
         wait = limit
         while not ended.wait(wait):
             alive = self._alive
@@ -63,10 +63,10 @@ class Watchdog(Callback):
             if silent < limit:
                 wait = limit - silent
                 continue
-            if alive != told:
+            if alive != reported:
                 where = f"process {trainer.global_rank} of {trainer.world_size}, optimizer step {trainer.global_step:,}"
-                head = f"no batch has ended for {silent / 60:.3g} minutes: {where}; its threads stand here:"
+                head = f"no batch has ended for {silent / 60:.3g} minutes: {where}; stacks of its threads:"
                 # Bypasses Python's buffers: a hanging thread may hold their lock.
                 os.write(2, f"\nbigmodel: {head}\n".encode())
                 faulthandler.dump_traceback(file=2, all_threads=True)
-            told, wait = alive, limit
+            reported, wait = alive, limit
