@@ -1,8 +1,8 @@
-"""The only door to what Lightning, torch and other libraries do not document: private attributes, hooks, state keys.
+"""Undocumented attributes, hooks and state keys of Lightning, torch and other libraries: all that this package uses.
 
-A newer version may rename any of these without notice. Each is checked when it is used, or, if it is listed in
-`CHECKED`, when this module is imported; the error names the attribute, its purpose, and the version it was read in. A
-module's private name that is imported (`from torch.utils._pytree import ...`) needs no check: the import fails.
+A new version of a library may rename any of them without notice. Each is checked when it is used, or, if it is listed
+in `CHECKED`, when this module is imported; the error names the attribute, its purpose, and the version it was read in.
+Private names that are imported (`from torch.utils._pytree import ...`) need no check: the import fails.
 """
 
 from __future__ import annotations

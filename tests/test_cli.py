@@ -199,7 +199,10 @@ def test_what_an_offline_run_wrote_can_be_read_back(bm, monkeypatch):
         (["--data.path", "none.csv"], "none.csv"),
         (["--data.micro_batch_size", 5], "32 is not a whole number of micro-batches"),
         (["--data.batch_size", 1000], "80 samples, fewer than one step"),
-        (["--callbacks.ema", "bigmodel.training.callbacks.EMA", "--callbacks.ema.decay", 2], "decay 2.0 must lie in"),
+        (
+            ["--callbacks.ema", "bigmodel.training.callbacks.EMA", "--callbacks.ema.decay", 2],
+            "decay 2.0 must be in [0, 1)",
+        ),
         (["--trainer.accumulate_grad_batches", 2], "accumulation follows from"),
         (["-c", "none.yaml"], "none.yaml cannot be read"),
         (["extra"], "unexpected argument 'extra'"),

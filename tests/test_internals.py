@@ -1,4 +1,4 @@
-"""What libraries do not document is used through one module, which names what a newer version lacks."""
+"""Undocumented attributes of libraries: each is used through one module, and its absence is an error that names it."""
 
 import ast
 import importlib.util

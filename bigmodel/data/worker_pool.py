@@ -81,7 +81,7 @@ class WorkerPool:
             succeeded, value = pickle.load(answers)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
             raise RuntimeError(
-                f"a worker process ended with exit status {process.wait()} (-9: killed, often for want of memory)"
+                f"a worker process ended with exit status {process.wait()} (-9: killed, often because memory ran out)"
             ) from error
         finally:
             self._idle.put(process)

@@ -118,7 +118,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         connect_processes(self)
-        atexit.register(_leave_processes)
+        atexit.register(_destroy_process_group)
         replicas = self.num_nodes if self.num_replicas == "nodes" else self.num_replicas
         shards, rest = divmod(self.world_size, replicas * self.tensor_size)
         if rest or not shards:
@@ -329,8 +329,8 @@ class ShardedStrategy(ModelParallelStrategy):
             optimizer.load_state_dict({**saved, "state": state})
 
 
-def _leave_processes() -> None:
-    """Destroy the process group before the interpreter exits: gloo's threads abort a process that they outlive."""
+def _destroy_process_group() -> None:
+    """Destroy the process group before the interpreter exits: gloo's threads would abort the process later."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 

@@ -98,7 +98,7 @@ def _drop_missing_fused(built: Optimizer, optimizer: OptimizerFactory) -> None:
     kind_of = f"{'sharded ' if isinstance(p, DTensor) else ''}parameters in {str(p.dtype)[6:]} on {p.device.type}"
     rank_zero_only(print)(
         f"--model.optimizer.fused true: torch {torch.__version__} has no fused {type(built).__name__} for {kind_of}; the"
-        " ordinary one is used, which gives the same up to rounding",
+        " ordinary one is used, with equal results up to rounding",
         flush=True,
     )
 
@@ -138,7 +138,7 @@ def configure(
     """
     chosen = parameter_groups(module) if groups is None else list(groups)
     if not chosen:
-        raise ValueError(f"{type(module).__name__} has no trainable parameter: nothing to give to the optimizer")
+        raise ValueError(f"{type(module).__name__} has no trainable parameter, which an optimizer needs")
     built = optimizer(_without(chosen, "rate"))
     if "weight_decay" not in built.defaults:  # an optimizer without weight decay would store the key unused
         if groups is None:
@@ -161,7 +161,7 @@ def configure(
     total = num_steps(module.trainer)
     if total < 0 and type(schedule) is not Constant:
         raise ValueError(
-            f"{type(schedule).__name__} ends with the run, and the run has no end: set --trainer.max_steps or"
+            f"--model.schedule {type(schedule).__name__} needs a run of limited length: set --trainer.max_steps or"
             " --trainer.max_epochs"
         )
     scheduler = _StepSchedule(built, schedule, module.trainer)
