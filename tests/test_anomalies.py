@@ -49,9 +49,9 @@ class AsOnAGPU(Anomalies):
     """Does not look at a step's figures before the next one, as where nothing may wait for the device."""
 
     def on_before_optimizer_step(self, *args):
-        self._stop_if_spoiled = lambda trainer: None
+        self._check_if_fatal = lambda trainer: None
         super().on_before_optimizer_step(*args)
-        del self._stop_if_spoiled
+        del self._check_if_fatal
 
 
 def fit(table, folder=None, *, steps=(), micro=6, resume=None, clip=1.0, max_steps=12, factor=math.nan, gradient=False,
@@ -60,7 +60,7 @@ def fit(table, folder=None, *, steps=(), micro=6, resume=None, clip=1.0, max_ste
     anomalies = kind(**settings)
     saving = []
     if folder is not None:
-        saving = [Checkpoint(every_n_steps=1, keep=-1, filename="step-{step}")]
+        saving = [Checkpoint(every_n_steps=1, save_top_k=-1, filename="step-{step}")]
         saving[0].dirpath = str(folder)
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_steps=max_steps,
@@ -88,7 +88,7 @@ def test_a_step_that_is_not_finite_stops_the_run_before_it_spoils_anything(table
     assert message.startswith("optimizer step 8: loss ")
     assert "not finite; samples " in message
     assert message.split("samples ")[1].startswith(", ".join(map(str, samples_of(table, 8))))
-    assert "--callbacks.anomalies.on_nan skip" in message
+    assert "--callbacks.anomalies.on_nonfinite skip" in message
     assert {path.stem for path in tmp_path.iterdir()} == {f"step-{step}" for step in range(1, 8)}
 
 
@@ -103,7 +103,7 @@ def test_where_figures_come_late_no_spoiled_checkpoint_is_written_either(table, 
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW, *FUSED])
 @pytest.mark.parametrize("step", [1, 5])
 def test_a_skipped_step_leaves_weights_and_optimizer_as_they_are(table, tmp_path, optimizer, step):
-    fit(table, tmp_path, steps=[step], optimizer=optimizer, on_nan="skip")
+    fit(table, tmp_path, steps=[step], optimizer=optimizer, on_nonfinite="skip")
     before, after = (
         torch.load(tmp_path / f"step-{n}.ckpt", weights_only=True) if n else None for n in (step - 1, step)
     )
@@ -121,10 +121,10 @@ def test_a_run_with_skipped_steps_resumes_exactly(table, tmp_path, capsys):
     settings = {
         "steps": [4, 5, 9],
         "factor": 50.0,
-        "on_nan": "skip",
+        "on_nonfinite": "skip",
         "on_spike": "skip",
         "window": 3,
-        "deviations": 4.0,
+        "spike_threshold_std": 4.0,
     }
     task, anomalies = fit(table, tmp_path / "a", **settings)
     assert anomalies.count >= 2
@@ -150,7 +150,7 @@ def test_spikes_are_those_above_mean_and_deviations(table, capsys):
 
 
 def test_the_limit_is_mean_plus_deviations():
-    anomalies = Anomalies(deviations=2.0, window=4)
+    anomalies = Anomalies(spike_threshold_std=2.0, window=4)
     anomalies._losses.extend([9.0, 1.0, 2.0, 3.0])
     anomalies._losses.append(4.0)
     assert anomalies._limit() == pytest.approx(2.5 + 2 * torch.tensor([1.0, 2, 3, 4]).std(correction=0).item())
@@ -170,7 +170,7 @@ def test_the_command_says_it_in_a_line_and_metrics_have_it(table, tmp_path, monk
     said = capsys.readouterr()
     assert "bigmodel: error: optimizer step" in said.err
     assert "Traceback" not in said.err
-    main([*words, "--callbacks.anomalies.on_nan", "skip", "--runs_dir", "skipping"])
+    main([*words, "--callbacks.anomalies.on_nonfinite", "skip", "--runs_dir", "skipping"])
     (path,) = Path("skipping").glob("**/metrics.csv")
     with open(path, newline="") as file:
         counted = [int(row["train/anomalies"]) for row in csv.DictReader(file) if row["train/anomalies"]]
@@ -289,7 +289,7 @@ def test_a_run_goes_back_from_a_leap(table, tmp_path, monkeypatch, capsys):
     command(
         *words,
         "--callbacks.anomalies.on_spike",
-        "back",
+        "rollback",
         "--trainer.max_steps",
         "14",
         "--trainer.limit_val_batches",
@@ -311,8 +311,8 @@ def test_a_run_goes_back_from_a_leap(table, tmp_path, monkeypatch, capsys):
     ("flags", "message"),
     [
         (
-            ["--callbacks.anomalies.most_returns", "1"],
-            "The run went back 1 times before; --callbacks.anomalies.most_returns",
+            ["--callbacks.anomalies.max_rollbacks", "1"],
+            "The run has had 1 rollbacks, and --callbacks.anomalies.max_rollbacks is 1",
         ),
         (
             ["--callbacks.last.every_n_steps", "9", "--trainer.limit_val_batches", "0"],
@@ -332,15 +332,15 @@ def test_where_a_run_cannot_go_back_it_stops(returned, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize("kind", [Anomalies, AsOnAGPU])
 def test_outside_the_command_the_fit_ends_with_what_is_to_be_done(table, tmp_path, kind):
     with pytest.raises(RollbackRequested, match="optimizer step 8: loss nan") as back:
-        fit(table, tmp_path, steps=[8], kind=kind, on_nan="back")
+        fit(table, tmp_path, steps=[8], kind=kind, on_nonfinite="rollback")
     assert (back.value.step, back.value.beyond) == (8, DataPosition(8, 1, 24, 96))
     assert {path.stem for path in tmp_path.iterdir()} == {f"step-{step}" for step in range(1, 8)}, "nothing spoiled"
 
 
 def test_what_makes_no_sense_is_refused():
-    with pytest.raises(ValueError, match=r"anomalies.deviations 0 must be above 0"):
-        Anomalies(deviations=0)
+    with pytest.raises(ValueError, match=r"anomalies.spike_threshold_std 0 must be above 0"):
+        Anomalies(spike_threshold_std=0)
     with pytest.raises(ValueError, match=r"anomalies.window 1 must be at least 2"):
         Anomalies(window=1)
-    with pytest.raises(ValueError, match=r"anomalies.most_returns 0 must be at least 1"):
-        Anomalies(most_returns=0)
+    with pytest.raises(ValueError, match=r"anomalies.max_rollbacks 0 must be at least 1"):
+        Anomalies(max_rollbacks=0)

@@ -19,6 +19,7 @@ ROOMS = [  # from the top down
     "data",
     "nn",
     "protocols",
+    "internals",
 ]
 TASKS = sorted(path.name for path in (ROOT / "tasks").iterdir() if path.is_dir() and path.name != "__pycache__")
 

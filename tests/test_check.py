@@ -118,7 +118,7 @@ def test_what_would_stop_the_run_later_is_found(checked, monkeypatch):
     usage = namedtuple("usage", "free")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage(1000))
-        out = checked("--callbacks.last.keep", -1, "--callbacks.last.every_n_minutes", "null", status=1)
+        out = checked("--callbacks.last.save_top_k", -1, "--callbacks.last.every_n_minutes", "null", status=1)
         assert "FAIL disk: checkpoints need" in out
         assert "1 kB are free" in out
 

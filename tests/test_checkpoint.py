@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+from datetime import timedelta
 from pathlib import Path
 
 import damaged_checkpoint
@@ -13,6 +14,7 @@ import forked
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from outsider import MLP, TableData, TabularRegression
 
 import bigmodel
@@ -66,7 +68,7 @@ def test_every_flipped_bit_and_every_cut_is_found(tmp_path):
         if n % 16 == 0 or len(content) - n < 100:
             check(content[:n], n)
     check(content + b"\0", len(content))
-    with pytest.raises(ValueError, match=r"small.ckpt cannot be read as a checkpoint: it does not end as"):
+    with pytest.raises(ValueError, match=r"small.ckpt cannot be read as a checkpoint: it is truncated"):
         read(path)
     path.write_bytes(content)
     assert torch.equal(read(path)["weight"], torch.arange(3.0))
@@ -105,7 +107,7 @@ def test_a_checkpoint_without_a_checksum_is_read_and_that_is_said(tmp_path, caps
     path = tmp_path / "old.ckpt"
     torch.save({"step": 3}, path)
     assert read(path) == read(path) == {"step": 3}
-    assert capsys.readouterr().err == f"{path} has no checksum to verify it by: an earlier version wrote it\n"
+    assert capsys.readouterr().err == f"{path} has no checksum, and is not verified: an earlier version wrote it\n"
     path.write_bytes(path.read_bytes()[:-100])
     assert find_damage(path) is not None
 
@@ -168,7 +170,7 @@ def test_a_run_whose_files_a_thread_writes_is_the_same_run(bm):
         1,
         "--callbacks.last.every_n_minutes",
         "null",
-        "--callbacks.last.keep",
+        "--callbacks.last.save_top_k",
         -1,
     ]
     bm("fit", *often, "--runs_dir", "a")
@@ -200,7 +202,7 @@ def test_a_run_whose_writer_fails_fails_and_says_so(bm, monkeypatch):
 
 
 def test_a_strategy_that_writes_its_own_is_refused(table, tmp_path):
-    with pytest.raises(ValueError, match="cannot be written asynchronously under SingleDeviceStrategy"):
+    with pytest.raises(ValueError, match=r"--callbacks.NAME.asynchronous true: SingleDeviceStrategy"):
         fit(table, tmp_path, Checkpoint(asynchronous=True), max_steps=2, plugins=[])
 
 
@@ -222,7 +224,7 @@ def fit(table, folder, *callbacks, resume=None, plugins=None, **options):
 
 def test_the_latest_n_are_kept_over_resumes(table, tmp_path):
     def every():
-        return Checkpoint(every_n_steps=1, keep=3, filename="last-{step}")
+        return Checkpoint(every_n_steps=1, save_top_k=3, filename="last-{step}")
 
     fit(table, tmp_path, every(), max_steps=4)
     assert names(tmp_path) == ["last-2.ckpt", "last-3.ckpt", "last-4.ckpt"]
@@ -230,8 +232,31 @@ def test_the_latest_n_are_kept_over_resumes(table, tmp_path):
     assert names(tmp_path) == ["last-3.ckpt", "last-4.ckpt", "last-5.ckpt"]
     fit(table, tmp_path, every(), max_steps=9, resume=tmp_path / "last-5.ckpt")
     assert names(tmp_path) == ["last-7.ckpt", "last-8.ckpt", "last-9.ckpt"], "none is left by a resume"
-    with pytest.raises(ValueError, match="keep -2"):
-        Checkpoint(keep=-2)
+
+
+def test_the_state_of_an_earlier_version_is_read_in_another_folder(tmp_path):
+    lightnings = ModelCheckpoint(monitor="val/mse", save_top_k=2)
+    lightnings.best_model_score, lightnings.best_model_path = torch.tensor(0.5), "/earlier/best-2.ckpt"
+    lightnings.best_k_models = {"/earlier/best-1.ckpt": torch.tensor(0.7), "/earlier/best-2.ckpt": torch.tensor(0.5)}
+    (tmp_path / "best-2.ckpt").touch()
+    ours = Checkpoint(monitor="val/mse", save_top_k=2)
+    assert ours.state_key == lightnings.state_key.removeprefix("Model")
+    ours.dirpath = str(tmp_path)
+    ours.load_state_dict(lightnings.state_dict())
+    assert ours.best_model_path == str(tmp_path / "best-2.ckpt")
+    assert ours.best_model_score == 0.5
+    assert ours.best_k_models == {ours.best_model_path: 0.5}, "the other is gone"
+    timed = ModelCheckpoint(train_time_interval=timedelta(minutes=2.5))
+    assert Checkpoint(every_n_minutes=2.5).state_key == timed.state_key.removeprefix("Model")
+
+
+def test_conflicting_settings_are_refused():
+    for settings in (
+        {"monitor": "val/mse", "every_n_steps": 3}, {"every_n_steps": 3, "every_n_minutes": 1.0}, {"every_n_steps": 0},
+        {"save_top_k": -2}, {"mode": "largest"},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"--callbacks\.NAME\."):
+            Checkpoint(**settings)
 
 
 class Clock(Callback):
@@ -251,8 +276,8 @@ def test_one_is_kept_every_so_many_minutes_of_training_whatever_stops_it(table, 
     def kept(folder, resume=None):
         clock = Clock()
         monkeypatch.setattr(callback, "time", clock)
-        keeper = Checkpoint(every_n_minutes=5, keep=-1, filename="keep-{step}")
-        fit(table, folder, clock, keeper, Checkpoint(every_n_steps=1, keep=-1), max_steps=17, resume=resume)
+        keeper = Checkpoint(every_n_minutes=5, save_top_k=-1, filename="keep-{step}")
+        fit(table, folder, clock, keeper, Checkpoint(every_n_steps=1, save_top_k=-1), max_steps=17, resume=resume)
         return sorted(checkpoint_step(path) for path in folder.glob("keep-*"))
 
     assert kept(tmp_path / "straight") == [5, 10, 15, 17], "the end is always kept"
@@ -264,8 +289,8 @@ def test_one_is_kept_every_so_many_minutes_of_training_whatever_stops_it(table, 
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(bm):
-    bm("fit", "--callbacks.last.keep", 2, "--callbacks.last.every_n_steps", 3, "--callbacks.last.every_n_minutes", "null",
-       "--callbacks.best", "null")  # fmt: skip
+    bm("fit", "--callbacks.last.save_top_k", 2, "--callbacks.last.every_n_steps", 3,
+       "--callbacks.last.every_n_minutes", "null", "--callbacks.best", "null")  # fmt: skip
     run = run_directory()
     folder = run / "checkpoints"
     assert names(folder) == ["last-10.ckpt", "last-9.ckpt"]
@@ -273,17 +298,15 @@ def test_a_damaged_newest_checkpoint_is_passed_over(bm):
     straight = {name: tensor.clone() for name, tensor in straight.items()}
     flip(folder / "last-10.ckpt")
 
-    message = f"{folder}/last-10.ckpt is damaged (it is not as it was written: SHA-256"
+    message = f"{folder}/last-10.ckpt is damaged (it has changed since it was written: SHA-256"
     instead = "last-9.ckpt is used instead; optimizer steps lost: 1"
     said = bm("validate", run, "--checkpoint", "last")
     assert message in said
     assert instead in said
     assert json.loads((run / "validate.json").read_text())["checkpoint"].endswith("last-9.ckpt")
-    with pytest.raises(
-        ValueError, match=r"last-10.ckpt cannot be read as a checkpoint: .* --checkpoint last takes one"
-    ):
+    with pytest.raises(ValueError, match=r"last-10.ckpt cannot be read as a checkpoint: .* --checkpoint last selects"):
         bigmodel.load(run, "last-10")
-    with pytest.raises(ValueError, match=r"last-10.ckpt cannot be read as a checkpoint: it is not as it was written"):
+    with pytest.raises(ValueError, match=r"last-10.ckpt cannot be read .*: it has changed since it was written"):
         bigmodel.load(folder / "last-10.ckpt")
     assert "last-10.ckpt cannot be read" in bm("validate", run, "--checkpoint", "last-10.ckpt", fails=True)
 
@@ -298,11 +321,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over(bm):
         path.write_bytes(path.read_bytes()[:-1])
     error = bm("fit", "--resume", run, fails=True)
     assert f"no checkpoint in {folder} can be read:" in error
-    assert error.count("it does not end as a checkpoint does") == 2
+    assert error.count("it is truncated, or not a checkpoint") == 2
 
 
 def test_in_place_of_a_damaged_best_another_best_is_taken_before_the_last(bm, capsys):
-    bm("fit", "--callbacks.best.keep", 3)
+    bm("fit", "--callbacks.best.save_top_k", 3)
     run = run_directory()
     *others, best = sorted(run.glob("checkpoints/best-*"), key=checkpoint_step)
     assert find_checkpoint(run) == best, "the error falls all the time"
@@ -316,12 +339,13 @@ def test_in_place_of_a_damaged_best_another_best_is_taken_before_the_last(bm, ca
     assert find_checkpoint(run).name == "last-10.ckpt"
     strip_checksum(run / "checkpoints" / "last-10.ckpt")
     assert same(bigmodel.load(run).state_dict(), bigmodel.load(run, "last").state_dict())
-    assert capsys.readouterr().err.count("last-10.ckpt has no checksum to verify it by") == 1
+    assert capsys.readouterr().err.count("last-10.ckpt has no checksum, and is not verified") == 1
 
 
 def test_of_two_processes_one_verifies_and_the_other_follows(bm, table, tmp_path):
-    bm("fit", "--callbacks.last.keep", 2, "--callbacks.last.every_n_steps", 3, "--callbacks.last.every_n_minutes", "null",
-       "--callbacks.best", "null", "--trainer.max_epochs", "null", "--trainer.max_steps", 10)  # fmt: skip
+    bm("fit", "--callbacks.last.save_top_k", 2, "--callbacks.last.every_n_steps", 3,
+       "--callbacks.last.every_n_minutes", "null", "--callbacks.best", "null",
+       "--trainer.max_epochs", "null", "--trainer.max_steps", 10)  # fmt: skip
     run, two = run_directory(), tmp_path / "two"
     shutil.copytree(run, two)
     for directory in (run, two):

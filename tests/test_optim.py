@@ -119,7 +119,7 @@ def test_any_optimizer_of_torch_takes_the_groups(name):
 
 def test_a_schedule_that_ends_needs_an_end():
     module = attached(max_epochs=-1)
-    with pytest.raises(ValueError, match=r"the run has no end: set --trainer.max_steps"):
+    with pytest.raises(ValueError, match=r"needs a run of limited length: set --trainer.max_steps"):
         optimizers.configure(module, torch.optim.AdamW, schedules.Cosine())
     for parameter in module.parameters():
         parameter.requires_grad = False

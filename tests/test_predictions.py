@@ -48,7 +48,7 @@ def rows_of(table):
 
 
 def test_every_row_is_predicted_once_and_in_order(predict, table):
-    out = predict("--data.batch_size", 32, "--output", "predicted.parquet", "--callbacks.progress.every_seconds", 0)
+    out = predict("--data.batch_size", 32, "--output", "predicted.parquet", "--callbacks.progress.every_n_seconds", 0)
     predicted = pq.read_table("predicted.parquet")
     x = rows_of(table)[:, :2]
     assert predicted.column("name").to_pylist() == [f"row {i}" for i in range(100)]

@@ -179,7 +179,7 @@ def test_two_processes_skip_the_same_steps_as_one(two, monkeypatch):
     """The bad sample is in a micro-batch of one of them."""
     monkeypatch.chdir(two)
     arguments = [*experiment("spoiled.csv", "alone"), "--trainer.limit_val_batches", "0", "--model.net.dropout", "0"]
-    main(["fit", *arguments, "--callbacks.anomalies.on_nan", "skip"])
+    main(["fit", *arguments, "--callbacks.anomalies.on_nonfinite", "skip"])
     alone, together = content(only_run("alone")), content(only_run("skipping"))
     for name, tensor in alone.items():
         torch.testing.assert_close(tensor, together[name], rtol=0, atol=1e-6)
@@ -249,7 +249,7 @@ def test_readers_go_on_until_the_training_process_ends_them():
 def test_a_launcher_outside_sees_status_and_message(table, tmp_path):
     """As a person or a scheduler does it: a process of its own, a signal from outside; its readers get it too."""
     arguments = experiment(table, "runs", "--trainer.max_steps", 100000, "--trainer.val_check_interval", 50000)
-    arguments += ["--trainer.check_val_every_n_epoch", "null", "--callbacks.progress.every_seconds", "0.2"]
+    arguments += ["--trainer.check_val_every_n_epoch", "null", "--callbacks.progress.every_n_seconds", "0.2"]
     process = subprocess.Popen(
         [sys.executable, "-m", "bigmodel", "fit", *arguments],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,

@@ -1,5 +1,6 @@
 """Runs, checkpoints and YAML files of earlier versions are read, by what their classes are called now."""
 
+import inspect
 import re
 import shutil
 
@@ -10,8 +11,8 @@ from outsider import TabularRegression
 
 import bigmodel
 from bigmodel.checkpoint import AtomicCheckpointIO, read
-from bigmodel.checkpoint.renamed import RENAMED, RENAMED_CALLBACKS, current
-from bigmodel.run.config import read_yaml
+from bigmodel.checkpoint.renamed import RENAMED, RENAMED_ARGUMENTS, RENAMED_CALLBACKS, RENAMED_VALUES, current
+from bigmodel.run.config import layered, read_defaults, read_yaml
 from bigmodel.testing.recorder import resumable_state
 from bigmodel.training import schedules
 
@@ -69,3 +70,40 @@ def test_every_path_leads_to_something(old, new):
     assert current([old, f"x{old}", 3]) == [new, f"x{old}", 3]
     module, _, name = new.rpartition(".")
     assert hasattr(__import__(module, fromlist=[name]), name)
+
+
+@pytest.mark.parametrize("path", sorted({*RENAMED_ARGUMENTS, *RENAMED_VALUES}))
+def test_every_argument_has_its_current_name(path):
+    module, _, name = path.rpartition(".")
+    accepted = inspect.signature(getattr(__import__(module, fromlist=[name]), name)).parameters
+    assert {*RENAMED_ARGUMENTS.get(path, {}).values(), *RENAMED_VALUES.get(path, {})} <= accepted.keys()
+    assert not RENAMED_ARGUMENTS.get(path, {}).keys() & accepted.keys()
+
+
+def test_callbacks_of_earlier_versions_are_merged_onto_the_current_ones():
+    earlier = {
+        "log": {"init_args": {"mfu": False}},
+        "times": None,
+        "anomalies": {"init_args": {"on_nan": "back", "most_returns": 2}},
+        "best": {"keep": 3},
+    }
+    callbacks = layered([read_defaults(), {"callbacks": earlier}], [])["callbacks"]
+    assert list(callbacks) == list(read_defaults()["callbacks"]), "in the same order"
+    assert callbacks["training_log"]["init_args"] == {"mfu": False}
+    assert callbacks["step_timer"] is None
+    assert callbacks["anomalies"]["init_args"] == {"on_nonfinite": "rollback", "on_spike": "ignore", "max_rollbacks": 2}
+    assert callbacks["best"]["init_args"]["save_top_k"] == 3
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("callbacks.times", "null", "--callbacks.times is now --callbacks.step_timer"),
+        ("callbacks.log.mfu", "false", "--callbacks.log is now --callbacks.training_log"),
+        ("callbacks.last.keep", "2", "--callbacks.last.keep is now --callbacks.last.save_top_k"),
+        ("callbacks.anomalies.on_spike", "back", "on_spike back is now --callbacks.anomalies.on_spike rollback"),
+    ],
+)
+def test_a_flag_of_an_earlier_version_is_answered_with_the_current_one(flag, value, message):
+    with pytest.raises(ValueError, match=message):
+        layered([read_defaults()], [(flag, value)])

@@ -59,8 +59,8 @@ def fit(
     )
     data = data(str(table), "y", batch_size=batch_size, micro_batch_size=micro)
     recorder, average = Recorder(), EMA(0.9)
-    every = Checkpoint(every_n_steps=1, keep=-1, filename="step-{step}")
-    best = Checkpoint(monitor="val/mse", keep=-1, filename="best-{step}")
+    every = Checkpoint(every_n_steps=1, save_top_k=-1, filename="step-{step}")
+    best = Checkpoint(monitor="val/mse", save_top_k=-1, filename="best-{step}")
     every.dirpath = best.dirpath = str(folder)
     trainer = Trainer(
         accelerator="cpu",

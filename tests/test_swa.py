@@ -91,7 +91,7 @@ class Recorder(Callback):
 def fit(*callbacks, resume=None, folder=None, task=None, exact=True, **options):
     saved = []
     if folder is not None:
-        saved = [Checkpoint(every_n_steps=1, keep=-1, filename="step-{step}")]
+        saved = [Checkpoint(every_n_steps=1, save_top_k=-1, filename="step-{step}")]
         saved[0].dirpath = str(folder)
     task = task or Task()
     always = [GradientScaling(), Resume()] if exact else []
@@ -107,11 +107,11 @@ def fit(*callbacks, resume=None, folder=None, task=None, exact=True, **options):
 @pytest.mark.parametrize(
     ("settings", "taken"),
     [
-        ({"start": 0.5}, [10, 15, 20]),
-        ({"start": 0.55}, [15, 20]),
-        ({"start": 0.0, "every_n_steps": 7}, [1, 8, 15]),
-        ({"start": 0.7, "every_n_steps": 1}, [14, 15, 16, 17, 18, 19, 20]),
-        ({"start": 1.0}, [20]),
+        ({"start_fraction": 0.5}, [10, 15, 20]),
+        ({"start_fraction": 0.55}, [15, 20]),
+        ({"start_fraction": 0.0, "every_n_steps": 7}, [1, 8, 15]),
+        ({"start_fraction": 0.7, "every_n_steps": 1}, [14, 15, 16, 17, 18, 19, 20]),
+        ({"start_fraction": 1.0}, [20]),
     ],
 )
 def test_the_average_is_the_mean_of_the_weights_taken(settings, taken):
@@ -152,7 +152,7 @@ def test_training_is_bitwise_as_without(tmp_path, exact):
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("bn_batches", [3, 100])
 def test_batch_norm_statistics_are_those_of_update_bn(bn_batches, dropout):
-    swa = SWA(0.5, bn_batches=bn_batches)
+    swa = SWA(0.5, num_bn_batches=bn_batches)
     fit(swa, task=Task(dropout))
     expected = Task(dropout)
     expected.load_state_dict(swa.average)
@@ -177,7 +177,7 @@ def test_a_frozen_batch_norm_keeps_its_statistics():
 
 
 def test_without_bn_batches_the_statistics_are_averaged():
-    swa = SWA(0.5, bn_batches=0)
+    swa = SWA(0.5, num_bn_batches=0)
     seen = []
 
     class Statistics(Callback):
@@ -233,21 +233,21 @@ def test_a_run_made_longer_begins_its_average_anew(tmp_path):
 
 
 def test_what_makes_no_average_is_refused():
-    with pytest.raises(ValueError, match=r"--callbacks.swa.start 1.5"):
+    with pytest.raises(ValueError, match=r"--callbacks.swa.start_fraction 1.5"):
         SWA(1.5)
     with pytest.raises(ValueError, match=r"--callbacks.swa.every_n_steps 0"):
         SWA(every_n_steps=0)
-    with pytest.raises(ValueError, match="of which there is no end"):
+    with pytest.raises(ValueError, match=r"--trainer.max_steps or --trainer.max_epochs"):
         fit(SWA(), max_steps=-1, max_epochs=-1)
-    with pytest.raises(ValueError, match=r"no epoch of 5 optimizer steps ends from step 11 .* to step 14"):
+    with pytest.raises(ValueError, match=r"start_fraction 0.8: .* 5 optimizer steps ends from step 11 to step 14"):
         fit(SWA(0.8), max_steps=14)
-    with pytest.raises(ValueError, match=r"not SWA and EMA: switch one off"):
+    with pytest.raises(ValueError, match=r"SWA and EMA .* set --callbacks.ema null or --callbacks.swa null"):
         fit(SWA(), EMA())
 
     class Plain(Task):
         features = property()
 
-    with pytest.raises(ValueError, match=r"Plain would need .* --callbacks.swa.bn_batches 0"):
+    with pytest.raises(ValueError, match=r"Plain lacks; with --callbacks.swa.num_bn_batches 0"):
         fit(SWA(), task=Plain())
 
 
@@ -262,7 +262,7 @@ def test_the_average_is_what_a_run_is_loaded_with(tmp_path, monkeypatch, table):
         "--callbacks.swa",
         "bigmodel.training.callbacks.SWA",
     ]
-    main(["fit", "-c", experiment, *flags, "--callbacks.swa.start", "0.2"])
+    main(["fit", "-c", experiment, *flags, "--callbacks.swa.start_fraction", "0.2"])
     averaged, live = bigmodel.load("last", "last"), bigmodel.load("last", "last", ema=False)
     assert not torch.equal(averaged.net.layers[0].weight, live.net.layers[0].weight)
     with open(next(tmp_path.glob("runs/**/metrics.csv")), newline="") as file:

@@ -56,7 +56,7 @@ def fit(table, slow, minutes):
 def test_a_hang_is_told_once_with_all_stacks(table, clock, capfd):
     fit(table, Slow(clock, step=2.0), 0.3 / 60)
     told = capfd.readouterr().err
-    line = r"no batch has ended for 0\.0\d* minutes: process 0 of 1, optimizer step 1; its threads stand here"
+    line = r"no batch has ended for 0\.0\d* minutes: process 0 of 1, optimizer step 1; stacks of its threads"
     assert len(re.findall(line, told)) == 1
     assert "take_a_nap" in told
     assert "_watch" in told, "all threads, the watching one included"
@@ -70,5 +70,5 @@ def test_validation_counts_as_life_and_the_watch_ends_with_the_fit(table, clock,
 
 
 def test_no_time_at_all_is_refused():
-    with pytest.raises(ValueError, match=r"watchdog.minutes 0 must be above 0"):
+    with pytest.raises(ValueError, match=r"watchdog.timeout_minutes 0 must be above 0"):
         Watchdog(0)

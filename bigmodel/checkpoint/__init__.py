@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically with a checksum, read as data only, and loaded strictly unless excused by name."""
+"""Checkpoints: written atomically with a checksum, read as data only, and loaded strictly."""
 
 from __future__ import annotations
 

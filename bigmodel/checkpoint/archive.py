@@ -60,7 +60,7 @@ def write_archive(target: Path, fill: Callable[[Any], object]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        with full_disk_explained(target), open(partial, "w+b") as file:
+        with explain_full_disk(target), open(partial, "w+b") as file:
             hashed = _HashedFile(file)
             fill(hashed)
             hashed.seal()
@@ -82,11 +82,11 @@ def archive_damage(path: str, size: int, modified: int) -> str | None:
         file.seek(max(0, size - _END_SIZE - _COMMENT_SIZE))
         tail = file.read()
         if tail[-_END_SIZE:].startswith(_END) and tail.endswith(b"\0\0"):
-            print(f"{path} has no checksum to verify it by: an earlier version wrote it", file=sys.stderr)
+            print(f"{path} has no checksum, and is not verified: an earlier version wrote it", file=sys.stderr)
             return None
         length, mark = _COMMENT_SIZE.to_bytes(2, "little"), tail[-_COMMENT_SIZE:]
         if not tail.startswith(_END) or not tail[:_END_SIZE].endswith(length) or not mark.startswith(_MARK):
-            return "it does not end as a checkpoint does: it was cut off, or never was one"
+            return "it is truncated, or not a checkpoint"
         sha256, left = hashlib.sha256(), size - _COMMENT_SIZE - 2
         block = memoryview(bytearray(_BLOCK))
         file.seek(0)
@@ -95,7 +95,9 @@ def archive_damage(path: str, size: int, modified: int) -> str | None:
             left -= count
     sha256.update(b"\0\0")
     found, written = sha256.hexdigest(), mark.removeprefix(_MARK).decode(errors="replace")
-    return None if found == written else f"it is not as it was written: SHA-256 {found[:8]}..., not {written[:8]}..."
+    return (
+        None if found == written else f"it has changed since it was written: SHA-256 {found[:8]}..., was {written[:8]}"
+    )
 
 
 def archive_digest(path: str | os.PathLike[str]) -> str | None:
@@ -117,7 +119,9 @@ def read_archive(path: str | os.PathLike[str]) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0].split(". ")[0][:200]  # the first sentence of torch's message
-        raise ValueError(f"{path} cannot be read as a checkpoint (damaged, or not one): {reason}") from error
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint (damaged, or another kind of file): {reason}"
+        ) from error
 
 
 def put_in_place(partial: Path, target: Path) -> None:
@@ -169,7 +173,7 @@ def _delete(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def full_disk_explained(target: Path) -> Iterator[None]:
+def explain_full_disk(target: Path) -> Iterator[None]:
     """Convert errors caused by a full disk to one that states the free space and what to do."""
     try:
         yield
@@ -180,7 +184,7 @@ def full_disk_explained(target: Path) -> Iterator[None]:
         raise OSError(
             errno.ENOSPC,
             f"no space to write the checkpoint ({free / 1e6:,.0f} MB free); earlier checkpoints are intact. Free"
-            " some space and go on with `bigmodel fit --resume`",
+            " some space, then run `bigmodel fit --resume`",
             str(target),
         ) from error
 

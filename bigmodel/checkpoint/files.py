@@ -125,8 +125,8 @@ def find_damage(path: str | os.PathLike[str]) -> str | None:
     try:
         if Path(path).is_dir():
             return folder_damage(Path(path))
-        facts = os.stat(path)
-        return archive_damage(os.fspath(path), facts.st_size, facts.st_mtime_ns)
+        status = os.stat(path)
+        return archive_damage(os.fspath(path), status.st_size, status.st_mtime_ns)
     except OSError as error:
         return f"reading it fails: {error.strerror}"
 

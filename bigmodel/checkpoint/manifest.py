@@ -74,7 +74,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     text = (folder / MANIFEST).read_bytes().decode(errors="replace")
     start = len(_seal(""))
     if text[:start] != _seal(text[start:]):
-        raise ValueError(f"{MANIFEST} is not as it was written")
+        raise ValueError(f"{MANIFEST} has changed since it was written")
     content: dict[str, Any] = json.loads("{" + text[start:])
     return content
 
@@ -91,7 +91,7 @@ def folder_damage(folder: Path) -> str | None:
 def _folder_damage(folder: Path, listing: tuple[tuple[str, int, int], ...]) -> str | None:
     found = {name: size for name, size, _ in listing}
     if MANIFEST not in found and ".metadata" in found:
-        print(f"{folder} has no checksum to verify it by: Lightning wrote it", file=sys.stderr)
+        print(f"{folder} has no checksum, and is not verified: Lightning wrote it", file=sys.stderr)
         return None
     try:
         written = read_manifest(folder)["files"]
@@ -105,5 +105,5 @@ def _folder_damage(folder: Path, listing: tuple[tuple[str, int, int], ...]) -> s
     with ThreadPoolExecutor(min(_HASHING_THREADS, os.cpu_count() or 1)) as threads:  # hashing releases the GIL
         for name, digest in zip(written, threads.map(file_digest, (folder / name for name in written)), strict=True):
             if digest != written[name]["sha256"]:
-                return f"{name} is not as it was written: SHA-256 {digest[:8]}..., not {written[name]['sha256'][:8]}..."
+                return f"{name} has changed since it was written: SHA-256 {digest[:8]}..., was {written[name]['sha256'][:8]}"
     return None

@@ -66,7 +66,9 @@ def local_part(tensor: DTensor, name: str = "a tensor") -> tuple[list[int], list
             continue
         inner = math.prod(mesh.shape[other] for other, its_dim in order if its_dim == dim)
         if strides not in (1, inner):
-            raise ValueError(f"{name}: {placement} of {tensor.placements} is no layout that a checkpoint can hold")
+            raise ValueError(
+                f"{name}: {placement} of {tensor.placements} is not a layout of contiguous parts, which a checkpoint needs"
+            )
         order.insert(len(order) if strides > 1 else 0, (mesh_dim, dim))
     offsets, sizes = [0] * tensor.ndim, list(tensor.shape)
     for mesh_dim, dim in order:
@@ -89,7 +91,7 @@ def own_parts(tensors: dict[Keys, DTensor], copied: bool) -> tuple[list[dict[str
     for keys, tensor in tensors.items():
         name = "/".join(map(str, keys))
         if name in names or not all(isinstance(key, str | int) for key in keys):
-            raise ValueError(f"a sharded tensor needs keys of its own that are text or numbers: {keys}")
+            raise ValueError(f"keys of a sharded tensor must be unique, and strings or integers: {keys}")
         names.add(name)
         dtype = str(tensor.dtype).removeprefix("torch.")
         record: dict[str, Any] = {"keys": keys, "name": name, "shape": list(tensor.shape), "dtype": dtype}
@@ -97,7 +99,7 @@ def own_parts(tensors: dict[Keys, DTensor], copied: bool) -> tuple[list[dict[str
         own = local_part(tensor, name)
         local = tensor.to_local().detach()
         if type(local) is not Tensor:
-            raise ValueError(f"{name}: a sharded {type(local).__name__} cannot be stored; plain tensors can")
+            raise ValueError(f"{name}: the local part is a {type(local).__name__}; only plain tensors can be saved")
         if own is None or not local.numel() or not _is_first_copy(tensor):
             continue
         same = (local.data_ptr(), local.dtype, local.shape, local.stride(), tensor.shape, tensor.placements)

@@ -18,9 +18,29 @@ RENAMED = {
     "bigmodel.tasks.language_modeling.OfRun": "bigmodel.tasks.language_modeling.FromRun",
 }
 # Current class path: its arguments by their earlier names. One block for each room or task.
-RENAMED_ARGUMENTS: dict[str, dict[str, str]] = {}
+_CALLBACKS = {  # of training, by module and class
+    "anomalies.Anomalies": {
+        "on_nan": "on_nonfinite",
+        "deviations": "spike_threshold_std",
+        "most_returns": "max_rollbacks",
+    },
+    "checkpoint.Checkpoint": {"keep": "save_top_k"},
+    "progress.ProgressLine": {"every_seconds": "every_n_seconds"},
+    "swa.SWA": {"start": "start_fraction", "bn_batches": "num_bn_batches"},
+    "watchdog.Watchdog": {"minutes": "timeout_minutes"},
+}
+RENAMED_ARGUMENTS: dict[str, dict[str, str]] = {
+    **{f"bigmodel.training.callbacks.{path}": names for path, names in _CALLBACKS.items()},
+    **{f"bigmodel.training.callbacks.{path.partition('.')[2]}": names for path, names in _CALLBACKS.items()},
+}
 # Current class path: by argument, earlier values of it (short names such as those of a Literal) and current ones.
-RENAMED_VALUES: dict[str, dict[str, dict[str, str]]] = {}
+_ACTIONS = {"on_nonfinite": {"back": "rollback"}, "on_spike": {"back": "rollback"}}
+RENAMED_VALUES: dict[str, dict[str, dict[str, str]]] = {
+    "bigmodel.training.callbacks.Anomalies": _ACTIONS,
+    "bigmodel.training.callbacks.anomalies.Anomalies": _ACTIONS,
+}
+# A mapping in the configuration: its keys by their earlier names.
+RENAMED_KEYS = {"callbacks": {"times": "step_timer", "log": "training_log"}}
 # Earlier class names of callbacks, the keys of their states in a checkpoint: current names.
 RENAMED_CALLBACKS = {"Gradients": "GradientScaling", "Times": "StepTimer"}
 _PATTERN = re.compile(rf"({'|'.join(re.escape(old) for old in sorted(RENAMED, key=len, reverse=True))})(?=\.|$)")
@@ -39,6 +59,9 @@ def current(tree: Any) -> Any:
     if not isinstance(tree, dict):
         return tree
     tree = {key: current(value) for key, value in tree.items()}
+    for name, keys in RENAMED_KEYS.items():
+        if isinstance(tree.get(name), dict):
+            tree[name] = {keys.get(key, key): value for key, value in tree[name].items()}
     arguments = tree.get("init_args")
     if isinstance(arguments, dict):
         tree["init_args"] = _current_arguments(str(tree.get("class_path")), arguments)
@@ -71,6 +94,9 @@ def find_renamed(tree: Any, key: str = "") -> str | None:
             return f"--{key}.{name} is now --{key}.{now}"
         if isinstance(value, str) and (now := RENAMED_VALUES.get(path, {}).get(name, {}).get(value)) is not None:
             return f"--{key}.{name} {value} is now --{key}.{name} {now}"
+    for mapping, names in RENAMED_KEYS.items():
+        for name in names.keys() & (tree.get(mapping) or {}):
+            return f"--{mapping}.{name} is now --{mapping}.{names[name]}"
     inner = ((key if name == "init_args" else f"{key}.{name}".lstrip("."), value) for name, value in tree.items())
     return next((found for place, value in inner if (found := find_renamed(value, place)) is not None), None)
 

@@ -34,7 +34,7 @@ def find_checkpoint(directory: Path, which: str = "best", verify: bool = True) -
         (directory / "checkpoints").glob("*.ckpt"), key=lambda path: (checkpoint_step(path), path.name)
     )
     if not checkpoints:
-        raise ValueError(f"{directory} has no checkpoint: the run was stopped before it wrote its first")
+        raise ValueError(f"{directory} has no checkpoint: the run ended before its first one")
     if which in ("best", "last"):
         choices = checkpoints[::-1]
         record = json.loads((directory / "run.json").read_text()) if (directory / "run.json").exists() else {}
@@ -48,7 +48,9 @@ def find_checkpoint(directory: Path, which: str = "best", verify: bool = True) -
         raise ValueError(f"{directory} has no checkpoint {which}; there are {', '.join(p.name for p in checkpoints)}")
     problem = find_damage(named[0]) if verify else None
     if problem:
-        raise ValueError(f"{named[0]} cannot be read as a checkpoint: {problem}. --checkpoint last takes one that can")
+        raise ValueError(
+            f"{named[0]} cannot be read as a checkpoint: {problem}. --checkpoint last selects an undamaged one"
+        )
     return named[0]
 
 

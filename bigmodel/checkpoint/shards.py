@@ -10,9 +10,9 @@
             tensors    name: paths (keys from the checkpoint's root; several for tied weights), shape, dtype, and parts:
                        [rank of its file, offsets, sizes]
 
-All is written into a hidden folder, which is renamed when every process has written: a kill at any moment leaves the
-earlier checkpoints intact. Processes do not communicate in the meantime: the first detects from the files that the
-others are done, so a thread can write while training continues. (torch.distributed.checkpoint has no checksums,
+All files are written into a hidden folder, which is renamed when every process has written: a kill at any moment leaves
+the earlier checkpoints intact. Processes do not communicate in the meantime: process 0 detects from the files that the
+other ones are done, so a thread can write while training continues. (torch.distributed.checkpoint has no checksums,
 overwrites in place, and stores its metadata as a pickle.)
 """
 
@@ -31,14 +31,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import distributed
 
-from bigmodel.checkpoint.archive import full_disk_explained, put_in_place, write_archive
+from bigmodel.checkpoint.archive import explain_full_disk, put_in_place, write_archive
 from bigmodel.checkpoint.manifest import STATE, file_facts, listing, shard_name, write_manifest, write_text
 from bigmodel.checkpoint.parts import Keys, own_parts
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-_PATIENCE = 600.0  # seconds without a write by any process before the first raises TimeoutError
+_TIMEOUT = 600.0  # seconds without a write by any process before the first raises TimeoutError
 
 
 class FolderWriter:
@@ -48,7 +48,7 @@ class FolderWriter:
         target: the folder, on a file system that all processes share.
         tensors: the DTensors, from `split`; the same on all processes, except for their local parts.
         fill: writes the rest into a file; used by the first process.
-        copied: hold copies, so that training may continue before it is called.
+        copied: copy the parts, so that training may continue before it is called.
 
     Raises:
         ValueError: for a tensor that cannot be stored.
@@ -61,23 +61,23 @@ class FolderWriter:
         distributed.broadcast_object_list(attempt)
         self._partial = target.with_name(f".{target.name}.{attempt[0]}.partial")
         self._partial.mkdir(parents=True, exist_ok=True)
-        with self._failure_told():
+        with self._report_failure():
             self._records, self._parts = own_parts(tensors, copied)
 
     def __call__(self) -> None:
-        """Write; the first process returns when the whole checkpoint is in place, the others when their own part is.
+        """Write; process 0 returns when the whole checkpoint is in place, any other process when its own part is.
 
         Raises:
             OSError: if the disk is full, or a process fails or stops writing (TimeoutError).
         """
-        with self._failure_told(), full_disk_explained(self.target):
+        with self._report_failure(), explain_full_disk(self.target):
             self._write_shard()
             if self.rank == 0:
                 self._complete()
 
     @contextlib.contextmanager
-    def _failure_told(self) -> Iterator[None]:
-        """Report exceptions in this context to the first process, which waits for this one."""
+    def _report_failure(self) -> Iterator[None]:
+        """Report exceptions in this context to process 0, which waits for this one."""
         try:
             yield
         except BaseException as error:
@@ -87,7 +87,7 @@ class FolderWriter:
                 with contextlib.suppress(OSError):  # the error itself is raised in any case
                     write_text(self._record_of(self.rank), json.dumps({"error": str(error)}))
             else:
-                raise RuntimeError(f"the first process gave up writing {self.target}: its message says why") from error
+                raise RuntimeError(f"{self.target} was not written: see the output of process 0") from error
             raise
 
     def _record_of(self, rank: int) -> Path:
@@ -136,12 +136,12 @@ class FolderWriter:
             now = listing(self._partial)
             if now != seen:  # a process is writing
                 seen, since = now, time.monotonic()
-            elif time.monotonic() - since > _PATIENCE:
+            elif time.monotonic() - since > _TIMEOUT:
                 missing = ", ".join(str(rank) for rank in range(self.num_processes) if rank not in records)
                 raise TimeoutError(
-                    f"{self.target} is not complete, and nothing was written for {_PATIENCE:g} s: missing is what these"
-                    f" processes hold: {missing}. Were they killed, or is {self.target.parent} not on a file system that"
-                    " all processes share? Earlier checkpoints are intact"
+                    f"{self.target} is not complete, and nothing was written for {_TIMEOUT:g} s: the parts of processes"
+                    f" {missing} are missing. Check that they run, and that all processes share the file system of"
+                    f" {self.target.parent}. Earlier checkpoints are intact"
                 )
             time.sleep(pause)
             pause = min(0.2, 1.2 * pause)
@@ -165,7 +165,7 @@ def _merged(records: list[list[dict[str, Any]]]) -> dict[str, Any]:
         found = sum(math.prod(sizes) for _, _, sizes in tensor["parts"])
         if found != math.prod(tensor["shape"]):
             raise ValueError(
-                f"{tensor['name']} is not the same tensor on all processes: they hold {found:,} numbers, its shape"
+                f"{tensor['name']} differs between processes: together they hold {found:,} elements, and its shape"
                 f" {tensor['shape']} has {math.prod(tensor['shape']):,}"
             )
         entry = {"paths": [], **{key: tensor[key] for key in ("shape", "dtype", "parts")}}

@@ -23,8 +23,9 @@ from bigmodel.cli.formatting import format_bytes
 from bigmodel.cli.lightning_warnings import quiet_lightning
 from bigmodel.cli.run_verb import run_verb
 from bigmodel.cli.trainer_cli import TrainerCLI, merge_config
+from bigmodel.internals import clear_minimum, save_triggers
 from bigmodel.run.config import parse_flags
-from bigmodel.training.callbacks import Anomalies, StepTimer
+from bigmodel.training.callbacks import Anomalies, Checkpoint, StepTimer
 
 _HELP = """\
 bigmodel check -c EXPERIMENT.yaml [-c MORE.yaml ...] [--KEY VALUE ...]
@@ -111,7 +112,7 @@ def _shorten(trainer: Any, probe: Probe) -> None:
     probe.limit_val = limit = trainer.limit_val_batches
     if limit:
         trainer.limit_val_batches = min(limit, _VALIDATION_BATCHES) if isinstance(limit, int) else _VALIDATION_BATCHES
-    trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
+    clear_minimum(trainer)
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -155,7 +156,7 @@ def _estimate(trainer: Any, probe: Probe, free: int, runs_dir: Path) -> None:
         findings.fail(
             "disk",
             f"checkpoints need {format_bytes(need)}, {format_bytes(free)} are free in {runs_dir}: free some, choose another"
-            " --runs_dir, or save fewer (--callbacks.NAME.keep)",
+            " --runs_dir, or save fewer (--callbacks.NAME.save_top_k)",
         )
     else:
         findings.ok("disk", f"checkpoints need {format_bytes(need)}, {format_bytes(free)} are free in {runs_dir}")
@@ -178,15 +179,19 @@ def num_validations(batches: float, per_epoch: float, every: float, every_n_epoc
     return int(epochs // every_n_epoch * (per_epoch // every) + in_last) if epochs else int(in_last)
 
 
-def _num_saves(callback: ModelCheckpoint, steps: int, seconds: float, validations: int) -> int:
+def _num_saves(callback: Checkpoint | ModelCheckpoint, steps: int, seconds: float, validations: int) -> int:
     """Return the maximum number of checkpoints of a callback in a run of so many steps, seconds and validations."""
     if callback.save_top_k == 0:
         return 0
-    every, interval = callback._every_n_train_steps, callback._train_time_interval
+    if isinstance(callback, Checkpoint):
+        every = callback.every_n_steps
+        interval = None if callback.every_n_minutes is None else 60 * callback.every_n_minutes
+    else:
+        every, interval = save_triggers(callback)
     if callback.monitor is None and every:
         return -(-steps // every)  # the last step is always saved
     if callback.monitor is None and interval is not None:
-        return int(seconds // interval.total_seconds()) + 1
+        return int(seconds // interval) + 1
     return validations
 
 

@@ -25,7 +25,7 @@ from bigmodel.cli.findings import (
 from bigmodel.cli.formatting import format_batch
 from bigmodel.data.sampling import data_parallel_size
 from bigmodel.data.schedule import num_steps
-from bigmodel.training.callbacks import GradientScaling, TrainingLog
+from bigmodel.training.callbacks import Checkpoint, GradientScaling, TrainingLog
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 from bigmodel.training.callbacks.training_log import samples_per_step
 from bigmodel.training.precision import ChoosePrecision
@@ -88,7 +88,9 @@ class Probe(run.QuietRunDirectory):
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self.stage = "training"
-        self.checkpoints = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
+        self.checkpoints = [
+            callback for callback in trainer.callbacks if isinstance(callback, Checkpoint | ModelCheckpoint)
+        ]
         trainer.callbacks = [callback for callback in trainer.callbacks if callback not in self.checkpoints]
         # Validation runs after the last step, independent of the configured interval.
         self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, Profiler, SimpleProfiler
 from lightning.pytorch.profilers.pytorch import RegisterRecordFunction
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 from torch.autograd.profiler import record_function
+
+from bigmodel.internals import compiled_in_place, profiled_module
 
 _SKIPPED, _WARM_UP, _TRACED = 10, 2, 3  # micro-batches
 
@@ -39,7 +40,6 @@ class Trace(Profiler):
         self._modules: RegisterRecordFunction | None = None
         self._open: dict[str, record_function] = {}
         self._step, self._count, self._table = "training_step", 0, ""
-        self._lightning_module: LightningModule | None = None  # set by the trainer
 
     def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
         super().setup(stage, local_rank, log_dir)
@@ -64,7 +64,7 @@ class Trace(Profiler):
             self._begin()
 
     def _begin(self) -> None:
-        net = self._lightning_module
+        net = profiled_module(self)
         if net is not None and not any(map(_is_compiled, net.modules())):  # hooks would cause recompilation
             self._modules = RegisterRecordFunction(net)
             self._modules.__enter__()
@@ -100,7 +100,7 @@ class Trace(Profiler):
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+    return compiled_in_place(module) or hasattr(module, "_orig_mod")
 
 
 def make_profiler(profiler: Profiler | str | None) -> Profiler:

@@ -34,12 +34,12 @@ _KEYS = """
   --runs_dir DIR             folder of all runs (default: runs)
   --seed_everything N        seed of weights, dropout and other random draws (default: 0)
   --model ..., --data ...    the task and its data: class_path and init_args
-  --trainer.KEY VALUE        Lightning's trainer: max_steps, devices, strategy, val_check_interval (in optimizer steps
-                             when it is an integer), profiler (pytorch: a trace of three micro-batches), ...
+  --trainer.KEY VALUE        Lightning's trainer: max_steps, devices, strategy, val_check_interval and limit_train_batches
+                             (integers are optimizer steps), profiler (pytorch: a trace of three micro-batches), ...
   --trainer.precision NAME   auto (default: bf16-mixed where this device computes the net faster in it, else 32-true),
                              bf16-mixed, 32-true, 16-mixed, ...; the choice of auto is saved in the run's config.yaml
-  --callbacks.NAME.KEY VALUE times, log, progress, ema, swa, compile, activation_checkpointing, anomalies, watchdog, best,
-                             last, and your own; `--callbacks.NAME null` disables one
+  --callbacks.NAME.KEY VALUE step_timer, training_log, progress, ema, swa, compile, activation_checkpointing, anomalies,
+                             watchdog, best, last, and your own; `--callbacks.NAME null` disables one
   --wandb.KEY VALUE          mode (auto, online, offline, disabled), project, entity, tags, log_checkpoint
   --allow_changed_data true  resume although the data differ from those of the checkpoint
   --allow_changed_batch true resume with another --data.batch_size, from the first sample not yet used

@@ -146,8 +146,8 @@ def _alive(process: int) -> bool:
 
 @contextmanager
 def disk_errors(cache: Path, needed: Callable[[], int] = lambda: 0) -> Iterator[None]:
-    """Convert errors of a full or read-only disk to one that states a remedy. `needed`: estimated total bytes."""
-    flag = "set --data.cache_dir to another place"
+    """Convert errors of a full or read-only disk to one that names the flag to set. `needed`: estimated total bytes."""
+    flag = "set --data.cache_dir to another folder"
     try:
         yield
     except OSError as error:
@@ -156,7 +156,7 @@ def disk_errors(cache: Path, needed: Callable[[], int] = lambda: 0) -> Iterator[
             message = f"no space left for prepared data in {cache}{amount}: make room, or {flag}"
             raise OSError(error.errno, message) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise ValueError(f"prepared data cannot be kept in {cache} ({error.strerror}): {flag}") from error
+            raise ValueError(f"prepared data cannot be written to {cache} ({error.strerror}): {flag}") from error
         raise
 
 

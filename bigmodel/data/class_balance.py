@@ -14,7 +14,7 @@ def class_weights(counts: np.ndarray) -> np.ndarray:
     return weights
 
 
-class Balanced:
+class ClassBalancedOversampling:
     """Oversampling with m samples per class in an epoch, the size of the largest class: sample n is of class n // m.
 
     Rows of a smaller class repeat cyclically, and the next epoch continues where the last one ended.

@@ -18,6 +18,8 @@ from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+from bigmodel.internals import divides_samples
+
 
 @dataclass(frozen=True)
 class DataPosition:
@@ -157,8 +159,11 @@ def _num_batches(loader: Any, trainer: Trainer) -> float:
         batches: float = len(loader)
     except (TypeError, NotImplementedError):  # an iterable without a length
         batches = math.inf
-    divides = trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler
-    if divides and isinstance(loader, DataLoader) and not isinstance(loader.sampler, DistributedSampler):
+    if (
+        divides_samples(trainer)
+        and isinstance(loader, DataLoader)
+        and not isinstance(loader.sampler, DistributedSampler)
+    ):
         samples = len(cast(Sized, loader.sampler))
         share = math.ceil(samples / cast(Any, trainer).distributed_sampler_kwargs["num_replicas"])
         batches = share // loader.batch_size if loader.drop_last else math.ceil(share / loader.batch_size)

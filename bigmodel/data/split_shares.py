@@ -34,8 +34,8 @@ def check_shares(val: float, test: float) -> None:
     """
     for name, share in (("val", val), ("test", test)):
         if not 0 <= share < 1:
-            raise ValueError(f"--data.split.{name} {share} is no share: give a number of at least 0 and below 1")
+            raise ValueError(f"--data.split.{name} {share} must be in [0, 1)")
     if val + test >= 1:
         raise ValueError(
-            f"--data.split.val {val} and --data.split.test {test} leave nothing to train on: together they must be below 1"
+            f"--data.split.val {val} and --data.split.test {test} leave nothing to train on: their sum must be below 1"
         )

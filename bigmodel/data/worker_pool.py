@@ -1,8 +1,9 @@
-"""Small worker processes that share nothing with their parent, and start in a tenth of a second.
+"""Pool of worker processes that share nothing with their parent, and start in a tenth of a second.
 
-The standard pools fork the parent (unsafe with torch's threads) or import its ``__main__`` again (seconds for
-Lightning, and an endless loop in a script without a guard). A worker here is ``python -m`` of this module: it reads
-pickled calls from its standard input and writes results to its standard output. It ends when its parent does.
+The pools of `concurrent.futures` fork the parent, which is unsafe with torch's threads, or import its `__main__` again,
+which takes seconds for Lightning and fails in a script without a guard (tests/test_worker_pool.py). A worker here is
+`python -m` of this module: it reads pickled calls from its standard input and writes results to its standard output. It
+ends when its parent does.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class WorkerPool:
             succeeded, value = pickle.load(answers)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
             raise RuntimeError(
-                f"a worker process ended with exit status {process.wait()} (-9: killed, often for want of memory)"
+                f"a worker process ended with exit status {process.wait()} (-9: killed, often because memory ran out)"
             ) from error
         finally:
             self._idle.put(process)

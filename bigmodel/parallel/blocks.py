@@ -78,7 +78,7 @@ def blocks_of(pl_module: LightningModule, flag: str, only: list[str] | None = No
     if not blocks:
         raise ValueError(
             f"{type(pl_module).__name__} has no blocks: no list called `blocks` or `stages`, no Hugging Face model, no"
-            f" children with parameters; name such a list in the net, or set {flag} null"
+            f" children with parameters; add such a list to the net, or set {flag} null"
         )
     for pattern in only or ():
         if not any(fnmatchcase(name, pattern) for name, _ in blocks):
@@ -91,7 +91,7 @@ def blocks_of(pl_module: LightningModule, flag: str, only: list[str] | None = No
 def after_configure_model(pl_module: LightningModule, act: Callable[[LightningModule], None]) -> None:
     """Run `act` on a task when its net is created, before it is moved or sharded; at once if the net already exists.
 
-    To be called in a callback's `setup`; its `teardown` must pop `configure_model` from the task's `__dict__`.
+    To be called in a callback's `setup`: Lightning has no hook between the net's creation and its sharding.
     """
     if not is_overridden("configure_model", pl_module):
         act(pl_module)
@@ -100,6 +100,7 @@ def after_configure_model(pl_module: LightningModule, act: Callable[[LightningMo
 
     @functools.wraps(configure)
     def configured() -> None:
+        pl_module.__dict__.pop("configure_model", None)
         configure()
         act(pl_module)
 
@@ -126,7 +127,7 @@ class ActivationCheckpointing(Callback):
     def __init__(self, every: int = 1, only: list[str] | None = None) -> None:
         if every < 1:
             raise ValueError(
-                f"--callbacks.activation_checkpointing.every {every} must be at least 1; to have none,"
+                f"--callbacks.activation_checkpointing.every {every} must be at least 1; to switch it off, set"
                 " --callbacks.activation_checkpointing null"
             )
         self.every, self.only = every, only
@@ -144,7 +145,6 @@ class ActivationCheckpointing(Callback):
                 block.forward = MethodType(_forward, block)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        pl_module.__dict__.pop("configure_model", None)
         for module in pl_module.modules():
             checkpointed = module.__dict__.pop(_KEY, None)
             if checkpointed is not None:
@@ -163,12 +163,12 @@ class _Checkpointed:
     Attributes:
         forward: the instance's own `forward`, if any.
         norms: modules that count batches in their buffers; their output in training does not depend on these.
-        others: other modules with buffers.
+        stateful: other modules with buffers.
     """
 
     forward: Callable[..., Any] | None
     norms: list[nn.Module]
-    others: list[nn.Module]
+    stateful: list[nn.Module]
 
     @classmethod
     def of(cls, block: nn.Module) -> _Checkpointed:
@@ -183,7 +183,7 @@ class _Checkpointed:
         """Context of the forward pass: raise if it changes buffers, since recomputation would change them again."""
         before = [
             (module, name, buffer, buffer._version)
-            for module in self.others
+            for module in self.stateful
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
@@ -198,13 +198,13 @@ class _Checkpointed:
     @contextmanager
     def second(self) -> Iterator[None]:
         """Context of the recomputation in the backward pass: running statistics are updated in copies."""
-        kept = [(norm, dict(norm._buffers)) for norm in self.norms]
+        saved = [(norm, dict(norm._buffers)) for norm in self.norms]
         try:
-            for norm, buffers in kept:
+            for norm, buffers in saved:
                 norm._buffers.update({name: buffer.clone() for name, buffer in buffers.items() if buffer is not None})
             yield
         finally:
-            for norm, buffers in kept:
+            for norm, buffers in saved:
                 norm._buffers.update(buffers)
 
 
@@ -216,7 +216,7 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
     options: dict[str, Any] = {"use_reentrant": False}
     # A compiled graph changes buffers once, even if it recomputes activations.
-    if (checkpointed.norms or checkpointed.others) and not torch.compiler.is_compiling():
+    if (checkpointed.norms or checkpointed.stateful) and not torch.compiler.is_compiling():
         options["context_fn"] = lambda: (checkpointed.first(), checkpointed.second())
     # Keyword arguments are passed positionally, so that the random states of their devices are saved too.
     return checkpoint(_call, forward, args, kwargs, **options)

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from bigmodel.internals import compiled_in_place, cpp_compilers, dynamo, undo_compile
 from bigmodel.parallel.blocks import after_configure_model, blocks_of
 
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -48,24 +49,22 @@ class Compile(Callback):
             after_configure_model(pl_module, self._install)
 
     def _install(self, pl_module: LightningModule) -> None:
-        import torch._dynamo  # takes a second
-
-        self._counters = torch._dynamo.utils.counters
+        compiler = dynamo()
+        self._counters = compiler.utils.counters
         blocks = [block for _, block in blocks_of(pl_module, _FLAG)]
         for block in blocks:
-            if block._compiled_call_impl is None:
+            if not compiled_in_place(block):
                 block.compile(mode=self.mode, dynamic=self.dynamic, fullgraph=self.fullgraph)
                 self._compiled.append(block)
         # Blocks share the code, and with it the limit: if each has a different constant (a layer's index, a rate of
         # stochastic depth), each needs its own graph, for training and for evaluation, or would run uncompiled.
-        limit = max(torch._dynamo.config.recompile_limit, _MANY + 2 * len(blocks))
-        torch._dynamo.config.recompile_limit = limit
+        compiler.config.recompile_limit = max(compiler.config.recompile_limit, _MANY + 2 * len(blocks))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _check(trainer.strategy.root_device.type)
-        torch._dynamo.utils.set_compilation_metrics_limit(1_000)
-        torch._dynamo.utils.clear_compilation_metrics()
-        self._graphs, self._told = self._num_graphs(), _MANY
+        dynamo().utils.set_compilation_metrics_limit(1_000)
+        dynamo().utils.clear_compilation_metrics()
+        self._graphs, self._reported = self._num_graphs(), _MANY
 
     def _num_graphs(self) -> int:
         return int(self._counters["stats"]["unique_graphs"])
@@ -74,21 +73,20 @@ class Compile(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         graphs = self._num_graphs()
-        if graphs - self._graphs > self._told:
-            self._told = 2 * (graphs - self._graphs)
-            self._say(trainer)
+        if graphs - self._graphs > self._reported:
+            self._reported = 2 * (graphs - self._graphs)
+            self._print(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._say(trainer)
+        self._print(trainer)
 
-    def _say(self, trainer: Trainer) -> None:
+    def _print(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
             print(describe(), flush=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        pl_module.__dict__.pop("configure_model", None)
         for block in self._compiled:
-            block._compiled_call_impl = None
+            undo_compile(block)
         self._compiled = []
 
 
@@ -120,9 +118,7 @@ def _check(kind: str) -> None:
 
 
 def _check_compiler() -> None:
-    from torch._inductor import config
-
-    given = config.cpp.cxx
+    given = cpp_compilers()
     names = [os.environ.get("CXX", "cl")] if sys.platform == "win32" else [given] if isinstance(given, str) else given
     if not any(name and shutil.which(name) for name in names):
         raise ValueError(
@@ -133,14 +129,14 @@ def _check_compiler() -> None:
 
 def describe() -> str:
     """Format, in one line, the compilations in this process since the net was created."""
-    known = torch._dynamo.utils.get_compilation_metrics()
+    known = dynamo().utils.get_compilation_metrics()
     graphs = [frame for frame in known if frame.co_name is not None and not frame.fail_type]
     failed = [frame for frame in known if frame.fail_type]
     reasons = [frame.recompile_reason for frame in graphs if frame.recompile_reason]
     line = f"compiled {len(graphs)} graphs in {sum(graph.entire_frame_compile_time_s or 0 for graph in graphs):.1f} s"
     if reasons:  # as in "0/1: GLOBAL_STATE changed: grad_mode", followed by the source after a # and in more lines
         last = reasons[-1].splitlines()[0].partition(": ")[2].partition("  #")[0].strip()
-        line += f", {len(reasons)} of them anew, the last because this no longer held: {last}"
+        line += f", {len(reasons)} of them recompiled, the last because of a failed guard: {last}"
     if failed:
-        line += f"; {len(failed)} could not be and run as they are: {str(failed[-1].fail_reason).splitlines()[0]}"
+        line += f"; {len(failed)} failed and run uncompiled: {str(failed[-1].fail_reason).splitlines()[0]}"
     return line

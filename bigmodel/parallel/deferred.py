@@ -44,7 +44,7 @@ class Initialization:
         for name, buffer in module.named_buffers():
             if buffer.is_meta:
                 raise ValueError(
-                    f"buffer {name} was built on the meta device, so nobody knows what it holds: build the net without"
+                    f"buffer {name} was built on the meta device, without values: build the net without"
                     " torch.device('meta')"
                 )
         places: list[tuple[nn.Module, str, Part]] = []
@@ -135,7 +135,7 @@ def deferred(draw: bool = True) -> Iterator[Initialization]:
         stack.enter_context(recorder)
         yield log
     _to_meta(owners, recorder, log)
-    recorder.write_the_rest()
+    recorder.write_others()
 
 
 def _to_meta(owners: Iterable[nn.Module], recorder: Recorder, log: Initialization) -> None:

@@ -51,14 +51,14 @@ class View:
 
 
 @dataclass(frozen=True)
-class Kept:
+class Snapshot:
     """Tensor whose values an initialisation used."""
 
     tensor: Tensor
     version: int  # detects later overwriting; -1: a private copy
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Kept:
+    def of(cls, tensor: Tensor) -> Snapshot:
         return cls(tensor.clone(), -1) if tensor.is_inference() else cls(tensor, tensor._version)
 
     def read(self, contents: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class Call:
 
     def run(self, contents: Tensor, generator: torch.Generator | None = None) -> None:
         """Apply it to the contents; draw from `generator`, by default from a new one in the recorded state."""
-        references = (View, Part, Kept)
+        references = (View, Part, Snapshot)
         args, kwargs = tree_map_only(references, lambda argument: argument.read(contents), (self.args, self.kwargs))
         if self.state is not None:
             kwargs["generator"] = generator or torch.Generator().set_state(self.state)
@@ -150,7 +150,7 @@ class Recorder(TorchDispatchMode):
             return Part(Recipe(recipe.length, recipe.dtype, recipe.calls), View.of(tensor))
         dense = torch.empty_like(tensor, device="meta")  # for a slice, without the elements between its rows
         view = View(tuple(tensor.size()), dense.stride(), 0)
-        return Part(Recipe(tensor.numel(), tensor.dtype, (Call(_aten.copy_, (view, Kept.of(tensor)), {}),)), view)
+        return Part(Recipe(tensor.numel(), tensor.dtype, (Call(_aten.copy_, (view, Snapshot.of(tensor)), {}),)), view)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -182,21 +182,21 @@ class Recorder(TorchDispatchMode):
         operation = getattr(function, "_overloadpacket", function)
         if recipe is None or len(written) > 1 or operation is _aten.resize_ or target.dtype != recipe.dtype:
             label = next(self._recipes[_key(t)][2] for t in written if _key(t) in self._recipes)
-            raise ValueError(f"{operation} on {label} cannot be put off until the net is sharded: {ADVICE}")
+            raise ValueError(f"{operation} on {label} cannot be deferred until the net is sharded: {ADVICE}")
         if random and not self.draw:
             operation, function, args, kwargs, random = _aten.zero_, _aten.zero_, (target,), {}, False
 
-        def reference(tensor: Tensor) -> View | Part | Kept:
+        def reference(tensor: Tensor) -> View | Part | Snapshot:
             if _key(tensor) == key:
                 return View.of(tensor)
-            return Kept.of(tensor) if self.recipe(tensor) is None else self.part(tensor)
+            return Snapshot.of(tensor) if self.recipe(tensor) is None else self.part(tensor)
 
         generator = kwargs.get("generator") or torch.default_generator
         state = generator.get_state() if random else None
         own = sum(isinstance(leaf, Tensor) and _key(leaf) == key for leaf in tree_leaves((args, kwargs)))
-        kept_args, kept_kwargs = tree_map_only(Tensor, reference, (args, kwargs))
-        kept_kwargs.pop("generator", None)
-        call = Call(function, kept_args, kept_kwargs, state)
+        saved_args, saved_kwargs = tree_map_only(Tensor, reference, (args, kwargs))
+        saved_kwargs.pop("generator", None)
+        call = Call(function, saved_args, saved_kwargs, state)
         overwrites = operation in _OVERWRITES and own == 1 and target.numel() == recipe.length
         recipe.calls = (call,) if overwrites else (*recipe.calls, call)
         if random:
@@ -236,8 +236,8 @@ class Recorder(TorchDispatchMode):
             self._latest = recipe, recipe.calls, recipe.make()
         return View.of(tensor).read(self._latest[2])
 
-    def write_the_rest(self) -> None:
-        """Write the contents of recorded tensors that did not become parameters: buffers, attributes."""
+    def write_others(self) -> None:
+        """Write the contents of recorded tensors that are not parameters: buffers, attributes."""
         for reference, recipe, _ in self._recipes.values():
             storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
             if storage is not None:
@@ -256,7 +256,7 @@ class Guard(TorchFunctionMode):
         if name in _PAST_RECORDING and isinstance(args[0], Tensor) and self._recorder.recipe(args[0]) is not None:
             label = self._recorder._recipes[_key(args[0])][2]
             raise ValueError(
-                f"{name}() of {label} while the net is built cannot be followed: use torch operations, or {ADVICE}"
+                f"{name}() of {label} cannot be recorded while the net is built: use torch operations, or {ADVICE}"
             )
         return func(*args, **(kwargs or {}))
 

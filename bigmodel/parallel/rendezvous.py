@@ -1,12 +1,12 @@
-"""Rendezvous of a launch's processes before they connect: missing or differing ones are named within a minute.
+"""Rendezvous of a launch's processes before they connect: missing or differing ones are reported within a minute.
 
-PyTorch waits half an hour for a missing process, and does not report which one is missing. Here the first process
-serves a store of keys at MASTER_ADDR:MASTER_PORT (under torchrun, its agent does), in which all processes register with
-the facts that must be the same for all of them: versions, kind of device, resolved configuration. Only then does the
-strategy connect them, at the same address. It happens once per fit, validate, test or predict, and takes a fraction of
-a second.
+torch's `init_process_group` waits for half an hour, then reports how many processes are missing, but not which ones, and
+compares neither versions nor settings (tests/test_launch.py); `monitored_barrier` needs a group that is connected.
+Here the first process serves a store of keys at MASTER_ADDR:MASTER_PORT (under torchrun, its agent does), in which all
+processes register with the facts that must be equal: versions, kind of device, resolved configuration. Then the strategy
+connects them, at the same address. It happens once per fit, validate, test or predict, and takes a fraction of a second.
 
-A process stops waiting when no further process has registered for BIGMODEL_RENDEZVOUS_SECONDS (an environment variable;
+A process stops waiting when no other process has registered for BIGMODEL_RENDEZVOUS_SECONDS (an environment variable;
 60): set more if nodes start slowly. The agents of torchrun connect before that, at --rdzv-endpoint, with a limit of
 their own (`--rdzv-conf join_timeout=60`).
 """
@@ -32,13 +32,14 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from bigmodel import __version__
+from bigmodel.internals import start_method
 
 _SECONDS = "BIGMODEL_RENDEZVOUS_SECONDS"
 _POLL = 0.2  # seconds
-_COURTESY = 2.0  # seconds between the exit of the rank that reports the error and that of the others
-_SAY_AFTER = 10.0  # seconds of waiting before a line is printed
+_EXIT_DELAY = 2.0  # seconds between the exit of the rank that reports the error and that of the others
+_SECONDS_BEFORE_NOTICE = 10.0  # of waiting, before a line is printed
 _MOST_LINES, _MOST_CHARACTERS = 20, 40  # in a table of differences, and in a value of it
-_meetings = itertools.count()  # one rendezvous per verb that the processes run
+_numbers = itertools.count()  # one rendezvous per verb that the processes run
 
 
 def check_strategy(strategy: Any) -> None:
@@ -50,13 +51,13 @@ def check_strategy(strategy: Any) -> None:
     name = strategy.lower() if isinstance(strategy, str) else type(strategy).__name__
     if isinstance(strategy, FSDPStrategy) or name.startswith("fsdp"):
         raise ValueError(
-            f"--trainer.strategy {name}: this is FSDP1, which cannot clip gradients by their norm nor run on a CPU; shard"
-            " with FSDP2: -c experiments/hardware/fsdp.yaml"
+            f"--trainer.strategy {name}: this is FSDP1, which cannot clip gradients by their norm and needs CUDA; use FSDP2,"
+            " -c experiments/hardware/fsdp.yaml"
         )
-    if "spawn" in name or getattr(strategy, "_start_method", "popen") in ("spawn", "forkserver"):
+    if "spawn" in name or start_method(strategy) in ("spawn", "forkserver"):
         raise ValueError(
-            f"--trainer.strategy {name}: a run that was set up here cannot be handed over to processes that are spawned;"
-            " set --trainer.strategy ddp, which starts the command again for each process"
+            f"--trainer.strategy {name}: spawned processes cannot take over a run that is set up in this process; set"
+            " --trainer.strategy ddp, which starts the command again for each process"
         )
 
 
@@ -67,7 +68,7 @@ def check_world_size(trainer: Trainer) -> None:
         ValueError: if they differ, or this process is beyond the last node or device.
     """
     if "LOCAL_RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return  # Lightning starts the others itself, or SLURM does, and Lightning checks the number of tasks
+        return  # Lightning or SLURM starts the processes, and Lightning checks their number
     started, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
     devices = trainer.num_devices  # per node; trainer.world_size is the launcher's value
     wanted = devices * trainer.num_nodes
@@ -76,15 +77,15 @@ def check_world_size(trainer: Trainer) -> None:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", started))
         alone = " (each would train alone)" if wanted == 1 else ""
         raise ValueError(
-            f"the launcher has started {started} processes (WORLD_SIZE), and the trainer counts on {have}{alone}: set"
-            f" --trainer.devices {local_size} --trainer.num_nodes {started // local_size} and a strategy for several"
-            " processes (-c experiments/hardware/ddp.yaml), or launch as many processes"
+            f"the launcher has started {started} processes (WORLD_SIZE), and {have}{alone}: set --trainer.devices"
+            f" {local_size} --trainer.num_nodes {started // local_size} and a strategy for several processes"
+            f" (-c experiments/hardware/ddp.yaml), or launch {wanted} processes"
         )
     node = int(os.environ.get("GROUP_RANK", os.environ.get("NODE_RANK", 0)))
     if node >= trainer.num_nodes or local >= devices:
         raise ValueError(
-            f"this is process {local} of node {node}, counted from 0, and the trainer counts on {have}: launch as many"
-            " processes on each node, or set these flags"
+            f"this is process {local} of node {node}, counted from 0, and {have}: launch {devices} processes on each of"
+            f" {trainer.num_nodes} nodes, or set these flags"
         )
 
 
@@ -108,7 +109,7 @@ def install_rendezvous(trainer: Trainer, config: Mapping[str, Any]) -> None:
         **_flags(config),
     }
 
-    def meet_and_connect() -> None:
+    def rendezvous_and_connect() -> None:
         strategy.set_world_ranks()
         store = None
         if strategy.world_size > 1:
@@ -117,7 +118,7 @@ def install_rendezvous(trainer: Trainer, config: Mapping[str, Any]) -> None:
         connect()
         del store  # not earlier: in the first process it is the server, which the strategy now also holds
 
-    strategy.setup_environment = meet_and_connect
+    strategy.setup_environment = rendezvous_and_connect
 
 
 def rendezvous(
@@ -137,64 +138,70 @@ def rendezvous(
         rank: of this process.
         world_size: the number of processes.
         facts: values that must be the same for all, by name.
-        seconds: how long to wait for a further process; None: see the head of this module.
-        name: of this rendezvous; None: they are numbered.
+        seconds: how long to wait for one more process; None: BIGMODEL_RENDEZVOUS_SECONDS.
+        name: of this rendezvous; None: its number.
 
     Returns:
         The store; in the first process it is also the server, which ends with it.
 
     Raises:
-        ValueError: if nothing listens there, processes are missing, or they differ. The first registered one reports
-            the error, the others refer to it.
+        ValueError: if the address does not answer, processes are missing, or their facts differ. The first registered
+            process reports the error, the others refer to it.
     """
     seconds = _limit() if seconds is None else seconds
     where = f"{host}:{port}"
-    name = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_meetings)}" if name is None else name
+    name = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_numbers)}" if name is None else name
     store = PrefixStore(f"bigmodel/{name}", _connect(host, port, rank, world_size, seconds))
-    me = json.dumps({"node": platform.node(), **facts})
+    own = json.dumps({"node": platform.node(), **facts})
     alike = "alike/" + hashlib.sha256(json.dumps(dict(facts)).encode()).hexdigest()
     try:
         if store.add(f"taken/{rank}", 1) > 1:
             raise ValueError(
-                f"there is another process {rank} at {where}: does another run use this address? Set another MASTER_PORT"
+                f"another process {rank} has registered at {where}, maybe of another run: set another MASTER_PORT"
             )
-        store.set(f"facts/{rank}", me)
+        store.set(f"facts/{rank}", own)
         store.add(alike, 1)
-        came = _wait_for_all(store, where, rank, world_size, seconds)
-        if len(came) == world_size and store.add(alike, 0) == world_size:
+        present = _wait_for_all(store, where, rank, world_size, seconds)
+        if len(present) == world_size and store.add(alike, 0) == world_size:
             return store
-        everybody = [{"rank": r, **json.loads(store.get(f"facts/{r}"))} for r in came]
-        _exit_after_reporting(store, rank == came[0], len(came))
+        processes = [{"rank": r, **json.loads(store.get(f"facts/{r}"))} for r in present]
+        _exit_after_reporting(store, rank == present[0], len(present))
     except DistError as error:
         raise ValueError(
-            f"process {rank} has lost the store at {where}, which the first process serves ({_first_line(error)}): look at"
-            " that one's output"
+            f"process {rank} has lost the store at {where}, which the first process serves ({_first_line(error)}): see the"
+            " output of process 0"
         ) from error
-    if rank != came[0]:
-        raise ValueError(f"process {rank} stops with the others: process {came[0]} says why")
-    if len(came) < world_size:
-        raise ValueError(
-            f"{world_size - len(came)} of {world_size} processes did not come to {where} within {seconds:g} s: missing"
-            f" {_ranks(set(range(world_size)) - set(came))}; here {_places(everybody)}. Look at the output of those that are"
-            f" missing; {_SECONDS}={seconds:g} is how long to wait for one more"
+    raise ValueError(_failure(processes, rank, world_size, where, seconds))
+
+
+def _failure(processes: list[dict[str, Any]], rank: int, world_size: int, where: str, seconds: float) -> str:
+    """Describe, for this rank, which processes are missing or differ; `processes` as for `diff_ranks`."""
+    present = [process["rank"] for process in processes]
+    if rank != present[0]:
+        return f"process {rank} stops because of an error in the launch: see the output of process {present[0]}"
+    if len(present) < world_size:
+        return (
+            f"{world_size - len(present)} of {world_size} processes have not registered at {where} within {seconds:g} s:"
+            f" missing {_ranks(set(range(world_size)) - set(present))}; registered {_places(processes)}. See the output of"
+            f" the missing ones; if they start slowly, set {_SECONDS} above {seconds:g}"
         )
-    raise ValueError(
-        f"the {world_size} processes are not alike; all need the same versions and the same configuration:\n"
-        + diff_ranks(everybody)
+    return (
+        f"the {world_size} processes differ; all must have the same versions and the same configuration:\n"
+        + diff_ranks(processes)
     )
 
 
-def diff_ranks(everybody: list[dict[str, Any]]) -> str:
+def diff_ranks(processes: list[dict[str, Any]]) -> str:
     """Format a table of the facts that differ, a line for each value with its ranks.
 
     Args:
-        everybody: each process's facts by name, with its `rank` and `node`.
+        processes: each process's facts by name, with its `rank` and `node`.
     """
-    names = dict.fromkeys(key for one in everybody for key in one if key not in ("rank", "node"))
+    names = dict.fromkeys(key for process in processes for key in process if key not in ("rank", "node"))
     lines = []
     for name in names:
         holders: dict[str, list[dict[str, Any]]] = {}
-        for one in everybody:
+        for one in processes:
             holders.setdefault(one.get(name, "not set"), []).append(one)
         if len(holders) > 1:
             for i, (value, who) in enumerate(holders.items()):
@@ -211,7 +218,7 @@ def _limit() -> float:
     except ValueError:
         seconds = 0.0
     if not seconds > 0:
-        raise ValueError(f"{_SECONDS}={text}: it is how many seconds to wait for other processes, more than 0")
+        raise ValueError(f"{_SECONDS}={text}: a number of seconds above 0 is accepted")
     return seconds
 
 
@@ -244,16 +251,16 @@ def _connect(host: str, port: int, rank: int, world_size: int, seconds: float) -
     thread.join(seconds + 1)
     if found:
         return found[0]
-    why = _first_line(failed[0]) if failed else "it does not answer as PyTorch's store would"
-    what = "cannot serve the others at" if serves else "cannot use what listens at"
+    reason = _first_line(failed[0]) if failed else "it does not answer as torch's store does"
+    what = "cannot listen at" if serves else "cannot use the program that listens at"
     raise ValueError(
-        f"process {rank} {what} {host}:{port} (MASTER_ADDR:MASTER_PORT): {why}. MASTER_ADDR is to be an address of the node"
-        " of process 0, and MASTER_PORT a port that is free there"
+        f"process {rank} {what} {host}:{port} (MASTER_ADDR:MASTER_PORT): {reason}. Set MASTER_ADDR to an address of the node"
+        " of process 0, and MASTER_PORT to a port that is free there"
     )
 
 
 def _wait_for_port(host: str, port: int, rank: int, world_size: int, seconds: float) -> None:
-    """Wait until the port is open; silently, whereas PyTorch prints a trace for each attempt."""
+    """Wait until the port is open, without output (torch prints a trace for each attempt)."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -263,48 +270,48 @@ def _wait_for_port(host: str, port: int, rank: int, world_size: int, seconds: fl
         except OSError as error:
             if time.monotonic() >= deadline:
                 raise ValueError(
-                    f"process {rank} of {world_size} found nobody at {host}:{port} (MASTER_ADDR:MASTER_PORT) within"
-                    f" {seconds:g} s: {error}. Process 0 serves there: does it run, is this the address of its node, and do"
-                    f" firewalls let the port through? {_SECONDS}={seconds:g} is how long to wait for a slow start"
+                    f"process {rank} of {world_size} cannot reach process 0 at {host}:{port} (MASTER_ADDR:MASTER_PORT)"
+                    f" within {seconds:g} s: {error}. Check that process 0 runs, that this is the address of its node, and"
+                    f" that no firewall blocks the port; if it starts slowly, set {_SECONDS} above {seconds:g}"
                 ) from error
         time.sleep(_POLL)
 
 
 def _wait_for_all(store: Store, where: str, rank: int, world_size: int, seconds: float) -> list[int]:
-    """Return the registered ranks: all, unless no further one has registered for `seconds`."""
+    """Return the registered ranks: all, unless no other process has registered for `seconds`."""
     here = store.add("came", 1)
     start = latest = time.monotonic()
-    said = rank != 0
+    printed = rank != 0
     while here < world_size and time.monotonic() - latest < seconds:
         time.sleep(_POLL)
         now = store.add("came", 0)
         if now > here:
             here, latest = now, time.monotonic()
-        if not said and time.monotonic() - start > _SAY_AFTER:
+        if not printed and time.monotonic() - start > _SECONDS_BEFORE_NOTICE:
             print(f"waiting    at {where} for {world_size - here} of {world_size} processes", flush=True)
-            said = True
+            printed = True
     if here >= world_size:
         return list(range(world_size))
     return [r for r in range(world_size) if store.check([f"facts/{r}"])]
 
 
-def _exit_after_reporting(store: Store, speaks: bool, came: int) -> None:
+def _exit_after_reporting(store: Store, reports: bool, num_present: int) -> None:
     """Make the rank that reports the error exit first, because the launcher kills all ranks when one exits.
 
-    It waits until the others have read the store, which it may serve.
+    It waits until the other ranks have read the store, which it may serve.
     """
-    gone, start = store.add("gone", 0 if speaks else 1), time.monotonic()
-    if not speaks:
-        time.sleep(_COURTESY)
-    while speaks and gone < came - 1 and time.monotonic() - start < _COURTESY:
+    gone, start = store.add("gone", 0 if reports else 1), time.monotonic()
+    if not reports:
+        time.sleep(_EXIT_DELAY)
+    while reports and gone < num_present - 1 and time.monotonic() - start < _EXIT_DELAY:
         time.sleep(_POLL / 4)
         gone = store.add("gone", 0)
 
 
-def _places(who: list[dict[str, Any]]) -> str:
+def _places(processes: list[dict[str, Any]]) -> str:
     """Format ranks by node, as `ranks 0-3 on node-1, ranks 4-7 on node-2`."""
     nodes: dict[str, list[int]] = {}
-    for one in who:
+    for one in processes:
         nodes.setdefault(one["node"], []).append(one["rank"])
     return ", ".join(f"{_ranks(ranks)} on {node}" for node, ranks in nodes.items())
 

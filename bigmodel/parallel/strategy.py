@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -44,12 +45,14 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from bigmodel.checkpoint import AtomicCheckpointIO, LazyShardedTensor, distribute_like
+from bigmodel.internals import check_backend_hook, connect_processes, flatten_mesh, is_persistent, set_device_mesh
 from bigmodel.parallel.blocks import find_blocks
 from bigmodel.parallel.deferred import Initialization, deferred
 from bigmodel.parallel.tensor_parallel import tensor_parallel
 
 _Result = TypeVar("_Result")
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+check_backend_hook(ModelParallelStrategy)
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -98,7 +101,9 @@ class ShardedStrategy(ModelParallelStrategy):
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"--trainer.strategy.{name} {value} must be at least 1")
         if sequence_parallel and tensor_parallel_size == 1:
-            raise ValueError("--trainer.strategy.sequence_parallel needs a tensor_parallel_size above 1")
+            raise ValueError(
+                "--trainer.strategy.sequence_parallel true needs --trainer.strategy.tensor_parallel_size above 1"
+            )
         self.num_replicas, self.tensor_size = num_replicas, tensor_parallel_size
         self.sequence_parallel = sequence_parallel
         self.reshard_after_forward = reshard_after_forward
@@ -112,22 +117,18 @@ class ShardedStrategy(ModelParallelStrategy):
     # Processes
 
     def setup_environment(self) -> None:
-        self._setup_distributed()
-        atexit.register(_leave_processes)
+        connect_processes(self)
+        atexit.register(_destroy_process_group)
         replicas = self.num_nodes if self.num_replicas == "nodes" else self.num_replicas
         shards, rest = divmod(self.world_size, replicas * self.tensor_size)
         if rest or not shards:
             raise ValueError(
-                f"{self.world_size} process(es) cannot form {replicas} replica(s) of models that {self.tensor_size} share by"
-                " tensor parallelism: set --trainer.strategy.num_replicas and tensor_parallel_size so that their product"
-                f" divides {self.world_size}, or --trainer.devices and --trainer.num_nodes"
+                f"{self.world_size} process(es) are not divisible by --trainer.strategy.num_replicas {replicas} x"
+                f" tensor_parallel_size {self.tensor_size}: change these, or --trainer.devices and --trainer.num_nodes"
             )
         names = ("replicas", "data_parallel", "tensor_parallel")
-        self._device_mesh = init_device_mesh(
-            self.root_device.type, (replicas, shards, self.tensor_size), mesh_dim_names=names
-        )
-        assert self.lightning_module is not None
-        self.lightning_module._device_mesh = self._device_mesh
+        sizes = (replicas, shards, self.tensor_size)
+        set_device_mesh(self, init_device_mesh(self.root_device.type, sizes, mesh_dim_names=names))
 
     def _get_process_group_backend(self) -> str:
         backend = super()._get_process_group_backend()
@@ -206,7 +207,7 @@ class ShardedStrategy(ModelParallelStrategy):
         for name in _STEPS:
             if is_overridden(name, module):
                 setattr(module, name, _as_forward(getattr(module, name), root._run_as_step))
-        group = mesh["replicas", "data_parallel"]._flatten("replicas_data_parallel").get_group()
+        group = flatten_mesh(mesh["replicas", "data_parallel"], "replicas_data_parallel").get_group()
         for part in module.modules():
             if isinstance(part, Metric) and part.process_group is None:
                 part.process_group = group  # the processes with different samples
@@ -228,12 +229,11 @@ class ShardedStrategy(ModelParallelStrategy):
         assert self.model is not None
         for part in self.model.modules():
             for name, buffer in part.named_buffers(recurse=False):
-                persistent = name not in part._non_persistent_buffers_set
-                part.register_buffer(name, buffer.to(self.root_device), persistent)
+                part.register_buffer(name, buffer.to(self.root_device), is_persistent(part, name))
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """Keep whole float32 gradients on each process while accumulating."""
+        """Store whole float32 gradients on each process while accumulating."""
         root = self._root()
         if root is None or self.reduce_each_micro_batch:
             yield
@@ -283,7 +283,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return getattr(optimizer, "_optimizer", optimizer).state_dict()
+        return (optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         path = Path(self.broadcast(str(filepath)))
@@ -329,8 +329,8 @@ class ShardedStrategy(ModelParallelStrategy):
             optimizer.load_state_dict({**saved, "state": state})
 
 
-def _leave_processes() -> None:
-    """Destroy the process group before the interpreter exits: gloo's threads abort a process that they outlive."""
+def _destroy_process_group() -> None:
+    """Destroy the process group before the interpreter exits: gloo's threads would abort the process later."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 

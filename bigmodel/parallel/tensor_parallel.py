@@ -53,34 +53,9 @@ def tensor_parallel(net: nn.Module, mesh: DeviceMesh, sequence_parallel: bool = 
         ValueError: for a net without a plan, parameters that no plan covers, outputs or heads that are not divisible,
             and dropout with `sequence_parallel`.
     """
-    plan: dict[str, str] | None = getattr(net, "tensor_plan", None)
-    name = type(net).__name__
-    if plan is None:
-        raise ValueError(
-            f"{name} has no attribute `tensor_plan` that says how to cut it for tensor parallelism: set"
-            " --trainer.strategy.tensor_parallel_size 1 (sharding alone needs none), or write one"
-            " (`bigmodel.parallel.tensor_parallel` explains it)"
-        )
-    own = [key for key, _ in net.named_parameters(recurse=False)]
-    if own:
-        raise ValueError(f"{name} holds parameters of its own ({', '.join(own)}), which no tensor plan can place")
-    heads = getattr(net, "num_kv_heads", None)
-    if heads is not None and heads % mesh.size():
-        raise ValueError(
-            f"{heads} key/value heads cannot be dealt out to {mesh.size()} processes: set"
-            f" --trainer.strategy.tensor_parallel_size to a divisor of {heads}, or another --model.net.num_kv_heads"
-        )
-    blocks: Any = getattr(net, "blocks", None)
-    if sequence_parallel:
-        if not isinstance(blocks, nn.ModuleList):
-            raise ValueError(f"{name} has no `blocks`, which sequence parallelism needs")
-        if any(isinstance(part, nn.Dropout) and part.p > 0 for part in net.modules()):
-            raise ValueError(
-                "with sequence parallelism, dropout would draw the same mask for each part of the sequence: set"
-                " --model.net.dropout 0 or --trainer.strategy.sequence_parallel false"
-            )
-    roles = {path: _role(path, plan) for path, module in net.named_modules() if path}
+    plan = _checked_plan(net, mesh.size(), sequence_parallel)
     stream = _Stream(mesh)
+    roles = {path: _role(path, plan) for path, module in net.named_modules() if path}
     for path, role in roles.items():
         module = net.get_submodule(path)
         if role is not None:
@@ -91,10 +66,45 @@ def tensor_parallel(net: nn.Module, mesh: DeviceMesh, sequence_parallel: bool = 
     for path in {path.rpartition(".")[0] for path, role in roles.items() if role == "column"}:
         net.get_submodule(path).register_forward_pre_hook(stream.whole)
     if sequence_parallel:
-        blocks[0].register_forward_pre_hook(stream.cut)
+        blocks: Any = net.blocks
+        blocks[0].register_forward_pre_hook(stream.shard)
         blocks[-1].register_forward_hook(stream.gather)
     if "vocabulary" in roles.values() and hasattr(net, "logits"):
-        _cut_logits(net, mesh)
+        _shard_logits(net, mesh)
+
+
+def _checked_plan(net: nn.Module, num_processes: int, sequence_parallel: bool) -> dict[str, str]:
+    """Return the net's `tensor_plan`; raise if the net cannot be sharded by it."""
+    plan: dict[str, str] | None = getattr(net, "tensor_plan", None)
+    name = type(net).__name__
+    if plan is None:
+        raise ValueError(
+            f"{name} has no attribute `tensor_plan`, which tensor parallelism needs: set"
+            " --trainer.strategy.tensor_parallel_size 1 (sharding alone needs none), or add one (see"
+            " `bigmodel.parallel.tensor_parallel`)"
+        )
+    own = [key for key, _ in net.named_parameters(recurse=False)]
+    if own:
+        raise ValueError(
+            f"{name} has parameters that are not in a submodule ({', '.join(own)}), which a tensor plan cannot shard"
+        )
+    heads = getattr(net, "num_kv_heads", None)
+    if heads is not None and heads % num_processes:
+        raise ValueError(
+            f"{heads} key/value heads are not divisible by {num_processes} processes: set"
+            f" --trainer.strategy.tensor_parallel_size to a divisor of {heads}, or another --model.net.num_kv_heads"
+        )
+    if sequence_parallel:
+        if not isinstance(getattr(net, "blocks", None), nn.ModuleList):
+            raise ValueError(
+                f"{name} has no `blocks`, which sequence parallelism needs: set --trainer.strategy.sequence_parallel false"
+            )
+        if any(isinstance(part, nn.Dropout) and part.p > 0 for part in net.modules()):
+            raise ValueError(
+                "with sequence parallelism, dropout would draw the same mask for each part of the sequence: set"
+                " --model.net.dropout 0 or --trainer.strategy.sequence_parallel false"
+            )
+    return plan
 
 
 def _role(path: str, plan: dict[str, str]) -> str | None:
@@ -110,7 +120,7 @@ def _check(path: str, role: str, module: nn.Module, size: int) -> None:
         count, what = module.in_features, "inputs"
     if what and count % size:
         raise ValueError(
-            f"{path} has {count} {what}, which {size} processes cannot share evenly: set"
+            f"{path} has {count} {what}, which are not divisible by {size} processes: set"
             " --trainer.strategy.tensor_parallel_size to a divisor"
         )
 
@@ -128,7 +138,7 @@ def _style(role: str, module: nn.Module, stream: _Stream) -> ParallelStyle:
         return SequenceParallel(sequence_dim=1, use_local_output=True)  # the sharded dimension is that of the heads
     if role == "norm":
         return _Whole(stream)
-    raise ValueError(f"tensor_plan: {role!r} is none of column, row, vocabulary, heads, norm")
+    raise ValueError(f"tensor_plan: {role!r} column, row, vocabulary, heads or norm is accepted")
 
 
 class _Stream:
@@ -138,26 +148,26 @@ class _Stream:
         self.mesh = mesh
         self.placement: Placement = Replicate()
 
-    def cut(self, module: nn.Module, inputs: Any) -> Any:
+    def shard(self, module: nn.Module, inputs: Any) -> Any:
         """Shard the input of the first block; only with gradients, since inference may process one token at a time."""
         self.placement = Shard(1) if torch.is_grad_enabled() else Replicate()
         length, size = inputs[0].shape[1], self.mesh.size()
         if self.placement.is_shard() and length % size:
             raise ValueError(
-                f"with sequence parallelism, sequences of {length} tokens cannot be dealt out to {size} processes: set"
+                f"with sequence parallelism, sequences of {length} tokens must be divisible by {size} processes: set"
                 " --data.context_length to a multiple, or --trainer.strategy.sequence_parallel false"
             )
-        return (self.laid_out(inputs[0], Replicate(), self.placement).to_local(), *inputs[1:])
+        return (self.redistribute_plain(inputs[0], Replicate(), self.placement).to_local(), *inputs[1:])
 
     def whole(self, module: nn.Module, inputs: Any) -> Any:
         """Gather the input of attention or MLP as one DTensor, so that gradients of all its readers are summed once."""
-        return (self.laid_out(inputs[0], self.placement, Replicate()), *inputs[1:])
+        return (self.redistribute_plain(inputs[0], self.placement, Replicate()), *inputs[1:])
 
     def gather(self, module: nn.Module, inputs: Any, output: Tensor) -> Any:
         """Gather the output of the last block."""
-        return self.laid_out(output, self.placement, Replicate()).to_local()
+        return self.redistribute_plain(output, self.placement, Replicate()).to_local()
 
-    def laid_out(self, x: Tensor, source: Placement, target: Placement) -> Any:
+    def redistribute_plain(self, x: Tensor, source: Placement, target: Placement) -> Any:
         return _wrap(x, self.mesh, source).redistribute(placements=[target])
 
 
@@ -199,7 +209,7 @@ def _wrap(x: Any, mesh: DeviceMesh, placement: Placement) -> Any:
     return DTensor.from_local(x, mesh, [placement], run_check=False) if plain else x
 
 
-def _cut_logits(net: Any, mesh: DeviceMesh) -> None:
+def _shard_logits(net: Any, mesh: DeviceMesh) -> None:
     """Make `logits` return parts of the vocabulary in training, else all of it; `forward` always returns all."""
     logits = net.logits
 

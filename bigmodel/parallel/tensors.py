@@ -13,10 +13,12 @@ from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from bigmodel.internals import local_part
+
 
 def local(tensor: Tensor) -> Tensor:
     """Return this process's part of a sharded tensor, sharing its memory; any other tensor unchanged."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return local_part(tensor) if isinstance(tensor, DTensor) else tensor
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:

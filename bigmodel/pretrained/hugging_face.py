@@ -19,6 +19,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 from bigmodel.data.cache import say
+from bigmodel.internals import cached_file
 
 PREPROCESSOR = "preprocessor_config.json"
 LEFT_OVER = "left over"  # label in `mismatches` for weights that the model does not have
@@ -163,14 +164,7 @@ def normalization(path: str, in_channels: int) -> tuple[list[float], list[float]
 
     None if it does not have them for this number of channels.
     """
-    from transformers.utils import cached_file
-
-    file = cached_file(
-        path,
-        PREPROCESSOR,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    file = cached_file(path, PREPROCESSOR, required=False, online=False)
     if file is None:
         return None
     with open(file, encoding="utf-8") as stream:

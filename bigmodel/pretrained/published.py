@@ -19,6 +19,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 
 from bigmodel.data.cache import say
+from bigmodel.internals import cached_file
 from bigmodel.pretrained import hugging_face
 
 HUB = "hf://"
@@ -56,11 +57,9 @@ def identity(path: str, flag: str) -> str:
 
 def _files(path: str, flag: str) -> list[Path]:
     """Return the files of a model, local or downloaded from the hub."""
-    from transformers.utils import cached_file
 
     def find(name: str, needed: bool = True) -> str | None:
-        file: str | None = cached_file(location(path), name, _raise_exceptions_for_missing_entries=needed)
-        return file
+        return cached_file(location(path), name, required=needed)
 
     single, several = "model.safetensors", "model.safetensors.index.json"
     with _readable(path, flag, "model"):

@@ -131,13 +131,14 @@ def layered(layers: Iterable[Config], flags: Iterable[tuple[str, str]]) -> Confi
     """
     settings: Config = {}
     for layer in layers:
-        settings = current(merge(settings, layer))
+        settings = current(merge(settings, current(layer)))
     for key, text in flags:
         value = flag_value(key, text)
         for part in reversed(key.split(".")):
             value = {part: value}
+        renamed = find_renamed(value)
         settings = merge(settings, current(value))
-        if (renamed := find_renamed(settings)) is not None:
+        if (renamed := renamed or find_renamed(settings)) is not None:
             raise ValueError(renamed)
     return settings
 

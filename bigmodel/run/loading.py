@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bigmodel.checkpoint import find_checkpoint, gather_full, load_weights, read
 from bigmodel.checkpoint.renamed import current
+from bigmodel.internals import attached_trainer
 from bigmodel.run.config import read_yaml
 from bigmodel.run.paths import find_run
 from bigmodel.run.trust import check_imports, restricted_imports, trusting
@@ -26,8 +27,7 @@ def sizes(module: LightningModule) -> dict[str, int]:
     Raises:
         ValueError: if neither is available.
     """
-    data = module._trainer.datamodule if module._trainer is not None else None  # type: ignore[attr-defined]
-    found = getattr(data, "sizes", None)
+    found = getattr(getattr(attached_trainer(module), "datamodule", None), "sizes", None)
     if found is None:
         found = getattr(module, "_sizes", None)
     if found is None:

@@ -24,7 +24,7 @@ from bigmodel.run.record import new_session, read_record, replace_text, write_re
 from bigmodel.run.step_overhead import freeze_objects, skip_empty_hooks
 from bigmodel.run.summary import print_summary
 from bigmodel.run.tracking import MetricsCSV, WandB, WandBRun
-from bigmodel.training.callbacks import Preempted, Resume, RollbackRequested, StepTimer
+from bigmodel.training.callbacks import Checkpoint, Preempted, Resume, RollbackRequested, StepTimer
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 from bigmodel.training.precision import ChoosePrecision
 
@@ -165,7 +165,7 @@ class RunDirectory(Callback):
     @staticmethod
     def _set_checkpoint_folder(trainer: Any, directory: Path) -> None:
         for callback in trainer.callbacks:
-            if isinstance(callback, ModelCheckpoint):
+            if isinstance(callback, Checkpoint | ModelCheckpoint):
                 callback.dirpath = str((directory / "checkpoints").resolve())
 
     @staticmethod
@@ -294,7 +294,7 @@ class RunDirectory(Callback):
             return
         changes: dict[str, Any] = {"status": status, "step": trainer.global_step}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, ModelCheckpoint) and callback.best_model_score is not None:
+            if isinstance(callback, Checkpoint | ModelCheckpoint) and callback.best_model_score is not None:
                 score = float(callback.best_model_score)
                 changes["best"] = {"metric": callback.monitor, "value": score, "checkpoint": callback.best_model_path}
         times = get_callback(trainer, StepTimer)

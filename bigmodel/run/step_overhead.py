@@ -7,6 +7,8 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
+from bigmodel.internals import skip_hook
+
 
 def freeze_objects() -> bool:
     """Exclude current objects from garbage collection; return False if the program has done so already.
@@ -22,12 +24,12 @@ def freeze_objects() -> bool:
 
 
 def skip_empty_hooks(trainer: Any) -> None:
-    """Set the per-step hooks that a callback does not override to None.
+    """Let Lightning skip the per-step hooks that a callback does not override.
 
-    Six times a step Lightning calls every callback, with considerable overhead; it skips hooks that are not callable.
+    Six times a step Lightning calls every callback, with considerable overhead.
     """
     step = ("train_batch_start", "before_zero_grad", "before_backward", "after_backward", "before_optimizer_step")
     for hook in (*(f"on_{name}" for name in step), "on_train_batch_end"):
         for callback in trainer.callbacks:
             if getattr(type(callback), hook) is getattr(Callback, hook):
-                setattr(callback, hook, None)
+                skip_hook(callback, hook)

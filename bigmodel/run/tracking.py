@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from bigmodel.internals import drop_init_argument
 from bigmodel.training.callbacks import TrainingLog
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 
@@ -159,7 +160,7 @@ class WandBRun(WandbLogger):
             config=config,
             settings=wandb.Settings(silent=True, console="off"),
         )
-        self._wandb_init.pop("anonymous", None)  # Lightning passes it, and W&B warns about it
+        drop_init_argument(self, "anonymous")  # Lightning passes it, and W&B warns about it
         self.options, self.directory, self.trainer = options, directory, trainer
 
     @rank_zero_only

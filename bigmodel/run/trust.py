@@ -198,7 +198,9 @@ def restricted_imports(key: str = "", also: Sequence[str] = ()) -> Iterator[None
         UntrustedImport: for the first import of anything else.
         ValueError: for any other error of jsonargparse.
     """
-    from jsonargparse import _common, set_parsing_settings
+    from jsonargparse import set_parsing_settings
+
+    from bigmodel.internals import parsing_settings  # imports torch
 
     paths = {*_trusted, *_remembered(), *also}
     defined = {
@@ -209,7 +211,8 @@ def restricted_imports(key: str = "", also: Sequence[str] = ()) -> Iterator[None
         *task_packages(),
         *sorted(path for path in paths | defined if _PATH.fullmatch(path) or path.isidentifier()),
     ]
-    before = dict(_common.parsing_settings)
+    settings = parsing_settings()
+    before = dict(settings)
     set_parsing_settings(
         import_path_denylist=["*"], import_path_allowlist=allowed, instantiate_subclass_spec_in_any=False
     )
@@ -221,5 +224,5 @@ def restricted_imports(key: str = "", also: Sequence[str] = ()) -> Iterator[None
             raise ValueError(f"the saved configuration{f' of {key}' if key else ''} is not valid: {error}") from error
         raise UntrustedImport(denied[1], key, _NOT_ALLOWED) from error
     finally:
-        _common.parsing_settings.clear()
-        _common.parsing_settings.update(before)
+        settings.clear()
+        settings.update(before)

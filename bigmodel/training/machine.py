@@ -76,8 +76,10 @@ def cpu() -> dict[str, Any]:
     }
 
 
-def kept(name: str, measure: Callable[[], float], better: Callable[[float, float], float] | None = None) -> float:
-    """Return a value of this machine: the stored one, else measured now and stored.
+def measured_once(
+    name: str, measure: Callable[[], float], better: Callable[[float, float], float] | None = None
+) -> float:
+    """Return a value of this machine: the cached one, else measured now and cached.
 
     Args:
         name: of the value.
@@ -114,7 +116,7 @@ def bf16_speed(shape: Shape) -> float:
         shape: of the weight, [out, in], or of a convolution [out, in / groups, height, width].
     """
     limited = (*(min(size, _LARGEST) for size in shape[:2]), *shape[2:])
-    return kept(f"bf16 {'x'.join(map(str, limited))}", lambda: _bf16_speed(limited))
+    return measured_once(f"bf16 {'x'.join(map(str, limited))}", lambda: _bf16_speed(limited))
 
 
 @_one_thread()
@@ -186,7 +188,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         return 1e12 * tensor_cores * (2 if dtype.itemsize == 1 else 1)
     if device.type != "cpu":
         return None
-    one = kept(f"peak FLOP/s of a thread, {str(dtype).removeprefix('torch.')}", lambda: _peak_flops(dtype), max)
+    one = measured_once(
+        f"peak FLOP/s of a thread, {str(dtype).removeprefix('torch.')}", lambda: _peak_flops(dtype), max
+    )
     return one * torch.get_num_threads()
 
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from bigmodel.data.schedule import num_steps
+from bigmodel.internals import disable_fused, set_scheduler_position
 from bigmodel.training.schedules import Constant, Schedule
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -47,11 +48,11 @@ class _StepSchedule(LambdaLR):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.total = num_steps(self.trainer)  # differs after a resume with another batch size
-        self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
-        rates = [base * factor(self.last_epoch) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)]
+        step = state_dict["last_epoch"]
+        rates = [base * factor(step) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        self._last_lr = rates
+        set_scheduler_position(self, step, state_dict["_step_count"], rates)
 
 
 def _without(groups: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
@@ -73,16 +74,12 @@ def _drop_missing_fused(built: Optimizer, optimizer: OptimizerFactory) -> None:
     missing = [p for p in kinds.values() if not _steps(optimizer, p)]
     if not missing:
         return
-    for group in (built.defaults, *built.param_groups):
-        group["fused"] = False
-    for attribute in ("_step_supports_amp_scaling", "_need_device_dtype_check_for_fused"):
-        if hasattr(built, attribute):
-            setattr(built, attribute, False)
+    disable_fused(built)
     p = missing[0]
     kind_of = f"{'sharded ' if isinstance(p, DTensor) else ''}parameters in {str(p.dtype)[6:]} on {p.device.type}"
     rank_zero_only(print)(
         f"--model.optimizer.fused true: torch {torch.__version__} has no fused {type(built).__name__} for {kind_of}; the"
-        " ordinary one is used, which gives the same up to rounding",
+        " ordinary one is used, with equal results up to rounding",
         flush=True,
     )
 
@@ -122,7 +119,7 @@ def configure(
     """
     chosen = parameter_groups(module) if groups is None else list(groups)
     if not chosen:
-        raise ValueError(f"{type(module).__name__} has no trainable parameter: nothing to give to the optimizer")
+        raise ValueError(f"{type(module).__name__} has no trainable parameter, which an optimizer needs")
     built = optimizer(_without(chosen, "rate"))
     if "weight_decay" not in built.defaults:  # an optimizer without weight decay would store the key unused
         if groups is None:
@@ -145,7 +142,7 @@ def configure(
     total = num_steps(module.trainer)
     if total < 0 and type(schedule) is not Constant:
         raise ValueError(
-            f"{type(schedule).__name__} ends with the run, and the run has no end: set --trainer.max_steps or"
+            f"--model.schedule {type(schedule).__name__} needs a run of limited length: set --trainer.max_steps or"
             " --trainer.max_epochs"
         )
     scheduler = _StepSchedule(built, schedule, module.trainer)

@@ -24,7 +24,7 @@ from torch import nn
 from bigmodel.training.machine import Shape, bf16_speed
 
 PRECISIONS = ("auto", "bf16-mixed", "32-true", "16-mixed", "bf16-true", "16-true", "64-true")
-_LIGHTNINGS_OTHERS = ("transformer-engine", "transformer-engine-float16", "bf16", "16", "32", "64", 16, 32, 64, None)
+_OTHER_PRECISIONS = ("transformer-engine", "transformer-engine-float16", "bf16", "16", "32", "64", 16, 32, 64, None)
 _FASTER = 1.2  # times float32's speed: required of bf16 products, since casts and other operations do not get faster
 _EMULATED = 0.5  # times float32's speed: below it, bf16 is emulated
 _DEFAULT: Shape = (256, 256)  # of a weight, if there is no net yet
@@ -37,8 +37,8 @@ def check_precision(precision: Any) -> None:
     Raises:
         ValueError: for any other value.
     """
-    if precision not in (*PRECISIONS, *_LIGHTNINGS_OTHERS):
-        raise ValueError(f"--trainer.precision {precision}: choose one of {', '.join(PRECISIONS)}")
+    if precision not in (*PRECISIONS, *_OTHER_PRECISIONS):
+        raise ValueError(f"--trainer.precision {precision}: {', '.join(PRECISIONS)} are accepted")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def choose(device: torch.device, net: nn.Module | None = None) -> Choice:
             return Choice("bf16-mixed", f"{name} has bf16 instructions")
         return Choice("32-true", f"{name} has no bf16 instructions", emulated=True)
     if device.type != "cpu":
-        return Choice("32-true", f"bf16 was not tried on a device of type {device.type}")
+        return Choice("32-true", f"bf16 is not measured on a device of type {device.type}")
     shapes = product_shapes(net) if net is not None else Counter([_DEFAULT])
     if not shapes:
         return Choice("32-true", "this net has no matrix products")
@@ -181,8 +181,8 @@ class ChoosePrecision(Callback):
         here = choose(trainer.strategy.root_device, net)
         if chosen_before and here.precision != precision:
             return (
-                f"precision  {precision}, as when this run began; this machine would choose {here.precision}:"
-                f" {here.reason} (--trainer.precision auto chooses anew)"
+                f"precision  {precision}, as when this run began; auto would select {here.precision} here:"
+                f" {here.reason} (--trainer.precision auto measures again)"
             )
         if here.emulated and precision.startswith("bf16"):
             return f"precision  {precision}, as set, but {here.reason}; --trainer.precision 32-true is faster"

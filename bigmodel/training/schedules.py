@@ -44,7 +44,7 @@ class Constant(Schedule):
 
     def _check_fraction(self, name: str, value: float) -> None:
         if not 0 <= value <= 1:
-            raise ValueError(f"--model.schedule.{name} {value} must lie in 0 to 1")
+            raise ValueError(f"--model.schedule.{name} {value} must be in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Exponential(Linear):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.final == 0:
-            raise ValueError("--model.schedule.final 0 is never reached by an exponential; choose a value above 0")
+            raise ValueError("--model.schedule.final 0 must be above 0: an exponential does not reach 0")
 
     def after_warmup(self, step: int, total: int) -> float:
         return self.final ** min(1.0, step / total)

@@ -23,7 +23,7 @@ QUICK = {
     "data.cache_dir": "cache", "data.num_workers": 0, "data.augment": "[]", "data.batch_size": 32,
     "trainer.max_epochs": "null", "trainer.max_steps": 12, "trainer.accelerator": "cpu", "trainer.val_check_interval": 6,
     "trainer.check_val_every_n_epoch": "null", "trainer.log_every_n_steps": 1, "callbacks.progress": "null",
-    "callbacks.last.every_n_steps": 6, "callbacks.last.every_n_minutes": "null", "callbacks.last.keep": -1,
+    "callbacks.last.every_n_steps": 6, "callbacks.last.every_n_minutes": "null", "callbacks.last.save_top_k": -1,
     "callbacks.report": "bigmodel.evaluation.Report", "callbacks.report.num_mistakes": 1,  # drawing takes long
 }  # fmt: skip
 STUDENT = {"net": MLP, "net.widths": "[8]", "optimizer": "torch.optim.SGD", "optimizer.lr": 0.05, "schedule": "null"}
@@ -62,7 +62,7 @@ TEXT = {
     "data": f"{LM}.TextData", "data.path": "text", "data.cache_dir": "cache", "data.num_processes": 1,
     "data.tokenizer": f"{LM}.BPE", "data.tokenizer.vocab_size": 300, "data.split": f"{LM}.DocumentHashSplit",
     "data.split.val": 0.2, "data.context_length": 16, "data.batch_size": 8, "callbacks.progress": "null",
-    "callbacks.last.every_n_steps": 3, "callbacks.last.every_n_minutes": "null", "callbacks.last.keep": -1,
+    "callbacks.last.every_n_steps": 3, "callbacks.last.every_n_minutes": "null", "callbacks.last.save_top_k": -1,
 }  # fmt: skip
 ON_POLICY = {
     "model": f"{OURS}.Distillation", "model__teacher": "teacher-run", "model__on_policy": f"{OURS}.OnPolicy",

@@ -74,7 +74,7 @@ def text(name: str, *flags: object) -> list[str]:
         "callbacks.samples.options": "{max_new_tokens: 4, temperature: 0}",
         "callbacks.ema": "bigmodel.training.callbacks.EMA",
         "callbacks.ema.decay": 0.8, "callbacks.last.every_n_steps": 2, "callbacks.last.every_n_minutes": "null",
-        "callbacks.last.keep": -1, "callbacks.look": "sharded.Look", "callbacks.look.folder": f"seen-{name}",
+        "callbacks.last.save_top_k": -1, "callbacks.look": "sharded.Look", "callbacks.look.folder": f"seen-{name}",
         "runs_dir": name, "wandb.mode": "disabled",
     }  # fmt: skip
     arguments = [part for key, value in settings.items() for part in (f"--{key}", value)]
@@ -142,6 +142,14 @@ def refused(arguments: list[str]) -> str:
     return said.getvalue()
 
 
+def error_of(words: list[str]) -> str:
+    try:
+        main(["fit", *words])
+    except RuntimeError as error:
+        return str(error)
+    raise AssertionError(f"not refused: {words}")
+
+
 def refused_net(net: torch.nn.Module, **options: bool) -> str:
     try:
         tensor_parallel(net, init_device_mesh("cpu", (4,)), **options)
@@ -186,8 +194,11 @@ if __name__ == "__main__":
     main(["fit", *choices("pairs", "PairRecommendation", *strategy())])
     outsider = Path(__file__).parents[1] / "outsider" / "experiment.yaml"
     few = ["--data.path", table, "--data.batch_size", "12", "--trainer.accelerator", "cpu", "--trainer.max_steps", "3"]
-    main(["fit", "-c", str(outsider), *few, "--runs_dir", "outsider", "--wandb.mode", "disabled", *strategy()])
+    few += ["--wandb.mode", "disabled"]
+    main(["fit", "-c", str(outsider), *few, "--runs_dir", "outsider", *strategy()])
+    average = ("--callbacks.ema", "lightning.pytorch.callbacks.EMAWeightAveraging", "--runs_dir", "average")
     messages = {
+        "average": error_of(["-c", str(outsider), *few, *average, *strategy()]),
         "replicas": refused(text("refused", *strategy(num_replicas=3))),
         "half": refused(text("refused", *strategy(), "--trainer.precision", "16-mixed")),
         "heads": refused_net(GPT(100, 8, width=12, num_heads=3, depth=1)),

@@ -159,7 +159,7 @@ def work(rank, run):
     expect_failure(tree, "full.ckpt", rank)
     safetensors.torch.save_file = save_file
     expect_failure({**tree, "odd": row_of_other_sizes(row, rank)}, "odd.ckpt", rank)
-    shards._PATIENCE = 1.5
+    shards._TIMEOUT = 1.5
     safetensors.torch.save_file = killed
     change(tree, lambda leaf: leaf.to_local().zero_())
     expect_failure(tree, "last-1.ckpt", rank)  # in place of one that is there

@@ -115,7 +115,7 @@ def send_signal(**options):
 
 def returning(every):
     """Flags of a run that rolls back after a non-finite loss, and saves every so many steps."""
-    arguments = ["--callbacks.anomalies.on_nan", "back", "--callbacks.last.every_n_minutes", "null"]
+    arguments = ["--callbacks.anomalies.on_nonfinite", "rollback", "--callbacks.last.every_n_minutes", "null"]
     return [*arguments, "--callbacks.last.every_n_steps", str(every)]
 
 
@@ -130,7 +130,7 @@ if __name__ == "__main__":
         Path(f"exit.{os.environ['RANK']}").write_text(str(stopped.code))
     main(["fit", "--runs_dir", "stopped", "--resume", "last", "--callbacks.signal", "null"])
     without = ["--trainer.limit_val_batches", "0", "--model.net.dropout", "0"]
-    main(["fit", *experiment("spoiled.csv", "skipping", *two, *without), "--callbacks.anomalies.on_nan", "skip"])
+    main(["fit", *experiment("spoiled.csv", "skipping", *two, *without), "--callbacks.anomalies.on_nonfinite", "skip"])
     main(["fit", *experiment("spoiled.csv", "returning", *two, *without, *returning(1), "--trainer.max_steps", 14)])
     slow = ["--callbacks.slow", "stopping.Slow", "--callbacks.slow.seconds", "0.2", "--callbacks.slow.rank", "1"]
     slow += ["--trainer.log_every_n_steps", "3", "--trainer.max_steps", "9"]

@@ -48,7 +48,7 @@ def experiment(table: str, runs_dir: str, *flags: object) -> list[str]:
         1,
         "--callbacks.last.every_n_minutes",
         "null",
-        "--callbacks.last.keep",
+        "--callbacks.last.save_top_k",
         -1,
     ]
     arguments += ["--callbacks.recorder", "two_processes.Recorder", "--callbacks.recorder.path", f"{runs_dir}.samples"]

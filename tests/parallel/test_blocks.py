@@ -240,7 +240,7 @@ def test_compiled_blocks_compute_the_same(monkeypatch, capsys):
     torch.testing.assert_close(compiled.losses, expected.losses)
     printed = capsys.readouterr().out
     assert "compiled 2 graphs in " in printed, printed
-    assert "1 of them anew, the last because this no longer held: " in printed
+    assert "1 of them recompiled, the last because of a failed guard: " in printed
     assert all(block._compiled_call_impl is None for block in compiled.net.blocks)
     both = fit(make, ActivationCheckpointing(), Compile(fullgraph=True))
     torch.testing.assert_close(both.losses, expected.losses)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bigmodel.data.sampling import sequential_loader
 from bigmodel.data.schedule import num_steps
+from bigmodel.internals import attached_trainer
 from bigmodel.nn.loss import IGNORE_INDEX
 from bigmodel.protocols import SupportsLogits, SupportsOnPolicySampling
 from bigmodel.run import sizes
@@ -122,7 +123,8 @@ class Distillation(LightningModule):
     def configure_model(self) -> None:
         made = self.net is not None
         super().configure_model()
-        if made or self._trainer is None or not self._trainer.training:
+        trainer = attached_trainer(self)
+        if made or trainer is None or not trainer.training:
             return
         mean_teacher = self.lessons.mean_teacher
         feature_terms = [term for term in self.terms.values() if isinstance(term, FeatureTerm)]
@@ -302,7 +304,8 @@ class Distillation(LightningModule):
         if kept is None:
             return
         # There is no trainer when a run is evaluated: then the task reads its checkpoint before it has a net.
-        if self._trainer is None or not self._trainer.training:  # present if this very student was trained before
+        trainer = attached_trainer(self)
+        if trainer is None or not trainer.training:  # present if this very student was trained before
             own = self.state_dict().keys()
             checkpoint["state_dict"].update({name: kept["learned"][name] for name in kept["learned"].keys() & own})
             return

@@ -16,6 +16,7 @@ from bigmodel import run
 from bigmodel.data.cache import say
 from bigmodel.data.output_cache import OutputCache
 from bigmodel.data.sampling import sequential_loader
+from bigmodel.internals import prepare_batch
 from bigmodel.nn.loss import IGNORE_INDEX
 from bigmodel.tasks.distillation import cache as kept_logits
 from bigmodel.tasks.distillation import losses
@@ -290,7 +291,7 @@ class TeacherOutputs:
         """
         trainer = student.trainer
         batch = next(iter(sequential_loader(trainer.datamodule.train_dataloader(), rows=_SAMPLES_SHOWN)))
-        handed = student._on_before_batch_transfer(batch)
+        handed = prepare_batch(student, batch)
         if self.cache is None and type(handed) is not type(batch):
             raise ValueError(
                 f"--model.teacher: the student reads a {type(handed).__name__} computed with its own net, of which a"

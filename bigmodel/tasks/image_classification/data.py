@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from bigmodel.data.cache import available_cores, cache_folder, digest
-from bigmodel.data.class_balance import Balanced, class_weights
+from bigmodel.data.class_balance import ClassBalancedOversampling, class_weights
 from bigmodel.data.sampling import eval_loader, train_loader
 from bigmodel.data.stateless_rng import sample_keys
+from bigmodel.internals import shared_storage
 from bigmodel.tasks.image_classification.augment import Transform, augment
 from bigmodel.tasks.image_classification.batch import ImageBatch
 from bigmodel.tasks.image_classification.geometry import RandomResizedCrop
@@ -55,7 +56,7 @@ class Samples(Dataset[ImageBatch]):
         read: bool = True,
     ) -> None:
         self.images, self.seed, self.crop, self.class_weights, self.read = images, seed, crop, class_weights, read
-        self.balanced = Balanced(images.labels) if balanced else None
+        self.balanced = ClassBalancedOversampling(images.labels) if balanced else None
 
     def __len__(self) -> int:
         return len(self.images if self.balanced is None else self.balanced)
@@ -89,7 +90,7 @@ def _empty(*shape: int) -> Tensor:
     """Allocate memory for pixels; in a worker it is shared with the training process, which avoids a copy."""
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    storage = shared_storage(math.prod(shape))
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 

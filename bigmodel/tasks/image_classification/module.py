@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from bigmodel.data.cache import first_of
 from bigmodel.data.image_decoding import decode
 from bigmodel.evaluation import ClassMetrics, Report
+from bigmodel.internals import attached_trainer
 from bigmodel.nn import ResNet, to_channels_last
 from bigmodel.run import set_sizes, sizes
 from bigmodel.tasks.image_classification.batch import ImageBatch
@@ -102,7 +103,7 @@ class ImageClassification(LightningModule):
         if pair[0] is None:
             pair = getattr(self.net, "normalization", None)
         if pair is None:
-            data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+            data = getattr(attached_trainer(self), "datamodule", None)
             prepared = getattr(data, "prepared", None)
             # Without data they are loaded with the weights.
             pair = (

@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from bigmodel.internals import attached_trainer
 from bigmodel.nn import GPT
 from bigmodel.nn.accumulation import Accumulates, accumulable, accumulation_dtype
 from bigmodel.nn.loss import IGNORE_INDEX, cross_entropy_sum
@@ -146,7 +147,7 @@ class LanguageModeling(LightningModule):
             self.tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
 
     def _tokenizer(self) -> Tokenizer | None:
-        data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        data = getattr(attached_trainer(self), "datamodule", None)
         return getattr(data, "tokenizer", self.tokenizer)
 
     def _known_tokenizer(self) -> Tokenizer:

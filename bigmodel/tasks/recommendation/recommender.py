@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 
+from bigmodel.internals import attached_trainer
 from bigmodel.tasks.recommendation.batches import EvalBatch
 from bigmodel.tasks.recommendation.evaluation import Evaluation
 from bigmodel.tasks.recommendation.item_catalog import ItemCatalog
@@ -38,7 +39,7 @@ class Recommender(LightningModule):
     @property
     def _data(self) -> Any:
         """The data module; None if the task was loaded without one."""
-        return self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        return getattr(attached_trainer(self), "datamodule", None)
 
     def _prepare_evaluation(self, num_items: int) -> torch.Tensor | None:
         """Prepare the evaluation; return the training events of each item [I + 1], where the data are split."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bigmodel.data.class_balance import Balanced
+from bigmodel.data.class_balance import ClassBalancedOversampling
 from bigmodel.data.stateless_rng import sample_keys
 from bigmodel.tasks.transfer_learning.prepare import Prepared
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
@@ -157,10 +157,10 @@ class Samples(Dataset[LabelledTextBatch]):
         self.texts, self.targets, self.encoder, self.max_length = texts, targets, encoder, max_length
         self.seed, self.class_weights = seed, class_weights
         self._order = np.argsort(texts.lengths, kind="stable") if by_length else None
-        self.balanced: Balanced | None = None
+        self.balanced: ClassBalancedOversampling | None = None
         if balanced:
             assert isinstance(targets, np.ndarray)
-            self.balanced = Balanced(targets)
+            self.balanced = ClassBalancedOversampling(targets)
 
     def __len__(self) -> int:
         return len(self.texts if self.balanced is None else self.balanced)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bigmodel.data.cache import first_of
 from bigmodel.evaluation import Report
+from bigmodel.internals import attached_trainer, limit_to_one_step
 from bigmodel.run import set_sizes, sizes
 from bigmodel.tasks.transfer_learning import param_groups as groups
 from bigmodel.tasks.transfer_learning.backbones import build_backbone, find_text_encoder, rebuild
@@ -141,7 +142,7 @@ class TransferLearning(LightningModule):
     def _take_one_step(self) -> None:
         """Limit the run to one optimizer step and a validation."""
         trainer = self.trainer
-        trainer.fit_loop.epoch_loop.max_steps = 1
+        limit_to_one_step(trainer)
         trainer.val_check_interval, trainer.check_val_every_n_epoch = trainer.accumulate_grad_batches, None
 
     # The net.
@@ -171,7 +172,8 @@ class TransferLearning(LightningModule):
 
     @property
     def _fits(self) -> bool:
-        return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        trainer = attached_trainer(self)
+        return trainer is not None and bool(trainer.state.fn == TrainerFn.FITTING)
 
     def new_metrics(self) -> TransferMetrics:
         """Return metrics for this problem, on this device."""

@@ -19,7 +19,7 @@ from bigmodel.parallel.tensors import total_norm
 from bigmodel.training.callbacks.gradient_scaling import GradientScaling, get_callback
 from bigmodel.training.callbacks.resume import Resume
 
-Action = Literal["stop", "skip", "back", "ignore"]
+Action = Literal["stop", "skip", "rollback", "ignore"]
 _SAMPLES_SHOWN = 32
 
 
@@ -27,7 +27,7 @@ class RollbackRequested(BaseException):
     """Raised to end `Trainer.fit` so that the run returns to a checkpoint. Not an Exception: the command continues.
 
     Attributes:
-        step: the bad optimizer step.
+        step: the optimizer step with the anomaly.
         beyond: the position in the data after that step.
     """
 
@@ -45,37 +45,37 @@ class _Step:
     limit: float  # above it, the loss is a spike
     samples: list[Tensor]  # on this process
     arrived: Any = None  # an event in the device's stream; None: already on the host
-    read: tuple[float, float] | None = field(default=None, init=False)
+    cached: tuple[float, float] | None = field(default=None, init=False)
 
     def numbers(self) -> tuple[float, float]:
         """Return loss and gradient norm; waits for the device to compute them."""
-        if self.read is None:
+        if self.cached is None:
             if self.arrived is not None:
                 self.arrived.synchronize()
             loss, norm = self.values.tolist()
-            self.read = loss, norm
-        return self.read
+            self.cached = loss, norm
+        return self.cached
 
 
 class Anomalies(Callback):
-    """Monitors the loss (mean over all predicted elements, all processes) and gradient norm of each optimizer step.
+    """Monitors the loss (mean over all predicted elements, all processes) and the gradient norm of each optimizer step.
 
-    An anomaly is a non-finite loss or norm, or a finite loss that exceeds the mean of the last `window` steps by more
-    than `deviations` standard deviations. Each anomaly is printed on one line with its samples, and `train/anomalies`
-    (the number so far) is logged. The possible actions are:
+    An anomaly is a non-finite loss or norm, or a spike: a finite loss that exceeds the mean of the last `window` steps by
+    more than `spike_threshold_std` standard deviations. Each is printed on one line with its samples, and
+    `train/anomalies` (the number so far) is logged. The possible actions are:
 
     * `stop`: raise `FloatingPointError`, which names step and samples. No checkpoint of the affected weights is
       written.
-    * `skip`: do not step the optimizer: weights and optimizer state stay bitwise unchanged, including weight decay.
-      Position in the data, step number and schedule advance as usual. Running statistics of BatchNorm have already seen
+    * `skip`: skip the optimizer's step: weights and optimizer state stay bitwise unchanged, including weight decay.
+      Position in the data, step number and schedule advance as usual. Running statistics of BatchNorm already include
       the batch.
-    * `back`: return to the newest checkpoint before that step (`bigmodel fit` does so automatically), and skip the
+    * `rollback`: return to the newest checkpoint before that step (`bigmodel fit` does so automatically), and skip the
       samples between that checkpoint and the end of the step: step number, schedule and optimizer continue from the
       checkpoint, the data from after the step (as Chowdhery et al. 2022, PaLM, section 5.1: a spike did not recur from
       an earlier state with other samples). This costs the steps since that checkpoint; the interval of the `last`
       callback determines how many. `run.json` lists each rollback under `returns`, and a run that is killed after one
       resumes to the same result, bitwise. A run bounded by epochs gets correspondingly fewer steps; validations that
-      were due in the skipped steps are not repeated. After `most_returns` rollbacks, or without a checkpoint to return
+      were due in the skipped steps are not repeated. After `max_rollbacks` of them, or without a checkpoint to return
       to, the action is `stop`.
     * `ignore`: do nothing.
 
@@ -85,12 +85,12 @@ class Anomalies(Callback):
     skips steps with non-finite gradients, so only the loss is monitored here.
 
     Args:
-        on_nan: the action for a non-finite loss or norm.
+        on_nonfinite: the action for a non-finite loss or norm.
         on_spike: the action for a loss spike.
-        deviations: number of standard deviations above the mean that defines a spike.
+        spike_threshold_std: number of standard deviations above the mean that defines a spike.
         window: optimizer steps over which mean and deviation are computed; spikes are not detected before that many
             steps.
-        most_returns: the maximum number of rollbacks (`back`) in a run.
+        max_rollbacks: the maximum number of rollbacks in a run.
 
     Attributes:
         count: anomalies so far.
@@ -98,22 +98,23 @@ class Anomalies(Callback):
 
     def __init__(
         self,
-        on_nan: Action = "stop",
+        on_nonfinite: Action = "stop",
         on_spike: Action = "ignore",
-        deviations: float = 6.0,
+        spike_threshold_std: float = 6.0,
         window: int = 100,
-        most_returns: int = 3,
+        max_rollbacks: int = 3,
     ) -> None:
-        if deviations <= 0:
-            raise ValueError(f"--callbacks.anomalies.deviations {deviations} must be above 0")
+        if spike_threshold_std <= 0:
+            raise ValueError(f"--callbacks.anomalies.spike_threshold_std {spike_threshold_std} must be above 0")
         if window < 2:
             raise ValueError(f"--callbacks.anomalies.window {window} must be at least 2 optimizer steps")
-        if most_returns < 1:
+        if max_rollbacks < 1:
             raise ValueError(
-                f"--callbacks.anomalies.most_returns {most_returns} must be at least 1; to go back never, choose `stop`"
+                f"--callbacks.anomalies.max_rollbacks {max_rollbacks} must be at least 1; for none, set on_nonfinite and"
+                " on_spike to stop, skip or ignore"
             )
-        self.on_nan, self.on_spike, self.deviations = on_nan, on_spike, deviations
-        self.most_returns = most_returns
+        self.on_nonfinite, self.on_spike = on_nonfinite, on_spike
+        self.spike_threshold_std, self.max_rollbacks = spike_threshold_std, max_rollbacks
         self.count = 0
         self._logged = 0
         self._losses: deque[float] = deque(maxlen=window)
@@ -123,17 +124,18 @@ class Anomalies(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         gradients = get_callback(trainer, GradientScaling)
         if gradients is None:
-            raise ValueError("Anomalies reads loss and gradient norm from Gradients: add that callback before it")
+            raise ValueError("Anomalies reads loss and gradient norm from GradientScaling: add that callback before it")
         self._gradients = gradients
         plugin = trainer.precision_plugin
         self._scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
         self._samples = []
-        if "back" in (self.on_nan, self.on_spike):
+        if "rollback" in (self.on_nonfinite, self.on_spike):
             self._resume = get_callback(trainer, Resume)
             if self._resume is None or not isinstance(trainer.train_dataloader, Loader):
                 raise ValueError(
-                    "to go back from an anomaly, the training loader must be one of bigmodel.data.sampling.train_loader,"
-                    " which skips samples; else set --callbacks.anomalies.on_nan and on_spike to stop, skip or ignore"
+                    f"a rollback skips samples, which a {type(trainer.train_dataloader).__name__} cannot: make the training"
+                    " loader with bigmodel.data.sampling.train_loader, or set --callbacks.anomalies.on_nonfinite and"
+                    " on_spike to stop, skip or ignore"
                 )
             self.count += self._resume.new_returns  # the checkpoint does not include anomalies after it
 
@@ -142,15 +144,15 @@ class Anomalies(Callback):
             self._samples.append(index)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self._judge(trainer)  # the previous step: always here, so that a resumed run has the same limits
+        self._check(trainer)  # the previous step: always here, so that a resumed run has the same limits
         loss, samples = self._gradients.loss, self._samples
         self._samples = []
         if loss is None:
             return
         limit = self._limit()
         values = torch.stack([loss.float(), self._norm(optimizer, loss.device)])
-        if "skip" in (self.on_nan, self.on_spike):
-            _skip(optimizer, self._unwanted(values, limit))
+        if "skip" in (self.on_nonfinite, self.on_spike):
+            _skip(optimizer, self._to_skip(values, limit))
         step = _Step(trainer.global_step + 1, values, limit, samples)
         if values.device.type != "cpu":
             step.values = values.to("cpu", non_blocking=True)
@@ -158,23 +160,23 @@ class Anomalies(Callback):
             step.arrived.record()
         self._latest = step
         if step.arrived is None:
-            self._stop_if_spoiled(trainer)
+            self._check_if_fatal(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Not in `_judge`: a run resumed from the previous checkpoint would find that row and write it again.
+        # Not in `_check`: a run resumed from the previous checkpoint would find that row and write it again.
         if self.count > self._logged:
             self._log_count(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop_if_spoiled(trainer)
+        self._check_if_fatal(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._stop_if_spoiled(trainer)
+        self._check_if_fatal(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._judge(trainer)
+        self._check(trainer)
         if self.count > self._logged:
             self._log_count(trainer)
 
@@ -197,28 +199,28 @@ class Anomalies(Callback):
         if n < (self._losses.maxlen or 0):
             return math.inf
         mean = sum(self._losses) / n
-        return mean + self.deviations * math.sqrt(sum((loss - mean) ** 2 for loss in self._losses) / n)
+        return mean + self.spike_threshold_std * math.sqrt(sum((loss - mean) ** 2 for loss in self._losses) / n)
 
-    def _unwanted(self, values: Tensor, limit: float) -> Tensor:
+    def _to_skip(self, values: Tensor, limit: float) -> Tensor:
         """True, as a bool tensor on the device, if this step should be skipped."""
         finite = values.isfinite().all()
         spike = finite & (values[0] > limit)
-        if self.on_nan == self.on_spike:
+        if self.on_nonfinite == self.on_spike:
             return ~finite | spike
-        return ~finite if self.on_nan == "skip" else spike
+        return ~finite if self.on_nonfinite == "skip" else spike
 
     def _action(self, step: _Step) -> Action | None:
         loss, norm = step.numbers()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            return self.on_nan
+            return self.on_nonfinite
         return self.on_spike if loss > step.limit else None
 
-    def _stop_if_spoiled(self, trainer: Trainer) -> None:
+    def _check_if_fatal(self, trainer: Trainer) -> None:
         """Check the latest step now if its action ends this fit; otherwise leave it for the regular check."""
-        if self._latest is not None and self._action(self._latest) in ("stop", "back"):
-            self._judge(trainer)
+        if self._latest is not None and self._action(self._latest) in ("stop", "rollback"):
+            self._check(trainer)
 
-    def _judge(self, trainer: Trainer) -> None:
+    def _check(self, trainer: Trainer) -> None:
         step, self._latest = self._latest, None
         if step is None:
             return
@@ -235,25 +237,25 @@ class Anomalies(Callback):
             what = (
                 f"loss {loss:.4g} is above {step.limit:.4g} (mean {mean:.4g} of the last {self._losses.maxlen} steps)"
             )
-        message = f"optimizer step {step.number:,}: {what}{_named(trainer, step.samples)}"
-        if action == "back":
-            self._go_back(trainer, step, message)
+        message = f"optimizer step {step.number:,}: {what}{_format_samples(trainer, step.samples)}"
+        if action == "rollback":
+            self._roll_back(trainer, step, message)
         if action == "stop":
             self._log_count(trainer)
-            flag = "on_spike" if math.isfinite(loss) and math.isfinite(norm) else "on_nan"
-            raise FloatingPointError(f"{message}. `--callbacks.anomalies.{flag} skip` passes over such steps")
+            flag = "on_spike" if math.isfinite(loss) and math.isfinite(norm) else "on_nonfinite"
+            raise FloatingPointError(f"{message}. --callbacks.anomalies.{flag} skip leaves out such steps")
         if trainer.is_global_zero:
             print(f"{message}{'; skipped' if action == 'skip' else ''}", flush=True)
 
-    def _go_back(self, trainer: Trainer, step: _Step, message: str) -> None:
+    def _roll_back(self, trainer: Trainer, step: _Step, message: str) -> None:
         loader = trainer.train_dataloader
         assert self._resume is not None
         assert isinstance(loader, Loader)
         assert loader.schedule is not None
-        if self._resume.num_returns >= self.most_returns:
+        if self._resume.num_returns >= self.max_rollbacks:
             raise FloatingPointError(
-                f"{message}. The run went back {self._resume.num_returns} times before;"
-                " --callbacks.anomalies.most_returns allows no more"
+                f"{message}. The run has had {self._resume.num_returns} rollbacks, and"
+                f" --callbacks.anomalies.max_rollbacks is {self.max_rollbacks}"
             )
         raise RollbackRequested(message, step.number, loader.schedule.at(step.number))
 
@@ -274,18 +276,18 @@ class Anomalies(Callback):
             self._latest = _Step(latest["number"], torch.tensor(latest["values"]), latest["limit"], samples)
 
 
-def _skip(optimizer: Optimizer, unwanted: Tensor) -> None:
-    """Make the optimizer skip this step where `unwanted` (bool, no dimension) is true."""
+def _skip(optimizer: Optimizer, condition: Tensor) -> None:
+    """Make the optimizer skip this step if the condition (bool, no dimension) is true."""
     fused = all(group.get("fused") for group in optimizer.param_groups)
     if fused and optimizer.state:  # at its first step, fused SGD would read a momentum buffer that it has not written
-        optimizer.found_inf = unwanted.float()  # type: ignore[attr-defined]
-    elif bool(unwanted):
+        optimizer.found_inf = condition.float()  # type: ignore[attr-defined]
+    elif bool(condition):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None  # every torch optimizer skips parameters without a gradient
 
 
-def _named(trainer: Trainer, samples: list[Tensor]) -> str:
+def _format_samples(trainer: Trainer, samples: list[Tensor]) -> str:
     """Format the step's samples over all processes; every process must call this with the same number of samples."""
     if not samples:
         return ""

@@ -1,4 +1,8 @@
-"""Base class of weight averages: evaluated and saved beside the live weights, without effect on training steps."""
+"""Base class of weight averages: evaluated and saved in addition to the live weights, without effect on training steps.
+
+Lightning's `EMAWeightAveraging` and torch's `AveragedModel` copy the whole module before it is sharded, and fail on nets
+that are (tests/test_sharded.py).
+"""
 
 from __future__ import annotations
 
@@ -30,8 +34,8 @@ class WeightAverage(Callback):
         kinds = [type(callback).__name__ for callback in callbacks if isinstance(callback, WeightAverage)]
         if len(kinds) > 1:
             raise ValueError(
-                f"only one average of the weights can be evaluated in their place, not {' and '.join(kinds)}: switch one"
-                " off, as in --callbacks.ema null"
+                f"{' and '.join(kinds)} each evaluate an average in place of the weights, and only one of them can: set"
+                " --callbacks.ema null or --callbacks.swa null"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,9 +67,9 @@ class WeightAverage(Callback):
             return
         for name, tensor in tensors(pl_module).items():
             live, average = local(tensor), local(self.average[name])
-            kept = live.clone()
+            saved = live.clone()
             live.copy_(average)
-            average.copy_(kept)
+            average.copy_(saved)
 
     @torch.no_grad()
     def _move(self, pl_module: LightningModule, weight: float) -> None:

@@ -38,7 +38,7 @@ class DiskSpace(Callback):
 
     @staticmethod
     def _folder(trainer: Any) -> Path | None:
-        """Return the checkpoint folder on the first process; None on the others, and if no checkpoints are written."""
+        """Return the checkpoint folder on the first process; None on other processes, and if no checkpoints are written."""
         if not trainer.is_global_zero:
             return None
         return next((Path(c.dirpath) for c in trainer.callbacks if isinstance(c, Checkpoint) and c.dirpath), None)
@@ -50,7 +50,7 @@ class DiskSpace(Callback):
         needed = size * sum(isinstance(callback, Checkpoint) for callback in trainer.callbacks)
         if free < needed:
             print(
-                f"warning: {free / 1e9:,.2f} GB are free in {folder}, and the next checkpoints need {needed / 1e9:,.2f} GB",
+                f"warning: {free / 1e9:,.2f} GB are free in {folder}; the next checkpoints need {needed / 1e9:,.2f} GB",
                 flush=True,
             )
 

@@ -26,7 +26,7 @@ class EMA(WeightAverage):
     def __init__(self, decay: float = 0.999, start_step: int = 0) -> None:
         super().__init__()
         if not 0 <= decay < 1:
-            raise ValueError(f"--callbacks.ema.decay {decay} must lie in 0 <= decay < 1")
+            raise ValueError(f"--callbacks.ema.decay {decay} must be in [0, 1)")
         self.decay = decay
         self.start_step = start_step
         self._step = 0

@@ -8,7 +8,7 @@ it whenever their counts differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bigmodel.data.sampling import data_parallel_size
+from bigmodel.internals import set_result_class
 from bigmodel.nn.accumulation import accumulable
 from bigmodel.parallel.tensors import local, total_norm
 
@@ -48,13 +49,12 @@ class GradientScaling(Callback):
         self._loss: Tensor | None = None  # summed over micro-batches
         self._restored = 0
         self._clip: float | None = None
-        self._loop: Any = None  # Lightning's, whose results are recorded during a fit
+        self._stop_recording: Callable[[], None] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._loop = trainer.fit_loop.epoch_loop.automatic_optimization
-        self._loop.output_result_cls = _RecordingResult(self)
+        self._stop_recording = set_result_class(trainer, _RecordingResult(self))
         overridden = type(pl_module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping
         if trainer.gradient_clip_val and trainer.gradient_clip_algorithm in (None, "norm") and not overridden:
             self._clip, trainer.gradient_clip_val = float(trainer.gradient_clip_val), None
@@ -71,9 +71,9 @@ class GradientScaling(Callback):
             self._loss = loss if self._loss is None else self._loss + loss
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._loop is not None:
-            del self._loop.output_result_cls  # the class's own again
-            self._loop = None
+        if self._stop_recording is not None:
+            self._stop_recording()
+            self._stop_recording = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.total_count = torch.tensor(self._restored, device=pl_module.device)

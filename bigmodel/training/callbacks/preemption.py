@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, callbacks
 
 from bigmodel.data.schedule import num_steps
-from bigmodel.training.callbacks.checkpoint import Checkpoint, validation_due
+from bigmodel.internals import disable_signal_handling, restore_signal_handling, stops_here, validation_due
+from bigmodel.training.callbacks.checkpoint import Checkpoint
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _STEPS_TO_AGREE = 10  # several processes exchange the signal at every tenth step,
@@ -24,7 +25,7 @@ class Preempted(BaseException):
 
     Attributes:
         signal: the signal received.
-        saved: whether a checkpoint of this very step was written; false if there is no `last` callback.
+        saved: True if a checkpoint of this step was written; False if there is no `last` callback.
         status: `interrupted` after Ctrl-C, else `preempted`.
         exit_code: of the command, 130 after Ctrl-C, else 85.
     """
@@ -50,7 +51,7 @@ class Preemption(callbacks.Checkpoint):
     validation and at another path, and the broadcast on each micro-batch that belongs to them.
     """
 
-    # A subclass of Lightning's Checkpoint, so that it is called last and saves the others' state after a validation.
+    # A subclass of Lightning's Checkpoint, so that it is called last: other callbacks' states then include a validation.
 
     def __init__(self) -> None:
         self._signal = 0  # the signal received by this process; 0: none
@@ -58,11 +59,10 @@ class Preemption(callbacks.Checkpoint):
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            trainer._signal_connector.register_signal_handlers = _nothing
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing
+            disable_signal_handling(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._signal, self._speaks = 0, trainer.is_global_zero
+        self._signal, self._prints = 0, trainer.is_global_zero
         self._last_step, self._step = num_steps(trainer), trainer.global_step
         self._next, self._agreed_step, self._agreed_at = self._step + 1, self._step, time.monotonic()
         if threading.current_thread() is threading.main_thread():  # only the main thread can set handlers
@@ -71,7 +71,7 @@ class Preemption(callbacks.Checkpoint):
     def _receive(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT == self._signal:
             raise KeyboardInterrupt
-        if self._speaks and not self._signal:
+        if self._prints and not self._signal:
             again = "; Ctrl-C again stops at once, unsaved" if number == signal.SIGINT else ""
             what = f"\n{signal.Signals(number).name}: stopping after this optimizer step, with a checkpoint{again}\n"
             os.write(2, what.encode())  # not print, which may be what the signal interrupted
@@ -84,38 +84,37 @@ class Preemption(callbacks.Checkpoint):
         if step == self._step:  # accumulating
             return
         self._step = step
-        told = self._signal
+        signum = self._signal
         if trainer.world_size > 1:
-            told = self._agree(trainer) if step >= self._next else 0
-        if told and not validation_due(trainer):  # else `on_validation_end` stops
-            self._stop(trainer, told)
+            signum = self._agree(trainer) if step >= self._next else 0
+        if signum and not validation_due(trainer):  # else `on_validation_end` stops
+            self._stop(trainer, signum)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        told = self._agree(trainer) if trainer.world_size > 1 else self._signal
-        if told:
-            self._stop(trainer, told)
+        signum = self._agree(trainer) if trainer.world_size > 1 else self._signal
+        if signum:
+            self._stop(trainer, signum)
 
     def _agree(self, trainer: Trainer) -> int:
         """Return the signal received by any process, and schedule the next exchange by the slowest process's speed."""
         now, steps = time.monotonic(), self._step - self._agreed_step
         seconds = (now - self._agreed_at) / steps if steps else 0.0
-        news = torch.tensor([self._signal, seconds], dtype=torch.float32, device=trainer.strategy.root_device)
-        told, seconds = trainer.strategy.reduce(news, reduce_op="max").tolist()
+        own = torch.tensor([self._signal, seconds], dtype=torch.float32, device=trainer.strategy.root_device)
+        signum, seconds = trainer.strategy.reduce(own, reduce_op="max").tolist()
         if steps:
             self._next = self._step + max(1, min(_STEPS_TO_AGREE, int(_SECONDS_TO_AGREE / max(seconds, 1e-6))))
             self._agreed_step, self._agreed_at = self._step, now
-        return int(told)
+        return int(signum)
 
-    def _stop(self, trainer: Any, told: int) -> None:
-        ends = trainer.should_stop and trainer.fit_loop._can_stop_early
-        if ends or self._step == self._last_step:  # the run is about to end anyway
+    def _stop(self, trainer: Any, signum: int) -> None:
+        if stops_here(trainer) or self._step == self._last_step:  # the run ends anyway
             return
         last = next((c for c in trainer.callbacks if isinstance(c, Checkpoint) and c.monitor is None), None)
         if last is not None:
             last.save(trainer)
-        raise Preempted(told, saved=last is not None)
+        raise Preempted(signum, saved=last is not None)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore(trainer)
@@ -128,9 +127,4 @@ class Preemption(callbacks.Checkpoint):
             if handler is not None:  # None: not installed from Python, which cannot restore it
                 signal.signal(number, handler)
         self._handlers = {}
-        trainer._signal_connector.__dict__.pop("register_signal_handlers", None)
-        trainer.fit_loop.epoch_loop.__dict__.pop("_broadcast_sigterm_tensor", None)
-
-
-def _nothing() -> None:
-    pass
+        restore_signal_handling(trainer)

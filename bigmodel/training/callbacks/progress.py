@@ -17,7 +17,7 @@ from bigmodel.training.callbacks.checkpoint import Checkpoint
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 from bigmodel.training.callbacks.training_log import TrainingLog
 
-_MOST, _SHOWN = 10, 6  # metrics on a line: all up to _MOST, else only _SHOWN
+_MAX_METRICS, _NUM_SHOWN = 10, 6  # on a line: all, up to _MAX_METRICS; else _NUM_SHOWN
 
 
 class ProgressLine(ProgressBar):
@@ -27,13 +27,13 @@ class ProgressLine(ProgressBar):
     metrics, six are shown: the one that selects the best checkpoint, and those related to it.
 
     Args:
-        every_seconds: seconds between lines if the output is not a terminal. A terminal's bar is redrawn twice a
+        every_n_seconds: seconds between lines if the output is not a terminal. A terminal's bar is redrawn twice a
             second.
     """
 
-    def __init__(self, every_seconds: float = 10.0) -> None:
+    def __init__(self, every_n_seconds: float = 10.0) -> None:
         super().__init__()
-        self.every_seconds = every_seconds
+        self.every_n_seconds = every_n_seconds
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -74,7 +74,7 @@ class ProgressLine(ProgressBar):
             self._next = now + 0.5
         elif self._log is None or self._log.latest:
             self._console.print(f"step {trainer.global_step:,}{self._of_total(trainer, now)}  {self._summary()}")
-            self._next = now + self.every_seconds
+            self._next = now + self.every_n_seconds
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_bar()
@@ -117,7 +117,7 @@ class ProgressLine(ProgressBar):
 
     def _start_evaluation(self, name: str, num_batches: Sequence[int | float]) -> None:
         self._evaluating, self._total, self._done = name, int(sum(num_batches)), 0
-        self._next = time.monotonic() + self.every_seconds
+        self._next = time.monotonic() + self.every_n_seconds
         if self._enabled and self._console.is_terminal:
             self._start_bar(name, self._total, 0)
             self._next = 0.0
@@ -133,7 +133,7 @@ class ProgressLine(ProgressBar):
             self._next = now + 0.5
         else:
             self._console.print(f"{self._evaluating}  {self._done:,} of {self._total:,} batches")
-            self._next = now + self.every_seconds
+            self._next = now + self.every_n_seconds
 
     def _end_evaluation(self) -> None:
         if self._bar is not None and self._task is not None:
@@ -179,8 +179,8 @@ class ProgressLine(ProgressBar):
 
 def _monitored(trainer: Trainer) -> str:
     """Return the metric that selects the best checkpoint; empty if there is none."""
-    kept = (one.monitor for one in trainer.checkpoint_callbacks if isinstance(one, Checkpoint) and one.monitor)
-    return next(kept, "")
+    metrics = (one.monitor for one in trainer.checkpoint_callbacks if isinstance(one, Checkpoint) and one.monitor)
+    return next(metrics, "")
 
 
 def _line(metrics: dict[str, float], monitored: str) -> str:
@@ -190,7 +190,7 @@ def _line(metrics: dict[str, float], monitored: str) -> str:
         return name.partition("@")[2]
 
     names, more = list(metrics), ""
-    if len(names) > _MOST:
+    if len(names) > _MAX_METRICS:
         names.sort(key=lambda name: (name != monitored, name != "val/loss", cutoff(name) != cutoff(monitored)))
-        names, more = names[:_SHOWN], f"  and {len(names) - _SHOWN} more in metrics.csv"
+        names, more = names[:_NUM_SHOWN], f"  and {len(names) - _NUM_SHOWN} more in metrics.csv"
     return "  ".join(f"{name} {metrics[name]:.5g}" for name in names) + more

@@ -18,6 +18,7 @@ from torch.utils.data.distributed import DistributedSampler
 from bigmodel.data.sampling import Loader, data_parallel_rank, micro_batches
 from bigmodel.data.schedule import DataPosition, DataProgress, DataSchedule, limit_steps
 from bigmodel.data.stateless_rng import hash_seed
+from bigmodel.internals import progress_of, stop_after_validation
 
 
 class Resume(DataProgress):
@@ -70,8 +71,8 @@ class Resume(DataProgress):
             trainer.limit_train_batches *= trainer.accumulate_grad_batches
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             # Check directly after validation, not at the epoch's end: a checkpoint saved in between then includes it.
-            if isinstance(callback, EarlyStopping) and callback._check_on_train_epoch_end is None:
-                callback._check_on_train_epoch_end = not callback.monitor.startswith("val/")
+            if isinstance(callback, EarlyStopping):
+                stop_after_validation(callback, callback.monitor.startswith("val/"))
         # Create the loaders once: errors (too few samples, an empty split) are raised before any file is written.
         self.origin = DataPosition()
         loader = _data(trainer).train_dataloader()
@@ -216,12 +217,12 @@ def _set_progress(loops: dict[str, Any], schedule: DataSchedule, step: int, accu
     epoch, step_in_epoch = here.epoch, steps_per_epoch - schedule.steps_left(here)
     if step_in_epoch == 0 and step > 0:  # still in the epoch that this step completes; Lightning ends it
         epoch, step_in_epoch = epoch - 1, steps_per_epoch
-    batches = loops["epoch_loop.batch_progress"]
+    batches, epochs = progress_of(loops, "epoch_loop.batch_progress"), progress_of(loops, "epoch_progress")
     batches["current"] = _progress(step_in_epoch * accumulation)
     batches["total"] = _progress(step * accumulation)
     batches["is_last_batch"] = step_in_epoch == steps_per_epoch
     for key in ("current", "total"):
-        loops["epoch_progress"][key] = {
+        epochs[key] = {
             "ready": epoch + 1,
             "started": epoch + 1,
             "processed": epoch,

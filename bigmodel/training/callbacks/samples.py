@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 
-from bigmodel.training.callbacks.gradient_scaling import get_callback
+from bigmodel.training.callbacks.checkpoint import Checkpoint
 
 
 class Samples(Callback):
@@ -28,8 +28,8 @@ class Samples(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not hasattr(pl_module, "generate"):
             raise ValueError(
-                f"{type(pl_module).__name__} has no method `generate(prompt, ...)`, so there are no samples to look at:"
-                " switch them off with --callbacks.samples null"
+                f"{type(pl_module).__name__} has no method `generate(prompt, ...)`, which the callback Samples needs: set"
+                " --callbacks.samples null"
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -44,9 +44,9 @@ class Samples(Callback):
         texts = run_as_step(generate) if run_as_step else generate()
         if not trainer.is_global_zero:
             return
-        checkpoint = get_callback(trainer, ModelCheckpoint)
-        if checkpoint is not None and checkpoint.dirpath:
-            with open(Path(checkpoint.dirpath).parent / "samples.md", "a", encoding="utf-8") as file:
+        folders = (c.dirpath for c in trainer.callbacks if isinstance(c, Checkpoint | ModelCheckpoint) and c.dirpath)  # type: ignore[attr-defined]
+        if (folder := next(folders, None)) is not None:
+            with open(Path(folder).parent / "samples.md", "a", encoding="utf-8") as file:
                 for text in texts:
                     file.write(f"## step {trainer.global_step:,}\n\n```\n{text}\n```\n\n")
         for logger in trainer.loggers:

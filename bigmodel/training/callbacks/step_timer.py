@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
+from bigmodel.internals import before_fetch
 from bigmodel.training.callbacks.clocks import Clock, DeviceClock, HostClock
 from bigmodel.training.callbacks.gradient_scaling import GradientScaling, get_callback
 from bigmodel.training.callbacks.preemption import Preempted
@@ -24,7 +25,7 @@ _WORTH = 0.1  # seconds between two rows; shorter waits are not reported
 
 
 class StepTimer(Callback):
-    """Reports the time per part at the end of a fit (table and run.json), and the process that slows down the others.
+    """Reports the time per part at the end of a fit (table and run.json), and the process that slows down the other ones.
 
     The table is that of the first process. At any moment the time is attributed to one of these parts, so that they add
     up to the total:
@@ -63,13 +64,13 @@ class StepTimer(Callback):
         self._accumulation, self._steps = trainer.accumulate_grad_batches, False
         self._measure(trainer.fit_loop.epoch_loop.val_loop, "run", "validation")
         self._measure(trainer, "save_checkpoint", "checkpoint")
-        self._measure_fetching(trainer.fit_loop.epoch_loop)
-        self._tells_apart = trainer.world_size > 1 and isinstance(trainer.strategy, DDPStrategy)
-        if self._tells_apart:
+        self._undo.append(before_fetch(trainer, lambda: self._mark("data")))
+        self._separates = trainer.world_size > 1 and isinstance(trainer.strategy, DDPStrategy)
+        if self._separates:
             self._watch_last_gradient(pl_module)
             if (log := get_callback(trainer, TrainingLog)) is not None:
-                log.further.append(self._slowest)
-                self._undo.append(lambda: log.further.remove(self._slowest))
+                log.extra_metrics.append(self._slowest)
+                self._undo.append(lambda: log.extra_metrics.remove(self._slowest))
 
     def _measure(self, owner: Any, method: str, part: str) -> None:
         """Attribute the time of an object's method to a part, and return to the previous part afterwards."""
@@ -92,17 +93,6 @@ class StepTimer(Callback):
         finally:
             self._mark(before)
 
-    def _measure_fetching(self, loop: Any) -> None:
-        """Wrap the hook that Lightning's loop calls around fetching a batch (meant for its profilers)."""
-        before_fetch = loop._on_before_fetch
-
-        def fetching() -> None:
-            self._mark("data")
-            before_fetch()
-
-        loop._on_before_fetch = fetching
-        self._undo.append(lambda: delattr(loop, "_on_before_fetch"))
-
     def _watch_last_gradient(self, pl_module: LightningModule) -> None:
         """Find, in the first step, the parameter whose gradient is last: DDP then waits for pending communication."""
         self._last: Tensor | None = None
@@ -113,7 +103,7 @@ class StepTimer(Callback):
         parameters = [p for p in pl_module.parameters() if p.requires_grad]
         self._hooks = [p.register_post_accumulate_grad_hook(note) for p in parameters]
 
-    # Callbacks are called in order: `times` is configured before the slow ones.
+    # Callbacks are called in order: `step_timer` is configured before the slow ones.
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._steps = (batch_idx + 1) % self._accumulation == 0
@@ -141,11 +131,11 @@ class StepTimer(Callback):
         counted = gradients.total_count if gradients is not None else None
         self._count = None if counted is None else counted.clone()
         self._remove_hooks()
-        if self._tells_apart and self._last is not None:
+        if self._separates and self._last is not None:
             self._hooks = [self._last.register_post_accumulate_grad_hook(self._have_gradients)]
         self._own = 0.0  # seconds up to the last row
         self._suspect: int | None = None  # the slowest in the last row, if too slow
-        self._told: int | None = None
+        self._reported: int | None = None
         self._clock.reset()
 
     def _have_gradients(self, parameter: Tensor) -> None:
@@ -185,7 +175,7 @@ class StepTimer(Callback):
             return {}
         if self._seconds is None:
             self._seconds = self._clock.read()
-            if not self._tells_apart:
+            if not self._separates:
                 self._seconds.pop("communication")
             self._seconds["total"] = sum(self._seconds.values())
         return self._seconds
@@ -195,13 +185,13 @@ class StepTimer(Callback):
         if not trainer.is_global_zero or not self._num_steps:
             return
         total = seconds["total"]
-        lines = [f"where the time of {self._num_steps:,} steps went, the first one left out{_whose(trainer)}"]
+        lines = [f"time of {self._num_steps:,} steps, without the first{_whose(trainer)}"]
         lines.append(f"  {'':13}{'s':>11}{'ms a step':>12}{'%':>8}")
         for part, spent in seconds.items():
             lines.append(f"  {part:13}{spent:11,.2f}{spent / self._num_steps * 1e3:12,.2f}{spent / total:8.1%}"[:-1])
         lines.append("  " + self._speed(trainer, pl_module, total))
-        if trainer.world_size > 1 and not self._tells_apart:
-            lines.append("  communication is inside forward and backward: only DDP lets it be told apart")
+        if trainer.world_size > 1 and not self._separates:
+            lines.append("  communication is part of forward and backward: it is measured separately only under DDP")
         print("\n".join(lines), flush=True)
 
     def _speed(self, trainer: Trainer, pl_module: LightningModule, total: float) -> str:
@@ -213,7 +203,7 @@ class StepTimer(Callback):
             unit, done = str(getattr(pl_module, "count_unit", "samples")), int(counted) - int(self._count)
         log = get_callback(trainer, TrainingLog)
         mfu = log.mfu_of(self._micro_batches, total) if log is not None else None
-        return f"{done / total:,.0f} {unit}/s over all of it" + ("" if mfu is None else f", MFU {mfu:.1%}")
+        return f"{done / total:,.0f} {unit}/s" + ("" if mfu is None else f", MFU {mfu:.1%}")
 
     def _slowest(self, trainer: Trainer) -> dict[str, float]:
         """Return the slowest process's time over the median, for a row of the log. Called on all processes."""
@@ -232,19 +222,19 @@ class StepTimer(Callback):
         ratio = each[slowest] / median
         suspect = slowest if ratio > _SLOW and each[slowest] - median > _WORTH else None
         if suspect is None or suspect == self._suspect:
-            if suspect is not None and suspect != self._told:
-                self._tell(trainer, suspect, ratio)
-            self._told = suspect
+            if suspect is not None and suspect != self._reported:
+                self._report(trainer, suspect, ratio)
+            self._reported = suspect
         self._suspect = suspect
         return {"speed/slowest_over_median": ratio}
 
     @staticmethod
-    def _tell(trainer: Trainer, rank: int, ratio: float) -> None:
+    def _report(trainer: Trainer, rank: int, ratio: float) -> None:
         hosts: list[Any] = [None] * trainer.world_size
         torch.distributed.all_gather_object(hosts, platform.node())
         if trainer.is_global_zero:
-            what = f"process {rank} on {hosts[rank]} takes {ratio:.1f} times as long for its own work as the median"
-            print(f"step {trainer.global_step:,}: {what}: the others wait for it", flush=True)
+            what = f"process {rank} on {hosts[rank]} needs {ratio:.1f} times the median time for its own work"
+            print(f"step {trainer.global_step:,}: {what}: the other processes wait for it", flush=True)
 
 
 def _whose(trainer: Trainer) -> str:

@@ -1,8 +1,8 @@
 """Stochastic weight averaging (Izmailov et al. 2018, arXiv 1803.05407).
 
-The equal mean of weights over the last part of a run is evaluated and saved beside the live weights. Running statistics
-of BatchNorm are not weights: those of the mean net are not the mean of theirs. They are recomputed over training
-batches (section 3.2), just before the average is evaluated or saved, if it has changed since.
+The equal mean of weights over the last part of a run is evaluated and saved in addition to the live weights. Running
+statistics of BatchNorm are not weights: the statistics of the mean net differ from the mean of the statistics. They are
+recomputed over training batches (section 3.2), before the average is evaluated or saved, if it has changed since.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bigmodel.data.sampling import Loader
 from bigmodel.data.schedule import num_steps
+from bigmodel.internals import prepare_batch
 from bigmodel.training.callbacks.averaging import WeightAverage, tensors
 
 
@@ -34,10 +35,10 @@ class SWA(WeightAverage):
     average if there is one.
 
     Args:
-        start: the fraction of the run's optimizer steps, 0 to 1, after which weights are averaged; before it the live
-            ones are evaluated.
+        start_fraction: the fraction of the run's optimizer steps, 0 to 1, after which weights are averaged; before it
+            the live ones are evaluated.
         every_n_steps: optimizer steps between two updates of the average; null: at the end of each epoch.
-        bn_batches: micro-batches of each process, from the beginning of the first epoch's order, over which the
+        num_bn_batches: micro-batches of each process, from the beginning of the first epoch's order, over which the
             statistics of BatchNorm are computed, with the task's `features(batch)` and `logits(features)`; 0: use their
             mean over the run. Unused for a net without BatchNorm.
 
@@ -45,28 +46,30 @@ class SWA(WeightAverage):
         ValueError: for a setting out of range, a run without an end, or one in which no weights would be averaged.
     """
 
-    def __init__(self, start: float = 0.75, every_n_steps: int | None = None, bn_batches: int = 100) -> None:
+    def __init__(
+        self, start_fraction: float = 0.75, every_n_steps: int | None = None, num_bn_batches: int = 100
+    ) -> None:
         super().__init__()
-        if not 0 <= start <= 1:
-            raise ValueError(f"--callbacks.swa.start {start} is a share of the run's steps and must lie in 0 to 1")
+        if not 0 <= start_fraction <= 1:
+            raise ValueError(f"--callbacks.swa.start_fraction {start_fraction} must be in [0, 1]")
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(
                 f"--callbacks.swa.every_n_steps {every_n_steps} must be at least 1, or null for every epoch"
             )
-        if bn_batches < 0:
-            raise ValueError(f"--callbacks.swa.bn_batches {bn_batches} must be at least 0")
-        self.start, self.every_n_steps, self.bn_batches = start, every_n_steps, bn_batches
+        if num_bn_batches < 0:
+            raise ValueError(f"--callbacks.swa.num_bn_batches {num_bn_batches} must be at least 0")
+        self.start_fraction, self.every_n_steps, self.num_bn_batches = start_fraction, every_n_steps, num_bn_batches
         self.num_averaged = 0
         self._step = self._first = self._every = 0
         self._stale = False  # BatchNorm's statistics do not belong to the current average
         self._modes: dict[nn.Module, bool] = {}  # the modules' training flags at the last update
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.bn_batches and _batch_norms(pl_module) and not hasattr(pl_module, "features"):
+        if self.num_bn_batches and _batch_norms(pl_module) and not hasattr(pl_module, "features"):
             raise ValueError(
-                f"the net has BatchNorm, and to compute its statistics for averaged weights {type(pl_module).__name__} would"
-                " need the methods `features(batch)` and `logits(features)`; --callbacks.swa.bn_batches 0 averages them"
-                " instead"
+                f"the net has BatchNorm, whose statistics are computed for averaged weights with the methods"
+                f" `features(batch)` and `logits(features)`, which {type(pl_module).__name__} lacks; with"
+                " --callbacks.swa.num_bn_batches 0 they are averaged instead"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -74,15 +77,16 @@ class SWA(WeightAverage):
         epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
         if total < 0 or (self.every_n_steps is None and epoch == math.inf):
             raise ValueError(
-                f"--callbacks.swa.start {self.start} is a share of the run's steps, of which there is no end: set"
+                f"--callbacks.swa.start_fraction {self.start_fraction} needs a run of limited length: set"
                 " --trainer.max_steps or --trainer.max_epochs, and --callbacks.swa.every_n_steps for data without epochs"
             )
-        self._first = max(1, round(self.start * total))
+        self._first = max(1, round(self.start_fraction * total))
         self._every = self.every_n_steps or math.ceil(epoch)
         if self.every_n_steps is None and total // self._every * self._every < self._first:
             raise ValueError(
-                f"no epoch of {self._every:,} optimizer steps ends from step {self._first:,} (--callbacks.swa.start"
-                f" {self.start}) to step {total:,}, so no weights would be averaged: set --callbacks.swa.every_n_steps"
+                f"--callbacks.swa.start_fraction {self.start_fraction}: no weights would be averaged, because no epoch of"
+                f" {self._every:,} optimizer steps ends from step {self._first:,} to step {total:,}; set"
+                " --callbacks.swa.every_n_steps"
             )
         if trainer.global_step < self._first:  # the run was shorter when it was stopped
             self.average, self.num_averaged = {}, 0
@@ -124,7 +128,7 @@ class SWA(WeightAverage):
         As torch.optim.swa_utils.update_bn: each statistic is the mean over the batches' statistics.
         """
         norms = [norm for norm in _batch_norms(pl_module) if self._modes.get(norm)]  # frozen ones do not change
-        if not self._stale or not norms or not self.bn_batches:
+        if not self._stale or not norms or not self.num_bn_batches:
             self._stale = False
             return
         momenta = [norm.momentum for norm in norms]
@@ -134,7 +138,7 @@ class SWA(WeightAverage):
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None
-            for batch in _first_batches(trainer, pl_module, self.bn_batches):
+            for batch in _first_batches(trainer, pl_module, self.num_bn_batches):
                 with trainer.precision_plugin.train_step_context():
                     run_as_step(lambda batch=batch: task.logits(task.features(batch)))
             for norm, momentum in zip(norms, momenta, strict=True):
@@ -182,5 +186,4 @@ def _first_batches(trainer: Trainer, pl_module: LightningModule, count: int) -> 
         order.trainer = None  # else the loader would start at the trainer's step
     for batch in islice(loader, count):
         batch = trainer.precision_plugin.convert_input(batch)
-        batch = pl_module._on_before_batch_transfer(batch)
-        yield trainer.strategy.batch_to_device(batch)
+        yield trainer.strategy.batch_to_device(prepare_batch(pl_module, batch))

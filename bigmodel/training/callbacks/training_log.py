@@ -31,7 +31,7 @@ class TrainingLog(Callback):
     """Logs training every `trainer.log_every_n_steps` optimizer steps, over the steps since the last row.
 
     `train/loss` (mean over all predicted elements, all processes), `train/lr`, `train/grad_norm` (when clipping); if a
-    training step returns `parts`, sums by name beside its loss, also their means as `train/<name>`;
+    training step returns `parts`, sums by name in addition to its loss, also their means as `train/<name>`;
     `speed/samples_per_s` and, if the task counts, `speed/<count_unit>_per_s` (all processes); `speed/mfu` (0 to 1, per
     device, if its peak is known); `seen/samples`, `seen/<count_unit>`. Time in validation is excluded. The task's attribute
     `count_unit` names the unit of its count, for example `count_unit = "tokens"`. Between rows nothing is read from the
@@ -43,13 +43,13 @@ class TrainingLog(Callback):
 
     Attributes:
         latest: the last row.
-        further: functions that add metrics to each row; called on all processes.
+        extra_metrics: functions that add metrics to each row; called on all processes.
     """
 
     def __init__(self, mfu: bool = True) -> None:
         self.mfu = mfu
         self.latest: dict[str, float] = {}
-        self.further: list[Callable[[Trainer], dict[str, float]]] = []
+        self.extra_metrics: list[Callable[[Trainer], dict[str, float]]] = []
         self._peak: float | None = None  # FLOP/s
         self._flops: int | None = None  # of one micro-batch on one device, forward and backward
         self._counter: _FlopCounter | None = None
@@ -161,7 +161,7 @@ class TrainingLog(Callback):
             mfu = self.mfu_of(accumulation * steps, seconds)
             if mfu is not None:
                 row["speed/mfu"] = mfu
-        for measure in self.further:
+        for measure in self.extra_metrics:
             row |= measure(trainer)
         row |= self.seen(trainer)
         self.latest = row

@@ -19,15 +19,16 @@ class Watchdog(Callback):
     SLURM's time limits do that. Each process has its own watchdog. The cost per step is one reading of the clock.
 
     Args:
-        minutes: minutes without a batch that count as a hang.
+        timeout_minutes: minutes without a batch that count as a hang.
     """
 
-    def __init__(self, minutes: float = 30.0) -> None:
-        if minutes <= 0:
+    def __init__(self, timeout_minutes: float = 30.0) -> None:
+        if timeout_minutes <= 0:
             raise ValueError(
-                f"--callbacks.watchdog.minutes {minutes} must be above 0; --callbacks.watchdog null: no watch"
+                f"--callbacks.watchdog.timeout_minutes {timeout_minutes} must be above 0; to switch it off, set"
+                " --callbacks.watchdog null"
             )
-        self.minutes = minutes
+        self.timeout_minutes = timeout_minutes
         self._alive = 0.0
         self._ended: threading.Event | None = None
 
@@ -54,7 +55,7 @@ class Watchdog(Callback):
             self._ended.set()
 
     def _watch(self, trainer: Trainer, ended: threading.Event) -> None:
-        limit, told = self.minutes * 60, -1.0
+        limit, reported = self.timeout_minutes * 60, -1.0
         wait = limit
         while not ended.wait(wait):
             alive = self._alive
@@ -62,10 +63,10 @@ class Watchdog(Callback):
             if silent < limit:
                 wait = limit - silent
                 continue
-            if alive != told:
+            if alive != reported:
                 where = f"process {trainer.global_rank} of {trainer.world_size}, optimizer step {trainer.global_step:,}"
-                head = f"no batch has ended for {silent / 60:.3g} minutes: {where}; its threads stand here:"
+                head = f"no batch has ended for {silent / 60:.3g} minutes: {where}; stacks of its threads:"
                 # Bypasses Python's buffers: a hanging thread may hold their lock.
                 os.write(2, f"\nbigmodel: {head}\n".encode())
                 faulthandler.dump_traceback(file=2, all_threads=True)
-            told, wait = alive, limit
+            reported, wait = alive, limit

@@ -82,7 +82,7 @@ def language(width):
         "model": {"class_path": f"{LM}.LanguageModeling", "init_args": {"net": net, "optimizer": optimizer}},
         "data": {"class_path": f"{LM}.TextData", "init_args": {**data, "batch_size": 8}},
         "trainer": {"max_epochs": None, "max_steps": 4, "accelerator": "cpu", "log_every_n_steps": 1},
-        "callbacks": {"last": {"init_args": {"every_n_steps": 2, "every_n_minutes": None, "keep": -1}}},
+        "callbacks": {"last": {"init_args": {"every_n_steps": 2, "every_n_minutes": None, "save_top_k": -1}}},
     }
 
 

@@ -32,7 +32,7 @@ def words(photos, *flags):
         "model.test_flips": "true", "trainer.max_epochs": 3, "trainer.precision": "32-true", "trainer.accelerator": "cpu",
         "trainer.val_check_interval": 3, "trainer.check_val_every_n_epoch": "null", "trainer.log_every_n_steps": 1,
         "callbacks.ema": "bigmodel.training.callbacks.EMA", "callbacks.ema.decay": 0.8, "callbacks.progress": "null",
-        "callbacks.last.every_n_steps": 1, "callbacks.last.every_n_minutes": "null", "callbacks.last.keep": -1,
+        "callbacks.last.every_n_steps": 1, "callbacks.last.every_n_minutes": "null", "callbacks.last.save_top_k": -1,
     }  # fmt: skip
     listed = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
     return ["fit", "-c", str(EXPERIMENT), *listed, *map(str, flags)]

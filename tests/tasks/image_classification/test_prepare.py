@@ -422,7 +422,7 @@ def test_full_disk_leaves_nothing_and_says_what_is_needed(folder, cache, monkeyp
 
 def test_cache_that_is_no_folder_is_refused(folder, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"cannot be kept in .*file.*--data.cache_dir"):
+    with pytest.raises(ValueError, match=r"prepared data .*file.*--data.cache_dir"):
         run(folder, tmp_path / "file")
 
 

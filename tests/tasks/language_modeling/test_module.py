@@ -40,7 +40,7 @@ def words(*flags):
         "data.batch_size": 32, "data.micro_batch_size": 16, "trainer.precision": "32-true", "trainer.accelerator": "cpu",
         "trainer.max_steps": STEPS, "trainer.val_check_interval": 5, "trainer.log_every_n_steps": 1,
         "callbacks.samples": "null", "callbacks.progress": "null", "callbacks.last.every_n_steps": 3,
-        "callbacks.last.every_n_minutes": "null", "callbacks.last.keep": -1,
+        "callbacks.last.every_n_minutes": "null", "callbacks.last.save_top_k": -1,
     }  # fmt: skip
     listed = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
     return ["fit", "-c", str(EXPERIMENT), *listed, *map(str, flags)]

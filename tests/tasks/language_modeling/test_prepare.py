@@ -182,7 +182,7 @@ def test_full_disk_leaves_nothing_and_says_what_is_needed(text, cache, monkeypat
 
 def test_cache_that_is_no_folder_is_refused(text, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"cannot be kept in .*file/language_modeling.*--data.cache_dir"):
+    with pytest.raises(ValueError, match=r"prepared data .*file/language_modeling.*--data.cache_dir"):
         plan(text, tmp_path / "file")
 
 

@@ -93,7 +93,7 @@ def test_random_shares_are_drawn_evenly():
     [
         (lambda: LeaveOneOut(2), "--data.split.min_events 2: one to train on"),
         (lambda: Ratio(0.5, 0.5), "leave nothing to train on"),
-        (lambda: GlobalTime(-0.1, 0.5), "--data.split.val -0.1 is no share"),
+        (lambda: GlobalTime(-0.1, 0.5), "--data.split.val -0.1 must be in"),
         (lambda: GlobalTime("2016-01-01", 0.5), "two shares, or two instants"),
         (lambda: GlobalTime("2016-01-01", "2015-01-01"), "is not before"),
         (lambda: GlobalTime("soon", "2015-01-01"), "'soon' is neither a share nor an instant"),

@@ -29,4 +29,6 @@ def find_hub(path: str, columns: Columns) -> Source:
             batches = (batch for table in tables for batch in table.to_batches())
             yield from rows_of(f"{path} {split}", data.features.arrow_schema, batches, columns, _ROWS_AT_ONCE)
 
-    return Source(path, digest({split: data._fingerprint for split, data in loaded.items()}), rows)
+    from bigmodel.internals import fingerprint  # imports torch
+
+    return Source(path, digest({split: fingerprint(data) for split, data in loaded.items()}), rows)
