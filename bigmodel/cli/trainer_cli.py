@@ -70,6 +70,8 @@ class TrainerCLI(LightningCLI):
     ) -> None:
         plugins.check_classes(config)
         fill_class_defaults(config)
+        if instantiate and not saved:
+            remember(config)
         self.extra_callbacks, self.creates = extra_callbacks, instantiate
         # Lightning's type for a precision does not include `auto`.
         trainer = dict(config.get("trainer") or {})
@@ -90,8 +92,6 @@ class TrainerCLI(LightningCLI):
                 )
         except (ArgumentError, ValueError) as error:
             raise ClearError(format_parse_error(str(error))) from error
-        if instantiate and not saved:
-            remember(config)
 
     def instantiate_classes(self) -> None:
         if self.creates:
