@@ -1,4 +1,4 @@
-"""Exported weights are those of `bigmodel.load`, in a file that safetensors reads by itself."""
+"""Exported weights equal those of `bigmodel.load`, in a file that safetensors reads."""
 
 import json
 from pathlib import Path
@@ -89,7 +89,7 @@ def test_tied_tensors_stand_there_once_and_every_tensor_is_contiguous(bm, monkey
     assert all(tensor.is_contiguous() for tensor in exported.values())
 
 
-def test_nothing_is_overwritten_and_what_is_wrong_is_said(bm):
+def test_errors_and_existing_files(bm):
     bm("fit")
     Path("there.safetensors").write_text("mine")
     assert "there.safetensors exists" in bm("export", "last", "--output", "there.safetensors", fails=True)
@@ -104,13 +104,13 @@ def test_nothing_is_overwritten_and_what_is_wrong_is_said(bm):
 
 
 class MergedRegression(TabularRegression):
-    """A task that puts its net together before it is exported."""
+    """A task that merges its net for export."""
 
     def merged_model(self):
         return self.net.layers
 
 
-def test_a_task_may_say_what_is_exported(bm, monkeypatch):
+def test_a_task_may_define_the_exported_net(bm, monkeypatch):
     monkeypatch.setattr("outsider.MergedRegression", MergedRegression, raising=False)
     monkeypatch.setattr("outsider.module.MergedRegression", MergedRegression, raising=False)
     bm("fit", "--model", "outsider.MergedRegression")
