@@ -1,4 +1,4 @@
-"""`bigmodel check`: it finds what would stop a long job, agrees with what `fit` then does, and leaves nothing behind."""
+"""`bigmodel check`: it finds errors before a long job, measures the same steps as `fit`, and leaves no files."""
 
 import csv
 import itertools
@@ -20,7 +20,7 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 @pytest.fixture
 def checked(tmp_path, monkeypatch, table, capsys):
-    """Type `bigmodel check` (or another verb) on the outsider's task in an empty folder; returns what it prints."""
+    """Run `bigmodel check` (or another verb) with the outsider's task in an empty folder; returns its output."""
     monkeypatch.chdir(tmp_path)
 
     def run(*flags, status=0, verb="check"):

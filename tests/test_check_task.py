@@ -105,9 +105,9 @@ def test_a_task_passes_every_check(found, name):
     assert "when resumed in mid-epoch" in found[name]["resume"].text
 
 
-def test_the_page_shows_what_is_found(found):
-    page = (Path(__file__).parents[1] / "bigmodel" / "tasks" / "README.md").read_text()
-    shown = re.findall(r"^(ok|skip) +(two processes|\w+) +(.*)$", page, re.MULTILINE)
+def test_the_readme_shows_the_current_output(found):
+    readme = (Path(__file__).parents[1] / "bigmodel" / "tasks" / "README.md").read_text()
+    shown = re.findall(r"^(ok|skip) +(two processes|\w+) +(.*)$", readme, re.MULTILINE)
 
     def without_numbers(text):
         return re.sub(r"fingerprint \w+|\d[\d.,]*(e-\d+)?", "#", text.replace("NewTask", "MyTask"))
@@ -122,7 +122,7 @@ class Row(NamedTuple):
 
 
 class Ranker:
-    """Ranks the items 9, 8, ... 0 for anybody."""
+    """Ranks the items 9, 8, ... 0 for all users."""
 
     item_ids = None
 
@@ -206,7 +206,7 @@ def test_lists_are_ordered_short_and_new(kind, found):
 
 
 class Writer(torch.nn.Module):
-    """Writes numbers that it draws: as documents, and into the ends of sequences of four."""
+    """Writes random numbers: as documents, and into the ends of sequences of four."""
 
     def eval(self):
         return self.train(False)

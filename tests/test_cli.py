@@ -1,4 +1,4 @@
-"""The command, as a person types it, with the outsider's task: runs, resuming, tracking, loading, and what is refused."""
+"""The command with the outsider's task: runs, resuming, tracking, loading, and error messages."""
 
 import csv
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""Exported weights are those of `bigmodel.load`, in a file that safetensors reads by itself."""
+"""Exported weights equal those of `bigmodel.load`, in a file that safetensors reads."""
 
 import json
 from pathlib import Path
@@ -91,7 +91,7 @@ def test_tied_tensors_stand_there_once_and_every_tensor_is_contiguous(bm, monkey
     assert all(tensor.is_contiguous() for tensor in exported.values())
 
 
-def test_nothing_is_overwritten_and_what_is_wrong_is_said(bm):
+def test_errors_and_existing_files(bm):
     bm("fit")
     Path("there.safetensors").write_text("mine")
     assert "there.safetensors exists" in bm("export", "last", "--output", "there.safetensors", fails=True)
@@ -106,7 +106,7 @@ def test_nothing_is_overwritten_and_what_is_wrong_is_said(bm):
 
 
 class MergedRegression(TabularRegression):
-    """A task that puts its net together before it is exported."""
+    """A task that merges its net for export."""
 
     __module__ = "outsider"
 
@@ -114,7 +114,7 @@ class MergedRegression(TabularRegression):
         return self.net.layers
 
 
-def test_a_task_may_say_what_is_exported(bm, monkeypatch):
+def test_a_task_may_define_the_exported_net(bm, monkeypatch):
     monkeypatch.setattr("outsider.MergedRegression", MergedRegression, raising=False)
     monkeypatch.setattr("outsider.module.MergedRegression", MergedRegression, raising=False)
     bm("fit", "--model", "outsider.MergedRegression")

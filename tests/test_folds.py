@@ -1,4 +1,4 @@
-"""Cross-validation by the command, with a stranger's data that can be dealt into folds: as many fits, one report."""
+"""Cross-validation by the command, with data of another package: a fit per fold, and one report."""
 
 import csv
 import json
@@ -40,7 +40,7 @@ class FoldedData(TableData):
 
 @pytest.fixture
 def bm(tmp_path, monkeypatch, table, capfd):
-    """Type `bigmodel fit ...` in an empty folder; returns the exit status and what it prints."""
+    """Run `bigmodel fit ...` in an empty folder; returns the exit status and the output."""
     (tmp_path / "folded.py").write_text(DATA)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
@@ -74,7 +74,7 @@ def bm(tmp_path, monkeypatch, table, capfd):
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Fits are done here, which saves the seconds of a start, after a run that is the last; returns their places."""
+    """Fit in this process, which is faster than a new one, after an earlier run; returns the run directories."""
     places = []
     monkeypatch.setattr(cross_validation, "find_run", lambda last, runs_dir: "before")
 

@@ -1,4 +1,4 @@
-"""Tasks and experiments of other packages are found without importing them, and a broken one never gets in the way."""
+"""Tasks and experiments of other packages are found without importing them; a broken package does not affect others."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ HELP = "import sys; from bigmodel.cli import main; main(sys.argv[1:]); assert 't
 
 
 def install(folder, package, name, code, target="Task", version="1.0"):
-    """A package of one module with an entry point, as pip leaves it."""
+    """A package of one module with an entry point, as installed by pip."""
     (folder / package).mkdir()
     (folder / package / "__init__.py").write_text(code)
     (folder / package / "experiment.yaml").write_text(

@@ -16,7 +16,7 @@ from bigmodel.testing import command as check_task
 from bigmodel.testing.checks import CheckResult
 
 TEMPLATE = Path(__file__).parents[1] / "bigmodel" / "cli" / "template"
-PAGE = Path(__file__).parents[1] / "bigmodel" / "tasks" / "README.md"
+README = Path(__file__).parents[1] / "bigmodel" / "tasks" / "README.md"
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_a_package_is_the_template_under_its_name(made):
     assert renamed("my_task.MyTask", "my_task") == "my_task.MyTask"
 
 
-def test_it_can_be_read_at_a_sitting():
+def test_the_template_is_short():
     files = [TEMPLATE / "my_task" / name for name in ("data.py", "module.py", "experiment.yaml")]
     assert sum(bool(line.strip()) for file in files for line in file.read_text().splitlines()) <= 100
 
@@ -60,7 +60,7 @@ def test_its_own_tests_pass(made):
     assert "3 passed" in result.stdout
 
 
-def test_a_folder_that_is_there_stays_as_it_is(made, capsys):
+def test_an_existing_folder_is_not_overwritten(made, capsys):
     folder, _ = made
     (folder / "README.md").write_text("mine")
     with pytest.raises(SystemExit):
@@ -72,11 +72,11 @@ def test_a_folder_that_is_there_stays_as_it_is(made, capsys):
 
 
 def blocks(language):
-    """The page's fenced blocks in a language, each as it stands."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    """The README's fenced blocks in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def test_the_page_shows_the_template_as_it_is():
+def test_the_readme_shows_the_current_template():
     listings = {}
     for listing in blocks("python") + blocks("yaml"):
         first, _, rest = listing.partition("\n")
@@ -84,15 +84,15 @@ def test_the_page_shows_the_template_as_it_is():
             listings[first.removeprefix("# my_task/my_task/")] = rest
     files = ("data.py", "module.py", "experiment.yaml")
     assert listings == {name: (TEMPLATE / "my_task" / name).read_text() for name in files}
-    assert f"(version {PROTOCOL_VERSION})" in PAGE.read_text()
-    links = re.findall(r"\]\(([^)#]+)\)", PAGE.read_text())
+    assert f"(version {PROTOCOL_VERSION})" in README.read_text()
+    links = re.findall(r"\]\(([^)#]+)\)", README.read_text())
     assert links
-    assert all((PAGE.parent / link).exists() for link in links)
+    assert all((README.parent / link).exists() for link in links)
 
 
 @pytest.fixture
 def fresh_metadata():
-    """What is installed is looked up anew, before and after."""
+    """Clears the caches of installed packages, before and after."""
     for function in (plugins.installed_tasks, plugins.package_folder):
         function.cache_clear()
     yield
@@ -101,13 +101,13 @@ def fresh_metadata():
 
 
 @pytest.mark.usefixtures("fresh_metadata")
-def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
+def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tried = CheckResult("ok", "task", "in test_check_task")
     monkeypatch.setattr(check_task, "check", lambda plans: iter([(0, tried)]))
     typed = [line.split(" #")[0].split() for block in blocks("bash") for line in block.splitlines()]
     for arguments in typed:
-        if arguments[:2] == ["pip", "install"]:  # as pip does it, without a network
+        if arguments[:2] == ["pip", "install"]:  # without a network
             install = ["install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "--target", "site"]
             subprocess.run([sys.executable, "-m", "pip", *install, f"./{arguments[-1]}"], check=True)
             monkeypatch.syspath_prepend(tmp_path / "site")
@@ -143,7 +143,7 @@ def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
         (["a_task", "--into", "file"], "the folder is not writable"),
     ],
 )
-def test_what_cannot_be_made_is_refused(arguments, message, tmp_path, monkeypatch, capsys):
+def test_invalid_names_are_refused(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as stopped:

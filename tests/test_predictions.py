@@ -1,4 +1,4 @@
-"""Predictions: what the net says of each sample, once and in order, in a file that is whole or not there."""
+"""Predictions: one row for each sample, in order, in a file that is written atomically."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def trained(tmp_path_factory, table):
 
 @pytest.fixture
 def predict(trained, monkeypatch, capsys):
-    """Type `bigmodel predict last ...`; returns what it prints, or the message it fails with."""
+    """Run `bigmodel predict last ...`; returns its output, or the error message."""
     monkeypatch.chdir(trained)
 
     def run(*flags, fails=False):
@@ -122,7 +122,7 @@ def write_part(path, batches):
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
 def test_parts_are_merged_as_the_samples_were_dealt_out(tmp_path, monkeypatch, num_processes):
-    """17 samples, 2 at once on each process, the last batches filled up; a row group holds at least 5."""
+    """17 samples, 2 at once on each process, the last batches padded; a row group holds at least 5."""
     monkeypatch.setattr(predictions, "_ROWS_AT_ONCE", 5)
     num_batches = -(-17 // (2 * num_processes))
     parts = []

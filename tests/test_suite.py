@@ -25,7 +25,7 @@ LAST_WORDS = {  # the body of a test that ends, or does not end, its process
 
 
 def run(folder, *options):
-    """A suite in this folder, with the project's settings; its exit status and what it printed."""
+    """Run a suite in this folder, with the project's configuration; returns exit status and output."""
     (folder / "conftest.py").write_text('pytest_plugins = ["suite"]\n')
     command = [sys.executable, "-m", "pytest", *options, "-c", ROOT / "pyproject.toml", "--rootdir", folder, folder]
     command += ["--basetemp", folder / "temporary"]

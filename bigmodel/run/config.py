@@ -1,4 +1,4 @@
-"""Config from YAML files and flags, merged as plain mappings before any class is imported.
+"""Configuration from YAML files and flags, merged as plain mappings before any class is imported.
 
 Later values take precedence. Mappings merge key by key, with two rules for a block `{class_path: ..., init_args:
 {...}}`: another `class_path` replaces the whole block, so that no argument of the old class remains; and a key other

@@ -1,6 +1,6 @@
-"""What two processes do with a damaged checkpoint: `python forked.py 2 damaged_checkpoint.py RUN TABLE`.
+"""Resume from a damaged checkpoint on two processes: `python forked.py 2 damaged_checkpoint.py RUN TABLE`.
 
-Run by test_checkpoint.py, where RUN is the directory of a run of which the newest checkpoint is damaged.
+Run by test_checkpoint.py, where RUN is the directory of a run whose newest checkpoint is damaged.
 """
 
 import os
@@ -15,7 +15,7 @@ from bigmodel.cli import main
 
 
 def counted(path):
-    """`find_damage`, noted as asked for by this process."""
+    """Call `find_damage`, and record the call of this process."""
     with open(f"verified.{os.environ['RANK']}", "a") as file:
         file.write(Path(path).name + "\n")
     return find_damage(path)

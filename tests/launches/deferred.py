@@ -1,4 +1,4 @@
-"""Nets built without memory, sharded over four processes and made: `python forked.py 4 deferred.py`.
+"""Nets created without memory, then sharded over four processes and initialized: `python forked.py 4 deferred.py`.
 
 Run by parallel/test_deferred.py in an empty folder.
 """

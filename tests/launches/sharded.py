@@ -1,6 +1,6 @@
-"""What four processes do together with sharded nets: `python forked.py 4 sharded.py TABLE SINGLE DIGITS`.
+"""Runs of sharded nets on four processes: `python forked.py 4 sharded.py TABLE SINGLE DIGITS`.
 
-Run by test_sharded.py in an empty folder, where SINGLE is the directory of a run of one process that was stopped, and
+Run by test_sharded.py in an empty folder, where SINGLE is the directory of a stopped run of one process, and
 DIGITS a folder of pictures.
 """
 
@@ -32,7 +32,7 @@ SHARDED = ("--trainer.devices", "4", "--trainer.strategy", "bigmodel.parallel.Sh
 
 
 class Look(Callback):
-    """Writes what the first process sees: the initial weights, its share of them, and how often gradients are reduced."""
+    """Writes the initial weights, the first process's shards of them, and the number of gradient reductions."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
@@ -126,7 +126,7 @@ def stop_at(directory: Path, step: int) -> None:
 
 
 def copy_stopped(source: Path, target: Path, step: int) -> None:
-    """The run as it would be had it been stopped; made by the first process."""
+    """Copy a run, and cut the copy as if stopped at this step; done by the first process."""
     if os.environ["RANK"] == "0":
         shutil.copytree(source, target)
         stop_at(target, step)
@@ -134,12 +134,12 @@ def copy_stopped(source: Path, target: Path, step: int) -> None:
 
 
 def refused(arguments: list[str]) -> str:
-    """What the command says that it refuses."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
+    """Return the error message of the command."""
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.suppress(SystemExit):
         main(["fit", *arguments])
         raise AssertionError(f"not refused: {arguments}")
-    return said.getvalue()
+    return errors.getvalue()
 
 
 def error_of(words: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""What four processes do with sharded checkpoints: `python shards.py RUN` in an empty folder. Run by test_shards.py.
+"""Sharded checkpoints of four processes: `python shards.py RUN` in an empty folder. Run by test_shards.py.
 
 They are forked, so that torch is imported once. RUN is the directory of a finished run: its checkpoints become folders.
 """
@@ -27,7 +27,7 @@ NUM_PROCESSES = 4
 
 
 def make_tree(row, square):
-    """A checkpoint as of a training: plain values, plain tensors, and DTensors of all kinds of layouts."""
+    """Return the content of a checkpoint: plain values, plain tensors, and DTensors of all layouts."""
     torch.manual_seed(0)
 
     def made(*shape, on=row, layout=None, dtype=torch.float32):
@@ -67,7 +67,7 @@ def change(tree, function):
 
 
 def places_right(content, tree, row, square):
-    """Whether each tensor read comes to lie on each mesh as it was, bit by bit."""
+    """Compare tensors distributed over each mesh after reading, bitwise."""
     layouts = [(row, [Shard(0)]), (row, [Shard(1)]), (square, [Shard(1), Shard(0)]), (square, [Shard(0), Replicate()])]
 
     def compare(keys, leaf):
@@ -91,7 +91,7 @@ def places_right(content, tree, row, square):
 
 
 def to_folders(run, row):
-    """Each checkpoint of a run, in its place, as if four processes had saved it."""
+    """Replace each checkpoint of a run by one that four processes have saved."""
     for path in sorted(Path(run, "checkpoints").glob("*.ckpt")):
         content = read(path)
 
@@ -103,7 +103,7 @@ def to_folders(run, row):
 
 
 def expect_failure(tree, path, rank):
-    """What a save says that fails."""
+    """Return the error message of a failing save."""
     try:
         AtomicCheckpointIO().save_checkpoint(tree, path)
     except Exception as error:
@@ -168,7 +168,7 @@ def work(rank, run):
 
 
 def row_of_other_sizes(row, rank):
-    """A DTensor of which the last process holds less than its layout says."""
+    """Return a DTensor whose shard on the last process is smaller than its layout requires."""
     local = torch.zeros(2 if rank < 3 else 1, 3)
     return DTensor.from_local(local, row, [Shard(0)], shape=(8, 3), stride=(3, 1))
 

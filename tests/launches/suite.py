@@ -1,7 +1,7 @@
-"""The suite ends whatever happens: a process of it that dies fails its test by name, and the other tests still run.
+"""Plugin of pytest: if a process of the suite dies, its test fails by name, and the other tests still run.
 
 pytest's own `faulthandler_timeout` (pyproject.toml) ends a process whose test takes too long, even one that hangs outside
-Python, and prints where each thread is; what is here makes sure that pytest-xdist goes on from there. A plugin of pytest.
+Python, and prints the stack of each thread; after that, this plugin lets pytest-xdist continue.
 """
 
 import faulthandler
@@ -36,7 +36,7 @@ def pytest_collection_finish(session):
 
 @pytest.hookimpl(trylast=True)
 def pytest_exception_interact(node):
-    """Set the limit again, which pytest takes away from a test that fails: its fixtures are still to be torn down."""
+    """Set the limit again, which pytest removes after a failure, for the teardown of fixtures."""
     _limit(node.config)
 
 
@@ -47,11 +47,10 @@ def pytest_unconfigure(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """`--dist loadfile` that does not wait for ever once a process has died (pytest-xdist 3.8, its issues 1323 and 1327).
+    """Return a `--dist loadfile` scheduler that continues after a process has died (pytest-xdist 3.8, issues 1323 and 1327).
 
-    Its own gives the files of the dead process to another one, those that are done as well, which is then never heard of
-    again; gives a test that is the last to be done, which is not begun before the next is known; and runs again the test
-    that the process died of.
+    The original assigns all files of the dead process to another, including finished ones, and waits for them for ever;
+    it holds back the last test until a next one is known; and it repeats the test in which the process died.
     """
     if config.getvalue("dist") != "loadfile":
         return None

@@ -1,6 +1,6 @@
-"""What two processes do together, in one launch: `python forked.py 2 two_processes.py TABLE SINGLE DIGITS`.
+"""Runs on two processes, in one launch: `python forked.py 2 two_processes.py TABLE SINGLE DIGITS`.
 
-Run by test_two_processes.py in an empty folder, where SINGLE is the directory of a run of one process that was stopped, and
+Run by test_two_processes.py in an empty folder, where SINGLE is the directory of a stopped run of one process, and
 DIGITS a folder of pictures.
 """
 
@@ -15,7 +15,7 @@ from bigmodel.cli import main
 
 
 class Recorder(Callback):
-    """Writes which samples each optimizer step took on this process, as JSON lines."""
+    """Writes the samples of each optimizer step on this process, as JSON lines."""
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""Tabular regression: the smallest task that is not language, with nothing that is private to bigmodel."""
+"""Tabular regression: a small task of another package, which uses only public names of bigmodel."""
 
 from outsider.data import Rows, TableData
 from outsider.module import MLP, TabularRegression
