@@ -123,10 +123,10 @@ class Witness(Callback):
     written: list[int] = []  # noqa: RUF012  # steps of all runs
 
     def on_train_start(self, trainer, pl_module):
-        rewrite = type(pl_module).sample_on_policy
+        sample = pl_module.student.sample_on_policy
 
         def watch(batch, keys, **options):
-            new = rewrite(pl_module, batch, keys, **options)
+            new = sample(batch, keys, **options)
             assert torch.equal(keys, sample_keys(0, trainer.global_step, batch.index))
             assert torch.equal(new.tokens[:, :7], batch.tokens[:, :7])
             assert (new.targets[:, :6] == -100).all()
@@ -139,8 +139,8 @@ class Witness(Callback):
                 self.expected = halves[0] + halves[1]
             return new
 
-        pl_module.sample_on_policy = watch
-        self.new, self.expected, (self.teacher,) = None, None, pl_module.lessons.teachers.tasks
+        pl_module.student.sample_on_policy = watch
+        self.new, self.expected, (self.teacher,) = None, None, pl_module.teacher_outputs.teachers.tasks
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if self.new is None:
@@ -161,7 +161,7 @@ class Witness(Callback):
 def test_on_policy_steps_resume_bitwise(folder):
     """Statement (23). Half of the steps are on what the student wrote, with dropout in the others and in these."""
     straight = distill("on-policy", **WATCHED)
-    chosen = [step for step in range(6) if OnPolicy(0.5, 10).chosen(step)]
+    chosen = [step for step in range(6) if OnPolicy(0.5, 10).is_on_policy(step)]
     assert Witness.written == chosen
     assert 0 < len(chosen) < 6
     resumed = stopped_at_3(straight)
@@ -247,16 +247,22 @@ def test_a_mean_teacher_is_its_closed_form_and_resumes_bitwise(folder):
         ({**WATCHED, "model__on_policy__share": 0}, "--model.on_policy.share 0.0 must lie in 0 < share <= 1"),
         (
             {**WATCHED, "model__on_policy__max_new_tokens": 17},
-            "of sequences of 16 tokens (--data.context_length), 1 to 16",
+            "--model.on_policy.max_new_tokens 17 must be 1 to 16",
         ),
-        ({**WATCHED, "model__cache": f"{OURS}.TeacherCache"}, "what the student writes is new in each step"),
+        (
+            {**WATCHED, "model__cache": f"{OURS}.TeacherCache"},
+            "--model.on_policy generates new tokens",
+        ),
         ({**WATCHED, "model__losses__dkd": f"{OURS}.DKD"}, "set --model.losses to GeneralizedJSD or KD, without DKD"),
         ({**MEAN, "model__teacher__decay": 1}, "--model.teacher.decay 1.0 must lie in 0 <= decay < 1"),
         (
             {"model__teacher": f"{OURS}.MeanTeacher", "model__cache": f"{OURS}.TeacherCache"},
             "a MeanTeacher changes in each step",
         ),
-        ({**MEAN, "trainer__strategy": "bigmodel.parallel.ShardedStrategy"}, "a net that is whole on each process"),
+        (
+            {**MEAN, "trainer__strategy": "bigmodel.parallel.ShardedStrategy"},
+            "--model.teacher MeanTeacher averages",
+        ),
     ],
 )
 def test_bad_input_is_one_line_before_the_first_step(folder, capsys, settings, message):
