@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -51,7 +52,7 @@ class GradientScaling(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        overridden = type(pl_module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping
+        overridden = is_overridden("configure_gradient_clipping", pl_module)
         if trainer.gradient_clip_val and trainer.gradient_clip_algorithm in (None, "norm") and not overridden:
             self._clip, trainer.gradient_clip_val = float(trainer.gradient_clip_val), None
         step = pl_module.training_step
