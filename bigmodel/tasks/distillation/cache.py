@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from bigmodel.data.cache import cache_folder
-from bigmodel.data.output_cache import FieldSpec, OutputCache
+from bigmodel.data.output_cache import FieldSpec
 from bigmodel.tasks.distillation import losses
 
+NAME = "the teacher's logits"  # in messages of the output cache
 REMEDY = (
     "set --model.cache.folder or $BIGMODEL_CACHE to a folder on a larger one, or a smaller --model.cache.top_k or"
     " --data.views"
@@ -137,46 +138,8 @@ def samples_digest(batches: list[Any], augmentation: str) -> str:
     return sha256.hexdigest()
 
 
-def find_store(cache: TeacherCache, key: Mapping[str, Any], num_samples: int, views: int) -> OutputCache | None:
-    """Return the complete store of this key, or None."""
-    return OutputCache.stored(cache.path, key, num_samples, views, "the teacher's logits")
-
-
-def check_other_stores(
-    cache: TeacherCache, key: Mapping[str, Any], num_samples: int, views: int, own: set[Path]
-) -> str | None:
-    """Look for similar stores if there is none of this key; a folder named by the user must belong to this run.
-
-    Args:
-        own: the stores of this run's teachers.
-
-    Returns:
-        Path of the most similar store and the differences; None if no store is of this teacher or of these data.
-
-    Raises:
-        ValueError: if the named folder is of another teacher, other data, or another entry of the key.
-    """
-    others = [other for other in OutputCache.others(cache.path, key, num_samples, views) if other.path not in own]
-    if not others:
-        return None
-    path, differences = others[0].path, format_differences(others[0].differences)
-    if cache.folder is not None:
-        raise ValueError(
-            f"--model.cache.folder {cache.folder} holds teacher outputs of different settings, {path}: {differences}. Set"
-            " another folder, delete that one, or set --model.cache.folder null for the default, which holds all caches"
-        )
-    return None if {"teacher", "data"} <= others[0].differences.keys() else f"{path}: {differences}"
-
-
 def format_differences(differences: Mapping[str, tuple[Any, Any]]) -> str:
     """Describe the entries in which keys differ: requested and existing."""
     return ", ".join(
         _DIFFERENCES.get(name, f"{name} {found}, not {wanted}") for name, (wanted, found) in differences.items()
     )
-
-
-def new_store(
-    cache: TeacherCache, key: Mapping[str, Any], num_samples: int, views: int, shape: torch.Size
-) -> OutputCache:
-    """Return a store to be computed, for logits of this shape [..., K] of a sample."""
-    return OutputCache(cache.path, key, num_samples, cache.fields(shape), views, "the teacher's logits", REMEDY)

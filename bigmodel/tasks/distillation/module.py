@@ -117,7 +117,7 @@ class Distillation(TaskWrapper):
                 self.on_policy.check(sizes(self.student))
             with torch.random.fork_rng(devices=[]):  # same initial weights as without distillation
                 self.teacher_outputs.load(self.student)
-                self.teacher_outputs.check_disk(self.student)
+                self.teacher_outputs.check_disk()
 
     def configure_model(self) -> None:
         made = self.student.net is not None

@@ -17,10 +17,10 @@ _MODULE_METHODS = set(dir(nn.Module)) - {"forward"}  # they reach submodules wit
 class TaskWrapper(LightningModule):
     """Wraps a task, its only submodule; has no parameters or buffers of its own.
 
-    Public methods of the task, hooks among them, are forwarded unless the subclass defines them, and other attributes
-    that the wrapper lacks are read from the task. So Lightning's `is_overridden` and the protocols in
-    `bigmodel.protocols` give the same results as for the task. The names of parameters, buffers and entries of the state
-    dict are those of the task, so checkpoints of the wrapper and of the task are the same.
+    Public methods of the task, including hooks, are forwarded unless the subclass defines them, and other attributes that
+    the wrapper lacks are read from the task. So Lightning's `is_overridden`, and `isinstance` with the protocols of
+    `bigmodel.protocols` whose members are methods, give the same results as for the task. The names of parameters, buffers
+    and entries of the state dict are those of the task, so checkpoints of the wrapper and of the task are the same.
 
     Args:
         student: the task.

@@ -1,24 +1,22 @@
 """Teacher outputs for each step, computed online or read from the cache.
 
-V views of each sample (epochs of augmentation that repeat), n positions, K classes.
+n positions, K classes.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from bigmodel import run
-from bigmodel.data.cache import say
-from bigmodel.data.output_cache import OutputCache
 from bigmodel.data.sampling import sequential_loader
 from bigmodel.nn.loss import IGNORE_INDEX
 from bigmodel.tasks.distillation import cache as logit_cache
 from bigmodel.tasks.distillation import losses
 from bigmodel.tasks.distillation.cache import TeacherCache
+from bigmodel.tasks.distillation.cached_outputs import CachedOutputs
 from bigmodel.tasks.distillation.loss_terms import FeatureTerm, PredictionTerm, Term
 from bigmodel.tasks.distillation.mean_teacher import MeanTeacher
 from bigmodel.tasks.distillation.teachers import (
@@ -29,9 +27,8 @@ from bigmodel.tasks.distillation.teachers import (
     find_teacher,
     problem_of,
 )
-from bigmodel.training.precision import decide
 
-_NUM_COMPARED = 64  # samples, to detect a changed augmentation
+_NUM_CHECKED = 64  # samples, for positions at which teacher and student predict
 
 
 class TeacherOutputs:
@@ -46,7 +43,6 @@ class TeacherOutputs:
         paths: of the teachers that are runs or published models.
         mean_teacher: the teacher that is an average of the student.
         teachers: the loaded teachers; None before `load`, and if all outputs are cached.
-        keys: cache key of each teacher; empty without a cache.
     """
 
     def __init__(self, teacher: str | list[str] | MeanTeacher, terms: list[Term], cache: TeacherCache | None) -> None:
@@ -69,13 +65,9 @@ class TeacherOutputs:
             self._check_cache_supports(cache, predicting)
         self.sources: list[Teacher | Published] = []
         self.teachers: Teachers | None = None
-        self._trainer: Any = None
         self._layers: LayerRecorder | None = None
-        self._stores: list[OutputCache | None] = []
-        self._views = 1
-        self._similar: list[str] = []  # stores of other settings, described
-        self.keys: list[dict[str, Any]] = []
-        self._fetched: list[dict[str, Tensor]] = []
+        temperature = self.temperatures[0] if self.temperatures else None
+        self._cached = CachedOutputs(cache, temperature) if cache is not None else None
 
     def _check_cache_supports(self, cache: TeacherCache, predicting: list[PredictionTerm]) -> None:
         if self.mean_teacher is not None:
@@ -126,9 +118,9 @@ class TeacherOutputs:
         self.sources = [find_teacher(path, student) for path in self.paths]
         self.paths = [teacher.path for teacher in self.sources]
         run.record_resolved_argument(student.trainer, "teacher", self.paths if len(self.paths) > 1 else self.paths[0])
-        if self.cache is not None:
-            self._find_stores(student.trainer)
-            if all(store is not None for store in self._stores):
+        if self._cached is not None:
+            self._cached.find(student.trainer, self.sources)
+            if all(store is not None for store in self._cached.stores):
                 return
         self.set_teachers([teacher.load(student) for teacher in self.sources])
 
@@ -136,18 +128,18 @@ class TeacherOutputs:
         """Describe each teacher in a line; called when the stores exist."""
         if self.mean_teacher is not None:
             return [f"an average of the student, decay {self.mean_teacher.decay}"]
+        stores = self._cached.stores if self._cached is not None else [None] * len(self.paths)
         if self.teachers is None:
             return [
                 f"{path}, read from {store.path}"
-                for path, store in zip(self.paths, self._stores, strict=True)
+                for path, store in zip(self.paths, stores, strict=True)
                 if store is not None
             ]
         lines = []
-        for number, (teacher, task) in enumerate(zip(self.sources, self.teachers.tasks, strict=True)):
-            count = sum(parameter.numel() for parameter in task.net.parameters())
-            store = self._stores[number] if self.cache is not None else None
+        for teacher, task, store in zip(self.sources, self.teachers.tasks, stores, strict=True):
+            count = run.format_parameter_count(sum(parameter.numel() for parameter in task.net.parameters()))
             cached = f", cached in {store.path} ({store.num_bytes / 1e6:,.1f} MB)" if store is not None else ""
-            lines.append(f"{type(task.net).__name__}, {run.format_parameter_count(count)}, of {teacher.path}{cached}")
+            lines.append(f"{type(task.net).__name__}, {count}, of {teacher.path}{cached}")
         return lines
 
     def _check_problem(self, student: Any) -> None:
@@ -180,82 +172,31 @@ class TeacherOutputs:
             names = {term.teacher for term in self.feature_terms if term.teacher is not None}
             self._layers = LayerRecorder(self.teachers.tasks[0].net, names, "teacher")
 
-    def _find_stores(self, trainer: Trainer) -> None:
-        assert self.cache is not None
-        decide(trainer)  # the cache depends on it
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if getattr(data, "mix", None) is not None:
-            raise ValueError(
-                "--model.cache: mixed images (--data.mix) are new in each batch: set --data.mix or --model.cache null"
-            )
-        loader = data.train_dataloader()
-        self._views = getattr(loader.order, "views", None) or 1
-        self._num_samples = loader.num_samples
-        first, last = (self._first(trainer, loader, view) for view in (0, self._views - 1))
-        for teacher in self.sources:
-            key = self.cache.key(
-                teacher.identity,
-                data.fingerprint,
-                logit_cache.samples_digest([first, last], getattr(data, "augmentation", "")),
-                str(trainer.precision),
-                self.temperatures[0] if self.temperatures else None,
-            )
-            store = logit_cache.find_store(self.cache, key, self._num_samples, self._views)
-            everywhere = trainer.strategy.reduce_boolean_decision(store is not None)
-            self._stores.append(store if everywhere else None)
-            self.keys.append(key)
-        own = {store.path for store in self._stores if store is not None}
-        for key, store in zip(self.keys, self._stores, strict=True):
-            if store is None:
-                similar = logit_cache.check_other_stores(self.cache, key, self._num_samples, self._views, own)
-                self._similar += [similar] if similar is not None else []
+    @property
+    def keys(self) -> list[dict[str, Any]]:
+        """Cache keys of the teachers; empty without a cache."""
+        return self._cached.keys if self._cached is not None else []
 
-    def check_cache(self, keys: list[dict[str, Any]]) -> None:
+    def check_cache(self, saved: list[dict[str, Any]]) -> None:
         """Check that a resumed run reads the same cache as before.
 
         Args:
-            keys: cache keys in the checkpoint.
+            saved: `keys` in the checkpoint.
 
         Raises:
             ValueError: if they differ.
         """
-        if bool(keys) != bool(self.keys):
+        if bool(saved) != bool(self.keys):
             raise ValueError(
-                f"--model.cache: the run to be resumed was distilled {'with' if keys else 'without'} a cache: set the same"
+                f"--model.cache: the run to be resumed was distilled {'with' if saved else 'without'} a cache: set the same"
             )
-        for saved, wanted in zip(keys, self.keys, strict=True):
-            differing = {name: (wanted[name], saved[name]) for name in wanted if wanted[name] != saved[name]}
-            if differing:
-                raise ValueError(
-                    "--model.cache: the run to be resumed read teacher outputs of different settings:"
-                    f" {logit_cache.format_differences(differing)}. Set the same"
-                )
+        if self._cached is not None:
+            self._cached.check_keys(saved)
 
-    @staticmethod
-    def _first(trainer: Trainer, loader: Any, epoch: int, device: torch.device | None = None) -> Any:
-        """Return the first samples of an epoch."""
-        batch = next(iter(sequential_loader(loader, rows=_NUM_COMPARED, epoch=epoch)))
-        return trainer.strategy.batch_to_device(batch, device)
-
-    def check_disk(self, student: LightningModule) -> None:
-        """Check the disk space for the cache. Called before the run directory is created.
-
-        Raises:
-            ValueError: if the disk is too small, or samples are new in each epoch.
-        """
-        if self.cache is None or self.teachers is None:
-            return
-        trainer: Any = student.trainer
-        loader, reserved = trainer.datamodule.train_dataloader(), 0
-        for number, task in enumerate(self.teachers.tasks):
-            shape = self._check_views(trainer, loader, task)
-            store = logit_cache.new_store(self.cache, self.keys[number], self._num_samples, self._views, shape)
-            store.check_space(beside=reserved)
-            reserved += store.num_missing_bytes
-            self._stores[number] = store
-        if trainer.is_global_zero:
-            for similar in self._similar:
-                say(f"computing the teacher's logits; the most similar cache is {similar}")
+    def check_disk(self) -> None:
+        """Check the disk space for the cache, see `CachedOutputs.check_disk`."""
+        if self._cached is not None and self.teachers is not None:
+            self._cached.check_disk(self.teachers.tasks)
 
     def setup(self, student: LightningModule) -> None:
         """Move the teachers to the student's device, and compute what is missing in the cache.
@@ -268,33 +209,16 @@ class TeacherOutputs:
                 task.to(student.device)
             if self.mean_teacher is None:
                 self._check_positions(student, self.teachers.tasks)
-            if self.cache is not None:
-                self._precompute(student.trainer, self.cache, self.teachers)
+            if self._cached is not None:
+                self._cached.compute(self.teachers.tasks)
                 self.teachers = None
-        self._trainer = student.trainer
-
-    def _precompute(self, trainer: Trainer, cache: TeacherCache, teachers: Teachers) -> None:
-        loader = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
-        temperature = self.temperatures[0] if self.temperatures else 1.0
-        for store, task in zip(self._stores, teachers.tasks, strict=True):
-
-            def outputs_of(batch: Any, task: Any = task) -> dict[str, Tensor]:
-                logits = self._logits(trainer, task, trainer.strategy.batch_to_device(batch))
-                return cache.pack(logits, temperature)
-
-            assert store is not None
-            store.compute(
-                trainer,
-                lambda view: sequential_loader(loader, rows=loader.order.micro, trainer=trainer, epoch=view),
-                outputs_of,
-            )
 
     def _check_positions(self, student: Any, tasks: list[Any]) -> None:
         """Check that teachers predict at the student's positions, and can read its batches (no cached features of its
         net).
         """
         trainer = student.trainer
-        batch = next(iter(sequential_loader(trainer.datamodule.train_dataloader(), rows=_NUM_COMPARED)))
+        batch = next(iter(sequential_loader(trainer.datamodule.train_dataloader(), rows=_NUM_CHECKED)))
         read = student.on_before_batch_transfer(batch, 0)
         if self.cache is None and type(read) is not type(batch):
             raise ValueError(
@@ -313,44 +237,10 @@ class TeacherOutputs:
                     " masks, for example): set a teacher that was trained with the student's kind of net"
                 )
 
-    @staticmethod
-    def _logits(trainer: Trainer, task: Any, batch: Any) -> Tensor:
-        with trainer.precision_plugin.forward_context():
-            logits: Tensor = task.logits(task.features(batch))
-        return logits
-
-    @torch.no_grad()
-    def _check_views(self, trainer: Trainer, loader: Any, task: Any) -> torch.Size:
-        """Check that epochs repeat as often as the cache assumes; return the shape of a sample's logits. Runs on the
-        CPU.
-        """
-        cpu = torch.device("cpu")
-        first = self._first(trainer, loader, 0, cpu)
-        if getattr(loader.order, "views", None) is None:
-            again = self._first(trainer, loader, 1, cpu)
-            # Equal batches have equal outputs. Different ones may differ only in fields that the teacher does not read,
-            # such as negatives.
-            data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            if getattr(data, "augmentation", "") or (
-                not _equal(first, again)
-                and not torch.equal(self._logits(trainer, task, first), self._logits(trainer, task, again))
-            ):
-                raise ValueError(
-                    "--model.cache: the samples differ in each epoch, so cached outputs would be read once: set --data.views"
-                    " to the number of epochs after which they repeat, or --model.cache null"
-                )
-        one = type(first)(*(values[:1] if isinstance(values, Tensor) else values for values in first))
-        return self._logits(trainer, task, one).shape[1:]
-
     def read_ahead(self, batch: Any) -> None:
-        """Read the cached outputs of a batch on the CPU: its indices on the device would need a synchronisation."""
-        if self.teachers is None:
-            self._fetched = self._read(batch.index)
-
-    def _read(self, index: Tensor) -> list[dict[str, Tensor]]:
-        loader: Any = self._trainer.train_dataloader
-        view = loader.course.at(self._trainer.global_step).epoch % self._views
-        return [store.read(index, view) for store in self._stores if store is not None]
+        """Read the cached outputs of a batch that is still on the CPU."""
+        if self._cached is not None and self.teachers is None:
+            self._cached.read_ahead(batch)
 
     def get(self, batch: Any) -> tuple[list[Tensor], dict[str | None, Tensor]]:
         """Return the teacher outputs of a batch.
@@ -363,14 +253,8 @@ class TeacherOutputs:
             features = self.teachers.features(batch)
             layers = self._layers.pop(features[0]) if self._layers is not None else {}
             return [rows.flatten(0, -2) for rows in features], layers
-        # Lightning ignores the hook that reads ahead if the data module has one of its own.
-        cached, self._fetched = self._fetched or self._read(batch.index.cpu()), []
-        device = batch.index.device
-        rows = []
-        for fields in cached:
-            on_device = {name: values.to(device, non_blocking=True) for name, values in fields.items()}
-            rows += logit_cache.unpack(on_device)
-        return rows, {}
+        assert self._cached is not None
+        return self._cached.get(batch), {}
 
     def log_probabilities(self, student: Tensor, rows: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
         """Return the log-probabilities of student and teacher [n, K]; for labels [n, K, 2].
@@ -390,8 +274,3 @@ class TeacherOutputs:
             rows = [losses.binary_logits(logits) for logits in rows]
         teachers = [losses.log_probabilities(logits, temperature) for logits in rows]
         return losses.log_probabilities(student, temperature), losses.mean_of_probabilities(teachers)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """True if all tensors of two batches are equal."""
-    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(a, b, strict=True))

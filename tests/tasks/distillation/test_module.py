@@ -1,4 +1,4 @@
-"""Distillation as a task: against a plain loop, an online teacher against a kept one, and what comes out."""
+"""Distillation as a task, compared with a plain loop; online teachers compared with cached ones; the resulting run."""
 
 import csv
 import json
@@ -39,7 +39,7 @@ def weights(runs_dir, step=12):
 
 
 def losses(run):
-    """What was logged of training, by step."""
+    """The logged training losses, by step."""
     with open(Path(run) / "metrics.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["train/loss"]]
     return {
@@ -55,8 +55,8 @@ def same(a, b, **tolerance):
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    """A folder with a trained teacher, `teacher-run`, and a student that it taught at each step, in `online`;
-    one that read what it said, in `kept-first`, and that alone in a cache, `named`."""
+    """A folder with a trained teacher, `teacher-run`; a student trained online, in `online`; one trained from a cache, in
+    `kept-first`; and a copy of that cache, `named`."""
     pytest.importorskip("sklearn")
     folder = tmp_path_factory.mktemp("digits")
     with pytest.MonkeyPatch.context() as patch:
