@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from bigmodel.data.sampling import sequential_loader
 from bigmodel.nn.loss import IGNORE_INDEX
 from bigmodel.protocols import SupportsLogits, SupportsOnPolicySampling
-from bigmodel.run import set_sizes, sizes
+from bigmodel.run import sizes
 from bigmodel.tasks.distillation.cache import TeacherCache
 from bigmodel.tasks.distillation.loss_terms import KD, FeatureTerm, PredictionTerm, Term
 from bigmodel.tasks.distillation.losses import counted_sum, sum_in_chunks
@@ -96,15 +96,20 @@ class Distillation(TaskWrapper):
         """The loss terms, by name."""
         return dict(getattr(self.student, _TERMS).items())
 
+    @property
+    def _is_fitting(self) -> bool:
+        try:
+            return bool(self.trainer.training)
+        except RuntimeError:  # not attached to a trainer
+            return False
+
     def configure_callbacks(self) -> list[Callback]:
         callbacks = self.call_student(self.student.configure_callbacks)
         own = [self.teacher_outputs.mean_teacher] if self.teacher_outputs.mean_teacher is not None else []
         return [*([callbacks] if isinstance(callbacks, Callback) else callbacks), *own]
 
     def setup(self, stage: str) -> None:
-        if (known := getattr(self, "_sizes", None)) is not None:  # set on the outermost module
-            set_sizes(self.student, known)
-        self.call_student(self.student.setup, stage)
+        super().setup(stage)
         if stage == "fit":
             if self.teacher_outputs.mean_teacher is not None and isinstance(
                 self.trainer.strategy, ModelParallelStrategy
@@ -122,7 +127,7 @@ class Distillation(TaskWrapper):
     def configure_model(self) -> None:
         made = self.student.net is not None
         self.call_student(self.student.configure_model)
-        if made or self._trainer is None or not self._trainer.training:
+        if made or not self._is_fitting:
             return
         mean_teacher = self.teacher_outputs.mean_teacher
         feature_terms = [term for term in self.terms.values() if isinstance(term, FeatureTerm)]
@@ -280,8 +285,9 @@ class Distillation(TaskWrapper):
         )  # its earlier place
         if saved is None:
             return
-        # There is no trainer when a run is evaluated: then the task reads its checkpoint before it has a net.
-        if self._trainer is None or not self._trainer.training:  # present if this very student was trained before
+        # A task that is evaluated reads its checkpoint before it has a net, and without a trainer. It has terms only if it
+        # was trained by this same object before.
+        if not self._is_fitting:
             own = self.state_dict().keys()
             checkpoint["state_dict"].update({name: saved["learned"][name] for name in saved["learned"].keys() & own})
             return

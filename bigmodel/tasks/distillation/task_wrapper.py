@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from bigmodel.run import set_sizes
+
 _PREFIX = "student."
 _MODULE_METHODS = set(dir(nn.Module)) - {"forward"}  # they reach submodules without being forwarded
 
@@ -49,15 +51,15 @@ class TaskWrapper(LightningModule):
         return forwarded
 
     def call_student(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a method of the task, which may use `self.log` and `self.device_mesh`: Lightning sets what these need on
-        the outermost module only.
-        """
-        self.student._current_fx_name, self.student._device_mesh = self._current_fx_name, self._device_mesh
+        """Call a method of the task, which may use `self.log` and `self.device_mesh`."""
+        bind(self, self.student)
         return method(*args, **kwargs)
 
-    def teardown(self, stage: str) -> None:
-        self.call_student(self.student.teardown, stage)
-        self.student._metric_attributes = None  # names of logged metrics, which the next `setup` may create anew
+    def setup(self, stage: str) -> None:
+        bind(self, self.student, "_metric_attributes")  # names of logged metrics: None, for they may be new
+        if (known := getattr(self, "_sizes", None)) is not None:
+            set_sizes(self.student, known)
+        self.call_student(self.student.setup, stage)
 
     @property
     def hparams(self) -> Any:
@@ -79,6 +81,16 @@ class TaskWrapper(LightningModule):
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
         for name, buffer in super().named_buffers(*args, **kwargs):
             yield name.replace(_PREFIX, "", 1), buffer
+
+
+def bind(outer: LightningModule, inner: LightningModule, *names: str) -> None:
+    """Copy to a nested module the state that Lightning (2.6.6) sets on the outermost module only.
+
+    Args:
+        names: attributes; by default those that `self.log` and `self.device_mesh` need.
+    """
+    for name in names or ("_current_fx_name", "_device_mesh"):
+        setattr(inner, name, getattr(outer, name))
 
 
 def _remove_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

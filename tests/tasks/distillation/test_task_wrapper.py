@@ -22,7 +22,7 @@ from bigmodel.tasks.transfer_learning import TransferLearning
 HOOKS = [
     name
     for name, _ in inspect.getmembers(LightningModule, inspect.isfunction)
-    if not name.startswith("_") and name not in dir(nn.Module) and name != "teardown"  # defined by the wrapper
+    if not name.startswith("_") and name not in dir(nn.Module) and name != "setup"  # defined by the wrapper
 ]
 PROTOCOLS = [  # whose members are methods
     protocols.SupportsLogits, protocols.SupportsPredict, protocols.SupportsGenerate, protocols.SupportsCorpusGeneration,
