@@ -1,10 +1,10 @@
-"""What a distillation was worth: teacher, student alone, and distilled student, side by side.
+"""Compare a teacher, its distilled student, and the same student trained alone.
 
     python scripts/distillation_report.py RUN --alone RUN
 
-Quality is what `bigmodel test` (or `validate`) wrote into each run; parameters and size are those of the exported weights;
-latency is the median time, on this machine's CPU and in float32, from a batch to its logits: of one sample, and of a batch
-as the run had it. The table is printed and written to RUN/distillation.md, a plot of quality by latency to
+Quality is the metric that `bigmodel test` (or `validate`) wrote into each run; parameters and size are those of the exported
+weights; latency is the median time, on this machine's CPU and in float32, from a batch to its logits: of one sample, and of
+a batch of the run's size. The table is printed and written to RUN/distillation.md, a plot of quality by latency to
 RUN/distillation.png.
 """
 
@@ -29,12 +29,15 @@ from lightning.pytorch import Trainer
 from bigmodel import checkpoint, run
 from bigmodel.cli import main as bigmodel
 
-MEASURED = {"test.json": "test", "validate.json": "val"}  # the first that all runs have, and the names' split
-SECONDS, WARMUP = 3.0, 3  # of timing, and rounds before it
+RESULTS = {
+    "test.json": "test",
+    "validate.json": "val",
+}  # files and the splits of their metrics; the first that all have
+SECONDS, WARMUP = 3.0, 3  # seconds of timing, and rounds before it
 
 
 class Line(NamedTuple):
-    """One net: its name in the table, and what it is like; latencies in ms."""
+    """A line of the table, for one net; latencies in ms."""
 
     name: str
     quality: float
@@ -45,57 +48,64 @@ class Line(NamedTuple):
 
 
 def find_teacher(distilled: Path, named: str | None) -> Path:
-    """The teacher of a distilled run, of which the checkpoint says by what it was taught.
+    """Return the run of the teacher of a distilled run.
+
+    Args:
+        distilled: the run's directory.
+        named: run of the teacher; None: the one in the run's configuration.
 
     Raises:
-        ValueError: if the run was not distilled, had several teachers, or from others than this.
+        ValueError: if the run was not distilled, has several teachers, or the weights are not those of its teacher.
     """
-    kept = checkpoint.read(checkpoint.find_checkpoint(distilled), whole=False)["bigmodel"].get("distillation")
-    if kept is None:
-        raise ValueError(f"{distilled} was not distilled: name the run of a distillation first")
+    saved = checkpoint.read(checkpoint.find_checkpoint(distilled), whole=False)["bigmodel"].get("distillation")
+    if saved is None:
+        raise ValueError(f"{distilled} is not a run of a distillation: set one as RUN")
     paths = yaml.safe_load((distilled / "config.yaml").read_text())["model"]["init_args"]["teacher"]
     if named is None and not isinstance(paths, str):
         if len(paths) != 1:
-            raise ValueError(f"{distilled} had {len(paths)} teachers; name the one to be shown by --teacher")
+            raise ValueError(f"{distilled} has {len(paths)} teachers: set one of them as --teacher")
         (paths,) = paths
     teacher = run.find_run(named or paths)
-    if checkpoint.content_hash(checkpoint.find_checkpoint(teacher)) not in kept["teachers"]:
-        raise ValueError(f"{teacher} has not the weights that taught {distilled}; name the run that did by --teacher")
+    if checkpoint.content_hash(checkpoint.find_checkpoint(teacher)) not in saved["teachers"]:
+        raise ValueError(
+            f"{teacher} has weights different from those of the teacher of {distilled}: set another --teacher"
+        )
     return teacher
 
 
 def qualities(runs: list[Path], metric: str | None) -> tuple[str, list[float]]:
-    """A metric's name, by default that by which the first run's checkpoint was chosen, and its value in each run.
+    """Return the name of a metric, by default the one that the first run's checkpoint was selected by, and its value in each
+    run.
 
     Raises:
-        ValueError: if not all runs were measured, or not by this metric.
+        ValueError: if not all runs were evaluated, or not with this metric.
     """
-    for name in MEASURED:
+    for name in RESULTS:
         if all((directory / name).exists() for directory in runs):
             found = [json.loads((directory / name).read_text()) for directory in runs]
             break
     else:
         missing = next(directory for directory in runs if not (directory / "test.json").exists())
         raise ValueError(
-            f"{missing} was not measured: run `bigmodel test {missing}` first (or `validate`, for all three)"
+            f"{missing} was not evaluated: run `bigmodel test {missing}` first (or `validate`, for all three)"
         )
     if metric is None:
         monitored = json.loads((runs[0] / "run.json").read_text())["best"]["metric"]
-        metric = f"{MEASURED[name]}/{monitored.partition('/')[2]}"
+        metric = f"{RESULTS[name]}/{monitored.partition('/')[2]}"
     if not all(metric in values for values in found):
         raise ValueError(
-            f"--metric {metric} was not measured in all runs; known are"
+            f"--metric {metric} is not in the results of all runs; the first has"
             f" {', '.join(key for key in found[0] if '/' in key)}"
         )
     return metric, [values[metric] for values in found]
 
 
 def sample(directory: Path, task: Any) -> Any:
-    """The first batch of a run's validation, as it is before it goes to a device."""
+    """Return the first batch of a run's validation data, on the CPU."""
     data: Any = run.load_data(directory)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # what devices there are
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # without its lines on devices
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
-    trainer.strategy.connect(task)  # data may ask the task, for its tokenizer
+    trainer.strategy.connect(task)  # data may need its tokenizer
     data.trainer = trainer
     data.prepare_data()
     data.setup("validate")
@@ -104,7 +114,7 @@ def sample(directory: Path, task: Any) -> Any:
 
 @torch.inference_mode()
 def latencies(tasks: list[Any], batch: Any) -> list[float]:
-    """Median milliseconds of each task's logits of a batch, measured in turns: a machine drifts."""
+    """Return the median milliseconds of each task's logits of a batch, measured in turns because the speed drifts."""
     times: list[list[float]] = [[] for _ in tasks]
     start = time.perf_counter()
     while time.perf_counter() - start < SECONDS or len(times[0]) <= 2 * WARMUP:
@@ -116,7 +126,7 @@ def latencies(tasks: list[Any], batch: Any) -> list[float]:
 
 
 def exported_megabytes(directory: Path) -> float:
-    """The size of what `bigmodel export` writes."""
+    """Return the size of the weights that `bigmodel export` writes."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         file = Path(folder) / "weights.safetensors"
         bigmodel(["export", str(directory), "--output", str(file)])
@@ -124,7 +134,7 @@ def exported_megabytes(directory: Path) -> float:
 
 
 def table(lines: list[Line], metric: str, rows: int) -> str:
-    """In Markdown."""
+    """Return a table in Markdown."""
     head = f"| | {metric} | parameters | MB on the disk | ms, one sample | ms, {rows} samples |"
     body = [
         f"| {line.name} | {line.quality:.4g} | {line.parameters:,} | {line.megabytes:.3g}"
@@ -135,7 +145,7 @@ def table(lines: list[Line], metric: str, rows: int) -> str:
 
 
 def draw(lines: list[Line], metric: str, path: Path) -> None:
-    """Quality by latency of one sample."""
+    """Plot quality by latency of one sample."""
     figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
     for line in lines:
         axes.scatter(line.one, line.quality, color="black")
@@ -150,10 +160,12 @@ def draw(lines: list[Line], metric: str, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="of the distilled student: a directory, `last`, or the end of its name")
-    parser.add_argument("--alone", required=True, help="the run of the same student without a teacher")
-    parser.add_argument("--teacher", help="the teacher's run (default: as the distilled run names it)")
-    parser.add_argument("--metric", help="such as test/accuracy (default: that by which its checkpoint was chosen)")
+    parser.add_argument("run", help="run of the distilled student: a directory, `last`, or the end of its name")
+    parser.add_argument("--alone", required=True, help="run of the same student without a teacher")
+    parser.add_argument("--teacher", help="run of the teacher (default: the one in the configuration of RUN)")
+    parser.add_argument(
+        "--metric", help="such as test/accuracy (default: the one that the checkpoint of RUN was selected by)"
+    )
     options = parser.parse_args(arguments)
     try:
         distilled, alone = run.find_run(options.run), run.find_run(options.alone)

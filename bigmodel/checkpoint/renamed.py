@@ -12,6 +12,7 @@ RENAMED = {
     "bigmodel.callbacks.Times": "bigmodel.training.callbacks.StepTimer",
     "bigmodel.checkpoint.Checkpoint": "bigmodel.training.callbacks.Checkpoint",
     "bigmodel.optim": "bigmodel.training.schedules",
+    "bigmodel.tasks.distillation.terms": "bigmodel.tasks.distillation.loss_terms",
     "bigmodel.tasks.language_modeling.ByDocument": "bigmodel.tasks.language_modeling.DocumentHashSplit",
     "bigmodel.tasks.language_modeling.ByFiles": "bigmodel.tasks.language_modeling.FileSplit",
     "bigmodel.tasks.language_modeling.ByPosition": "bigmodel.tasks.language_modeling.ContiguousSplit",

@@ -22,6 +22,13 @@ from torch.utils.checkpoint import checkpoint
 Block = tuple[str, nn.Module]
 
 
+def trained_task(module: LightningModule) -> LightningModule:
+    """Return the task that a module trains: the submodule that its attribute `trained_submodule` names, else itself."""
+    name = getattr(module, "trained_submodule", None)
+    task: LightningModule = module if name is None else getattr(module, name)
+    return task
+
+
 def find_blocks(net: nn.Module) -> list[Block]:
     """Return the repeated units of a net, by name, in order; none is inside another.
 
@@ -32,11 +39,11 @@ def find_blocks(net: nn.Module) -> list[Block]:
         4. the children that have parameters, except embeddings (`nn.Embedding`): a net may read these from the outside,
            as for scores of all items.
 
-    For a LightningModule, the units of each child that has parameters: of the task's net, or of a student and its
-    teacher.
+    For a LightningModule, the units of each child of its task (`trained_task`) that has parameters.
     """
     if isinstance(net, LightningModule):
-        children = [(name, child) for name, child in net.named_children() if any(True for _ in child.parameters())]
+        parts = trained_task(net).named_children()
+        children = [(name, child) for name, child in parts if any(True for _ in child.parameters())]
         return [(f"{name}.{inner}", block) for name, child in children for inner, block in find_blocks(child)]
     classes = {name for module in net.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     for found in (

@@ -27,9 +27,9 @@ class Float8(Callback):
 
     Intended for large layers, and faster than bf16 only with `--callbacks.compile`. The parameters and their names are
     the same as without it, so checkpoints are the same, and only training needs torchao. After training the layers are
-    ordinary ones again. Layers whose sizes are not multiples of 16 are not converted, and a line lists them; the tokens
-    of a micro-batch on a process must be such a multiple too. In a list of callbacks it must come before the other two
-    that act on blocks, because it replaces layers in them.
+    `nn.Linear` again. Layers whose sizes are not multiples of 16 are not converted, and a line lists them; the number of
+    tokens of a micro-batch on a process must be such a multiple too. In a list of callbacks it must come before Compile
+    and ActivationCheckpointing, because it replaces layers in blocks.
 
     Args:
         recipe: the scaling of values: `tensorwise`, by one factor per tensor (faster), or `rowwise`, by one per row
@@ -50,9 +50,9 @@ class Float8(Callback):
         emulate: bool = False,
     ) -> None:
         if recipe not in ("tensorwise", "rowwise"):
-            raise ValueError(f"{_FLAG}.recipe {recipe!r} is not one of tensorwise, rowwise")
+            raise ValueError(f"{_FLAG}.recipe {recipe!r} must be tensorwise or rowwise")
         if importlib.util.find_spec("torchao") is None:
-            raise ValueError(f"float8 needs torchao: pip install 'bigmodel[float8]', or set {_FLAG} null")
+            raise ValueError(f"{_FLAG} needs torchao: pip install 'bigmodel[float8]', or set {_FLAG} null")
         self.recipe, self.only, self.skip, self.emulate = recipe, only, skip, emulate
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -63,7 +63,7 @@ class Float8(Callback):
             _check(device)
         after_configure_model(pl_module, lambda task: self._convert(task, trainer.is_global_zero))
 
-    def _convert(self, pl_module: LightningModule, speaks: bool) -> None:
+    def _convert(self, pl_module: LightningModule, verbose: bool) -> None:
         # Imported here: it takes seconds.
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
         from torchao.float8.float8_linear import Float8Linear
@@ -78,39 +78,38 @@ class Float8(Callback):
             for pattern in patterns or ():
                 if not any(fnmatchcase(name, pattern) for name in linears):
                     raise ValueError(f"{_FLAG}.{flag}: {pattern!r} matches none of {', '.join(linears) or 'no layers'}")
-        wanted = {
+        selected = {
             name: module
             for name, module in linears.items()
             if (self.only is None or any(fnmatchcase(name, pattern) for pattern in self.only))
             and not any(fnmatchcase(name, pattern) for pattern in self.skip or ())
         }
-        fitting = {
-            name: module
-            for name, module in wanted.items()
-            if module.in_features % _MULTIPLE == 0 and module.out_features % _MULTIPLE == 0
-        }
+        skipped = {n for n, m in selected.items() if m.in_features % _MULTIPLE or m.out_features % _MULTIPLE}
+        fitting = [module for name, module in selected.items() if name not in skipped]
         if not fitting:
             raise ValueError(
-                f"none of the {len(linears)} linear layers in the blocks of {type(pl_module).__name__} can use float8: their"
-                f" sizes must be multiples of {_MULTIPLE}; set {_FLAG} null"
+                f"{_FLAG}: none of the {len(linears)} linear layers in the blocks of {type(pl_module).__name__} was selected"
+                f" and has sizes that are multiples of {_MULTIPLE}: set {_FLAG} null"
             )
-        if all(isinstance(module, Float8Linear) for module in fitting.values()):
-            return  # the net was converted by an earlier fit that failed
+        if all(isinstance(module, Float8Linear) for module in fitting):
+            return  # converted by an earlier fit that failed
         config = dataclasses.replace(Float8LinearConfig.from_recipe_name(self.recipe), emulate=self.emulate)
         convert_to_float8_training(
             pl_module,
             config=config,
-            module_filter_fn=lambda module, name: type(module) is nn.Linear and name in fitting,
+            module_filter_fn=lambda module, _: type(module) is nn.Linear and any(module is one for one in fitting),
         )
-        if speaks:
-            left = f"; sizes are no multiples of {_MULTIPLE}: {', '.join(sorted(wanted.keys() - fitting.keys()))}"
-            print(f"float8: {len(fitting)} linear layers{left if len(fitting) < len(wanted) else ''}", flush=True)
+        if verbose:
+            rest = f"; sizes not multiples of {_MULTIPLE}: {', '.join(sorted(skipped))}" if skipped else ""
+            print(f"float8: {len(fitting)} linear layers{rest}", flush=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         pl_module.__dict__.pop("configure_model", None)
         if stage == "fit":
             from torchao.float8.float8_linear import Float8Linear
 
+            # In place, as torch's `fully_shard` changes classes, because FSDP2, forward hooks and compiled blocks refer to
+            # these very modules. A Float8Linear is an nn.Linear with another forward pass.
             for module in pl_module.modules():
                 if type(module) is Float8Linear:
                     module.__class__ = nn.Linear
@@ -119,8 +118,8 @@ class Float8(Callback):
 def _check(device: torch.device) -> None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= _CAPABILITY:
         return
-    what = f"{torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"a device of type {device.type}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"a device of type {device.type}"
     raise ValueError(
-        f"float8 products need an NVIDIA GPU of compute capability 8.9 or more (L4, L40S, RTX 4090, H100 and later), not"
-        f" {what}: set {_FLAG} null, or {_FLAG}.emulate true to try it slowly"
+        f"{_FLAG} needs an NVIDIA GPU of compute capability 8.9 or more (L4, L40S, RTX 4090, H100 and later), not {name}:"
+        f" set {_FLAG} null, or {_FLAG}.emulate true to emulate it slowly"
     )

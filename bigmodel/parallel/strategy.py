@@ -46,7 +46,7 @@ from torchmetrics import Metric
 
 from bigmodel.checkpoint import AtomicCheckpointIO, LazyShardedTensor, distribute_like
 from bigmodel.internals import check_backend_hook, connect_processes, flatten_mesh, is_persistent, set_device_mesh
-from bigmodel.parallel.blocks import find_blocks
+from bigmodel.parallel.blocks import find_blocks, trained_task
 from bigmodel.parallel.deferred import Initialization, deferred
 from bigmodel.parallel.tensor_parallel import tensor_parallel
 
@@ -348,7 +348,7 @@ def _as_forward(step: Callable[..., Any], run: Callable[[Callable[[], Any]], Any
 
 def _nets(module: LightningModule) -> list[nn.Module]:
     """Return a task's child modules with parameters."""
-    return [child for child in module.children() if any(True for _ in child.parameters())]
+    return [child for child in trained_task(module).children() if any(True for _ in child.parameters())]
 
 
 def _map(tree: Any, function: Callable[[Any], Any]) -> Any:

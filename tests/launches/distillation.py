@@ -104,7 +104,7 @@ class Witness(Callback):
 
     def on_train_start(self, trainer, pl_module):
         self.losses.clear()
-        self.teachers = torch.nn.ModuleList(pl_module.lessons.teachers.tasks)
+        self.teachers = torch.nn.ModuleList(pl_module.teacher_outputs.teachers.tasks)
         self.before = {name: tensor.clone() for name, tensor in self.teachers.state_dict().items()}
         trained = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
         assert trained == {id(p) for p in pl_module.parameters()}

@@ -108,7 +108,7 @@ def test_what_cannot_be_is_refused(monkeypatch):
         fit(Float8(emulate=True), task=Task(width=20))
     with pytest.raises(ValueError, match=r"only: 'x' matches none of net.blocks.0.attention.qkv, "):
         fit(Float8(only=["x"], emulate=True))
-    with pytest.raises(ValueError, match=r"recipe 'rows' is not one of tensorwise, rowwise"):
+    with pytest.raises(ValueError, match=r"recipe 'rows' must be tensorwise or rowwise"):
         Float8("rows")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'bigmodel\[float8\]'"):

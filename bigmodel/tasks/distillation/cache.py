@@ -3,7 +3,7 @@
 The cache key consists of the teacher's weights, the data, the augmented samples, and for probabilities the temperature.
 See `bigmodel.data.output_cache` for the files.
 
-B samples, n positions, K classes, k of them kept, T temperature.
+B samples, n positions, K classes, k of them cached, T temperature.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ import torch
 from torch import Tensor
 
 from bigmodel.data.cache import cache_folder
-from bigmodel.data.output_cache import FieldSpec, OutputCache
+from bigmodel.data.output_cache import FieldSpec
 from bigmodel.tasks.distillation import losses
 
+NAME = "the teacher's logits"  # in messages of the output cache
 REMEDY = (
-    "set --model.cache.folder or $BIGMODEL_CACHE to a place on a larger one, or keep fewer classes"
-    " (--model.cache.top_k) or --data.views"
+    "set --model.cache.folder or $BIGMODEL_CACHE to a folder on a larger one, or a smaller --model.cache.top_k or"
+    " --data.views"
 )
-_DIFFERING = {  # descriptions of the entries of a key
-    "teacher": "another teacher",
-    "data": "other data",
-    "augmentation": "samples that look otherwise (augmentation, size)",
+_DIFFERENCES = {  # descriptions of entries of a key that are digests
+    "teacher": "different teacher",
+    "data": "different data",
+    "augmentation": "different samples (augmentation, size)",
 }
 _MOST_INT16 = 1 << 16  # number of values of 16 bits
 
@@ -37,16 +38,15 @@ _MOST_INT16 = 1 << 16  # number of values of 16 bits
 class TeacherCache:
     """Caches the teacher's outputs on disk, computed before the first step; later runs do not load the teacher.
 
-    The outputs are computed in micro-batches of one process, which are known to fit the memory. With another
-    micro-batch size they may differ in the last bits, because sums do. The number of processes has no effect.
+    The outputs are computed in micro-batches of one process, which fit in memory. With another micro-batch size they may
+    differ in the last bits, because sums do. The number of processes has no effect.
 
     Args:
-        top_k: number of most likely classes of each position to keep, with their probabilities and that of the rest at
-            the temperature of the losses, which then must all have the same one without a schedule; null: keep all
-            logits.
+        top_k: number of most likely classes of each position to cache, with their probabilities and that of the rest at
+            the temperature of the losses, which then must all have the same one without a schedule; null: all logits.
         dtype: of logits or log-probabilities: float16 or float32.
-        folder: only for these teachers and data: a folder with outputs of others is rejected. By default
-            $BIGMODEL_CACHE or ~/.cache/bigmodel, where all caches are side by side.
+        folder: only for these teachers and data: a folder with outputs of different ones is rejected. By default
+            $BIGMODEL_CACHE or ~/.cache/bigmodel, which holds all caches.
     """
 
     top_k: int | None = None
@@ -55,7 +55,7 @@ class TeacherCache:
 
     def __post_init__(self) -> None:
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"--model.cache.top_k {self.top_k}: at least 1 class is needed; leave it out to keep all")
+            raise ValueError(f"--model.cache.top_k {self.top_k} must be at least 1, or null for all logits")
 
     @property
     def path(self) -> Path:
@@ -63,54 +63,53 @@ class TeacherCache:
         return cache_folder("distillation", self.folder)
 
     def key(
-        self, teacher: str, fingerprint: str, shown: str, precision: str, temperature: float | None
+        self, teacher: str, fingerprint: str, samples: str, precision: str, temperature: float | None
     ) -> dict[str, Any]:
         """Return the key of a store.
 
         Args:
             teacher: its `checkpoint.identity`.
             fingerprint: of the data.
-            shown: digest (`shown`) of the first samples, in the first view and the last.
+            samples: digest (`samples_digest`) of the first samples, in the first view and the last.
             precision: of the trainer.
-            temperature: T, where probabilities are kept.
+            temperature: T, where probabilities are cached.
         """
-        facts = {"teacher": teacher, "data": fingerprint, "augmentation": shown, "precision": precision}
-        return {**facts, "dtype": self.dtype, "top_k": self.top_k, "temperature": temperature if self.top_k else None}
+        entries = {"teacher": teacher, "data": fingerprint, "augmentation": samples, "precision": precision}
+        return {**entries, "dtype": self.dtype, "top_k": self.top_k, "temperature": temperature if self.top_k else None}
 
     def fields(self, shape: torch.Size) -> dict[str, FieldSpec]:
         """Return the fields that are cached for a sample with logits of this shape [..., K]."""
         dtype = getattr(torch, self.dtype)
         if self.top_k is None:
             return {"logits": FieldSpec(tuple(shape), dtype)}
-        kept, K = self._num_kept(shape[-1]), shape[-1]
-        classes = FieldSpec((*shape[:-1], kept), torch.int16 if K <= _MOST_INT16 else torch.int32)
-        return {"classes": classes, "log_probabilities": FieldSpec((*shape[:-1], kept + 1), dtype)}
+        k, K = self._num_cached(shape[-1]), shape[-1]
+        classes = FieldSpec((*shape[:-1], k), torch.int16 if K <= _MOST_INT16 else torch.int32)
+        return {"classes": classes, "log_probabilities": FieldSpec((*shape[:-1], k + 1), dtype)}
 
-    def _num_kept(self, num_classes: int) -> int:
+    def _num_cached(self, num_classes: int) -> int:
         return min(self.top_k or num_classes, num_classes)
 
     def pack(self, logits: Tensor, temperature: float) -> dict[str, Tensor]:
         """Convert logits [B, ..., K] to the cached fields."""
         if self.top_k is None:
             return {"logits": logits}
-        classes = logits.topk(self._num_kept(logits.shape[-1]), -1).indices
-        kept = losses.partition(logits, classes, temperature)
+        classes = logits.topk(self._num_cached(logits.shape[-1]), -1).indices
         return {
             "classes": classes.to(torch.int16) if logits.shape[-1] <= _MOST_INT16 else classes,
-            "log_probabilities": kept,
+            "log_probabilities": losses.partition(logits, classes, temperature),
         }
 
 
-def unpack(kept: Mapping[str, Tensor]) -> list[Tensor]:
+def unpack(fields: Mapping[str, Tensor]) -> list[Tensor]:
     """Return the cached outputs of samples: logits [n, K], or classes [n, k] and log-probabilities [n, k + 1] of them
     and the rest.
     """
-    if "logits" in kept:
-        return [kept["logits"].flatten(0, -2)]
-    classes = kept["classes"].flatten(0, -2).long()
-    if kept["classes"].dtype == torch.int16:
+    if "logits" in fields:
+        return [fields["logits"].flatten(0, -2)]
+    classes = fields["classes"].flatten(0, -2).long()
+    if fields["classes"].dtype == torch.int16:
         classes = classes & 0xFFFF  # the 16 bits as unsigned
-    return [classes, kept["log_probabilities"].flatten(0, -2)]
+    return [classes, fields["log_probabilities"].flatten(0, -2)]
 
 
 def log_probabilities(student: Tensor, rows: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
@@ -123,12 +122,12 @@ def log_probabilities(student: Tensor, rows: list[Tensor], temperature: float) -
     """
     if len(rows) == 1:
         return losses.log_probabilities(student, temperature), losses.log_probabilities(rows[0], temperature)
-    classes, kept = rows
-    # The sum of the rounded probabilities is only almost 1.
-    return losses.partition(student, classes, temperature), losses.log_probabilities(kept)
+    classes, cached = rows
+    # Rounded probabilities do not sum exactly to 1.
+    return losses.partition(student, classes, temperature), losses.log_probabilities(cached)
 
 
-def shown(batches: list[Any], augmentation: str) -> str:
+def samples_digest(batches: list[Any], augmentation: str) -> str:
     """Return a digest of the samples in batches, and of the augmentation settings, whose effect may be rare."""
     sha256 = hashlib.sha256(augmentation.encode())
     for batch in batches:
@@ -139,47 +138,8 @@ def shown(batches: list[Any], augmentation: str) -> str:
     return sha256.hexdigest()
 
 
-def find_store(cache: TeacherCache, key: Mapping[str, Any], num_samples: int, views: int) -> OutputCache | None:
-    """Return the complete store of this key, or None."""
-    return OutputCache.stored(cache.path, key, num_samples, views, "the teacher's logits")
-
-
-def check_others(
-    cache: TeacherCache, key: Mapping[str, Any], num_samples: int, views: int, own: set[Path]
-) -> str | None:
-    """Look for similar stores if there is none of this key; a folder named by the user must belong to this run.
-
-    Args:
-        own: the stores of this run's teachers.
-
-    Returns:
-        Path of the most similar store and the differences; None if no store is of this teacher or of these data.
-
-    Raises:
-        ValueError: if the named folder is of another teacher, other data, or another entry of the key.
-    """
-    others = [other for other in OutputCache.others(cache.path, key, num_samples, views) if other.path not in own]
-    if not others:
-        return None
-    path, differing = others[0].path, in_words(others[0].differences)
-    if cache.folder is not None:
-        raise ValueError(
-            f"--model.cache.folder {cache.folder} holds what a teacher said under other conditions, {path}: {differing}."
-            " Name another folder, delete that one, or leave out --model.cache.folder: in the default cache all lie side"
-            " by side"
-        )
-    return None if {"teacher", "data"} <= others[0].differences.keys() else f"{path}: {differing}"
-
-
-def in_words(differences: Mapping[str, tuple[Any, Any]]) -> str:
+def format_differences(differences: Mapping[str, tuple[Any, Any]]) -> str:
     """Describe the entries in which keys differ: requested and existing."""
     return ", ".join(
-        _DIFFERING.get(name, f"{name} {there}, not {wanted}") for name, (wanted, there) in differences.items()
+        _DIFFERENCES.get(name, f"{name} {found}, not {wanted}") for name, (wanted, found) in differences.items()
     )
-
-
-def new_store(
-    cache: TeacherCache, key: Mapping[str, Any], num_samples: int, views: int, shape: torch.Size
-) -> OutputCache:
-    """Return a store to be computed, for logits of this shape [..., K] of a sample."""
-    return OutputCache(cache.path, key, num_samples, cache.fields(shape), views, "the teacher's logits", REMEDY)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bigmodel.tasks.distillation import losses
 from bigmodel.training.schedules import Schedule
 
-_FAR = 10**9  # optimizer steps, after the warm-up of any schedule
+_END = 10**9  # optimizer steps, after the warm-up of any schedule
 
 
 class Term(nn.Module, ABC):
@@ -55,7 +55,7 @@ class PredictionTerm(Term):
         temperature_schedule: multiplies T over the run's optimizer steps; null: constant.
     """
 
-    needs_classes = False  # of the targets, besides both predictions
+    needs_classes = False  # True: also needs the classes of the targets
 
     def __init__(
         self,
@@ -69,10 +69,10 @@ class PredictionTerm(Term):
             raise ValueError(
                 f"--model.losses: {type(self).__name__} has temperature {temperature}, which must be a number above 0"
             )
-        if temperature_schedule is not None and temperature_schedule(_FAR, _FAR) <= 0:
+        if temperature_schedule is not None and temperature_schedule(_END, _END) <= 0:
             raise ValueError(
-                f"--model.losses: {type(self).__name__} ends at temperature {temperature_schedule(_FAR, _FAR):g}, which must"
-                " be above 0: give its temperature_schedule another end (final, gamma)"
+                f"--model.losses: {type(self).__name__} ends at temperature {temperature_schedule(_END, _END):g}, which must"
+                " be above 0: set another end of its temperature_schedule (final, gamma)"
             )
         self.temperature, self.temperature_schedule = temperature, temperature_schedule
 
@@ -191,10 +191,10 @@ class FeatureTerm(Term):
             counted: positions [B] or [B, T], bool; where each text is one sample, the shares of its tokens [B, T].
         """
 
-    def _refuse(self, what: str, student: torch.Size, teacher: torch.Size) -> ValueError:
+    def _mismatch(self, accepted: str, student: torch.Size, teacher: torch.Size) -> ValueError:
         layers = f"{self.student or 'the features'} {list(student)}, {self.teacher or 'the features'} {list(teacher)}"
         return ValueError(
-            f"--model.losses: {type(self).__name__} compares {what}, not those of {layers} (student, teacher)"
+            f"--model.losses: {type(self).__name__} compares {accepted}; it was given {layers} (student, teacher)"
         )
 
 
@@ -208,7 +208,7 @@ class Hint(FeatureTerm):
         maps = len(student) == 4
         places = [size[2:] if maps else size[1:-1] for size in (student, teacher)]
         if len(student) != len(teacher) or places[0] != places[1]:
-            raise self._refuse("layers of one size but for their channels", student, teacher)
+            raise self._mismatch("layers that differ only in their channels", student, teacher)
         kind: Any = nn.Conv2d if maps else nn.Linear
         channel = 1 if maps else -1
         self.regressor = kind(student[channel], teacher[channel], *([1] if maps else []))
@@ -226,7 +226,7 @@ class AttentionTransfer(FeatureTerm):
     def prepare(self, student: torch.Size, teacher: torch.Size) -> None:
         tokens_differ = len(student) == 3 and student[1] != teacher[1]
         if len(student) not in (3, 4) or len(student) != len(teacher) or tokens_differ:
-            raise self._refuse("maps [B, C, H, W], or tokens [B, T, C]", student, teacher)
+            raise self._mismatch("maps [B, C, H, W], or tokens [B, T, C]", student, teacher)
 
     def forward(self, student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
         pair = _without_padding(student.float(), counted), _without_padding(teacher.float(), counted)

@@ -5,9 +5,10 @@ Jensen-Shannon divergence (GKD), arXiv 2306.13649; hints (FitNets), arXiv 1412.6
 relational (RKD), arXiv 1904.05068; similarity-preserving, arXiv 1907.09682.
 
 Divergences take log-probabilities, both at the same temperature (`log_probabilities`): a teacher may then be the mean
-of several, or given by its most likely classes alone (`partition`). -inf is the logarithm of a probability of 0.
+of several, or given by its most likely classes only (`partition`). -inf is the logarithm of a probability of 0.
 
-B samples, n positions (samples, or the tokens of all sequences), K classes (or tokens), k of them kept, D width, C channels.
+B samples, n positions (samples, or the tokens of all sequences), K classes (or tokens), k of them cached, D width,
+C channels.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, -1)
 
 
-def each_alone(logits: Tensor) -> Tensor:
+def binary_logits(logits: Tensor) -> Tensor:
     """Convert logits [..., K] of independent labels to those of K distributions over two outcomes [..., K, 2]:
     softmax([z, 0]) = [sigmoid(z), 1 - sigmoid(z)].
     """
@@ -40,21 +41,21 @@ def mean_of_probabilities(log_probabilities: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(log_probabilities)).logsumexp(0) - math.log(len(log_probabilities))
 
 
-def partition(logits: Tensor, kept: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return log-probabilities [..., k + 1] of the kept classes, and of all others together.
+def partition(logits: Tensor, classes: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return log-probabilities [..., k + 1] of some classes, and of the rest together.
 
     The divergence of two partitions is at most that of the distributions (data processing inequality), and equal to it
     if k = K.
 
     Args:
         logits: [..., K].
-        kept: classes [..., k] int64, each once.
+        classes: [..., k] int64, each once.
         temperature: T.
     """
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    top = scaled.gather(-1, kept)
+    top = scaled.gather(-1, classes)
     lowest = torch.finfo(scaled.dtype).min / 2  # the logarithm of a sum of only -inf has no gradient
-    rest = scaled.scatter(-1, kept, lowest).logsumexp(-1, keepdim=True)
+    rest = scaled.scatter(-1, classes, lowest).logsumexp(-1, keepdim=True)
     rest = rest.masked_fill(rest < lowest / 2, -torch.inf)  # all other classes have probability 0
     return F.log_softmax(torch.cat([top, rest], -1), -1)
 
@@ -88,8 +89,8 @@ def dkd_parts(student: Tensor, teacher: Tensor, targets: Tensor) -> tuple[Tensor
 
     def split(log_p: Tensor) -> tuple[Tensor, Tensor]:
         others = log_p.scatter(-1, targets[:, None], -torch.inf)  # [n, K]
-        none_of_them = others.logsumexp(-1, keepdim=True)
-        return torch.cat([log_p.gather(-1, targets[:, None]), none_of_them], -1), others - none_of_them
+        sum_of_others = others.logsumexp(-1, keepdim=True)
+        return torch.cat([log_p.gather(-1, targets[:, None]), sum_of_others], -1), others - sum_of_others
 
     (binary_student, others_student), (binary_teacher, others_teacher) = split(student), split(teacher)
     return kullback_leibler(binary_teacher, binary_student), kullback_leibler(others_teacher, others_student)
@@ -159,9 +160,9 @@ def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """
 
     def distances(features: Tensor) -> Tensor:
-        found = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")  # [B, B]
-        positive = found > 0
-        return found / (found.sum() / positive.sum().clamp(min=1)).clamp(min=torch.finfo(found.dtype).tiny)
+        pairwise = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")  # [B, B]
+        positive = pairwise > 0
+        return pairwise / (pairwise.sum() / positive.sum().clamp(min=1)).clamp(min=torch.finfo(pairwise.dtype).tiny)
 
     return F.smooth_l1_loss(distances(student), distances(teacher))
 

@@ -18,8 +18,8 @@ class MeanTeacher(Callback):
     """Uses an average of the student's weights as the teacher: average = decay * average + (1 - decay) * weights after
     each optimizer step, starting from the student's first weights.
 
-    Floating-point buffers (running statistics) are averaged too, others copied. Checkpoints hold the average beside the
-    student.
+    Floating-point buffers (running statistics) are averaged too, others copied. Checkpoints hold the average in addition to
+    the student.
 
     Args:
         decay: weight of the old average per optimizer step, in [0, 1).
@@ -32,20 +32,15 @@ class MeanTeacher(Callback):
         self.task: Any = None
         self._step = 0
 
-    def begin(self, student: LightningModule, kind: type[LightningModule], without: str) -> None:
-        """Make the teacher, `task`, from the current student.
+    def copy_student(self, student: LightningModule, without: str) -> None:
+        """Set the teacher, `task`, to a copy of the student.
 
         Args:
             student: with its net.
-            kind: the class of the plain task.
-            without: the name of the student's module that the plain task does not have.
+            without: the name of a submodule that the copy does not have.
         """
-        state = dict(student.__dict__)
-        modules = {name: module for name, module in student._modules.items() if name != without}
-        weights = {"_modules": modules, "_parameters": student._parameters, "_buffers": student._buffers}
-        state.update(copy.deepcopy(weights))  # in one copy, so that tied weights stay tied
-        self.task = object.__new__(kind)
-        self.task.__dict__.update(state)
+        self.task = copy.deepcopy(student)
+        delattr(self.task, without)
         self.task.requires_grad_(False).eval()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -69,6 +64,6 @@ class MeanTeacher(Callback):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self.task is not None:  # else it is not trained
+        if self.task is not None:  # None outside of training
             for name, tensor in tensors(self.task).items():
                 tensor.copy_(state_dict["average"][name])

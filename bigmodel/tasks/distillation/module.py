@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 
 from bigmodel.data.sampling import sequential_loader
 from bigmodel.data.schedule import num_steps
-from bigmodel.internals import attached_trainer
 from bigmodel.nn.loss import IGNORE_INDEX
 from bigmodel.protocols import SupportsLogits, SupportsOnPolicySampling
 from bigmodel.run import sizes
@@ -30,13 +30,14 @@ from bigmodel.tasks.distillation.loss_terms import KD, FeatureTerm, PredictionTe
 from bigmodel.tasks.distillation.losses import counted_sum, sum_in_chunks
 from bigmodel.tasks.distillation.mean_teacher import MeanTeacher
 from bigmodel.tasks.distillation.on_policy import OnPolicy
+from bigmodel.tasks.distillation.task_wrapper import TaskWrapper
 from bigmodel.tasks.distillation.teacher_outputs import TeacherOutputs
-from bigmodel.tasks.distillation.teachers import Layers, evaluating
+from bigmodel.tasks.distillation.teachers import LayerRecorder, eval_mode
 
-_TERMS = "distillation_terms"  # in the state of the student; checkpoints hold regressors separately
+_TERMS = "distillation_terms"  # a submodule of the student; checkpoints hold its parameters separately
 
 
-class Distillation(LightningModule):
+class Distillation(TaskWrapper):
     """Trains a student with a teacher, and evaluates it as the student's task does.
 
     Args:
@@ -55,8 +56,6 @@ class Distillation(LightningModule):
     """
 
     trained_submodule = "student"  # the argument whose checkpoints are saved
-    lessons: TeacherOutputs
-    net: Any
 
     def __init__(
         self,
@@ -70,7 +69,7 @@ class Distillation(LightningModule):
     ) -> None:
         if not isinstance(student, SupportsLogits):
             raise ValueError(
-                f"--model.student: {type(student).__name__} cannot be distilled: it has no features, logits and targets"
+                f"--model.student {type(student).__name__} has no methods features, logits and targets: set another student"
             )
         if not 0 <= hard_weight < float("inf"):
             raise ValueError(f"--model.hard_weight {hard_weight} must be a number of 0 or above")
@@ -84,114 +83,103 @@ class Distillation(LightningModule):
             )
         if on_policy is not None:
             _check_on_policy(student, list(terms.values()), cache)
-        # One shared state, two classes: this object is the student, except for what is defined below. Its parameters
-        # have the same names as in the student, and its hooks and metrics are the student's.
-        object.__setattr__(self, "__dict__", student.__dict__)
-        self.__class__ = type(f"Distilled{type(student).__name__}", (Distillation, type(student)), {})
-        setattr(self, _TERMS, nn.ModuleDict(terms))
-        self.lessons = TeacherOutputs(teacher, list(terms.values()), cache)
+        super().__init__(student)
+        # In the student, so that the optimizer that it configures includes their parameters.
+        student.add_module(_TERMS, nn.ModuleDict(terms))
+        self.teacher_outputs = TeacherOutputs(teacher, list(terms.values()), cache)
         self.hard_weight, self.chunk_size, self.on_policy = hard_weight, chunk_size, on_policy
-        self._student_type = type(student)
-        self._heard: _StudentActivations | None = None  # recorded activations, while the student's own step runs
-        self._student_layers: Layers | None = None
+        self._student_layers: LayerRecorder | None = None
         self._num_steps = -1
 
     @property
     def terms(self) -> dict[str, Term]:
         """The loss terms, by name."""
-        return dict(getattr(self, _TERMS).items())
+        return dict(getattr(self.student, _TERMS).items())
+
+    @property
+    def _is_fitting(self) -> bool:
+        try:
+            return bool(self.trainer.training)
+        except RuntimeError:  # not attached to a trainer
+            return False
 
     def configure_callbacks(self) -> list[Callback]:
-        callbacks: Any = super().configure_callbacks()
-        own = [self.lessons.mean_teacher] if self.lessons.mean_teacher is not None else []
+        callbacks = self.call_student(self.student.configure_callbacks)
+        own = [self.teacher_outputs.mean_teacher] if self.teacher_outputs.mean_teacher is not None else []
         return [*([callbacks] if isinstance(callbacks, Callback) else callbacks), *own]
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
-            if self.lessons.mean_teacher is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            if self.teacher_outputs.mean_teacher is not None and isinstance(
+                self.trainer.strategy, ModelParallelStrategy
+            ):
                 raise ValueError(
-                    "--model.teacher: a MeanTeacher is the average of a net that is whole on each process, and"
-                    " --trainer.strategy shards it: leave out one of the two"
+                    "--model.teacher MeanTeacher averages a net that is whole on each process, and --trainer.strategy"
+                    f" {type(self.trainer.strategy).__name__} shards it: set one of the two to another value"
                 )
             if self.on_policy is not None:
-                self.on_policy.check(sizes(self))
+                self.on_policy.check(sizes(self.student))
             with torch.random.fork_rng(devices=[]):  # same initial weights as without distillation
-                self.lessons.find(self)
-                self.lessons.allot(self)
+                self.teacher_outputs.load(self.student)
+                self.teacher_outputs.check_disk()
 
     def configure_model(self) -> None:
-        made = self.net is not None
-        super().configure_model()
-        trainer = attached_trainer(self)
-        if made or trainer is None or not trainer.training:
+        made = self.student.net is not None
+        self.call_student(self.student.configure_model)
+        if made or not self._is_fitting:
             return
-        mean_teacher = self.lessons.mean_teacher
+        mean_teacher = self.teacher_outputs.mean_teacher
         feature_terms = [term for term in self.terms.values() if isinstance(term, FeatureTerm)]
         if mean_teacher is not None:
-            mean_teacher.begin(self, self._student_type, without=_TERMS)
-            self.lessons.take([mean_teacher.task])
+            mean_teacher.copy_student(self.student, without=_TERMS)
+            self.teacher_outputs.set_teachers([mean_teacher.task])
         if feature_terms:
             names = {term.student for term in feature_terms if term.student is not None}
-            self._student_layers = Layers(self.net, names, "student")
-            self._prepare(feature_terms)
+            self._student_layers = LayerRecorder(self.student.net, names, "student")
+            self._prepare(feature_terms, self._student_layers)
 
-    def _prepare(self, terms: list[FeatureTerm]) -> None:
+    def _prepare(self, terms: list[FeatureTerm], layers: LayerRecorder) -> None:
         """Run a sample through both nets, and pass the shapes to the terms."""
-        loader = sequential_loader(cast(Any, self.trainer).datamodule.train_dataloader(), rows=1)
+        data: Any = getattr(self.trainer, "datamodule")  # noqa: B009
+        loader = sequential_loader(data.train_dataloader(), rows=1)
         batch = self.trainer.strategy.batch_to_device(next(iter(loader)), torch.device("cpu"))
-        assert self._student_layers is not None
-        with evaluating(self):
-            student = self._student_layers.take(self.features(batch))
-            _, teacher = self.lessons.hear(batch)
+        with eval_mode(self.student):
+            student = layers.pop(self.student.features(batch))
+            _, teacher = self.teacher_outputs.get(batch)
         for term in terms:
             term.prepare(student[term.student].shape, teacher[term.teacher].shape)
 
     def on_fit_start(self) -> None:
-        super().on_fit_start()
+        self.call_student(self.student.on_fit_start)
         self._num_steps = num_steps(self.trainer)
         ending = [name for name, term in self.terms.items() if term.is_scheduled]
         if self._num_steps < 0 and ending:
             raise ValueError(
-                f"--model.losses: what {ending[0]} schedules ends with the run, and the run has no end: set"
+                f"--model.losses.{ending[0]} has a schedule, which ends with the run, and the run has no end: set"
                 " --trainer.max_steps or --trainer.max_epochs"
             )
-        given = {
-            id(p) for optimizer in self.trainer.optimizers for group in optimizer.param_groups for p in group["params"]
-        }
-        if any(id(parameter) not in given for parameter in getattr(self, _TERMS).parameters()):
+        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        optimized = {id(parameter) for group in groups for parameter in group["params"]}
+        if any(id(parameter) not in optimized for parameter in getattr(self.student, _TERMS).parameters()):
             raise ValueError(
-                f"--model.losses: what terms learn, such as the regressor of Hint, {self._student_type.__name__} leaves out"
-                " when it makes its optimizer: its parameter groups hold those of its net alone"
+                f"--model.losses: the optimizer of {type(self.student).__name__} lacks the parameters of terms, such as the"
+                f" regressor of Hint: include the submodule `{_TERMS}` in its configure_optimizers, or set other losses"
             )
-        self.lessons.begin(self)
+        self.teacher_outputs.setup(self.student)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Read the cached teacher outputs while the batch is still on the CPU."""
+        if self.trainer.training:
+            self.teacher_outputs.read_ahead(batch)
+        return self.call_student(self.student.on_before_batch_transfer, batch, dataloader_idx)
 
     def log_trainable_parameters(self) -> None:
         """Print the student's own summary, and its teachers."""
-        if (own := getattr(super(), "log_trainable_parameters", None)) is not None:
+        if (own := getattr(self.student, "log_trainable_parameters", None)) is not None:
             own()
-        for teacher in self.lessons.in_words():
+        for teacher in self.teacher_outputs.describe():
             print(f"teacher    {teacher}", flush=True)
-
-    def teardown(self, stage: str) -> None:
-        super().teardown(stage)
-        self.lessons.end(self)
-
-    # The activations of the student's own step are recorded, so that they are computed once.
-
-    def features(self, batch: Any) -> Tensor:
-        """Return the student's features."""
-        features: Tensor = cast(Any, super()).features(batch)
-        if self._heard is not None:
-            self._heard.features = features
-        return features
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Return the student's logits."""
-        logits: Tensor = cast(Any, super()).logits(features)
-        if self._heard is not None:
-            self._heard.logits.append(logits)
-        return logits
 
     def training_step(self, batch: Any) -> dict[str, Any]:
         """Return the weighted sum of the student's own loss and the terms, and the count of the own loss.
@@ -199,83 +187,75 @@ class Distillation(LightningModule):
         The unweighted losses are returned as `parts`. A batch that the student has generated has no ground truth: the
         student's own loss is left out there.
         """
-        heard, own = _StudentActivations(), cast(Any, None)
+        student, recorded, own = self.student, _Activations(), None
         step = self.trainer.global_step
-        rewritten = self.on_policy is not None and self.on_policy.chosen(step)
-        if rewritten:
-            batch = cast(OnPolicy, self.on_policy).rewrite(self, batch, step)
-        if self.hard_weight and not rewritten:
-            with self._listening(heard):
-                own = super().training_step(batch)
-        features = heard.features if heard.features is not None else self.features(batch)
-        layers = self._student_layers.take(features) if self._student_layers is not None else {}
+        generated = self.on_policy is not None and self.on_policy.is_on_policy(step)
+        if self.on_policy is not None and generated:
+            batch = self.on_policy.sample(student, batch, step)
+        if self.hard_weight and not generated:
+            with _record_activations(student, recorded):
+                own = self.call_student(student.training_step, batch)
+        features = recorded.features if recorded.features is not None else student.features(batch)
+        layers = self._student_layers.pop(features) if self._student_layers is not None else {}
         counted, classes = self._targets(batch, features.shape[:-1])
-        rows, teacher_layers = self.lessons.hear(batch)
-        parts = self._compare_predictions(features, heard.logits, rows, counted, classes)
+        teacher_rows, teacher_layers = self.teacher_outputs.get(batch)
+        parts = self._compare_predictions(features, recorded.logits, teacher_rows, counted, classes)
         shares = _shares(batch, counted) if layers else counted
         for name, term in self.terms.items():
             if isinstance(term, FeatureTerm):
                 parts[name] = term(layers[term.student], teacher_layers[term.teacher], shares)
         loss = sum(term.weight_at(step, self._num_steps) * parts[name] for name, term in self.terms.items())
-        told = {f"{name}_loss": value.detach() for name, value in parts.items()}
+        logged = {f"{name}_loss": value.detach() for name, value in parts.items()}
         if own is None:
-            return {"loss": loss, "count": counted.sum(), "parts": told}
+            return {"loss": loss, "count": counted.sum(), "parts": logged}
         if self.on_policy is None:  # else some steps lack it, and a mean over all steps would be wrong
-            told["hard_loss"] = own["loss"].detach()
-        return {**own, "loss": self.hard_weight * own["loss"] + loss, "parts": {**own.get("parts", {}), **told}}
-
-    @contextmanager
-    def _listening(self, heard: _StudentActivations) -> Iterator[None]:
-        self._heard = heard
-        try:
-            yield
-        finally:
-            self._heard = None
+            logged["hard_loss"] = own["loss"].detach()
+        return {**own, "loss": self.hard_weight * own["loss"] + loss, "parts": {**own.get("parts", {}), **logged}}
 
     def _targets(self, batch: Any, positions: torch.Size) -> tuple[Tensor, Tensor | None]:
         """Return the mask of positions that count, and the class of each [*positions]; None where targets are
         distributions.
         """
-        targets: Tensor = cast(Any, self).targets(batch)
+        targets: Tensor = self.student.targets(batch)
         if targets.shape == positions and not targets.is_floating_point():
             return targets != IGNORE_INDEX, targets.clamp(min=0)
         if targets.shape[:-1] != positions:
             raise ValueError(
-                f"--model.student: its targets {list(targets.shape)} are neither classes nor distributions over them at the"
-                f" positions {list(positions)} of its features: it cannot be distilled"
+                f"--model.student {type(self.student).__name__} has targets {list(targets.shape)} and features at the"
+                f" positions {list(positions)}: targets must be classes or distributions over them at these positions"
             )
         return torch.ones(positions, dtype=torch.bool, device=targets.device), None
 
     def _compare_predictions(
-        self, features: Tensor, logits: list[Tensor], said: list[Tensor], counted: Tensor, classes: Tensor | None
+        self, features: Tensor, logits: list[Tensor], teacher: list[Tensor], counted: Tensor, classes: Tensor | None
     ) -> dict[str, Tensor]:
         """Return the terms that compare predictions, by name.
 
         Args:
             features: the student's features [..., D].
             logits: the logits of the student's own step: [..., K], or in chunks.
-            said: teacher outputs for all positions; see `TeacherOutputs.hear`.
+            teacher: teacher outputs for all positions; see `TeacherOutputs.get`.
             counted: positions [...], bool.
             classes: of the positions [...]; None where targets are distributions.
         """
         terms = {name: term for name, term in self.terms.items() if isinstance(term, PredictionTerm)}
         if not terms:
             return {}
-        if classes is None and self.lessons.needs_classes:
-            raise ValueError("--model.losses: DKD needs the class of each sample, not a distribution: take KD")
+        if classes is None and self.teacher_outputs.needs_classes:
+            raise ValueError("--model.losses: DKD needs the class of each sample, not a distribution: set KD")
         whole = len(logits) == 1 and logits[0].shape[:-1].numel() == counted.numel()
         student = logits[0] if whole else features
         classes = torch.zeros_like(counted, dtype=torch.int64) if classes is None else classes
-        rows = [student.flatten(0, -2), counted.flatten(), classes.flatten(), *said]
+        rows = [student.flatten(0, -2), counted.flatten(), classes.flatten(), *teacher]
         # On other devices, indexing with a mask would wait for the device to count its entries.
         if counted.device.type == "cpu" and not counted.all():
             rows = [row[counted.flatten()] for row in rows]
         step, total = self.trainer.global_step, self._num_steps
         temperatures = [term.temperature_at(step, total) for term in terms.values()]
 
-        def loss_of(student: Tensor, counted: Tensor, classes: Tensor, *said: Tensor) -> Tensor:
-            logits = student if whole else self.logits(student)
-            both = {T: self.lessons.log_probabilities(logits, list(said), T) for T in set(temperatures)}
+        def loss_of(student: Tensor, counted: Tensor, classes: Tensor, *teacher: Tensor) -> Tensor:
+            logits = student if whole else self.student.logits(student)
+            both = {T: self.teacher_outputs.log_probabilities(logits, list(teacher), T) for T in set(temperatures)}
             sums = []
             for term, temperature in zip(terms.values(), temperatures, strict=True):
                 values = term(*both[temperature], classes, temperature)
@@ -289,33 +269,35 @@ class Distillation(LightningModule):
     # A checkpoint holds the learned parameters of the terms separately from the student.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
+        self.call_student(self.student.on_save_checkpoint, checkpoint)
         weights = checkpoint["state_dict"]
         learned = {name: weights.pop(name) for name in list(weights) if name.startswith(f"{_TERMS}.")}
         checkpoint.setdefault("bigmodel", {})["distillation"] = {
-            "teachers": self.lessons.identities,
-            "cache": self.lessons.keys,
+            "teachers": self.teacher_outputs.identities,
+            "cache": self.teacher_outputs.keys,
             "learned": learned,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        kept = checkpoint.get("bigmodel", {}).get("distillation") or checkpoint.get("distillation")  # its earlier place
-        if kept is None:
+        self.call_student(self.student.on_load_checkpoint, checkpoint)
+        saved = checkpoint.get("bigmodel", {}).get("distillation") or checkpoint.get(
+            "distillation"
+        )  # its earlier place
+        if saved is None:
             return
-        # There is no trainer when a run is evaluated: then the task reads its checkpoint before it has a net.
-        trainer = attached_trainer(self)
-        if trainer is None or not trainer.training:  # present if this very student was trained before
+        # A task that is evaluated reads its checkpoint before it has a net, and without a trainer. It has terms only if it
+        # was trained by this same object before.
+        if not self._is_fitting:
             own = self.state_dict().keys()
-            checkpoint["state_dict"].update({name: kept["learned"][name] for name in kept["learned"].keys() & own})
+            checkpoint["state_dict"].update({name: saved["learned"][name] for name in saved["learned"].keys() & own})
             return
-        if kept["teachers"] != self.lessons.identities:
-            given = " ".join(self.lessons.paths) or type(self.lessons.mean_teacher).__name__
+        if saved["teachers"] != self.teacher_outputs.identities:
+            given = " ".join(self.teacher_outputs.paths) or type(self.teacher_outputs.mean_teacher).__name__
             raise ValueError(
-                f"--model.teacher {given} is not the teacher that this run was distilled from: its weights are others"
+                f"--model.teacher {given} has weights different from those of the teacher that this run was distilled from"
             )
-        self.lessons.check_cache(kept["cache"])
-        checkpoint["state_dict"].update(kept["learned"])
+        self.teacher_outputs.check_cache(saved["cache"])
+        checkpoint["state_dict"].update(saved["learned"])
 
 
 def _shares(batch: Any, counted: Tensor) -> Tensor:
@@ -332,25 +314,49 @@ def _shares(batch: Any, counted: Tensor) -> Tensor:
 def _check_on_policy(student: LightningModule, terms: list[Term], cache: TeacherCache | None) -> None:
     if not isinstance(student, SupportsOnPolicySampling):
         raise ValueError(
-            f"--model.on_policy: {type(student).__name__} writes no batches"
-            " (bigmodel.protocols.SupportsOnPolicySampling): leave it out"
+            f"--model.on_policy: {type(student).__name__} has no method sample_on_policy"
+            " (bigmodel.protocols.SupportsOnPolicySampling): set --model.on_policy null"
         )
     if cache is not None:
         raise ValueError(
-            "--model.on_policy: what the student writes is new in each step, and --model.cache keeps what the teacher says"
-            " of the data: leave out one of the two"
+            "--model.on_policy generates new tokens in each step, and --model.cache holds the teacher's outputs for the"
+            " data: set one of the two to null"
         )
     predicting = [term for term in terms if isinstance(term, PredictionTerm)]
     if not predicting or any(term.needs_classes for term in predicting):
         raise ValueError(
-            "--model.on_policy: what the student writes has no classes but what the teacher says: set --model.losses to"
+            "--model.on_policy: generated tokens have no classes, only the teacher's predictions: set --model.losses to"
             " GeneralizedJSD or KD, without DKD"
         )
 
 
-class _StudentActivations:
-    """Activations recorded during the student's own step."""
+@dataclass
+class _Activations:
+    """Features and logits of the student's own training step."""
 
-    def __init__(self) -> None:
-        self.features: Tensor | None = None
-        self.logits: list[Tensor] = []
+    features: Tensor | None = None
+    logits: list[Tensor] = field(default_factory=list)
+
+
+@contextmanager
+def _record_activations(student: Any, recorded: _Activations) -> Iterator[None]:
+    """Record what the student's methods `features` and `logits` return, so that it is computed once a step.
+
+    A wrapper cannot intercept the calls that the student's own training step makes: they are recorded by functions that
+    replace the methods on this instance during the step.
+    """
+    compute_features, compute_logits = student.features, student.logits
+
+    def features(batch: Any) -> Tensor:
+        recorded.features = computed = compute_features(batch)
+        return computed
+
+    def logits(features: Tensor) -> Tensor:
+        recorded.logits.append(computed := compute_logits(features))
+        return computed
+
+    student.features, student.logits = features, logits
+    try:
+        yield
+    finally:
+        del student.features, student.logits

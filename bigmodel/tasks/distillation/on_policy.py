@@ -16,13 +16,12 @@ import torch
 from bigmodel.data.stateless_rng import hash_seed, sample_keys
 from bigmodel.training.callbacks.training_log import outside_mfu
 
-_WHICH_STEPS = 1  # beside the seed, for the draw of a step
+_STEP_DRAW = 1  # distinguishes the draw of a step from other uses of the seed
 
 
 @dataclass(frozen=True)
 class OnPolicy:
-    """Lets the student generate a share of the batches. There only the terms count, and they count the generated
-    tokens.
+    """Lets the student generate a share of the batches. The loss of these is that of the terms at the generated tokens.
 
     The choice of steps depends on the seed and the step; the generated tokens depend on the seed, the step and the
     sample. Both are the same on any number of processes, and after a resume.
@@ -43,7 +42,7 @@ class OnPolicy:
         if not 0 < self.share <= 1:
             raise ValueError(f"--model.on_policy.share {self.share} must lie in 0 < share <= 1")
         if self.max_new_tokens < 1:
-            raise ValueError(f"--model.on_policy.max_new_tokens {self.max_new_tokens}: at least 1 token is needed")
+            raise ValueError(f"--model.on_policy.max_new_tokens {self.max_new_tokens} must be at least 1")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"--model.on_policy.temperature {self.temperature} must be 0 or above")
 
@@ -56,15 +55,15 @@ class OnPolicy:
         length = sizes.get("context_length", self.max_new_tokens)
         if self.max_new_tokens > length:
             raise ValueError(
-                f"--model.on_policy.max_new_tokens {self.max_new_tokens}: of sequences of {length} tokens"
-                f" (--data.context_length), 1 to {length} can be the student's"
+                f"--model.on_policy.max_new_tokens {self.max_new_tokens} must be 1 to {length}, the number of tokens of a"
+                " sequence (--data.context_length)"
             )
 
-    def chosen(self, step: int) -> bool:
+    def is_on_policy(self, step: int) -> bool:
         """True if the student generates the batch of this optimizer step."""
-        return hash_seed(self.seed, step, _WHICH_STEPS) < self.share * 2.0**64
+        return hash_seed(self.seed, step, _STEP_DRAW) < self.share * 2.0**64
 
-    def rewrite(self, student: Any, batch: Any, step: int) -> Any:
+    def sample(self, student: Any, batch: Any, step: int) -> Any:
         """Return the batch [B, ...] of an optimizer step with the tokens that the student generates."""
         keys = sample_keys(self.seed, step, batch.index)
         with torch.no_grad(), outside_mfu():

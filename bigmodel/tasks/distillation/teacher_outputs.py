@@ -1,37 +1,38 @@
 """Teacher outputs for each step, computed online or read from the cache.
 
-V views of each sample (epochs of augmentation that repeat), n positions, K classes.
+n positions, K classes.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from bigmodel import run
-from bigmodel.data.cache import say
-from bigmodel.data.output_cache import OutputCache
 from bigmodel.data.sampling import sequential_loader
-from bigmodel.internals import prepare_batch
 from bigmodel.nn.loss import IGNORE_INDEX
-from bigmodel.tasks.distillation import cache as kept_logits
+from bigmodel.tasks.distillation import cache as logit_cache
 from bigmodel.tasks.distillation import losses
 from bigmodel.tasks.distillation.cache import TeacherCache
+from bigmodel.tasks.distillation.cached_outputs import CachedOutputs
 from bigmodel.tasks.distillation.loss_terms import FeatureTerm, PredictionTerm, Term
 from bigmodel.tasks.distillation.mean_teacher import MeanTeacher
-from bigmodel.tasks.distillation.teachers import Layers, Published, Teacher, Teachers, find_teacher, problem_of
-from bigmodel.training.precision import decide
+from bigmodel.tasks.distillation.teachers import (
+    LayerRecorder,
+    Published,
+    Teacher,
+    Teachers,
+    find_teacher,
+    problem_of,
+)
 
-_SAMPLES_SHOWN = 64  # of the data, to detect a changed augmentation
+_NUM_CHECKED = 64  # samples, for positions at which teacher and student predict
 
 
 class TeacherOutputs:
-    """Finds teachers, and runs them or reads their cached outputs. Not a module of the student, and not in its
-    checkpoints.
+    """Loads teachers, and runs them or reads their cached outputs. It is no module: teachers are not in checkpoints.
 
     Args:
         teacher: see `Distillation`.
@@ -41,67 +42,69 @@ class TeacherOutputs:
     Attributes:
         paths: of the teachers that are runs or published models.
         mean_teacher: the teacher that is an average of the student.
-        teachers: the loaded teachers; None before `find`, and if all outputs are cached.
-        keys: cache key of each teacher; empty without a cache.
+        teachers: the loaded teachers; None before `load`, and if all outputs are cached.
     """
 
     def __init__(self, teacher: str | list[str] | MeanTeacher, terms: list[Term], cache: TeacherCache | None) -> None:
         self.mean_teacher = teacher if isinstance(teacher, MeanTeacher) else None
         paths = [] if isinstance(teacher, MeanTeacher) else [teacher] if isinstance(teacher, str) else list(teacher)
         if not paths and self.mean_teacher is None:
-            raise ValueError("--model.teacher is empty: name a run, or a model in Hugging Face's format")
+            raise ValueError("--model.teacher is empty: set a run, or a model in Hugging Face's format")
         self.paths, self.cache = paths, cache
-        self.of_labels = False  # True if the K labels are independent; set when the student knows its data
+        self.of_labels = False  # True if the K labels are independent; set once the student has its data
         self.feature_terms = [term for term in terms if isinstance(term, FeatureTerm)]
         self.needs_classes = [term for term in terms if isinstance(term, PredictionTerm) and term.needs_classes]
         predicting = [term for term in terms if isinstance(term, PredictionTerm)]
         self.temperatures = sorted({term.temperature for term in predicting})
         if self.feature_terms and len(paths) > 1:
             raise ValueError(
-                "--model.losses: terms of layers compare with one teacher, and --model.teacher names several"
+                f"--model.teacher has {len(paths)} teachers, and terms of layers in --model.losses compare with one: set one"
+                " teacher, or only terms of predictions"
             )
         if cache is not None:
-            self._check_cache(cache, predicting)
-        self.found: list[Teacher | Published] = []
+            self._check_cache_supports(cache, predicting)
+        self.sources: list[Teacher | Published] = []
         self.teachers: Teachers | None = None
-        self._layers: Layers | None = None
-        self._stores: list[OutputCache | None] = []
-        self._views = 1
-        self._why_anew: list[str] = []
-        self.keys: list[dict[str, Any]] = []
-        self._looked_up: list[dict[str, Tensor]] = []
+        self._layers: LayerRecorder | None = None
+        temperature = self.temperatures[0] if self.temperatures else None
+        self._cached = CachedOutputs(cache, temperature) if cache is not None else None
 
-    def _check_cache(self, cache: TeacherCache, predicting: list[PredictionTerm]) -> None:
+    def _check_cache_supports(self, cache: TeacherCache, predicting: list[PredictionTerm]) -> None:
         if self.mean_teacher is not None:
             raise ValueError(
-                "--model.cache keeps what a teacher says, and a MeanTeacher changes in each step: leave out the cache"
+                "--model.cache holds outputs of a constant teacher, and a MeanTeacher changes in each step: set"
+                " --model.cache null"
             )
         if self.feature_terms:
             raise ValueError(
-                f"--model.cache keeps logits, and {type(self.feature_terms[0]).__name__} needs the teacher's layers: leave"
-                " out one of the two"
+                f"--model.cache holds logits, and {type(self.feature_terms[0]).__name__} in --model.losses needs the"
+                " teacher's layers: set one of the two to null"
             )
         if cache.top_k is None:
             return
         if len(self.paths) > 1:
             raise ValueError(
-                "--model.cache.top_k: several teachers have other likeliest classes each: keep all, or one teacher"
+                f"--model.cache.top_k {cache.top_k}: {len(self.paths)} teachers have different most likely classes: set"
+                " --model.cache.top_k null, or one --model.teacher"
             )
         if self.needs_classes:
-            raise ValueError("--model.cache.top_k: DKD needs the probabilities of all classes: leave out top_k")
+            raise ValueError(
+                f"--model.cache.top_k {cache.top_k}: DKD needs the probabilities of all classes: set --model.cache.top_k"
+                " null"
+            )
         if len(self.temperatures) != 1 or any(term.temperature_schedule is not None for term in predicting):
             raise ValueError(
-                "--model.cache.top_k: the rest's probability is known at one temperature alone: give all losses the same,"
-                " and no temperature_schedule"
+                f"--model.cache.top_k {cache.top_k} caches the probability of the other classes at one temperature: set the"
+                " same for all --model.losses, without temperature_schedule"
             )
 
     @property
     def identities(self) -> list[str]:
         """Digests of the teachers' weights."""
-        return [teacher.identity for teacher in self.found]
+        return [teacher.identity for teacher in self.sources]
 
-    def find(self, student: Any) -> None:
-        """Find the teachers that are runs or published models; load them unless all outputs are cached.
+    def load(self, student: Any) -> None:
+        """Find the teachers that are runs or published models, and load them unless all outputs are cached.
 
         Called before the net is built.
 
@@ -112,141 +115,90 @@ class TeacherOutputs:
         self._check_problem(student)
         if not self.paths:
             return
-        self.found = [find_teacher(path, student) for path in self.paths]
-        self.paths = [teacher.path for teacher in self.found]
+        self.sources = [find_teacher(path, student) for path in self.paths]
+        self.paths = [teacher.path for teacher in self.sources]
         run.record_resolved_argument(student.trainer, "teacher", self.paths if len(self.paths) > 1 else self.paths[0])
-        if self.cache is not None:
-            self._find_stores(student.trainer)
-            if all(store is not None for store in self._stores):
+        if self._cached is not None:
+            self._cached.find(student.trainer, self.sources)
+            if all(store is not None for store in self._cached.stores):
                 return
-        self.take([teacher.load(student) for teacher in self.found])
+        self.set_teachers([teacher.load(student) for teacher in self.sources])
 
-    def in_words(self) -> list[str]:
+    def describe(self) -> list[str]:
         """Describe each teacher in a line; called when the stores exist."""
         if self.mean_teacher is not None:
             return [f"an average of the student, decay {self.mean_teacher.decay}"]
+        stores = self._cached.stores if self._cached is not None else [None] * len(self.paths)
         if self.teachers is None:
             return [
                 f"{path}, read from {store.path}"
-                for path, store in zip(self.paths, self._stores, strict=True)
+                for path, store in zip(self.paths, stores, strict=True)
                 if store is not None
             ]
         lines = []
-        for number, (teacher, task) in enumerate(zip(self.found, self.teachers.tasks, strict=True)):
-            count = sum(parameter.numel() for parameter in task.net.parameters())
-            store = self._stores[number] if self.cache is not None else None
-            kept = f", kept in {store.path} ({store.num_bytes / 1e6:,.1f} MB)" if store is not None else ""
-            lines.append(f"{type(task.net).__name__}, {run.format_parameter_count(count)}, of {teacher.path}{kept}")
+        for teacher, task, store in zip(self.sources, self.teachers.tasks, stores, strict=True):
+            count = run.format_parameter_count(sum(parameter.numel() for parameter in task.net.parameters()))
+            cached = f", cached in {store.path} ({store.num_bytes / 1e6:,.1f} MB)" if store is not None else ""
+            lines.append(f"{type(task.net).__name__}, {count}, of {teacher.path}{cached}")
         return lines
 
     def _check_problem(self, student: Any) -> None:
         problem = problem_of(student)
         if problem not in ("class", "labels"):
             raise ValueError(
-                f"--model.student: its data have a {problem} for each sample, and what is compared are probabilities, of"
-                " classes or of labels: train it alone, or make classes of what it is to tell"
+                f"--model.student: its targets are of type {problem!r}; distillation compares probabilities, of targets of"
+                " type 'class' or 'labels': train the student without --model.teacher"
             )
         if self.needs_classes and getattr(student.trainer.datamodule, "mix", None) is not None:
-            raise ValueError("--model.losses: DKD needs the class of each sample: leave out --data.mix")
+            raise ValueError("--model.losses: DKD needs the class of each sample: set --data.mix null")
         self.of_labels = problem == "labels"
         if not self.of_labels:
             return
         if self.needs_classes:
             raise ValueError(
-                f"--model.losses: {type(self.needs_classes[0]).__name__} compares the one class of a sample with the"
-                " others, and these samples may have several labels: take KD or GeneralizedJSD"
+                f"--model.losses: {type(self.needs_classes[0]).__name__} needs one class per sample, and these samples may"
+                " have several labels: set KD or GeneralizedJSD"
             )
         if self.cache is not None and self.cache.top_k is not None:
             raise ValueError(
-                "--model.cache.top_k keeps the likeliest of classes that exclude each other, and these samples may have"
-                " several labels: leave it out"
+                f"--model.cache.top_k {self.cache.top_k} needs classes that exclude each other, and these samples may have"
+                " several labels: set --model.cache.top_k null"
             )
 
-    def take(self, tasks: list[Any]) -> None:
+    def set_teachers(self, tasks: list[Any]) -> None:
         """Use these tasks as teachers."""
         self.teachers = Teachers(tasks, self.of_labels)
         if self.feature_terms:
             names = {term.teacher for term in self.feature_terms if term.teacher is not None}
-            self._layers = Layers(self.teachers.tasks[0].net, names, "teacher")
+            self._layers = LayerRecorder(self.teachers.tasks[0].net, names, "teacher")
 
-    def _find_stores(self, trainer: Trainer) -> None:
-        assert self.cache is not None
-        decide(trainer)  # the cache depends on it
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if getattr(data, "mix", None) is not None:
-            raise ValueError(
-                "--model.cache: pictures that are mixed with their neighbours are new in each batch: leave out --data.mix"
-            )
-        loader = data.train_dataloader()
-        self._views = getattr(loader.order, "views", None) or 1
-        self._num_samples = loader.num_samples
-        first, last = (self._first(trainer, loader, view) for view in (0, self._views - 1))
-        for teacher in self.found:
-            key = self.cache.key(
-                teacher.identity,
-                data.fingerprint,
-                kept_logits.shown([first, last], getattr(data, "augmentation", "")),
-                str(trainer.precision),
-                self.temperatures[0] if self.temperatures else None,
-            )
-            store = kept_logits.find_store(self.cache, key, self._num_samples, self._views)
-            everywhere = trainer.strategy.reduce_boolean_decision(store is not None)
-            self._stores.append(store if everywhere else None)
-            self.keys.append(key)
-        own = {store.path for store in self._stores if store is not None}
-        for key, store in zip(self.keys, self._stores, strict=True):
-            if store is None:
-                alike = kept_logits.check_others(self.cache, key, self._num_samples, self._views, own)
-                self._why_anew += [alike] if alike is not None else []
+    @property
+    def keys(self) -> list[dict[str, Any]]:
+        """Cache keys of the teachers; empty without a cache."""
+        return self._cached.keys if self._cached is not None else []
 
-    def check_cache(self, keys: list[dict[str, Any]]) -> None:
+    def check_cache(self, saved: list[dict[str, Any]]) -> None:
         """Check that a resumed run reads the same cache as before.
 
         Args:
-            keys: of its stores until now.
+            saved: `keys` in the checkpoint.
 
         Raises:
             ValueError: if they differ.
         """
-        if bool(keys) != bool(self.keys):
+        if bool(saved) != bool(self.keys):
             raise ValueError(
-                f"--model.cache: this run was distilled {'from' if keys else 'without'} a cache: resume it as it was"
+                f"--model.cache: the run to be resumed was distilled {'with' if saved else 'without'} a cache: set the same"
             )
-        for there, wanted in zip(keys, self.keys, strict=True):
-            differing = {name: (wanted[name], there[name]) for name in wanted if wanted[name] != there[name]}
-            if differing:
-                raise ValueError(
-                    "--model.cache: until now this run has read what a teacher said under other conditions:"
-                    f" {kept_logits.in_words(differing)}. Resume it as it was"
-                )
+        if self._cached is not None:
+            self._cached.check_keys(saved)
 
-    @staticmethod
-    def _first(trainer: Trainer, loader: Any, epoch: int, device: torch.device | None = None) -> Any:
-        """Return the first samples of an epoch."""
-        batch = next(iter(sequential_loader(loader, rows=_SAMPLES_SHOWN, epoch=epoch)))
-        return trainer.strategy.batch_to_device(batch, device)
+    def check_disk(self) -> None:
+        """Check the disk space for the cache, see `CachedOutputs.check_disk`."""
+        if self._cached is not None and self.teachers is not None:
+            self._cached.check_disk(self.teachers.tasks)
 
-    def allot(self, student: LightningModule) -> None:
-        """Check the disk space for the cache. Called before there is a run directory.
-
-        Raises:
-            ValueError: if the disk is too small, or samples are new in each epoch.
-        """
-        if self.cache is None or self.teachers is None:
-            return
-        trainer: Any = student.trainer
-        loader, others = trainer.datamodule.train_dataloader(), 0
-        for number, task in enumerate(self.teachers.tasks):
-            shape = self._check_views(trainer, loader, task)
-            store = kept_logits.new_store(self.cache, self.keys[number], self._num_samples, self._views, shape)
-            store.check_space(beside=others)
-            others += store.num_missing_bytes
-            self._stores[number] = store
-        if trainer.is_global_zero:
-            for alike in self._why_anew:
-                say(f"the teacher's logits are computed anew; most like them is {alike}")
-
-    def begin(self, student: LightningModule) -> None:
+    def setup(self, student: LightningModule) -> None:
         """Move the teachers to the student's device, and compute what is missing in the cache.
 
         Raises:
@@ -256,108 +208,41 @@ class TeacherOutputs:
             for task in self.teachers.tasks:
                 task.to(student.device)
             if self.mean_teacher is None:
-                self._check_asked(student, self.teachers.tasks)
-            if self.cache is not None:
-                self._keep(student.trainer, self.cache, self.teachers)
+                self._check_positions(student, self.teachers.tasks)
+            if self._cached is not None:
+                self._cached.compute(self.teachers.tasks)
                 self.teachers = None
-        if self.teachers is None:
-            self._look_up_ahead(student)
 
-    def end(self, student: LightningModule) -> None:
-        """Restore the hooks of the student and the data module."""
-        for owner in (student, getattr(student.trainer, "datamodule", None)):
-            if owner is not None:
-                owner.__dict__.pop("on_before_batch_transfer", None)
-
-    def _keep(self, trainer: Trainer, cache: TeacherCache, teachers: Teachers) -> None:
-        loader = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
-        temperature = self.temperatures[0] if self.temperatures else 1.0
-        for store, task in zip(self._stores, teachers.tasks, strict=True):
-
-            def say(batch: Any, task: Any = task) -> dict[str, Tensor]:
-                logits = self._logits(trainer, task, trainer.strategy.batch_to_device(batch))
-                return cache.pack(logits, temperature)
-
-            assert store is not None
-            store.compute(
-                trainer,
-                lambda view: sequential_loader(loader, rows=loader.order.micro, trainer=trainer, epoch=view),
-                say,
-            )
-
-    def _check_asked(self, student: Any, tasks: list[Any]) -> None:
+    def _check_positions(self, student: Any, tasks: list[Any]) -> None:
         """Check that teachers predict at the student's positions, and can read its batches (no cached features of its
         net).
         """
         trainer = student.trainer
-        batch = next(iter(sequential_loader(trainer.datamodule.train_dataloader(), rows=_SAMPLES_SHOWN)))
-        handed = prepare_batch(student, batch)
-        if self.cache is None and type(handed) is not type(batch):
+        batch = next(iter(sequential_loader(trainer.datamodule.train_dataloader(), rows=_NUM_CHECKED)))
+        read = student.on_before_batch_transfer(batch, 0)
+        if self.cache is None and type(read) is not type(batch):
             raise ValueError(
-                f"--model.teacher: the student reads a {type(handed).__name__} computed with its own net, of which a"
-                " teacher can say nothing: set --model.cache bigmodel.tasks.distillation.TeacherCache, or"
+                f"--model.teacher: the student reads a {type(read).__name__} computed with its own net, which a teacher"
+                " cannot read: set --model.cache bigmodel.tasks.distillation.TeacherCache, or"
                 " --model.student.method.cache false"
             )
         batch = trainer.strategy.batch_to_device(batch)
         counted = student.targets(batch) != IGNORE_INDEX
         for path, task in zip(self.paths, tasks, strict=True):
-            silent = counted & (task.targets(batch) == IGNORE_INDEX)
-            if silent.any():
+            missing = counted & (task.targets(batch) == IGNORE_INDEX)
+            if missing.any():
                 raise ValueError(
-                    f"--model.teacher {path} does not predict at {int(silent.sum()):,} of the first {int(counted.sum()):,}"
-                    " positions at which the student does, as where one reads sequences with masks: take one that is"
-                    " trained as the student is"
+                    f"--model.teacher {path} does not predict at {int(missing.sum()):,} of the first"
+                    f" {int(counted.sum()):,} positions at which the student does (one of the two reads sequences with"
+                    " masks, for example): set a teacher that was trained with the student's kind of net"
                 )
 
-    @staticmethod
-    def _logits(trainer: Trainer, task: Any, batch: Any) -> Tensor:
-        with trainer.precision_plugin.forward_context():
-            logits: Tensor = task.logits(task.features(batch))
-        return logits
+    def read_ahead(self, batch: Any) -> None:
+        """Read the cached outputs of a batch that is still on the CPU."""
+        if self._cached is not None and self.teachers is None:
+            self._cached.read_ahead(batch)
 
-    @torch.no_grad()
-    def _check_views(self, trainer: Trainer, loader: Any, task: Any) -> torch.Size:
-        """Check that epochs repeat as often as the cache assumes; return the shape of a sample's logits. Runs on the
-        CPU.
-        """
-        cpu = torch.device("cpu")
-        first = self._first(trainer, loader, 0, cpu)
-        if getattr(loader.order, "views", None) is None:
-            again = self._first(trainer, loader, 1, cpu)
-            # Equal batches have equal outputs. Others may differ in fields that the teacher does not read, such as
-            # negatives.
-            data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            if getattr(data, "augmentation", "") or (
-                not _equal(first, again)
-                and not torch.equal(self._logits(trainer, task, first), self._logits(trainer, task, again))
-            ):
-                raise ValueError(
-                    "--model.cache: the samples look otherwise in each epoch, and what is kept of them is met once: set"
-                    " --data.views to the number of epochs after which they come again, or leave out the cache"
-                )
-        one = type(first)(*(values[:1] if isinstance(values, Tensor) else values for values in first))
-        return self._logits(trainer, task, one).shape[1:]
-
-    def _look_up_ahead(self, student: LightningModule) -> None:
-        """Read the cached outputs of a batch before it goes to the device; indices on the device would need a
-        synchronisation.
-        """
-        trainer: Any = student.trainer
-        # Lightning calls one of the two hooks, that of the data module if it has one.
-        hook, data = "on_before_batch_transfer", trainer.datamodule
-        owner: Any = student if is_overridden(hook, student) and not is_overridden(hook, data) else data
-        hand_on = owner.on_before_batch_transfer
-
-        def look_up(batch: Any, dataloader_idx: int) -> Any:
-            if trainer.training:
-                loader: Any = trainer.train_dataloader
-                view = loader.schedule.at(trainer.global_step).epoch % self._views
-                self._looked_up = [store.read(batch.index, view) for store in self._stores if store is not None]
-            return hand_on(batch, dataloader_idx)
-
-        owner.on_before_batch_transfer = look_up
-
-    def hear(self, batch: Any) -> tuple[list[Tensor], dict[str | None, Tensor]]:
+    def get(self, batch: Any) -> tuple[list[Tensor], dict[str | None, Tensor]]:
         """Return the teacher outputs of a batch.
 
         Returns:
@@ -366,34 +251,26 @@ class TeacherOutputs:
         """
         if self.teachers is not None:
             features = self.teachers.features(batch)
-            layers = self._layers.take(features[0]) if self._layers is not None else {}
+            layers = self._layers.pop(features[0]) if self._layers is not None else {}
             return [rows.flatten(0, -2) for rows in features], layers
-        device = batch.index.device
-        rows = []
-        for kept in self._looked_up:
-            rows += kept_logits.unpack({name: values.to(device, non_blocking=True) for name, values in kept.items()})
-        return rows, {}
+        assert self._cached is not None
+        return self._cached.get(batch), {}
 
     def log_probabilities(self, student: Tensor, rows: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
         """Return the log-probabilities of student and teacher [n, K]; for labels [n, K, 2].
 
         Args:
             student: logits [n, K].
-            rows: a part of the result of `hear`.
+            rows: a part of the result of `get`.
             temperature: T.
         """
         if self.of_labels:
-            student = losses.each_alone(student)
+            student = losses.binary_logits(student)
         if self.teachers is not None:
             return losses.log_probabilities(student, temperature), self.teachers.log_probabilities(rows, temperature)
         if self.cache is not None and self.cache.top_k is not None:
-            return kept_logits.log_probabilities(student, rows, temperature)
+            return logit_cache.log_probabilities(student, rows, temperature)
         if self.of_labels:
-            rows = [losses.each_alone(logits) for logits in rows]
-        said = [losses.log_probabilities(logits, temperature) for logits in rows]
-        return losses.log_probabilities(student, temperature), losses.mean_of_probabilities(said)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """True if all tensors of two batches are equal."""
-    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(a, b, strict=True))
+            rows = [losses.binary_logits(logits) for logits in rows]
+        teachers = [losses.log_probabilities(logits, temperature) for logits in rows]
+        return losses.log_probabilities(student, temperature), losses.mean_of_probabilities(teachers)

@@ -22,7 +22,7 @@ _MAY_BE_LARGER = ("context_length", "max_length")  # in a teacher: it can read s
 
 
 @contextmanager
-def _named(path: str, remedy: str = "") -> Iterator[None]:
+def _add_flag(path: str, remedy: str = "") -> Iterator[None]:
     """Add the flag to errors of runs and checkpoints."""
     try:
         yield
@@ -71,16 +71,18 @@ class Teacher:
     """
 
     def __init__(self, path: str, runs_dir: str = "runs") -> None:
-        with _named(path):
+        with _add_flag(path):
             is_file = Path(path).suffix == ".ckpt"
             self.path = path if is_file else str(run.find_run(path, runs_dir))
-            # It is verified when it is loaded, which may not be needed.
+            # Verified by `load`, which is not called if all its outputs are cached.
             self.checkpoint = Path(path) if is_file else checkpoint.find_checkpoint(Path(self.path), verify=False)
             if not self.checkpoint.exists():
-                raise ValueError("no checkpoint is there")
+                raise ValueError("the checkpoint does not exist")
             content = checkpoint.read(self.checkpoint, verify=False, whole=False).get("bigmodel", {})
             if "model" not in content:
-                raise ValueError("it says nothing of its task, for it was not written by `bigmodel fit`")
+                raise ValueError(
+                    "the checkpoint lacks the description of its task: it was not written by `bigmodel fit`"
+                )
         self.sizes: dict[str, int] = content["sizes"]
         self.identity = checkpoint.content_hash(self.checkpoint)
 
@@ -93,8 +95,8 @@ class Teacher:
         unknown = sizes.keys() ^ self.sizes.keys()
         if unknown:
             raise ValueError(
-                f"{_FLAG} {self.path} is of another kind than the student: its data know"
-                f" {_listed(self.sizes)}, and these {_listed(sizes)}. Name a run of the student's task"
+                f"{_FLAG} {self.path} is of another task than the student: its data define {_listed(self.sizes)}, the"
+                f" student's {_listed(sizes)}; set a run of the student's task"
             )
         wrong = [
             f"{name} {self.sizes[name]:,}, and the student's {number:,}"
@@ -103,8 +105,8 @@ class Teacher:
         ]
         if wrong:
             raise ValueError(
-                f"{_FLAG} {self.path} has {'; '.join(wrong)}: a teacher must be trained on what the student is to predict;"
-                " its run's config.yaml says what --data were"
+                f"{_FLAG} {self.path} has {'; '.join(wrong)}: set a teacher that was trained on the same kind of data, or"
+                " the --data in its run's config.yaml"
             )
 
     def load(self, student: LightningModule) -> Any:
@@ -114,9 +116,9 @@ class Teacher:
             ValueError: if its checkpoint is damaged, it does not predict, or its label space has other names than the
                 student's.
         """
-        with _named(self.path, "; name a checkpoint that is whole"):
+        with _add_flag(self.path, "; set an undamaged checkpoint"):
             task = run.load(self.checkpoint)
-        return _suiting(task, student, self.path)
+        return _as_teacher(task, student, self.path)
 
 
 class Published:
@@ -134,34 +136,35 @@ class Published:
         self.path = path
         if not isinstance(student, SupportsFromPretrained):
             raise ValueError(
-                f"{_FLAG} {path} is a model in Hugging Face's format, of which the student's task makes none of its kind"
-                " (bigmodel.protocols.Imports): name a run of `bigmodel fit`, which `bigmodel list` shows"
+                f"{_FLAG} {path} is a model in Hugging Face's format, and {type(student).__name__} has no method"
+                " from_pretrained (bigmodel.protocols.SupportsFromPretrained): set a run of `bigmodel fit`, which `bigmodel"
+                " list` shows"
             )
         self.identity = published.identity(path, _FLAG)
 
     def load(self, student: Any) -> Any:
         """Load the model as a task of the student's type, see `Teacher.load`."""
-        return _suiting(student.from_pretrained(self.path, _FLAG), student, self.path)
+        return _as_teacher(student.from_pretrained(self.path, _FLAG), student, self.path)
 
 
-def _suiting(task: Any, student: LightningModule, path: str) -> Any:
+def _as_teacher(task: Any, student: LightningModule, path: str) -> Any:
     """Return the task without gradients.
 
     Raises:
         ValueError: if its predictions do not match the student's.
     """
     if not isinstance(task, SupportsLogits):
-        raise ValueError(f"{_FLAG} {path}: {type(task).__name__} cannot teach: it has no features, logits and targets")
-    own, others = getattr(student, "label_space", None), getattr(task, "label_space", None)
-    if own is not None and others is not None and own != others:
+        raise ValueError(f"{_FLAG} {path}: {type(task).__name__} has no methods features, logits and targets")
+    of_student, of_teacher = getattr(student, "label_space", None), getattr(task, "label_space", None)
+    if of_student is not None and of_teacher is not None and of_student != of_teacher:
         raise ValueError(
-            f"{_FLAG} {path} predicts other things than the student, or calls them otherwise (teacher, student):"
-            f" {_first_difference(others, own)}"
+            f"{_FLAG} {path} has classes or tokens that differ from the student's (teacher, student):"
+            f" {_first_difference(of_teacher, of_student)}"
         )
     if problem_of(task) != problem_of(student):
         raise ValueError(
-            f"{_FLAG} {path} was trained where a sample has a {problem_of(task)}, and the student's have a"
-            f" {problem_of(student)}"
+            f"{_FLAG} {path} has targets of type {problem_of(task)!r}, and the student of type {problem_of(student)!r}: set"
+            " a teacher of the same type"
         )
     return cast(Any, task).requires_grad_(False)
 
@@ -175,13 +178,13 @@ def _listed(sizes: dict[str, int]) -> str:
     return ", ".join(f"{name} {number:,}" for name, number in sizes.items()) or "no sizes"
 
 
-def _first_difference(others: Any, own: Any) -> str:
-    if isinstance(own, list) and isinstance(others, list):
-        for number, (a, b) in enumerate(zip(others, own, strict=False)):
+def _first_difference(teacher: Any, student: Any) -> str:
+    if isinstance(student, list) and isinstance(teacher, list):
+        for number, (a, b) in enumerate(zip(teacher, student, strict=False)):
             if a != b:
                 return f"number {number} is {a!r}, {b!r}"
-        return f"{len(others):,}, {len(own):,} of them"
-    return "their tokenizers differ: give --data.tokenizer the teacher's" if isinstance(own, str) else "they differ"
+        return f"{len(teacher):,}, {len(student):,} of them"
+    return "set --data.tokenizer to the teacher's tokenizer" if isinstance(student, str) else "they differ"
 
 
 class Teachers:
@@ -189,7 +192,7 @@ class Teachers:
 
     Args:
         tasks: that predict.
-        of_labels: True if the K labels are independent, see `losses.each_alone`.
+        of_labels: True if the K labels are independent, see `losses.binary_logits`.
     """
 
     def __init__(self, tasks: list[Any], of_labels: bool = False) -> None:
@@ -205,50 +208,50 @@ class Teachers:
     @torch.no_grad()
     def log_probabilities(self, features: list[Tensor], temperature: float) -> Tensor:
         """Return log-probabilities [n, K], of labels [n, K, 2], from each teacher's features [n, D]."""
-        said = [task.logits(rows) for task, rows in zip(self.tasks, features, strict=True)]
+        logits = [task.logits(rows) for task, rows in zip(self.tasks, features, strict=True)]
         if self.of_labels:
-            said = [losses.each_alone(logits) for logits in said]
-        return losses.mean_of_probabilities([losses.log_probabilities(logits, temperature) for logits in said])
+            logits = [losses.binary_logits(each) for each in logits]
+        return losses.mean_of_probabilities([losses.log_probabilities(each, temperature) for each in logits])
 
 
-class Layers:
+class LayerRecorder:
     """Records the outputs of named layers of a net.
 
     Args:
         net: the net.
         names: names of the layers, as in `net.named_modules()`.
-        flag: the setting of a term that names them.
+        model: `student` or `teacher`, for messages.
 
     Raises:
         ValueError: if there is no such layer; the message lists those that exist.
     """
 
-    def __init__(self, net: nn.Module, names: set[str], flag: str) -> None:
+    def __init__(self, net: nn.Module, names: set[str], model: str) -> None:
         self.outputs: dict[str | None, Tensor] = {}
         modules = dict(net.named_modules())
         for name in sorted(names):
             if name not in modules:
-                top = [known for known in modules if known and known.count(".") <= 1]
+                top = [path for path in modules if path and path.count(".") <= 1]
                 raise ValueError(
-                    f"--model.losses: there is no {flag} layer {name!r}; {type(net).__name__} has"
+                    f"--model.losses: the {model}'s net {type(net).__name__} has no layer {name!r}; it has"
                     f" {', '.join(top[:40])}{', ...' if len(top) > 40 else ''}"
                 )
-            modules[name].register_forward_hook(self._keep(name))
+            modules[name].register_forward_hook(self._record(name))
 
-    def _keep(self, name: str) -> Any:
+    def _record(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self.outputs[name] = output[0] if isinstance(output, tuple) else output
 
         return hook
 
-    def take(self, features: Tensor) -> dict[str | None, Tensor]:
+    def pop(self, features: Tensor) -> dict[str | None, Tensor]:
         """Return and clear the recorded outputs, with the features under None."""
         outputs, self.outputs = self.outputs, {}
         return {None: features, **outputs}
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
     """Set a module to evaluation mode without gradients; restore it afterwards."""
     modes = {part: part.training for part in module.modules()}
     module.eval()

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -55,7 +56,7 @@ class GradientScaling(Callback):
         if stage != "fit":
             return
         self._stop_recording = set_result_class(trainer, _RecordingResult(self))
-        overridden = type(pl_module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping
+        overridden = is_overridden("configure_gradient_clipping", pl_module)
         if trainer.gradient_clip_val and trainer.gradient_clip_algorithm in (None, "norm") and not overridden:
             self._clip, trainer.gradient_clip_val = float(trainer.gradient_clip_val), None
 

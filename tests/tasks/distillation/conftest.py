@@ -1,4 +1,4 @@
-"""What tests of distillation share."""
+"""Fixtures for the tests of distillation."""
 
 from pathlib import Path
 

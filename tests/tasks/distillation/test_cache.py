@@ -1,4 +1,4 @@
-"""What is kept of logits: packed, read and compared."""
+"""Cached logits: packed, read and compared."""
 
 import pytest
 import torch

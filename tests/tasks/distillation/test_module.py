@@ -1,4 +1,4 @@
-"""Distillation as a task: against a plain loop, an online teacher against a kept one, and what comes out."""
+"""Distillation as a task, compared with a plain loop; online teachers compared with cached ones; the resulting run."""
 
 import csv
 import json
@@ -39,7 +39,7 @@ def weights(runs_dir, step=12):
 
 
 def losses(run):
-    """What was logged of training, by step."""
+    """The logged training losses, by step."""
     with open(Path(run) / "metrics.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["train/loss"]]
     return {
@@ -55,8 +55,8 @@ def same(a, b, **tolerance):
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    """A folder with a trained teacher, `teacher-run`, and a student that it taught at each step, in `online`;
-    one that read what it said, in `kept-first`, and that alone in a cache, `named`."""
+    """A folder with a trained teacher, `teacher-run`; a student trained online, in `online`; one trained from a cache, in
+    `kept-first`; and a copy of that cache, `named`."""
     pytest.importorskip("sklearn")
     folder = tmp_path_factory.mktemp("digits")
     with pytest.MonkeyPatch.context() as patch:
@@ -133,11 +133,11 @@ def test_augmented_views_are_met_again(folder, capsys):
     seldom = f"[{{class_path: {IMAGES}.RandomErasing, init_args: {{p: 0.001}}}}]"  # none of the first pictures
     with pytest.raises(SystemExit):
         main(distilling("new-each-epoch", more={"data.augment": seldom}, **CACHE))
-    assert "the samples look otherwise in each epoch" in capsys.readouterr().err
+    assert "--model.cache: the samples differ in each epoch" in capsys.readouterr().err
     data = {"data.augment": CROP, "data.batch_size": 512, "data.micro_batch_size": 512}
     with pytest.raises(SystemExit):
         main(distilling("new-each-epoch", more=data, **CACHE))
-    assert "the samples look otherwise in each epoch" in capsys.readouterr().err
+    assert "--model.cache: the samples differ in each epoch" in capsys.readouterr().err
     assert not Path("new-each-epoch").exists()
     data["data.views"] = 2
     main(distilling("views-asked", more=data))
@@ -149,9 +149,9 @@ def test_the_likeliest_classes_suffice(folder, capsys):
     """All ten are the whole. Three are kept for one temperature."""
     main(distilling("top-ten", **CACHE, cache__top_k=10))
     same(weights("top-ten"), weights("online"), rtol=0, atol=1e-5)
-    said = capsys.readouterr().err
-    assert "the teacher's logits are computed anew; most like them is " in said
-    assert ": top_k None, not 10, temperature None, not 4.0" in said
+    err = capsys.readouterr().err
+    assert "the most similar cache is " in err
+    assert ": top_k None, not 10, temperature None, not 4.0" in err
     three = {**CACHE, "cache__top_k": 3, "losses__kd": f"{OURS}.KD", "losses__kd__temperature": 2}
     main(distilling("top-three", **three))
     stores = [json.loads(file.read_text()) for file in Path("kept/distillation").glob("*/key.json")]
@@ -159,7 +159,7 @@ def test_the_likeliest_classes_suffice(folder, capsys):
     assert [[4], "torch.float32"] in [store["fields"].get("log_probabilities") for store in stores]
     with pytest.raises(SystemExit):
         main(distilling("refused", **{**three, "losses__kd__temperature": 3, "cache__folder": "kept"}))
-    assert ": temperature 2.0, not 3.0. Name another folder" in capsys.readouterr().err
+    assert ": temperature 2.0, not 3.0. Set another folder" in capsys.readouterr().err
 
 
 EACH_THIRD = {"callbacks.last.every_n_steps": 3}
@@ -208,7 +208,7 @@ def test_all_terms_resume_bitwise(folder, capsys, monkeypatch):
     other = ["--model.teacher", str(wide / "checkpoints" / "last-3.ckpt"), "--trainer.max_steps", "13"]
     with pytest.raises(SystemExit):
         main(["fit", "--resume", str(stopped), *other])
-    assert "is not the teacher that this run was distilled from" in capsys.readouterr().err
+    assert "last-3.ckpt has weights different from" in capsys.readouterr().err
 
 
 def stopped_at_6(runs_dir, where):
@@ -224,8 +224,11 @@ def test_what_was_kept_resumes_bitwise_and_is_not_exchanged(folder, tmp_path, ca
     """Statement (23) with a cache."""
     resume = stopped_at_6("kept-first", tmp_path / "run")
     for flags, message in [
-        (["--model.cache", "null"], "this run was distilled from a cache"),
-        (["--model.cache.top_k", "9"], "under other conditions: top_k None, not 9, temperature None, not 4.0"),
+        (["--model.cache", "null"], "--model.cache: the run to be resumed was distilled with a cache"),
+        (
+            ["--model.cache.top_k", "9"],
+            "--model.cache: the run to be resumed read teacher outputs of different settings: top_k None, not 9, tem",
+        ),
     ]:
         with pytest.raises(SystemExit):
             main([*resume, *flags])
@@ -238,17 +241,20 @@ def test_what_was_kept_resumes_bitwise_and_is_not_exchanged(folder, tmp_path, ca
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"teacher": "teacher-run/checkpoints/last-6.ckpt"}, ": another teacher. Name another folder, delete that one"),
-        ({"more": {"data.split.val": 0.2}}, ": other data, samples that look otherwise (augmentation, size), samples "),
-        ({"cache__top_k": 3}, ": top_k None, not 3, temperature None, not 4.0. Name"),
-        ({"more": {"data.augment": CROP, "data.views": 1}}, ": samples that look otherwise (augmentation, size). Name"),
+        (
+            {"teacher": "teacher-run/checkpoints/last-6.ckpt"},
+            ": different teacher. Set another folder, delete that one",
+        ),
+        ({"more": {"data.split.val": 0.2}}, ": different data, different samples (augmentation, size), samples "),
+        ({"cache__top_k": 3}, ": top_k None, not 3, temperature None, not 4.0. Set"),
+        ({"more": {"data.augment": CROP, "data.views": 1}}, ": different samples (augmentation, size). Set"),
     ],
 )
 def test_a_folder_of_ones_own_holds_what_one_teacher_said(folder, capsys, settings, message):
     with pytest.raises(SystemExit):
         main(distilling("refused", **{**CACHE, "cache__folder": "named", **settings}))
     error = capsys.readouterr().err
-    assert "--model.cache.folder named holds what a teacher said under other conditions" in error
+    assert "--model.cache.folder named holds teacher outputs of different settings" in error
     assert message in error
     assert not Path("refused").exists()
 
@@ -303,21 +309,21 @@ def test_accumulation_and_processes_change_nothing(folder, school, monkeypatch):
         ({"losses__kd": f"{OURS}.KD", "losses__kd__weight": -1}, "KD has weight -1.0, which must be a number of 0 or above"),
         ({"losses__kd": f"{OURS}.KD", "losses__kd__weight": 0, "hard_weight": 0}, "are 0: nothing would be learned"),
         ({"losses__j": f"{OURS}.GeneralizedJSD", "losses__j__beta": 2}, "beta 2.0, which must lie in 0 to 1"),
-        ({"losses__h": f"{OURS}.Hint", "losses__h__student": "stages.9"}, "no student layer 'stages.9'; MLP has blocks"),
-        ({"losses__h": f"{OURS}.Hint", "losses__h__teacher": "stages.9"}, "no teacher layer 'stages.9'; MLP has blocks"),
-        ({"losses__h": f"{OURS}.Hint", **CACHE}, "Hint needs the teacher's layers: leave out one of the two"),
-        ({"losses__d": f"{OURS}.DKD", **CACHE, "cache__top_k": 3}, "DKD needs the probabilities of all classes"),
-        ({**CACHE, "cache__top_k": 0}, "--model.cache.top_k 0: at least 1 class is needed"),
-        ({"teacher": "[teacher-run, teacher-run]", **CACHE, "cache__top_k": 3}, "several teachers have other likeliest"),
+        ({"losses__h": f"{OURS}.Hint", "losses__h__student": "stages.9"}, "student's net MLP has no layer 'stages.9'; it"),
+        ({"losses__h": f"{OURS}.Hint", "losses__h__teacher": "stages.9"}, "teacher's net MLP has no layer 'stages.9'; it"),
+        ({"losses__h": f"{OURS}.Hint", **CACHE}, "--model.cache holds logits, and Hint in --model.losses needs"),
+        ({"losses__d": f"{OURS}.DKD", **CACHE, "cache__top_k": 3}, "--model.cache.top_k 3: DKD needs"),
+        ({**CACHE, "cache__top_k": 0}, "--model.cache.top_k 0 must be at least 1"),
+        ({"teacher": "[teacher-run, teacher-run]", **CACHE, "cache__top_k": 3}, "--model.cache.top_k 3: 2 teachers"),
         (
             {**CACHE, "cache__top_k": 3, "losses__kd": f"{OURS}.KD", "losses__kd__temperature_schedule":
              "{class_path: bigmodel.training.schedules.Linear, init_args: {final: 0.5}}"},
-            "known at one temperature alone",
+            "at one temperature: set the same for all --model.losses",
         ),
-        ({"more": {"data.mix": f"{IMAGES}.Mix", "data.mix.mixup": 0.5}, **CACHE}, "mixed with their neighbours"),
+        ({"more": {"data.mix": f"{IMAGES}.Mix", "data.mix.mixup": 0.5}, **CACHE}, "--model.cache: mixed images"),
         (
             {"more": {"data.mix": f"{IMAGES}.Mix", "data.mix.mixup": 0.5}, "losses__d": f"{OURS}.DKD"},
-            "DKD needs the class of each sample: leave out --data.mix",
+            "DKD needs the class of each sample: set --data.mix null",
         ),
         ({"more": {"data.size": 6}}, "has image_size 8, and the student's 6"),
     ],
@@ -336,9 +342,9 @@ def test_teachers_of_other_classes_are_refused(folder, monkeypatch):
     student = bigmodel.load(only("online"))
     teacher = teachers.Teacher("teacher-run")
     student.facts = {**task.facts, "classes": [*task.facts["classes"][:-1], "ten"]}
-    with pytest.raises(ValueError, match=r"calls them otherwise \(teacher, student\): number 9 is '9', 'ten'"):
+    with pytest.raises(ValueError, match=r"differ from the student\'s \(teacher, student\): number 9 is '9', 'ten'"):
         teacher.load(student)
-    with pytest.raises(ValueError, match=r"of another kind than the student: its data know .*, and these vocab_size 9"):
+    with pytest.raises(ValueError, match=r"of another task than the student: .*, the student's vocab_size 9"):
         teacher.check_sizes({"vocab_size": 9})
     teacher.check_sizes(teacher.sizes)
     long = teachers.Teacher("teacher-run")
