@@ -71,7 +71,7 @@ def found(table, digit_files, tmp_path_factory):
     cache = [("data.cache_dir", str(folder / "cache"))]
     transfer_runs.bert(folder / "bert")
     small_net = [*cache, ("model.backbone", str(folder / "bert"))]
-    pictures = [*cache, ("data.path", str(digit_files))]
+    images = [*cache, ("data.path", str(digit_files))]
     experiments = resources.files("bigmodel") / "experiments"
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder / "new_task")
@@ -81,7 +81,7 @@ def found(table, digit_files, tmp_path_factory):
                 [str(experiments / "language_modeling" / "check.yaml")], cache
             ),
             "image_classification": trainer_cli.merge_settings(
-                [str(experiments / "image_classification/check.yaml")], pictures
+                [str(experiments / "image_classification/check.yaml")], images
             ),
             "recommendation": trainer_cli.merge_settings([str(experiments / "recommendation/check.yaml")], cache),
             "transfer_learning": trainer_cli.merge_settings(

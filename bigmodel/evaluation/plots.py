@@ -41,7 +41,7 @@ class Mistake:
     name: str
 
 
-def draw_confusion(matrix: np.ndarray, classes: Sequence[str], path: Path, things: str = "pictures") -> None:
+def draw_confusion(matrix: np.ndarray, classes: Sequence[str], path: Path, things: str = "images") -> None:
     """Draw a confusion matrix as PNG, each row coloured by its fractions.
 
     Counts are written for few classes, and names for somewhat more.

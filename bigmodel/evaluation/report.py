@@ -130,7 +130,7 @@ class Report(Callback):
         if self._confusion is not None:
             drawings.append(folder / f"{split}_confusion.png")
             draw_confusion(
-                self._confusion.cpu().numpy(), data.classes, drawings[0], things="texts" if texts else "pictures"
+                self._confusion.cpu().numpy(), data.classes, drawings[0], things="texts" if texts else "images"
             )
         wrong = self._worst[self._worst[:, 0] >= 0]
         path = folder / f"{split}_mistakes.{'csv' if texts else 'png'}"
@@ -181,10 +181,8 @@ def _draw(wrong: Tensor, data: Any, split: str, path: Path) -> None:
     images, mistakes = data.images(split), []
     for _, *facts, probability in wrong.tolist():
         index, target, predicted = map(int, facts)
-        picture: np.ndarray = images.read([index])[0]
-        mistakes.append(
-            Mistake(picture, data.classes[target], data.classes[predicted], probability, images.name(index))
-        )
+        image: np.ndarray = images.read([index])[0]
+        mistakes.append(Mistake(image, data.classes[target], data.classes[predicted], probability, images.name(index)))
     draw_mistakes(mistakes, path)
 
 

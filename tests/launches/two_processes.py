@@ -1,7 +1,7 @@
 """What two processes do together, in one launch: `python forked.py 2 two_processes.py TABLE SINGLE DIGITS`.
 
 Run by test_two_processes.py in an empty folder, where SINGLE is the directory of a run of one process that was stopped, and
-DIGITS a folder of pictures.
+DIGITS a folder of images.
 """
 
 import json
@@ -55,7 +55,7 @@ def experiment(table: str, runs_dir: str, *flags: object) -> list[str]:
     return [str(word) for word in (*words, *flags)]
 
 
-def pictures(runs_dir: str, digits: object, *flags: object) -> list[str]:
+def images(runs_dir: str, digits: object, *flags: object) -> list[str]:
     """Words for `bigmodel fit` on digits, ten steps of 32, augmented, mixed and weighted by class, validated twice."""
     words: list[object] = ["-c", Path(__file__).parents[2] / "experiments" / "image_classification" / "digits.yaml"]
     settings = {
@@ -87,5 +87,5 @@ if __name__ == "__main__":
             *two,
         ]
     )
-    main(["fit", *pictures("pictures-two", digits, "--data.micro_batch_size", 8, *two)])
+    main(["fit", *images("images-two", digits, "--data.micro_batch_size", 8, *two)])
     main(["check", *experiment(table, "checked", "--data.micro_batch_size", 3, *two)])

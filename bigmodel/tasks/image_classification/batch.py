@@ -57,7 +57,7 @@ class Store(Protocol):
 
 
 @dataclass(frozen=True)
-class Pictures:
+class LabelledImages:
     """Images and their class numbers.
 
     Attributes:
@@ -78,5 +78,5 @@ class Source:
         classes: names, by class number; empty if no labels are known.
     """
 
-    splits: dict[str, Pictures]
+    splits: dict[str, LabelledImages]
     classes: list[str]

@@ -167,7 +167,7 @@ class ImageData(L.LightningDataModule):
         super().__init__()
         if on_device and (crop is not None or decoded is False):
             raise ValueError(
-                "--data.on_device true keeps decoded pictures of one size: leave out --data.crop (RandomResizedCrop among"
+                "--data.on_device true keeps decoded images of one size: leave out --data.crop (RandomResizedCrop among"
                 " --data.augment does it on the device) and --data.decoded false"
             )
         self.path, self.size, self.channels = path, size, channels
@@ -242,7 +242,7 @@ class ImageData(L.LightningDataModule):
         if split not in self.prepared.splits:
             raise ValueError(
                 f"there is no {split} split but {', '.join(self.prepared.splits)}: set --data.split.{split} to a share, or"
-                f" give pictures for it ({split}/<class>/...)"
+                f" give images for it ({split}/<class>/...)"
             )
         return self.prepared.images(split)
 

@@ -39,7 +39,7 @@ class RandomCrop(Transform):
         height, width = images.shape[2:]
         if self.mode == "reflect":
             fits = self.padding < min(height, width)
-            require(fits, self, f"padding {self.padding} cannot be reflected in pictures of {height} x {width} pixels")
+            require(fits, self, f"padding {self.padding} cannot be reflected in images of {height} x {width} pixels")
         shifts = (uniform(keys, stream, 2) * (2 * self.padding + 1)).long() - self.padding  # [B, 2]
         rows = shifts[:, :1] + torch.arange(height, device=images.device)  # [B, H]
         columns = shifts[:, 1:] + torch.arange(width, device=images.device)  # [B, W]

@@ -203,7 +203,7 @@ def _find_head(model: nn.Module, shape: tuple[int, ...], where: str) -> str | No
         return hugging_face.find_head(model, pixel_values=next(model.parameters()).new_zeros(shape))
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(
-            f"the model of {where} cannot read pictures of {shape[1]} channel(s) and {shape[-1]} pixels on a"
+            f"the model of {where} cannot read images of {shape[1]} channel(s) and {shape[-1]} pixels on a"
             f" side ({str(error).strip().splitlines()[0][:200]}); set --data.channels and --data.size to what it reads"
         ) from error
 
@@ -212,7 +212,7 @@ def _check_loaded(
     loaded: dict[str, Any], path: str, sizes: dict[str, Any], num_classes: int, head: str | None, excuse: list[str]
 ) -> None:
     """Raise an error for weights that do not match the model; print which were newly initialised."""
-    problems = hugging_face.mismatches(loaded, "the model for these pictures")
+    problems = hugging_face.mismatches(loaded, "the model for these images")
     new_head = {name for name in problems if head is not None and name.startswith(f"{head}.")}
     for name, theirs, ours in loaded["mismatched_keys"]:
         if (theirs[0], ours[0]) == (sizes["num_labels"], num_classes) and theirs[1:] == ours[1:]:

@@ -5,9 +5,9 @@ A prepared folder, all numbers little-endian::
     meta.json            its contents, see `Prepared`
     train-rows.npy       [N] int64, number of each image in the source
     train-labels.npy     [N] int64, class numbers; -1: not known
-    train-shapes.npy     [N, 2] int32, height and width: of the stored image; where none is stored, of the upright
-    original train-pixels.bin     if they were decoded: the pixels of one image after the other, uint8 [H, W, C]; no
-    header val-...
+    train-shapes.npy     [N, 2] int32, height and width: of the stored image; where none is stored, of the upright original
+    train-pixels.bin     if they were decoded: the pixels of one image after the other, uint8 [H, W, C]; no header
+    val-...
 
 B images at once, N in the split, C channels, H and W pixels, S pixels to the edge of what a net reads.
 """
@@ -17,14 +17,14 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from bigmodel.data.cache import write_text
-from bigmodel.data.image_decoding import Box, Geometry, PictureError
+from bigmodel.data.image_decoding import Box, Geometry, ImageError
 
 if TYPE_CHECKING:
     from bigmodel.tasks.image_classification.batch import Store
@@ -44,7 +44,7 @@ class SplitFacts:
     decoded with the shorter edge of `resize` (whole), or not decoded (no).
     """
 
-    num_pictures: int
+    num_images: int
     class_counts: list[int]
     stored: Stored
 
@@ -88,14 +88,20 @@ class Prepared:
     def save(self, folder: Path) -> None:
         """Write meta.json: everything but the paths of sources."""
         facts = {key: value for key, value in vars(self).items() if key not in ("folder", "stores", "left_out")}
-        facts["splits"] = {name: asdict(split) for name, split in self.splits.items()}
+        facts["splits"] = {  # `num_pictures` is an earlier word, kept so that existing folders are read
+            name: {"num_pictures": split.num_images, "class_counts": split.class_counts, "stored": split.stored}
+            for name, split in self.splits.items()
+        }
         write_text(folder / "meta.json", json.dumps(facts, indent=2))
 
     @classmethod
     def load(cls, folder: Path) -> Prepared:
         """Read meta.json."""
         facts = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        facts["splits"] = {name: SplitFacts(**split) for name, split in facts["splits"].items()}
+        facts["splits"] = {
+            name: SplitFacts(split["num_pictures"], split["class_counts"], split["stored"])
+            for name, split in facts["splits"].items()
+        }
         return cls(folder=folder, **facts)
 
     @property
@@ -170,9 +176,7 @@ class Images:
         """
         numbers = np.asarray(numbers)
         if boxes is not None and not self.takes_boxes:
-            raise ValueError(
-                f"pictures of the {self.split} split are stored as squares: no boxes can be cut out of them"
-            )
+            raise ValueError(f"images of the {self.split} split are stored as squares: no boxes can be cut out of them")
         images = np.empty((len(numbers), *self.shape), np.uint8) if out is None else out
         if self.in_memory:
             np.take(self._pixels.reshape(-1, *self.shape), numbers, axis=0, out=images)
@@ -211,7 +215,7 @@ def decode_from(store: Store, row: int, geometry: Geometry, box: Box | None = No
     try:
         content = store.read(row)
         return geometry.decode_whole(content) if whole else geometry.decode(content, box)
-    except PictureError as error:
+    except ImageError as error:
         raise ValueError(f"{store.name(row)}: {error}. It was good when it was checked: start again") from error
     except OSError as error:
         raise ValueError(f"{store.name(row)} cannot be read any more ({error.strerror or error})") from error

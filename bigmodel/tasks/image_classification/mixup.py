@@ -72,7 +72,7 @@ class Mix:
         batch = len(images)
         if batch % 2:
             raise ValueError(
-                f"--data.mix takes pictures in pairs, but a micro-batch has {batch}: set an even --data.micro_batch_size"
+                f"--data.mix takes images in pairs, but a micro-batch has {batch}: set an even --data.micro_batch_size"
             )
         draws = uniform(keys, MIX_STREAM, 5)
         mixed, cut = draws[:, 0] < self.p, draws[:, 1] < self.switch_p  # each [B]

@@ -29,7 +29,7 @@ from bigmodel.training import optimizers, schedules
 from bigmodel.training.callbacks import GradientScaling
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 
-Picture = Image.Image | np.ndarray | str | Path
+ImageInput = Image.Image | np.ndarray | str | Path
 _LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow
 
 
@@ -111,8 +111,8 @@ class ImageClassification(LightningModule):
         mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in pair)
         if len(mean) != num_channels or len(std) != num_channels or not (std > 0).all():
             raise ValueError(
-                f"--model.mean {pair[0]} and --model.std {pair[1]}: the pictures have {num_channels} channel(s), so"
-                f" {num_channels} value(s) each are needed, std above 0 (--data.channels sets how pictures are read)"
+                f"--model.mean {pair[0]} and --model.std {pair[1]}: the images have {num_channels} channel(s), so"
+                f" {num_channels} value(s) each are needed, std above 0 (--data.channels sets how images are read)"
             )
         return mean, std
 
@@ -234,13 +234,13 @@ class ImageClassification(LightningModule):
     # The checkpoint holds classes and geometry, so that a loaded task can classify images without the data.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["pictures"] = self.facts
+        checkpoint["images"] = self.facts
         config = getattr(self.net, "config", None)
         if isinstance(config, dict):
             checkpoint["net_config"] = config
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        facts = checkpoint["pictures"]
+        facts = checkpoint.get("images") or checkpoint["pictures"]  # the key of earlier versions
         if self.facts and self.facts["classes"] != facts["classes"]:
             raise ValueError(
                 f"the classes of --data.path ({first_of(self.facts['classes'], 8)}) are not those that were learned"
@@ -249,7 +249,7 @@ class ImageClassification(LightningModule):
         self.facts = facts
         self.net_config = checkpoint.get("net_config")
 
-    def forward(self, images: Tensor | Picture | Sequence[Picture]) -> Any:
+    def forward(self, images: Tensor | ImageInput | Sequence[ImageInput]) -> Any:
         """Classify images.
 
         Args:
@@ -263,16 +263,16 @@ class ImageClassification(LightningModule):
         if isinstance(images, Tensor):
             read = getattr(self.net, "features", self.net)
             return self.logits(read(self.normalize(images)))
-        if isinstance(images, Picture):
+        if isinstance(images, ImageInput):
             return self._classify([images])[0]
         return self._classify(images)
 
     @torch.no_grad()
-    def _classify(self, pictures: Sequence[Picture]) -> list[dict[str, float]]:
+    def _classify(self, images: Sequence[ImageInput]) -> list[dict[str, float]]:
         if "classes" not in self.facts:
             raise ValueError("this task has no classes yet: load it from a run with bigmodel.load")
         size, resize, classes = self.facts["size"], self.facts["resize"], self.facts["classes"]
-        pixels = [decode(picture, channels=len(self.mean), size=size, resize=resize) for picture in pictures]
+        pixels = [decode(image, channels=len(self.mean), size=size, resize=resize) for image in images]
         batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(self.device)  # [B, S, S, C] -> [B, C, S, S]
         answers = []
         for row in self.forward(batch).float().softmax(-1):

@@ -71,17 +71,15 @@ class Decoding:
             ValueError: if one cannot be decoded as expected, though it could when it was checked; names it.
         """
         ends = np.cumsum(shapes.astype(np.int64).prod(1)) * self.geometry.channels  # [bytes]
-        num_pictures = int(min(BLOCK, max(1, BLOCK_BYTES * len(rows) // ends[-1])))
-        starts = range(0, len(rows), num_pictures)
-        blocks = (
-            (int(ends[i - 1]) if i else 0, rows[i : i + num_pictures], shapes[i : i + num_pictures]) for i in starts
-        )
+        num_images = int(min(BLOCK, max(1, BLOCK_BYTES * len(rows) // ends[-1])))
+        starts = range(0, len(rows), num_images)
+        blocks = ((int(ends[i - 1]) if i else 0, rows[i : i + num_images], shapes[i : i + num_images]) for i in starts)
         if self.path is not None:
             self.path.touch()
         sums = []
         for i, block in zip(starts, workers.map(partial(_decode_block, self), blocks), strict=True):
             sums.append(block)
-            advance(min(num_pictures, len(rows) - i))
+            advance(min(num_images, len(rows) - i))
         if self.path is not None:
             with open(self.path, "rb") as stream:
                 os.fsync(stream.fileno())
@@ -100,13 +98,13 @@ def _decode_block(how: Decoding, block: tuple[int, np.ndarray, np.ndarray]) -> C
     """
     start, rows, shapes = block
     store = load_store(how.store_file)
-    pictures = []
+    images = []
     for row, shape in zip(rows.tolist(), shapes.tolist(), strict=True):
-        picture = decode_from(store, row, how.geometry, whole=how.whole)
-        if list(picture.shape[:2]) != shape:
+        image = decode_from(store, row, how.geometry, whole=how.whole)
+        if list(image.shape[:2]) != shape:
             raise ValueError(f"{store.name(row)} has another size than when it was checked: start again")
-        pictures.append(picture.reshape(-1, how.geometry.channels))
-    pixels = np.concatenate(pictures)  # [pixels, C]
+        images.append(image.reshape(-1, how.geometry.channels))
+    pixels = np.concatenate(images)  # [pixels, C]
     if how.path is not None:
         with open(how.path, "r+b") as stream:
             stream.seek(start)

@@ -148,7 +148,7 @@ def prepare(
     folder = cache / digest([fingerprint, max_pixels, chosen, rows])
     if not (folder / "meta.json").exists():
         if left_out:
-            say(f"left out {len(left_out):,} pictures that cannot be used: {first_of(left_out, 3)}")
+            say(f"left out {len(left_out):,} images that cannot be used: {first_of(left_out, 3)}")
         _say_copies(parts)
         if decoded is None:
             say(_choice(chosen, needed))
@@ -173,7 +173,7 @@ def prepare(
 
 def _check_settings(size: int, resize: int, channels: int | None) -> None:
     if size < 1:
-        raise ValueError(f"--data.size {size}: pictures have an edge of at least 1 pixel")
+        raise ValueError(f"--data.size {size}: images have an edge of at least 1 pixel")
     if resize < size:
         raise ValueError(
             f"--data.resize {resize} is smaller than --data.size {size}: {size} x {size} pixels cannot be cut out of it;"
@@ -181,7 +181,7 @@ def _check_settings(size: int, resize: int, channels: int | None) -> None:
         )
     if channels not in (None, 1, 3):
         raise ValueError(
-            f"--data.channels {channels}: 1 (grey) or 3 (RGB) is accepted, or none to let the pictures decide"
+            f"--data.channels {channels}: 1 (grey) or 3 (RGB) is accepted, or none to let the images decide"
         )
 
 
@@ -195,7 +195,7 @@ def _bad(parts: dict[str, _Part], on_bad: str) -> list[str]:
         more = [f"  and {len(bad) - _SHOWN:,} more"] if len(bad) > _SHOWN else []
         total = sum(len(part.rows) for part in parts.values())
         raise ValueError(
-            "\n".join([f"{len(bad):,} of {total:,} pictures cannot be used:", *lines, *more])
+            "\n".join([f"{len(bad):,} of {total:,} images cannot be used:", *lines, *more])
             + "\nMend or remove them, or leave them out with --data.on_bad skip"
         )
     return [part.store.name(row) for part, row in bad]
@@ -235,14 +235,14 @@ def _check_parts(parts: dict[str, _Part], source: Source, left_out: list[str], s
     for name, part in parts.items():
         if len(part.rows) == 0:
             share = f", or a larger share (--data.split.{name})" if dealt and name != "train" else ""
-            raise ValueError(f"the {name} split has no picture{skipped}{dealt}. Give more pictures{share}")
+            raise ValueError(f"the {name} split has no image{skipped}{dealt}. Give more images{share}")
     if "train" not in parts:
         return
     for name in ("train", "val"):
         if name in parts and (unknown := np.flatnonzero(parts[name].labels < 0)).size:
             part = parts[name]
             names = [part.store.name(row) for row in part.rows[unknown[:3]].tolist()]
-            raise ValueError(f"{len(unknown):,} pictures of the {name} split have no label: {first_of(names, 3)}")
+            raise ValueError(f"{len(unknown):,} images of the {name} split have no label: {first_of(names, 3)}")
     classes = source.classes
     if len(classes) < 2:
         raise ValueError(f"at least 2 classes are needed to train, there are {len(classes)}: {classes}{skipped}")
@@ -250,8 +250,8 @@ def _check_parts(parts: dict[str, _Part], source: Source, left_out: list[str], s
     if (counts == 0).any():
         empty = [classes[i] for i in np.flatnonzero(counts == 0)]
         raise ValueError(
-            f"{len(empty):,} of {len(classes):,} classes have no training picture{skipped}{dealt}:"
-            f" {first_of(empty, _SHOWN)}. Give more pictures of them, smaller shares (--data.split.val, --data.split.test),"
+            f"{len(empty):,} of {len(classes):,} classes have no training image{skipped}{dealt}:"
+            f" {first_of(empty, _SHOWN)}. Give more images of them, smaller shares (--data.split.val, --data.split.test),"
             " or remove the classes"
         )
 
@@ -262,7 +262,7 @@ def _say_copies(parts: dict[str, _Part]) -> None:
         if name != "train" and "train" in parts:
             seen = np.isin(part.found.hashes.view("V16"), parts["train"].found.hashes.view("V16"))
             if count := int(seen.sum()):
-                say(f"{count:,} of {len(part.rows):,} pictures of the {name} split are in the train split too")
+                say(f"{count:,} of {len(part.rows):,} images of the {name} split are in the train split too")
 
 
 def _reference(parts: dict[str, _Part]) -> str:
@@ -273,8 +273,8 @@ def _reference(parts: dict[str, _Part]) -> str:
 def _choice(decoded: bool, needed: int) -> str:
     size = f"{needed / 1e6:,.1f} MB"
     if decoded:
-        return f"pictures are decoded once, which takes {size} of disk (--data.decoded false: whenever they are read)"
-    return f"pictures are decoded whenever they are read (--data.decoded true: once, which takes {size} of disk)"
+        return f"images are decoded once, which takes {size} of disk (--data.decoded false: whenever they are read)"
+    return f"images are decoded whenever they are read (--data.decoded true: once, which takes {size} of disk)"
 
 
 def _facts(part: _Part, num_classes: int) -> SplitFacts:
@@ -301,19 +301,19 @@ def _make(prepared: Prepared, parts: dict[str, _Part], num_processes: int) -> No
             write_array(folder / f"{name}-shapes.npy", shapes.astype("<i4"))
             if part.stored != "no":
                 decoding = Decoding(files[name], geometry, part.stored == "whole", folder / f"{name}-pixels.bin")
-                with progress(f"decoding {name}", len(shapes), "pictures") as advance:
+                with progress(f"decoding {name}", len(shapes), "images") as advance:
                     colours[name] = decoding.run(workers, part.rows, shapes, advance)
         if parts[reference].stored != "square":
             rows = parts[reference].rows
             rows = rows[np.linspace(0, len(rows) - 1, min(MEASURED, len(rows))).round().astype(np.int64)]
             shapes = np.full((len(rows), 2), geometry.size)
-            with progress("measuring colours", len(rows), "pictures") as advance:
+            with progress("measuring colours", len(rows), "images") as advance:
                 colours[reference] = Decoding(files[reference], geometry, False, None).run(
                     workers, rows, shapes, advance
                 )
         prepared.mean, prepared.std = colours[reference].mean(), colours[reference].std()
         prepared.save(folder)
-    counts = ", ".join(f"{name} {split.num_pictures:,}" for name, split in prepared.splits.items())
-    say(f"prepared pictures in {time.monotonic() - began:,.1f} s in {prepared.folder}")
+    counts = ", ".join(f"{name} {split.num_images:,}" for name, split in prepared.splits.items())
+    say(f"prepared images in {time.monotonic() - began:,.1f} s in {prepared.folder}")
     classes = f"{len(prepared.classes):,} classes, " if prepared.classes else ""
     say(f"{counts}; {classes}{prepared.channels} channel{'s' * (prepared.channels > 1)}")

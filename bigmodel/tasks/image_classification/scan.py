@@ -26,7 +26,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from bigmodel.data.cache import disk_errors, progress
-from bigmodel.data.image_decoding import PictureError, measure
+from bigmodel.data.image_decoding import ImageError, measure
 from bigmodel.data.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def scan(stores: Mapping[str, Store], cache: Path, max_pixels: int, num_processe
     if total == 0:
         return scans
     with (
-        progress("checking pictures", total, "pictures") as advance,
+        progress("checking images", total, "images") as advance,
         store_files(stores) as files,
         WorkerPool(min(num_processes, -(-total // BLOCK))) as workers,
     ):
@@ -129,7 +129,7 @@ def _scan_block(max_pixels: int, block: tuple[str, np.ndarray]) -> Scan:
             found.sizes[i] = height, width
             found.hashes[i] = content_hash(content)
             found.errors[i] = ""
-        except PictureError as error:
+        except ImageError as error:
             found.errors[i] = str(error)
         except OSError as error:
             found.errors[i] = f"the file cannot be read ({error.strerror or error})"

@@ -83,7 +83,7 @@ def draw_shots(labels: np.ndarray, hashes: np.ndarray, classes: Sequence[str], s
         ValueError: if a class has fewer.
     """
     if shots < 1:
-        raise ValueError(f"--data.shots {shots}: at least 1 picture of each class is needed")
+        raise ValueError(f"--data.shots {shots}: at least 1 image of each class is needed")
     _, first = np.unique(hashes.view("V16").ravel(), return_index=True)
     key = seed.to_bytes(8, "little", signed=True)
     drawn = [blake2b(content.tobytes(), key=key, digest_size=16).digest() for content in hashes[first]]
@@ -93,7 +93,7 @@ def draw_shots(labels: np.ndarray, hashes: np.ndarray, classes: Sequence[str], s
     if few:
         shown = ", ".join(f"{name!r} has {count:,}" for name, count in list(few.items())[:5])
         raise ValueError(
-            f"--data.shots {shots}: {len(few):,} of {len(classes):,} classes have fewer different training pictures:"
+            f"--data.shots {shots}: {len(few):,} of {len(classes):,} classes have fewer different training images:"
             f" {shown}; at most {min(few.values()):,} can be drawn of each"
         )
     return np.sort(np.concatenate(chosen))

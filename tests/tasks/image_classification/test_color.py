@@ -113,7 +113,7 @@ def test_jitter_draws_factors_from_one_and_applies_them_in_its_order():
     assert abs(brightened.mean() - 1) < 0.03
 
 
-def test_jitter_of_nothing_and_the_colour_of_grey_pictures_change_nothing():
+def test_jitter_of_nothing_and_the_colour_of_grey_images_change_nothing():
     keys = keys_of(6)
     for images in (noise(6, 3, 5, 5) / 255, noise(6, 7, 5, 5) / 255):
         assert torch.equal(ColorJitter()(images, keys, 0), images)
@@ -139,8 +139,8 @@ def test_the_share_asked_for_becomes_grey():
         (lambda: ColorJitter(brightness=-1), "--data.augment: ColorJitter brightness is -1, but must be 0 or more"),
         (lambda: ColorJitter(hue=0.6), "hue is 0.6, but must be in 0 to 0.5"),
         (lambda: Grayscale(2), "Grayscale p is 2"),
-        (lambda: Grayscale()(noise(2, 4, 5, 5) / 255, keys_of(2), 0), "pictures of 4 channels"),
-        (lambda: ColorJitter(hue=0.1)(noise(2, 2, 5, 5) / 255, keys_of(2), 0), "pictures of 2 channels"),
+        (lambda: Grayscale()(noise(2, 4, 5, 5) / 255, keys_of(2), 0), "images of 4 channels"),
+        (lambda: ColorJitter(hue=0.1)(noise(2, 2, 5, 5) / 255, keys_of(2), 0), "images of 2 channels"),
     ],
 )
 def test_what_cannot_be_done_is_refused(make, message):

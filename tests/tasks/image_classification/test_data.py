@@ -1,4 +1,4 @@
-"""The data module of pictures: what it reads, in which order, with which randomness, and where that is the same."""
+"""The data module of images: what it reads, in which order, with which randomness, and where that is the same."""
 
 from pathlib import Path
 
@@ -46,8 +46,8 @@ def test_a_split_reads_as_pillow_reads_it(photos, tmp_path):
     for pixels, label, index in zip(batch.images, batch.targets, batch.index, strict=True):
         path = Path(images.name(int(index)))
         assert path.parent.name == made.classes[label]
-        with Image.open(path) as picture:  # 12 x 10: the shorter edge is 10 already, the centre 8 x 8 is cut out
-            expected = np.asarray(picture)[1:9, 2:10]
+        with Image.open(path) as image:  # 12 x 10: the shorter edge is 10 already, the centre 8 x 8 is cut out
+            expected = np.asarray(image)[1:9, 2:10]
         assert np.array_equal(pixels.permute(1, 2, 0), expected)
 
 
@@ -62,7 +62,7 @@ def test_decoded_ahead_or_when_read_or_on_the_device_it_is_the_same(photos, tmp_
 @pytest.mark.parametrize("crop", [None, RandomResizedCrop((0.3, 1.0))])
 def test_randomness_is_a_function_of_seed_epoch_and_sample(photos, tmp_path, crop):
     def by_sample(batches):
-        return {int(i): picture for batch in batches for i, picture in zip(batch.index, batch.images, strict=True)}
+        return {int(i): image for batch in batches for i, image in zip(batch.index, batch.images, strict=True)}
 
     options = {"augment": [RandomCrop(2), Flip()], "crop": crop, "split": Split(0.0)}
     made = data(photos, tmp_path, **options)
@@ -107,13 +107,13 @@ def test_balanced_samples_meet_each_class_as_often(photos, tmp_path):
     targets = torch.cat([b.targets for b in batches])
     assert torch.bincount(targets).tolist() == [120, 120, 120]
     keys = torch.cat([b.key for b in batches])
-    assert len(keys.unique()) == len(keys)  # a picture met again is augmented anew
+    assert len(keys.unique()) == len(keys)  # an image met again is augmented anew
 
 
 def test_what_cannot_be_is_refused(photos, tmp_path):
     with pytest.raises(ValueError, match=r"no test split but train, val: set --data.split.test"):
         data(photos, tmp_path).test_dataloader()
-    with pytest.raises(ValueError, match=r"--data.on_device true keeps decoded pictures of one size"):
+    with pytest.raises(ValueError, match=r"--data.on_device true keeps decoded images of one size"):
         ImageData(str(photos), on_device=True, crop=RandomResizedCrop())
     with pytest.raises(ValueError, match=r"even --data.micro_batch_size"):
         epoch_of(data(photos, tmp_path, mix=Mix(1.0), batch_size=15))

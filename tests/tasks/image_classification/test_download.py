@@ -123,9 +123,9 @@ def test_processes_that_fetch_at_once_fetch_once(server, tmp_path):
 def test_a_data_set_by_name(server, tmp_path, monkeypatch):
     files = {}
     for word, n in (("train", 5), ("t10k", 2)):
-        pictures, labels = np.arange(n * 4, dtype=np.uint8), np.arange(n, dtype=np.uint8)
+        images, labels = np.arange(n * 4, dtype=np.uint8), np.arange(n, dtype=np.uint8)
         head = np.array([2051, n, 2, 2, 2049, n], ">u4")
-        files[f"{word}-images-idx3-ubyte.gz"] = gzip.compress(head[:4].tobytes() + pictures.tobytes())
+        files[f"{word}-images-idx3-ubyte.gz"] = gzip.compress(head[:4].tobytes() + images.tobytes())
         files[f"{word}-labels-idx1-ubyte.gz"] = gzip.compress(head[4:].tobytes() + labels.tobytes())
     server.files = {f"/{name}": data for name, data in files.items()}
     md5 = {name: hashlib.md5(data).hexdigest() for name, data in files.items()}

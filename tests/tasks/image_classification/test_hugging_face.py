@@ -209,7 +209,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         net_of(path)
 
 
-def test_pictures_that_the_model_cannot_read_are_refused(tmp_path: Path) -> None:
+def test_images_that_the_model_cannot_read_are_refused(tmp_path: Path) -> None:
     path = saved(tiny("convnext"), tmp_path)
-    with pytest.raises(ValueError, match=r"cannot read pictures of 3 channel\(s\) and 4 pixels.*--data.channels"):
+    with pytest.raises(ValueError, match=r"cannot read images of 3 channel\(s\) and 4 pixels.*--data.channels"):
         net_of(path, image_size=4)

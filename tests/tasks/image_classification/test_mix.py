@@ -1,4 +1,4 @@
-"""Mixed pictures, targets and weights: against loops, scipy's Beta distribution, and the loss they stand for."""
+"""Mixed images, targets and weights: against loops, scipy's Beta distribution, and the loss they stand for."""
 
 import copy
 import math
@@ -82,7 +82,7 @@ def test_each_row_is_what_a_loop_over_rows_and_pixels_makes(mix):
 
 
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
-def test_targets_sum_to_one_and_the_loss_is_that_of_both_pictures(mix):
+def test_targets_sum_to_one_and_the_loss_is_that_of_both_images(mix):
     images, classes, weight, keys = batch_of(200)
     logits = torch.randn(200, NUM_CLASSES, generator=torch.Generator().manual_seed(1))
     _, targets, mixed_weight = mix(images, classes, weight, keys, NUM_CLASSES)
@@ -134,7 +134,7 @@ def test_off_the_cpu_nothing_waits_for_values(name):
     assert weight.shape == (4,)
 
 
-def test_the_shares_of_mixed_and_of_cut_pictures_are_those_asked_for():
+def test_the_shares_of_mixed_and_of_cut_images_are_those_asked_for():
     images, classes, weight, keys = batch_of(4000, 6, 6, 1)
     mixed, _, _ = Mix(mixup=1.0, cutmix=1.0, p=0.6, switch_p=0.25)(images, classes, weight, keys, NUM_CLASSES)
     from_one = (mixed == images) | (mixed == images[torch.arange(4000) ^ 1])

@@ -122,8 +122,8 @@ def test_what_is_logged_and_drawn(straight, folder):
     found = json.loads((straight / "test.json").read_text())
     assert {"test/accuracy", "test_flips/accuracy"} <= found.keys()
     for name in ("val_confusion.png", "test_confusion.png"):
-        with Image.open(straight / name) as picture:
-            assert min(picture.size) > 200
+        with Image.open(straight / name) as image:
+            assert min(image.size) > 200
     mistakes = found["test/accuracy"] < 1
     assert (straight / "test_mistakes.png").exists() == mistakes
 
@@ -140,9 +140,9 @@ def test_a_loaded_task_predicts_what_it_was_tested_on(straight, folder, photos):
         assert row["class"] == next(iter(answer))  # the likeliest comes first
         assert row["probability"] == pytest.approx(max(answer.values()), abs=1e-5)
         assert row["probabilities"] == pytest.approx([answer[name] for name in task.facts["classes"]], abs=1e-5)
-    with Image.open(rows[0]["path"]) as picture:
-        assert task(picture) == pytest.approx(answers[0], abs=1e-5)
-        assert task(picture.convert("L"))  # grey, for a net of three channels
+    with Image.open(rows[0]["path"]) as image:
+        assert task(image) == pytest.approx(answers[0], abs=1e-5)
+        assert task(image.convert("L"))  # grey, for a net of three channels
     assert sum(row["class"] == "warm" for row in rows) > 30
 
 
@@ -166,7 +166,7 @@ def test_the_loss_is_the_textbook_s():
     torch.testing.assert_close(task.training_step(batch._replace(targets=soft))["loss"], step["loss"])
 
 
-def test_a_grey_net_reads_coloured_pictures_as_pillow_would():
+def test_a_grey_net_reads_coloured_images_as_pillow_would():
     task = ImageClassification(mean=[0.0], std=[1.0])
     task.mean, task.std = torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
     pixels = np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)

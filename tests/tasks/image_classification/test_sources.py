@@ -1,4 +1,4 @@
-"""From a path to pictures and class numbers: folders, tables, Parquet, Hugging Face; what is refused, and how it is said."""
+"""From a path to images and class numbers: folders, tables, Parquet, Hugging Face; what is refused, and how it is said."""
 
 import csv
 import errno
@@ -18,7 +18,7 @@ from bigmodel.tasks.image_classification.sources.image_storage import Chosen, Fi
 
 
 def png(value):
-    """The bytes of a picture of one pixel, another for each value."""
+    """The bytes of an image of one pixel, another for each value."""
     stream = io.BytesIO()
     Image.new("L", (1, 1), value).save(stream, "png")
     return stream.getvalue()
@@ -30,12 +30,12 @@ def touch(root, *names):
         (root / name).write_bytes(png(i))
 
 
-def content(pictures):
-    return [pictures.store.read(i) for i in range(len(pictures.store))]
+def content(images):
+    return [images.store.read(i) for i in range(len(images.store))]
 
 
-def names(pictures):
-    return [pictures.store.name(i) for i in range(len(pictures.store))]
+def names(images):
+    return [images.store.name(i) for i in range(len(images.store))]
 
 
 @pytest.fixture
@@ -57,17 +57,15 @@ def test_folder_of_classes(find, tmp_path, capsys):
     touch(tmp_path / "photos", *inside, "__MACOSX/cat/1.jpg", ".git/a/1.jpg", "loose.png", "cat/report.pdf")
     source = find("photos")
     assert source.classes == ["10", "2", "cat", "dog"]
-    pictures = source.splits["all"]
+    images = source.splits["all"]
     assert list(source.splits) == ["all"]
-    assert names(pictures) == [
-        f"photos/{n}" for n in ("10/x.webp", "2/y.tif", "cat/1.jpg", "dog/a/c.jpeg", "dog/b.PNG")
-    ]
-    assert pictures.labels.tolist() == [0, 1, 2, 3, 3]
-    assert pictures.labels.dtype == np.int64
-    assert content(pictures) == [png(2), png(3), png(4), png(1), png(0)]
+    assert names(images) == [f"photos/{n}" for n in ("10/x.webp", "2/y.tif", "cat/1.jpg", "dog/a/c.jpeg", "dog/b.PNG")]
+    assert images.labels.tolist() == [0, 1, 2, 3, 3]
+    assert images.labels.dtype == np.int64
+    assert content(images) == [png(2), png(3), png(4), png(1), png(0)]
     said = capsys.readouterr().err
-    assert "2 files are left out as no pictures (other files are there: .notes (1), .pdf (1))" in said
-    assert "1 pictures in no class folder are left out, such as loose.png" in said
+    assert "2 files are left out as no images (other files are there: .notes (1), .pdf (1))" in said
+    assert "1 images in no class folder are left out, such as loose.png" in said
 
 
 def test_folder_of_splits_numbers_classes_by_training(find, tmp_path):
@@ -105,11 +103,11 @@ def test_folder_without_labels_has_any_shape(find, tmp_path):
         ),
         (
             ["a/1.png", "b/notes.txt"],
-            r"class folder b has no pictures \(other files are there: .txt \(1\)\); fill it or",
+            r"class folder b has no images \(other files are there: .txt \(1\)\); fill it or",
         ),
-        (["a/1.png", "a/2.png"], r"all 2 pictures to learn from are of one class, 'a'; at least 2"),
-        (["1.png", "2.png"], "it has no class folders, only 2 pictures without labels. Known are a folder"),
-        (["train/a/1.png", "train/b/1.png", "test/1.png"], "test has no class folders, only 1 pictures"),
+        (["a/1.png", "a/2.png"], r"all 2 images to learn from are of one class, 'a'; at least 2"),
+        (["1.png", "2.png"], "it has no class folders, only 2 images without labels. Known are a folder"),
+        (["train/a/1.png", "train/b/1.png", "test/1.png"], "test has no class folders, only 1 images"),
         (["notes.txt"], r"no class folders \(other files are there: .txt \(1\)\). Known are"),
         (["train/a/1.png", "val/a/1.png", "dev/a/1.png"], "the folders dev and val both mean the split val"),
     ],
@@ -147,12 +145,12 @@ def test_paths_of_no_known_kind_are_refused(find, tmp_path):
     for path, message in [
         ("nothing", "nothing: no such file or folder"),
         ("*.parquet", "no file matches"),
-        ("empty", "it has no class folders. Known are a folder of pictures"),
-        ("noise", "a file of no known kind. Known are a folder of pictures"),
+        ("empty", "it has no class folders. Known are a folder of images"),
+        ("noise", "a file of no known kind. Known are a folder of images"),
     ]:
         with pytest.raises(ValueError, match=message):
             find(path)
-    with pytest.raises(ValueError, match=r"no pictures in this folder\. Known are"):
+    with pytest.raises(ValueError, match=r"no images in this folder\. Known are"):
         find("empty", labelled=False)
 
 
@@ -228,28 +226,28 @@ def test_table_in_another_encoding_is_refused(find, tmp_path):
 LIKE_HUGGING_FACE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-def write_parquet(path, pictures, kind=LIKE_HUGGING_FACE, /, **columns):
+def write_parquet(path, images, kind=LIKE_HUGGING_FACE, /, **columns):
     if pa.types.is_struct(kind):
-        pictures = [{"bytes": picture, "path": "x.png"} for picture in pictures]
+        images = [{"bytes": image, "path": "x.png"} for image in images]
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"image": pa.array(pictures, kind), **columns}), path, row_group_size=3)
+    pq.write_table(pa.table({"image": pa.array(images, kind), **columns}), path, row_group_size=3)
 
 
 @pytest.mark.parametrize("kind", [LIKE_HUGGING_FACE, pa.binary(), pa.large_binary()])
 def test_parquet_is_copied_once_and_read_at_random(find, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(parquet, "_ROWS_AT_ONCE", 2)
-    pictures = [png(i) for i in range(10)]
-    write_parquet(tmp_path / "data" / "a.parquet", pictures[:7], kind, label=["b", "a", "b", "a", "b", "a", "b"])
-    write_parquet(tmp_path / "data" / "b.parquet", pictures[7:], kind, label=["a", "a", "c"])
+    images = [png(i) for i in range(10)]
+    write_parquet(tmp_path / "data" / "a.parquet", images[:7], kind, label=["b", "a", "b", "a", "b", "a", "b"])
+    write_parquet(tmp_path / "data" / "b.parquet", images[7:], kind, label=["a", "a", "c"])
     source = find("data")
     assert source.classes == ["a", "b", "c"]
     store = source.splits["all"].store
     assert isinstance(store, Packed)
     for again in (store, pickle.loads(pickle.dumps(store))):
-        assert [again.read(i) for i in (9, 0, 7, 6)] == [pictures[i] for i in (9, 0, 7, 6)]
+        assert [again.read(i) for i in (9, 0, 7, 6)] == [images[i] for i in (9, 0, 7, 6)]
     assert [store.name(i) for i in (6, 7, 9)] == ["a.parquet row 6", "b.parquet row 0", "b.parquet row 2"]
     monkeypatch.setattr(parquet, "_pack", None)
-    assert content(find("data/*.parquet").splits["all"]) == pictures
+    assert content(find("data/*.parquet").splits["all"]) == images
     assert len({tuple(store.stamp(i)) for i in range(10)}) == 10
     assert store.stamp(3) == find("data").splits["all"].store.stamp(3)
 
@@ -299,13 +297,13 @@ def test_parquet_of_paths(find, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pictures", "kind", "columns", "message"),
+    ("images", "kind", "columns", "message"),
     [
-        ([b"x", None], pa.binary(), {"label": [0, 1]}, "a.parquet row 1: no bytes of a picture in column 'image'"),
-        ([b"x", b""], pa.binary(), {"label": [0, 1]}, "a.parquet row 1: no bytes of a picture"),
+        ([b"x", None], pa.binary(), {"label": [0, 1]}, "a.parquet row 1: no bytes of an image in column 'image'"),
+        ([b"x", b""], pa.binary(), {"label": [0, 1]}, "a.parquet row 1: no bytes of an image"),
         ([b"x", None], LIKE_HUGGING_FACE, {"label": [0, 1]}, "a.parquet row 1: no bytes .* give a column of paths"),
         (["no.png"], pa.string(), {"label": [0]}, "a.parquet row 0: there is no file .*no.png"),
-        ([1, 2], pa.int32(), {"label": [0, 1]}, "column 'image' is of type int32; pictures are struct"),
+        ([1, 2], pa.int32(), {"label": [0, 1]}, "column 'image' is of type int32; images are struct"),
         ([b"x", b"y"], pa.binary(), {"label": [0, None]}, "a.parquet row 1: nothing in column 'label'"),
         ([b"x", b"y"], pa.binary(), {"label": ["a", ""]}, "a.parquet row 1: nothing in column 'label'"),
         ([b"x", b"y"], pa.binary(), {"label": [0.5, 1.5]}, "column 'label' is of type double; labels are integers or"),
@@ -314,8 +312,8 @@ def test_parquet_of_paths(find, tmp_path):
         ([], pa.binary(), {"label": pa.array([], pa.int64())}, "a.parquet: the table has no rows"),
     ],
 )
-def test_parquet_that_is_refused(find, tmp_path, pictures, kind, columns, message):
-    write_parquet(tmp_path / "a.parquet", pictures, kind, **columns)
+def test_parquet_that_is_refused(find, tmp_path, images, kind, columns, message):
+    write_parquet(tmp_path / "a.parquet", images, kind, **columns)
     with pytest.raises(ValueError, match=message):
         find("a.parquet")
 
@@ -337,7 +335,7 @@ def test_parquet_files_that_differ_or_are_damaged_are_named(find, tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Folders that `datasets` wrote: one with splits and an Image feature, one without; and where pictures lie by path."""
+    """Folders that `datasets` wrote: one with splits and an Image feature, one without; and where images lie by path."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -403,7 +401,7 @@ def test_data_set_of_the_hub(saved, tmp_path, monkeypatch):
     assert source.splits["val"].store.name(0) == "pets/val row 0"
 
 
-def test_pictures_that_arrow_names_by_path_are_read(tmp_path):
+def test_images_that_arrow_names_by_path_are_read(tmp_path):
     import datasets
 
     touch(tmp_path, "1.png", "2.png")
@@ -422,14 +420,14 @@ def test_saved_data_sets_that_are_refused(saved, tmp_path):
 
     with pytest.raises(ValueError, match=r"no column 'img', only \['image', 'label'\]; set --data.columns.image"):
         find_source(str(saved / "splits"), columns=Columns(image="img"), cache=tmp_path)
-    with pytest.raises(ValueError, match="column 'label' is of type int64; pictures are an Image feature or binary"):
+    with pytest.raises(ValueError, match="column 'label' is of type int64; images are an Image feature or binary"):
         find_source(str(saved / "splits"), columns=Columns(image="label"), cache=tmp_path)
     gap = {"image": [png(0), None], "label": [0, 1]}
     datasets.Dataset.from_dict(gap).save_to_disk(str(tmp_path / "gap"))
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     datasets.Dataset.from_dict(gap, features).save_to_disk(str(tmp_path / "struct gap"))
     for name in ("gap", "struct gap"):
-        with pytest.raises(ValueError, match=f"{name}/all row 1: no picture in column 'image'"):
+        with pytest.raises(ValueError, match=f"{name}/all row 1: no image in column 'image'"):
             load_saved(tmp_path / name, tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Dealing pictures out: shares of every class, by content alone, stable when pictures come and go."""
+"""Dealing images out: shares of every class, by content alone, stable when images come and go."""
 
 import hashlib
 
@@ -30,12 +30,12 @@ def test_shares_of_every_class_are_rounded_to_the_nearest():
     labels = np.repeat([0, 1, 2, 3], [100, 15, 14, 4])
     assert counts(Split(0.1, 0.2), labels, range(133)) == {
         "train": [70, 10, 10, 2],
-        "val": [10, 2, 1, 1],  # 10, 1.5, 1.4, 0.4 of more pictures than splits
+        "val": [10, 2, 1, 1],  # 10, 1.5, 1.4, 0.4 of more images than splits
         "test": [20, 3, 3, 1],
     }
 
 
-def test_one_at_least_where_there_are_more_pictures_than_splits():
+def test_one_at_least_where_there_are_more_images_than_splits():
     labels = np.repeat([0, 1, 2], [1, 2, 3])
     assert counts(Split(0.1), labels, range(6)) == {"train": [1, 2, 2], "val": [0, 0, 1]}
     assert counts(Split(0.1, 0.1), labels, range(6)) == {"train": [1, 2, 3], "val": [], "test": []}
@@ -66,7 +66,7 @@ def test_order_does_not_count():
 
 
 @pytest.mark.parametrize("split", [Split(0.1), Split(0.1, 0.1), Split(0.3, 0.25)])
-def test_one_picture_more_moves_two_others_at_most_and_none_between_validation_and_test(split):
+def test_one_image_more_moves_two_others_at_most_and_none_between_validation_and_test(split):
     for number in range(1, 80):
         contents = [("class 0", i) for i in range(number)]
         before = dealt(split, [0] * number + [1] * 20, contents + list(range(20)))

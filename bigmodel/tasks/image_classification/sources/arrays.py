@@ -43,7 +43,7 @@ def read_npz(path: str, labelled: bool) -> Found:
                         continue
                     where = f"{path} {members[images_name]}"
                     if split in splits or (split == "all" and splits):
-                        raise ValueError(f"{where}: the pictures of {', '.join(splits)} are there already")
+                        raise ValueError(f"{where}: the images of {', '.join(splits)} are there already")
                     if labelled and labels_name not in members:
                         raise ValueError(f"{where} has no labels: {labels_name} is missing; there are {file.files}")
                     images = check_images(_load(file, members[images_name], path), where)
@@ -54,7 +54,7 @@ def read_npz(path: str, labelled: bool) -> Found:
                     splits[split] = Split(Pixels(images, f"{os.path.basename(path)} {members[images_name]}"), labels)
             if not splits:
                 known = ", ".join(images for pairs in _PAIRS.values() for images, _ in pairs)
-                raise ValueError(f"--data.path {path}: no pictures among {file.files}; known are {known}")
+                raise ValueError(f"--data.path {path}: no images among {file.files}; known are {known}")
     except (OSError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     return Found(path, splits)
@@ -72,14 +72,14 @@ def check_images(array: np.ndarray, where: str) -> np.ndarray:
     """Return images [N, H, W] or [N, H, W, C] of uint8 or uint16, from such an array or from [N, C, H, W]."""
     if array.dtype.kind == "f":
         raise ValueError(
-            f"{where} is of type {array.dtype}; pictures are uint8 or uint16. Of values from 0 to 1 make"
+            f"{where} is of type {array.dtype}; images are uint8 or uint16. Of values from 0 to 1 make"
             " (x * 255).round().astype('uint8')"
         )
     if array.dtype.newbyteorder("=") not in (np.uint8, np.uint16):
-        raise ValueError(f"{where} is of type {array.dtype}; pictures are uint8 or uint16")
+        raise ValueError(f"{where} is of type {array.dtype}; images are uint8 or uint16")
     shape, last = array.shape, array.shape[-1] if array.ndim else 0
     if array.ndim not in (3, 4) or 0 in shape[1:]:
-        raise ValueError(f"{where} has the shape {list(shape)}; pictures are [N, H, W] or [N, H, W, 1, 3 or 4]")
+        raise ValueError(f"{where} has the shape {list(shape)}; images are [N, H, W] or [N, H, W, 1, 3 or 4]")
     if array.ndim == 4 and last not in (1, 3, 4):
         if shape[1] not in (1, 3):
             raise ValueError(
@@ -96,11 +96,11 @@ def check_labels(array: np.ndarray, num_images: int, where: str) -> Labels:
         array = array[:, 0]  # [N, 1] -> [N]
     if array.ndim != 1:
         raise ValueError(
-            f"{where} has the shape {list(array.shape)}; labels are [N] or [N, 1], one class a picture (of one-hot rows"
+            f"{where} has the shape {list(array.shape)}; labels are [N] or [N, 1], one class an image (of one-hot rows"
             " take the argmax)"
         )
     if len(array) != num_images:
-        raise ValueError(f"{where} has {len(array):,} labels, but there are {num_images:,} pictures")
+        raise ValueError(f"{where} has {len(array):,} labels, but there are {num_images:,} images")
     if array.dtype.kind == "S":
         array = np.char.decode(array, "utf-8")
     if array.dtype.kind == "U":

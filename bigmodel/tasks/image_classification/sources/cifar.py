@@ -116,7 +116,7 @@ def read_cifar(path: str, labelled: bool) -> Found:
 
     splits = {}
     for split, names in (("train", version.train), ("test", version.test)):
-        parts = [_pictures(files.pop(name), version, f"{path} {name}") for name in names]
+        parts = [_images(files.pop(name), version, f"{path} {name}") for name in names]
         stores = [Pixels(images, f"{version.name}/{name}") for name, (images, _) in zip(names, parts, strict=True)]
         labels = np.concatenate([labels for _, labels in parts]) if labelled else None
         splits[split] = Split(stores[0] if len(stores) == 1 else Joined(stores), labels)
@@ -149,7 +149,7 @@ def _read_archive(path: str) -> dict[str, bytes]:
     return files
 
 
-def _pictures(data: bytes, version: _Version, where: str) -> tuple[np.ndarray, np.ndarray]:
+def _images(data: bytes, version: _Version, where: str) -> tuple[np.ndarray, np.ndarray]:
     """Return images [N, 32, 32, 3] uint8 and class numbers [N] int64."""
     if version.labels_key:
         content = _unpickle(data, where)
@@ -161,7 +161,7 @@ def _pictures(data: bytes, version: _Version, where: str) -> tuple[np.ndarray, n
     else:
         width = version.label_bytes + _PLANES
         if len(data) % width:
-            raise ValueError(f"{where} is damaged: {len(data):,} bytes are no whole number of pictures of {width:,}")
+            raise ValueError(f"{where} is damaged: {len(data):,} bytes are no whole number of images of {width:,}")
         records = np.frombuffer(data, np.uint8).reshape(-1, width)  # [N, labels and planes]
         labels, planes = records[:, version.label_bytes - 1], records[:, version.label_bytes :]
     images = planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # [N, 3072] -> [N, C, H, W] -> [N, H, W, C]

@@ -12,13 +12,13 @@ import numpy as np
 
 from bigmodel.data.cache import say
 from bigmodel.data.split_shares import SPLIT_WORDS, split_name
-from bigmodel.tasks.image_classification.batch import UNKNOWN, Pictures, Source, Store
+from bigmodel.tasks.image_classification.batch import UNKNOWN, LabelledImages, Source, Store
 from bigmodel.tasks.image_classification.sources.image_storage import Joined
 
 Labels = np.ndarray | Sequence[str]  # [N] integers, or names
 
 KINDS = (
-    "a folder of pictures (<class>/ or <train, val, test>/<class>/); a CSV or TSV table; Parquet (file, folder or glob); a"
+    "a folder of images (<class>/ or <train, val, test>/<class>/); a CSV or TSV table; Parquet (file, folder or glob); a"
     " data set saved by Hugging Face datasets, or hf://owner/name; an .npz of arrays; MNIST's idx files; CIFAR-10 or"
     " CIFAR-100 as published (python or binary version, or the .tar.gz); {mnist5k}, {digits}, {mnist}, {fashion_mnist},"
     " {cifar10}, {cifar100}"
@@ -75,11 +75,11 @@ def to_source(found: Found, labelled: bool) -> Source:
     where = found.where
     for name, split in found.splits.items():
         if len(split.store) == 0:
-            raise ValueError(f"--data.path {where}: no pictures in the split {name}")
+            raise ValueError(f"--data.path {where}: no images in the split {name}")
     if not labelled:
         stores = [split.store for split in found.splits.values()]
         store = stores[0] if len(stores) == 1 else Joined(stores)
-        return Source({"all": Pictures(store, np.full(len(store), UNKNOWN, np.int64))}, [])
+        return Source({"all": LabelledImages(store, np.full(len(store), UNKNOWN, np.int64))}, [])
 
     splits: dict[str, Split] = {
         name: found.splits[name] for name in ("all", "train", "val", "test") if name in found.splits
@@ -91,7 +91,7 @@ def to_source(found: Found, labelled: bool) -> Source:
         say(f"{where}: the only split is {first}; it is dealt out to splits")
         splits, first = {"all": splits[first]}, "all"
     lookup = _lookup(splits[first], found.classes)
-    pictures: dict[str, Pictures] = {}
+    images: dict[str, LabelledImages] = {}
     for name, split in splits.items():
         values = _values(split)
         if name != first and found.classes and set(values) == {UNKNOWN}:
@@ -101,15 +101,15 @@ def to_source(found: Found, labelled: bool) -> Source:
         if (numbers < 0).any():
             row = int(np.argmax(numbers < 0))
             raise ValueError(f"{split.store.name(row)}: {_reason(values[row], first, lookup)}")
-        pictures[name] = Pictures(split.store, numbers)
+        images[name] = LabelledImages(split.store, numbers)
     classes = found.classes or [str(value) for value in lookup]
-    present = np.unique(pictures[first].labels)
+    present = np.unique(images[first].labels)
     if len(present) < 2:
         raise ValueError(
-            f"--data.path {where}: all {len(splits[first].store):,} pictures to learn from are of one class,"
+            f"--data.path {where}: all {len(splits[first].store):,} images to learn from are of one class,"
             f" {classes[present[0]]!r}; at least 2 classes are needed"
         )
-    return Source(pictures, classes)
+    return Source(images, classes)
 
 
 def _values(split: Split) -> list[int] | list[str]:

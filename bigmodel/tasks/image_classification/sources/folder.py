@@ -17,7 +17,7 @@ from bigmodel.tasks.image_classification.sources.dataset_index import KINDS, SPL
 from bigmodel.tasks.image_classification.sources.image_storage import Files
 
 
-def picture_suffixes() -> set[str]:
+def image_suffixes() -> set[str]:
     """Return the suffixes of the supported formats, in lower case with their dot."""
     Image.init()
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS and kind in Image.OPEN}
@@ -38,9 +38,7 @@ def read_folder(root: str, labelled: bool) -> Found:
     else:
         names = sorted(finder.under(""))
         if not names:
-            raise ValueError(
-                f"--data.path {root}: no pictures in this folder{finder.others_there()}. Known are {KINDS}"
-            )
+            raise ValueError(f"--data.path {root}: no images in this folder{finder.others_there()}. Known are {KINDS}")
         found, classes = {"all": Split(Files(root, names), None)}, []
     finder.say_what_was_left_out()
     return Found(root, found, classes)
@@ -82,7 +80,7 @@ class _Finder:
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self.suffixes = picture_suffixes()
+        self.suffixes = image_suffixes()
         self.others: Counter[str] = Counter()
         self.loose: list[str] = []
 
@@ -99,7 +97,7 @@ class _Finder:
             inside = sorted(self.under(below))
             if not inside:
                 raise ValueError(
-                    f"--data.path {self.root}: the class folder {below} has no pictures{self.others_there()};"
+                    f"--data.path {self.root}: the class folder {below} has no images{self.others_there()};"
                     " fill it or remove it"
                 )
             names += inside
@@ -107,7 +105,7 @@ class _Finder:
         if not labels:
             raise ValueError(
                 f"--data.path {self.root}: {split or 'it'} has no class folders"
-                + (f", only {len(self.loose):,} pictures without labels" if self.loose else self.others_there())
+                + (f", only {len(self.loose):,} images without labels" if self.loose else self.others_there())
                 + f". Known are {KINDS}"
             )
         return names, labels
@@ -140,6 +138,6 @@ class _Finder:
 
     def say_what_was_left_out(self) -> None:
         if self.others:
-            say(f"{self.root}: {self.others.total():,} files are left out as no pictures{self.others_there()}")
+            say(f"{self.root}: {self.others.total():,} files are left out as no images{self.others_there()}")
         if self.loose:
-            say(f"{self.root}: {len(self.loose):,} pictures in no class folder are left out, such as {self.loose[0]}")
+            say(f"{self.root}: {len(self.loose):,} images in no class folder are left out, such as {self.loose[0]}")

@@ -42,25 +42,25 @@ def _found(where: str, files: Mapping[str, list[str]], columns: Columns, labelle
     for split, names in group_splits(files, where, labelled and columns.split is None).items():
         paths = [path for name in names for path in files[name]]
         if not paths:
-            raise ValueError(f"--data.path {where}: no pictures in the split {split}")
+            raise ValueError(f"--data.path {where}: no images in the split {split}")
         table = open_arrow(paths)
         columns.check(f"{where} {split}", table.column_names, wanted)
         kind = table.schema.field(columns.image).type
         if not holds_bytes(kind):
             raise ValueError(
-                f"{where} {split}: column {columns.image!r} is of type {kind}; pictures are an Image feature or binary:"
+                f"{where} {split}: column {columns.image!r} is of type {kind}; images are an Image feature or binary:"
                 " set --data.columns.image to such a column"
             )
         store = Arrow(paths, columns.image, f"{os.path.basename(os.path.abspath(where))}/{split}")
         if (row := pc.index(_gaps(table.column(columns.image)), True).as_py()) >= 0:
-            raise ValueError(f"{store.name(row)}: no picture in column {columns.image!r}")
+            raise ValueError(f"{store.name(row)}: no image in column {columns.image!r}")
         parts[split] = store, table.select(wanted[1:])
         classes = classes or class_names(table.schema, columns.label)
     return parts_found(where, parts, columns, labelled, classes)
 
 
-def _gaps(pictures: pa.ChunkedArray) -> pa.ChunkedArray:
+def _gaps(images: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return a mask of rows with neither bytes nor a path."""
-    if not pa.types.is_struct(pictures.type):
-        return pc.is_null(pictures)
-    return pc.and_(*(pc.is_null(pc.struct_field(pictures, part)) for part in ("bytes", "path")))
+    if not pa.types.is_struct(images.type):
+        return pc.is_null(images)
+    return pc.and_(*(pc.is_null(pc.struct_field(images, part)) for part in ("bytes", "path")))

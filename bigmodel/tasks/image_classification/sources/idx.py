@@ -16,7 +16,7 @@ import numpy as np
 from bigmodel.tasks.image_classification.sources.dataset_index import Found, Split
 from bigmodel.tasks.image_classification.sources.image_storage import Pixels
 
-_PICTURES, _LABELS = 2051, 2049
+_IMAGES, _LABELS = 2051, 2049
 _NAME = re.compile(r"(train|t10k)-(images|labels)[.-]idx[13]-ubyte(\.gz)?", re.IGNORECASE)
 
 
@@ -47,7 +47,7 @@ def read_idx(folder: str, labelled: bool, classes: list[str] | None = None) -> F
             if (word, "labels") in files:
                 raise ValueError(f"--data.path {folder}: {word}-images-idx3-ubyte is missing")
             continue
-        images = _read(files[word, "images"], _PICTURES)
+        images = _read(files[word, "images"], _IMAGES)
         labels = None
         if labelled:
             if (word, "labels") not in files:
@@ -55,7 +55,7 @@ def read_idx(folder: str, labelled: bool, classes: list[str] | None = None) -> F
             path = files[word, "labels"]
             labels = _read(path, _LABELS).astype(np.int64)
             if len(labels) != len(images):
-                raise ValueError(f"{path} has {len(labels):,} labels, but there are {len(images):,} pictures")
+                raise ValueError(f"{path} has {len(labels):,} labels, but there are {len(images):,} images")
         what = f"{os.path.basename(os.path.abspath(folder))}/{word}-images"
         splits[split] = Split(Pixels(images, what), labels)
     return Found(folder, splits, classes)
@@ -69,7 +69,7 @@ def _read(path: str, magic: int) -> np.ndarray:
             data = gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    num_dimensions = 3 if magic == _PICTURES else 1
+    num_dimensions = 3 if magic == _IMAGES else 1
     start = 4 * (1 + num_dimensions)
     if len(data) < start:
         raise ValueError(f"{path} is damaged: it has only {len(data)} bytes")

@@ -19,6 +19,8 @@ import pyarrow as pa
 from bigmodel.data.cache import digest
 from bigmodel.tasks.image_classification.batch import Store
 
+BYTES_FILE = "pictures.bin"  # of `PackedStore`
+
 
 def file_stamp(path: str | os.PathLike[str]) -> list[str | int]:
     """Return absolute path, size in bytes, time of last change in ns; of a missing file only the path."""
@@ -66,7 +68,7 @@ class Files:
 class Packed:
     """Encoded images one after another in a memory-mapped file of a folder::
 
-        images.bin    the bytes
+        pictures.bin    the bytes (an earlier word, kept so that existing folders are read)
         ends.npy        [N + 1] int64: image i is bytes ends[i] to ends[i + 1]
         files.json      [[name, rows], ...]: their source tables, in order
 
@@ -77,7 +79,7 @@ class Packed:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._ends = np.load(folder / "ends.npy", mmap_mode="r")
-        self._bytes = np.memmap(folder / "pictures.bin", np.uint8, "r")
+        self._bytes = np.memmap(folder / BYTES_FILE, np.uint8, "r")
         if len(self._bytes) != self._ends[-1]:
             raise ValueError(
                 f"{folder} is damaged: {len(self._bytes):,} bytes, not {self._ends[-1]:,}. Delete it and start again"

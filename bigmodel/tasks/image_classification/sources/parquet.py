@@ -23,7 +23,7 @@ from bigmodel.data.tables.arrow import class_names, open_parquet
 from bigmodel.tasks.image_classification.batch import Store
 from bigmodel.tasks.image_classification.sources.columns import Columns, holds_bytes, parts_found
 from bigmodel.tasks.image_classification.sources.dataset_index import Found, group_splits
-from bigmodel.tasks.image_classification.sources.image_storage import Files, Packed, file_stamp
+from bigmodel.tasks.image_classification.sources.image_storage import BYTES_FILE, Files, Packed, file_stamp
 
 _ROWS_AT_ONCE = 64  # of encoded images in memory
 
@@ -72,12 +72,12 @@ def _read(path: str, names: list[str]) -> pa.Table:
         return file.read(names)
 
 
-def _pictures(path: str, column: str) -> Iterator[pa.Array]:
+def _images(path: str, column: str) -> Iterator[pa.Array]:
     """Yield the bytes of a file's images, in blocks."""
     with open_parquet(path) as file:
         for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[column]):
-            pictures = batch.column(0)
-            yield pc.struct_field(pictures, "bytes") if pa.types.is_struct(pictures.type) else pictures
+            images = batch.column(0)
+            yield pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
 
 
 def _store(paths: list[str], column: str, kind: pa.DataType, cache: Path) -> Store:
@@ -86,7 +86,7 @@ def _store(paths: list[str], column: str, kind: pa.DataType, cache: Path) -> Sto
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return _files(paths, column)
     raise ValueError(
-        f"{paths[0]}: column {column!r} is of type {kind}; pictures are struct<bytes, path>, binary, or strings (paths):"
+        f"{paths[0]}: column {column!r} is of type {kind}; images are struct<bytes, path>, binary, or strings (paths):"
         " set --data.columns.image to such a column"
     )
 
@@ -122,22 +122,22 @@ def _pack(paths: list[str], column: str, folder: Path) -> None:
     if total == 0:
         raise ValueError(f"{paths[0]}: the table has no rows")
     with (
-        progress("copying the pictures out of Parquet", total, "pictures") as advance,
-        open(folder / "pictures.bin", "wb") as stream,
+        progress("copying the images out of Parquet", total, "images") as advance,
+        open(folder / BYTES_FILE, "wb") as stream,
     ):
         for path in paths:
             row = 0
-            for pictures in _pictures(path, column):
-                for picture in pictures:
-                    if not picture.is_valid or not (content := picture.as_buffer()).size:
+            for images in _images(path, column):
+                for image in images:
+                    if not image.is_valid or not (content := image.as_buffer()).size:
                         raise ValueError(
-                            f"{path} row {row}: no bytes of a picture in column {column!r} (where pictures are elsewhere,"
+                            f"{path} row {row}: no bytes of an image in column {column!r} (where images are elsewhere,"
                             " give a column of paths)"
                         )
                     stream.write(content)
                     ends.append(ends[-1] + content.size)
                     row += 1
-                advance(len(pictures))
+                advance(len(images))
         stream.flush()
         os.fsync(stream.fileno())
     np.save(folder / "ends.npy", np.array(ends, np.int64))
