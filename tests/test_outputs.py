@@ -179,8 +179,10 @@ def test_what_cannot_be_kept_is_refused(tmp_path, monkeypatch):
     of([-torch.inf, 1.0])  # the score of what must not be chosen
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e6))
-    large = OutputCache(tmp_path, {"net": "large"}, 10**6, FIELDS, 2, "teacher logits", "set --data.views to less")
-    needed = r"teacher logits of 1,000,000 samples in 2 views take 46.0 MB, and .* has 1.0 MB left: set --data.views"
+    large = OutputCache(tmp_path, {"net": "large"}, 10**6, FIELDS, 2, "teacher logits", "set --data.batch_size to less")
+    needed = (
+        r"teacher logits of 1,000,000 samples in 2 views take 46.0 MB, and .* has 1.0 MB left: set --data.batch_size"
+    )
     with pytest.raises(ValueError, match=needed):
         large.compute(None, batches, lambda batch: say(NET, batch))
     store(tmp_path, net="small").check_space()

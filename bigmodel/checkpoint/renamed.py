@@ -19,6 +19,12 @@ RENAMED = {
 }
 # Current class path: its arguments by their earlier names. One block for each room or task.
 RENAMED_ARGUMENTS: dict[str, dict[str, str]] = {}
+# Image classification: by the package's path of a class and by its module's.
+RENAMED_ARGUMENTS |= {
+    f"bigmodel.tasks.image_classification.{module}{name}": arguments
+    for module, name, arguments in (("data.", "ImageData", {"views": "num_augmentation_epochs"}),)
+    for module in ("", module)
+}
 # Current class path: by argument, earlier values of it (short names such as those of a Literal) and current ones.
 RENAMED_VALUES: dict[str, dict[str, dict[str, str]]] = {}
 # Earlier class names of callbacks, the keys of their states in a checkpoint: current names.

@@ -11,7 +11,7 @@ A store is named by a digest of everything that its content depends on, and is c
 Each node computes all rows and its processes share them, so the disk may or may not be shared by nodes. All processes
 on a machine that compute the same store at once, also of other runs, fill the same files with the same numbers.
 
-N samples, V views of each (as many epochs of augmentation: `views` of `train_loader`), B rows of a batch.
+N samples, V views of each (as many epochs of augmentation: `num_augmentation_epochs` of `train_loader`), B rows of a batch.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from bigmodel.tasks.distillation import losses
 
 REMEDY = (
     "set --model.cache.folder or $BIGMODEL_CACHE to a place on a larger one, or keep fewer classes"
-    " (--model.cache.top_k) or --data.views"
+    " (--model.cache.top_k) or --data.num_augmentation_epochs"
 )
 _DIFFERING = {  # descriptions of the entries of a key
     "teacher": "another teacher",

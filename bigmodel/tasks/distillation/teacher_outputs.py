@@ -177,7 +177,7 @@ class TeacherOutputs:
                 "--model.cache: pictures that are mixed with their neighbours are new in each batch: leave out --data.mix"
             )
         loader = data.train_dataloader()
-        self._views = getattr(loader.order, "views", None) or 1
+        self._views = getattr(loader.order, "num_augmentation_epochs", None) or 1
         self._num_samples = loader.num_samples
         first, last = (self._first(trainer, loader, view) for view in (0, self._views - 1))
         for teacher in self.found:
@@ -321,7 +321,7 @@ class TeacherOutputs:
         """
         cpu = torch.device("cpu")
         first = self._first(trainer, loader, 0, cpu)
-        if getattr(loader.order, "views", None) is None:
+        if getattr(loader.order, "num_augmentation_epochs", None) is None:
             again = self._first(trainer, loader, 1, cpu)
             # Equal batches have equal outputs. Others may differ in fields that the teacher does not read, such as
             # negatives.
@@ -332,7 +332,8 @@ class TeacherOutputs:
             ):
                 raise ValueError(
                     "--model.cache: the samples look otherwise in each epoch, and what is kept of them is met once: set"
-                    " --data.views to the number of epochs after which they come again, or leave out the cache"
+                    " --data.num_augmentation_epochs to the number of epochs after which they come again, or leave out the"
+                    " cache"
                 )
         one = type(first)(*(values[:1] if isinstance(values, Tensor) else values for values in first))
         return self._logits(trainer, task, one).shape[1:]

@@ -116,7 +116,8 @@ class ImageData(L.LightningDataModule):
             `samples`: oversamples small classes.
         batch_size: images per optimizer step over all processes.
         micro_batch_size: images per forward pass of one process; by default its whole share of the batch.
-        views: number of epochs after which order and augmentation repeat; by default never. For cached teachers.
+        num_augmentation_epochs: number of epochs after which order and augmentation repeat; by default never. For
+            cached teachers.
         on_bad: an image that cannot be read is an `error`, or is skipped (`skip`), counted and named.
         max_pixels: an image with more pixels is rejected before it is decoded.
         decoded: keep decoded images in the cache, memory-mapped; by default if they take at most 4 GB.
@@ -155,7 +156,7 @@ class ImageData(L.LightningDataModule):
         balance: Literal["none", "weights", "samples"] = "none",
         batch_size: int = 64,
         micro_batch_size: int | None = None,
-        views: int | None = None,
+        num_augmentation_epochs: int | None = None,
         on_bad: Literal["error", "skip"] = "error",
         max_pixels: int = 2**27,
         decoded: bool | None = None,
@@ -175,7 +176,8 @@ class ImageData(L.LightningDataModule):
         self.split, self.columns, self.crop = split or Split(), columns or Columns(), crop
         self.chosen_classes, self.shots = classes, shots
         self.augment, self.mix, self.balance = augment or [], mix, balance
-        self.batch_size, self.micro_batch_size, self.views = batch_size, micro_batch_size, views
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.num_augmentation_epochs = num_augmentation_epochs
         self.on_bad, self.max_pixels, self.decoded, self.on_device = on_bad, max_pixels, decoded, on_device
         self.cache_dir, self.num_workers, self.seed = cache_dir, num_workers, seed
         self._prepared: dict[bool, Prepared] = {}  # key: whether it is for prediction
@@ -266,7 +268,7 @@ class ImageData(L.LightningDataModule):
             seed=self.seed,
             trainer=self.trainer,
             num_workers=self._workers(samples),
-            views=self.views,
+            num_augmentation_epochs=self.num_augmentation_epochs,
         )
 
     def val_dataloader(self) -> DataLoader[ImageBatch] | list[DataLoader[ImageBatch]]:

@@ -139,7 +139,7 @@ def test_augmented_views_are_met_again(folder, capsys):
         main(distilling("new-each-epoch", more=data, **CACHE))
     assert "the samples look otherwise in each epoch" in capsys.readouterr().err
     assert not Path("new-each-epoch").exists()
-    data["data.views"] = 2
+    data["data.num_augmentation_epochs"] = 2
     main(distilling("views-asked", more=data))
     main(distilling("views-kept", more=data, **CACHE))
     same(weights("views-kept"), weights("views-asked"), rtol=0, atol=5e-6)
@@ -241,7 +241,10 @@ def test_what_was_kept_resumes_bitwise_and_is_not_exchanged(folder, tmp_path, ca
         ({"teacher": "teacher-run/checkpoints/last-6.ckpt"}, ": another teacher. Name another folder, delete that one"),
         ({"more": {"data.split.val": 0.2}}, ": other data, samples that look otherwise (augmentation, size), samples "),
         ({"cache__top_k": 3}, ": top_k None, not 3, temperature None, not 4.0. Name"),
-        ({"more": {"data.augment": CROP, "data.views": 1}}, ": samples that look otherwise (augmentation, size). Name"),
+        (
+            {"more": {"data.augment": CROP, "data.num_augmentation_epochs": 1}},
+            ": samples that look otherwise (augmentation, size). Name",
+        ),
     ],
 )
 def test_a_folder_of_ones_own_holds_what_one_teacher_said(folder, capsys, settings, message):

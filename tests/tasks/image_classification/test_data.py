@@ -71,7 +71,7 @@ def test_randomness_is_a_function_of_seed_epoch_and_sample(photos, tmp_path, cro
     assert all(torch.equal(whole[i], again[i]) for i in whole)
     assert all(torch.equal(whole[i], in_small_batches[i]) for i in whole)
     assert sum(torch.equal(whole[i], next_epoch[i]) for i in whole) < 20
-    viewed = data(photos, tmp_path, **options, views=2)
+    viewed = data(photos, tmp_path, **options, num_augmentation_epochs=2)
     assert same(epoch_of(viewed, 0), epoch_of(viewed, 2))
     assert not same(epoch_of(viewed, 0), epoch_of(viewed, 1))
 
