@@ -99,10 +99,10 @@ def digits(size: ImageSize) -> tuple[Any, Any]:
     """The images [N, C, S, S] uint8 in channels_last order and labels [N] that bigmodel prepared, as tensors in memory."""
     import torch
 
-    from bigmodel.tasks.image_classification import ImageData, Split
+    from bigmodel.tasks.image_classification import ImageData, ImageSplit
 
     data = ImageData(
-        "{mnist5k}", size.pixels, channels=size.channels, split=Split(0.1, 0.2), cache_dir=str(BENCH / "cache")
+        "{mnist5k}", size.pixels, channels=size.channels, split=ImageSplit(0.1, 0.2), cache_dir=str(BENCH / "cache")
     )
     data.prepare_data()
     data.setup()

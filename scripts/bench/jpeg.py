@@ -62,10 +62,10 @@ def pillow(folder: Path, processes: int) -> float:
 
 def bigmodel(folder: Path, processes: int) -> float:
     """Images per second of a second epoch of the training loader: random crops, decoded as they are read."""
-    from bigmodel.tasks.image_classification import ImageData, RandomResizedCrop, Split
+    from bigmodel.tasks.image_classification import ImageData, ImageSplit, RandomResizedCrop
 
     data = ImageData(
-        str(folder), SIDE, crop=RandomResizedCrop(), split=Split(0.0), decoded=False, num_workers=processes,
+        str(folder), SIDE, crop=RandomResizedCrop(), split=ImageSplit(0.0), cache_decoded=False, num_workers=processes,
         cache_dir=str(BENCH / "cache"),
     )  # fmt: skip
     data.prepare_data()

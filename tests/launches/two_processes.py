@@ -60,8 +60,8 @@ def images(runs_dir: str, digits: object, *flags: object) -> list[str]:
     words: list[object] = ["-c", Path(__file__).parents[2] / "experiments" / "image_classification" / "digits.yaml"]
     settings = {
         "model.net": "bigmodel.nn.ViT", "model.net.patch_size": 4, "model.net.width": 32, "model.net.depth": 1,
-        "model.net.num_heads": 2, "data.mix": "bigmodel.tasks.image_classification.Mix", "data.mix.mixup": 0.5,
-        "data.mix.cutmix": 0.5, "data.balance": "weights", "data.path": digits, "data.cache_dir": "cache",
+        "model.net.num_heads": 2, "data.mix": "bigmodel.tasks.image_classification.MixupCutMix", "data.mix.mixup_alpha": 0.5,
+        "data.mix.cutmix_alpha": 0.5, "data.balance": "weights", "data.path": digits, "data.cache_dir": "cache",
         "data.batch_size": 32, "model.optimizer": "torch.optim.SGD", "model.optimizer.lr": 0.1, "trainer.accelerator": "cpu",
         "trainer.max_epochs": "null", "trainer.max_steps": 10, "runs_dir": runs_dir,
         "trainer.val_check_interval": 5, "trainer.check_val_every_n_epoch": "null", "trainer.log_every_n_steps": 1,

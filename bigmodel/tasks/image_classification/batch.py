@@ -34,7 +34,7 @@ class ImageBatch(NamedTuple):
     key: Tensor
 
 
-class Store(Protocol):
+class ImageStore(Protocol):
     """Images on disk, in a stable order; supports random access from any process, and is cheap to pickle."""
 
     def __len__(self) -> int:
@@ -65,12 +65,12 @@ class LabelledImages:
         labels: [N] int64; -1: not known.
     """
 
-    store: Store
+    store: ImageStore
     labels: np.ndarray
 
 
 @dataclass(frozen=True)
-class Source:
+class ImageSource:
     """Images found at a path.
 
     Attributes:

@@ -52,7 +52,7 @@ class ColorJitter(Transform):
         return images
 
 
-class Grayscale(Transform):
+class RandomGrayscale(Transform):
     """Converts some images to grey; the number of channels stays.
 
     Args:

@@ -74,8 +74,8 @@ class HuggingFace(Classifier):
         pretrained: use the pretrained weights; false: the architecture only, with new weights.
         config: the configuration of a net that was built before: nothing is read from `path`, and its weights are new ones,
             into which the saved ones are loaded. Not to be set by users.
-        excuse: patterns (`*` as in file names) of weights that may be missing, unexpected or of another shape; they are
-            newly initialised.
+        ignore_mismatched: patterns (`*` as in file names) of weights that may be missing, unexpected or of a different
+            shape; they are newly initialised.
 
     Attributes:
         model: transformers' model.
@@ -96,7 +96,7 @@ class HuggingFace(Classifier):
         path: str,
         pretrained: bool = True,
         config: dict[str, Any] | None = None,
-        excuse: list[str] | None = None,
+        ignore_mismatched: list[str] | None = None,
     ) -> None:
         from transformers import AutoConfig, AutoModelForImageClassification
 
@@ -129,7 +129,7 @@ class HuggingFace(Classifier):
         super().__init__(model, head, statistics)
         self.config: dict[str, Any] = hugging_face.plain_settings(settings)
         if loaded is not None:
-            _check_loaded(loaded, path, trained, num_classes, head, excuse or [])
+            _check_loaded(loaded, path, trained, num_classes, head, ignore_mismatched or [])
         self.model.train()  # transformers hands it over in evaluation mode, and Lightning leaves it there
 
 
@@ -209,7 +209,12 @@ def _find_head(model: nn.Module, shape: tuple[int, ...], where: str) -> str | No
 
 
 def _check_loaded(
-    loaded: dict[str, Any], path: str, sizes: dict[str, Any], num_classes: int, head: str | None, excuse: list[str]
+    loaded: dict[str, Any],
+    path: str,
+    sizes: dict[str, Any],
+    num_classes: int,
+    head: str | None,
+    ignore_mismatched: list[str],
 ) -> None:
     """Raise an error for weights that do not match the model; print which were newly initialised."""
     problems = hugging_face.mismatches(loaded, "the model for these images")
@@ -221,11 +226,11 @@ def _check_loaded(
     hugging_face.check_weights(
         {name: problem for name, problem in problems.items() if name not in new_head},
         loaded["error_msgs"],
-        excuse,
+        ignore_mismatched,
         path,
         "set the sizes that they were trained with"
         + (f" ({', '.join(trained)})" if trained else "")
-        + ", or start what may start anew by naming it in --model.net.excuse",
+        + ", or name weights to initialise newly in --model.net.ignore_mismatched",
     )
     if new_head:
         rank_zero_only(say)(f"{path}: a new head for {num_classes} classes in place of its own")

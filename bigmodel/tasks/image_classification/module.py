@@ -72,14 +72,14 @@ class ImageClassification(LightningModule):
         self.net: Any = None
         self.mean: Tensor
         self.std: Tensor
-        self.facts: dict[str, Any] = {}  # classes and geometry, as in the checkpoint
+        self.data_metadata: dict[str, Any] = {}  # classes and geometry, as in the checkpoint
         self.net_config: dict[str, Any] | None = None  # of a net that was built from files which may not exist any more
 
     def setup(self, stage: str) -> None:
         """Read classes and geometry from the data module."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage != "predict" and hasattr(data, "classes"):
-            self.facts = {"classes": data.classes, "size": data.size, "resize": data.resize}
+            self.data_metadata = {"classes": data.classes, "size": data.size, "resize": data.resize}
 
     def configure_model(self) -> None:
         if self.net is not None:
@@ -153,7 +153,7 @@ class ImageClassification(LightningModule):
     @property
     def label_space(self) -> list[str] | None:
         """The classes, in the order of the logits."""
-        return self.facts.get("classes")
+        return self.data_metadata.get("classes")
 
     def from_pretrained(self, path: str, flag: str) -> ImageClassification:
         """Load an image classifier of transformers with this task's classes, unchanged; see
@@ -165,12 +165,12 @@ class ImageClassification(LightningModule):
         net, channels = as_published(
             path,
             flag,
-            classes=self.facts["classes"],
+            classes=self.data_metadata["classes"],
             in_channels=known["in_channels"],
             image_size=known["image_size"],
         )
         task = ImageClassification(net=lambda **_: net)
-        task.facts = self.facts
+        task.data_metadata = self.data_metadata
         set_sizes(task, {**known, "in_channels": channels})
         task.configure_model()
         return task.eval()
@@ -222,31 +222,31 @@ class ImageClassification(LightningModule):
         images = data.images("all")
         return {
             "path": [images.name(i) for i in batch.index[real].tolist()],
-            "class": [self.facts["classes"][i] for i in predicted.tolist()],
+            "class": [self.data_metadata["classes"][i] for i in predicted.tolist()],
             "probability": probability,
             "probabilities": probabilities,
         }
 
     def prediction_metadata(self) -> dict[str, str]:
         """Metadata of a file of predictions: the classes, in the order of `probabilities`, as JSON."""
-        return {"classes": json.dumps(self.facts["classes"])}
+        return {"classes": json.dumps(self.data_metadata["classes"])}
 
     # The checkpoint holds classes and geometry, so that a loaded task can classify images without the data.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["images"] = self.facts
+        checkpoint["images"] = self.data_metadata
         config = getattr(self.net, "config", None)
         if isinstance(config, dict):
             checkpoint["net_config"] = config
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        facts = checkpoint.get("images") or checkpoint["pictures"]  # the key of earlier versions
-        if self.facts and self.facts["classes"] != facts["classes"]:
+        data_metadata = checkpoint.get("images") or checkpoint["pictures"]  # the key of earlier versions
+        if self.data_metadata and self.data_metadata["classes"] != data_metadata["classes"]:
             raise ValueError(
-                f"the classes of --data.path ({first_of(self.facts['classes'], 8)}) are not those that were learned"
-                f" ({first_of(facts['classes'], 8)})"
+                f"the classes of --data.path ({first_of(self.data_metadata['classes'], 8)}) are not those of the training"
+                f" data ({first_of(data_metadata['classes'], 8)})"
             )
-        self.facts = facts
+        self.data_metadata = data_metadata
         self.net_config = checkpoint.get("net_config")
 
     def forward(self, images: Tensor | ImageInput | Sequence[ImageInput]) -> Any:
@@ -269,9 +269,9 @@ class ImageClassification(LightningModule):
 
     @torch.no_grad()
     def _classify(self, images: Sequence[ImageInput]) -> list[dict[str, float]]:
-        if "classes" not in self.facts:
+        if "classes" not in self.data_metadata:
             raise ValueError("this task has no classes yet: load it from a run with bigmodel.load")
-        size, resize, classes = self.facts["size"], self.facts["resize"], self.facts["classes"]
+        size, resize, classes = self.data_metadata["size"], self.data_metadata["resize"], self.data_metadata["classes"]
         pixels = [decode(image, channels=len(self.mean), size=size, resize=resize) for image in images]
         batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(self.device)  # [B, S, S, C] -> [B, C, S, S]
         answers = []

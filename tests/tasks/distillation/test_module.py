@@ -317,9 +317,9 @@ def test_accumulation_and_processes_change_nothing(folder, school, monkeypatch):
              "{class_path: bigmodel.training.schedules.Linear, init_args: {final: 0.5}}"},
             "known at one temperature alone",
         ),
-        ({"more": {"data.mix": f"{IMAGES}.Mix", "data.mix.mixup": 0.5}, **CACHE}, "mixed with their neighbours"),
+        ({"more": {"data.mix": f"{IMAGES}.MixupCutMix", "data.mix.mixup_alpha": 0.5}, **CACHE}, "mixed with"),
         (
-            {"more": {"data.mix": f"{IMAGES}.Mix", "data.mix.mixup": 0.5}, "losses__d": f"{OURS}.DKD"},
+            {"more": {"data.mix": f"{IMAGES}.MixupCutMix", "data.mix.mixup_alpha": 0.5}, "losses__d": f"{OURS}.DKD"},
             "DKD needs the class of each sample: leave out --data.mix",
         ),
         ({"more": {"data.size": 6}}, "has image_size 8, and the student's 6"),

@@ -10,7 +10,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from bigmodel.tasks.image_classification.sources import Columns, find_source
+from bigmodel.tasks.image_classification.sources import ImageColumns, find_source
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def find(tmp_path):
 
     def find(path, labelled=True):
         whole = path if path.startswith("{") else str(tmp_path / path)
-        return find_source(whole, columns=Columns(), cache=tmp_path / "cache", labelled=labelled)
+        return find_source(whole, columns=ImageColumns(), cache=tmp_path / "cache", labelled=labelled)
 
     return find
 

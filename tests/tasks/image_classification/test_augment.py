@@ -8,24 +8,24 @@ from PIL import Image, ImageEnhance, ImageOps
 from bigmodel.data.stateless_rng import sample_keys
 from bigmodel.tasks.image_classification import auto_augment as policies
 from bigmodel.tasks.image_classification.augment import Transform, augment
-from bigmodel.tasks.image_classification.auto_augment import RandAugment, TrivialAugment
-from bigmodel.tasks.image_classification.color import ColorJitter, Grayscale
-from bigmodel.tasks.image_classification.geometry import Flip, RandomAffine, RandomCrop, RandomResizedCrop
+from bigmodel.tasks.image_classification.auto_augment import RandAugment, TrivialAugmentWide
+from bigmodel.tasks.image_classification.color import ColorJitter, RandomGrayscale
+from bigmodel.tasks.image_classification.geometry import RandomAffine, RandomCrop, RandomFlip, RandomResizedCrop
 from bigmodel.tasks.image_classification.random_erasing import RandomErasing
 
 TRANSFORMS = [
     RandomCrop(3),
     RandomCrop(3, "reflect"),
     RandomCrop(3, "edge"),
-    Flip(),
-    Flip(vertical=True),
+    RandomFlip(),
+    RandomFlip(vertical=True),
     RandomAffine(30, 0.2, (0.8, 1.3), 20),
     RandomResizedCrop(),
     ColorJitter(0.4, 0.4, 0.4, 0.3),
-    Grayscale(0.5),
+    RandomGrayscale(0.5),
     RandAugment(),
     RandAugment(3, 30),
-    TrivialAugment(),
+    TrivialAugmentWide(),
     RandomErasing(0.7),
     RandomErasing(0.7, value=0.5),
 ]
@@ -68,7 +68,7 @@ def test_the_result_is_new_of_the_same_shape_and_range_and_the_global_state_is_n
     assert result.dtype == torch.float32
     assert result.min() >= 0
     assert result.max() <= 1
-    assert not torch.equal(result, images) or (shape[0] == 1 and isinstance(transform, Grayscale))
+    assert not torch.equal(result, images) or (shape[0] == 1 and isinstance(transform, RandomGrayscale))
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=name_of)
@@ -112,10 +112,10 @@ def test_levels_become_values_once_and_each_place_in_the_list_draws_anew():
 
     augment(images, keys, [Record(), Record(), Record()])
     assert np.diff(streams).tolist() == [64, 64]
-    once, twice = augment(images, keys, [Flip()]), augment(images, keys, [Flip(), Flip()])
+    once, twice = augment(images, keys, [RandomFlip()]), augment(images, keys, [RandomFlip(), RandomFlip()])
     unchanged = (twice == augment(images, keys, [])).flatten(1).all(dim=1)
     assert 16 < unchanged.sum() < 48  # all of them, if both flips were the same draw
-    assert not torch.equal(once, augment(images, keys_of(64, epoch=1), [Flip()]))
+    assert not torch.equal(once, augment(images, keys_of(64, epoch=1), [RandomFlip()]))
 
 
 # Each operation of the policies, at a magnitude from 0 to 1, as Pillow does it.
@@ -203,7 +203,7 @@ def test_randaugment_takes_each_operation_and_sign_equally_often():
 
 def test_trivialaugment_takes_one_operation_of_every_magnitude():
     image = torch.full((3000, 1, 1, 1), 0.5)  # on which only brightness and solarize show
-    values = TrivialAugment(num_bins=5)(image, keys_of(3000), 0).flatten()
+    values = TrivialAugmentWide(num_magnitude_bins=5)(image, keys_of(3000), 0).flatten()
     brightness = 0.5 * (1 + 0.99 * torch.arange(-4, 5) / 4)
     counts = torch.isclose(values[:, None], brightness).sum(dim=0)
     assert (counts[[0, 1, 2, 3, 5, 6, 7, 8]] > 8).all()  # 21 of each expected
@@ -252,9 +252,9 @@ def test_erasing_leaves_a_image_in_which_no_box_fits():
     [
         (lambda: RandAugment(num_ops=0), "--data.augment: RandAugment num_ops is 0, but must be in 1 to 14"),
         (lambda: RandAugment(magnitude=31), "RandAugment magnitude is 31, but must be in 0 to 30"),
-        (lambda: RandAugment(num_bins=1), "RandAugment num_bins is 1"),
+        (lambda: RandAugment(num_magnitude_bins=1), "RandAugment num_magnitude_bins is 1"),
         (lambda: augment(random_images(1, (4, 9, 9)), keys_of(1), [RandAugment()]), "images of 4 channels"),
-        (lambda: TrivialAugment(num_bins=1), "TrivialAugment num_bins is 1"),
+        (lambda: TrivialAugmentWide(num_magnitude_bins=1), "TrivialAugmentWide num_magnitude_bins is 1"),
         (lambda: RandomErasing(p=1.5), "RandomErasing p is 1.5"),
         (lambda: RandomErasing(scale=(0.5, 0.2)), "RandomErasing scale is"),
         (lambda: RandomErasing(value="random"), "RandomErasing value is 'random', but must be noise, or a number in"),

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from bigmodel.tasks.image_classification.sources import Columns, download, find_source
+from bigmodel.tasks.image_classification.sources import ImageColumns, download, find_source
 from bigmodel.tasks.image_classification.sources.download import DOWNLOADS, Download, fetch
 
 DATA = np.random.default_rng(0).bytes(3 * 2**20 + 17)
@@ -130,7 +130,7 @@ def test_a_data_set_by_name(server, tmp_path, monkeypatch):
     server.files = {f"/{name}": data for name, data in files.items()}
     md5 = {name: hashlib.md5(data).hexdigest() for name, data in files.items()}
     monkeypatch.setitem(DOWNLOADS, "fashion_mnist", Download((f"{server.url}/",), md5))
-    source = find_source("{fashion_mnist}", columns=Columns(), cache=tmp_path)
+    source = find_source("{fashion_mnist}", columns=ImageColumns(), cache=tmp_path)
     assert source.classes[:2] == ["T-shirt/top", "Trouser"]
     assert source.splits["test"].store.read(1).tolist() == [[4, 5], [6, 7]]
     assert source.splits["train"].store.name(3) == "fashion_mnist/train-images 3"
@@ -143,7 +143,7 @@ def test_without_network_it_says_what_to_fetch(server, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "_TIMEOUT", 2.0)
     monkeypatch.setitem(DOWNLOADS, "cifar10", Download((f"{url}/one/", f"{url}/two/"), {"cifar-10-python.tar.gz": MD5}))
     with pytest.raises(ValueError, match="cannot be fetched") as error:
-        find_source("{cifar10}", columns=Columns(), cache=tmp_path)
+        find_source("{cifar10}", columns=ImageColumns(), cache=tmp_path)
     message = str(error.value)
     assert f"{url}/one/cifar-10-python.tar.gz: [Errno" in message
     assert f"{url}/two/cifar-10-python.tar.gz: [Errno" in message
@@ -156,4 +156,4 @@ def test_without_network_it_says_what_to_fetch(server, tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written_names_the_flag(tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(ValueError, match=r"set --data.cache_dir to another place"):
-        find_source("{mnist}", columns=Columns(), cache=tmp_path / "cache")
+        find_source("{mnist}", columns=ImageColumns(), cache=tmp_path / "cache")

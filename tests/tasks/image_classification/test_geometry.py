@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from bigmodel.data.stateless_rng import sample_keys, uniform
-from bigmodel.tasks.image_classification.geometry import Flip, RandomAffine, RandomCrop, RandomResizedCrop, warp
+from bigmodel.tasks.image_classification.geometry import RandomAffine, RandomCrop, RandomFlip, RandomResizedCrop, warp
 
 
 def keys_of(count):
@@ -35,12 +35,12 @@ def test_a_crop_is_a_window_of_the_padded_image_and_every_window_is_as_likely(mo
 @pytest.mark.parametrize(("vertical", "axis"), [(False, 3), (True, 2)])
 def test_the_share_asked_for_is_mirrored(vertical, axis):
     images = random_images(2000, 1, 4, 6)
-    flipped = Flip(0.3, vertical)(images, keys_of(2000), 0)
+    flipped = RandomFlip(0.3, vertical)(images, keys_of(2000), 0)
     mirrored = (flipped == images.flip(axis)).flatten(1).all(dim=1)
     assert torch.equal(flipped[~mirrored], images[~mirrored])
     assert abs(mirrored.float().mean() - 0.3) < 0.04
-    assert torch.equal(Flip(0.0)(images, keys_of(2000), 0), images)
-    assert torch.equal(Flip(1.0, vertical)(images, keys_of(2000), 0), images.flip(axis))
+    assert torch.equal(RandomFlip(0.0)(images, keys_of(2000), 0), images)
+    assert torch.equal(RandomFlip(1.0, vertical)(images, keys_of(2000), 0), images.flip(axis))
 
 
 def bilinear(image, matrix, border):
@@ -185,7 +185,7 @@ def test_a_crop_of_a_batch_enlarges_the_box_as_pillow_does():
             lambda: RandomCrop(7, "reflect")(random_images(1, 1, 7, 9), keys_of(1), 0),
             "cannot be reflected in images of 7 x 9",
         ),
-        (lambda: Flip(-0.1), "Flip p is -0.1"),
+        (lambda: RandomFlip(-0.1), "RandomFlip p is -0.1"),
         (lambda: RandomAffine(degrees=200), "degrees is 200"),
         (lambda: RandomAffine(translate=2), "translate is 2"),
         (lambda: RandomAffine(scale=(0, 1)), "scale is .0, 1., but must be .min, max., both above 0"),

@@ -117,7 +117,7 @@ def test_weights_for_other_sizes_are_refused_unless_excused(tmp_path: Path, caps
     with pytest.raises(ValueError, match=r"projection.weight: shape \(16, 3, 8, 8\), the model .* has \(16, 1, 8, 8\)"):
         net_of(path, in_channels=1)
     capsys.readouterr()
-    net = net_of(path, image_size=64, excuse=["*.position_embeddings"])
+    net = net_of(path, image_size=64, ignore_mismatched=["*.position_embeddings"])
     assert "as excused, not taken: vit.embeddings.position_embeddings" in capsys.readouterr().err
     assert net(torch.randn(1, 3, 64, 64)).shape == (1, 5)
 
@@ -126,7 +126,7 @@ def test_weights_left_over_are_refused(tmp_path: Path) -> None:
     path = saved(ViTModel(vit_config()), tmp_path)
     with pytest.raises(ValueError, match=r"pooler.dense.bias: left over\n.*pooler.dense.weight: left over"):
         net_of(path)
-    net_of(path, excuse=["*pooler*"])
+    net_of(path, ignore_mismatched=["*pooler*"])
 
 
 def test_not_pretrained_takes_the_architecture_only(tmp_path: Path) -> None:

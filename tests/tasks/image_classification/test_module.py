@@ -139,7 +139,7 @@ def test_a_loaded_task_predicts_what_it_was_tested_on(straight, folder, photos):
     for row, answer in zip(rows, answers, strict=True):
         assert row["class"] == next(iter(answer))  # the likeliest comes first
         assert row["probability"] == pytest.approx(max(answer.values()), abs=1e-5)
-        assert row["probabilities"] == pytest.approx([answer[name] for name in task.facts["classes"]], abs=1e-5)
+        assert row["probabilities"] == pytest.approx([answer[name] for name in task.data_metadata["classes"]], abs=1e-5)
     with Image.open(rows[0]["path"]) as image:
         assert task(image) == pytest.approx(answers[0], abs=1e-5)
         assert task(image.convert("L"))  # grey, for a net of three channels
@@ -181,7 +181,7 @@ def test_other_classes_than_those_learned_are_refused(straight, folder, photos, 
     with pytest.raises(SystemExit):
         main(["test", str(straight), "--data.path", "other"])
     assert (
-        "the classes of --data.path (aqua, leafy, warm) are not those that were learned (cool"
+        "the classes of --data.path (aqua, leafy, warm) are not those of the training data (cool"
         in capsys.readouterr().err
     )
 

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from bigmodel.data.image_decoding import MAX_PIXELS, Geometry
+from bigmodel.tasks.image_classification import bulk_decoding, prepare, scan
 from bigmodel.tasks.image_classification import images as images_module
-from bigmodel.tasks.image_classification import pixels, prepare, scan
-from bigmodel.tasks.image_classification.splits import Split
+from bigmodel.tasks.image_classification.splits import ImageSplit
 
 CLASSES = ["cat", "dog"]
 
@@ -28,7 +28,7 @@ class LabelledImages:
 
 
 @dataclass
-class Source:
+class ImageSource:
     splits: dict
     classes: list
 
@@ -54,16 +54,23 @@ def folder(tmp_path):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    for module in (scan, pixels, prepare):
+    for module in (scan, bulk_decoding, prepare):
         monkeypatch.setattr(module, "BLOCK", 7)
     return tmp_path / "cache"
 
 
 def run(source, cache, **changes):
-    if not isinstance(source, Source):
-        source = Source({"all": labelled(source)}, CLASSES)
-    settings = {"size": 16, "resize": None, "channels": None, "whole": False, "split": Split(0.2), "on_bad": "error"}
-    settings |= {"decoded": None, "max_pixels": MAX_PIXELS, "num_processes": 1}
+    if not isinstance(source, ImageSource):
+        source = ImageSource({"all": labelled(source)}, CLASSES)
+    settings = {
+        "size": 16,
+        "resize": None,
+        "channels": None,
+        "whole": False,
+        "split": ImageSplit(0.2),
+        "on_corrupt": "error",
+    }
+    settings |= {"cache_decoded": None, "max_pixels": MAX_PIXELS, "num_processes": 1}
     return prepare.prepare(source, cache=cache, **{**settings, **changes})
 
 
@@ -78,7 +85,7 @@ def all_of(prepared, split, boxes=None):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_decoded_equals_decoding_when_read(folder, cache, channels):
     for settings in ({"size": 16, "resize": 19}, {"size": 16, "resize": None, "whole": True}):
-        stored, read = (run(folder, cache, channels=channels, decoded=d, **settings) for d in (True, False))
+        stored, read = (run(folder, cache, channels=channels, cache_decoded=d, **settings) for d in (True, False))
         assert (stored.decoded, read.decoded) == (True, False)
         assert not list(read.folder.glob("*-pixels.bin"))
         np.testing.assert_array_equal(all_of(stored, "val"), all_of(read, "val"))
@@ -90,7 +97,7 @@ def test_decoded_equals_decoding_when_read(folder, cache, channels):
 
 
 def test_images_are_those_of_the_source_with_their_labels_and_names(folder, cache):
-    prepared = run(folder, cache, decoded=True)
+    prepared = run(folder, cache, cache_decoded=True)
     seen = []
     for split in ("train", "val"):
         images = prepared.images(split)
@@ -108,7 +115,7 @@ def test_images_are_those_of_the_source_with_their_labels_and_names(folder, cach
 
 def test_arrays_of_the_right_size_come_out_bitwise(cache):
     digits = np.random.default_rng(0).integers(0, 256, (50, 28, 28), np.uint8)
-    source = Source({"all": LabelledImages(image_stores.Arrays(digits), np.arange(50) % 5)}, list("abcde"))
+    source = ImageSource({"all": LabelledImages(image_stores.Arrays(digits), np.arange(50) % 5)}, list("abcde"))
     prepared = run(source, cache, size=28)
     assert prepared.channels == 1
     images = prepared.images("train")
@@ -117,13 +124,13 @@ def test_arrays_of_the_right_size_come_out_bitwise(cache):
     chosen = [3, 0, 3]
     np.testing.assert_array_equal(images.read(chosen)[..., 0], digits[[numbers[i] for i in chosen]])
     assert images.in_memory
-    with pytest.raises(ValueError, match="no boxes can be cut out"):
+    with pytest.raises(ValueError, match="boxes cannot be cropped"):
         images.read([0], np.array([[0.0, 0, 5, 5]]))
 
 
 def test_boxes_of_whole_and_of_undecoded_images(folder, cache):
     for decoded in (True, False):
-        prepared = run(folder, cache, whole=True, resize=24, decoded=decoded)
+        prepared = run(folder, cache, whole=True, resize=24, cache_decoded=decoded)
         train, val = prepared.images("train"), prepared.images("val")
         assert train.takes_boxes
         assert not train.in_memory
@@ -150,21 +157,21 @@ def test_mean_and_std_are_those_of_training_images_as_in_evaluation(folder, cach
     values = all_of(prepared, "train").reshape(-1, 3) / 255
     np.testing.assert_allclose(prepared.mean, values.mean(0), rtol=1e-12)
     np.testing.assert_allclose(prepared.std, values.std(0), rtol=1e-9)
-    monkeypatch.setattr(prepare, "MEASURED", 5)
-    few = run(folder, cache, decoded=False)
+    monkeypatch.setattr(prepare, "NUM_MEASURED", 5)
+    few = run(folder, cache, cache_decoded=False)
     values = all_of(prepared, "train")[np.linspace(0, 31, 5).round().astype(int)].reshape(-1, 3) / 255
     np.testing.assert_allclose(few.mean, values.mean(0), rtol=1e-12)
 
 
 def test_std_is_never_0(cache):
     black = image_stores.Arrays(np.zeros((9, 4, 4), np.uint8))
-    source = Source({"train": LabelledImages(black, np.arange(9) % 2)}, CLASSES)
+    source = ImageSource({"train": LabelledImages(black, np.arange(9) % 2)}, CLASSES)
     assert run(source, cache, size=4, split=None).std == [1 / 255]
 
 
 def test_several_processes_and_smaller_blocks_equal_one(folder, cache, tmp_path, monkeypatch):
     one = run(folder, cache, whole=True)
-    monkeypatch.setattr(pixels, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(bulk_decoding, "BLOCK_BYTES", 3000)
     several = run(folder, tmp_path / "other", whole=True, num_processes=3)
     assert (one.mean, one.std, one.fingerprint) == (several.mean, several.std, several.fingerprint)
     for path in one.folder.iterdir():
@@ -173,10 +180,10 @@ def test_several_processes_and_smaller_blocks_equal_one(folder, cache, tmp_path,
 
 def test_size_decides_about_decoding_if_nobody_does(folder, cache, monkeypatch, capsys):
     assert run(folder, cache).decoded
-    assert "decoded once, which takes 0.0 MB of disk" in capsys.readouterr().err
+    assert "decoded images are cached, 0.0 MB on the disk" in capsys.readouterr().err
     monkeypatch.setattr(prepare, "DECODED_BYTES", 40 * 16 * 16 * 3 - 1)
     assert not run(folder, cache).decoded
-    assert "decoded whenever they are read" in capsys.readouterr().err
+    assert "images are decoded at each read" in capsys.readouterr().err
     monkeypatch.setattr(prepare, "DECODED_BYTES", 40 * 16 * 16 * 3)
     assert run(folder, cache).decoded
 
@@ -186,7 +193,7 @@ def test_channels_follow_the_training_images(tmp_path, cache):
         write_images(tmp_path / split, n, seed=n)
     for path in (tmp_path / "train").iterdir():
         Image.open(path).convert("L").convert("RGB").save(path)
-    source = Source({name: labelled(tmp_path / name) for name in ("train", "val")}, CLASSES)
+    source = ImageSource({name: labelled(tmp_path / name) for name in ("train", "val")}, CLASSES)
     prepared = run(source, cache)
     assert prepared.channels == 1
     assert all_of(prepared, "val").shape == (4, 16, 16, 1)
@@ -202,14 +209,14 @@ def test_splits_of_the_source_are_kept_and_only_a_missing_validation_is_dealt_ou
     found = {name: labelled(tmp_path / name) for name in ("train", "val", "test")}
 
     def sizes(names, split):
-        prepared = run(Source({name: found[name] for name in names}, CLASSES), cache, split=split)
+        prepared = run(ImageSource({name: found[name] for name in names}, CLASSES), cache, split=split)
         return {name: facts.num_images for name, facts in prepared.splits.items()}
 
-    both = Split(0.2, 0.2)
+    both = ImageSplit(0.2, 0.2)
     assert sizes(["train", "val", "test"], both) == {"train": 10, "val": 20, "test": 30}
     assert sizes(["train", "test"], both) == {"train": 8, "val": 2, "test": 30}
     assert sizes(["train"], both) == {"train": 8, "val": 2}
-    assert sizes(["train", "test"], Split(0.0)) == {"train": 10, "test": 30}
+    assert sizes(["train", "test"], ImageSplit(0.0)) == {"train": 10, "test": 30}
 
 
 def test_copies_across_the_splits_of_a_source_are_told(tmp_path, cache, capsys):
@@ -217,13 +224,17 @@ def test_copies_across_the_splits_of_a_source_are_told(tmp_path, cache, capsys):
     write_images(tmp_path / "test", 10, seed=1)
     for name in ("003.png", "004.png"):
         (tmp_path / "test" / name).write_bytes((tmp_path / "train" / name).read_bytes())
-    run(Source({name: labelled(tmp_path / name) for name in ("train", "test")}, CLASSES), cache, split=Split(0.0))
+    run(
+        ImageSource({name: labelled(tmp_path / name) for name in ("train", "test")}, CLASSES),
+        cache,
+        split=ImageSplit(0.0),
+    )
     assert "2 of 10 images of the test split are in the train split too" in capsys.readouterr().err
 
 
 def test_images_to_predict_stay_together_and_need_no_label(folder, cache):
     store = image_stores.Folder(folder)
-    prepared = run(Source({"all": LabelledImages(store, np.full(40, -1))}, []), cache, split=None)
+    prepared = run(ImageSource({"all": LabelledImages(store, np.full(40, -1))}, []), cache, split=None)
     images = prepared.images("all")
     assert [images.name(i) for i in range(40)] == [store.name(i) for i in range(40)]
     assert (images.labels == -1).all()
@@ -259,43 +270,43 @@ def test_bad_images_are_listed_with_reason_and_count(folder, cache):
     assert lines[0] == "13 of 53 images cannot be used:"
     assert lines[1].startswith(f"  {folder}/005 bad 00.jpg: the file is no image in a known format")
     assert lines[11] == "  and 3 more"
-    assert lines[12].endswith("--data.on_bad skip")
+    assert lines[12].endswith("--data.on_corrupt skip")
     assert not list(cache.glob("*/meta.json"))
 
 
 def test_bad_images_are_skipped_on_demand(folder, cache, capsys):
     labels = np.arange(40) % 2
-    good = run(Source({"all": LabelledImages(image_stores.Folder(folder), labels)}, CLASSES), cache)
+    good = run(ImageSource({"all": LabelledImages(image_stores.Folder(folder), labels)}, CLASSES), cache)
     spoil(folder)
     capsys.readouterr()
     store = image_stores.Folder(folder)
     # As before for the good ones.
     labels = np.array([int(name[:3]) % 2 if " " not in name else 0 for name in store.names])
     for _ in range(2):
-        prepared = run(Source({"all": LabelledImages(store, labels)}, CLASSES), cache, on_bad="skip")
-        assert len(prepared.left_out) == 13
-        assert prepared.left_out[-1] == f"{folder}/005 cut.png"
+        prepared = run(ImageSource({"all": LabelledImages(store, labels)}, CLASSES), cache, on_corrupt="skip")
+        assert len(prepared.skipped) == 13
+        assert prepared.skipped[-1] == f"{folder}/005 cut.png"
         assert prepared.fingerprint == good.fingerprint
         for split in ("train", "val"):
             np.testing.assert_array_equal(all_of(prepared, split), all_of(good, split))
             names = [prepared.images(split).name(i) for i in range(len(prepared.images(split)))]
             assert names == [good.images(split).name(i) for i in range(len(good.images(split)))]
-    assert capsys.readouterr().err.count("left out 13 images that cannot be used: ") == 1
+    assert capsys.readouterr().err.count("skipped 13 corrupt images: ") == 1
 
 
 def test_nothing_left_is_refused(tmp_path, cache):
     (tmp_path / "bad").mkdir()
     for i in range(3):
         (tmp_path / "bad" / f"{i}.png").write_text("hello")
-    with pytest.raises(ValueError, match=r"the train split has no image \(3 that cannot be used were left out\)"):
-        run(tmp_path / "bad", cache, on_bad="skip")
+    with pytest.raises(ValueError, match=r"the train split has no images \(3 corrupt images were skipped"):
+        run(tmp_path / "bad", cache, on_corrupt="skip")
 
 
 def test_unreadable_file_is_a_bad_image(folder, cache):
     store = image_stores.Folder(folder)
     store.names[3] = "."  # a folder cannot be read
     with pytest.raises(ValueError, match=r"1 of 40 .*\n.*/\.: the file cannot be read \(Is a directory\)"):
-        run(Source({"all": LabelledImages(store, np.arange(40) % 2)}, CLASSES), cache)
+        run(ImageSource({"all": LabelledImages(store, np.arange(40) % 2)}, CLASSES), cache)
 
 
 def test_bomb_is_named(folder, cache):
@@ -308,8 +319,8 @@ def test_bomb_is_named(folder, cache):
     [
         ({"size": 0}, "--data.size 0"),
         ({"size": 16, "resize": 15}, "--data.resize 15 is smaller than --data.size 16"),
-        ({"channels": 2}, "--data.channels 2: 1 .* or 3"),
-        ({"on_bad": "ignore"}, "--data.on_bad ignore: error or skip"),
+        ({"channels": 2}, "--data.channels 2: 1 .* 3"),
+        ({"on_corrupt": "ignore"}, "--data.on_corrupt ignore: error and skip"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(folder, cache, changes, message):
@@ -321,22 +332,24 @@ def test_empty_splits_and_classes_are_refused(folder, cache, tmp_path):
     store = image_stores.Folder(folder)
     labels = np.arange(40) % 2
     small = LabelledImages(image_stores.Arrays(np.arange(2 * 16).reshape(2, 4, 4).astype(np.uint8)), np.array([0, 1]))
-    with pytest.raises(ValueError, match=r"the val split has no image, dealt out by Split\(val=1e-09"):
-        run(Source({"all": small}, CLASSES), cache, split=Split(1e-9), size=4)
-    with pytest.raises(ValueError, match=r"1 of 3 classes have no training image.*: emu\. Give"):
-        run(Source({"all": LabelledImages(store, labels)}, [*CLASSES, "emu"]), cache)
-    with pytest.raises(ValueError, match=r"at least 2 classes are needed to train, there are 1: \['cat'\]"):
-        run(Source({"all": LabelledImages(store, labels * 0)}, ["cat"]), cache)
+    with pytest.raises(
+        ValueError, match=r"the val split has no images \(the splits were drawn by ImageSplit\(val=1e-09"
+    ):
+        run(ImageSource({"all": small}, CLASSES), cache, split=ImageSplit(1e-9), size=4)
+    with pytest.raises(ValueError, match=r"1 of 3 classes have no training images.*: emu\. Add"):
+        run(ImageSource({"all": LabelledImages(store, labels)}, [*CLASSES, "emu"]), cache)
+    with pytest.raises(ValueError, match=r"the data have 1 class\(es\), \['cat'\].*: at least 2 are needed"):
+        run(ImageSource({"all": LabelledImages(store, labels * 0)}, ["cat"]), cache)
     labels[7] = -1
     with pytest.raises(ValueError, match=r"1 images of the train split have no label: .*007.png"):
-        run(Source({"train": LabelledImages(store, labels)}, CLASSES), cache, split=None)
+        run(ImageSource({"train": LabelledImages(store, labels)}, CLASSES), cache, split=None)
 
 
 # The memory of the scan
 
 
 def forbidden(folder):
-    return Source({"all": LabelledImages(image_stores.Forbidden(folder), np.arange(40) % 2)}, CLASSES)
+    return ImageSource({"all": LabelledImages(image_stores.Forbidden(folder), np.arange(40) % 2)}, CLASSES)
 
 
 def test_second_start_reads_no_image_that_was_good(folder, cache):
@@ -365,7 +378,14 @@ def test_content_and_settings_make_the_key(folder, cache, tmp_path):
     folder = tmp_path / "elsewhere"
     assert run(folder, cache) == first
     assert {path: path.stat().st_mtime_ns for path in first.folder.iterdir()} == times
-    others = [{"size": 15}, {"resize": 17}, {"channels": 1}, {"whole": True}, {"split": Split(0.3)}, {"decoded": False}]
+    others = [
+        {"size": 15},
+        {"resize": 17},
+        {"channels": 1},
+        {"whole": True},
+        {"split": ImageSplit(0.3)},
+        {"cache_decoded": False},
+    ]
     prepared = [first, *(run(folder, cache, **changes) for changes in others)]
     (folder / "003.png").write_bytes((folder / "004.png").read_bytes())
     prepared.append(run(folder, cache))
@@ -392,11 +412,11 @@ def test_pages_are_let_go(folder, cache, monkeypatch):
 
 
 def test_damage_after_the_check_is_named(folder, cache):
-    prepared = run(folder, cache, decoded=False)
+    prepared = run(folder, cache, cache_decoded=False)
     images = prepared.images("val")
     with open(images.name(0), "wb") as stream:
         stream.write(b"damaged")
-    with pytest.raises(ValueError, match=rf"{images.name(0)}: the file is no image .* It was good when"):
+    with pytest.raises(ValueError, match=rf"{images.name(0)}: the file is no image .* It was valid when"):
         images.read([0])
     os.remove(images.name(0))
     with pytest.raises(ValueError, match=rf"{images.name(0)} cannot be read any more \(No such file"):
@@ -414,7 +434,7 @@ def test_full_disk_leaves_nothing_and_says_what_is_needed(folder, cache, monkeyp
     def full(self, *_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pixels.Decoding, "run", full)
+    monkeypatch.setattr(bulk_decoding.BulkDecoding, "run", full)
     with pytest.raises(OSError, match=r"no space left for prepared data in .*cache; about 0.0 MB .*--data.cache_dir"):
         run(folder, cache)
     assert [path.name for path in cache.iterdir()] == ["scans"]
@@ -431,15 +451,15 @@ import os, signal, sys
 import numpy as np
 import image_stores
 from bigmodel.tasks.image_classification import images, prepare
-from bigmodel.tasks.image_classification.splits import Split
+from bigmodel.tasks.image_classification.splits import ImageSplit
 from pathlib import Path
 from types import SimpleNamespace as Facts
 if sys.argv[3] == "die":
-    images.Prepared.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    images.PreparedImages.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 store = image_stores.Folder(sys.argv[1])
 source = Facts(splits={"all": Facts(store=store, labels=np.arange(len(store)) % 2)}, classes=["cat", "dog"])
 made = prepare.prepare(
-    source, size=16, resize=None, channels=None, whole=False, split=Split(0.2), on_bad="error", decoded=None,
+    source, size=16, resize=None, channels=None, whole=False, split=ImageSplit(0.2), on_corrupt="error", cache_decoded=None,
     cache=Path(sys.argv[2]), max_pixels=10**6, num_processes=1,
 )
 assert not {"torch", "lightning", "transformers"} & set(sys.modules), "preparing must stay light"

@@ -12,9 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from bigmodel.tasks.image_classification.sources import Columns, find_source, folder, huggingface, parquet
-from bigmodel.tasks.image_classification.sources.dataset_index import Found, Split, to_source
-from bigmodel.tasks.image_classification.sources.image_storage import Chosen, Files, Joined, Packed, Pixels
+from bigmodel.tasks.image_classification.sources import ImageColumns, find_source, folder, huggingface, parquet
+from bigmodel.tasks.image_classification.sources.dataset_index import RawDataset, RawSplit, to_source
+from bigmodel.tasks.image_classification.sources.image_storage import (
+    ArrayStore,
+    ConcatStore,
+    FileStore,
+    PackedStore,
+    SubsetStore,
+)
 
 
 def png(value):
@@ -44,7 +50,7 @@ def find(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def find(path, labelled=True, **columns):
-        return find_source(str(path), columns=Columns(**columns), cache=tmp_path / "cache", labelled=labelled)
+        return find_source(str(path), columns=ImageColumns(**columns), cache=tmp_path / "cache", labelled=labelled)
 
     return find
 
@@ -242,7 +248,7 @@ def test_parquet_is_copied_once_and_read_at_random(find, tmp_path, monkeypatch, 
     source = find("data")
     assert source.classes == ["a", "b", "c"]
     store = source.splits["all"].store
-    assert isinstance(store, Packed)
+    assert isinstance(store, PackedStore)
     for again in (store, pickle.loads(pickle.dumps(store))):
         assert [again.read(i) for i in (9, 0, 7, 6)] == [images[i] for i in (9, 0, 7, 6)]
     assert [store.name(i) for i in (6, 7, 9)] == ["a.parquet row 6", "b.parquet row 0", "b.parquet row 2"]
@@ -356,7 +362,7 @@ def saved(tmp_path_factory):
 
 
 def load_saved(path, tmp_path, **options):
-    return find_source(str(path), columns=Columns(), cache=tmp_path / "cache", **options)
+    return find_source(str(path), columns=ImageColumns(), cache=tmp_path / "cache", **options)
 
 
 def test_saved_data_set_is_read_in_place(saved, tmp_path, capsys):
@@ -396,7 +402,7 @@ def test_data_set_of_the_hub(saved, tmp_path, monkeypatch):
 
     made = {"owner/pets": datasets.load_from_disk(str(saved / "splits"))}
     monkeypatch.setattr(datasets, "load_dataset", lambda name, _: made[name])
-    source = find_source("hf://owner/pets", columns=Columns(), cache=tmp_path)
+    source = find_source("hf://owner/pets", columns=ImageColumns(), cache=tmp_path)
     assert content(source.splits["val"]) == [png(5), png(6)]
     assert source.splits["val"].store.name(0) == "pets/val row 0"
 
@@ -410,7 +416,7 @@ def test_images_that_arrow_names_by_path_are_read(tmp_path):
     table = datasets.Dataset.from_dict(rows, features).data.table
     with pa.OSFile(str(tmp_path / "x.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
-    store = huggingface.Arrow([str(tmp_path / "x.arrow")], "image", "x")
+    store = huggingface.ArrowStore([str(tmp_path / "x.arrow")], "image", "x")
     assert [store.read(0), store.read(1)] == [png(1), png(0)]
     assert store.stamp(0)[0] == str(tmp_path / "2.png")
 
@@ -419,9 +425,9 @@ def test_saved_data_sets_that_are_refused(saved, tmp_path):
     import datasets
 
     with pytest.raises(ValueError, match=r"no column 'img', only \['image', 'label'\]; set --data.columns.image"):
-        find_source(str(saved / "splits"), columns=Columns(image="img"), cache=tmp_path)
+        find_source(str(saved / "splits"), columns=ImageColumns(image="img"), cache=tmp_path)
     with pytest.raises(ValueError, match="column 'label' is of type int64; images are an Image feature or binary"):
-        find_source(str(saved / "splits"), columns=Columns(image="label"), cache=tmp_path)
+        find_source(str(saved / "splits"), columns=ImageColumns(image="label"), cache=tmp_path)
     gap = {"image": [png(0), None], "label": [0, 1]}
     datasets.Dataset.from_dict(gap).save_to_disk(str(tmp_path / "gap"))
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
@@ -435,18 +441,18 @@ def test_saved_data_sets_that_are_refused(saved, tmp_path):
 
 
 def test_parts_and_sums_of_stores():
-    first, second = (Pixels(np.full((n, 1, 1), n, np.uint8), f"{n}") for n in (2, 3))
-    joined = Joined([first, second])
+    first, second = (ArrayStore(np.full((n, 1, 1), n, np.uint8), f"{n}") for n in (2, 3))
+    joined = ConcatStore([first, second])
     assert [joined.name(i) for i in range(len(joined))] == ["2 0", "2 1", "3 0", "3 1", "3 2"]
     assert [int(joined.read(i)[0, 0]) for i in range(5)] == [2, 2, 3, 3, 3]
-    chosen = Chosen(joined, np.array([4, 0]))
+    chosen = SubsetStore(joined, np.array([4, 0]))
     assert [chosen.name(i) for i in range(len(chosen))] == ["3 2", "2 0"]
     assert chosen.stamp(0) == []
 
 
 def test_stamp_of_a_file_tells_a_change(tmp_path):
     touch(tmp_path, "a.png")
-    store = pickle.loads(pickle.dumps(Files(str(tmp_path), ["a.png"])))
+    store = pickle.loads(pickle.dumps(FileStore(str(tmp_path), ["a.png"])))
     before = store.stamp(0)
     assert before[:2] == [str(tmp_path / "a.png"), len(png(0))]
     os.utime(tmp_path / "a.png", ns=(1, before[2] + 1))
@@ -459,19 +465,19 @@ def test_stamp_of_a_file_tells_a_change(tmp_path):
 
 def test_file_names_that_are_no_text_are_kept(tmp_path):
     name = os.fsdecode(b"caf\xe9/\xff.png")
-    store = Files(str(tmp_path), ["é.png", name])
+    store = FileStore(str(tmp_path), ["é.png", name])
     assert store.path(1) == str(tmp_path / name)
 
 
 def test_labels_beyond_the_known_classes_are_named():
-    store = Pixels(np.zeros((3, 1, 1), np.uint8), "x")
+    store = ArrayStore(np.zeros((3, 1, 1), np.uint8), "x")
     with pytest.raises(ValueError, match=r"x 2: label 7 is none of the 2 classes known here \(0, 1\)"):
-        to_source(Found("x", {"all": Split(store, np.array([0, 1, 7]))}, ["a", "b"]), True)
+        to_source(RawDataset("x", {"all": RawSplit(store, np.array([0, 1, 7]))}, ["a", "b"]), True)
 
 
 def test_a_lone_split_is_dealt_out(capsys):
-    store = Pixels(np.zeros((2, 1, 1), np.uint8), "x")
-    source = to_source(Found("x", {"test": Split(store, np.array([4, 2]))}), True)
+    store = ArrayStore(np.zeros((2, 1, 1), np.uint8), "x")
+    source = to_source(RawDataset("x", {"test": RawSplit(store, np.array([4, 2]))}), True)
     assert source.splits["all"].labels.tolist() == [1, 0]
     assert source.classes == ["2", "4"]
     assert "the only split is test; it is dealt out" in capsys.readouterr().err

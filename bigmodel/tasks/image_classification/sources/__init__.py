@@ -9,11 +9,11 @@ import zipfile
 from pathlib import Path
 
 from bigmodel.data.tables.hugging_face import HUB, is_saved
-from bigmodel.tasks.image_classification.batch import Source
+from bigmodel.tasks.image_classification.batch import ImageSource
 from bigmodel.tasks.image_classification.sources.arrays import read_npz
 from bigmodel.tasks.image_classification.sources.cifar import cifar_archives, is_cifar, read_cifar
-from bigmodel.tasks.image_classification.sources.columns import Columns
-from bigmodel.tasks.image_classification.sources.dataset_index import KINDS, Found, to_source
+from bigmodel.tasks.image_classification.sources.columns import ImageColumns
+from bigmodel.tasks.image_classification.sources.dataset_index import KINDS, RawDataset, to_source
 from bigmodel.tasks.image_classification.sources.examples import read_named
 from bigmodel.tasks.image_classification.sources.folder import read_folder
 from bigmodel.tasks.image_classification.sources.huggingface import read_hub, read_saved
@@ -21,10 +21,10 @@ from bigmodel.tasks.image_classification.sources.idx import idx_files, read_idx
 from bigmodel.tasks.image_classification.sources.parquet import read_parquet
 from bigmodel.tasks.image_classification.sources.table import read_table
 
-__all__ = ["Columns", "find_source"]
+__all__ = ["ImageColumns", "find_source"]
 
 
-def find_source(path: str, *, columns: Columns, cache: Path, labelled: bool = True) -> Source:
+def find_source(path: str, *, columns: ImageColumns, cache: Path, labelled: bool = True) -> ImageSource:
     """Find the images at a path, with class numbers.
 
     Args:
@@ -41,7 +41,7 @@ def find_source(path: str, *, columns: Columns, cache: Path, labelled: bool = Tr
     return to_source(_find(path, columns, cache, labelled), labelled)
 
 
-def _find(path: str, columns: Columns, cache: Path, labelled: bool) -> Found:
+def _find(path: str, columns: ImageColumns, cache: Path, labelled: bool) -> RawDataset:
     if path.startswith("{") and path.endswith("}"):
         return read_named(path, cache, labelled)
     if path.startswith(HUB):
@@ -59,7 +59,7 @@ def _find(path: str, columns: Columns, cache: Path, labelled: bool) -> Found:
     raise ValueError(f"--data.path {path}: no such file or folder ({os.path.abspath(place)}). Known are {KINDS}")
 
 
-def _find_in_folder(folder: str, columns: Columns, cache: Path, labelled: bool) -> Found:
+def _find_in_folder(folder: str, columns: ImageColumns, cache: Path, labelled: bool) -> RawDataset:
     try:
         if is_saved(folder):
             return read_saved(folder, columns, labelled)
@@ -80,7 +80,7 @@ def _find_in_folder(folder: str, columns: Columns, cache: Path, labelled: bool) 
     return read_folder(folder, labelled)
 
 
-def _find_in_file(path: str, columns: Columns, cache: Path, labelled: bool) -> Found:
+def _find_in_file(path: str, columns: ImageColumns, cache: Path, labelled: bool) -> RawDataset:
     try:
         with open(path, "rb") as stream:
             head = stream.read(2**12)

@@ -12,8 +12,8 @@ import zlib
 import numpy as np
 
 from bigmodel.data.cache import say
-from bigmodel.tasks.image_classification.sources.dataset_index import Found, Labels, Split
-from bigmodel.tasks.image_classification.sources.image_storage import Pixels
+from bigmodel.tasks.image_classification.sources.dataset_index import Labels, RawDataset, RawSplit
+from bigmodel.tasks.image_classification.sources.image_storage import ArrayStore
 
 # Members of an .npz: Keras's names, MedMNIST's, and those of data without splits.
 _PAIRS = {
@@ -24,7 +24,7 @@ _PAIRS = {
 }
 
 
-def read_npz(path: str, labelled: bool) -> Found:
+def read_npz(path: str, labelled: bool) -> RawDataset:
     """Read images and labels of an .npz file into memory.
 
     Names: x_train and y_train, x_val, x_test; train_images and train_labels, ...; or images and labels, x and y.
@@ -36,7 +36,7 @@ def read_npz(path: str, labelled: bool) -> Found:
     try:
         with np.load(path, allow_pickle=False) as file:
             members = {name.lower(): name for name in file.files}
-            splits: dict[str, Split] = {}
+            splits: dict[str, RawSplit] = {}
             for split, pairs in _PAIRS.items():
                 for images_name, labels_name in pairs:
                     if images_name not in members:
@@ -51,13 +51,15 @@ def read_npz(path: str, labelled: bool) -> Found:
                     if labelled:
                         name = members[labels_name]
                         labels = check_labels(_load(file, name, path), len(images), f"{path} {name}")
-                    splits[split] = Split(Pixels(images, f"{os.path.basename(path)} {members[images_name]}"), labels)
+                    splits[split] = RawSplit(
+                        ArrayStore(images, f"{os.path.basename(path)} {members[images_name]}"), labels
+                    )
             if not splits:
                 known = ", ".join(images for pairs in _PAIRS.values() for images, _ in pairs)
                 raise ValueError(f"--data.path {path}: no images among {file.files}; known are {known}")
     except (OSError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    return Found(path, splits)
+    return RawDataset(path, splits)
 
 
 def _load(file: np.lib.npyio.NpzFile, name: str, path: str) -> np.ndarray:

@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from bigmodel.tasks.image_classification.sources.dataset_index import Found, Split
-from bigmodel.tasks.image_classification.sources.image_storage import Joined, Pixels
+from bigmodel.tasks.image_classification.sources.dataset_index import RawDataset, RawSplit
+from bigmodel.tasks.image_classification.sources.image_storage import ArrayStore, ConcatStore
 
 _PLANES = 3 * 32 * 32
 
@@ -97,7 +97,7 @@ def cifar_archives(folder: str) -> list[str]:
     return [os.path.join(folder, name) for name in names]
 
 
-def read_cifar(path: str, labelled: bool) -> Found:
+def read_cifar(path: str, labelled: bool) -> RawDataset:
     """Read the splits train and test; the classes of CIFAR-100 are its 100 fine ones.
 
     Args:
@@ -117,10 +117,10 @@ def read_cifar(path: str, labelled: bool) -> Found:
     splits = {}
     for split, names in (("train", version.train), ("test", version.test)):
         parts = [_images(files.pop(name), version, f"{path} {name}") for name in names]
-        stores = [Pixels(images, f"{version.name}/{name}") for name, (images, _) in zip(names, parts, strict=True)]
+        stores = [ArrayStore(images, f"{version.name}/{name}") for name, (images, _) in zip(names, parts, strict=True)]
         labels = np.concatenate([labels for _, labels in parts]) if labelled else None
-        splits[split] = Split(stores[0] if len(stores) == 1 else Joined(stores), labels)
-    return Found(path, splits, _classes(files[version.meta], version, f"{path} {version.meta}"))
+        splits[split] = RawSplit(stores[0] if len(stores) == 1 else ConcatStore(stores), labels)
+    return RawDataset(path, splits, _classes(files[version.meta], version, f"{path} {version.meta}"))
 
 
 def _read_folder(folder: str) -> dict[str, bytes]:

@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bigmodel.data.split_shares import SPLIT_WORDS, split_name
-from bigmodel.tasks.image_classification.batch import Store
-from bigmodel.tasks.image_classification.sources.dataset_index import Found, Labels, Split
-from bigmodel.tasks.image_classification.sources.image_storage import Chosen, Joined
+from bigmodel.tasks.image_classification.batch import ImageStore
+from bigmodel.tasks.image_classification.sources.dataset_index import Labels, RawDataset, RawSplit
+from bigmodel.tasks.image_classification.sources.image_storage import ConcatStore, SubsetStore
 
 
 @dataclass
-class Columns:
+class ImageColumns:
     """Names of the columns of a table (CSV, TSV, Parquet, Hugging Face).
 
     Args:
@@ -60,25 +60,31 @@ def holds_bytes(kind: pa.DataType) -> bool:
 
 
 def parts_found(
-    where: str, parts: dict[str, tuple[Store, pa.Table]], columns: Columns, labelled: bool, classes: list[str] | None
-) -> Found:
+    where: str,
+    parts: dict[str, tuple[ImageStore, pa.Table]],
+    columns: ImageColumns,
+    labelled: bool,
+    classes: list[str] | None,
+) -> RawDataset:
     """Return splits from parts (split -> images and their table); or from the split column, over all parts."""
     if not labelled:
-        return Found(where, {split: Split(store, None) for split, (store, _) in parts.items()})
+        return RawDataset(where, {split: RawSplit(store, None) for split, (store, _) in parts.items()})
     if columns.split is None:
-        found = {split: Split(store, _labels(table, columns.label, store)) for split, (store, table) in parts.items()}
-        return Found(where, found, classes)
-    store = Joined([store for store, _ in parts.values()])
+        found = {
+            split: RawSplit(store, _labels(table, columns.label, store)) for split, (store, table) in parts.items()
+        }
+        return RawDataset(where, found, classes)
+    store = ConcatStore([store for store, _ in parts.values()])
     table = pa.concat_tables([table for _, table in parts.values()])
     labels = _labels(table, columns.label, store)
     found = {}
     for split, rows in rows_of(_splits(table, columns.split, store)).items():
         chosen = labels[rows] if isinstance(labels, np.ndarray) else [labels[i] for i in rows]
-        found[split] = Split(Chosen(store, rows), chosen)
-    return Found(where, found, classes)
+        found[split] = RawSplit(SubsetStore(store, rows), chosen)
+    return RawDataset(where, found, classes)
 
 
-def _filled(table: pa.Table, column: str, store: Store) -> pa.ChunkedArray:
+def _filled(table: pa.Table, column: str, store: ImageStore) -> pa.ChunkedArray:
     """Return a column without nulls; strings are decoded from any encoding of Arrow."""
     values = table.column(column)
     if pa.types.is_dictionary(values.type):
@@ -92,7 +98,7 @@ def _filled(table: pa.Table, column: str, store: Store) -> pa.ChunkedArray:
     return values
 
 
-def _labels(table: pa.Table, column: str, store: Store) -> Labels:
+def _labels(table: pa.Table, column: str, store: ImageStore) -> Labels:
     values = _filled(table, column, store)
     if pa.types.is_integer(values.type):
         return values.to_numpy().astype(np.int64)
@@ -104,7 +110,7 @@ def _labels(table: pa.Table, column: str, store: Store) -> Labels:
     )
 
 
-def _splits(table: pa.Table, column: str, store: Store) -> list[str]:
+def _splits(table: pa.Table, column: str, store: ImageStore) -> list[str]:
     splits = []
     for row, word in enumerate(_filled(table, column, store).to_pylist()):
         split = split_name(str(word))

@@ -1,4 +1,4 @@
-"""The result of a reader, and its conversion to a `Source`: split names, class numbers, and checks of all formats.
+"""The result of a reader, and its conversion to a `ImageSource`: split names, class numbers, and checks of all formats.
 
 N images, K classes.
 """
@@ -12,8 +12,8 @@ import numpy as np
 
 from bigmodel.data.cache import say
 from bigmodel.data.split_shares import SPLIT_WORDS, split_name
-from bigmodel.tasks.image_classification.batch import UNKNOWN, LabelledImages, Source, Store
-from bigmodel.tasks.image_classification.sources.image_storage import Joined
+from bigmodel.tasks.image_classification.batch import UNKNOWN, ImageSource, ImageStore, LabelledImages
+from bigmodel.tasks.image_classification.sources.image_storage import ConcatStore
 
 Labels = np.ndarray | Sequence[str]  # [N] integers, or names
 
@@ -26,7 +26,7 @@ KINDS = (
 
 
 @dataclass(frozen=True)
-class Split:
+class RawSplit:
     """One split as it was read.
 
     Attributes:
@@ -34,12 +34,12 @@ class Split:
         labels: [N] class numbers or names; None if labels were not requested.
     """
 
-    store: Store
+    store: ImageStore
     labels: Labels | None
 
 
 @dataclass(frozen=True)
-class Found:
+class RawDataset:
     """The result of a reader.
 
     Attributes:
@@ -49,7 +49,7 @@ class Found:
     """
 
     where: str
-    splits: dict[str, Split]
+    splits: dict[str, RawSplit]
     classes: list[str] | None = None
 
 
@@ -66,7 +66,7 @@ def group_splits(words: Iterable[str], where: str, labelled: bool) -> dict[str, 
     return {split: same for split in ("train", "val", "test") if (same := [w for w in words if meant[w] == split])}
 
 
-def to_source(found: Found, labelled: bool) -> Source:
+def to_source(found: RawDataset, labelled: bool) -> ImageSource:
     """Number the classes and check every label.
 
     Raises:
@@ -78,10 +78,10 @@ def to_source(found: Found, labelled: bool) -> Source:
             raise ValueError(f"--data.path {where}: no images in the split {name}")
     if not labelled:
         stores = [split.store for split in found.splits.values()]
-        store = stores[0] if len(stores) == 1 else Joined(stores)
-        return Source({"all": LabelledImages(store, np.full(len(store), UNKNOWN, np.int64))}, [])
+        store = stores[0] if len(stores) == 1 else ConcatStore(stores)
+        return ImageSource({"all": LabelledImages(store, np.full(len(store), UNKNOWN, np.int64))}, [])
 
-    splits: dict[str, Split] = {
+    splits: dict[str, RawSplit] = {
         name: found.splits[name] for name in ("all", "train", "val", "test") if name in found.splits
     }
     first = next(iter(splits))
@@ -109,10 +109,10 @@ def to_source(found: Found, labelled: bool) -> Source:
             f"--data.path {where}: all {len(splits[first].store):,} images to learn from are of one class,"
             f" {classes[present[0]]!r}; at least 2 classes are needed"
         )
-    return Source(images, classes)
+    return ImageSource(images, classes)
 
 
-def _values(split: Split) -> list[int] | list[str]:
+def _values(split: RawSplit) -> list[int] | list[str]:
     labels = split.labels
     assert labels is not None
     values = labels.tolist() if isinstance(labels, np.ndarray) else list(labels)
@@ -120,7 +120,7 @@ def _values(split: Split) -> list[int] | list[str]:
     return values
 
 
-def _lookup(split: Split, classes: list[str] | None) -> dict[int | str, int]:
+def _lookup(split: RawSplit, classes: list[str] | None) -> dict[int | str, int]:
     """Return class numbers by label: of known classes, else of the labels that occur, in order (numbers as numbers)."""
     values = _values(split)
     if isinstance(values[0], str):

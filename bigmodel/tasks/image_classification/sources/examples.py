@@ -14,10 +14,10 @@ import numpy as np
 
 from bigmodel.data.tables.files import example_package
 from bigmodel.tasks.image_classification.sources.cifar import read_cifar
-from bigmodel.tasks.image_classification.sources.dataset_index import Found, Split
+from bigmodel.tasks.image_classification.sources.dataset_index import RawDataset, RawSplit
 from bigmodel.tasks.image_classification.sources.download import DOWNLOADS, download
 from bigmodel.tasks.image_classification.sources.idx import read_idx
-from bigmodel.tasks.image_classification.sources.image_storage import Pixels
+from bigmodel.tasks.image_classification.sources.image_storage import ArrayStore
 
 _FASHION = [
     "T-shirt/top",
@@ -54,7 +54,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 _IN_PACKAGES: dict[str, Callable[[], tuple[np.ndarray, np.ndarray]]] = {"mnist5k": _mnist5k, "digits": _digits}
 
 
-def read_named(path: str, cache: Path, labelled: bool) -> Found:
+def read_named(path: str, cache: Path, labelled: bool) -> RawDataset:
     """Read a dataset by its name in braces.
 
     Raises:
@@ -64,8 +64,8 @@ def read_named(path: str, cache: Path, labelled: bool) -> Found:
     if name in _IN_PACKAGES:
         with example_package(path):
             images, labels = _IN_PACKAGES[name]()
-        split = Split(Pixels(images, path), labels.astype(np.int64) if labelled else None)
-        return Found(path, {"all": split}, _DIGITS)
+        split = RawSplit(ArrayStore(images, path), labels.astype(np.int64) if labelled else None)
+        return RawDataset(path, {"all": split}, _DIGITS)
     if name not in DOWNLOADS:
         known = ", ".join(f"{{{known}}}" for known in (*_IN_PACKAGES, *DOWNLOADS))
         raise ValueError(f"--data.path {path}: no data set of this name; known are {known}")

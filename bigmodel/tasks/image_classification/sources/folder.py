@@ -13,8 +13,14 @@ from PIL import Image
 
 from bigmodel.data.cache import say
 from bigmodel.data.image_decoding import FORMATS
-from bigmodel.tasks.image_classification.sources.dataset_index import KINDS, SPLIT_WORDS, Found, Split, split_name
-from bigmodel.tasks.image_classification.sources.image_storage import Files
+from bigmodel.tasks.image_classification.sources.dataset_index import (
+    KINDS,
+    SPLIT_WORDS,
+    RawDataset,
+    RawSplit,
+    split_name,
+)
+from bigmodel.tasks.image_classification.sources.image_storage import FileStore
 
 
 def image_suffixes() -> set[str]:
@@ -23,7 +29,7 @@ def image_suffixes() -> set[str]:
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS and kind in Image.OPEN}
 
 
-def read_folder(root: str, labelled: bool) -> Found:
+def read_folder(root: str, labelled: bool) -> RawDataset:
     """Read the images below a folder, each labelled by the folder of its class; or all of them, without labels.
 
     Raises:
@@ -34,14 +40,14 @@ def read_folder(root: str, labelled: bool) -> Found:
         folders = [entry.name for entry in _entries(root) if entry.is_dir()]
         splits = {name: finder.labelled(below) for name, below in _split_folders(root, folders).items()}
         classes = sorted(set(splits["train" if "train" in splits else "all"][1]))
-        found = {name: Split(Files(root, names), labels) for name, (names, labels) in splits.items()}
+        found = {name: RawSplit(FileStore(root, names), labels) for name, (names, labels) in splits.items()}
     else:
         names = sorted(finder.under(""))
         if not names:
             raise ValueError(f"--data.path {root}: no images in this folder{finder.others_there()}. Known are {KINDS}")
-        found, classes = {"all": Split(Files(root, names), None)}, []
+        found, classes = {"all": RawSplit(FileStore(root, names), None)}, []
     finder.say_what_was_left_out()
-    return Found(root, found, classes)
+    return RawDataset(root, found, classes)
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bigmodel.tasks.image_classification.sources.dataset_index import Found, Split
-from bigmodel.tasks.image_classification.sources.image_storage import Pixels
+from bigmodel.tasks.image_classification.sources.dataset_index import RawDataset, RawSplit
+from bigmodel.tasks.image_classification.sources.image_storage import ArrayStore
 
 _IMAGES, _LABELS = 2051, 2049
 _NAME = re.compile(r"(train|t10k)-(images|labels)[.-]idx[13]-ubyte(\.gz)?", re.IGNORECASE)
@@ -29,7 +29,7 @@ def idx_files(folder: str) -> dict[tuple[str, str], str]:
     return found
 
 
-def read_idx(folder: str, labelled: bool, classes: list[str] | None = None) -> Found:
+def read_idx(folder: str, labelled: bool, classes: list[str] | None = None) -> RawDataset:
     """Read the splits train and test.
 
     Args:
@@ -57,8 +57,8 @@ def read_idx(folder: str, labelled: bool, classes: list[str] | None = None) -> F
             if len(labels) != len(images):
                 raise ValueError(f"{path} has {len(labels):,} labels, but there are {len(images):,} images")
         what = f"{os.path.basename(os.path.abspath(folder))}/{word}-images"
-        splits[split] = Split(Pixels(images, what), labels)
-    return Found(folder, splits, classes)
+        splits[split] = RawSplit(ArrayStore(images, what), labels)
+    return RawDataset(folder, splits, classes)
 
 
 def _read(path: str, magic: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 A page of Parquet is compressed as a whole, so a single image in it cannot be read. The copy is made in record batches;
 it takes the memory of a few pages, however large the files are::
 
-    <cache>/tables/<hash of the files' paths, sizes, times of change, and the column>/    see `Packed`
+    <cache>/tables/<hash of the files' paths, sizes, times of change, and the column>/    see `PackedStore`
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import pyarrow.compute as pc
 
 from bigmodel.data.cache import building, digest, disk_errors, progress, write_text
 from bigmodel.data.tables.arrow import class_names, open_parquet
-from bigmodel.tasks.image_classification.batch import Store
-from bigmodel.tasks.image_classification.sources.columns import Columns, holds_bytes, parts_found
-from bigmodel.tasks.image_classification.sources.dataset_index import Found, group_splits
-from bigmodel.tasks.image_classification.sources.image_storage import BYTES_FILE, Files, Packed, file_stamp
+from bigmodel.tasks.image_classification.batch import ImageStore
+from bigmodel.tasks.image_classification.sources.columns import ImageColumns, holds_bytes, parts_found
+from bigmodel.tasks.image_classification.sources.dataset_index import RawDataset, group_splits
+from bigmodel.tasks.image_classification.sources.image_storage import BYTES_FILE, FileStore, PackedStore, file_stamp
 
 _ROWS_AT_ONCE = 64  # of encoded images in memory
 
 
-def read_parquet(where: str, paths: Sequence[str], columns: Columns, cache: Path, labelled: bool) -> Found:
+def read_parquet(where: str, paths: Sequence[str], columns: ImageColumns, cache: Path, labelled: bool) -> RawDataset:
     """Read images in Parquet files: struct<bytes, path> as Hugging Face writes it, binary, or strings (paths).
 
     Without a split column, splits are taken from file names, as on the Hugging Face hub (train-00000-of-00003.parquet).
@@ -80,7 +80,7 @@ def _images(path: str, column: str) -> Iterator[pa.Array]:
             yield pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
 
 
-def _store(paths: list[str], column: str, kind: pa.DataType, cache: Path) -> Store:
+def _store(paths: list[str], column: str, kind: pa.DataType, cache: Path) -> ImageStore:
     if holds_bytes(kind):
         return _packed(paths, column, cache)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
@@ -91,7 +91,7 @@ def _store(paths: list[str], column: str, kind: pa.DataType, cache: Path) -> Sto
     )
 
 
-def _files(paths: list[str], column: str) -> Files:
+def _files(paths: list[str], column: str) -> FileStore:
     """Return the files named in a column of paths, absolute or below their table's folder."""
     names = []
     for path in paths:
@@ -101,15 +101,15 @@ def _files(paths: list[str], column: str) -> Files:
             if not os.path.isfile(image):
                 raise ValueError(f"{path} row {row}: there is no file {image}")
             names.append(image)
-    return Files("", names)
+    return FileStore("", names)
 
 
-def _packed(paths: list[str], column: str, cache: Path) -> Packed:
+def _packed(paths: list[str], column: str, cache: Path) -> PackedStore:
     final = cache / "tables" / digest([[file_stamp(path) for path in paths], column])
     if not final.exists():
         with building(final) as folder, disk_errors(cache, lambda: sum(map(os.path.getsize, paths))):
             _pack(paths, column, folder)
-    return Packed(final)
+    return PackedStore(final)
 
 
 def _pack(paths: list[str], column: str, folder: Path) -> None:

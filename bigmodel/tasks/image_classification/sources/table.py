@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from bigmodel.data.split_shares import SPLIT_WORDS, split_name
-from bigmodel.tasks.image_classification.sources.columns import Columns, rows_of
-from bigmodel.tasks.image_classification.sources.dataset_index import Found, Split
-from bigmodel.tasks.image_classification.sources.image_storage import Files
+from bigmodel.tasks.image_classification.sources.columns import ImageColumns, rows_of
+from bigmodel.tasks.image_classification.sources.dataset_index import RawDataset, RawSplit
+from bigmodel.tasks.image_classification.sources.image_storage import FileStore
 
 
-def read_table(path: str, columns: Columns, labelled: bool) -> Found:
+def read_table(path: str, columns: ImageColumns, labelled: bool) -> RawDataset:
     """Read images named in a table, their paths absolute or below the table's folder.
 
     Raises:
@@ -44,11 +44,11 @@ def read_table(path: str, columns: Columns, labelled: bool) -> Found:
         rows = rows_of([str(split_name(word)) for word in cells[columns.split]])
     else:
         rows = {"all": np.arange(len(images))}
-    return Found(
+    return RawDataset(
         path,
         {
-            split: Split(
-                Files(folder, [images[i] for i in chosen]),
+            split: RawSplit(
+                FileStore(folder, [images[i] for i in chosen]),
                 [cells[columns.label][i] for i in chosen] if labelled else None,
             )
             for split, chosen in rows.items()
@@ -56,7 +56,7 @@ def read_table(path: str, columns: Columns, labelled: bool) -> Found:
     )
 
 
-def _rows(path: str, columns: Columns, wanted: list[str]) -> Iterator[tuple[int, dict[str, str | None]]]:
+def _rows(path: str, columns: ImageColumns, wanted: list[str]) -> Iterator[tuple[int, dict[str, str | None]]]:
     """Yield line numbers, as in an editor, and rows."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as stream:
