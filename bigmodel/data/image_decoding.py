@@ -1,14 +1,14 @@
 """Decoding of one image's bytes or pixels to the array that a net takes as input.
 
-In evaluation the shorter edge is resized to R pixels and the central S x S pixels are kept (Krizhevsky, Sutskever and
+In evaluation the shorter edge is resized to R pixels and the central S x S pixels are cropped (Krizhevsky, Sutskever and
 Hinton 2012, section 2). Resampling is bilinear with antialiasing, as in torchvision's reference recipes, in Pillow's
-8-bit arithmetic; only the pixels that are kept are computed. If the sizes already agree, pixels are copied.
+8-bit arithmetic; only the cropped pixels are computed. If the sizes already agree, pixels are copied.
 
 A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size (by fewer coefficients of its discrete cosine transform), as long
 as that leaves `DRAFT_MARGIN` times the requested pixels along each edge.
 
 Transparent pixels are drawn over white, the orientation in EXIF is applied, and only the first frame of an animation is
-read. Embedded ICC profiles and gamma are not applied, nor are they in the usual data sets' recipes.
+read. Embedded ICC profiles and gamma are not applied, as usual in training recipes.
 
 H and W pixels of an upright image, C channels (1: grey, 3: RGB), S and R as above.
 """
@@ -33,7 +33,7 @@ DRAFT_MARGIN = 1.5  # on photographs, at least 41 dB from full decoding; 1 gives
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
-# Recognized by their first bytes. Formats without such a signature (TGA), or that run a program (EPS), are excluded.
+# Recognized by their first bytes. Formats without a signature (TGA), or that run a program (EPS), are excluded.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNS = {  # transposition that makes an image of this orientation upright
@@ -61,7 +61,7 @@ class Geometry:
         channels: 1 or 3.
         size: S, edge of the net's square input [pixels].
         resize: R, size of the shorter edge before S x S pixels are cropped [pixels].
-        max_pixels: an image with more is refused before it is decoded.
+        max_pixels: an image with more is rejected before it is decoded.
     """
 
     channels: int
@@ -134,7 +134,7 @@ def decode(
     """Return the pixels [S, S, C] uint8 of a single image or path, see `Geometry` and its `decode`.
 
     Raises:
-        ValueError: if it cannot be used.
+        ValueError: if the image cannot be used.
         OSError: if the file cannot be read.
     """
     geometry = Geometry(channels, size, resize, max_pixels)
@@ -169,7 +169,7 @@ def open_image(content: bytes | np.ndarray | Image.Image, max_pixels: int = MAX_
         content: bytes of a file in one of the usual formats, independent of its name; or pixels [H, W] or [H, W, C] of
             uint8 or uint16 (the upper 8 bits are used), C of 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha); or a
             Pillow image, which is not modified.
-        max_pixels: a file with more is refused.
+        max_pixels: a file with more is rejected.
 
     Raises:
         ImageError: if it is not an image, or too large.
@@ -185,7 +185,7 @@ def open_image(content: bytes | np.ndarray | Image.Image, max_pixels: int = MAX_
         try:
             image = Image.open(io.BytesIO(content), formats=_formats())
         except Image.UnidentifiedImageError:
-            raise ImageError(f"the file is no image in a known format ({', '.join(_formats())})") from None
+            raise ImageError(f"the file is not an image in an accepted format ({', '.join(_formats())})") from None
         finally:
             Image.MAX_IMAGE_PIXELS = limit
     if image.width * image.height > max_pixels:

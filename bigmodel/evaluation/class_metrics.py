@@ -1,8 +1,8 @@
-"""Metrics of a classifier, over all processes: their states are gathered, their averages not averaged.
+"""Metrics of a classifier over all processes: states are gathered, averages of processes are never averaged.
 
 Expected calibration error: Guo et al. 2017 (arXiv 1706.04599), eq. 3, with 15 bins of equal width. Area under the ROC
-curve, each class against the rest: the probability that a sample of the class scores above one of another, ties
-counting half (Hanley and McNeil 1982), exact and not binned.
+curve, each class against the rest: the probability that a sample of the class scores above one of a different class,
+ties counting half (Hanley and McNeil 1982), exact and not binned.
 
 B samples in a batch, N in all, K classes.
 """
@@ -47,7 +47,7 @@ class ClassMetrics(nn.Module):
     def __init__(self, num_classes: int, full: bool = True) -> None:
         super().__init__()
         if num_classes < 2:
-            raise ValueError(f"{num_classes} class(es): there is nothing to tell apart; at least 2 are needed")
+            raise ValueError(f"{num_classes} class(es): at least 2 are needed")
         k = num_classes
         self.num_classes, self.full = k, full
         sums = ("count", "loss", "accuracy", "top5_accuracy") if k > 5 else ("count", "loss", "accuracy")
@@ -72,7 +72,7 @@ class ClassMetrics(nn.Module):
         """
         if logits.shape != (len(targets), self.num_classes):
             raise ValueError(
-                f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not belong together:"
+                f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not match:"
                 f" [B, {self.num_classes}] and [B] are needed"
             )
         if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < self.num_classes:
@@ -105,7 +105,7 @@ class ClassMetrics(nn.Module):
         """
         sums = {name: metric.compute() for name, metric in self.sums.items() if metric.update_called}
         if not sums or sums["count"] == 0:
-            raise ValueError("no sample with a label was evaluated: there is nothing to measure")
+            raise ValueError("no sample with a label was evaluated")
         values = {name: value / sums["count"] for name, value in sums.items() if name != "count"}
         check_finite(values["loss"])
         if self.full:
@@ -123,7 +123,7 @@ class ClassMetrics(nn.Module):
             ValueError: if only loss and accuracies were measured.
         """
         if not self.full:
-            raise ValueError("there is no confusion matrix where only loss and accuracies were measured (full=False)")
+            raise ValueError("no confusion matrix: full=False measures loss and accuracies only")
         return self.confusion_matrix.compute()
 
     def reset(self) -> None:
@@ -141,7 +141,7 @@ def check_finite(loss: Tensor) -> None:
     """
     if not torch.isfinite(loss):
         raise ValueError(
-            f"the net's outputs are not finite (loss {float(loss)}): training has diverged. Lower --model.optimizer.lr,"
+            f"the net's outputs are not finite (loss {float(loss)}): training diverged. Set a lower --model.optimizer.lr,"
             " or set --trainer.gradient_clip_val"
         )
 

@@ -29,13 +29,13 @@ class ImageBatch(NamedTuple):
 
     images: Tensor
     targets: Tensor
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
     weight: Tensor
     key: Tensor
 
 
 class ImageStore(Protocol):
-    """Images on disk, in a stable order; supports random access from any process, and is cheap to pickle."""
+    """Images in a stable order, with random access from any process; cheap to pickle."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -61,8 +61,8 @@ class LabelledImages:
     """Images and their class numbers.
 
     Attributes:
-        store: the store of the images.
-        labels: [N] int64; -1: not known.
+        store: of the images.
+        labels: [N] int64; -1: unknown.
     """
 
     store: ImageStore
@@ -75,7 +75,7 @@ class ImageSource:
 
     Attributes:
         splits: by name: `train`, and `val`, `test` if present; or `all` alone, not yet split.
-        classes: names, by class number; empty if no labels are known.
+        classes: names, by class number; empty without labels.
     """
 
     splits: dict[str, LabelledImages]

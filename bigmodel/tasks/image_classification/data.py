@@ -121,9 +121,9 @@ class ImageData(L.LightningDataModule):
         classes: names of the classes to use; by default all.
         shots: number of training images per class, drawn by `seed`; by default all images are used.
         crop: random crop of each training image as it is read: RandomResizedCrop; by default the centre.
-        augment: augmentations of training batches on the device, in this order: RandomCrop, Flip, RandomAffine,
+        augment: augmentations of training batches on the device, in this order: RandomCrop, RandomFlip, RandomAffine,
             ColorJitter, RandAugment, RandomErasing, ... of bigmodel.tasks.image_classification.
-        mix: mixes each training image with its neighbour: Mix (mixup, cutmix).
+        mix: mixes each training image with its neighbour: MixupCutMix.
         balance: for imbalanced classes; `weights`: weights the loss of an image by the inverse size of its class;
             `samples`: oversamples small classes.
         batch_size: images per optimizer step over all processes.
@@ -140,10 +140,9 @@ class ImageData(L.LightningDataModule):
         seed: with the epoch, determines the order of the images and their augmentation; also the draw of `shots`.
 
     Attributes:
-        sizes: sizes that the net is built with: num_classes, in_channels, image_size. Set by `setup`, like all below,
-            but not when predicting.
+        sizes: sizes that the net is built with: num_classes, in_channels, image_size. Set by `setup`, like
+            `classes` (names, by class number) and all below, but not when predicting.
         fingerprint: hash of the images, their labels and how they are read.
-        classes: names, by class number.
         prepared: description of the prepared folder.
     """
 
@@ -197,7 +196,7 @@ class ImageData(L.LightningDataModule):
             cache_on_device,
         )
         self.cache_dir, self.num_workers, self.seed = cache_dir, num_workers, seed
-        self._prepared: dict[bool, PreparedImages] = {}  # key: whether it is for prediction
+        self._prepared: dict[bool, PreparedImages] = {}  # key: true for prediction
         self._device_images: dict[str, Tensor] = {}
 
     def prepare_data(self) -> None:
@@ -259,7 +258,7 @@ class ImageData(L.LightningDataModule):
         """Return the images of a split.
 
         Raises:
-            ValueError: if there is no such split.
+            ValueError: if the split does not exist.
         """
         if split not in self.prepared.splits:
             raise ValueError(

@@ -43,7 +43,7 @@ class RandomCrop(Transform):
         height, width = images.shape[2:]
         if self.padding_mode == "reflect":
             fits = self.padding < min(height, width)
-            require(fits, self, f"padding {self.padding} cannot be reflected in images of {height} x {width} pixels")
+            require(fits, self, f"padding {self.padding} is too large to reflect images of {height} x {width} pixels")
         shifts = (uniform(keys, stream, 2) * (2 * self.padding + 1)).long() - self.padding  # [B, 2]
         rows = shifts[:, :1] + torch.arange(height, device=images.device)  # [B, H]
         columns = shifts[:, 1:] + torch.arange(width, device=images.device)  # [B, W]
@@ -221,7 +221,7 @@ def fitting_box(
         draws: [B, 2T] uniform random numbers, for T tries.
 
     Returns:
-        Height and width of the box in whole pixels, and whether there is one; each [B].
+        Height and width of the box in whole pixels, and bool, true if there is one; each [B].
     """
     for_area, for_ratio = draws.to(height.dtype).chunk(2, dim=1)  # each [B, T]
     area = (height * width)[:, None] * (scale[0] + (scale[1] - scale[0]) * for_area)

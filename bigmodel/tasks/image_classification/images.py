@@ -86,23 +86,23 @@ class PreparedImages:
     version: int = VERSION
 
     def save(self, folder: Path) -> None:
-        """Write meta.json: everything but the paths of sources."""
-        facts = {key: value for key, value in vars(self).items() if key not in ("folder", "stores", "skipped")}
-        facts["splits"] = {  # `num_pictures` is an earlier word, kept so that existing folders are read
+        """Write meta.json: all attributes but the folder, the stores and skipped images."""
+        meta = {key: value for key, value in vars(self).items() if key not in ("folder", "stores", "skipped")}
+        meta["splits"] = {  # the earlier name `num_pictures` stays, so that existing folders can be read
             name: {"num_pictures": split.num_images, "class_counts": split.class_counts, "stored": split.stored}
             for name, split in self.splits.items()
         }
-        write_text(folder / "meta.json", json.dumps(facts, indent=2))
+        write_text(folder / "meta.json", json.dumps(meta, indent=2))
 
     @classmethod
     def load(cls, folder: Path) -> PreparedImages:
         """Read meta.json."""
-        facts = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        facts["splits"] = {
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta["splits"] = {
             name: SplitInfo(split["num_pictures"], split["class_counts"], split["stored"])
-            for name, split in facts["splits"].items()
+            for name, split in meta["splits"].items()
         }
-        return cls(folder=folder, **facts)
+        return cls(folder=folder, **meta)
 
     @property
     def geometry(self) -> Geometry:

@@ -75,7 +75,7 @@ class MixupCutMix:
         batch = len(images)
         if batch % 2:
             raise ValueError(
-                f"--data.mix takes images in pairs, but a micro-batch has {batch}: set an even --data.micro_batch_size"
+                f"--data.mix mixes pairs of images, but a micro-batch has {batch}: set an even --data.micro_batch_size"
             )
         draws = uniform(keys, MIX_STREAM, 5)
         mixed, cut = draws[:, 0] < self.p, draws[:, 1] < self.switch_p  # each [B]
@@ -84,10 +84,10 @@ class MixupCutMix:
             own = torch.where(mixed & ~cut, self._mixup.quantile(draws[:, 2]), own)
         own_here = own[:, None, None, None]  # the same at each pixel
         if self._cutmix:
-            kept = ~_box(self._cutmix.quantile(draws[:, 2]), draws[:, 3:], images)  # [B, 1, H, W]
-            area = kept.sum(dim=(1, 2, 3)).to(torch.float32) / kept[0].numel()
+            outside = ~_box(self._cutmix.quantile(draws[:, 2]), draws[:, 3:], images)  # [B, 1, H, W]
+            area = outside.sum(dim=(1, 2, 3)).to(torch.float32) / outside[0].numel()
             own = torch.where(mixed & cut, area, own)
-            own_here = torch.where((mixed & cut)[:, None, None, None], kept, own_here)
+            own_here = torch.where((mixed & cut)[:, None, None, None], outside, own_here)
         images = own_here * images + (1 - own_here) * _partner(images)
 
         own_weight, other_weight = own * weight, (1 - own) * _partner(weight)

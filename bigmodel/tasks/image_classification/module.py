@@ -64,16 +64,16 @@ class ImageClassification(LightningModule):
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 1:
-            raise ValueError(f"--model.label_smoothing {label_smoothing} must lie in 0 <= label_smoothing < 1")
+            raise ValueError(f"--model.label_smoothing {label_smoothing} must be in [0, 1)")
         if (mean is None) != (std is None):
-            raise ValueError("--model.mean and --model.std belong together: give both or none")
+            raise ValueError("--model.mean and --model.std are set together: set both or none")
         self.make_net, self.optimizer, self.schedule = net, optimizer, schedule
         self.label_smoothing, self.given_statistics, self.test_flips = label_smoothing, (mean, std), test_flips
         self.net: Any = None
         self.mean: Tensor
         self.std: Tensor
         self.data_metadata: dict[str, Any] = {}  # classes and geometry, as in the checkpoint
-        self.net_config: dict[str, Any] | None = None  # of a net that was built from files which may not exist any more
+        self.net_config: dict[str, Any] | None = None  # of a net that was built from files, which may be gone
 
     def setup(self, stage: str) -> None:
         """Read classes and geometry from the data module."""
@@ -84,15 +84,15 @@ class ImageClassification(LightningModule):
     def configure_model(self) -> None:
         if self.net is not None:
             return
-        known = sizes(self)
-        kept = {"config": self.net_config} if self.net_config is not None else {}
-        self.net = self.make_net(**known, **kept)  # type: ignore[call-arg]
+        net_sizes = sizes(self)
+        config = {"config": self.net_config} if self.net_config is not None else {}
+        self.net = self.make_net(**net_sizes, **config)  # type: ignore[call-arg]
         to_channels_last(self.net)  # guarded: convolutions of few channels
-        mean, std = self._statistics(known["in_channels"])
+        mean, std = self._statistics(net_sizes["in_channels"])
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
-        self.metrics = ClassMetrics(known["num_classes"])
-        self.flip_metrics = ClassMetrics(known["num_classes"]) if self.test_flips else None
+        self.metrics = ClassMetrics(net_sizes["num_classes"])
+        self.flip_metrics = ClassMetrics(net_sizes["num_classes"]) if self.test_flips else None
 
     def _statistics(self, num_channels: int) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation [C, 1, 1]: as given, else the net's own, else those of the training
@@ -111,13 +111,13 @@ class ImageClassification(LightningModule):
         mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in pair)
         if len(mean) != num_channels or len(std) != num_channels or not (std > 0).all():
             raise ValueError(
-                f"--model.mean {pair[0]} and --model.std {pair[1]}: the images have {num_channels} channel(s), so"
-                f" {num_channels} value(s) each are needed, std above 0 (--data.channels sets how images are read)"
+                f"--model.mean {pair[0]} and --model.std {pair[1]}: {num_channels} value(s) each are needed for"
+                f" images of {num_channels} channel(s), std above 0 (--data.channels sets how images are read)"
             )
         return mean, std
 
     def configure_callbacks(self) -> list[Callback]:
-        # The loss is a sum: a plain Trainer also needs the callback that divides it by the count.
+        # The loss is a sum: a Trainer without bigmodel's callbacks needs the one that divides it by the count.
         missing = [kind for kind in (GradientScaling, Report) if get_callback(self.trainer, kind) is None]
         return [kind() for kind in missing]
 
@@ -138,7 +138,7 @@ class ImageClassification(LightningModule):
     # The SupportsLogits protocol, used by distillation, evaluation and export.
 
     def features(self, batch: ImageBatch) -> Tensor:
-        """Return what the output layer reads, [B, D]; the logits if the net has no separate output layer."""
+        """Return the input of the output layer [B, D]; the logits if the net has no separate output layer."""
         read = getattr(self.net, "features", self.net)
         return read(self.normalize(batch.images))
 
@@ -161,17 +161,17 @@ class ImageClassification(LightningModule):
         """
         from bigmodel.tasks.image_classification.hugging_face import as_published
 
-        known = sizes(self)
+        net_sizes = sizes(self)
         net, channels = as_published(
             path,
             flag,
             classes=self.data_metadata["classes"],
-            in_channels=known["in_channels"],
-            image_size=known["image_size"],
+            in_channels=net_sizes["in_channels"],
+            image_size=net_sizes["image_size"],
         )
         task = ImageClassification(net=lambda **_: net)
         task.data_metadata = self.data_metadata
-        set_sizes(task, {**known, "in_channels": channels})
+        set_sizes(task, {**net_sizes, "in_channels": channels})
         task.configure_model()
         return task.eval()
 
@@ -270,7 +270,7 @@ class ImageClassification(LightningModule):
     @torch.no_grad()
     def _classify(self, images: Sequence[ImageInput]) -> list[dict[str, float]]:
         if "classes" not in self.data_metadata:
-            raise ValueError("this task has no classes yet: load it from a run with bigmodel.load")
+            raise ValueError("this task has no classes: load it from a run with bigmodel.load")
         size, resize, classes = self.data_metadata["size"], self.data_metadata["resize"], self.data_metadata["classes"]
         pixels = [decode(image, channels=len(self.mean), size=size, resize=resize) for image in images]
         batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(self.device)  # [B, S, S, C] -> [B, C, S, S]

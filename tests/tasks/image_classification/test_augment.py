@@ -253,7 +253,7 @@ def test_erasing_leaves_a_image_in_which_no_box_fits():
         (lambda: RandAugment(num_ops=0), "--data.augment: RandAugment num_ops is 0, but must be in 1 to 14"),
         (lambda: RandAugment(magnitude=31), "RandAugment magnitude is 31, but must be in 0 to 30"),
         (lambda: RandAugment(num_magnitude_bins=1), "RandAugment num_magnitude_bins is 1"),
-        (lambda: augment(random_images(1, (4, 9, 9)), keys_of(1), [RandAugment()]), "images of 4 channels"),
+        (lambda: augment(random_images(1, (4, 9, 9)), keys_of(1), [RandAugment()]), "1 or 3 channels, not 4"),
         (lambda: TrivialAugmentWide(num_magnitude_bins=1), "TrivialAugmentWide num_magnitude_bins is 1"),
         (lambda: RandomErasing(p=1.5), "RandomErasing p is 1.5"),
         (lambda: RandomErasing(scale=(0.5, 0.2)), "RandomErasing scale is"),

@@ -139,8 +139,8 @@ def test_the_share_asked_for_becomes_grey():
         (lambda: ColorJitter(brightness=-1), "--data.augment: ColorJitter brightness is -1, but must be 0 or more"),
         (lambda: ColorJitter(hue=0.6), "hue is 0.6, but must be in 0 to 0.5"),
         (lambda: RandomGrayscale(2), "Grayscale p is 2"),
-        (lambda: RandomGrayscale()(noise(2, 4, 5, 5) / 255, keys_of(2), 0), "images of 4 channels"),
-        (lambda: ColorJitter(hue=0.1)(noise(2, 2, 5, 5) / 255, keys_of(2), 0), "images of 2 channels"),
+        (lambda: RandomGrayscale()(noise(2, 4, 5, 5) / 255, keys_of(2), 0), "1 or 3 channels, not 4"),
+        (lambda: ColorJitter(hue=0.1)(noise(2, 2, 5, 5) / 255, keys_of(2), 0), "1 or 3 channels, not 2"),
     ],
 )
 def test_what_cannot_be_done_is_refused(make, message):

@@ -73,7 +73,7 @@ def test_a_file_is_fetched_once(server, tmp_path):
 def test_a_fetch_that_broke_off_goes_on(server, tmp_path, gives_parts):
     server.files["/a"], server.cut["/a"] = DATA, 2_000_000
     (problem,) = fetch([f"{server.url}/a"], tmp_path / "a", MD5)
-    assert re.search(r"2,000,000 of 3,145,745 bytes|broke off", problem)
+    assert re.search(r"2,000,000 of 3,145,745 bytes|connection broke", problem)
     assert not (tmp_path / "a").exists()
     size = (tmp_path / ".a.partial").stat().st_size
     assert size > 0
@@ -100,7 +100,7 @@ def test_the_next_mirror_is_taken_and_wrong_content_is_not_kept(server, tmp_path
     assert server.asked[-1] == ("/good", None)  # not from the end of what was wrong
     problems = fetch(urls[:2], tmp_path / "b", MD5)
     assert problems[0] == f"{urls[0]}: 404 Not Found"
-    assert problems[1] == f"{urls[1]}: the MD5 of what came is {hashlib.md5(b'x' * 100).hexdigest()}, not {MD5}"
+    assert problems[1] == f"{urls[1]}: its MD5 is {hashlib.md5(b'x' * 100).hexdigest()}, not {MD5}"
     assert not (tmp_path / "b").exists()
     assert (tmp_path / ".b.partial").stat().st_size == 0
 
@@ -142,13 +142,13 @@ def test_without_network_it_says_what_to_fetch(server, tmp_path, monkeypatch):
     server.server_close()
     monkeypatch.setattr(download, "_TIMEOUT", 2.0)
     monkeypatch.setitem(DOWNLOADS, "cifar10", Download((f"{url}/one/", f"{url}/two/"), {"cifar-10-python.tar.gz": MD5}))
-    with pytest.raises(ValueError, match="cannot be fetched") as error:
+    with pytest.raises(ValueError, match="cannot be downloaded") as error:
         find_source("{cifar10}", columns=ImageColumns(), cache=tmp_path)
     message = str(error.value)
     assert f"{url}/one/cifar-10-python.tar.gz: [Errno" in message
     assert f"{url}/two/cifar-10-python.tar.gz: [Errno" in message
     assert (
-        f"fetch cifar-10-python.tar.gz elsewhere, from {url}/one/, and give the folder that holds them as --data.path"
+        f"download cifar-10-python.tar.gz elsewhere from {url}/one/, and set --data.path to the folder that holds them"
         in message
     )
 

@@ -183,7 +183,7 @@ def test_a_crop_of_a_batch_enlarges_the_box_as_pillow_does():
         (lambda: RandomCrop(2, "wrap"), "mode is 'wrap', but must be one of zero, reflect, edge"),
         (
             lambda: RandomCrop(7, "reflect")(random_images(1, 1, 7, 9), keys_of(1), 0),
-            "cannot be reflected in images of 7 x 9",
+            "padding 7 is too large to reflect images of 7 x 9",
         ),
         (lambda: RandomFlip(-0.1), "RandomFlip p is -0.1"),
         (lambda: RandomAffine(degrees=200), "degrees is 200"),

@@ -89,7 +89,7 @@ def test_a_head_for_other_classes_is_made_anew_and_that_is_said(
 ) -> None:
     model = tiny("vit")
     net = net_of(saved(model, tmp_path), num_classes=7)
-    assert capsys.readouterr().err == f"{tmp_path}: a new head for 7 classes in place of its own\n"
+    assert capsys.readouterr().err == f"{tmp_path}: the head is newly initialised for 7 classes\n"
     assert net.eval()(images()).shape == (2, 7)
     for name, tensor in model.vit.state_dict().items():
         assert torch.equal(net.state_dict()[f"model.vit.{name}"], tensor), name
@@ -103,7 +103,7 @@ def test_a_head_for_as_many_classes_is_kept_in_silence(tmp_path: Path, capsys: p
 def test_a_model_without_head_gets_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ViTModel(vit_config(), add_pooling_layer=False)
     net, x = net_of(saved(model, tmp_path)).eval(), images()
-    assert "a new head for 5 classes" in capsys.readouterr().err
+    assert "newly initialised for 5 classes" in capsys.readouterr().err
     torch.testing.assert_close(net.features(x), model.eval()(x).last_hidden_state[:, 0])
 
 

@@ -268,7 +268,7 @@ def test_bad_images_are_listed_with_reason_and_count(folder, cache):
         run(folder, cache)
     lines = str(error.value).splitlines()
     assert lines[0] == "13 of 53 images cannot be used:"
-    assert lines[1].startswith(f"  {folder}/005 bad 00.jpg: the file is no image in a known format")
+    assert lines[1].startswith(f"  {folder}/005 bad 00.jpg: the file is not an image in an accepted format")
     assert lines[11] == "  and 3 more"
     assert lines[12].endswith("--data.on_corrupt skip")
     assert not list(cache.glob("*/meta.json"))
@@ -416,7 +416,7 @@ def test_damage_after_the_check_is_named(folder, cache):
     images = prepared.images("val")
     with open(images.name(0), "wb") as stream:
         stream.write(b"damaged")
-    with pytest.raises(ValueError, match=rf"{images.name(0)}: the file is no image .* It was valid when"):
+    with pytest.raises(ValueError, match=rf"{images.name(0)}: the file is not an image .* It was valid when"):
         images.read([0])
     os.remove(images.name(0))
     with pytest.raises(ValueError, match=rf"{images.name(0)} cannot be read any more \(No such file"):

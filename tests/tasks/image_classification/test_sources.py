@@ -70,8 +70,8 @@ def test_folder_of_classes(find, tmp_path, capsys):
     assert images.labels.dtype == np.int64
     assert content(images) == [png(2), png(3), png(4), png(1), png(0)]
     said = capsys.readouterr().err
-    assert "2 files are left out as no images (other files are there: .notes (1), .pdf (1))" in said
-    assert "1 images in no class folder are left out, such as loose.png" in said
+    assert "skipped 2 files that are not images (other files: .notes (1), .pdf (1))" in said
+    assert "skipped 1 images outside of class folders: loose.png" in said
 
 
 def test_folder_of_splits_numbers_classes_by_training(find, tmp_path):
@@ -89,7 +89,7 @@ def test_folder_of_splits_numbers_classes_by_training(find, tmp_path):
 def test_folders_that_are_not_all_splits_are_classes(find, tmp_path, capsys):
     touch(tmp_path / "data", "train/1.png", "tram/2.png")
     assert find("data").classes == ["train", "tram"]
-    assert "taken for classes, not splits, since ['tram'] mean no split" in capsys.readouterr().err
+    assert "read as classes, not splits, because ['tram'] are not names of a split" in capsys.readouterr().err
 
 
 def test_folder_without_labels_has_any_shape(find, tmp_path):
@@ -105,17 +105,17 @@ def test_folder_without_labels_has_any_shape(find, tmp_path):
     [
         (
             ["train/a/1.png", "train/b/1.png", "val/a/1.png", "val/c/1.png"],
-            r"data/val/c/1.png: label 'c' is none of the 2",
+            r"data/val/c/1.png: label 'c' is not one of the 2",
         ),
         (
             ["a/1.png", "b/notes.txt"],
-            r"class folder b has no images \(other files are there: .txt \(1\)\); fill it or",
+            r"class folder b has no images \(other files: .txt \(1\)\); add images or",
         ),
-        (["a/1.png", "a/2.png"], r"all 2 images to learn from are of one class, 'a'; at least 2"),
-        (["1.png", "2.png"], "it has no class folders, only 2 images without labels. Known are a folder"),
+        (["a/1.png", "a/2.png"], r"all 2 training images are of one class, 'a'; at least 2"),
+        (["1.png", "2.png"], "the folder has no class folders, only 2 images without labels. Accepted are a folder"),
         (["train/a/1.png", "train/b/1.png", "test/1.png"], "test has no class folders, only 1 images"),
-        (["notes.txt"], r"no class folders \(other files are there: .txt \(1\)\). Known are"),
-        (["train/a/1.png", "val/a/1.png", "dev/a/1.png"], "the folders dev and val both mean the split val"),
+        (["notes.txt"], r"no class folders \(other files: .txt \(1\)\). Accepted are"),
+        (["train/a/1.png", "val/a/1.png", "dev/a/1.png"], "the folders dev and val are both the split val"),
     ],
 )
 def test_folders_that_are_refused(find, tmp_path, files, message):
@@ -151,12 +151,12 @@ def test_paths_of_no_known_kind_are_refused(find, tmp_path):
     for path, message in [
         ("nothing", "nothing: no such file or folder"),
         ("*.parquet", "no file matches"),
-        ("empty", "it has no class folders. Known are a folder of images"),
-        ("noise", "a file of no known kind. Known are a folder of images"),
+        ("empty", "the folder has no class folders. Accepted are a folder of images"),
+        ("noise", "unknown file format. Accepted are a folder of images"),
     ]:
         with pytest.raises(ValueError, match=message):
             find(path)
-    with pytest.raises(ValueError, match=r"no images in this folder\. Known are"):
+    with pytest.raises(ValueError, match=r"no images in this folder\. Accepted are"):
         find("empty", labelled=False)
 
 
@@ -202,14 +202,18 @@ def test_table_with_splits_and_other_column_names(find, tmp_path):
         (
             [["file", "label"], ["1.png", "a"]],
             {},
-            r"no column 'image', only \['file', 'label'\]; set --data.columns.image",
+            r"no column 'image' among \['file', 'label'\]; set --data.columns.image",
         ),
-        ([["image", "kind"], ["1.png", "a"]], {}, "no column 'label', .* set --data.columns.label"),
-        ([["image", "label"], ["1.png", "a"]], {"split": "s"}, "no column 's', .* set --data.columns.split"),
-        ([["image", "label"], ["1.png", "a"], ["2.png", "b"]], {}, r"t.csv line 3: there is no file .*2.png"),
-        ([["image", "label"], ["1.png", "two\nlines"], ["1.png", " "]], {}, "t.csv line 4: nothing in column 'label'"),
-        ([["image", "label"], ["1.png"]], {}, "t.csv line 2: nothing in column 'label'"),
-        ([["image", "label", "s"], ["1.png", "a", "new"]], {"split": "s"}, "line 2: 'new' in column 's' is no split"),
+        ([["image", "kind"], ["1.png", "a"]], {}, "no column 'label' .* set --data.columns.label"),
+        ([["image", "label"], ["1.png", "a"]], {"split": "s"}, "no column 's' .* set --data.columns.split"),
+        ([["image", "label"], ["1.png", "a"], ["2.png", "b"]], {}, r"t.csv line 3: the file .*2.png"),
+        ([["image", "label"], ["1.png", "two\nlines"], ["1.png", " "]], {}, "t.csv line 4: column 'label' is empty"),
+        ([["image", "label"], ["1.png"]], {}, "t.csv line 2: column 'label' is empty"),
+        (
+            [["image", "label", "s"], ["1.png", "a", "new"]],
+            {"split": "s"},
+            "line 2: 'new' in column 's' is not a split",
+        ),
         ([["image", "label", "s"], ["1.png", "a", "val"], ["1.png", "b", "test"]], {"split": "s"}, "no training split"),
         ([["image", "label"]], {}, "the table has no rows"),
     ],
@@ -305,16 +309,16 @@ def test_parquet_of_paths(find, tmp_path):
 @pytest.mark.parametrize(
     ("images", "kind", "columns", "message"),
     [
-        ([b"x", None], pa.binary(), {"label": [0, 1]}, "a.parquet row 1: no bytes of an image in column 'image'"),
-        ([b"x", b""], pa.binary(), {"label": [0, 1]}, "a.parquet row 1: no bytes of an image"),
-        ([b"x", None], LIKE_HUGGING_FACE, {"label": [0, 1]}, "a.parquet row 1: no bytes .* give a column of paths"),
-        (["no.png"], pa.string(), {"label": [0]}, "a.parquet row 0: there is no file .*no.png"),
+        ([b"x", None], pa.binary(), {"label": [0, 1]}, "a.parquet row 1: column 'image' has no bytes of an image"),
+        ([b"x", b""], pa.binary(), {"label": [0, 1]}, "a.parquet row 1: .* no bytes of an image"),
+        ([b"x", None], LIKE_HUGGING_FACE, {"label": [0, 1]}, "a.parquet row 1: .* no bytes .*--data.columns.image"),
+        (["no.png"], pa.string(), {"label": [0]}, "a.parquet row 0: the file .*no.png"),
         ([1, 2], pa.int32(), {"label": [0, 1]}, "column 'image' is of type int32; images are struct"),
-        ([b"x", b"y"], pa.binary(), {"label": [0, None]}, "a.parquet row 1: nothing in column 'label'"),
-        ([b"x", b"y"], pa.binary(), {"label": ["a", ""]}, "a.parquet row 1: nothing in column 'label'"),
+        ([b"x", b"y"], pa.binary(), {"label": [0, None]}, "a.parquet row 1: column 'label' is empty"),
+        ([b"x", b"y"], pa.binary(), {"label": ["a", ""]}, "a.parquet row 1: column 'label' is empty"),
         ([b"x", b"y"], pa.binary(), {"label": [0.5, 1.5]}, "column 'label' is of type double; labels are integers or"),
         ([b"x", b"y"], pa.binary(), {"label": [0, -1]}, "a.parquet row 1: label -1 is negative"),
-        ([b"x", b"y"], pa.binary(), {"kind": [0, 1]}, r"no column 'label', only \['image', 'kind'\]"),
+        ([b"x", b"y"], pa.binary(), {"kind": [0, 1]}, r"no column 'label' among \['image', 'kind'\]"),
         ([], pa.binary(), {"label": pa.array([], pa.int64())}, "a.parquet: the table has no rows"),
     ],
 )
@@ -372,7 +376,7 @@ def test_saved_data_set_is_read_in_place(saved, tmp_path, capsys):
         "train": [0, 1, 2, 1, 0],
         "val": [2, 2],
     }
-    assert "the split test has no labels" in capsys.readouterr().err
+    assert "skipped the split test" in capsys.readouterr().err
     train = source.splits["train"]
     assert content(train) == [png(i) for i in range(5)]
     again = pickle.loads(pickle.dumps(train.store))
@@ -424,7 +428,7 @@ def test_images_that_arrow_names_by_path_are_read(tmp_path):
 def test_saved_data_sets_that_are_refused(saved, tmp_path):
     import datasets
 
-    with pytest.raises(ValueError, match=r"no column 'img', only \['image', 'label'\]; set --data.columns.image"):
+    with pytest.raises(ValueError, match=r"no column 'img' among \['image', 'label'\]; set --data.columns.image"):
         find_source(str(saved / "splits"), columns=ImageColumns(image="img"), cache=tmp_path)
     with pytest.raises(ValueError, match="column 'label' is of type int64; images are an Image feature or binary"):
         find_source(str(saved / "splits"), columns=ImageColumns(image="label"), cache=tmp_path)
@@ -433,7 +437,7 @@ def test_saved_data_sets_that_are_refused(saved, tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     datasets.Dataset.from_dict(gap, features).save_to_disk(str(tmp_path / "struct gap"))
     for name in ("gap", "struct gap"):
-        with pytest.raises(ValueError, match=f"{name}/all row 1: no image in column 'image'"):
+        with pytest.raises(ValueError, match=f"{name}/all row 1: column 'image' is empty"):
             load_saved(tmp_path / name, tmp_path)
 
 
@@ -471,7 +475,7 @@ def test_file_names_that_are_no_text_are_kept(tmp_path):
 
 def test_labels_beyond_the_known_classes_are_named():
     store = ArrayStore(np.zeros((3, 1, 1), np.uint8), "x")
-    with pytest.raises(ValueError, match=r"x 2: label 7 is none of the 2 classes known here \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"x 2: label 7 is not one of the 2 classes \(0, 1\)"):
         to_source(RawDataset("x", {"all": RawSplit(store, np.array([0, 1, 7]))}, ["a", "b"]), True)
 
 
@@ -480,4 +484,4 @@ def test_a_lone_split_is_dealt_out(capsys):
     source = to_source(RawDataset("x", {"test": RawSplit(store, np.array([4, 2]))}), True)
     assert source.splits["all"].labels.tolist() == [1, 0]
     assert source.classes == ["2", "4"]
-    assert "the only split is test; it is dealt out" in capsys.readouterr().err
+    assert "the only split is test" in capsys.readouterr().err

@@ -31,12 +31,12 @@ def find_source(path: str, *, columns: ImageColumns, cache: Path, labelled: bool
         path: a file, folder, glob of Parquet files, hf://owner/name, or a name in braces; the format is recognised
             by the contents.
         columns: names of a table's columns.
-        cache: folder where downloads and converted tables are kept.
+        cache: folder of downloads and converted tables.
         labelled: False, for prediction: no labels are read; all images are in one split `all`, their labels -1.
 
     Raises:
-        ValueError: if there is nothing at the path, or of an unknown format; a file cannot be read; a label is missing
-            or none of the classes; or there are fewer than two classes.
+        ValueError: if the path does not exist or has an unknown format; a file cannot be read; a label is missing or not
+            one of the classes; or there are fewer than two classes.
     """
     return to_source(_find(path, columns, cache, labelled), labelled)
 
@@ -56,7 +56,7 @@ def _find(path: str, columns: ImageColumns, cache: Path, labelled: bool) -> RawD
         if not files:
             raise ValueError(f"--data.path {path}: no file matches")
         return read_parquet(path, files, columns, cache, labelled)
-    raise ValueError(f"--data.path {path}: no such file or folder ({os.path.abspath(place)}). Known are {KINDS}")
+    raise ValueError(f"--data.path {path}: no such file or folder ({os.path.abspath(place)}). Accepted are {KINDS}")
 
 
 def _find_in_folder(folder: str, columns: ImageColumns, cache: Path, labelled: bool) -> RawDataset:
@@ -71,7 +71,7 @@ def _find_in_folder(folder: str, columns: ImageColumns, cache: Path, labelled: b
     except OSError as error:
         raise ValueError(f"{folder} cannot be read: {error.strerror}") from error
     if len(archives) > 1:
-        raise ValueError(f"--data.path {folder}: there are several data sets, give one of them: {archives}")
+        raise ValueError(f"--data.path {folder}: it holds several datasets; set it to one of {archives}")
     if archives:
         return read_cifar(archives[0], labelled)
     for below in ("*.parquet", "data/*.parquet"):
@@ -95,4 +95,4 @@ def _find_in_file(path: str, columns: ImageColumns, cache: Path, labelled: bool)
         return read_npz(path, labelled)
     if b"\0" not in head and not head.startswith(b"\x1f\x8b"):
         return read_table(path, columns, labelled)
-    raise ValueError(f"--data.path {path}: a file of no known kind. Known are {KINDS}")
+    raise ValueError(f"--data.path {path}: unknown file format. Accepted are {KINDS}")

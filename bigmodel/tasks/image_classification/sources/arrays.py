@@ -30,8 +30,8 @@ def read_npz(path: str, labelled: bool) -> RawDataset:
     Names: x_train and y_train, x_val, x_test; train_images and train_labels, ...; or images and labels, x and y.
 
     Raises:
-        ValueError: if it is damaged, holds Python objects, no known pair, or arrays that `check_images`, `check_labels`
-            reject.
+        ValueError: if it is damaged, holds Python objects, none of these names, or arrays that `check_images` or
+            `check_labels` rejects.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -43,7 +43,9 @@ def read_npz(path: str, labelled: bool) -> RawDataset:
                         continue
                     where = f"{path} {members[images_name]}"
                     if split in splits or (split == "all" and splits):
-                        raise ValueError(f"{where}: the images of {', '.join(splits)} are there already")
+                        raise ValueError(
+                            f"{where}: the file has images of {', '.join(splits)} too; accepted is one pair of names"
+                        )
                     if labelled and labels_name not in members:
                         raise ValueError(f"{where} has no labels: {labels_name} is missing; there are {file.files}")
                     images = check_images(_load(file, members[images_name], path), where)
@@ -56,7 +58,7 @@ def read_npz(path: str, labelled: bool) -> RawDataset:
                     )
             if not splits:
                 known = ", ".join(images for pairs in _PAIRS.values() for images, _ in pairs)
-                raise ValueError(f"--data.path {path}: no images among {file.files}; known are {known}")
+                raise ValueError(f"--data.path {path}: no images among {file.files}; accepted are {known}")
     except (OSError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     return RawDataset(path, splits)
@@ -74,7 +76,7 @@ def check_images(array: np.ndarray, where: str) -> np.ndarray:
     """Return images [N, H, W] or [N, H, W, C] of uint8 or uint16, from such an array or from [N, C, H, W]."""
     if array.dtype.kind == "f":
         raise ValueError(
-            f"{where} is of type {array.dtype}; images are uint8 or uint16. Of values from 0 to 1 make"
+            f"{where} is of type {array.dtype}; images are uint8 or uint16. Convert values from 0 to 1 by"
             " (x * 255).round().astype('uint8')"
         )
     if array.dtype.newbyteorder("=") not in (np.uint8, np.uint16):
@@ -87,7 +89,7 @@ def check_images(array: np.ndarray, where: str) -> np.ndarray:
             raise ValueError(
                 f"{where} has the shape {list(shape)}: neither the last nor the second is a number of channels (1, 3, 4)"
             )
-        say(f"{where}: {list(shape)} is taken for [N, C, H, W]")
+        say(f"{where}: {list(shape)} is read as [N, C, H, W]")
         array = array.transpose(0, 2, 3, 1)  # [N, C, H, W] -> [N, H, W, C]
     return np.ascontiguousarray(array, array.dtype.newbyteorder("="))
 

@@ -38,13 +38,11 @@ class ImageColumns:
             return [self.image]
         return [self.image, self.label, *([self.split] if self.split else [])]
 
-    def check(self, where: str, there: Sequence[str], wanted: Sequence[str]) -> None:
+    def check(self, where: str, present: Sequence[str], wanted: Sequence[str]) -> None:
         """Raise an error if a table lacks a requested column."""
         for flag, column in (("image", self.image), ("label", self.label), ("split", self.split)):
-            if column in wanted and column not in there:
-                raise ValueError(
-                    f"{where}: there is no column {column!r}, only {list(there)}; set --data.columns.{flag}"
-                )
+            if column in wanted and column not in present:
+                raise ValueError(f"{where}: no column {column!r} among {list(present)}; set --data.columns.{flag}")
 
 
 def rows_of(splits: Sequence[str]) -> dict[str, np.ndarray]:
@@ -94,7 +92,7 @@ def _filled(table: pa.Table, column: str, store: ImageStore) -> pa.ChunkedArray:
         empty = pc.or_kleene(empty, pc.equal(values, ""))
     row = pc.index(empty, True).as_py()
     if row >= 0:
-        raise ValueError(f"{store.name(row)}: nothing in column {column!r}")
+        raise ValueError(f"{store.name(row)}: column {column!r} is empty")
     return values
 
 
@@ -115,6 +113,8 @@ def _splits(table: pa.Table, column: str, store: ImageStore) -> list[str]:
     for row, word in enumerate(_filled(table, column, store).to_pylist()):
         split = split_name(str(word))
         if split is None:
-            raise ValueError(f"{store.name(row)}: {word!r} in column {column!r} is no split (known are {SPLIT_WORDS})")
+            raise ValueError(
+                f"{store.name(row)}: {word!r} in column {column!r} is not a split (accepted: {SPLIT_WORDS})"
+            )
         splits.append(split)
     return splits

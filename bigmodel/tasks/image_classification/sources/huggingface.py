@@ -20,7 +20,7 @@ def read_saved(folder: str, columns: ImageColumns, labelled: bool) -> RawDataset
     """Read a dataset that was saved to a folder. `datasets` itself is not needed.
 
     Raises:
-        ValueError: if a file of it is missing or damaged, or a column is missing or of another type.
+        ValueError: if a file of it is missing or damaged, or a column is missing or of a different type.
     """
     return _found(folder, saved_files(folder), columns, labelled)
 
@@ -53,7 +53,7 @@ def _found(where: str, files: Mapping[str, list[str]], columns: ImageColumns, la
             )
         store = ArrowStore(paths, columns.image, f"{os.path.basename(os.path.abspath(where))}/{split}")
         if (row := pc.index(_gaps(table.column(columns.image)), True).as_py()) >= 0:
-            raise ValueError(f"{store.name(row)}: no image in column {columns.image!r}")
+            raise ValueError(f"{store.name(row)}: column {columns.image!r} is empty")
         parts[split] = store, table.select(wanted[1:])
         classes = classes or class_names(table.schema, columns.label)
     return parts_found(where, parts, columns, labelled, classes)

@@ -38,7 +38,7 @@ def read_idx(folder: str, labelled: bool, classes: list[str] | None = None) -> R
         classes: names by class number, which the files do not contain.
 
     Raises:
-        ValueError: if a file is missing, damaged, or has another number of rows than its partner.
+        ValueError: if a file is missing, damaged, or does not have as many rows as its partner.
     """
     files = idx_files(folder)
     splits = {}
@@ -75,7 +75,9 @@ def _read(path: str, magic: int) -> np.ndarray:
         raise ValueError(f"{path} is damaged: it has only {len(data)} bytes")
     number, *shape = (int(size) for size in np.frombuffer(data, ">u4", 1 + num_dimensions))
     if number != magic:
-        raise ValueError(f"{path} starts with the number {number}, not {magic}: it is no IDX file of this kind")
+        raise ValueError(
+            f"{path} starts with the number {number}, not {magic}: it is not an IDX file of images (2051) or labels (2049)"
+        )
     expected = start + int(np.prod(shape))
     if len(data) != expected:
         raise ValueError(f"{path} is damaged: {len(data):,} bytes, not the {expected:,} of the shape {shape}")

@@ -68,7 +68,7 @@ class FileStore:
 class PackedStore:
     """Encoded images one after another in a memory-mapped file of a folder::
 
-        pictures.bin    the bytes (an earlier word, kept so that existing folders are read)
+        pictures.bin    the bytes (an earlier name, so that existing folders can be read)
         ends.npy        [N + 1] int64: image i is bytes ends[i] to ends[i + 1]
         files.json      [[name, rows], ...]: their source tables, in order
 

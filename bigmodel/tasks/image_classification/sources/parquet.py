@@ -41,7 +41,7 @@ def read_parquet(where: str, paths: Sequence[str], columns: ImageColumns, cache:
         labelled: False: only the images are read.
 
     Raises:
-        ValueError: if a file cannot be read, a column is missing or of another type, or a cell is empty.
+        ValueError: if a file cannot be read, a column is missing or of a different type, or a cell is empty.
     """
     wanted = columns.wanted(labelled)
     schemas = []
@@ -99,7 +99,7 @@ def _files(paths: list[str], column: str) -> FileStore:
         for row, name in enumerate(_read(path, [column]).column(column).to_pylist()):
             image = os.path.join(folder, name or "")
             if not os.path.isfile(image):
-                raise ValueError(f"{path} row {row}: there is no file {image}")
+                raise ValueError(f"{path} row {row}: the file {image} does not exist")
             names.append(image)
     return FileStore("", names)
 
@@ -122,7 +122,7 @@ def _pack(paths: list[str], column: str, folder: Path) -> None:
     if total == 0:
         raise ValueError(f"{paths[0]}: the table has no rows")
     with (
-        progress("copying the images out of Parquet", total, "images") as advance,
+        progress("copying images from Parquet", total, "images") as advance,
         open(folder / BYTES_FILE, "wb") as stream,
     ):
         for path in paths:
@@ -131,8 +131,8 @@ def _pack(paths: list[str], column: str, folder: Path) -> None:
                 for image in images:
                     if not image.is_valid or not (content := image.as_buffer()).size:
                         raise ValueError(
-                            f"{path} row {row}: no bytes of an image in column {column!r} (where images are elsewhere,"
-                            " give a column of paths)"
+                            f"{path} row {row}: column {column!r} has no bytes of an image (for images in files, set"
+                            " --data.columns.image to a column of paths)"
                         )
                     stream.write(content)
                     ends.append(ends[-1] + content.size)

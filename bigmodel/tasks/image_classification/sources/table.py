@@ -27,15 +27,15 @@ def read_table(path: str, columns: ImageColumns, labelled: bool) -> RawDataset:
         for column in wanted:
             cell = (row[column] or "").strip()
             if not cell:
-                raise ValueError(f"{path} line {line}: nothing in column {column!r}")
+                raise ValueError(f"{path} line {line}: column {column!r} is empty")
             cells[column].append(cell)
         image = os.path.join(folder, cells[columns.image][-1])
         if not os.path.isfile(image):
-            raise ValueError(f"{path} line {line}: there is no file {image}")
+            raise ValueError(f"{path} line {line}: the file {image} does not exist")
         if columns.split in wanted and split_name(cells[columns.split][-1]) is None:
             raise ValueError(
-                f"{path} line {line}: {cells[columns.split][-1]!r} in column {columns.split!r} is no split"
-                f" (known are {SPLIT_WORDS})"
+                f"{path} line {line}: {cells[columns.split][-1]!r} in column {columns.split!r} is not a split"
+                f" (accepted: {SPLIT_WORDS})"
             )
     images = cells[columns.image]
     if not images:
