@@ -128,8 +128,6 @@ def decode(
     channels: int,
     size: int,
     resize: int,
-    box: Box | None = None,
-    max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
     """Return the pixels [S, S, C] uint8 of a single image or path, see `Geometry` and its `decode`.
 
@@ -137,11 +135,11 @@ def decode(
         ValueError: if the image cannot be used.
         OSError: if the file cannot be read.
     """
-    geometry = Geometry(channels, size, resize, max_pixels)
+    geometry = Geometry(channels, size, resize)
     if not isinstance(image, str | os.PathLike):
-        return geometry.decode(image, box)
+        return geometry.decode(image)
     try:
-        return geometry.decode(Path(image).read_bytes(), box)
+        return geometry.decode(Path(image).read_bytes())
     except ImageError as error:
         raise ImageError(f"{os.fspath(image)}: {error}") from error
 

@@ -107,14 +107,6 @@ def test_one_class_alone_has_no_auroc_and_nothing_is_nan():
     assert all(torch.isfinite(value) for value in got.values())
 
 
-def test_the_cheap_part_is_the_same_alone():
-    logits, targets = evaluation(7)
-    full, part = measure(logits, targets).compute(), measure(logits, targets, full=False)
-    assert part.compute() == {name: full[name] for name in ("loss", "accuracy", "top5_accuracy")}
-    with pytest.raises(ValueError, match="full=False"):
-        part.confusion()
-
-
 def test_reset_forgets():
     metrics = measure(*evaluation(7))
     metrics.reset()

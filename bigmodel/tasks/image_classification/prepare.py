@@ -89,23 +89,11 @@ def prepare(
     """Check and split the images, and make their prepared folder, unless it exists. Any number of processes may
     do so at the same time.
 
-    Mean and standard deviation are those of the training images in the geometry of evaluation: of all if those are
-    stored that way, else of at most 5,000, spread evenly. Where nothing is trained, they are those of the first split.
-
     Args:
-        source: the images found at a path.
-        size: S, edge of the square that the net reads [pixels].
-        resize: length of the shorter edge after resizing, before the centre crop [pixels]; None: `size`.
-        channels: 1 or 3; None: 1 if all training images are grey, else 3.
+        source: the images found at a path. Arguments that are not described here are those of `ImageData`.
         whole: store training images uncropped, so that they can be cropped at random.
-        split: shares of the splits; None: the splits of the source are used.
-        on_corrupt: action for images that cannot be used: raise an error, or skip them.
-        cache_decoded: store pixels; None: if all of them take at most 4 GB.
+        split: None: the splits of the source are used.
         cache: folder of the task.
-        max_pixels: an image with more is invalid.
-        classes: names of the classes to use; None: all.
-        shots: number of training images per class, drawn by `seed`; None: all.
-        seed: see `shots`.
         num_processes: worker processes; None: one per core.
 
     Raises:
@@ -128,19 +116,14 @@ def prepare(
     if channels is None:
         channels = 1 if parts[_reference(parts)].scanned.grey.all() else 3
     geometry = Geometry(channels, size, resize, max_pixels)
-    stored = {
-        name: replace(part, stored="whole" if whole and name == "train" else "square") for name, part in parts.items()
-    }
-    num_bytes = sum(part.num_bytes(geometry) for part in stored.values())
-    decoded = num_bytes <= DECODED_BYTES if cache_decoded is None else cache_decoded
-    parts = stored if decoded else parts
-    made = _describe(parts, source.classes, geometry, cache, whole, decoded)
+    parts, num_bytes = _choose_storage(parts, geometry, whole, cache_decoded)
+    made = _describe(parts, source.classes, geometry, cache, whole)
     if not (made.folder / "meta.json").exists():
         if skipped:
             say(f"skipped {len(skipped):,} corrupt images: {first_of(skipped, 3)}")
         _report_duplicates(parts)
         if cache_decoded is None:
-            _report_storage(decoded, num_bytes)
+            _report_storage(made.decoded, num_bytes)
         _write(made, parts, num_processes)
     prepared = PreparedImages.load(made.folder)
     prepared.skipped, prepared.stores = skipped, {name: part.store for name, part in parts.items()}
@@ -243,10 +226,23 @@ def _check_parts(parts: dict[str, _Part], source: ImageSource, skipped: list[str
         )
 
 
+def _choose_storage(
+    parts: dict[str, _Part], geometry: Geometry, whole: bool, cache_decoded: bool | None
+) -> tuple[dict[str, _Part], int]:
+    """Return the splits with the way their images are stored, and the bytes of all images if stored decoded."""
+    stored = {
+        name: replace(part, stored="whole" if whole and name == "train" else "square") for name, part in parts.items()
+    }
+    num_bytes = sum(part.num_bytes(geometry) for part in stored.values())
+    decoded = num_bytes <= DECODED_BYTES if cache_decoded is None else cache_decoded
+    return stored if decoded else parts, num_bytes
+
+
 def _describe(
-    parts: dict[str, _Part], classes: list[str], geometry: Geometry, cache: Path, whole: bool, decoded: bool
+    parts: dict[str, _Part], classes: list[str], geometry: Geometry, cache: Path, whole: bool
 ) -> PreparedImages:
     """Return the contents of the prepared folder, without mean and standard deviation; its name is their hash."""
+    decoded = any(part.stored != "no" for part in parts.values())
     size, resize, channels, max_pixels = geometry.size, geometry.resize, geometry.channels, geometry.max_pixels
     # Random crops of images that are stored whole, with the shorter edge resized, may have other pixels.
     key = [VERSION, classes, channels, size, resize, whole, whole and decoded]
@@ -291,7 +287,11 @@ def _reference(parts: dict[str, _Part]) -> str:
 
 
 def _write(prepared: PreparedImages, parts: dict[str, _Part], num_processes: int) -> None:
-    """Write the prepared folder."""
+    """Write the prepared folder.
+
+    Mean and standard deviation are those of the training images in the geometry of evaluation: of all if those are
+    stored that way, else of at most 5,000, spread evenly. Where nothing is trained, they are those of the first split.
+    """
     began = time.monotonic()
     geometry, reference = prepared.geometry, _reference(parts)
     num_bytes = sum(part.num_bytes(geometry) for part in parts.values())

@@ -38,6 +38,12 @@ class ImageColumns:
             return [self.image]
         return [self.image, self.label, *([self.split] if self.split else [])]
 
+    def parse_split(self, word: str, where: str) -> str:
+        """Return the split that the cell at `where` names; raise an error if it names none."""
+        if (split := split_name(word)) is None:
+            raise ValueError(f"{where}: {word!r} in column {self.split!r} is not a split; accepted are {SPLIT_WORDS}")
+        return split
+
     def check(self, where: str, present: Sequence[str], wanted: Sequence[str]) -> None:
         """Raise an error if a table lacks a requested column."""
         for flag, column in (("image", self.image), ("label", self.label), ("split", self.split)):
@@ -75,8 +81,10 @@ def parts_found(
     store = ConcatStore([store for store, _ in parts.values()])
     table = pa.concat_tables([table for _, table in parts.values()])
     labels = _labels(table, columns.label, store)
+    words = _filled(table, columns.split, store).to_pylist()
+    splits = [columns.parse_split(str(word), store.name(row)) for row, word in enumerate(words)]
     found = {}
-    for split, rows in rows_of(_splits(table, columns.split, store)).items():
+    for split, rows in rows_of(splits).items():
         chosen = labels[rows] if isinstance(labels, np.ndarray) else [labels[i] for i in rows]
         found[split] = RawSplit(SubsetStore(store, rows), chosen)
     return RawDataset(where, found, classes)
@@ -106,15 +114,3 @@ def _labels(table: pa.Table, column: str, store: ImageStore) -> Labels:
         f"{store.name(0)}: column {column!r} is of type {values.type}; labels are integers or strings:"
         " set --data.columns.label to such a column"
     )
-
-
-def _splits(table: pa.Table, column: str, store: ImageStore) -> list[str]:
-    splits = []
-    for row, word in enumerate(_filled(table, column, store).to_pylist()):
-        split = split_name(str(word))
-        if split is None:
-            raise ValueError(
-                f"{store.name(row)}: {word!r} in column {column!r} is not a split (accepted: {SPLIT_WORDS})"
-            )
-        splits.append(split)
-    return splits

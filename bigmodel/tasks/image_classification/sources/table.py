@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bigmodel.data.split_shares import SPLIT_WORDS, split_name
 from bigmodel.tasks.image_classification.sources.columns import ImageColumns, rows_of
 from bigmodel.tasks.image_classification.sources.dataset_index import RawDataset, RawSplit
 from bigmodel.tasks.image_classification.sources.image_storage import FileStore
@@ -23,6 +22,7 @@ def read_table(path: str, columns: ImageColumns, labelled: bool) -> RawDataset:
     folder = os.path.dirname(path)
     wanted = columns.wanted(labelled)
     cells: dict[str, list[str]] = {column: [] for column in wanted}
+    splits: list[str] = []
     for line, row in _rows(path, columns, wanted):
         for column in wanted:
             cell = (row[column] or "").strip()
@@ -32,18 +32,12 @@ def read_table(path: str, columns: ImageColumns, labelled: bool) -> RawDataset:
         image = os.path.join(folder, cells[columns.image][-1])
         if not os.path.isfile(image):
             raise ValueError(f"{path} line {line}: the file {image} does not exist")
-        if columns.split in wanted and split_name(cells[columns.split][-1]) is None:
-            raise ValueError(
-                f"{path} line {line}: {cells[columns.split][-1]!r} in column {columns.split!r} is not a split"
-                f" (accepted: {SPLIT_WORDS})"
-            )
+        if columns.split in wanted:
+            splits.append(columns.parse_split(cells[columns.split][-1], f"{path} line {line}"))
     images = cells[columns.image]
     if not images:
         raise ValueError(f"--data.path {path}: the table has no rows")
-    if columns.split in wanted:
-        rows = rows_of([str(split_name(word)) for word in cells[columns.split]])
-    else:
-        rows = {"all": np.arange(len(images))}
+    rows = rows_of(splits) if splits else {"all": np.arange(len(images))}
     return RawDataset(
         path,
         {
