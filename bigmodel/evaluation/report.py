@@ -49,7 +49,7 @@ class Report(Callback):
     def __init__(self, num_mistakes: int | None = None) -> None:
         self.num_mistakes = num_mistakes
         self._widths: dict[str, int] = {}  # number of columns in _worst for each of _FIELDS
-        self._several = False  # labels
+        self._multi_label = False
         # [M, 2 + ...]: loss, index, _FIELDS. float64 holds any index; in main memory if the device has none.
         self._worst: Tensor | None = None
         self._confusion: Tensor | None = None  # [K, K]
@@ -73,11 +73,10 @@ class Report(Callback):
             return
         num_rows = len(outputs["loss"])
         given = {name: outputs[name] for name in _FIELDS if name in outputs}
-        fields = {
-            name: field.view(num_rows, math.prod(field.shape[1:])) for name, field in given.items()
-        }  # maybe 0 rows
+        # The number of columns is not left to view: there may be 0 rows.
+        fields = {name: field.view(num_rows, math.prod(field.shape[1:])) for name, field in given.items()}
         self._widths = {name: field.shape[1] for name, field in fields.items()}
-        self._several = outputs["target"].ndim == 2
+        self._multi_label = outputs["target"].ndim == 2
         columns = [outputs["loss"][:, None], outputs["index"][:, None], *fields.values()]
         if accumulation_dtype(columns[0].device) != torch.float64:
             columns = [column.cpu() for column in columns]
@@ -91,9 +90,9 @@ class Report(Callback):
 
     def _largest(self, trainer: Trainer, rows: Tensor) -> Tensor:
         order = rows[:, 0].argsort(descending=True, stable=True)
-        return rows[order[: self._most(trainer)]]
+        return rows[order[: self._max_mistakes(trainer)]]
 
-    def _most(self, trainer: Trainer) -> int:
+    def _max_mistakes(self, trainer: Trainer) -> int:
         return self.num_mistakes or (200 if hasattr(_data(trainer), "texts") else 40)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -108,10 +107,10 @@ class Report(Callback):
         task: Any = pl_module
         self._confusion = task.metrics.confusion()
         if pl_module.trainer.world_size > 1 and self._worst is not None:
-            filled = self._worst.new_full((self._most(pl_module.trainer), self._worst.shape[1]), -1)
+            filled = self._worst.new_full((self._max_mistakes(pl_module.trainer), self._worst.shape[1]), -1)
             filled[: len(self._worst)] = self._worst
-            everyone: Any = pl_module.all_gather(filled)  # [W, M, 2 + ...]
-            self._worst = self._largest(pl_module.trainer, everyone.flatten(0, 1))
+            gathered: Any = pl_module.all_gather(filled)  # [W, M, 2 + ...]
+            self._worst = self._largest(pl_module.trainer, gathered.flatten(0, 1))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer, "val")
@@ -158,7 +157,7 @@ class Report(Callback):
         rows: list[list[Any]] = [["text", "true", *list(self._widths)[1:], "loss"]]
         for number, (loss, index) in enumerate(wrong[:, :2].tolist()):
             row = {name: values[number] for name, values in fields.items()}
-            rows.append([texts[int(index)], *_format_row(row, data.classes, self._several), f"{loss:.4g}"])
+            rows.append([texts[int(index)], *_format_row(row, data.classes, self._multi_label), f"{loss:.4g}"])
         partial = path.with_name(f".{path.name}.partial")
         with open(partial, "w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows(rows)
@@ -166,12 +165,12 @@ class Report(Callback):
         return rows
 
 
-def _format_row(row: dict[str, list[float]], classes: list[str], several: bool) -> list[str]:
+def _format_row(row: dict[str, list[float]], classes: list[str], multi_label: bool) -> list[str]:
     """Format a row's target, prediction and probability."""
     target, predicted, probability = row["target"], row["predicted"], row.get("probability")
     if probability is None:
         return [f"{target[0]:.6g}", f"{predicted[0]:.6g}"]
-    if not several:
+    if not multi_label:
         return [classes[int(target[0])], classes[int(predicted[0])], f"{probability[0]:.4f}"]
     chosen = [k for k, there in enumerate(predicted) if there]
     true = "; ".join(name for name, there in zip(classes, target, strict=True) if there)

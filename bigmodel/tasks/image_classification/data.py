@@ -299,7 +299,7 @@ class ImageData(L.LightningDataModule):
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader[ImageBatch]:
-        """Return a loader of all images at the path, of whichever split."""
+        """Return a loader of all images at the path."""
         return self._eval_loader("all")
 
     def _eval_loader(self, split: str) -> DataLoader[ImageBatch]:

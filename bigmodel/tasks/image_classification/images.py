@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 VERSION = 1  # of this format
 
-# Pages of a memory map that were read stay in the process's resident memory, with up to ten times as much around them:
-# release all after this number of bytes, which limits it to some 200 MB.
+# Pages of a memory map that were read stay in the process's resident memory, with up to ten times as many neighbouring
+# pages: releasing all after this number of bytes limits it to some 200 MB.
 RELEASE_BYTES = 2**24
 
 Stored = Literal["square", "whole", "no"]

@@ -1,10 +1,10 @@
-"""Scan of every image: integrity, size, whether it is grey, and a hash of its content.
+"""Scan of every image: integrity, size, colour or grey, and a hash of its content.
 
 Each image is read and decoded (a JPEG at an eighth of its size, which still processes all of its data) in worker
-processes. The results are cached under the stamps of all images (names, sizes, dates), so a second start reads no image
-that was valid::
+processes. The results are cached under the stamps of all images (names, sizes, dates), so a second start does not read
+valid images again::
 
-    <cache>/scans/<hash of the stamps>.npz      hashes, sizes, grey of a `Scan`, and which are bad
+    <cache>/scans/<hash of the stamps>.npz      hashes, sizes and grey of a `Scan`; bad: [N] bool, true for errors
 
 N images.
 """
@@ -64,7 +64,7 @@ def scan(stores: Mapping[str, ImageStore], cache: Path, max_pixels: int, num_pro
     """
     cache_files = {name: _cache_file(store, cache, max_pixels) for name, store in stores.items()}
     scans = {name: _load_cached(cache_files[name], len(store)) for name, store in stores.items()}
-    # Invalid images are scanned again: the cause may have been the disk, or another version of Pillow.
+    # Invalid images are scanned again: the cause may have been the disk, or the version of Pillow.
     rows = {name: np.flatnonzero(found.errors != "") for name, found in scans.items()}
     total = sum(map(len, rows.values()))
     if total == 0:
@@ -90,7 +90,7 @@ def scan(stores: Mapping[str, ImageStore], cache: Path, max_pixels: int, num_pro
 
 @contextmanager
 def store_files(stores: Mapping[str, ImageStore]) -> Iterator[dict[str, str]]:
-    """Write files from which worker processes load the stores (`load_store`), each process once, whatever the size."""
+    """Write files from which worker processes load the stores (`load_store`), once in each process."""
     with tempfile.TemporaryDirectory(prefix="bigmodel-") as folder:
         files = {name: os.path.join(folder, name) for name in stores}
         for name, store in stores.items():

@@ -199,3 +199,10 @@ def test_a_net_of_transformers_is_fine_tuned_and_loads_without_its_folder(folder
     assert task.mean.flatten().tolist() == [0.5] * 3
     assert task.std.flatten().tolist() == [0.25] * 3
     assert set(task(photos / "cool" / "00.png")) == {"cool", "leafy", "warm"}
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read():
+    metadata = {"classes": ["cat", "dog"], "size": 8, "resize": 8}
+    task = ImageClassification()
+    task.on_load_checkpoint({"pictures": metadata})
+    assert task.data_metadata == metadata

@@ -111,14 +111,10 @@ class _Finder:
             names += inside
             labels += [entry.name] * len(inside)
         if not labels:
+            unlabelled = f", only {len(self.unlabelled):,} images without labels" if self.unlabelled else ""
             raise ValueError(
                 f"--data.path {self.root}: {split or 'the folder'} has no class folders"
-                + (
-                    f", only {len(self.unlabelled):,} images without labels"
-                    if self.unlabelled
-                    else self.describe_others()
-                )
-                + f". Accepted are {KINDS}"
+                f"{unlabelled or self.describe_others()}. Accepted are {KINDS}"
             )
         return names, labels
 

@@ -32,7 +32,7 @@ def file_stamp(path: str | os.PathLike[str]) -> list[str | int]:
 
 
 class FileStore:
-    """One file per image. The names are in one string of bytes: a million of them are cheap to hold and to pickle.
+    """One file per image. The names are stored in one string of bytes, which is small and fast to pickle.
 
     Args:
         root: folder that the names are relative to.
@@ -66,7 +66,7 @@ class FileStore:
 
 
 class PackedStore:
-    """Encoded images one after another in a memory-mapped file of a folder::
+    """Encoded images, concatenated in a memory-mapped file of a folder::
 
         pictures.bin    the bytes (an earlier name, so that existing folders can be read)
         ends.npy        [N + 1] int64: image i is bytes ends[i] to ends[i + 1]

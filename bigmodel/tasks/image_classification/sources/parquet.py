@@ -1,7 +1,7 @@
 """Parquet tables: labels are read from them; encoded images are copied once to a flat file with random access.
 
 A page of Parquet is compressed as a whole, so a single image in it cannot be read. The copy is made in record batches;
-it takes the memory of a few pages, however large the files are::
+memory use is that of a few pages, for files of any size::
 
     <cache>/tables/<hash of the files' paths, sizes, times of change, and the column>/    see `PackedStore`
 """
