@@ -338,7 +338,7 @@ def test_teachers_of_other_classes_are_refused(folder, monkeypatch):
     task = bigmodel.load("teacher-run")
     student = bigmodel.load(only("online"))
     teacher = teachers.Teacher("teacher-run")
-    student.facts = {**task.facts, "classes": [*task.facts["classes"][:-1], "ten"]}
+    student.data_metadata = {**task.data_metadata, "classes": [*task.data_metadata["classes"][:-1], "ten"]}
     with pytest.raises(ValueError, match=r"calls them otherwise \(teacher, student\): number 9 is '9', 'ten'"):
         teacher.load(student)
     with pytest.raises(ValueError, match=r"of another kind than the student: its data know .*, and these vocab_size 9"):
