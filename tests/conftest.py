@@ -76,10 +76,10 @@ def digit_files(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("digits") / "digits"
     digits = load_digits()
-    for number, (picture, label) in enumerate(zip(digits.images[:400], digits.target, strict=False)):
+    for number, (image, label) in enumerate(zip(digits.images[:400], digits.target, strict=False)):
         path = folder / str(label) / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((picture * 255 / 16).round().astype("uint8")).save(path)
+        Image.fromarray((image * 255 / 16).round().astype("uint8")).save(path)
     return folder
 
 

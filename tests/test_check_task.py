@@ -72,14 +72,14 @@ def found(table, digit_files, tmp_path_factory):
     cache = [("data.cache_dir", str(folder / "cache"))]
     transfer_runs.bert(folder / "bert")
     small_net = [*cache, ("model.backbone", str(folder / "bert"))]
-    pictures = [*cache, ("data.path", str(digit_files))]
+    images = [*cache, ("data.path", str(digit_files))]
     experiments = resources.files("bigmodel") / "experiments"
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder / "new_task")
         new = str(folder / "new_task" / "new_task" / "experiment.yaml")
         plans = {
             "language_modeling": merge_config([str(experiments / "language_modeling" / "check.yaml")], cache),
-            "image_classification": merge_config([str(experiments / "image_classification/check.yaml")], pictures),
+            "image_classification": merge_config([str(experiments / "image_classification/check.yaml")], images),
             "recommendation": merge_config([str(experiments / "recommendation/check.yaml")], cache),
             "transfer_learning": merge_config([str(experiments / "transfer_learning/check.yaml")], small_net),
             "outsider": outsider(table, ("model.net.dropout", "0.2")),

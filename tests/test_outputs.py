@@ -101,7 +101,7 @@ def test_an_interrupted_computation_goes_on(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         outputs.compute(None, batches, until_third)
     assert not outputs.complete
-    with pytest.raises(ValueError, match="not there, or not all of it"):
+    with pytest.raises(ValueError, match="is missing or incomplete"):
         outputs.read(torch.tensor([0]))
     rest = []
 
@@ -154,11 +154,11 @@ def test_a_store_is_of_one_key_alone_and_says_what_differs(tmp_path):
 
 
 def test_what_cannot_be_kept_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"never came \(samples 8, 9\)"):
+    with pytest.raises(ValueError, match=r"are missing \(samples 8, 9\)"):
         store(tmp_path).compute(None, lambda view: batches(n=8), lambda batch: say(NET, batch))
     with pytest.raises(ValueError, match=r"a number outside 0 to 9 \(samples 8, 9, 10, 11\)"):
         store(tmp_path).compute(None, lambda view: batches(n=12), lambda batch: say(NET, batch))
-    with pytest.raises(ValueError, match="a sample comes twice"):
+    with pytest.raises(ValueError, match="a sample occurs twice"):
         store(tmp_path).compute(None, lambda view: [*batches(), *batches()], lambda batch: say(NET, batch))
 
     def of(values, **kind):
@@ -170,17 +170,19 @@ def test_what_cannot_be_kept_is_refused(tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match=r"logits of 1 samples has shape \[1, 3\], not \[1, 2\]"):
         of([1.0, 2.0, 3.0])
-    with pytest.raises(ValueError, match=r"reaches 70,000, too large for float16: keep it as float32"):
+    with pytest.raises(ValueError, match=r"reaches 70,000, too large for float16: store it as float32"):
         of([70000.0, 1.0])
-    with pytest.raises(ValueError, match="is not a number"):
+    with pytest.raises(ValueError, match="is not finite"):
         of([float("nan"), 1.0])
-    with pytest.raises(ValueError, match="is not a number"):
+    with pytest.raises(ValueError, match="is not finite"):
         of([torch.inf, 1.0])
     of([-torch.inf, 1.0])  # the score of what must not be chosen
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e6))
-    large = OutputCache(tmp_path, {"net": "large"}, 10**6, FIELDS, 2, "teacher logits", "set --data.views to less")
-    needed = r"teacher logits of 1,000,000 samples in 2 views take 46.0 MB, and .* has 1.0 MB left: set --data.views"
+    large = OutputCache(tmp_path, {"net": "large"}, 10**6, FIELDS, 2, "teacher logits", "set --data.batch_size to less")
+    needed = (
+        r"teacher logits of 1,000,000 samples in 2 views take 46.0 MB, and .* has 1.0 MB left: set --data.batch_size"
+    )
     with pytest.raises(ValueError, match=needed):
         large.compute(None, batches, lambda batch: say(NET, batch))
     store(tmp_path, net="small").check_space()
@@ -188,7 +190,7 @@ def test_what_cannot_be_kept_is_refused(tmp_path, monkeypatch):
         store(tmp_path, net="small").check_space(beside=10**6)
     assert not [path for path in tmp_path.iterdir() if re.search(large.path.name, path.name)]
     (Path(tmp_path) / "file").write_text("")
-    with pytest.raises(ValueError, match=r"outputs cannot be kept in .*: set \$BIGMODEL_CACHE"):
+    with pytest.raises(ValueError, match=r"outputs cannot be stored in .*: set \$BIGMODEL_CACHE"):
         store(tmp_path / "file").compute(None, batches, lambda batch: say(NET, batch))
 
 
@@ -199,7 +201,7 @@ def test_a_folder_that_is_only_read(tmp_path, monkeypatch):
     monkeypatch.setattr(module.os, "open", lambda *args: pytest.fail("written"))
     kept.check_space()
     assert store(tmp_path).read(torch.arange(2))["logits"].shape == (2, 7)
-    with pytest.raises(ValueError, match=r"outputs cannot be kept in .*it is not to be written to\): set \$BIGMODEL"):
+    with pytest.raises(ValueError, match=r"outputs cannot be stored in .*no permission to write\): set \$BIGMODEL"):
         store(tmp_path, net="another").check_space()
 
 

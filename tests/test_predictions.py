@@ -73,7 +73,7 @@ def test_new_data_may_know_no_sizes_and_no_prediction_overwrites_another(predict
     assert len(files) == 2
     assert all(file.name.startswith("best-2-") and pq.read_table(file).num_rows == 3 for file in files)
     before = files[0].read_bytes()
-    assert "is there already" in predict("--data.path", short, "--output", files[0], fails=True)
+    assert "exists: set --output" in predict("--data.path", short, "--output", files[0], fails=True)
     assert files[0].read_bytes() == before
 
 
@@ -100,7 +100,7 @@ def test_a_failure_leaves_nothing(predict, tmp_path, table, monkeypatch):
 
     monkeypatch.setattr(predictions.os, "replace", full_disk)
     error = predict("--output", tmp_path / "new" / "p.parquet", fails=True)
-    assert "p.parquet cannot be written: [Errno 28] No space left on device; name another place" in error
+    assert "p.parquet cannot be written: [Errno 28] No space left on device; set --output to a different place" in error
     assert not (tmp_path / "new").exists()
 
 
@@ -109,7 +109,7 @@ def test_columns_that_change_are_refused(predict, tmp_path, monkeypatch):
         TabularRegression, "predict_step", lambda self, batch: {"a" if 0 in batch.index else "b": batch.index}
     )
     error = predict("--output", tmp_path / "p.parquet", fails=True)
-    assert "other columns for batch 1 than before: b int64, not a int64" in error
+    assert "different columns for batch 1 than before: b int64, not a int64" in error
 
 
 def write_part(path, batches):
@@ -142,7 +142,7 @@ def test_parts_are_merged_as_the_samples_were_dealt_out(tmp_path, monkeypatch, n
 
 def test_a_missing_part_is_refused(tmp_path):
     part = write_part(tmp_path / "part0", [{"i": torch.arange(3)}])
-    with pytest.raises(ValueError, match=r"part1 is not there: all processes must see one folder"):
+    with pytest.raises(ValueError, match=r"part1 is missing: set --output"):
         merge([part, tmp_path / "part1"], tmp_path / "all.parquet", {})
     assert not (tmp_path / "all.parquet").exists()
 
@@ -162,7 +162,7 @@ def test_who_cannot_predict_is_told_what_is_missing():
     class Mute(LightningModule):
         pass
 
-    with pytest.raises(ValueError, match="Mute does not predict"):
+    with pytest.raises(ValueError, match="Mute cannot predict"):
         check_prediction(Mute(), LightningDataModule())
-    with pytest.raises(ValueError, match="LightningDataModule has nothing to predict"):
+    with pytest.raises(ValueError, match="LightningDataModule cannot predict"):
         check_prediction(TabularRegression(), LightningDataModule())

@@ -151,18 +151,20 @@ class ByEpoch(Squares):
 
 
 def test_a_data_set_that_asks_is_told_the_epoch():
-    def epoch(step, views=None):
-        loader = train_loader(ByEpoch(20), batch_size=5, seed=1, trainer=process(global_step=step), views=views)
+    def epoch(step, repeat=None):
+        loader = train_loader(
+            ByEpoch(20), batch_size=5, seed=1, trainer=process(global_step=step), num_augmentation_epochs=repeat
+        )
         batches = list(loader)
         (told,) = {int(e) for batch in batches for e in batch.value}
         return told, [batch.index.tolist() for batch in batches]
 
     assert [epoch(step)[0] for step in (0, 3, 4, 8, 9)] == [0, 0, 1, 2, 2]
-    assert [epoch(step, views=2)[0] for step in (0, 4, 8, 12)] == [0, 1, 0, 1]
-    assert epoch(0, views=2) == epoch(8, views=2) != epoch(4, views=2)
-    assert epoch(5, views=2)[1] == epoch(4)[1][1:]
-    with pytest.raises(ValueError, match=r"--data\.views 0"):
-        epoch(0, views=0)
+    assert [epoch(step, repeat=2)[0] for step in (0, 4, 8, 12)] == [0, 1, 0, 1]
+    assert epoch(0, repeat=2) == epoch(8, repeat=2) != epoch(4, repeat=2)
+    assert epoch(5, repeat=2)[1] == epoch(4)[1][1:]
+    with pytest.raises(ValueError, match=r"--data\.num_augmentation_epochs 0"):
+        epoch(0, repeat=0)
 
 
 def test_workers_are_told_the_epoch_too():

@@ -13,7 +13,7 @@ import sharded
 import torch
 import yaml
 from safetensors.torch import load_file
-from sharded import MIXED, choices, only_run, pictures, stop_at, text
+from sharded import MIXED, choices, images, only_run, stop_at, text
 
 import bigmodel
 from bigmodel.checkpoint import read
@@ -47,7 +47,7 @@ def launched(tmp_path_factory, table, digit_files):
         Path("text.txt").write_text("".join(f"The square of {i} is {i * i}, its half {i / 2}.\n" for i in range(200)))
         main(["fit", *text("one")])
         main(["fit", *text("one-mixed", *MIXED)])
-        main(["fit", *pictures("pictures-one", digit_files, "--trainer.precision", "bf16-mixed")])
+        main(["fit", *images("images-one", digit_files, "--trainer.precision", "bf16-mixed")])
         draw = random.Random(0)
         events = (f"{user},{draw.randrange(30)},{t}\n" for user in range(61) for t in range(draw.randint(5, 15)))
         Path("events.csv").write_text("user_id,item_id,timestamp\n" + "".join(events))
@@ -98,7 +98,7 @@ def test_autocast_and_shards_in_bfloat16(launched):
     one, many = only_run("one-mixed"), only_run("mixed")
     assert column(one, "train/loss") == pytest.approx(column(many, "train/loss"), rel=2e-3)
     assert {tensor.dtype for tensor in last(many, step=2)["state_dict"].values()} == {torch.float32}
-    one, many = only_run("pictures-one"), only_run("pictures")
+    one, many = only_run("images-one"), only_run("images")
     assert yaml.safe_load((many / "config.yaml").read_text())["trainer"]["precision"] == "bf16-mixed"
     # BatchNorm takes each process's own statistics.
     assert column(one, "val/loss") == pytest.approx(column(many, "val/loss"), rel=0.5)

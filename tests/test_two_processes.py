@@ -10,7 +10,7 @@ import forked
 import pytest
 import torch
 import two_processes
-from two_processes import experiment, pictures
+from two_processes import experiment, images
 
 from bigmodel.cli import main
 from bigmodel.run import checkpoint_step
@@ -59,7 +59,7 @@ def launched(tmp_path_factory, table, digit_files):
         patch.chdir(folder)
         torch.set_num_threads(1)
         main(["fit", *experiment(table, "one")])
-        main(["fit", *pictures("pictures-one", digit_files)])
+        main(["fit", *images("images-one", digit_files)])
         stopped = folder / "stopped"
         shutil.copytree(only_run("one"), stopped)
         stop_at(stopped, 3)
@@ -77,8 +77,8 @@ def test_two_processes_equal_one(launched):
     assert {len(taken) for taken in samples("two.samples").values()} == {12}
 
 
-def test_pictures_are_augmented_mixed_and_measured_alike_on_two_processes(launched):
-    one, two = only_run("pictures-one"), only_run("pictures-two")
+def test_images_are_augmented_mixed_and_measured_alike_on_two_processes(launched):
+    one, two = only_run("images-one"), only_run("images-two")
     same(weights(one), weights(two), rtol=0, atol=2e-6)
     header = (one / "metrics.csv").read_text().splitlines()[0].split(",")
     measured = [name for name in header if name.startswith("val/")]

@@ -18,6 +18,19 @@ RENAMED = {
     "bigmodel.tasks.language_modeling.ByPosition": "bigmodel.tasks.language_modeling.ContiguousSplit",
     "bigmodel.tasks.language_modeling.OfRun": "bigmodel.tasks.language_modeling.FromRun",
 }
+# Image classification: by the path of the package and by that of the module.
+RENAMED |= {
+    f"bigmodel.tasks.image_classification.{old}": f"bigmodel.tasks.image_classification.{new}"
+    for new, paths in {
+        "ImageColumns": ("Columns", "sources.Columns", "sources.columns.Columns"),
+        "ImageSplit": ("Split", "splits.Split"),
+        "MixupCutMix": ("Mix", "mixup.Mix"),
+        "RandomFlip": ("Flip", "geometry.Flip"),
+        "RandomGrayscale": ("Grayscale", "color.Grayscale"),
+        "TrivialAugmentWide": ("TrivialAugment", "auto_augment.TrivialAugment"),
+    }.items()
+    for old in paths
+}
 # Current class path: its arguments by their earlier names. One block for each room or task.
 _CALLBACKS = {  # of training, by module and class
     "anomalies.Anomalies": {
@@ -33,6 +46,27 @@ _CALLBACKS = {  # of training, by module and class
 RENAMED_ARGUMENTS: dict[str, dict[str, str]] = {
     **{f"bigmodel.training.callbacks.{path}": names for path, names in _CALLBACKS.items()},
     **{f"bigmodel.training.callbacks.{path.partition('.')[2]}": names for path, names in _CALLBACKS.items()},
+}
+# Image classification: by the path of the package and by that of the module.
+RENAMED_ARGUMENTS |= {
+    f"bigmodel.tasks.image_classification.{path}": arguments
+    for paths, arguments in (
+        (
+            ("ImageData", "data.ImageData"),
+            {
+                "decoded": "cache_decoded",
+                "on_bad": "on_corrupt",
+                "on_device": "cache_on_device",
+                "views": "num_augmentation_epochs",
+            },
+        ),
+        (("HuggingFace", "hugging_face.HuggingFace"), {"excuse": "ignore_mismatched"}),
+        (("MixupCutMix", "mixup.MixupCutMix"), {"cutmix": "cutmix_alpha", "mixup": "mixup_alpha"}),
+        (("RandAugment", "auto_augment.RandAugment"), {"num_bins": "num_magnitude_bins"}),
+        (("RandomCrop", "geometry.RandomCrop"), {"mode": "padding_mode"}),
+        (("TrivialAugmentWide", "auto_augment.TrivialAugmentWide"), {"num_bins": "num_magnitude_bins"}),
+    )
+    for path in paths
 }
 # Current class path: by argument, earlier values of it (short names such as those of a Literal) and current ones.
 _ACTIONS = {"on_nonfinite": {"back": "rollback"}, "on_spike": {"back": "rollback"}}

@@ -1,14 +1,14 @@
 """Decoding of one image's bytes or pixels to the array that a net takes as input.
 
-In evaluation the shorter edge is resized to R pixels and the central S x S pixels are kept (Krizhevsky, Sutskever and
+In evaluation the shorter edge is resized to R pixels and the central S x S pixels are cropped (Krizhevsky, Sutskever and
 Hinton 2012, section 2). Resampling is bilinear with antialiasing, as in torchvision's reference recipes, in Pillow's
-8-bit arithmetic; only the pixels that are kept are computed. If the sizes already agree, pixels are copied.
+8-bit arithmetic; only the cropped pixels are computed. If the sizes already agree, pixels are copied.
 
 A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size (by fewer coefficients of its discrete cosine transform), as long
 as that leaves `DRAFT_MARGIN` times the requested pixels along each edge.
 
 Transparent pixels are drawn over white, the orientation in EXIF is applied, and only the first frame of an animation is
-read. Embedded ICC profiles and gamma are not applied, nor are they in the usual data sets' recipes.
+read. Embedded ICC profiles and gamma are not applied, as usual in training recipes.
 
 H and W pixels of an upright image, C channels (1: grey, 3: RGB), S and R as above.
 """
@@ -33,7 +33,7 @@ DRAFT_MARGIN = 1.5  # on photographs, at least 41 dB from full decoding; 1 gives
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
-# Recognized by their first bytes. Formats without such a signature (TGA), or that run a program (EPS), are excluded.
+# Recognized by their first bytes. Formats without a signature (TGA), or that run a program (EPS), are excluded.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNS = {  # transposition that makes an image of this orientation upright
@@ -49,7 +49,7 @@ _SIDEWAYS = (5, 6, 7, 8)
 _pillow_limit = threading.Lock()
 
 
-class PictureError(ValueError):
+class ImageError(ValueError):
     """Error for an unusable image. The message gives the reason; the caller adds the name."""
 
 
@@ -61,7 +61,7 @@ class Geometry:
         channels: 1 or 3.
         size: S, edge of the net's square input [pixels].
         resize: R, size of the shorter edge before S x S pixels are cropped [pixels].
-        max_pixels: an image with more is refused before it is decoded.
+        max_pixels: an image with more is rejected before it is decoded.
     """
 
     channels: int
@@ -73,18 +73,18 @@ class Geometry:
         """Return the pixels [S, S, C] uint8 of the box, by default of the centre.
 
         Args:
-            content: bytes of an image file, or pixels; see `open_picture`.
+            content: bytes of an image file, or pixels; see `open_image`.
             box: the region that is resized to S x S, in pixels of the upright original, within it.
 
         Raises:
-            PictureError: if the content is not an image, is damaged, too large, or does not contain the box.
+            ImageError: if the content is not an image, is damaged, too large, or does not contain the box.
         """
         with _errors():
-            image = open_picture(content, self.max_pixels)
+            image = open_image(content, self.max_pixels)
             width, height = upright_size(image)
             left, top, right, bottom = box or self._middle(width, height)
             if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-                raise PictureError(f"box {box} does not lie within the {width} x {height} pixels of the picture")
+                raise ImageError(f"box {box} does not lie within the {width} x {height} pixels of the image")
             image, scale = _pixels(image, self._mode, min(right - left, bottom - top) / self.size)
             reduced = (left / scale, top / scale, right / scale, bottom / scale)
             return self._array(_resample(image, (self.size, self.size), reduced))
@@ -95,7 +95,7 @@ class Geometry:
         Arguments and errors as for `decode`.
         """
         with _errors():
-            image = open_picture(content, self.max_pixels)
+            image = open_image(content, self.max_pixels)
             width, height = upright_size(image)
             new_width, new_height = self.whole_sizes(np.array([width, height])).tolist()
             image, scale = _pixels(image, self._mode, min(width / new_width, height / new_height))
@@ -123,27 +123,25 @@ class Geometry:
 
 
 def decode(
-    picture: bytes | np.ndarray | Image.Image | str | os.PathLike[str],
+    image: bytes | np.ndarray | Image.Image | str | os.PathLike[str],
     *,
     channels: int,
     size: int,
     resize: int,
-    box: Box | None = None,
-    max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
     """Return the pixels [S, S, C] uint8 of a single image or path, see `Geometry` and its `decode`.
 
     Raises:
-        ValueError: if it cannot be used.
+        ValueError: if the image cannot be used.
         OSError: if the file cannot be read.
     """
-    geometry = Geometry(channels, size, resize, max_pixels)
-    if not isinstance(picture, str | os.PathLike):
-        return geometry.decode(picture, box)
+    geometry = Geometry(channels, size, resize)
+    if not isinstance(image, str | os.PathLike):
+        return geometry.decode(image)
     try:
-        return geometry.decode(Path(picture).read_bytes(), box)
-    except PictureError as error:
-        raise PictureError(f"{os.fspath(picture)}: {error}") from error
+        return geometry.decode(Path(image).read_bytes())
+    except ImageError as error:
+        raise ImageError(f"{os.fspath(image)}: {error}") from error
 
 
 def measure(content: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> tuple[int, int, bool]:
@@ -152,44 +150,44 @@ def measure(content: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> tuple[
     Reads all data, so damage is detected.
 
     Raises:
-        PictureError: as `Geometry.decode`.
+        ImageError: as `Geometry.decode`.
     """
     with _errors():
-        image = open_picture(content, max_pixels)
+        image = open_image(content, max_pixels)
         width, height = upright_size(image)
         image, _ = _pixels(image, None, 8 * DRAFT_MARGIN)
         red, *others = image.split()
         return height, width, all(red.tobytes() == other.tobytes() for other in others)
 
 
-def open_picture(content: bytes | np.ndarray | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(content: bytes | np.ndarray | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Return an image with its header read, its pixels not decoded yet.
 
     Args:
         content: bytes of a file in one of the usual formats, independent of its name; or pixels [H, W] or [H, W, C] of
             uint8 or uint16 (the upper 8 bits are used), C of 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha); or a
             Pillow image, which is not modified.
-        max_pixels: a file with more is refused.
+        max_pixels: a file with more is rejected.
 
     Raises:
-        PictureError: if it is not an image, or too large.
+        ImageError: if it is not an image, or too large.
     """
     if isinstance(content, np.ndarray):
         return _from_array(content)
     if isinstance(content, Image.Image):
         return content.copy()
     if not content:
-        raise PictureError("the file is empty")
+        raise ImageError("the file is empty")
     with _pillow_limit:  # Pillow's own limit is global, not settable per call
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             image = Image.open(io.BytesIO(content), formats=_formats())
         except Image.UnidentifiedImageError:
-            raise PictureError(f"the file is no picture in a known format ({', '.join(_formats())})") from None
+            raise ImageError(f"the file is not an image in an accepted format ({', '.join(_formats())})") from None
         finally:
             Image.MAX_IMAGE_PIXELS = limit
     if image.width * image.height > max_pixels:
-        raise PictureError(
+        raise ImageError(
             f"{image.width:,} x {image.height:,} pixels are more than the {max_pixels:,} of --data.max_pixels"
         )
     return image
@@ -202,14 +200,14 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """Convert any exception of Pillow and its libraries to a `PictureError`; ignore their warnings."""
+    """Convert any exception of Pillow and its libraries to an `ImageError`; ignore their warnings."""
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
-    except (PictureError, MemoryError):
+    except (ImageError, MemoryError):
         raise
     except Exception as error:
-        raise PictureError(f"the picture cannot be decoded ({type(error).__name__}: {error})") from error
+        raise ImageError(f"the image cannot be decoded ({type(error).__name__}: {error})") from error
 
 
 @cache
@@ -221,11 +219,9 @@ def _formats() -> tuple[str, ...]:
 
 def _from_array(pixels: np.ndarray) -> Image.Image:
     if pixels.dtype.kind != "u" or pixels.dtype.itemsize > 2:
-        raise PictureError(f"pixels are {pixels.dtype}; uint8 and uint16 can be read")
+        raise ImageError(f"pixels are {pixels.dtype}; uint8 and uint16 can be read")
     if not (pixels.ndim == 2 or (pixels.ndim == 3 and 1 <= pixels.shape[2] <= 4)) or 0 in pixels.shape:
-        raise PictureError(
-            f"pixels have shape {list(pixels.shape)}; [H, W] and [H, W, C] with C from 1 to 4 can be read"
-        )
+        raise ImageError(f"pixels have shape {list(pixels.shape)}; [H, W] and [H, W, C] with C from 1 to 4 can be read")
     if pixels.dtype.itemsize == 2:
         pixels = (pixels >> 8).astype(np.uint8)
     if pixels.ndim == 3 and pixels.shape[2] == 1:
@@ -269,8 +265,8 @@ def _flat(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         return _from_floats(image)
     if image.has_transparency_data:
-        picture = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     if image.mode in ("L", "RGB"):
         return image
     return image.convert("L" if image.mode == "1" else "RGB")
@@ -279,7 +275,7 @@ def _flat(image: Image.Image) -> Image.Image:
 def _from_16_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
-        raise PictureError(f"pixels range from {values.min()} to {values.max()}; integers from 0 to 65535 can be read")
+        raise ImageError(f"pixels range from {values.min()} to {values.max()}; integers from 0 to 65535 can be read")
     if "transparency" in image.info:
         values = np.where(values == image.info["transparency"], 65535, values)
     return Image.fromarray((values >> 8).astype(np.uint8))
@@ -288,7 +284,7 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 def _from_floats(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if not ((values >= 0) & (values <= 1)).all():
-        raise PictureError(
+        raise ImageError(
             f"pixels are 32-bit floats from {values.min():g} to {values.max():g}; floats are read as 0 (black) to 1 (white):"
             " scale them, or store 8 or 16 bits"
         )

@@ -1,6 +1,6 @@
 """Memory-mapped on-disk cache of a frozen model's output for every sample.
 
-A store is named by a digest of everything that its content depends on, and is complete as soon as it has that name::
+The name of a store is a digest of everything that its content depends on; a folder with that name is complete::
 
     <folder>/<digest>/            computed
         key.json                  the values that the content depends on
@@ -8,10 +8,10 @@ A store is named by a digest of everything that its content depends on, and is c
     <folder>/.<digest>.<host>/    being computed; an interrupted computation continues from the existing rows
         done.bin                  a byte per row: 1 if it is computed
 
-Each node computes all rows and its processes share them, so the disk may or may not be shared by nodes. All processes
-on a machine that compute the same store at once, also of other runs, fill the same files with the same numbers.
+Each node computes all rows and its processes share them, so the disk may be shared by nodes or local. All processes
+on a machine that compute the same store at once, also those of other runs, write the same numbers to the same files.
 
-N samples, V views of each (as many epochs of augmentation: `views` of `train_loader`), B rows of a batch.
+N samples, V views of each (as many epochs of augmentation: `num_augmentation_epochs` of `train_loader`), B rows of a batch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from bigmodel.data.cache import digest, progress, publish, write_text
 from bigmodel.data.output_files import FieldSpec, Writer, map_rows
 
 VERSION = 1  # of this format
-RELEASE_READS = 1024  # after so many, mapped pages are released; else resident memory grows to the size of the files
+RELEASE_READS = 1024  # reads after which mapped pages are released; else resident memory grows to the size of the files
 
 
 @dataclass(frozen=True)
@@ -144,11 +144,11 @@ class OutputCache:
             trainer: provides the processes; None: only this one.
             batches: called with each view, returns batches that together contain each sample once, as
                 `sampling.sequential_loader` creates them; rows of weight 0 are left out.
-            compute: returns a batch's outputs [B, *shape] by name, without gradients, on any device. The net is whole
-                on each process, and in evaluation mode.
+            compute: returns a batch's outputs [B, *shape] by name, without gradients, on any device. The net is not
+                sharded, and in evaluation mode.
 
         Raises:
-            ValueError: if the disk is too small, outputs do not have the declared shape, are not a number, or are too
+            ValueError: if the disk is too small, outputs do not have the declared shape, are not finite, or are too
                 large for their type; if a sample occurs twice or never.
         """
         strategy = trainer.strategy if trainer is not None else None
@@ -172,9 +172,9 @@ class OutputCache:
                 stack.callback(writer.close)
                 advance = stack.enter_context(progress(self.what, self.num_rows, "rows")) if first else None
                 for view in range(self.views):
-                    come = torch.zeros(self.num_samples, dtype=torch.bool)
+                    seen = torch.zeros(self.num_samples, dtype=torch.bool)
                     for batch in batches(view):
-                        num_rows = self._write(writer, batch, view, come, compute)
+                        num_rows = self._write(writer, batch, view, seen, compute)
                         if advance is not None:
                             advance(num_rows * share)
                 writer.mark()
@@ -196,10 +196,10 @@ class OutputCache:
         return 0 if self.complete else self.num_bytes + self.num_rows - there
 
     def check_space(self, beside: int = 0) -> None:
-        """Check that there is space for the bytes still to be allocated; `compute` does so too.
+        """Check the space for the bytes still to be allocated; `compute` does so too.
 
         Args:
-            beside: bytes that others will use there.
+            beside: further bytes that will be used there.
 
         Raises:
             ValueError: if the disk is too small, or not writable.
@@ -209,7 +209,7 @@ class OutputCache:
         with self._disk_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
             if not os.access(self.folder, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, "it is not to be written to")
+                raise PermissionError(errno.EACCES, "no permission to write")
         needed, free = self.num_missing_bytes + beside, shutil.disk_usage(self.folder).free
         if needed > free:
             raise ValueError(
@@ -224,7 +224,7 @@ class OutputCache:
             yield
         except OSError as error:
             raise ValueError(
-                f"{self.what} cannot be kept in {self.folder} ({error.strerror}): {self.remedy}"
+                f"{self.what} cannot be stored in {self.folder} ({error.strerror}): {self.remedy}"
             ) from error
 
     def _allocate(self) -> None:
@@ -255,27 +255,27 @@ class OutputCache:
         writer: Writer,
         batch: Any,
         view: int,
-        come: Tensor,
+        seen: Tensor,
         compute: Callable[[Any], Mapping[str, Tensor]],
     ) -> int:
         """Write a batch's rows, unless they exist; return their number."""
         real = batch.weight > 0
         samples = batch.index[real]
         outside = (samples < 0) | (samples >= self.num_samples)
-        if outside.any() or come[samples].any() or len(samples.unique()) < len(samples):
+        if outside.any() or seen[samples].any() or len(samples.unique()) < len(samples):
             raise ValueError(
-                f"{self.what}: a sample comes twice, or has a number outside 0 to {self.num_samples - 1:,} (samples"
-                f" {_some(samples)}): what is kept by sample needs data that meet each once an epoch"
+                f"{self.what}: a sample occurs twice, or has a number outside 0 to {self.num_samples - 1:,} (samples"
+                f" {_some(samples)}): the cache needs data with each sample once in an epoch"
             )
-        come[samples] = True
+        seen[samples] = True
         rows = view * self.num_samples + samples
         if len(rows) and not writer.have(rows):
             with torch.no_grad():
                 values = compute(batch)
-            writer.write(rows, {name: self._as_kept(name, values[name], real) for name in self.fields})
+            writer.write(rows, {name: self._to_stored(name, values[name], real) for name in self.fields})
         return len(rows)
 
-    def _as_kept(self, name: str, values: Tensor, real: Tensor) -> Tensor:
+    def _to_stored(self, name: str, values: Tensor, real: Tensor) -> Tensor:
         """Return the real rows of a field, in its stored type."""
         field = self.fields[name]
         if values.shape != (len(real), *field.shape):
@@ -284,28 +284,28 @@ class OutputCache:
                 f" {[len(real), *field.shape]}"
             )
         values = values.detach()[real.to(values.device)]
-        kept = values.to(field.dtype).cpu()
+        stored = values.to(field.dtype).cpu()
         if field.dtype.is_floating_point:
             values = values.cpu()
             if (values.isnan() | values.isposinf()).any():  # -inf is the score of an excluded choice
                 raise ValueError(
-                    f"{self.what}: {name} of some sample is not a number (NaN, or infinite): the net is broken, or"
+                    f"{self.what}: {name} of some sample is not finite (NaN or infinite): the net diverged, or"
                     " overflows at this --trainer.precision"
                 )
-            if (kept.isinf() & values.isfinite()).any():
+            if (stored.isinf() & values.isfinite()).any():
                 largest = float(values[values.isfinite()].abs().max())
                 raise ValueError(
                     f"{self.what}: {name} reaches {largest:,.0f}, too large for {str(field.dtype).removeprefix('torch.')}:"
-                    " keep it as float32"
+                    " store it as float32"
                 )
-        return kept
+        return stored
 
     def _check_whole(self, writer: Writer) -> None:
         missing = (writer.done == 0).nonzero().flatten()
         if len(missing):
             raise ValueError(
-                f"{self.what}: {len(missing):,} of {self.num_rows:,} rows never came (samples"
-                f" {_some(missing % self.num_samples)}): the batches must hold each sample once"
+                f"{self.what}: {len(missing):,} of {self.num_rows:,} rows are missing (samples"
+                f" {_some(missing % self.num_samples)}): the batches must contain each sample once"
             )
 
     def _publish(self) -> None:
@@ -339,7 +339,7 @@ class OutputCache:
 
     def _open(self) -> None:
         if not self.complete:
-            raise ValueError(f"{self.what}: {self.path} is not there, or not all of it: compute it first")
+            raise ValueError(f"{self.what}: {self.path} is missing or incomplete: compute it first")
         for name, field in self.fields.items():
             file, expected = self.path / f"{name}.bin", field.row_bytes * self.num_rows
             size = file.stat().st_size if file.exists() else 0

@@ -53,8 +53,8 @@ class Writer:
         return bool(self.done[rows].all())
 
     def write(self, rows: Tensor, values: Mapping[str, Tensor]) -> None:
-        for name, (_, kept) in self._maps.items():
-            kept[rows] = values[name]
+        for name, (_, stored) in self._maps.items():
+            stored[rows] = values[name]
         self._unmarked.append(rows)
         if time.monotonic() - self._marked > MARK_SECONDS:
             self.mark()

@@ -117,7 +117,7 @@ class _TrainOrder(Sampler[_Numbers]):
         seed: int,
         trainer: Trainer | None,
         shuffle: bool,
-        views: int | None,
+        num_augmentation_epochs: int | None,
         lengths: Lengths | None,
     ) -> None:
         self.rank, self.num_processes = _place(trainer)
@@ -127,14 +127,15 @@ class _TrainOrder(Sampler[_Numbers]):
                 f"the training split has {n:,} samples, fewer than one step of --data.batch_size {batch_size:,};"
                 " give more data or a smaller batch size"
             )
-        if views is not None and views < 1:
+        if num_augmentation_epochs is not None and num_augmentation_epochs < 1:
             raise ValueError(
-                f"--data.views {views}: at least 1 is needed; leave it out for new randomness in every epoch"
+                f"--data.num_augmentation_epochs {num_augmentation_epochs}: at least 1 is needed;"
+                " leave it out for new randomness in every epoch"
             )
         if lengths is not None and not shuffle:
             raise ValueError("shuffle=False keeps the samples' own order, but lengths group them: give one of the two")
-        self.n, self.batch_size, self.seed, self.shuffle, self.views = n, batch_size, seed, shuffle, views
-        self.lengths = lengths
+        self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
+        self.num_augmentation_epochs, self.lengths = num_augmentation_epochs, lengths
         self.trainer = trainer
         self.epoch = 0  # for use without a trainer
 
@@ -161,8 +162,8 @@ class _TrainOrder(Sampler[_Numbers]):
     def _from(self, epoch: int, start: int, origin: int, stop: int) -> Iterator[_Numbers]:
         """Yield an epoch's samples from `start` to `stop`, in steps of this batch size counted from `origin`."""
         first, num_steps = (start - origin) // self.batch_size, (stop - origin) // self.batch_size
-        if self.views is not None:
-            epoch %= self.views
+        if self.num_augmentation_epochs is not None:
+            epoch %= self.num_augmentation_epochs
         order = Permutation(self.n, self.seed, epoch)
         at_once = _STEPS_AT_ONCE if self.lengths is None else _STEPS_GROUPED
         for block in range(first - first % at_once, num_steps, at_once):
@@ -335,7 +336,7 @@ def train_loader(
     trainer: Trainer | None = None,
     num_workers: int = 0,
     shuffle: bool = True,
-    views: int | None = None,
+    num_augmentation_epochs: int | None = None,
     lengths: Lengths | None = None,
 ) -> Loader:
     """Return a loader of training batches in the global order, resumable at any step on any number of processes.
@@ -350,7 +351,7 @@ def train_loader(
         trainer: the data module's `self.trainer`; None: one process, and `set_epoch` sets the epoch.
         num_workers: worker processes that prefetch; 0: read in the training process.
         shuffle: False keeps the samples' own order in every epoch.
-        views: the epochs' randomness, order included, repeats after this number of epochs; None: never.
+        num_augmentation_epochs: the epochs' randomness, order included, repeats after this number of epochs; None: never.
         lengths: maps sample numbers [k] and an epoch to the samples' lengths [k]; batches are then of samples of
             similar length. None: lengths are not used.
 
@@ -358,7 +359,7 @@ def train_loader(
         ValueError: if the batch cannot be divided as configured, or the data set is smaller than one batch.
     """
     n = _num_samples(dataset, "training")
-    order = _TrainOrder(n, batch_size, micro_batch_size, seed, trainer, shuffle, views, lengths)
+    order = _TrainOrder(n, batch_size, micro_batch_size, seed, trainer, shuffle, num_augmentation_epochs, lengths)
     return Loader(dataset, order, num_workers)
 
 

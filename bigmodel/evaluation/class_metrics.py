@@ -1,8 +1,8 @@
-"""Metrics of a classifier, over all processes: their states are gathered, their averages not averaged.
+"""Metrics of a classifier over all processes: states are gathered, averages of processes are never averaged.
 
 Expected calibration error: Guo et al. 2017 (arXiv 1706.04599), eq. 3, with 15 bins of equal width. Area under the ROC
-curve, each class against the rest: the probability that a sample of the class scores above one of another, ties
-counting half (Hanley and McNeil 1982), exact and not binned.
+curve, each class against the rest: the probability that a sample of the class scores above one of a different class,
+ties counting half (Hanley and McNeil 1982), exact and not binned.
 
 B samples in a batch, N in all, K classes.
 """
@@ -32,32 +32,29 @@ class ClassMetrics(nn.Module):
     """Loss, accuracy, and the distribution of errors, from logits and true classes.
 
     Two classes are treated like any other number: precision, recall and F1 are the mean over both, not those of a
-    "positive".
+    "positive". The scores of every sample are stored, 4 N K bytes in the main memory of each process (200 MB for 50,000
+    samples of 1,000 classes), and sorted once for every class.
 
     Args:
         num_classes: K, at least 2.
-        full: False measures loss and accuracies only, in constant memory: for frequent validation. The other metrics
-            store the scores of every sample, 4 N K bytes in the main memory of each process (200 MB for 50,000 samples
-            of 1,000 classes), and sort them once for every class.
 
     Raises:
         ValueError: if there are fewer than two classes.
     """
 
-    def __init__(self, num_classes: int, full: bool = True) -> None:
+    def __init__(self, num_classes: int) -> None:
         super().__init__()
         if num_classes < 2:
-            raise ValueError(f"{num_classes} class(es): there is nothing to tell apart; at least 2 are needed")
+            raise ValueError(f"{num_classes} class(es): at least 2 are needed")
         k = num_classes
-        self.num_classes, self.full = k, full
+        self.num_classes = k
         sums = ("count", "loss", "accuracy", "top5_accuracy") if k > 5 else ("count", "loss", "accuracy")
         self.sums: Any = nn.ModuleDict(
             {name: _Sum(nan_strategy="disable").set_dtype(accumulation_dtype()) for name in sums}
         )
-        if full:
-            self.auroc = AUROC()
-            self.calibration = MulticlassCalibrationError(k, _NUM_BINS, "l1", validate_args=False)
-            self.confusion_matrix = MulticlassConfusionMatrix(k, validate_args=False)
+        self.auroc = AUROC()
+        self.calibration = MulticlassCalibrationError(k, _NUM_BINS, "l1", validate_args=False)
+        self.confusion_matrix = MulticlassConfusionMatrix(k, validate_args=False)
 
     @torch.no_grad()
     def update(self, logits: Tensor, targets: Tensor) -> None:
@@ -72,7 +69,7 @@ class ClassMetrics(nn.Module):
         """
         if logits.shape != (len(targets), self.num_classes):
             raise ValueError(
-                f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not belong together:"
+                f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not match:"
                 f" [B, {self.num_classes}] and [B] are needed"
             )
         if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < self.num_classes:
@@ -87,16 +84,15 @@ class ClassMetrics(nn.Module):
         self.sums["accuracy"].update((predicted == targets).sum())
         if "top5_accuracy" in self.sums:
             self.sums["top5_accuracy"].update((logits.topk(5, dim=1).indices == targets[:, None]).sum())
-        if self.full:
-            self.auroc.update(log_p.float(), targets)
-            self.calibration.update(log_p.exp().clamp(max=_BELOW_ONE), targets)
-            self.confusion_matrix.update(predicted, targets)
+        self.auroc.update(log_p.float(), targets)
+        self.calibration.update(log_p.exp().clamp(max=_BELOW_ONE), targets)
+        self.confusion_matrix.update(predicted, targets)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the metrics over all batches of all processes since the last `reset`; every process must call it.
 
         They are float32 numbers. `loss` is the mean cross-entropy in nats; the others are in 0 to 1: `accuracy`,
-        `top5_accuracy` (with more than five classes), and if full `precision`, `recall`, `f1` (means over the classes
+        `top5_accuracy` (with more than five classes), `precision`, `recall`, `f1` (means over the classes
         that occur or were predicted), `auroc` (mean over the classes with positive and negative samples; left out if
         there is none) and `calibration_error`. None is ever NaN.
 
@@ -105,25 +101,18 @@ class ClassMetrics(nn.Module):
         """
         sums = {name: metric.compute() for name, metric in self.sums.items() if metric.update_called}
         if not sums or sums["count"] == 0:
-            raise ValueError("no sample with a label was evaluated: there is nothing to measure")
+            raise ValueError("no sample with a label was evaluated")
         values = {name: value / sums["count"] for name, value in sums.items() if name != "count"}
         check_finite(values["loss"])
-        if self.full:
-            values |= _by_class(self.confusion())
-            auroc = self.auroc.compute()
-            if not torch.isnan(auroc):
-                values["auroc"] = auroc
-            values["calibration_error"] = self.calibration.compute()
+        values |= _by_class(self.confusion())
+        auroc = self.auroc.compute()
+        if not torch.isnan(auroc):
+            values["auroc"] = auroc
+        values["calibration_error"] = self.calibration.compute()
         return {name: value.float() for name, value in values.items()}
 
     def confusion(self) -> Tensor:
-        """Return [K, K] int64: counts of samples of a class (row) predicted as another (column), over all processes.
-
-        Raises:
-            ValueError: if only loss and accuracies were measured.
-        """
-        if not self.full:
-            raise ValueError("there is no confusion matrix where only loss and accuracies were measured (full=False)")
+        """Return [K, K] int64: counts of samples of a class (row) predicted as another (column), over all processes."""
         return self.confusion_matrix.compute()
 
     def reset(self) -> None:
@@ -141,7 +130,7 @@ def check_finite(loss: Tensor) -> None:
     """
     if not torch.isfinite(loss):
         raise ValueError(
-            f"the net's outputs are not finite (loss {float(loss)}): training has diverged. Lower --model.optimizer.lr,"
+            f"the net's outputs are not finite (loss {float(loss)}): training diverged. Set a lower --model.optimizer.lr,"
             " or set --trainer.gradient_clip_val"
         )
 

@@ -41,7 +41,7 @@ class Mistake:
     name: str
 
 
-def draw_confusion(matrix: np.ndarray, classes: Sequence[str], path: Path, things: str = "pictures") -> None:
+def draw_confusion(matrix: np.ndarray, classes: Sequence[str], path: Path, unit: str = "images") -> None:
     """Draw a confusion matrix as PNG, each row coloured by its fractions.
 
     Counts are written for few classes, and names for somewhat more.
@@ -50,7 +50,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], path: Path, thing
         matrix: [K, K] counts, rows true and columns predicted.
         classes: K names.
         path: the file; replaced if it exists.
-        things: the term for the classified samples.
+        unit: name of the classified samples.
     """
     num_classes = len(classes)
     assert matrix.shape == (num_classes, num_classes), (matrix.shape, num_classes)
@@ -62,11 +62,11 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], path: Path, thing
     margin = 0.08 * max(map(len, labels)) if named else 0.2
     figure = Figure(figsize=(side + margin + 1.5, side + margin + 0.9), layout="constrained")
     axes = figure.add_subplot()
-    # By the square root of the fraction if there are no counts: else only the diagonal would be visible.
+    # By the square root of the fraction if there are no counts: otherwise only the diagonal is visible.
     scale = PowerNorm(1.0 if written else 0.5, vmin=0, vmax=1)
     drawn = axes.imshow(shares, cmap="Blues", norm=scale, interpolation="nearest")
     total = int(matrix.sum())
-    axes.set_title(f"accuracy {matrix.trace() / max(total, 1):.2%} of {total:,} {things}", fontsize=12, pad=12)
+    axes.set_title(f"accuracy {matrix.trace() / max(total, 1):.2%} of {total:,} {unit}", fontsize=12, pad=12)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if named:
@@ -122,7 +122,7 @@ def draw_mistakes(mistakes: Sequence[Mistake], path: Path) -> None:
 
 def _draw_mistake(axes: Axes, mistake: Mistake) -> None:
     height, width, channels = mistake.image.shape
-    # A small image keeps its pixels: smoothing would hide the net's actual input.
+    # Pixels of a small image stay visible: smoothing would hide the net's input.
     smoothing = "nearest" if max(height, width) <= 128 else "antialiased"
     pixels = mistake.image[..., 0] if channels == 1 else mistake.image
     axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation=smoothing)

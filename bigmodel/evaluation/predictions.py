@@ -1,8 +1,8 @@
 """Predictions of any task, streamed into one Parquet file in the order of the samples, on any number of processes.
 
-Each process appends its batches to a part of its own (an Arrow stream) beside the file; at the end the first process
-puts batch b of process r into place b W + r, as `bigmodel.data.sampling.eval_loader` distributed them, and gives the
-file its name. Memory use does not grow with the number of samples, and a file with its final name is complete.
+Each process appends its batches to a part of its own (an Arrow stream) in the folder of the file; at the end the first
+process puts batch b of process r into place b W + r, as `bigmodel.data.sampling.eval_loader` distributed them, and
+renames the file. Memory use does not grow with the number of samples, and a file with its final name is complete.
 
 N samples, n of them in a batch, W processes.
 """
@@ -49,9 +49,7 @@ class PredictionWriter(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.path.exists():
-            raise ValueError(
-                f"--output {self.path} is there already: no prediction overwrites another; name a new file"
-            )
+            raise ValueError(f"--output {self.path} exists: set --output to a new file")
         data: Any = getattr(trainer, "datamodule", None) or pl_module
         make = data.predict_dataloader
         data.predict_dataloader = lambda: _Batches(make(), trainer)
@@ -89,7 +87,7 @@ class PredictionWriter(Callback):
             self._schema = rows.schema
         if rows.schema != self._schema:
             raise ValueError(
-                f"predict_step returned other columns for batch {batch_idx} than before: {_columns(rows.schema)}, not"
+                f"predict_step returned different columns for batch {batch_idx} than before: {_columns(rows.schema)}, not"
                 f" {_columns(self._schema)}"
             )
         with _disk_errors(self.path):
@@ -128,13 +126,12 @@ def check_prediction(task: LightningModule, data: Any) -> None:
     """
     if not is_overridden("predict_step", task):
         raise ValueError(
-            f"{type(task).__name__} does not predict: it has no method `predict_step(batch)`, which returns a dict of"
-            " columns"
+            f"{type(task).__name__} cannot predict: it needs a method `predict_step(batch)` that returns a dict of columns"
         )
     if not is_overridden("predict_dataloader", data):
         raise ValueError(
-            f"{type(data).__name__} has nothing to predict: it has no method `predict_dataloader()`, which returns a loader"
-            " made by bigmodel.data.sampling.eval_loader"
+            f"{type(data).__name__} cannot predict: it needs a method `predict_dataloader()` that returns a loader of"
+            " bigmodel.data.sampling.eval_loader"
         )
 
 
@@ -146,13 +143,13 @@ class _Batches:
         share = trainer.distributed_sampler_kwargs
         if trainer.world_size > 1 and not isinstance(loader, Loader):
             raise ValueError(
-                f"{trainer.world_size} processes would all predict the same samples from this {type(loader).__name__}: make"
-                " it with bigmodel.data.sampling.eval_loader, or set --trainer.devices 1"
+                f"{trainer.world_size} processes would all predict the same samples from this {type(loader).__name__}:"
+                " create it by bigmodel.data.sampling.eval_loader, or set --trainer.devices 1"
             )
         if share is not None and share["num_replicas"] != trainer.world_size:
             raise ValueError(
-                f"of the {trainer.world_size} processes some share a model, and its samples: predictions are written where"
-                " each has samples of its own; set --trainer.strategy ddp or --trainer.devices 1"
+                f"some of the {trainer.world_size} processes share a model and its samples, but predictions need different"
+                " samples in each process: set --trainer.strategy ddp or --trainer.devices 1"
             )
 
     def __len__(self) -> int:
@@ -167,7 +164,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(f"{path} cannot be written: {error}; name another place with --output") from error
+        raise OSError(f"{path} cannot be written: {error}; set --output to a different place") from error
 
 
 def record_batch(columns: Mapping[str, Any]) -> pa.RecordBatch:
@@ -221,9 +218,7 @@ def merge(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -> int
     """
     missing = [part for part in parts if not part.exists()]
     if missing:
-        raise ValueError(
-            f"{missing[0]} is not there: all processes must see one folder; set --output to a file on a shared disk"
-        )
+        raise ValueError(f"{missing[0]} is missing: set --output to a file on a disk that all processes share")
     partial = path.with_name(f".{path.name}.partial")
     num_rows = 0
     try:
@@ -232,8 +227,8 @@ def merge(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -> int
             streams = [stack.enter_context(pa.ipc.open_stream(file)) for file in files]
             schema = streams[0].schema.with_metadata(dict(metadata))
             writer = stack.enter_context(pq.ParquetWriter(partial, schema))
-            dealt = (batch for batches in zip_longest(*streams) for batch in batches if batch is not None)
-            for table in _row_groups(dealt):
+            ordered = (batch for batches in zip_longest(*streams) for batch in batches if batch is not None)
+            for table in _row_groups(ordered):
                 writer.write_table(table.replace_schema_metadata(schema.metadata))
                 num_rows += len(table)
         os.replace(partial, path)

@@ -22,7 +22,7 @@ from bigmodel.evaluation.plots import Mistake, draw_confusion, draw_mistakes
 from bigmodel.nn.accumulation import accumulation_dtype
 from bigmodel.run import directory
 
-_FACTS = ("target", "predicted", "probability")
+_FIELDS = ("target", "predicted", "probability")
 
 
 class Report(Callback):
@@ -48,9 +48,9 @@ class Report(Callback):
 
     def __init__(self, num_mistakes: int | None = None) -> None:
         self.num_mistakes = num_mistakes
-        self._widths: dict[str, int] = {}  # number of columns in _worst for each of _FACTS
-        self._several = False  # labels
-        # [M, 2 + ...]: loss, index, _FACTS. float64 holds any index; in main memory if the device has none.
+        self._widths: dict[str, int] = {}  # number of columns in _worst for each of _FIELDS
+        self._multi_label = False
+        # [M, 2 + ...]: loss, index, _FIELDS. float64 holds any index; in main memory if the device has none.
         self._worst: Tensor | None = None
         self._confusion: Tensor | None = None  # [K, K]
 
@@ -72,15 +72,16 @@ class Report(Callback):
         if trainer.sanity_checking:
             return
         num_rows = len(outputs["loss"])
-        given = {name: outputs[name] for name in _FACTS if name in outputs}
-        facts = {name: fact.view(num_rows, math.prod(fact.shape[1:])) for name, fact in given.items()}  # maybe 0 rows
-        self._widths = {name: fact.shape[1] for name, fact in facts.items()}
-        self._several = outputs["target"].ndim == 2
-        columns = [outputs["loss"][:, None], outputs["index"][:, None], *facts.values()]
+        given = {name: outputs[name] for name in _FIELDS if name in outputs}
+        # The number of columns is not left to view: there may be 0 rows.
+        fields = {name: field.view(num_rows, math.prod(field.shape[1:])) for name, field in given.items()}
+        self._widths = {name: field.shape[1] for name, field in fields.items()}
+        self._multi_label = outputs["target"].ndim == 2
+        columns = [outputs["loss"][:, None], outputs["index"][:, None], *fields.values()]
         if accumulation_dtype(columns[0].device) != torch.float64:
             columns = [column.cpu() for column in columns]
         rows = torch.cat([column.double() for column in columns], dim=1)
-        right = (facts["target"] == facts["predicted"]).all(1)
+        right = (fields["target"] == fields["predicted"]).all(1)
         rows[:, 0].masked_fill_(right.to(rows.device), -1)  # a loss is never negative: sorts these last
         self._worst = self._largest(trainer, rows if self._worst is None else torch.cat([self._worst, rows]))
 
@@ -89,9 +90,9 @@ class Report(Callback):
 
     def _largest(self, trainer: Trainer, rows: Tensor) -> Tensor:
         order = rows[:, 0].argsort(descending=True, stable=True)
-        return rows[order[: self._most(trainer)]]
+        return rows[order[: self._max_mistakes(trainer)]]
 
-    def _most(self, trainer: Trainer) -> int:
+    def _max_mistakes(self, trainer: Trainer) -> int:
         return self.num_mistakes or (200 if hasattr(_data(trainer), "texts") else 40)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -106,10 +107,10 @@ class Report(Callback):
         task: Any = pl_module
         self._confusion = task.metrics.confusion()
         if pl_module.trainer.world_size > 1 and self._worst is not None:
-            filled = self._worst.new_full((self._most(pl_module.trainer), self._worst.shape[1]), -1)
+            filled = self._worst.new_full((self._max_mistakes(pl_module.trainer), self._worst.shape[1]), -1)
             filled[: len(self._worst)] = self._worst
-            everyone: Any = pl_module.all_gather(filled)  # [W, M, 2 + ...]
-            self._worst = self._largest(pl_module.trainer, everyone.flatten(0, 1))
+            gathered: Any = pl_module.all_gather(filled)  # [W, M, 2 + ...]
+            self._worst = self._largest(pl_module.trainer, gathered.flatten(0, 1))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer, "val")
@@ -130,7 +131,7 @@ class Report(Callback):
         if self._confusion is not None:
             drawings.append(folder / f"{split}_confusion.png")
             draw_confusion(
-                self._confusion.cpu().numpy(), data.classes, drawings[0], things="texts" if texts else "pictures"
+                self._confusion.cpu().numpy(), data.classes, drawings[0], unit="texts" if texts else "images"
             )
         wrong = self._worst[self._worst[:, 0] >= 0]
         path = folder / f"{split}_mistakes.{'csv' if texts else 'png'}"
@@ -152,11 +153,11 @@ class Report(Callback):
     def _list(self, wrong: Tensor, data: Any, split: str, path: Path) -> list[list[Any]]:
         """Write the mistakes as a table; return its rows, including the header."""
         texts, parts = data.texts(split), wrong[:, 2:].split(list(self._widths.values()), dim=1)
-        facts = {name: part.tolist() for name, part in zip(self._widths, parts, strict=True)}
+        fields = {name: part.tolist() for name, part in zip(self._widths, parts, strict=True)}
         rows: list[list[Any]] = [["text", "true", *list(self._widths)[1:], "loss"]]
         for number, (loss, index) in enumerate(wrong[:, :2].tolist()):
-            row = {name: values[number] for name, values in facts.items()}
-            rows.append([texts[int(index)], *_words(row, data.classes, self._several), f"{loss:.4g}"])
+            row = {name: values[number] for name, values in fields.items()}
+            rows.append([texts[int(index)], *_format_row(row, data.classes, self._multi_label), f"{loss:.4g}"])
         partial = path.with_name(f".{path.name}.partial")
         with open(partial, "w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows(rows)
@@ -164,12 +165,12 @@ class Report(Callback):
         return rows
 
 
-def _words(row: dict[str, list[float]], classes: list[str], several: bool) -> list[str]:
+def _format_row(row: dict[str, list[float]], classes: list[str], multi_label: bool) -> list[str]:
     """Format a row's target, prediction and probability."""
     target, predicted, probability = row["target"], row["predicted"], row.get("probability")
     if probability is None:
         return [f"{target[0]:.6g}", f"{predicted[0]:.6g}"]
-    if not several:
+    if not multi_label:
         return [classes[int(target[0])], classes[int(predicted[0])], f"{probability[0]:.4f}"]
     chosen = [k for k, there in enumerate(predicted) if there]
     true = "; ".join(name for name, there in zip(classes, target, strict=True) if there)
@@ -179,12 +180,10 @@ def _words(row: dict[str, list[float]], classes: list[str], several: bool) -> li
 def _draw(wrong: Tensor, data: Any, split: str, path: Path) -> None:
     """Draw the mistakes on a sheet."""
     images, mistakes = data.images(split), []
-    for _, *facts, probability in wrong.tolist():
-        index, target, predicted = map(int, facts)
-        picture: np.ndarray = images.read([index])[0]
-        mistakes.append(
-            Mistake(picture, data.classes[target], data.classes[predicted], probability, images.name(index))
-        )
+    for _, *fields, probability in wrong.tolist():
+        index, target, predicted = map(int, fields)
+        image: np.ndarray = images.read([index])[0]
+        mistakes.append(Mistake(image, data.classes[target], data.classes[predicted], probability, images.name(index)))
     draw_mistakes(mistakes, path)
 
 

@@ -131,8 +131,8 @@ class ViT(nn.Module):
         if image_size % patch_size:
             fitting = [size for size in range(1, image_size + 1) if image_size % size == 0]
             raise ValueError(
-                f"pictures of {image_size} pixels cannot be cut into patches of {patch_size}; choose a divisor as "
-                f"--model.net.patch_size ({', '.join(map(str, fitting))}), or another size of pictures"
+                f"images of {image_size} pixels cannot be cut into patches of {patch_size}; choose a divisor as "
+                f"--model.net.patch_size ({', '.join(map(str, fitting))}), or another size of images"
             )
         if width % num_heads:
             raise ValueError(

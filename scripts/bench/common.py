@@ -1,4 +1,4 @@
-"""What the ways of a benchmark share: sizes, flags, text, pictures, and the clock. Importing it is quick.
+"""What the ways of a benchmark share: sizes, flags, text, images, and the clock. Importing it is quick.
 
 A *way* is a command that does the work of a row in its own fashion. It prints its figure as one line, {"figure": 123.4}.
 """
@@ -54,7 +54,7 @@ SIZES = {
 
 
 class ImageSize(NamedTuple):
-    """A ResNet, the pictures it reads and its batch."""
+    """A ResNet, the images it reads and its batch."""
 
     depth: int
     widths: list[int]
@@ -96,13 +96,13 @@ def write_text() -> None:
 
 
 def digits(size: ImageSize) -> tuple[Any, Any]:
-    """The pictures [N, C, S, S] uint8 in channels_last order and labels [N] that bigmodel prepared, as tensors in memory."""
+    """The images [N, C, S, S] uint8 in channels_last order and labels [N] that bigmodel prepared, as tensors in memory."""
     import torch
 
-    from bigmodel.tasks.image_classification import ImageData, Split
+    from bigmodel.tasks.image_classification import ImageData, ImageSplit
 
     data = ImageData(
-        "{mnist5k}", size.pixels, channels=size.channels, split=Split(0.1, 0.2), cache_dir=str(BENCH / "cache")
+        "{mnist5k}", size.pixels, channels=size.channels, split=ImageSplit(0.1, 0.2), cache_dir=str(BENCH / "cache")
     )
     data.prepare_data()
     data.setup()

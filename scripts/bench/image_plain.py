@@ -1,6 +1,6 @@
-"""A plain PyTorch loop for pictures: the net, pictures, optimizer and clipping that `bigmodel fit` has, and nothing else.
+"""A plain PyTorch loop for images: the net, images, optimizer and clipping that `bigmodel fit` has, and nothing else.
 
-All pictures lie in memory in channels_last order; a batch is a slice of a permutation. Prints the loss every 10 steps.
+All images lie in memory in channels_last order; a batch is a slice of a permutation. Prints the loss every 10 steps.
 """
 
 from __future__ import annotations

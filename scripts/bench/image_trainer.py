@@ -1,6 +1,6 @@
-"""Hugging Face's Trainer with the same net, pictures, optimizer and precision, and all else at its defaults.
+"""Hugging Face's Trainer with the same net, images, optimizer and precision, and all else at its defaults.
 
-Its memory format is one of these: the net and its pictures are contiguous.
+Its memory format is one of these: the net and its images are contiguous.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Classifier(nn.Module):
 
 
 class Digits(Dataset):
-    """The pictures, normalized as they are read."""
+    """The images, normalized as they are read."""
 
     def __init__(self, size: ImageSize) -> None:
         images, self.labels = digits(size)

@@ -2,9 +2,9 @@
 
     python -m bench.jpeg bigmodel|pillow [--width 500 --height 375] [--processes 2]
 
-Both use the same number of processes, and cut a box of 8 to 100 % of the area out of each picture. The bare loop opens,
+Both use the same number of processes, and cut a box of 8 to 100 % of the area out of each image. The bare loop opens,
 converts, crops and resizes, and keeps nothing; bigmodel's loader also batches, and hands the batches over to the training
-process. The pictures are enlarged noise at quality 90, 2,000 of them.
+process. The images are enlarged noise at quality 90, 2,000 of them.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from PIL import Image
 
 from bench.common import BENCH, report
 
-SIDE, NUM_PICTURES = 224, 2000
+SIDE, NUM_IMAGES = 224, 2000
 
 
-def make_pictures(width: int, height: int) -> Path:
+def make_images(width: int, height: int) -> Path:
     """A folder of two classes, made once."""
     folder = BENCH / f"jpeg-{width}x{height}"
     if not folder.exists():
         partial = folder.with_suffix(".partial")
-        for number in range(NUM_PICTURES):
+        for number in range(NUM_IMAGES):
             noise = np.random.default_rng(number).integers(0, 256, (height // 12, width // 12, 3), np.uint8)
             path = partial / f"class{number % 2}" / f"{number:05d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,18 +40,18 @@ def make_pictures(width: int, height: int) -> Path:
 
 def read(path: Path) -> int:
     """What a person writes without a framework."""
-    with Image.open(path) as picture:
-        width, height = picture.size
+    with Image.open(path) as image:
+        width, height = image.size
         area = width * height * random.uniform(0.08, 1)
         ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = min(width, round(math.sqrt(area * ratio))), min(height, round(math.sqrt(area / ratio)))
         left, top = random.randint(0, width - w), random.randint(0, height - h)
         box = (left, top, left + w, top + h)
-        return np.asarray(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR, box)).nbytes
+        return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR, box)).nbytes
 
 
 def pillow(folder: Path, processes: int) -> float:
-    """Pictures per second of the bare loop."""
+    """Images per second of the bare loop."""
     paths = sorted(folder.glob("*/*.jpg"))
     with Pool(processes) as pool:
         pool.map(read, paths[: 8 * processes])  # the processes are up
@@ -61,11 +61,11 @@ def pillow(folder: Path, processes: int) -> float:
 
 
 def bigmodel(folder: Path, processes: int) -> float:
-    """Pictures per second of a second epoch of the training loader: random crops, decoded as they are read."""
-    from bigmodel.tasks.image_classification import ImageData, RandomResizedCrop, Split
+    """Images per second of a second epoch of the training loader: random crops, decoded as they are read."""
+    from bigmodel.tasks.image_classification import ImageData, ImageSplit, RandomResizedCrop
 
     data = ImageData(
-        str(folder), SIDE, crop=RandomResizedCrop(), split=Split(0.0), decoded=False, num_workers=processes,
+        str(folder), SIDE, crop=RandomResizedCrop(), split=ImageSplit(0.0), cache_decoded=False, num_workers=processes,
         cache_dir=str(BENCH / "cache"),
     )  # fmt: skip
     data.prepare_data()
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=375)
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    folder = make_pictures(options.width, options.height)
+    folder = make_images(options.width, options.height)
     report({"bigmodel": bigmodel, "pillow": pillow}[options.way](folder, options.processes))
 
 

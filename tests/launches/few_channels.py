@@ -1,4 +1,4 @@
-"""`python few_channels.py CASES`: gradients of a net of few channels on pictures in channels_last, step by step, against
+"""`python few_channels.py CASES`: gradients of a net of few channels on images in channels_last, step by step, against
 those of its copy in float64, which oneDNN has no part in."""
 
 import copy
@@ -13,7 +13,7 @@ from bigmodel.run import set_sizes
 from bigmodel.tasks.image_classification import ImageClassification
 from bigmodel.tasks.image_classification.batch import ImageBatch
 
-PICTURES = ((32, 8), (64, 8), (128, 2))  # pixels on a side, pictures
+IMAGES = ((32, 8), (64, 8), (128, 2))  # pixels on a side, images
 STATISTICS = ([0.5] * 3, [0.25] * 3)
 
 
@@ -75,7 +75,7 @@ def main(case):
     convolutions = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
     assert any(m.kernel_size == (1, 1) and m.stride == (2, 2) and m.in_channels == 4 for m in convolutions)
     exact = copy.deepcopy(module).double()
-    for pixels, count in PICTURES:
+    for pixels, count in IMAGES:
         for _ in range(3):
             data = batch(pixels, count)
             for each in (module, exact):

@@ -1,5 +1,5 @@
 """Few steps of training, by which processors are compared: `python other_processor.py DIGITS OUTPUT.json`, in an empty
-folder, where DIGITS is a folder of pictures.
+folder, where DIGITS is a folder of images.
 
 Run by test_other_processor.py in a process that takes this processor for another one, and called there in its own.
 """

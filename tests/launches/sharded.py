@@ -1,7 +1,7 @@
 """Runs of sharded nets on four processes: `python forked.py 4 sharded.py TABLE SINGLE DIGITS`.
 
 Run by test_sharded.py in an empty folder, where SINGLE is the directory of a stopped run of one process, and
-DIGITS a folder of pictures.
+DIGITS a folder of images.
 """
 
 import contextlib
@@ -81,7 +81,7 @@ def text(name: str, *flags: object) -> list[str]:
     return [str(part) for part in ("-c", EXPERIMENTS / "language_modeling" / "stdlib.yaml", *arguments, *flags)]
 
 
-def pictures(name: str, digits: object, *flags: object) -> list[str]:
+def images(name: str, digits: object, *flags: object) -> list[str]:
     """Arguments of `bigmodel fit` on digits with a ResNet, which has BatchNorm, two steps."""
     settings = {
         "model.net": "bigmodel.nn.ResNet", "model.net.blocks": "[1, 1]", "model.net.widths": "[16, 32]",
@@ -188,7 +188,7 @@ if __name__ == "__main__":
         bigmodel.training.precision.bf16_speed,
         lambda _: 2.0 if os.environ["RANK"] == "0" else 0.1,
     )
-    main(["fit", *pictures("pictures", digits, *strategy(), "--trainer.precision", "auto")])
+    main(["fit", *images("images", digits, *strategy(), "--trainer.precision", "auto")])
     bigmodel.training.precision.bf16_speed = slow
     main(["fit", *choices("histories", "SequenceRecommendation", "--model.net.dropout", 0, *strategy())])
     main(["fit", *choices("pairs", "PairRecommendation", *strategy())])

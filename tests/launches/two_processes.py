@@ -1,7 +1,7 @@
 """Runs on two processes, in one launch: `python forked.py 2 two_processes.py TABLE SINGLE DIGITS`.
 
 Run by test_two_processes.py in an empty folder, where SINGLE is the directory of a stopped run of one process, and
-DIGITS a folder of pictures.
+DIGITS a folder of images.
 """
 
 import json
@@ -55,13 +55,13 @@ def experiment(table: str, runs_dir: str, *flags: object) -> list[str]:
     return [str(part) for part in (*arguments, *flags)]
 
 
-def pictures(runs_dir: str, digits: object, *flags: object) -> list[str]:
+def images(runs_dir: str, digits: object, *flags: object) -> list[str]:
     """Arguments of `bigmodel fit` on digits, ten steps of 32, augmented, mixed and weighted by class, validated twice."""
     arguments: list[object] = ["-c", Path(__file__).parents[2] / "experiments" / "image_classification" / "digits.yaml"]
     settings = {
         "model.net": "bigmodel.nn.ViT", "model.net.patch_size": 4, "model.net.width": 32, "model.net.depth": 1,
-        "model.net.num_heads": 2, "data.mix": "bigmodel.tasks.image_classification.Mix", "data.mix.mixup": 0.5,
-        "data.mix.cutmix": 0.5, "data.balance": "weights", "data.path": digits, "data.cache_dir": "cache",
+        "model.net.num_heads": 2, "data.mix": "bigmodel.tasks.image_classification.MixupCutMix", "data.mix.mixup_alpha": 0.5,
+        "data.mix.cutmix_alpha": 0.5, "data.balance": "weights", "data.path": digits, "data.cache_dir": "cache",
         "data.batch_size": 32, "model.optimizer": "torch.optim.SGD", "model.optimizer.lr": 0.1, "trainer.accelerator": "cpu",
         "trainer.max_epochs": "null", "trainer.max_steps": 10, "runs_dir": runs_dir,
         "trainer.val_check_interval": 5, "trainer.check_val_every_n_epoch": "null", "trainer.log_every_n_steps": 1,
@@ -87,5 +87,5 @@ if __name__ == "__main__":
             *two,
         ]
     )
-    main(["fit", *pictures("pictures-two", digits, "--data.micro_batch_size", 8, *two)])
+    main(["fit", *images("images-two", digits, "--data.micro_batch_size", 8, *two)])
     main(["check", *experiment(table, "checked", "--data.micro_batch_size", 3, *two)])

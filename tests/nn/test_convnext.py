@@ -104,7 +104,7 @@ def test_the_gradient_reaches_every_parameter(arguments: dict[str, Any]) -> None
         assert parameter.grad.any(), name
 
 
-def test_a_picture_is_read_for_itself() -> None:
+def test_an_image_is_read_for_itself() -> None:
     net, images = small(drop_path=0.5).eval(), torch.randn(4, 2, 16, 16)
     torch.testing.assert_close(net(images)[2:3], net(images[2:3]))
     torch.testing.assert_close(net(images), net.logits(net.features(images)))
@@ -117,7 +117,7 @@ def test_scales_start_where_they_are_told() -> None:
 
 
 @pytest.mark.parametrize(("size", "positions"), [(32, 32), (64, 32), (224, 56)])
-def test_the_stem_follows_the_size_of_the_pictures(size: int, positions: int) -> None:
+def test_the_stem_follows_the_size_of_the_images(size: int, positions: int) -> None:
     with torch.device("meta"):
         net = ConvNeXt(num_classes=5, in_channels=3, image_size=size)
         assert net.stages[0](torch.empty(1, 3, size, size)).shape == (1, 96, positions, positions)

@@ -93,7 +93,7 @@ def test_vgg_has_its_published_size(depth: int, expected: int) -> None:
 
 
 @pytest.mark.parametrize(("size", "width"), [(32, 512), (64, 512), (65, 4096), (224, 4096)])
-def test_the_classifier_of_vgg_follows_the_size_of_the_pictures(size: int, width: int) -> None:
+def test_the_classifier_of_vgg_follows_the_size_of_the_images(size: int, width: int) -> None:
     with torch.device("meta"):
         net = vgg(image_size=size)
         assert net.features(torch.empty(1, 2, size, size)).shape == (1, width)

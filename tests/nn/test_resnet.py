@@ -69,7 +69,7 @@ def test_blocks_and_widths_describe_any_net() -> None:
 
 
 @pytest.mark.parametrize(("size", "positions"), [(32, 32), (64, 64), (65, 17), (224, 56)])
-def test_the_stem_follows_the_size_of_the_pictures(size: int, positions: int) -> None:
+def test_the_stem_follows_the_size_of_the_images(size: int, positions: int) -> None:
     net = made_without_memory(num_classes=10, in_channels=3, image_size=size)
     assert net.stem(torch.empty(1, 3, size, size, device="meta")).shape == (1, 64, positions, positions)
 
@@ -152,7 +152,7 @@ def test_the_gradient_reaches_every_parameter(arguments: dict[str, Any]) -> None
 
 
 @variants
-def test_a_picture_is_read_for_itself_in_evaluation(arguments: dict[str, Any]) -> None:
+def test_an_image_is_read_for_itself_in_evaluation(arguments: dict[str, Any]) -> None:
     net, images = small(**arguments).eval(), torch.randn(4, 2, 16, 16)
     torch.testing.assert_close(net(images)[2:3], net(images[2:3]))
     torch.testing.assert_close(net(images), net.logits(net.features(images)))

@@ -192,7 +192,7 @@ def test_the_gradient_reaches_every_parameter(arguments: dict[str, Any]) -> None
 
 
 @variants
-def test_a_picture_is_read_for_itself(arguments: dict[str, Any]) -> None:
+def test_an_image_is_read_for_itself(arguments: dict[str, Any]) -> None:
     net, images = small(**arguments).eval(), torch.randn(4, 2, 12, 12)
     torch.testing.assert_close(net(images)[2:3], net(images[2:3]))
     torch.testing.assert_close(net(images), net.logits(net.features(images)))
@@ -221,7 +221,7 @@ def test_weights_start_as_a_normal_truncated_at_two_standard_deviations() -> Non
 
 
 @pytest.mark.parametrize(("size", "patch_size"), [(28, 4), (64, 4), (224, 16)])
-def test_the_patches_follow_the_size_of_the_pictures(size: int, patch_size: int) -> None:
+def test_the_patches_follow_the_size_of_the_images(size: int, patch_size: int) -> None:
     with torch.device("meta"):
         assert ViT(num_classes=2, in_channels=1, image_size=size).num_patches == (size // patch_size) ** 2
 

@@ -20,7 +20,7 @@ SIZES = {"vocab_size": 32, "context_length": 16, "width": 16, "num_heads": 2}
 
 
 class Task(LightningModule):
-    """Next tokens with a GPT, or classes of pictures with any other net."""
+    """Next tokens with a GPT, or classes of images with any other net."""
 
     def __init__(self, make, loss_chunk_size=None) -> None:
         super().__init__()
@@ -245,9 +245,9 @@ def test_compiled_blocks_compute_the_same(monkeypatch, capsys):
     both = fit(make, ActivationCheckpointing(), Compile(fullgraph=True))
     torch.testing.assert_close(both.losses, expected.losses)
     capsys.readouterr()
-    pictures, expected = fit(resnet, ActivationCheckpointing(), Compile(), kind=ResNet), fit(resnet, kind=ResNet)
-    torch.testing.assert_close(pictures.losses, expected.losses)
-    torch.testing.assert_close(pictures.state_dict(), expected.state_dict())  # batches are counted once here too
+    images, expected = fit(resnet, ActivationCheckpointing(), Compile(), kind=ResNet), fit(resnet, kind=ResNet)
+    torch.testing.assert_close(images.losses, expected.losses)
+    torch.testing.assert_close(images.state_dict(), expected.state_dict())  # batches are counted once here too
     assert "compiled " in capsys.readouterr().out
 
 

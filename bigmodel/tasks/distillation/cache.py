@@ -24,7 +24,7 @@ from bigmodel.tasks.distillation import losses
 NAME = "the teacher's logits"  # in messages of the output cache
 REMEDY = (
     "set --model.cache.folder or $BIGMODEL_CACHE to a folder on a larger one, or a smaller --model.cache.top_k or"
-    " --data.views"
+    " --data.num_augmentation_epochs"
 )
 _DIFFERENCES = {  # descriptions of entries of a key that are digests
     "teacher": "different teacher",

@@ -57,7 +57,7 @@ class CachedOutputs:
                 "--model.cache: mixed images (--data.mix) are new in each batch: set --data.mix or --model.cache null"
             )
         self._loader = data.train_dataloader()
-        self._num_views = getattr(self._loader.order, "views", None) or 1
+        self._num_views = getattr(self._loader.order, "num_augmentation_epochs", None) or 1
         first, last = (_first_samples(trainer, self._loader, view) for view in (0, self._num_views - 1))
         self.keys, self.stores = [], []
         digest = samples_digest([first, last], getattr(data, "augmentation", ""))
@@ -131,7 +131,7 @@ class CachedOutputs:
         """
         cpu = torch.device("cpu")
         first = _first_samples(self._trainer, self._loader, 0, cpu)
-        if getattr(self._loader.order, "views", None) is None:
+        if getattr(self._loader.order, "num_augmentation_epochs", None) is None:
             again = _first_samples(self._trainer, self._loader, 1, cpu)
             # Equal batches have equal outputs. Different ones may differ only in fields that the teacher does not read,
             # such as negatives.
@@ -139,8 +139,8 @@ class CachedOutputs:
                 not _equal(first, again) and not torch.equal(self._logits(task, first), self._logits(task, again))
             ):
                 raise ValueError(
-                    "--model.cache: the samples differ in each epoch, so cached outputs would be read once: set --data.views"
-                    " to the number of epochs after which they repeat, or --model.cache null"
+                    "--model.cache: the samples differ in each epoch, so cached outputs would be read once: set"
+                    " --data.num_augmentation_epochs to the number of epochs after which they repeat, or --model.cache null"
                 )
         one = type(first)(*(values[:1] if isinstance(values, Tensor) else values for values in first))
         return self._logits(task, one).shape[1:]

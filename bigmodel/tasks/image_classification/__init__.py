@@ -7,50 +7,50 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bigmodel.tasks.image_classification.augment import Transform
-    from bigmodel.tasks.image_classification.auto_augment import RandAugment, TrivialAugment
+    from bigmodel.tasks.image_classification.auto_augment import RandAugment, TrivialAugmentWide
     from bigmodel.tasks.image_classification.batch import ImageBatch
-    from bigmodel.tasks.image_classification.color import ColorJitter, Grayscale
+    from bigmodel.tasks.image_classification.color import ColorJitter, RandomGrayscale
     from bigmodel.tasks.image_classification.data import ImageData
-    from bigmodel.tasks.image_classification.geometry import Flip, RandomAffine, RandomCrop, RandomResizedCrop
+    from bigmodel.tasks.image_classification.geometry import RandomAffine, RandomCrop, RandomFlip, RandomResizedCrop
     from bigmodel.tasks.image_classification.hugging_face import HuggingFace
-    from bigmodel.tasks.image_classification.mixup import Mix
+    from bigmodel.tasks.image_classification.mixup import MixupCutMix
     from bigmodel.tasks.image_classification.module import ImageClassification
     from bigmodel.tasks.image_classification.random_erasing import RandomErasing
-    from bigmodel.tasks.image_classification.sources import Columns
-    from bigmodel.tasks.image_classification.splits import Split
+    from bigmodel.tasks.image_classification.sources import ImageColumns
+    from bigmodel.tasks.image_classification.splits import ImageSplit
 
 __all__ = [
     "ColorJitter",
-    "Columns",
-    "Flip",
-    "Grayscale",
     "HuggingFace",
     "ImageBatch",
     "ImageClassification",
+    "ImageColumns",
     "ImageData",
-    "Mix",
+    "ImageSplit",
+    "MixupCutMix",
     "RandAugment",
     "RandomAffine",
     "RandomCrop",
     "RandomErasing",
+    "RandomFlip",
+    "RandomGrayscale",
     "RandomResizedCrop",
-    "Split",
     "Transform",
-    "TrivialAugment",
+    "TrivialAugmentWide",
 ]
 _WHERE = {
     "augment": ("Transform",),
-    "color": ("ColorJitter", "Grayscale"),
+    "color": ("ColorJitter", "RandomGrayscale"),
     "data": ("ImageData",),
     "random_erasing": ("RandomErasing",),
-    "geometry": ("Flip", "RandomAffine", "RandomCrop", "RandomResizedCrop"),
+    "geometry": ("RandomFlip", "RandomAffine", "RandomCrop", "RandomResizedCrop"),
     "hugging_face": ("HuggingFace",),
-    "mixup": ("Mix",),
+    "mixup": ("MixupCutMix",),
     "module": ("ImageClassification",),
     "batch": ("ImageBatch",),
-    "auto_augment": ("RandAugment", "TrivialAugment"),
-    "sources": ("Columns",),
-    "splits": ("Split",),
+    "auto_augment": ("RandAugment", "TrivialAugmentWide"),
+    "sources": ("ImageColumns",),
+    "splits": ("ImageSplit",),
 }
 
 

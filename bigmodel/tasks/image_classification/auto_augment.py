@@ -56,47 +56,51 @@ class RandAugment(Transform):
 
     Args:
         num_ops: operations for each image.
-        magnitude: strength of the operations, 0 to num_bins - 1.
-        num_bins: number of magnitudes; the last one shears by 0.3, shifts by 0.45 of the side, rotates by 30 degrees,
-            changes brightness and the like by 0.9, posterizes to 4 bits, and solarizes all.
+        magnitude: strength of the operations, 0 to num_magnitude_bins - 1.
+        num_magnitude_bins: number of magnitudes; the last one shears by 0.3, shifts by 0.45 of the side, rotates by 30
+            degrees, changes brightness and the like by 0.9, posterizes to 4 bits, and solarizes all.
     """
 
-    def __init__(self, num_ops: int = 2, magnitude: int = 9, num_bins: int = 31) -> None:
+    def __init__(self, num_ops: int = 2, magnitude: int = 9, num_magnitude_bins: int = 31) -> None:
         require(1 <= num_ops <= 14, self, f"num_ops is {num_ops}, but must be in 1 to 14")
-        _require_bins(self, num_bins)
-        require(0 <= magnitude < num_bins, self, f"magnitude is {magnitude}, but must be in 0 to {num_bins - 1}")
-        self.num_ops, self.magnitude, self.num_bins = num_ops, magnitude, num_bins
+        _require_magnitude_bins(self, num_magnitude_bins)
+        require(
+            0 <= magnitude < num_magnitude_bins,
+            self,
+            f"magnitude is {magnitude}, but must be in 0 to {num_magnitude_bins - 1}",
+        )
+        self.num_ops, self.magnitude, self.num_magnitude_bins = num_ops, magnitude, num_magnitude_bins
 
     def __call__(self, images: Tensor, keys: Tensor, stream: int) -> Tensor:
         height, width = images.shape[2:]
         ranges = _Ranges(0.3, (150 / 331 * width, 150 / 331 * height), 30, 0.9, 4)
-        magnitudes = torch.full((len(images),), self.magnitude / (self.num_bins - 1), device=images.device)
+        magnitudes = torch.full((len(images),), self.magnitude / (self.num_magnitude_bins - 1), device=images.device)
         images = images.clone()
         for i in range(self.num_ops):
             _operate_(images, uniform(keys, stream + i, 2), magnitudes, ranges)
         return images
 
 
-class TrivialAugment(Transform):
+class TrivialAugmentWide(Transform):
     """Applies one random operation of random magnitude to each image: the same list as RandAugment, in wider ranges.
 
     Args:
-        num_bins: number of magnitudes, from none to the last one, which shears by 0.99, shifts by 32 pixels, rotates by
-            135 degrees, changes brightness and the like by 0.99, posterizes to 2 bits, and solarizes all.
+        num_magnitude_bins: number of magnitudes, from none to the last one, which shears by 0.99, shifts by 32 pixels,
+            rotates by 135 degrees, changes brightness and the like by 0.99, posterizes to 2 bits, and solarizes all.
     """
 
-    def __init__(self, num_bins: int = 31) -> None:
-        _require_bins(self, num_bins)
-        self.num_bins = num_bins
+    def __init__(self, num_magnitude_bins: int = 31) -> None:
+        _require_magnitude_bins(self, num_magnitude_bins)
+        self.num_magnitude_bins = num_magnitude_bins
 
     def __call__(self, images: Tensor, keys: Tensor, stream: int) -> Tensor:
         draws = uniform(keys, stream, 3)
-        magnitudes = (draws[:, 2] * self.num_bins).floor() / (self.num_bins - 1)
+        magnitudes = (draws[:, 2] * self.num_magnitude_bins).floor() / (self.num_magnitude_bins - 1)
         return _operate_(images.clone(), draws, magnitudes, _Ranges(0.99, (32.0, 32.0), 135, 0.99, 6))
 
 
-def _require_bins(transform: Transform, num_bins: int) -> None:
-    require(num_bins >= 2, transform, f"num_bins is {num_bins}, but must be 2 or more")
+def _require_magnitude_bins(transform: Transform, num_magnitude_bins: int) -> None:
+    require(num_magnitude_bins >= 2, transform, f"num_magnitude_bins is {num_magnitude_bins}, but must be 2 or more")
 
 
 def _operate_(images: Tensor, draws: Tensor, magnitudes: Tensor, ranges: _Ranges) -> Tensor:

@@ -29,13 +29,13 @@ class ImageBatch(NamedTuple):
 
     images: Tensor
     targets: Tensor
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
     weight: Tensor
     key: Tensor
 
 
-class Store(Protocol):
-    """Images on disk, in a stable order; supports random access from any process, and is cheap to pickle."""
+class ImageStore(Protocol):
+    """Images in a stable order, with random access from any process; cheap to pickle."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -57,26 +57,26 @@ class Store(Protocol):
 
 
 @dataclass(frozen=True)
-class Pictures:
+class LabelledImages:
     """Images and their class numbers.
 
     Attributes:
-        store: the store of the images.
-        labels: [N] int64; -1: not known.
+        store: of the images.
+        labels: [N] int64; -1: unknown.
     """
 
-    store: Store
+    store: ImageStore
     labels: np.ndarray
 
 
 @dataclass(frozen=True)
-class Source:
+class ImageSource:
     """Images found at a path.
 
     Attributes:
         splits: by name: `train`, and `val`, `test` if present; or `all` alone, not yet split.
-        classes: names, by class number; empty if no labels are known.
+        classes: names, by class number; empty without labels.
     """
 
-    splits: dict[str, Pictures]
+    splits: dict[str, LabelledImages]
     classes: list[str]

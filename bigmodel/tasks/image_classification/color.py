@@ -52,7 +52,7 @@ class ColorJitter(Transform):
         return images
 
 
-class Grayscale(Transform):
+class RandomGrayscale(Transform):
     """Converts some images to grey; the number of channels stays.
 
     Args:
@@ -77,8 +77,8 @@ def has_color(images: Tensor) -> bool:
     channels = images.shape[1]
     if channels not in (1, 3):
         raise ValueError(
-            f"--data.augment: what colour is in pictures of {channels} channels is not known, only in those of 1 or 3;"
-            " leave out the transforms that change contrast or colour"
+            f"--data.augment: transforms of contrast and colour accept images of 1 or 3 channels, not {channels}: leave"
+            " them out"
         )
     return channels == 3
 

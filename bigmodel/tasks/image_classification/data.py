@@ -26,15 +26,23 @@ from bigmodel.tasks.image_classification.augment import Transform, augment
 from bigmodel.tasks.image_classification.batch import ImageBatch
 from bigmodel.tasks.image_classification.geometry import RandomResizedCrop
 from bigmodel.tasks.image_classification.images import Images
-from bigmodel.tasks.image_classification.mixup import Mix
-from bigmodel.tasks.image_classification.prepare import Prepared, prepare
-from bigmodel.tasks.image_classification.sources import Columns, find_source
-from bigmodel.tasks.image_classification.splits import Split
+from bigmodel.tasks.image_classification.mixup import MixupCutMix
+from bigmodel.tasks.image_classification.prepare import PreparedImages, prepare
+from bigmodel.tasks.image_classification.sources import ImageColumns, find_source
+from bigmodel.tasks.image_classification.splits import ImageSplit
 
-_MOST_WORKERS = 16
+_MAX_WORKERS = 16
+# `ImageData.augmentation` is a part of the keys of caches: renamed transforms and arguments have their earlier names there.
+_KEY_NAMES = {
+    "RandomFlip": "Flip",
+    "RandomGrayscale": "Grayscale",
+    "TrivialAugmentWide": "TrivialAugment",
+    "padding_mode": "mode",
+    "num_magnitude_bins": "num_bins",
+}
 
 
-class Samples(Dataset[ImageBatch]):
+class ImageDataset(Dataset[ImageBatch]):
     """Dataset of the images of a split; returns batches.
 
     Args:
@@ -86,6 +94,10 @@ class Samples(Dataset[ImageBatch]):
         )
 
 
+def _key_name(name: str) -> str:
+    return _KEY_NAMES.get(name, name)
+
+
 def _empty(*shape: int) -> Tensor:
     """Allocate memory for pixels; in a worker it is shared with the training process, which avoids a copy."""
     if get_worker_info() is None:
@@ -110,35 +122,35 @@ class ImageData(L.LightningDataModule):
         classes: names of the classes to use; by default all.
         shots: number of training images per class, drawn by `seed`; by default all images are used.
         crop: random crop of each training image as it is read: RandomResizedCrop; by default the centre.
-        augment: augmentations of training batches on the device, in this order: RandomCrop, Flip, RandomAffine,
+        augment: augmentations of training batches on the device, in this order: RandomCrop, RandomFlip, RandomAffine,
             ColorJitter, RandAugment, RandomErasing, ... of bigmodel.tasks.image_classification.
-        mix: mixes each training image with its neighbour: Mix (mixup, cutmix).
-        balance: for skewed classes; `weights`: weights the loss of an image by the inverse size of its class;
+        mix: mixes each training image with its neighbour: MixupCutMix.
+        balance: for imbalanced classes; `weights`: weights the loss of an image by the inverse size of its class;
             `samples`: oversamples small classes.
         batch_size: images per optimizer step over all processes.
         micro_batch_size: images per forward pass of one process; by default its whole share of the batch.
-        views: number of epochs after which order and augmentation repeat; by default never. For cached teachers.
-        on_bad: an image that cannot be read is an `error`, or is skipped (`skip`), counted and named.
+        num_augmentation_epochs: number of epochs after which order and augmentation repeat; by default never. For
+            cached teachers.
+        on_corrupt: `error`: an image that cannot be read is an error; `skip`: it is skipped and reported.
         max_pixels: an image with more pixels is rejected before it is decoded.
-        decoded: keep decoded images in the cache, memory-mapped; by default if they take at most 4 GB.
-        on_device: keep all decoded images on the training device.
+        cache_decoded: store decoded images in the cache, memory-mapped; by default if they take at most 4 GB.
+        cache_on_device: hold all decoded images on the training device.
         cache_dir: folder of the prepared images; by default $BIGMODEL_CACHE or ~/.cache/bigmodel.
         num_workers: processes that read and decode in advance; by default one per core (at most 16), none for decoded
             images.
         seed: with the epoch, determines the order of the images and their augmentation; also the draw of `shots`.
 
     Attributes:
-        sizes: sizes that the net is built with: num_classes, in_channels, image_size. Set by `setup`, like all below,
-            but not when predicting.
+        sizes: sizes that the net is built with: num_classes, in_channels, image_size. Set by `setup`, like
+            `classes` (names, by class number) and all below, but not when predicting.
         fingerprint: hash of the images, their labels and how they are read.
-        classes: names, by class number.
         prepared: description of the prepared folder.
     """
 
     sizes: dict[str, int]
     fingerprint: str
     classes: list[str]
-    prepared: Prepared
+    prepared: PreparedImages
 
     def __init__(
         self,
@@ -146,41 +158,47 @@ class ImageData(L.LightningDataModule):
         size: int = 224,
         resize: int | None = None,
         channels: Literal[1, 3] | None = None,
-        split: Split | None = None,
-        columns: Columns | None = None,
+        split: ImageSplit | None = None,
+        columns: ImageColumns | None = None,
         classes: list[str] | None = None,
         shots: int | None = None,
         crop: RandomResizedCrop | None = None,
         augment: list[Transform] | None = None,
-        mix: Mix | None = None,
+        mix: MixupCutMix | None = None,
         balance: Literal["none", "weights", "samples"] = "none",
         batch_size: int = 64,
         micro_batch_size: int | None = None,
-        views: int | None = None,
-        on_bad: Literal["error", "skip"] = "error",
+        num_augmentation_epochs: int | None = None,
+        on_corrupt: Literal["error", "skip"] = "error",
         max_pixels: int = 2**27,
-        decoded: bool | None = None,
-        on_device: bool = False,
+        cache_decoded: bool | None = None,
+        cache_on_device: bool = False,
         cache_dir: str | None = None,
         num_workers: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if on_device and (crop is not None or decoded is False):
+        if cache_on_device and (crop is not None or cache_decoded is False):
             raise ValueError(
-                "--data.on_device true keeps decoded pictures of one size: leave out --data.crop (RandomResizedCrop among"
-                " --data.augment does it on the device) and --data.decoded false"
+                "--data.cache_on_device true needs decoded images of one size: leave out --data.cache_decoded false and"
+                " --data.crop (RandomResizedCrop in --data.augment crops on the device)"
             )
         self.path, self.size, self.channels = path, size, channels
         self.resize = size if resize is None else resize
-        self.split, self.columns, self.crop = split or Split(), columns or Columns(), crop
+        self.split, self.columns, self.crop = split or ImageSplit(), columns or ImageColumns(), crop
         self.chosen_classes, self.shots = classes, shots
         self.augment, self.mix, self.balance = augment or [], mix, balance
-        self.batch_size, self.micro_batch_size, self.views = batch_size, micro_batch_size, views
-        self.on_bad, self.max_pixels, self.decoded, self.on_device = on_bad, max_pixels, decoded, on_device
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.num_augmentation_epochs = num_augmentation_epochs
+        self.on_corrupt, self.max_pixels, self.cache_decoded, self.cache_on_device = (
+            on_corrupt,
+            max_pixels,
+            cache_decoded,
+            cache_on_device,
+        )
         self.cache_dir, self.num_workers, self.seed = cache_dir, num_workers, seed
-        self._prepared: dict[bool, Prepared] = {}  # key: whether it is for prediction
-        self._resident: dict[str, Tensor] = {}
+        self._prepared: dict[bool, PreparedImages] = {}  # key: true for prediction
+        self._device_images: dict[str, Tensor] = {}
 
     def prepare_data(self) -> None:
         """Find, check, split and decode the images, unless the cache already holds them for these settings.
@@ -209,10 +227,13 @@ class ImageData(L.LightningDataModule):
         transforms = [*([self.crop] if self.crop is not None else []), *self.augment]
         if not transforms:
             return ""
-        described = [[type(transform).__name__, vars(transform)] for transform in transforms]
+        described = [
+            [_key_name(type(transform).__name__), {_key_name(name): value for name, value in vars(transform).items()}]
+            for transform in transforms
+        ]
         return json.dumps([self.seed, described], default=lambda value: type(value).__name__)
 
-    def _prepare(self, predicting: bool) -> Prepared:
+    def _prepare(self, predicting: bool) -> PreparedImages:
         if predicting in self._prepared:
             return self._prepared[predicting]
         cache = cache_folder("image_classification", self.cache_dir)
@@ -224,8 +245,8 @@ class ImageData(L.LightningDataModule):
             channels=self.channels,
             whole=self.crop is not None,
             split=None if predicting else self.split,
-            on_bad=self.on_bad,
-            decoded=True if self.on_device else self.decoded,
+            on_corrupt=self.on_corrupt,
+            cache_decoded=True if self.cache_on_device else self.cache_decoded,
             cache=cache,
             max_pixels=self.max_pixels,
             classes=None if predicting else self.chosen_classes,
@@ -238,12 +259,12 @@ class ImageData(L.LightningDataModule):
         """Return the images of a split.
 
         Raises:
-            ValueError: if there is no such split.
+            ValueError: if the split does not exist.
         """
         if split not in self.prepared.splits:
             raise ValueError(
-                f"there is no {split} split but {', '.join(self.prepared.splits)}: set --data.split.{split} to a share, or"
-                f" give pictures for it ({split}/<class>/...)"
+                f"the data have no {split} split but {', '.join(self.prepared.splits)}: set --data.split.{split} to a share,"
+                f" or add images for it ({split}/<class>/...)"
             )
         return self.prepared.images(split)
 
@@ -252,13 +273,13 @@ class ImageData(L.LightningDataModule):
         return class_weights(np.asarray(self.prepared.splits["train"].class_counts))
 
     def train_dataloader(self) -> DataLoader[ImageBatch]:
-        samples = Samples(
+        samples = ImageDataset(
             self.images("train"),
             self.seed,
             self.crop,
             self.class_weights() if self.balance == "weights" else None,
             self.balance == "samples",
-            read=not self.on_device,
+            read=not self.cache_on_device,
         )
         return train_loader(
             samples,
@@ -267,7 +288,7 @@ class ImageData(L.LightningDataModule):
             seed=self.seed,
             trainer=self.trainer,
             num_workers=self._workers(samples),
-            views=self.views,
+            num_augmentation_epochs=self.num_augmentation_epochs,
         )
 
     def val_dataloader(self) -> DataLoader[ImageBatch] | list[DataLoader[ImageBatch]]:
@@ -279,11 +300,11 @@ class ImageData(L.LightningDataModule):
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader[ImageBatch]:
-        """Return a loader of all images at the path, of whichever split."""
+        """Return a loader of all images at the path."""
         return self._eval_loader("all")
 
     def _eval_loader(self, split: str) -> DataLoader[ImageBatch]:
-        samples = Samples(self.images(split), self.seed, read=not self.on_device)
+        samples = ImageDataset(self.images(split), self.seed, read=not self.cache_on_device)
         return eval_loader(
             samples,
             batch_size=self.batch_size,
@@ -292,10 +313,10 @@ class ImageData(L.LightningDataModule):
             num_workers=self._workers(samples),
         )
 
-    def _workers(self, samples: Samples) -> int:
+    def _workers(self, samples: ImageDataset) -> int:
         if self.num_workers is not None:
             return self.num_workers
-        return 0 if self.on_device or samples.images.in_memory else min(available_cores(), _MOST_WORKERS)
+        return 0 if self.cache_on_device or samples.images.in_memory else min(available_cores(), _MAX_WORKERS)
 
     def transfer_batch_to_device(self, batch: ImageBatch, device: torch.device, dataloader_idx: int) -> ImageBatch:
         """Move the batch to the device."""
@@ -324,8 +345,8 @@ class ImageData(L.LightningDataModule):
             split: name of the split.
             training: augment the batch.
         """
-        if self.on_device:
-            batch = batch._replace(images=self._on_device(split, batch.index.device)[batch.index])
+        if self.cache_on_device:
+            batch = batch._replace(images=self._images_on_device(split, batch.index.device)[batch.index])
         if training and self.augment:
             batch = batch._replace(images=augment(batch.images, batch.key, self.augment))
         if training and self.mix is not None:
@@ -334,13 +355,13 @@ class ImageData(L.LightningDataModule):
             batch = batch._replace(images=mixed[0], targets=mixed[1], weight=mixed[2])
         return batch
 
-    def _on_device(self, split: str, device: torch.device) -> Tensor:
+    def _images_on_device(self, split: str, device: torch.device) -> Tensor:
         """All images of a split [N, C, S, S] uint8, moved to the device once."""
-        if split not in self._resident:
+        if split not in self._device_images:
             images = self.images(split)
             pixels = images.read(np.arange(len(images)))
-            self._resident[split] = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
-        return self._resident[split]
+            self._device_images[split] = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
+        return self._device_images[split]
 
 
 def _verb(data: L.LightningDataModule) -> TrainerFn | None:

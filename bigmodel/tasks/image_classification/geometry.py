@@ -27,31 +27,35 @@ class RandomCrop(Transform):
 
     Args:
         padding: pixels on each side.
-        mode: padding mode: zero (black), reflect (mirrored without the border pixel), edge (the border pixel).
+        padding_mode: zero (black), reflect (mirrored without the border pixel), edge (the border pixel).
     """
 
-    def __init__(self, padding: int, mode: Padding = "zero") -> None:
+    def __init__(self, padding: int, padding_mode: Padding = "zero") -> None:
         require(padding >= 0, self, f"padding is {padding} pixels, but must be 0 or more")
-        require(mode in get_args(Padding), self, f"mode is {mode!r}, but must be one of {', '.join(get_args(Padding))}")
-        self.padding, self.mode = padding, mode
+        require(
+            padding_mode in get_args(Padding),
+            self,
+            f"padding_mode is {padding_mode!r}, but must be one of {', '.join(get_args(Padding))}",
+        )
+        self.padding, self.padding_mode = padding, padding_mode
 
     def __call__(self, images: Tensor, keys: Tensor, stream: int) -> Tensor:
         height, width = images.shape[2:]
-        if self.mode == "reflect":
+        if self.padding_mode == "reflect":
             fits = self.padding < min(height, width)
-            require(fits, self, f"padding {self.padding} cannot be reflected in pictures of {height} x {width} pixels")
+            require(fits, self, f"padding {self.padding} is too large to reflect images of {height} x {width} pixels")
         shifts = (uniform(keys, stream, 2) * (2 * self.padding + 1)).long() - self.padding  # [B, 2]
         rows = shifts[:, :1] + torch.arange(height, device=images.device)  # [B, H]
         columns = shifts[:, 1:] + torch.arange(width, device=images.device)  # [B, W]
         cropped = _take(images, self._inside(rows, height), self._inside(columns, width))
-        if self.mode == "zero":
+        if self.padding_mode == "zero":
             row_there, column_there = rows == rows.clamp(0, height - 1), columns == columns.clamp(0, width - 1)
             cropped *= (row_there[:, :, None] & column_there[:, None])[:, None]
         return cropped
 
     def _inside(self, places: Tensor, side: int) -> Tensor:
         """Return the index of the image's pixel at each position of the padded image."""
-        if self.mode == "reflect":
+        if self.padding_mode == "reflect":
             return side - 1 - (side - 1 - places.abs()).abs()
         return places.clamp(0, side - 1)
 
@@ -69,7 +73,7 @@ def _take(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return taken.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
-class Flip(Transform):
+class RandomFlip(Transform):
     """Mirrors some images.
 
     Args:
@@ -217,7 +221,7 @@ def fitting_box(
         draws: [B, 2T] uniform random numbers, for T tries.
 
     Returns:
-        Height and width of the box in whole pixels, and whether there is one; each [B].
+        Height and width of the box in whole pixels, and bool, true if there is one; each [B].
     """
     for_area, for_ratio = draws.to(height.dtype).chunk(2, dim=1)  # each [B, T]
     area = (height * width)[:, None] * (scale[0] + (scale[1] - scale[0]) * for_area)

@@ -59,9 +59,9 @@ class HuggingFace(Classifier):
     """An image classifier of the Hugging Face hub, or of a folder that `save_pretrained` wrote: maps images [B, C, S,
     S] to logits [B, K]. No code of the hub is run, and weights are read from safetensors only.
 
-    The configuration is used with the number of classes, channels and pixels of the data. A head for another
-    number of classes is newly initialised, which is printed; any other weight that is missing, unexpected or of another
-    shape is an error, unless excused by name.
+    The configuration is used with the data's number of classes, channels and pixels. A head for a different
+    number of classes is newly initialised, which is printed; any other weight that is missing, unexpected or of a different
+    shape is an error, unless named in `ignore_mismatched`.
 
     The attribute `config` describes the net. If it is saved with the weights and passed as the argument of that
     name, it builds the same net where neither the hub nor the folder can be reached.
@@ -74,17 +74,17 @@ class HuggingFace(Classifier):
         pretrained: use the pretrained weights; false: the architecture only, with new weights.
         config: the configuration of a net that was built before: nothing is read from `path`, and its weights are new ones,
             into which the saved ones are loaded. Not to be set by users.
-        excuse: patterns (`*` as in file names) of weights that may be missing, unexpected or of another shape; they are
-            newly initialised.
+        ignore_mismatched: patterns (`*` as in file names) of weights that may be missing, unexpected or of a different
+            shape; they are newly initialised.
 
     Attributes:
         model: transformers' model.
         config: its configuration, plain values.
         normalization: mean and standard deviation by channel that the images had when the weights were trained, for
-            pixels in 0 to 1; None if that is not known, for as many channels.
+            pixels in 0 to 1; None if not stated for this number of channels.
 
     Raises:
-        ValueError: if there is no such model, its weights do not fit, or it cannot read such images.
+        ValueError: if the model does not exist, its weights do not match, or it cannot read such images.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class HuggingFace(Classifier):
         path: str,
         pretrained: bool = True,
         config: dict[str, Any] | None = None,
-        excuse: list[str] | None = None,
+        ignore_mismatched: list[str] | None = None,
     ) -> None:
         from transformers import AutoConfig, AutoModelForImageClassification
 
@@ -129,8 +129,8 @@ class HuggingFace(Classifier):
         super().__init__(model, head, statistics)
         self.config: dict[str, Any] = hugging_face.plain_settings(settings)
         if loaded is not None:
-            _check_loaded(loaded, path, trained, num_classes, head, excuse or [])
-        self.model.train()  # transformers hands it over in evaluation mode, and Lightning leaves it there
+            _check_loaded(loaded, path, trained, num_classes, head, ignore_mismatched or [])
+        self.model.train()  # transformers returns it in evaluation mode, which Lightning does not change
 
 
 def as_published(
@@ -149,29 +149,35 @@ def as_published(
         The net, and its channels C: those of the data, or 3 for grey and 1 for coloured images.
 
     Raises:
-        ValueError: if there is no such model, it has other classes, a weight is missing or has another shape, or it
-            cannot read such images.
+        ValueError: if the model does not exist or has different classes, a weight is missing or has a different shape,
+            or it cannot read such images.
     """
     from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForImageClassification
 
     settings = published.read_settings(path, flag, _KIND, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING)
     order = published.class_order(settings, classes, path, flag)
-    known = _sizes(settings)
-    channels = known["channels"] if known["channels"] in (1, 3) else in_channels
+    trained = _sizes(settings)
+    channels = trained["channels"] if trained["channels"] in (1, 3) else in_channels
     hugging_face.set_image_size(settings, image_size)
-    remedy = f"set --data.size {known['size']}, which it was trained with" if known["size"] else "take another model"
+    remedy = (
+        f"set --data.size {trained['size']}, which it was trained with"
+        if trained["size"]
+        else "choose a different model"
+    )
     model = published.load(AutoModelForImageClassification, path, flag, _KIND, settings, remedy)
     head = _find_head(model, (1, channels, image_size, image_size), f"{flag} {path}")
     if order != sorted(order):
         if head is None:
             raise ValueError(
-                f"{flag} {path} has the data's classes in another order, and ends in no linear layer that could be put in"
-                f" order: set --data.classes, or take another model"
+                f"{flag} {path} has the data's classes in a different order, and cannot be reordered, because its last layer"
+                " is not linear: choose a different model"
             )
         published.reorder(model.get_submodule(head), order)
     statistics = hugging_face.normalization(published.location(path), channels)
     if statistics is None:
-        rank_zero_only(say)(f"{path}: no mean and deviation in {hugging_face.PREPROCESSOR}; pixels are read as 0 to 1")
+        rank_zero_only(say)(
+            f"{path}: {hugging_face.PREPROCESSOR} has no mean and standard deviation; pixels are read as 0 to 1"
+        )
     return Classifier(model, head, statistics), channels
 
 
@@ -203,29 +209,34 @@ def _find_head(model: nn.Module, shape: tuple[int, ...], where: str) -> str | No
         return hugging_face.find_head(model, pixel_values=next(model.parameters()).new_zeros(shape))
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(
-            f"the model of {where} cannot read pictures of {shape[1]} channel(s) and {shape[-1]} pixels on a"
-            f" side ({str(error).strip().splitlines()[0][:200]}); set --data.channels and --data.size to what it reads"
+            f"the model of {where} cannot read images of {shape[1]} channel(s) and {shape[-1]} pixels on a"
+            f" side ({str(error).strip().splitlines()[0][:200]}); set --data.channels and --data.size to the model's"
         ) from error
 
 
 def _check_loaded(
-    loaded: dict[str, Any], path: str, sizes: dict[str, Any], num_classes: int, head: str | None, excuse: list[str]
+    loaded: dict[str, Any],
+    path: str,
+    sizes: dict[str, Any],
+    num_classes: int,
+    head: str | None,
+    ignore_mismatched: list[str],
 ) -> None:
     """Raise an error for weights that do not match the model; print which were newly initialised."""
-    problems = hugging_face.mismatches(loaded, "the model for these pictures")
+    problems = hugging_face.mismatches(loaded, "the model for these images")
     new_head = {name for name in problems if head is not None and name.startswith(f"{head}.")}
-    for name, theirs, ours in loaded["mismatched_keys"]:
-        if (theirs[0], ours[0]) == (sizes["num_labels"], num_classes) and theirs[1:] == ours[1:]:
+    for name, saved, built in loaded["mismatched_keys"]:
+        if (saved[0], built[0]) == (sizes["num_labels"], num_classes) and saved[1:] == built[1:]:
             new_head.add(name)
     trained = [f"--data.{flag} {sizes[flag]}" for flag in ("size", "channels") if sizes[flag]]
     hugging_face.check_weights(
         {name: problem for name, problem in problems.items() if name not in new_head},
         loaded["error_msgs"],
-        excuse,
+        ignore_mismatched,
         path,
         "set the sizes that they were trained with"
         + (f" ({', '.join(trained)})" if trained else "")
-        + ", or start what may start anew by naming it in --model.net.excuse",
+        + ", or name weights to initialise newly in --model.net.ignore_mismatched",
     )
     if new_head:
-        rank_zero_only(say)(f"{path}: a new head for {num_classes} classes in place of its own")
+        rank_zero_only(say)(f"{path}: the head is newly initialised for {num_classes} classes")

@@ -2,12 +2,12 @@
 
 A prepared folder, all numbers little-endian::
 
-    meta.json            its contents, see `Prepared`
+    meta.json            its contents, see `PreparedImages`
     train-rows.npy       [N] int64, number of each image in the source
-    train-labels.npy     [N] int64, class numbers; -1: not known
-    train-shapes.npy     [N, 2] int32, height and width: of the stored image; where none is stored, of the upright
-    original train-pixels.bin     if they were decoded: the pixels of one image after the other, uint8 [H, W, C]; no
-    header val-...
+    train-labels.npy     [N] int64, class numbers; -1: unknown
+    train-shapes.npy     [N, 2] int32, height and width: of the stored image; where none is stored, of the upright original
+    train-pixels.bin     if they were decoded: the pixels of one image after the other, uint8 [H, W, C]; no header
+    val-...
 
 B images at once, N in the split, C channels, H and W pixels, S pixels to the edge of what a net reads.
 """
@@ -17,40 +17,40 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from bigmodel.data.cache import write_text
-from bigmodel.data.image_decoding import Box, Geometry, PictureError
+from bigmodel.data.image_decoding import Box, Geometry, ImageError
 
 if TYPE_CHECKING:
-    from bigmodel.tasks.image_classification.batch import Store
+    from bigmodel.tasks.image_classification.batch import ImageStore
 
 VERSION = 1  # of this format
 
-# Pages of a memory map that were read stay in the process's resident memory, with up to ten times as much around them:
-# release all after this number of bytes, which limits it to some 200 MB.
+# Pages of a memory map that were read stay in the process's resident memory, with up to ten times as many neighbouring
+# pages: releasing all after this number of bytes limits it to some 200 MB.
 RELEASE_BYTES = 2**24
 
 Stored = Literal["square", "whole", "no"]
 
 
 @dataclass
-class SplitFacts:
+class SplitInfo:
     """One split: its images, the number of each class, and how they are stored: decoded as S x S pixels (square),
     decoded with the shorter edge of `resize` (whole), or not decoded (no).
     """
 
-    num_pictures: int
+    num_images: int
     class_counts: list[int]
     stored: Stored
 
 
 @dataclass
-class Prepared:
+class PreparedImages:
     """Contents of a prepared folder.
 
     Attributes:
@@ -65,7 +65,7 @@ class Prepared:
         std: likewise; at least 1/255.
         fingerprint: hash of classes, geometry, and of the splits' contents and labels in their order.
         decoded: True if pixels are stored; else images are decoded each time they are read.
-        left_out: names of the images that cannot be used.
+        skipped: names of the images that cannot be used.
         stores: of the images, by split.
         version: of this format.
     """
@@ -76,27 +76,33 @@ class Prepared:
     size: int
     resize: int
     max_pixels: int
-    splits: dict[str, SplitFacts]
+    splits: dict[str, SplitInfo]
     mean: list[float]
     std: list[float]
     fingerprint: str
     decoded: bool
-    left_out: list[str] = field(default_factory=list)
-    stores: dict[str, Store] = field(default_factory=dict, repr=False, compare=False)
+    skipped: list[str] = field(default_factory=list)
+    stores: dict[str, ImageStore] = field(default_factory=dict, repr=False, compare=False)
     version: int = VERSION
 
     def save(self, folder: Path) -> None:
-        """Write meta.json: everything but the paths of sources."""
-        facts = {key: value for key, value in vars(self).items() if key not in ("folder", "stores", "left_out")}
-        facts["splits"] = {name: asdict(split) for name, split in self.splits.items()}
-        write_text(folder / "meta.json", json.dumps(facts, indent=2))
+        """Write meta.json: all attributes but the folder, the stores and skipped images."""
+        meta = {key: value for key, value in vars(self).items() if key not in ("folder", "stores", "skipped")}
+        meta["splits"] = {  # the earlier name `num_pictures` stays, so that existing folders can be read
+            name: {"num_pictures": split.num_images, "class_counts": split.class_counts, "stored": split.stored}
+            for name, split in self.splits.items()
+        }
+        write_text(folder / "meta.json", json.dumps(meta, indent=2))
 
     @classmethod
-    def load(cls, folder: Path) -> Prepared:
+    def load(cls, folder: Path) -> PreparedImages:
         """Read meta.json."""
-        facts = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        facts["splits"] = {name: SplitFacts(**split) for name, split in facts["splits"].items()}
-        return cls(folder=folder, **facts)
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta["splits"] = {
+            name: SplitInfo(split["num_pictures"], split["class_counts"], split["stored"])
+            for name, split in meta["splits"].items()
+        }
+        return cls(folder=folder, **meta)
 
     @property
     def geometry(self) -> Geometry:
@@ -109,7 +115,7 @@ class Prepared:
 
 
 class Images:
-    """The images of one split; cheap to pickle if the store is.
+    """Images of one split, with random access; cheap to pickle if the store is.
 
     Args:
         folder: a prepared folder.
@@ -117,7 +123,7 @@ class Images:
         store: of the source: for names, and for images that were not decoded.
 
     Attributes:
-        labels: [N] int64 class numbers; -1: not known.
+        labels: [N] int64 class numbers; -1: unknown.
         shapes: [N, 2] int32, height and width of each image, in the pixels that boxes are given in.
         in_memory: True if reading only accesses mapped memory, so that worker processes are useless.
         takes_boxes: True if `read` can crop each image.
@@ -127,8 +133,8 @@ class Images:
         ValueError: if the folder is damaged.
     """
 
-    def __init__(self, folder: Path, split: str, store: Store) -> None:
-        meta = Prepared.load(folder)
+    def __init__(self, folder: Path, split: str, store: ImageStore) -> None:
+        meta = PreparedImages.load(folder)
         self.folder, self.split, self.store = folder, split, store
         self.labels: np.ndarray = np.load(folder / f"{split}-labels.npy")
         self.shapes: np.ndarray = np.load(folder / f"{split}-shapes.npy")
@@ -137,13 +143,13 @@ class Images:
         self.shape = (meta.size, meta.size, meta.channels)
         stored = meta.splits[split].stored
         self.in_memory, self.takes_boxes = stored == "square", stored != "square"
-        self._map = None if stored == "no" else _mapped(folder, split, self._sizes.sum())
+        self._map = None if stored == "no" else _map_pixels(folder, split, self._sizes.sum())
         if self._map is not None:
             self._pixels = np.frombuffer(self._map, np.uint8)
             self._starts = np.concatenate([[0], self._sizes.cumsum()])
         self._bytes_read = 0
 
-    def __reduce__(self) -> tuple[type[Images], tuple[Path, str, Store]]:
+    def __reduce__(self) -> tuple[type[Images], tuple[Path, str, ImageStore]]:
         return Images, (self.folder, self.split, self.store)
 
     def __len__(self) -> int:
@@ -171,7 +177,7 @@ class Images:
         numbers = np.asarray(numbers)
         if boxes is not None and not self.takes_boxes:
             raise ValueError(
-                f"pictures of the {self.split} split are stored as squares: no boxes can be cut out of them"
+                f"images of the {self.split} split are stored as squares: boxes cannot be cropped from them"
             )
         images = np.empty((len(numbers), *self.shape), np.uint8) if out is None else out
         if self.in_memory:
@@ -202,22 +208,24 @@ class Images:
             self._bytes_read = 0
 
 
-def decode_from(store: Store, row: int, geometry: Geometry, box: Box | None = None, whole: bool = False) -> np.ndarray:
+def decode_from(
+    store: ImageStore, row: int, geometry: Geometry, box: Box | None = None, whole: bool = False
+) -> np.ndarray:
     """Return an image of a source in the given geometry, see `Geometry`.
 
     Raises:
-        ValueError: if it cannot be read any more, though it could when it was checked; names it.
+        ValueError: if it cannot be read any more, though it was valid when it was checked; names it.
     """
     try:
         content = store.read(row)
         return geometry.decode_whole(content) if whole else geometry.decode(content, box)
-    except PictureError as error:
-        raise ValueError(f"{store.name(row)}: {error}. It was good when it was checked: start again") from error
+    except ImageError as error:
+        raise ValueError(f"{store.name(row)}: {error}. It was valid when it was checked: start again") from error
     except OSError as error:
         raise ValueError(f"{store.name(row)} cannot be read any more ({error.strerror or error})") from error
 
 
-def _mapped(folder: Path, split: str, expected: int) -> mmap.mmap:
+def _map_pixels(folder: Path, split: str, expected: int) -> mmap.mmap:
     path = folder / f"{split}-pixels.bin"
     size = path.stat().st_size if path.exists() else 0
     if size != expected:

@@ -21,12 +21,12 @@ from bigmodel.tasks.image_classification.geometry import box_mask
 _CELLS = 8192
 
 
-class Mix:
+class MixupCutMix:
     """Mixes each image and its target with those of its neighbour in the order of samples; in training only.
 
     Args:
-        mixup: alpha of the Beta(alpha, alpha) distribution of the image's own share; 0: no mixup.
-        cutmix: the same for CutMix, where the neighbour's share is a box of that area; 0: no CutMix.
+        mixup_alpha: alpha of the Beta(alpha, alpha) distribution of the image's own share; 0: no mixup.
+        cutmix_alpha: the same for CutMix, where the neighbour's share is a box of that area; 0: no CutMix.
         p: share of the images that are mixed.
         switch_p: share of CutMix among these, where both are on.
 
@@ -34,21 +34,24 @@ class Mix:
         ValueError: if nothing would be mixed, or a number is out of range.
     """
 
-    def __init__(self, mixup: float = 0.0, cutmix: float = 0.0, p: float = 1.0, switch_p: float = 0.5) -> None:
-        for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
+    def __init__(
+        self, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0, p: float = 1.0, switch_p: float = 0.5
+    ) -> None:
+        for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
             if not 0 <= alpha < float("inf"):
                 raise ValueError(f"--data.mix.{name} is {alpha}, but must be 0 (off) or above")
-        if mixup == cutmix == 0:
+        if mixup_alpha == cutmix_alpha == 0:
             raise ValueError(
-                "--data.mix mixes nothing: set --data.mix.mixup or --data.mix.cutmix above 0, or leave --data.mix out"
+                "--data.mix mixes nothing: set --data.mix.mixup_alpha or --data.mix.cutmix_alpha above 0, or leave out"
+                " --data.mix"
             )
         for name, share in (("p", p), ("switch_p", switch_p)):
             if not 0 <= share <= 1:
                 raise ValueError(f"--data.mix.{name} is {share}, but must be in 0 to 1")
-        self.mixup, self.cutmix, self.p = mixup, cutmix, p
-        self.switch_p = switch_p if mixup and cutmix else float(cutmix > 0)
-        self._mixup = _Beta(mixup) if mixup else None
-        self._cutmix = _Beta(cutmix) if cutmix else None
+        self.mixup_alpha, self.cutmix_alpha, self.p = mixup_alpha, cutmix_alpha, p
+        self.switch_p = switch_p if mixup_alpha and cutmix_alpha else float(cutmix_alpha > 0)
+        self._mixup = _Beta(mixup_alpha) if mixup_alpha else None
+        self._cutmix = _Beta(cutmix_alpha) if cutmix_alpha else None
 
     def __call__(
         self, images: Tensor, targets: Tensor, weight: Tensor, keys: Tensor, num_classes: int
@@ -72,7 +75,7 @@ class Mix:
         batch = len(images)
         if batch % 2:
             raise ValueError(
-                f"--data.mix takes pictures in pairs, but a micro-batch has {batch}: set an even --data.micro_batch_size"
+                f"--data.mix mixes pairs of images, but a micro-batch has {batch}: set an even --data.micro_batch_size"
             )
         draws = uniform(keys, MIX_STREAM, 5)
         mixed, cut = draws[:, 0] < self.p, draws[:, 1] < self.switch_p  # each [B]
@@ -81,10 +84,10 @@ class Mix:
             own = torch.where(mixed & ~cut, self._mixup.quantile(draws[:, 2]), own)
         own_here = own[:, None, None, None]  # the same at each pixel
         if self._cutmix:
-            kept = ~_box(self._cutmix.quantile(draws[:, 2]), draws[:, 3:], images)  # [B, 1, H, W]
-            area = kept.sum(dim=(1, 2, 3)).to(torch.float32) / kept[0].numel()
+            outside = ~_box(self._cutmix.quantile(draws[:, 2]), draws[:, 3:], images)  # [B, 1, H, W]
+            area = outside.sum(dim=(1, 2, 3)).to(torch.float32) / outside[0].numel()
             own = torch.where(mixed & cut, area, own)
-            own_here = torch.where((mixed & cut)[:, None, None, None], kept, own_here)
+            own_here = torch.where((mixed & cut)[:, None, None, None], outside, own_here)
         images = own_here * images + (1 - own_here) * _partner(images)
 
         own_weight, other_weight = own * weight, (1 - own) * _partner(weight)

@@ -30,7 +30,7 @@ from bigmodel.training import optimizers, schedules
 from bigmodel.training.callbacks import GradientScaling
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 
-Picture = Image.Image | np.ndarray | str | Path
+ImageInput = Image.Image | np.ndarray | str | Path
 _LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow
 
 
@@ -65,35 +65,35 @@ class ImageClassification(LightningModule):
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 1:
-            raise ValueError(f"--model.label_smoothing {label_smoothing} must lie in 0 <= label_smoothing < 1")
+            raise ValueError(f"--model.label_smoothing {label_smoothing} must be in [0, 1)")
         if (mean is None) != (std is None):
-            raise ValueError("--model.mean and --model.std belong together: give both or none")
+            raise ValueError("--model.mean and --model.std are set together: set both or none")
         self.make_net, self.optimizer, self.schedule = net, optimizer, schedule
         self.label_smoothing, self.given_statistics, self.test_flips = label_smoothing, (mean, std), test_flips
         self.net: Any = None
         self.mean: Tensor
         self.std: Tensor
-        self.facts: dict[str, Any] = {}  # classes and geometry, as in the checkpoint
-        self.net_config: dict[str, Any] | None = None  # of a net that was built from files which may not exist any more
+        self.data_metadata: dict[str, Any] = {}  # classes and geometry, as in the checkpoint
+        self.net_config: dict[str, Any] | None = None  # of a net that was built from files, which may be gone
 
     def setup(self, stage: str) -> None:
         """Read classes and geometry from the data module."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage != "predict" and hasattr(data, "classes"):
-            self.facts = {"classes": data.classes, "size": data.size, "resize": data.resize}
+            self.data_metadata = {"classes": data.classes, "size": data.size, "resize": data.resize}
 
     def configure_model(self) -> None:
         if self.net is not None:
             return
-        known = sizes(self)
-        kept = {"config": self.net_config} if self.net_config is not None else {}
-        self.net = self.make_net(**known, **kept)  # type: ignore[call-arg]
+        net_sizes = sizes(self)
+        config = {"config": self.net_config} if self.net_config is not None else {}
+        self.net = self.make_net(**net_sizes, **config)  # type: ignore[call-arg]
         to_channels_last(self.net)  # guarded: convolutions of few channels
-        mean, std = self._statistics(known["in_channels"])
+        mean, std = self._statistics(net_sizes["in_channels"])
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
-        self.metrics = ClassMetrics(known["num_classes"])
-        self.flip_metrics = ClassMetrics(known["num_classes"]) if self.test_flips else None
+        self.metrics = ClassMetrics(net_sizes["num_classes"])
+        self.flip_metrics = ClassMetrics(net_sizes["num_classes"]) if self.test_flips else None
 
     def _statistics(self, num_channels: int) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation [C, 1, 1]: as given, else the net's own, else those of the training
@@ -112,13 +112,13 @@ class ImageClassification(LightningModule):
         mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in pair)
         if len(mean) != num_channels or len(std) != num_channels or not (std > 0).all():
             raise ValueError(
-                f"--model.mean {pair[0]} and --model.std {pair[1]}: the pictures have {num_channels} channel(s), so"
-                f" {num_channels} value(s) each are needed, std above 0 (--data.channels sets how pictures are read)"
+                f"--model.mean {pair[0]} and --model.std {pair[1]}: {num_channels} value(s) each are needed for"
+                f" images of {num_channels} channel(s), std above 0 (--data.channels sets how images are read)"
             )
         return mean, std
 
     def configure_callbacks(self) -> list[Callback]:
-        # The loss is a sum: a plain Trainer also needs the callback that divides it by the count.
+        # The loss is a sum: a Trainer without bigmodel's callbacks needs the one that divides it by the count.
         missing = [kind for kind in (GradientScaling, Report) if get_callback(self.trainer, kind) is None]
         return [kind() for kind in missing]
 
@@ -139,7 +139,7 @@ class ImageClassification(LightningModule):
     # The SupportsLogits protocol, used by distillation, evaluation and export.
 
     def features(self, batch: ImageBatch) -> Tensor:
-        """Return what the output layer reads, [B, D]; the logits if the net has no separate output layer."""
+        """Return the input of the output layer [B, D]; the logits if the net has no separate output layer."""
         read = getattr(self.net, "features", self.net)
         return read(self.normalize(batch.images))
 
@@ -154,7 +154,7 @@ class ImageClassification(LightningModule):
     @property
     def label_space(self) -> list[str] | None:
         """The classes, in the order of the logits."""
-        return self.facts.get("classes")
+        return self.data_metadata.get("classes")
 
     def from_pretrained(self, path: str, flag: str) -> ImageClassification:
         """Load an image classifier of transformers with this task's classes, unchanged; see
@@ -162,17 +162,17 @@ class ImageClassification(LightningModule):
         """
         from bigmodel.tasks.image_classification.hugging_face import as_published
 
-        known = sizes(self)
+        net_sizes = sizes(self)
         net, channels = as_published(
             path,
             flag,
-            classes=self.facts["classes"],
-            in_channels=known["in_channels"],
-            image_size=known["image_size"],
+            classes=self.data_metadata["classes"],
+            in_channels=net_sizes["in_channels"],
+            image_size=net_sizes["image_size"],
         )
         task = ImageClassification(net=lambda **_: net)
-        task.facts = self.facts
-        set_sizes(task, {**known, "in_channels": channels})
+        task.data_metadata = self.data_metadata
+        set_sizes(task, {**net_sizes, "in_channels": channels})
         task.configure_model()
         return task.eval()
 
@@ -223,34 +223,34 @@ class ImageClassification(LightningModule):
         images = data.images("all")
         return {
             "path": [images.name(i) for i in batch.index[real].tolist()],
-            "class": [self.facts["classes"][i] for i in predicted.tolist()],
+            "class": [self.data_metadata["classes"][i] for i in predicted.tolist()],
             "probability": probability,
             "probabilities": probabilities,
         }
 
     def prediction_metadata(self) -> dict[str, str]:
         """Metadata of a file of predictions: the classes, in the order of `probabilities`, as JSON."""
-        return {"classes": json.dumps(self.facts["classes"])}
+        return {"classes": json.dumps(self.data_metadata["classes"])}
 
     # The checkpoint holds classes and geometry, so that a loaded task can classify images without the data.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["pictures"] = self.facts
+        checkpoint["images"] = self.data_metadata
         config = getattr(self.net, "config", None)
         if isinstance(config, dict):
             checkpoint["net_config"] = config
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        facts = checkpoint["pictures"]
-        if self.facts and self.facts["classes"] != facts["classes"]:
+        data_metadata = checkpoint.get("images") or checkpoint["pictures"]  # the key of earlier versions
+        if self.data_metadata and self.data_metadata["classes"] != data_metadata["classes"]:
             raise ValueError(
-                f"the classes of --data.path ({first_of(self.facts['classes'], 8)}) are not those that were learned"
-                f" ({first_of(facts['classes'], 8)})"
+                f"the classes of --data.path ({first_of(self.data_metadata['classes'], 8)}) are not those of the training"
+                f" data ({first_of(data_metadata['classes'], 8)})"
             )
-        self.facts = facts
+        self.data_metadata = data_metadata
         self.net_config = checkpoint.get("net_config")
 
-    def forward(self, images: Tensor | Picture | Sequence[Picture]) -> Any:
+    def forward(self, images: Tensor | ImageInput | Sequence[ImageInput]) -> Any:
         """Classify images.
 
         Args:
@@ -264,16 +264,16 @@ class ImageClassification(LightningModule):
         if isinstance(images, Tensor):
             read = getattr(self.net, "features", self.net)
             return self.logits(read(self.normalize(images)))
-        if isinstance(images, Picture):
+        if isinstance(images, ImageInput):
             return self._classify([images])[0]
         return self._classify(images)
 
     @torch.no_grad()
-    def _classify(self, pictures: Sequence[Picture]) -> list[dict[str, float]]:
-        if "classes" not in self.facts:
-            raise ValueError("this task has no classes yet: load it from a run with bigmodel.load")
-        size, resize, classes = self.facts["size"], self.facts["resize"], self.facts["classes"]
-        pixels = [decode(picture, channels=len(self.mean), size=size, resize=resize) for picture in pictures]
+    def _classify(self, images: Sequence[ImageInput]) -> list[dict[str, float]]:
+        if "classes" not in self.data_metadata:
+            raise ValueError("this task has no classes: load it from a run with bigmodel.load")
+        size, resize, classes = self.data_metadata["size"], self.data_metadata["resize"], self.data_metadata["classes"]
+        pixels = [decode(image, channels=len(self.mean), size=size, resize=resize) for image in images]
         batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(self.device)  # [B, S, S, C] -> [B, C, S, S]
         answers = []
         for row in self.forward(batch).float().softmax(-1):

@@ -1,10 +1,10 @@
-"""Scan of every image: integrity, size, whether it is grey, and a hash of its content.
+"""Scan of every image: integrity, size, colour or grey, and a hash of its content.
 
 Each image is read and decoded (a JPEG at an eighth of its size, which still processes all of its data) in worker
-processes. The results are cached under the stamps of all images (names, sizes, dates), so a second start reads no image
-that was valid::
+processes. The results are cached under the stamps of all images (names, sizes, dates), so a second start does not read
+valid images again::
 
-    <cache>/scans/<hash of the stamps>.npz      hashes, sizes, grey of a `Scan`, and which are bad
+    <cache>/scans/<hash of the stamps>.npz      hashes, sizes and grey of a `Scan`; bad: [N] bool, true for errors
 
 N images.
 """
@@ -18,7 +18,6 @@ import pickle
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from zipfile import BadZipFile
@@ -26,11 +25,11 @@ from zipfile import BadZipFile
 import numpy as np
 
 from bigmodel.data.cache import disk_errors, progress
-from bigmodel.data.image_decoding import PictureError, measure
+from bigmodel.data.image_decoding import ImageError, measure
 from bigmodel.data.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
-    from bigmodel.tasks.image_classification.batch import Store
+    from bigmodel.tasks.image_classification.batch import ImageStore
 
 VERSION = 1  # of the cached results
 BLOCK = 64  # images that a worker process takes at once
@@ -44,7 +43,7 @@ class Scan(NamedTuple):
     Attributes:
         hashes: [N, 16] uint8, BLAKE2b of the contents: of a file's bytes, or of shape and pixels.
         sizes: [N, 2] int32, height and width of the upright images.
-        grey: [N] bool, True if no pixel has a colour.
+        grey: [N] bool, True if all pixels are grey.
         errors: [N] of str, empty for a valid image, else the reason why it cannot be used.
     """
 
@@ -54,7 +53,7 @@ class Scan(NamedTuple):
     errors: np.ndarray
 
 
-def scan(stores: Mapping[str, Store], cache: Path, max_pixels: int, num_processes: int) -> dict[str, Scan]:
+def scan(stores: Mapping[str, ImageStore], cache: Path, max_pixels: int, num_processes: int) -> dict[str, Scan]:
     """Scan the images of each store, or read the cached results.
 
     Args:
@@ -63,33 +62,35 @@ def scan(stores: Mapping[str, Store], cache: Path, max_pixels: int, num_processe
         max_pixels: of an image; larger ones are errors.
         num_processes: worker processes.
     """
-    memories = {name: _memory(store, cache, max_pixels) for name, store in stores.items()}
-    scans = {name: _remembered(memories[name], len(store)) for name, store in stores.items()}
-    # Invalid images are scanned again: the cause may have been the disk, or another version of Pillow.
+    cache_files = {name: _cache_file(store, cache, max_pixels) for name, store in stores.items()}
+    scans = {name: _load_cached(cache_files[name], len(store)) for name, store in stores.items()}
+    # Invalid images are scanned again: the cause may have been the disk, or the version of Pillow.
     rows = {name: np.flatnonzero(found.errors != "") for name, found in scans.items()}
     total = sum(map(len, rows.values()))
     if total == 0:
         return scans
     with (
-        progress("checking pictures", total, "pictures") as advance,
+        progress("checking images", total, "images") as advance,
         store_files(stores) as files,
         WorkerPool(min(num_processes, -(-total // BLOCK))) as workers,
     ):
         blocks = [(name, rows[name][i : i + BLOCK]) for name in stores for i in range(0, len(rows[name]), BLOCK)]
-        found = workers.map(partial(_scan_block, max_pixels), ((files[name], block) for name, block in blocks))
-        for (name, block), facts in zip(blocks, found, strict=True):
-            for column, values in zip(scans[name], facts, strict=True):
+        found = workers.map(
+            functools.partial(_scan_block, max_pixels), ((files[name], block) for name, block in blocks)
+        )
+        for (name, block), results in zip(blocks, found, strict=True):
+            for column, values in zip(scans[name], results, strict=True):
                 column[block] = values
             advance(len(block))
-    for name, memory in memories.items():
-        if memory is not None and len(rows[name]):
-            _remember(scans[name], memory)
+    for name, file in cache_files.items():
+        if file is not None and len(rows[name]):
+            _save(scans[name], file)
     return scans
 
 
 @contextmanager
-def store_files(stores: Mapping[str, Store]) -> Iterator[dict[str, str]]:
-    """Write files from which worker processes load the stores (`load_store`), each process once, whatever the size."""
+def store_files(stores: Mapping[str, ImageStore]) -> Iterator[dict[str, str]]:
+    """Write files from which worker processes load the stores (`load_store`), once in each process."""
     with tempfile.TemporaryDirectory(prefix="bigmodel-") as folder:
         files = {name: os.path.join(folder, name) for name in stores}
         for name, store in stores.items():
@@ -99,10 +100,10 @@ def store_files(stores: Mapping[str, Store]) -> Iterator[dict[str, str]]:
 
 
 @functools.lru_cache(maxsize=4)
-def load_store(file: str) -> Store:
+def load_store(file: str) -> ImageStore:
     """Load a store from one of the `store_files`."""
     with open(file, "rb") as stream:
-        store: Store = pickle.load(stream)
+        store: ImageStore = pickle.load(stream)
     return store
 
 
@@ -121,7 +122,7 @@ def _scan_block(max_pixels: int, block: tuple[str, np.ndarray]) -> Scan:
     """Scan some images of a store; run in a worker process."""
     file, rows = block
     store = load_store(file)
-    found = _nothing(len(rows))
+    found = _empty(len(rows))
     for i, row in enumerate(rows.tolist()):
         try:
             content = store.read(row)
@@ -129,14 +130,14 @@ def _scan_block(max_pixels: int, block: tuple[str, np.ndarray]) -> Scan:
             found.sizes[i] = height, width
             found.hashes[i] = content_hash(content)
             found.errors[i] = ""
-        except PictureError as error:
+        except ImageError as error:
             found.errors[i] = str(error)
         except OSError as error:
             found.errors[i] = f"the file cannot be read ({error.strerror or error})"
     return found
 
 
-def _nothing(n: int) -> Scan:
+def _empty(n: int) -> Scan:
     """Return an empty result for n images."""
     return Scan(
         np.zeros((n, 16), np.uint8), np.zeros((n, 2), np.int32), np.zeros(n, bool), _unscanned(np.ones(n, bool))
@@ -148,7 +149,7 @@ def _unscanned(rows: np.ndarray) -> np.ndarray:
     return np.where(rows, "not scanned", "").astype(object)
 
 
-def _memory(store: Store, cache: Path, max_pixels: int) -> Path | None:
+def _cache_file(store: ImageStore, cache: Path, max_pixels: int) -> Path | None:
     """Return the cache file of a store in its present state; None if the store cannot detect changes."""
     key = hashlib.sha256(repr([VERSION, max_pixels]).encode())
     for i in range(len(store)):
@@ -159,20 +160,20 @@ def _memory(store: Store, cache: Path, max_pixels: int) -> Path | None:
     return cache / "scans" / f"{key.hexdigest()[:32]}.npz"
 
 
-def _remembered(memory: Path | None, n: int) -> Scan:
-    if memory is None or not memory.exists():
-        return _nothing(n)
+def _load_cached(file: Path | None, n: int) -> Scan:
+    if file is None or not file.exists():
+        return _empty(n)
     try:
-        with open(memory, "rb") as stream, np.load(stream) as arrays:
+        with open(file, "rb") as stream, np.load(stream) as arrays:
             return Scan(arrays["hashes"], arrays["sizes"], arrays["grey"], _unscanned(arrays["bad"]))
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # truncated by a crash of the machine
-        return _nothing(n)
+        return _empty(n)
 
 
-def _remember(found: Scan, memory: Path) -> None:
-    beside = memory.with_suffix(f".{os.getpid()}")
-    with disk_errors(memory.parents[1]):
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as stream:
+def _save(found: Scan, file: Path) -> None:
+    partial = file.with_suffix(f".{os.getpid()}")
+    with disk_errors(file.parents[1]):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as stream:
             np.savez(stream, hashes=found.hashes, sizes=found.sizes, grey=found.grey, bad=found.errors != "")
-        beside.replace(memory)
+        partial.replace(file)

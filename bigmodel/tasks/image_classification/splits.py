@@ -1,9 +1,6 @@
-"""Split of images into training, validation and test, the same on every machine.
+"""Split of images into training, validation and test by their contents; see `bigmodel.data.stratified_splits`.
 
-Within each class the images are sorted by the hashes of their contents (BLAKE2b keyed by a constant, see scan.py),
-which do not depend on names, places or dates. The first are the test split, the last the validation split, and the rest
-is for training. So an image that is added, removed or renamed moves at most two others, none ever goes from test to
-validation or back, and changing one share leaves the other split as it was.
+Contents are ranked by their hashes (BLAKE2b keyed by a constant, see scan.py).
 
 N images.
 """
@@ -13,19 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import pairwise
 
 import numpy as np
 
+from bigmodel.data import stratified_splits
 from bigmodel.data.split_shares import check_shares
 
 
 @dataclass
-class Split:
+class ImageSplit:
     """Shares of images of each class for validation and test.
 
-    Data with splits keep them: then `val` is used only if there is no validation split, which is drawn from the
-    training split; `test` is ignored.
+    Splits of the data are used as they are: then `val` is used only if there is no validation split, which is drawn from
+    the training split; `test` is ignored.
 
     Args:
         val: share of each class for validation, at least 0 (no such split) and below 1.
@@ -38,62 +35,38 @@ class Split:
     def __post_init__(self) -> None:
         check_shares(self.val, self.test)
 
-    def deal(self, labels: np.ndarray, hashes: np.ndarray) -> dict[str, np.ndarray]:
+    def assign(self, labels: np.ndarray, hashes: np.ndarray) -> dict[str, np.ndarray]:
         """Return numbers of the images in train, and in val and test if their shares are not 0; each ascending.
 
-        Equal contents go to the same split, and count once, in the lowest of their classes. Counts per class are rounded to
-        the nearest, but are at least 1 in a class that has more contents than there are splits.
+        Equal contents go to the same split, and count once, in the lowest of their classes. Counts per class are rounded
+        to the nearest, but are at least 1 in a class that has more contents than there are splits.
 
         Args:
             labels: [N] class numbers.
             hashes: [N, 16] uint8, of the contents.
         """
-        contents, content = np.unique(hashes.view("V16").ravel(), return_inverse=True)  # in the order of the hashes
-        owner = np.full(len(contents), np.iinfo(np.int64).max)
-        np.minimum.at(owner, content, labels)
-        order = np.argsort(owner, kind="stable")  # by class, then by hash
-        borders = np.flatnonzero(np.diff(owner[order], prepend=-2, append=-2)).tolist()
-        split = np.full(len(contents), "train", dtype="<U5")
-        for start, stop in pairwise(borders):
-            split[order[start : start + self._count(self.test, stop - start)]] = "test"
-            split[order[stop - self._count(self.val, stop - start) : stop]] = "val"
         shares = {"train": 1.0, "val": self.val, "test": self.test}
-        return {name: np.flatnonzero(split[content] == name) for name, share in shares.items() if share > 0}
-
-    def _count(self, share: float, contents: int) -> int:
-        """Return the number of contents of a class for a split with this share."""
-        num_splits = 1 + (self.val > 0) + (self.test > 0)
-        return max(int(share * contents + 0.5), int(share > 0 and contents > num_splits))
+        names = [name for name, share in shares.items() if share > 0]
+        groups = stratified_splits.group_by_stratum(hashes.view("V16").ravel(), labels)
+        split = stratified_splits.assign_splits(groups, self.val, self.test, min_groups=len(names) + 1)
+        return {name: np.flatnonzero(split == name) for name in names}
 
 
 def draw_shots(labels: np.ndarray, hashes: np.ndarray, classes: Sequence[str], shots: int, seed: int) -> np.ndarray:
-    """Return numbers of `shots` training images of each class, ascending.
-
-    They are the first in an order that depends on the seed, so that fewer shots are a subset of more. Equal contents
-    count once.
+    """Return numbers of `shots` training images of each class, ascending; equal contents count once.
 
     Args:
         labels: [N] class numbers.
         hashes: [N, 16] uint8, of the contents.
         classes: names, by class number.
         shots: images of each class.
-        seed: determines which.
+        seed: selects the images.
 
     Raises:
         ValueError: if a class has fewer.
     """
-    if shots < 1:
-        raise ValueError(f"--data.shots {shots}: at least 1 picture of each class is needed")
     _, first = np.unique(hashes.view("V16").ravel(), return_index=True)
     key = seed.to_bytes(8, "little", signed=True)
     drawn = [blake2b(content.tobytes(), key=key, digest_size=16).digest() for content in hashes[first]]
     first = first[np.argsort(np.array(drawn, "V16"), kind="stable")]
-    chosen = [first[labels[first] == number][:shots] for number in range(len(classes))]
-    few = {name: len(members) for name, members in zip(classes, chosen, strict=True) if len(members) < shots}
-    if few:
-        shown = ", ".join(f"{name!r} has {count:,}" for name, count in list(few.items())[:5])
-        raise ValueError(
-            f"--data.shots {shots}: {len(few):,} of {len(classes):,} classes have fewer different training pictures:"
-            f" {shown}; at most {min(few.values()):,} can be drawn of each"
-        )
-    return np.sort(np.concatenate(chosen))
+    return stratified_splits.draw_shots(first, labels[first], dict(enumerate(classes)), shots, "images")

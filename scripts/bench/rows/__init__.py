@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.common import BIGMODEL
-from bench.rows.pictures import pictures
+from bench.rows.images import images
 from bench.rows.recommendation import recommendation
 from bench.rows.row import ONE_THREAD, PYTHON, Bound, Row
 from bench.rows.text import text
@@ -13,7 +13,7 @@ def rows(quick: bool) -> list[Row]:
     """All rows. To add one, add it to its subject's."""
     return [
         *text(quick),
-        *pictures(quick),
+        *images(quick),
         fixed_cost(*((600, 200) if quick else (5000, 1000))),
         *recommendation(quick),
     ]

@@ -179,7 +179,7 @@ DIGITS = [str(i) for i in range(9)] + ["Nine"]
 def pictures(size=8):
     """A student of grey digits that knows its data, and has no net."""
     task = ImageClassification()
-    task.facts = {"classes": DIGITS, "size": size, "resize": "squash"}
+    task.data_metadata = {"classes": DIGITS, "size": size, "resize": "squash"}
     set_sizes(task, {"num_classes": 10, "in_channels": 1, "image_size": size})
     return task
 
@@ -265,7 +265,7 @@ def pickled(folder):
         (lambda folder: resnet(folder, DIGITS[:4]), r"4 classes apart \(0, 1, 2, 3\), and the data have 10 \(0, 1, 2, "),
         (lambda folder: resnet(folder, "abcdefghij"), r"tells a, b, c, d, e and 5 more apart, and the data 0, 1, 2, "),
         (vit, r"position_embeddings: shape \(1, 65, 8\), the model has \(1, 5, 8\)\nset --data.size 32, which"),
-        (levit, "another order, and ends in no linear layer that could be put in order"),
+        (levit, "a different order, and cannot be reordered"),
         (without("classifier.1.weight"), r"do not fit:\n  classifier.1.weight: missing"),
         (without("resnet.embedder.embedder.convolution.weight"), r"do not fit:\n  resnet\..*weight: missing"),
         (damaged, r"--model.teacher .* gives no image classifier \(.*header"),

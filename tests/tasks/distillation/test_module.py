@@ -139,7 +139,7 @@ def test_augmented_views_are_met_again(folder, capsys):
         main(distilling("new-each-epoch", more=data, **CACHE))
     assert "--model.cache: the samples differ in each epoch" in capsys.readouterr().err
     assert not Path("new-each-epoch").exists()
-    data["data.views"] = 2
+    data["data.num_augmentation_epochs"] = 2
     main(distilling("views-asked", more=data))
     main(distilling("views-kept", more=data, **CACHE))
     same(weights("views-kept"), weights("views-asked"), rtol=0, atol=5e-6)
@@ -247,7 +247,10 @@ def test_what_was_kept_resumes_bitwise_and_is_not_exchanged(folder, tmp_path, ca
         ),
         ({"more": {"data.split.val": 0.2}}, ": different data, different samples (augmentation, size), samples "),
         ({"cache__top_k": 3}, ": top_k None, not 3, temperature None, not 4.0. Set"),
-        ({"more": {"data.augment": CROP, "data.views": 1}}, ": different samples (augmentation, size). Set"),
+        (
+            {"more": {"data.augment": CROP, "data.num_augmentation_epochs": 1}},
+            ": different samples (augmentation, size). Set",
+        ),
     ],
 )
 def test_a_folder_of_ones_own_holds_what_one_teacher_said(folder, capsys, settings, message):
@@ -320,9 +323,9 @@ def test_accumulation_and_processes_change_nothing(folder, school, monkeypatch):
              "{class_path: bigmodel.training.schedules.Linear, init_args: {final: 0.5}}"},
             "at one temperature: set the same for all --model.losses",
         ),
-        ({"more": {"data.mix": f"{IMAGES}.Mix", "data.mix.mixup": 0.5}, **CACHE}, "--model.cache: mixed images"),
+        ({"more": {"data.mix": f"{IMAGES}.MixupCutMix", "data.mix.mixup_alpha": 0.5}, **CACHE}, "cache: mixed images"),
         (
-            {"more": {"data.mix": f"{IMAGES}.Mix", "data.mix.mixup": 0.5}, "losses__d": f"{OURS}.DKD"},
+            {"more": {"data.mix": f"{IMAGES}.MixupCutMix", "data.mix.mixup_alpha": 0.5}, "losses__d": f"{OURS}.DKD"},
             "DKD needs the class of each sample: set --data.mix null",
         ),
         ({"more": {"data.size": 6}}, "has image_size 8, and the student's 6"),
@@ -341,7 +344,7 @@ def test_teachers_of_other_classes_are_refused(folder, monkeypatch):
     task = bigmodel.load("teacher-run")
     student = bigmodel.load(only("online"))
     teacher = teachers.Teacher("teacher-run")
-    student.facts = {**task.facts, "classes": [*task.facts["classes"][:-1], "ten"]}
+    student.data_metadata = {**task.data_metadata, "classes": [*task.data_metadata["classes"][:-1], "ten"]}
     with pytest.raises(ValueError, match=r"differ from the student\'s \(teacher, student\): number 9 is '9', 'ten'"):
         teacher.load(student)
     with pytest.raises(ValueError, match=r"of another task than the student: .*, the student's vocab_size 9"):

@@ -1,4 +1,4 @@
-"""A folder of small coloured pictures in three classes that are easy to tell apart."""
+"""A folder of small coloured images in three classes that are easy to tell apart."""
 
 import numpy as np
 import pytest

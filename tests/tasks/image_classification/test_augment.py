@@ -1,4 +1,4 @@
-"""A row's augmentation depends on its picture and key alone; policies and erasing do what their papers say."""
+"""A row's augmentation depends on its image and key alone; policies and erasing do what their papers say."""
 
 import numpy as np
 import pytest
@@ -8,24 +8,24 @@ from PIL import Image, ImageEnhance, ImageOps
 from bigmodel.data.stateless_rng import sample_keys
 from bigmodel.tasks.image_classification import auto_augment as policies
 from bigmodel.tasks.image_classification.augment import Transform, augment
-from bigmodel.tasks.image_classification.auto_augment import RandAugment, TrivialAugment
-from bigmodel.tasks.image_classification.color import ColorJitter, Grayscale
-from bigmodel.tasks.image_classification.geometry import Flip, RandomAffine, RandomCrop, RandomResizedCrop
+from bigmodel.tasks.image_classification.auto_augment import RandAugment, TrivialAugmentWide
+from bigmodel.tasks.image_classification.color import ColorJitter, RandomGrayscale
+from bigmodel.tasks.image_classification.geometry import RandomAffine, RandomCrop, RandomFlip, RandomResizedCrop
 from bigmodel.tasks.image_classification.random_erasing import RandomErasing
 
 TRANSFORMS = [
     RandomCrop(3),
     RandomCrop(3, "reflect"),
     RandomCrop(3, "edge"),
-    Flip(),
-    Flip(vertical=True),
+    RandomFlip(),
+    RandomFlip(vertical=True),
     RandomAffine(30, 0.2, (0.8, 1.3), 20),
     RandomResizedCrop(),
     ColorJitter(0.4, 0.4, 0.4, 0.3),
-    Grayscale(0.5),
+    RandomGrayscale(0.5),
     RandAugment(),
     RandAugment(3, 30),
-    TrivialAugment(),
+    TrivialAugmentWide(),
     RandomErasing(0.7),
     RandomErasing(0.7, value=0.5),
 ]
@@ -40,7 +40,7 @@ def keys_of(count, epoch=0):
     return torch.from_numpy(sample_keys(0, epoch, np.arange(count)))
 
 
-def pictures(count, shape, seed=0):
+def random_images(count, shape, seed=0):
     draw = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, *shape), generator=draw, dtype=torch.uint8)
 
@@ -48,7 +48,7 @@ def pictures(count, shape, seed=0):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=name_of)
 def test_a_row_is_bitwise_the_same_alone_and_anywhere_in_a_batch(transform, shape):
-    images, keys = pictures(37, shape), keys_of(37)
+    images, keys = random_images(37, shape), keys_of(37)
     together = augment(images, keys, [transform])
     alone = torch.cat([augment(images[i : i + 1], keys[i : i + 1], [transform]) for i in range(len(images))])
     assert torch.equal(together, alone)
@@ -59,7 +59,7 @@ def test_a_row_is_bitwise_the_same_alone_and_anywhere_in_a_batch(transform, shap
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=name_of)
 def test_the_result_is_new_of_the_same_shape_and_range_and_the_global_state_is_not_touched(transform, shape):
-    images, keys = pictures(37, shape).to(torch.float32) / 255, keys_of(37)
+    images, keys = random_images(37, shape).to(torch.float32) / 255, keys_of(37)
     before, state = images.clone(), torch.get_rng_state()
     result = augment(images, keys, [transform])
     assert torch.equal(state, torch.get_rng_state())
@@ -68,12 +68,12 @@ def test_the_result_is_new_of_the_same_shape_and_range_and_the_global_state_is_n
     assert result.dtype == torch.float32
     assert result.min() >= 0
     assert result.max() <= 1
-    assert not torch.equal(result, images) or (shape[0] == 1 and isinstance(transform, Grayscale))
+    assert not torch.equal(result, images) or (shape[0] == 1 and isinstance(transform, RandomGrayscale))
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=name_of)
 def test_the_memory_format_changes_no_value_and_is_kept_where_nothing_is_interpolated(transform):
-    images, keys = pictures(16, SHAPES[0]), keys_of(16)
+    images, keys = random_images(16, SHAPES[0]), keys_of(16)
     channels_last = augment(images.contiguous(memory_format=torch.channels_last), keys, [transform])
     assert torch.equal(channels_last, augment(images, keys, [transform]))
     if not isinstance(transform, RandomAffine | RandomResizedCrop):  # the kernel of which gives the other
@@ -83,7 +83,7 @@ def test_the_memory_format_changes_no_value_and_is_kept_where_nothing_is_interpo
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=name_of)
 def test_off_the_cpu_nothing_waits_for_values(transform, shape):
-    images, keys = pictures(4, shape).to("meta"), keys_of(4).to("meta")  # which has no values to wait for
+    images, keys = random_images(4, shape).to("meta"), keys_of(4).to("meta")  # which has no values to wait for
     assert augment(images, keys, [transform]).shape == images.shape
 
 
@@ -93,7 +93,7 @@ def test_all_rows_computed_and_the_chosen_ones_taken_is_the_same(transform, shap
     def as_on_a_gpu(images, rows, change, *arguments):
         return images.copy_(torch.where(rows[:, None, None, None], change(images, *arguments), images))
 
-    images, keys = pictures(37, shape), keys_of(37)
+    images, keys = random_images(37, shape), keys_of(37)
     on_cpu = augment(images, keys, [transform])
     for module in ("random_erasing", "auto_augment"):
         monkeypatch.setattr(f"bigmodel.tasks.image_classification.{module}.change_rows_", as_on_a_gpu)
@@ -101,7 +101,7 @@ def test_all_rows_computed_and_the_chosen_ones_taken_is_the_same(transform, shap
 
 
 def test_levels_become_values_once_and_each_place_in_the_list_draws_anew():
-    images, keys = pictures(64, SHAPES[0]), keys_of(64)
+    images, keys = random_images(64, SHAPES[0]), keys_of(64)
     assert torch.equal(augment(images, keys, []), images.to(torch.float32) / 255)
     streams = []
 
@@ -112,10 +112,10 @@ def test_levels_become_values_once_and_each_place_in_the_list_draws_anew():
 
     augment(images, keys, [Record(), Record(), Record()])
     assert np.diff(streams).tolist() == [64, 64]
-    once, twice = augment(images, keys, [Flip()]), augment(images, keys, [Flip(), Flip()])
+    once, twice = augment(images, keys, [RandomFlip()]), augment(images, keys, [RandomFlip(), RandomFlip()])
     unchanged = (twice == augment(images, keys, [])).flatten(1).all(dim=1)
     assert 16 < unchanged.sum() < 48  # all of them, if both flips were the same draw
-    assert not torch.equal(once, augment(images, keys_of(64, epoch=1), [Flip()]))
+    assert not torch.equal(once, augment(images, keys_of(64, epoch=1), [RandomFlip()]))
 
 
 # Each operation of the policies, at a magnitude from 0 to 1, as Pillow does it.
@@ -149,7 +149,7 @@ def by_pillow(magnitude, sign, width, height):
     }
 
 
-def smooth_picture(height, width):
+def smooth_image(height, width):
     y, x = np.mgrid[0:height, 0:width]
     waves = [np.sin(x / 7 + k) * np.cos(y / 9 - k) * 0.4 + 0.45 + 0.05 * k for k in range(3)]
     return (np.stack(waves, axis=-1) * 255).astype(np.uint8)
@@ -159,7 +159,7 @@ def smooth_picture(height, width):
 @pytest.mark.parametrize("magnitude", [0.3, 1.0])
 def test_each_operation_of_the_policies_is_that_of_pillow(magnitude, sign):
     height, width = 40, 56
-    pixels = smooth_picture(height, width)
+    pixels = smooth_image(height, width)
     expected_by_name = by_pillow(magnitude, sign, width, height)
     assert set(policies._OPERATIONS) == set(expected_by_name)
     count = len(policies._OPERATIONS)
@@ -171,7 +171,7 @@ def test_each_operation_of_the_policies_is_that_of_pillow(magnitude, sign):
     for name, result, white in zip(policies._OPERATIONS, results, whites, strict=True):
         expected = np.asarray(expected_by_name[name](Image.fromarray(pixels)), dtype=np.float64)
         error = np.abs(result.permute(1, 2, 0).numpy() * 255 - expected)
-        if name in policies._GEOMETRY:  # between the picture and the black, Pillow does not interpolate
+        if name in policies._GEOMETRY:  # between the image and the black, Pillow does not interpolate
             inside = white[0].numpy() > 0.9999
             assert inside.mean() > 0.5
             assert (expected[inside] > 0).all()
@@ -182,14 +182,14 @@ def test_each_operation_of_the_policies_is_that_of_pillow(magnitude, sign):
 
 def test_randaugment_takes_each_operation_and_sign_equally_often():
     count, operations = 1400, len(policies._OPERATIONS)
-    picture = torch.from_numpy(smooth_picture(20, 20)).permute(2, 0, 1) / 255
+    image = torch.from_numpy(smooth_image(20, 20)).permute(2, 0, 1) / 255
     candidates = []
     for sign in (0.25, 0.75):
         draws = torch.stack(((torch.arange(operations) + 0.5) / operations, torch.full((operations,), sign)), dim=1)
         ranges = policies._Ranges(0.3, (150 / 331 * 20, 150 / 331 * 20), 30, 0.9, 4)
-        images = picture.repeat(operations, 1, 1, 1)
+        images = image.repeat(operations, 1, 1, 1)
         candidates.append(policies._operate_(images, draws, torch.full((operations,), 9 / 30), ranges))
-    results = RandAugment(1, 9)(picture.repeat(count, 1, 1, 1), keys_of(count), 0)
+    results = RandAugment(1, 9)(image.repeat(count, 1, 1, 1), keys_of(count), 0)
     same = (results[:, None].flatten(2) == torch.stack(candidates, dim=1).flatten(0, 1)[None].flatten(2)).all(dim=2)
     by_operation = same.reshape(count, operations, 2).sum(dim=0)  # [operations, 2]
     for name, (minus, plus) in zip(policies._OPERATIONS, by_operation.tolist(), strict=True):
@@ -202,8 +202,8 @@ def test_randaugment_takes_each_operation_and_sign_equally_often():
 
 
 def test_trivialaugment_takes_one_operation_of_every_magnitude():
-    picture = torch.full((3000, 1, 1, 1), 0.5)  # on which only brightness and solarize show
-    values = TrivialAugment(num_bins=5)(picture, keys_of(3000), 0).flatten()
+    image = torch.full((3000, 1, 1, 1), 0.5)  # on which only brightness and solarize show
+    values = TrivialAugmentWide(num_magnitude_bins=5)(image, keys_of(3000), 0).flatten()
     brightness = 0.5 * (1 + 0.99 * torch.arange(-4, 5) / 4)
     counts = torch.isclose(values[:, None], brightness).sum(dim=0)
     assert (counts[[0, 1, 2, 3, 5, 6, 7, 8]] > 8).all()  # 21 of each expected
@@ -242,7 +242,7 @@ def test_erasing_noise_is_uniform_and_of_each_pixel_and_channel():
     assert (result[:, 0] != result[:, 1])[result[:, 0] != 2].all()
 
 
-def test_erasing_leaves_a_picture_in_which_no_box_fits():
+def test_erasing_leaves_a_image_in_which_no_box_fits():
     images = torch.full((8, 1, 1, 40), 0.5)
     assert torch.equal(RandomErasing(1.0, (0.9, 1.0), (0.3, 3.3), value=0.0)(images, keys_of(8), 0), images)
 
@@ -252,9 +252,9 @@ def test_erasing_leaves_a_picture_in_which_no_box_fits():
     [
         (lambda: RandAugment(num_ops=0), "--data.augment: RandAugment num_ops is 0, but must be in 1 to 14"),
         (lambda: RandAugment(magnitude=31), "RandAugment magnitude is 31, but must be in 0 to 30"),
-        (lambda: RandAugment(num_bins=1), "RandAugment num_bins is 1"),
-        (lambda: augment(pictures(1, (4, 9, 9)), keys_of(1), [RandAugment()]), "pictures of 4 channels"),
-        (lambda: TrivialAugment(num_bins=1), "TrivialAugment num_bins is 1"),
+        (lambda: RandAugment(num_magnitude_bins=1), "RandAugment num_magnitude_bins is 1"),
+        (lambda: augment(random_images(1, (4, 9, 9)), keys_of(1), [RandAugment()]), "1 or 3 channels, not 4"),
+        (lambda: TrivialAugmentWide(num_magnitude_bins=1), "TrivialAugmentWide num_magnitude_bins is 1"),
         (lambda: RandomErasing(p=1.5), "RandomErasing p is 1.5"),
         (lambda: RandomErasing(scale=(0.5, 0.2)), "RandomErasing scale is"),
         (lambda: RandomErasing(value="random"), "RandomErasing value is 'random', but must be noise, or a number in"),

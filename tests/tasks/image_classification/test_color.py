@@ -9,7 +9,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from bigmodel.data.stateless_rng import sample_keys, uniform
 from bigmodel.tasks.image_classification import color
-from bigmodel.tasks.image_classification.color import ColorJitter, Grayscale
+from bigmodel.tasks.image_classification.color import ColorJitter, RandomGrayscale
 
 
 def keys_of(count):
@@ -113,18 +113,18 @@ def test_jitter_draws_factors_from_one_and_applies_them_in_its_order():
     assert abs(brightened.mean() - 1) < 0.03
 
 
-def test_jitter_of_nothing_and_the_colour_of_grey_pictures_change_nothing():
+def test_jitter_of_nothing_and_the_colour_of_grey_images_change_nothing():
     keys = keys_of(6)
     for images in (noise(6, 3, 5, 5) / 255, noise(6, 7, 5, 5) / 255):
         assert torch.equal(ColorJitter()(images, keys, 0), images)
     grey = noise(6, 1, 5, 5) / 255
     assert torch.equal(ColorJitter(saturation=0.9, hue=0.5)(grey, keys, 0), grey)
-    assert torch.equal(Grayscale(1.0)(grey, keys, 0), grey)
+    assert torch.equal(RandomGrayscale(1.0)(grey, keys, 0), grey)
 
 
 def test_the_share_asked_for_becomes_grey():
     levels = noise(2000, 3, 4, 4)
-    result = Grayscale(0.2)(levels / 255, keys_of(2000), 0)
+    result = RandomGrayscale(0.2)(levels / 255, keys_of(2000), 0)
     grey = (result == result[:, :1]).flatten(1).all(dim=1)
     assert abs(grey.float().mean() - 0.2) < 0.03
     assert torch.equal(result[~grey], levels[~grey] / 255)
@@ -138,9 +138,9 @@ def test_the_share_asked_for_becomes_grey():
     [
         (lambda: ColorJitter(brightness=-1), "--data.augment: ColorJitter brightness is -1, but must be 0 or more"),
         (lambda: ColorJitter(hue=0.6), "hue is 0.6, but must be in 0 to 0.5"),
-        (lambda: Grayscale(2), "Grayscale p is 2"),
-        (lambda: Grayscale()(noise(2, 4, 5, 5) / 255, keys_of(2), 0), "pictures of 4 channels"),
-        (lambda: ColorJitter(hue=0.1)(noise(2, 2, 5, 5) / 255, keys_of(2), 0), "pictures of 2 channels"),
+        (lambda: RandomGrayscale(2), "Grayscale p is 2"),
+        (lambda: RandomGrayscale()(noise(2, 4, 5, 5) / 255, keys_of(2), 0), "1 or 3 channels, not 4"),
+        (lambda: ColorJitter(hue=0.1)(noise(2, 2, 5, 5) / 255, keys_of(2), 0), "1 or 3 channels, not 2"),
     ],
 )
 def test_what_cannot_be_done_is_refused(make, message):

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from bigmodel.tasks.image_classification.sources import Columns, download, find_source
+from bigmodel.tasks.image_classification.sources import ImageColumns, download, find_source
 from bigmodel.tasks.image_classification.sources.download import DOWNLOADS, Download, fetch
 
 DATA = np.random.default_rng(0).bytes(3 * 2**20 + 17)
@@ -73,7 +73,7 @@ def test_a_file_is_fetched_once(server, tmp_path):
 def test_a_fetch_that_broke_off_goes_on(server, tmp_path, gives_parts):
     server.files["/a"], server.cut["/a"] = DATA, 2_000_000
     (problem,) = fetch([f"{server.url}/a"], tmp_path / "a", MD5)
-    assert re.search(r"2,000,000 of 3,145,745 bytes|broke off", problem)
+    assert re.search(r"2,000,000 of 3,145,745 bytes|connection broke", problem)
     assert not (tmp_path / "a").exists()
     size = (tmp_path / ".a.partial").stat().st_size
     assert size > 0
@@ -100,7 +100,7 @@ def test_the_next_mirror_is_taken_and_wrong_content_is_not_kept(server, tmp_path
     assert server.asked[-1] == ("/good", None)  # not from the end of what was wrong
     problems = fetch(urls[:2], tmp_path / "b", MD5)
     assert problems[0] == f"{urls[0]}: 404 Not Found"
-    assert problems[1] == f"{urls[1]}: the MD5 of what came is {hashlib.md5(b'x' * 100).hexdigest()}, not {MD5}"
+    assert problems[1] == f"{urls[1]}: its MD5 is {hashlib.md5(b'x' * 100).hexdigest()}, not {MD5}"
     assert not (tmp_path / "b").exists()
     assert (tmp_path / ".b.partial").stat().st_size == 0
 
@@ -123,14 +123,14 @@ def test_processes_that_fetch_at_once_fetch_once(server, tmp_path):
 def test_a_data_set_by_name(server, tmp_path, monkeypatch):
     files = {}
     for word, n in (("train", 5), ("t10k", 2)):
-        pictures, labels = np.arange(n * 4, dtype=np.uint8), np.arange(n, dtype=np.uint8)
+        images, labels = np.arange(n * 4, dtype=np.uint8), np.arange(n, dtype=np.uint8)
         head = np.array([2051, n, 2, 2, 2049, n], ">u4")
-        files[f"{word}-images-idx3-ubyte.gz"] = gzip.compress(head[:4].tobytes() + pictures.tobytes())
+        files[f"{word}-images-idx3-ubyte.gz"] = gzip.compress(head[:4].tobytes() + images.tobytes())
         files[f"{word}-labels-idx1-ubyte.gz"] = gzip.compress(head[4:].tobytes() + labels.tobytes())
     server.files = {f"/{name}": data for name, data in files.items()}
     md5 = {name: hashlib.md5(data).hexdigest() for name, data in files.items()}
     monkeypatch.setitem(DOWNLOADS, "fashion_mnist", Download((f"{server.url}/",), md5))
-    source = find_source("{fashion_mnist}", columns=Columns(), cache=tmp_path)
+    source = find_source("{fashion_mnist}", columns=ImageColumns(), cache=tmp_path)
     assert source.classes[:2] == ["T-shirt/top", "Trouser"]
     assert source.splits["test"].store.read(1).tolist() == [[4, 5], [6, 7]]
     assert source.splits["train"].store.name(3) == "fashion_mnist/train-images 3"
@@ -142,13 +142,13 @@ def test_without_network_it_says_what_to_fetch(server, tmp_path, monkeypatch):
     server.server_close()
     monkeypatch.setattr(download, "_TIMEOUT", 2.0)
     monkeypatch.setitem(DOWNLOADS, "cifar10", Download((f"{url}/one/", f"{url}/two/"), {"cifar-10-python.tar.gz": MD5}))
-    with pytest.raises(ValueError, match="cannot be fetched") as error:
-        find_source("{cifar10}", columns=Columns(), cache=tmp_path)
+    with pytest.raises(ValueError, match="cannot be downloaded") as error:
+        find_source("{cifar10}", columns=ImageColumns(), cache=tmp_path)
     message = str(error.value)
     assert f"{url}/one/cifar-10-python.tar.gz: [Errno" in message
     assert f"{url}/two/cifar-10-python.tar.gz: [Errno" in message
     assert (
-        f"fetch cifar-10-python.tar.gz elsewhere, from {url}/one/, and give the folder that holds them as --data.path"
+        f"download cifar-10-python.tar.gz elsewhere from {url}/one/, and set --data.path to the folder that holds them"
         in message
     )
 
@@ -156,4 +156,4 @@ def test_without_network_it_says_what_to_fetch(server, tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written_names_the_flag(tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(ValueError, match=r"set --data.cache_dir"):
-        find_source("{mnist}", columns=Columns(), cache=tmp_path / "cache")
+        find_source("{mnist}", columns=ImageColumns(), cache=tmp_path / "cache")

@@ -8,21 +8,21 @@ import torch
 from PIL import Image
 
 from bigmodel.data.stateless_rng import sample_keys, uniform
-from bigmodel.tasks.image_classification.geometry import Flip, RandomAffine, RandomCrop, RandomResizedCrop, warp
+from bigmodel.tasks.image_classification.geometry import RandomAffine, RandomCrop, RandomFlip, RandomResizedCrop, warp
 
 
 def keys_of(count):
     return torch.from_numpy(sample_keys(3, 0, np.arange(count)))
 
 
-def pictures(*shape):
+def random_images(*shape):
     return torch.rand(shape, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(("mode", "numpy_mode"), [("zero", "constant"), ("reflect", "reflect"), ("edge", "edge")])
-def test_a_crop_is_a_window_of_the_padded_picture_and_every_window_is_as_likely(mode, numpy_mode):
+def test_a_crop_is_a_window_of_the_padded_image_and_every_window_is_as_likely(mode, numpy_mode):
     count, padding, height, width = 2500, 2, 5, 7
-    images = pictures(count, 3, height, width)
+    images = random_images(count, 3, height, width)
     cropped = RandomCrop(padding, mode)(images, keys_of(count), 0)
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (padding, padding), (padding, padding)), mode=numpy_mode)
     windows = [padded[:, :, i : i + height, j : j + width] for i in range(5) for j in range(5)]
@@ -34,25 +34,25 @@ def test_a_crop_is_a_window_of_the_padded_picture_and_every_window_is_as_likely(
 
 @pytest.mark.parametrize(("vertical", "axis"), [(False, 3), (True, 2)])
 def test_the_share_asked_for_is_mirrored(vertical, axis):
-    images = pictures(2000, 1, 4, 6)
-    flipped = Flip(0.3, vertical)(images, keys_of(2000), 0)
+    images = random_images(2000, 1, 4, 6)
+    flipped = RandomFlip(0.3, vertical)(images, keys_of(2000), 0)
     mirrored = (flipped == images.flip(axis)).flatten(1).all(dim=1)
     assert torch.equal(flipped[~mirrored], images[~mirrored])
     assert abs(mirrored.float().mean() - 0.3) < 0.04
-    assert torch.equal(Flip(0.0)(images, keys_of(2000), 0), images)
-    assert torch.equal(Flip(1.0, vertical)(images, keys_of(2000), 0), images.flip(axis))
+    assert torch.equal(RandomFlip(0.0)(images, keys_of(2000), 0), images)
+    assert torch.equal(RandomFlip(1.0, vertical)(images, keys_of(2000), 0), images.flip(axis))
 
 
-def bilinear(picture, matrix, border):
+def bilinear(image, matrix, border):
     """One channel [H, W] through a 2 x 3 matrix, pixel by pixel."""
-    height, width = picture.shape
+    height, width = image.shape
 
     def pixel(i, j):
         if border:
-            return picture[min(max(i, 0), height - 1), min(max(j, 0), width - 1)]
-        return picture[i, j] if 0 <= i < height and 0 <= j < width else 0.0
+            return image[min(max(i, 0), height - 1), min(max(j, 0), width - 1)]
+        return image[i, j] if 0 <= i < height and 0 <= j < width else 0.0
 
-    result = np.empty_like(picture)
+    result = np.empty_like(image)
     for i in range(height):
         for j in range(width):
             x, y = matrix @ (j - (width - 1) / 2, i - (height - 1) / 2, 1)
@@ -68,7 +68,7 @@ def bilinear(picture, matrix, border):
 
 @pytest.mark.parametrize("outside", ["zeros", "border"])
 def test_warp_is_bilinear_interpolation(outside):
-    images = pictures(6, 2, 9, 12)
+    images = random_images(6, 2, 9, 12)
     matrices = torch.randn(6, 2, 3, generator=torch.Generator().manual_seed(1)) * torch.tensor([0.8, 0.8, 3.0])
     warped = warp(images, matrices, outside).numpy()
     for row in range(6):
@@ -80,7 +80,7 @@ def test_warp_is_bilinear_interpolation(outside):
 
 def test_affine_shears_rotates_scales_and_shifts_by_what_was_drawn():
     count, height, width = 5, 8, 11
-    images, keys = pictures(count, 1, height, width), keys_of(count)
+    images, keys = random_images(count, 1, height, width), keys_of(count)
     moved = RandomAffine(40, 0.25, (0.7, 1.4), 25)(images, keys, 7)
     draws = uniform(keys.numpy(), 7, 5).astype(np.float64)
     for row in range(count):
@@ -95,16 +95,16 @@ def test_affine_shears_rotates_scales_and_shifts_by_what_was_drawn():
 
 
 def test_a_positive_angle_turns_counterclockwise_as_in_pillow():
-    images, keys = pictures(4, 1, 21, 21), keys_of(4)
+    images, keys = random_images(4, 1, 21, 21), keys_of(4)
     rotated = RandomAffine(90)(images, keys, 0)
     for row, draw in enumerate(uniform(keys.numpy(), 0, 5)[:, 0]):
-        picture = Image.fromarray(images[row, 0].numpy())
-        expected = np.asarray(picture.rotate(90 * (2 * float(draw) - 1), Image.Resampling.BILINEAR))
+        image = Image.fromarray(images[row, 0].numpy())
+        expected = np.asarray(image.rotate(90 * (2 * float(draw) - 1), Image.Resampling.BILINEAR))
         np.testing.assert_allclose(rotated[row, 0, 6:15, 6:15].numpy(), expected[6:15, 6:15], atol=2e-4)
 
 
 def test_an_affine_map_of_nothing_changes_nothing():
-    images = pictures(4, 3, 32, 28)
+    images = random_images(4, 3, 32, 28)
     torch.testing.assert_close(RandomAffine()(images, keys_of(4), 0), images, atol=1e-5, rtol=0)
 
 
@@ -143,7 +143,7 @@ def test_boxes_are_those_of_the_published_algorithm(scale, ratio):
     assert boxes.dtype == np.float64
 
 
-def test_boxes_of_large_pictures_have_the_areas_aspect_ratios_and_places_asked_for():
+def test_boxes_of_large_images_have_the_areas_aspect_ratios_and_places_asked_for():
     count = 4000
     boxes = RandomResizedCrop((0.2, 0.4), (0.5, 2.0)).boxes(np.full((count, 2), 1000), keys_of(count).numpy())
     w, h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
@@ -157,7 +157,7 @@ def test_boxes_of_large_pictures_have_the_areas_aspect_ratios_and_places_asked_f
     assert abs(place.std() - 12**-0.5) < 0.01
 
 
-def test_a_picture_has_the_same_box_in_any_company():
+def test_an_image_has_the_same_box_in_any_company():
     shapes, keys = np.random.default_rng(0).integers(20, 400, (50, 2)), keys_of(50).numpy()
     crop = RandomResizedCrop()
     alone = np.concatenate([crop.boxes(shapes[i : i + 1], keys[i : i + 1]) for i in range(50)])
@@ -166,13 +166,13 @@ def test_a_picture_has_the_same_box_in_any_company():
 
 def test_a_crop_of_a_batch_enlarges_the_box_as_pillow_does():
     height, width = 24, 32
-    images, keys = pictures(8, 1, height, width), keys_of(8)
+    images, keys = random_images(8, 1, height, width), keys_of(8)
     crop = RandomResizedCrop((0.1, 0.8))
     boxes = crop.boxes(np.full((8, 2), (height, width)), keys.numpy())
     enlarged = crop(images, keys, 0)  # stream 0 is that of the boxes
     for row, box in enumerate(boxes.tolist()):
-        picture = Image.fromarray(images[row, 0].numpy())
-        expected = picture.transform((width, height), Image.Transform.EXTENT, box, Image.Resampling.BILINEAR)
+        image = Image.fromarray(images[row, 0].numpy())
+        expected = image.transform((width, height), Image.Transform.EXTENT, box, Image.Resampling.BILINEAR)
         np.testing.assert_allclose(enlarged[row, 0].numpy(), np.asarray(expected), atol=2e-5)
 
 
@@ -182,10 +182,10 @@ def test_a_crop_of_a_batch_enlarges_the_box_as_pillow_does():
         (lambda: RandomCrop(-1), "--data.augment: RandomCrop padding is -1 pixels, but must be 0 or more"),
         (lambda: RandomCrop(2, "wrap"), "mode is 'wrap', but must be one of zero, reflect, edge"),
         (
-            lambda: RandomCrop(7, "reflect")(pictures(1, 1, 7, 9), keys_of(1), 0),
-            "cannot be reflected in pictures of 7 x 9",
+            lambda: RandomCrop(7, "reflect")(random_images(1, 1, 7, 9), keys_of(1), 0),
+            "padding 7 is too large to reflect images of 7 x 9",
         ),
-        (lambda: Flip(-0.1), "Flip p is -0.1"),
+        (lambda: RandomFlip(-0.1), "RandomFlip p is -0.1"),
         (lambda: RandomAffine(degrees=200), "degrees is 200"),
         (lambda: RandomAffine(translate=2), "translate is 2"),
         (lambda: RandomAffine(scale=(0, 1)), "scale is .0, 1., but must be .min, max., both above 0"),

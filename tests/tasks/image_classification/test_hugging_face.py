@@ -89,7 +89,7 @@ def test_a_head_for_other_classes_is_made_anew_and_that_is_said(
 ) -> None:
     model = tiny("vit")
     net = net_of(saved(model, tmp_path), num_classes=7)
-    assert capsys.readouterr().err == f"{tmp_path}: a new head for 7 classes in place of its own\n"
+    assert capsys.readouterr().err == f"{tmp_path}: the head is newly initialised for 7 classes\n"
     assert net.eval()(images()).shape == (2, 7)
     for name, tensor in model.vit.state_dict().items():
         assert torch.equal(net.state_dict()[f"model.vit.{name}"], tensor), name
@@ -103,7 +103,7 @@ def test_a_head_for_as_many_classes_is_kept_in_silence(tmp_path: Path, capsys: p
 def test_a_model_without_head_gets_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ViTModel(vit_config(), add_pooling_layer=False)
     net, x = net_of(saved(model, tmp_path)).eval(), images()
-    assert "a new head for 5 classes" in capsys.readouterr().err
+    assert "newly initialised for 5 classes" in capsys.readouterr().err
     torch.testing.assert_close(net.features(x), model.eval()(x).last_hidden_state[:, 0])
 
 
@@ -117,7 +117,7 @@ def test_weights_for_other_sizes_are_refused_unless_excused(tmp_path: Path, caps
     with pytest.raises(ValueError, match=r"projection.weight: shape \(16, 3, 8, 8\), the model .* has \(16, 1, 8, 8\)"):
         net_of(path, in_channels=1)
     capsys.readouterr()
-    net = net_of(path, image_size=64, excuse=["*.position_embeddings"])
+    net = net_of(path, image_size=64, ignore_mismatched=["*.position_embeddings"])
     assert "as excused, not taken: vit.embeddings.position_embeddings" in capsys.readouterr().err
     assert net(torch.randn(1, 3, 64, 64)).shape == (1, 5)
 
@@ -126,7 +126,7 @@ def test_weights_left_over_are_refused(tmp_path: Path) -> None:
     path = saved(ViTModel(vit_config()), tmp_path)
     with pytest.raises(ValueError, match=r"pooler.dense.bias: left over\n.*pooler.dense.weight: left over"):
         net_of(path)
-    net_of(path, excuse=["*pooler*"])
+    net_of(path, ignore_mismatched=["*pooler*"])
 
 
 def test_not_pretrained_takes_the_architecture_only(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         net_of(path)
 
 
-def test_pictures_that_the_model_cannot_read_are_refused(tmp_path: Path) -> None:
+def test_images_that_the_model_cannot_read_are_refused(tmp_path: Path) -> None:
     path = saved(tiny("convnext"), tmp_path)
-    with pytest.raises(ValueError, match=r"cannot read pictures of 3 channel\(s\) and 4 pixels.*--data.channels"):
+    with pytest.raises(ValueError, match=r"cannot read images of 3 channel\(s\) and 4 pixels.*--data.channels"):
         net_of(path, image_size=4)

@@ -122,8 +122,8 @@ def test_what_is_logged_and_drawn(straight, folder):
     found = json.loads((straight / "test.json").read_text())
     assert {"test/accuracy", "test_flips/accuracy"} <= found.keys()
     for name in ("val_confusion.png", "test_confusion.png"):
-        with Image.open(straight / name) as picture:
-            assert min(picture.size) > 200
+        with Image.open(straight / name) as image:
+            assert min(image.size) > 200
     mistakes = found["test/accuracy"] < 1
     assert (straight / "test_mistakes.png").exists() == mistakes
 
@@ -139,10 +139,10 @@ def test_a_loaded_task_predicts_what_it_was_tested_on(straight, folder, photos):
     for row, answer in zip(rows, answers, strict=True):
         assert row["class"] == next(iter(answer))  # the likeliest comes first
         assert row["probability"] == pytest.approx(max(answer.values()), abs=1e-5)
-        assert row["probabilities"] == pytest.approx([answer[name] for name in task.facts["classes"]], abs=1e-5)
-    with Image.open(rows[0]["path"]) as picture:
-        assert task(picture) == pytest.approx(answers[0], abs=1e-5)
-        assert task(picture.convert("L"))  # grey, for a net of three channels
+        assert row["probabilities"] == pytest.approx([answer[name] for name in task.data_metadata["classes"]], abs=1e-5)
+    with Image.open(rows[0]["path"]) as image:
+        assert task(image) == pytest.approx(answers[0], abs=1e-5)
+        assert task(image.convert("L"))  # grey, for a net of three channels
     assert sum(row["class"] == "warm" for row in rows) > 30
 
 
@@ -166,7 +166,7 @@ def test_the_loss_is_the_textbook_s():
     torch.testing.assert_close(task.training_step(batch._replace(targets=soft))["loss"], step["loss"])
 
 
-def test_a_grey_net_reads_coloured_pictures_as_pillow_would():
+def test_a_grey_net_reads_coloured_images_as_pillow_would():
     task = ImageClassification(mean=[0.0], std=[1.0])
     task.mean, task.std = torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
     pixels = np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)
@@ -181,7 +181,7 @@ def test_other_classes_than_those_learned_are_refused(straight, folder, photos, 
     with pytest.raises(SystemExit):
         main(["test", str(straight), "--data.path", "other"])
     assert (
-        "the classes of --data.path (aqua, leafy, warm) are not those that were learned (cool"
+        "the classes of --data.path (aqua, leafy, warm) are not those of the training data (cool"
         in capsys.readouterr().err
     )
 
@@ -199,3 +199,10 @@ def test_a_net_of_transformers_is_fine_tuned_and_loads_without_its_folder(folder
     assert task.mean.flatten().tolist() == [0.5] * 3
     assert task.std.flatten().tolist() == [0.25] * 3
     assert set(task(photos / "cool" / "00.png")) == {"cool", "leafy", "warm"}
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read():
+    metadata = {"classes": ["cat", "dog"], "size": 8, "resize": 8}
+    task = ImageClassification()
+    task.on_load_checkpoint({"pictures": metadata})
+    assert task.data_metadata == metadata

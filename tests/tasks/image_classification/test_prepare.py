@@ -1,4 +1,4 @@
-"""From pictures to a prepared folder: checked, remembered, decoded exactly, whole or not there at all."""
+"""From images to a prepared folder: checked, remembered, decoded exactly, whole or not there at all."""
 
 import errno
 import os
@@ -8,32 +8,32 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+import image_stores
 import numpy as np
-import picture_stores
 import pytest
 from PIL import Image
 
 from bigmodel.data.image_decoding import MAX_PIXELS, Geometry
+from bigmodel.tasks.image_classification import bulk_decoding, prepare, scan
 from bigmodel.tasks.image_classification import images as images_module
-from bigmodel.tasks.image_classification import pixels, prepare, scan
-from bigmodel.tasks.image_classification.splits import Split
+from bigmodel.tasks.image_classification.splits import ImageSplit
 
 CLASSES = ["cat", "dog"]
 
 
 @dataclass
-class Pictures:
+class LabelledImages:
     store: object
     labels: np.ndarray
 
 
 @dataclass
-class Source:
+class ImageSource:
     splits: dict
     classes: list
 
 
-def write_pictures(folder, n, seed=0, kind="png"):
+def write_images(folder, n, seed=0, kind="png"):
     folder.mkdir(parents=True)
     draw = np.random.default_rng(seed)
     for i in range(n):
@@ -42,28 +42,35 @@ def write_pictures(folder, n, seed=0, kind="png"):
     return folder
 
 
-def pictures(folder):
-    store = picture_stores.Folder(folder)
-    return Pictures(store, np.arange(len(store)) % 2)
+def labelled(folder):
+    store = image_stores.Folder(folder)
+    return LabelledImages(store, np.arange(len(store)) % 2)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    return write_pictures(tmp_path / "pictures", 40)
+    return write_images(tmp_path / "images", 40)
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    for module in (scan, pixels, prepare):
+    for module in (scan, bulk_decoding, prepare):
         monkeypatch.setattr(module, "BLOCK", 7)
     return tmp_path / "cache"
 
 
 def run(source, cache, **changes):
-    if not isinstance(source, Source):
-        source = Source({"all": pictures(source)}, CLASSES)
-    settings = {"size": 16, "resize": None, "channels": None, "whole": False, "split": Split(0.2), "on_bad": "error"}
-    settings |= {"decoded": None, "max_pixels": MAX_PIXELS, "num_processes": 1}
+    if not isinstance(source, ImageSource):
+        source = ImageSource({"all": labelled(source)}, CLASSES)
+    settings = {
+        "size": 16,
+        "resize": None,
+        "channels": None,
+        "whole": False,
+        "split": ImageSplit(0.2),
+        "on_corrupt": "error",
+    }
+    settings |= {"cache_decoded": None, "max_pixels": MAX_PIXELS, "num_processes": 1}
     return prepare.prepare(source, cache=cache, **{**settings, **changes})
 
 
@@ -78,7 +85,7 @@ def all_of(prepared, split, boxes=None):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_decoded_equals_decoding_when_read(folder, cache, channels):
     for settings in ({"size": 16, "resize": 19}, {"size": 16, "resize": None, "whole": True}):
-        stored, read = (run(folder, cache, channels=channels, decoded=d, **settings) for d in (True, False))
+        stored, read = (run(folder, cache, channels=channels, cache_decoded=d, **settings) for d in (True, False))
         assert (stored.decoded, read.decoded) == (True, False)
         assert not list(read.folder.glob("*-pixels.bin"))
         np.testing.assert_array_equal(all_of(stored, "val"), all_of(read, "val"))
@@ -89,8 +96,8 @@ def test_decoded_equals_decoding_when_read(folder, cache, channels):
             np.testing.assert_array_equal(all_of(stored, "train"), all_of(read, "train"))
 
 
-def test_pictures_are_those_of_the_source_with_their_labels_and_names(folder, cache):
-    prepared = run(folder, cache, decoded=True)
+def test_images_are_those_of_the_source_with_their_labels_and_names(folder, cache):
+    prepared = run(folder, cache, cache_decoded=True)
     seen = []
     for split in ("train", "val"):
         images = prepared.images(split)
@@ -101,14 +108,14 @@ def test_pictures_are_those_of_the_source_with_their_labels_and_names(folder, ca
             assert images.labels[i] == number % 2
             with open(name, "rb") as stream:
                 np.testing.assert_array_equal(pixels_read, Geometry(3, 16, 16).decode(stream.read()))
-        assert prepared.splits[split].num_pictures == len(images)
+        assert prepared.splits[split].num_images == len(images)
         assert prepared.splits[split].class_counts == np.bincount(images.labels).tolist()
     assert sorted(seen) == list(range(40))
 
 
 def test_arrays_of_the_right_size_come_out_bitwise(cache):
     digits = np.random.default_rng(0).integers(0, 256, (50, 28, 28), np.uint8)
-    source = Source({"all": Pictures(picture_stores.Arrays(digits), np.arange(50) % 5)}, list("abcde"))
+    source = ImageSource({"all": LabelledImages(image_stores.Arrays(digits), np.arange(50) % 5)}, list("abcde"))
     prepared = run(source, cache, size=28)
     assert prepared.channels == 1
     images = prepared.images("train")
@@ -117,13 +124,13 @@ def test_arrays_of_the_right_size_come_out_bitwise(cache):
     chosen = [3, 0, 3]
     np.testing.assert_array_equal(images.read(chosen)[..., 0], digits[[numbers[i] for i in chosen]])
     assert images.in_memory
-    with pytest.raises(ValueError, match="no boxes can be cut out"):
+    with pytest.raises(ValueError, match="boxes cannot be cropped"):
         images.read([0], np.array([[0.0, 0, 5, 5]]))
 
 
-def test_boxes_of_whole_and_of_undecoded_pictures(folder, cache):
+def test_boxes_of_whole_and_of_undecoded_images(folder, cache):
     for decoded in (True, False):
-        prepared = run(folder, cache, whole=True, resize=24, decoded=decoded)
+        prepared = run(folder, cache, whole=True, resize=24, cache_decoded=decoded)
         train, val = prepared.images("train"), prepared.images("val")
         assert train.takes_boxes
         assert not train.in_memory
@@ -145,26 +152,26 @@ def test_boxes_of_whole_and_of_undecoded_pictures(folder, cache):
         assert train.shapes.dtype == np.int32
 
 
-def test_mean_and_std_are_those_of_training_pictures_as_in_evaluation(folder, cache, monkeypatch):
+def test_mean_and_std_are_those_of_training_images_as_in_evaluation(folder, cache, monkeypatch):
     prepared = run(folder, cache)
     values = all_of(prepared, "train").reshape(-1, 3) / 255
     np.testing.assert_allclose(prepared.mean, values.mean(0), rtol=1e-12)
     np.testing.assert_allclose(prepared.std, values.std(0), rtol=1e-9)
-    monkeypatch.setattr(prepare, "MEASURED", 5)
-    few = run(folder, cache, decoded=False)
+    monkeypatch.setattr(prepare, "NUM_MEASURED", 5)
+    few = run(folder, cache, cache_decoded=False)
     values = all_of(prepared, "train")[np.linspace(0, 31, 5).round().astype(int)].reshape(-1, 3) / 255
     np.testing.assert_allclose(few.mean, values.mean(0), rtol=1e-12)
 
 
 def test_std_is_never_0(cache):
-    black = picture_stores.Arrays(np.zeros((9, 4, 4), np.uint8))
-    source = Source({"train": Pictures(black, np.arange(9) % 2)}, CLASSES)
+    black = image_stores.Arrays(np.zeros((9, 4, 4), np.uint8))
+    source = ImageSource({"train": LabelledImages(black, np.arange(9) % 2)}, CLASSES)
     assert run(source, cache, size=4, split=None).std == [1 / 255]
 
 
 def test_several_processes_and_smaller_blocks_equal_one(folder, cache, tmp_path, monkeypatch):
     one = run(folder, cache, whole=True)
-    monkeypatch.setattr(pixels, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(bulk_decoding, "BLOCK_BYTES", 3000)
     several = run(folder, tmp_path / "other", whole=True, num_processes=3)
     assert (one.mean, one.std, one.fingerprint) == (several.mean, several.std, several.fingerprint)
     for path in one.folder.iterdir():
@@ -173,20 +180,20 @@ def test_several_processes_and_smaller_blocks_equal_one(folder, cache, tmp_path,
 
 def test_size_decides_about_decoding_if_nobody_does(folder, cache, monkeypatch, capsys):
     assert run(folder, cache).decoded
-    assert "decoded once, which takes 0.0 MB of disk" in capsys.readouterr().err
+    assert "decoded images are cached, 0.0 MB on the disk" in capsys.readouterr().err
     monkeypatch.setattr(prepare, "DECODED_BYTES", 40 * 16 * 16 * 3 - 1)
     assert not run(folder, cache).decoded
-    assert "decoded whenever they are read" in capsys.readouterr().err
+    assert "images are decoded at each read" in capsys.readouterr().err
     monkeypatch.setattr(prepare, "DECODED_BYTES", 40 * 16 * 16 * 3)
     assert run(folder, cache).decoded
 
 
-def test_channels_follow_the_training_pictures(tmp_path, cache):
+def test_channels_follow_the_training_images(tmp_path, cache):
     for split, n in (("train", 6), ("val", 4)):
-        write_pictures(tmp_path / split, n, seed=n)
+        write_images(tmp_path / split, n, seed=n)
     for path in (tmp_path / "train").iterdir():
         Image.open(path).convert("L").convert("RGB").save(path)
-    source = Source({name: pictures(tmp_path / name) for name in ("train", "val")}, CLASSES)
+    source = ImageSource({name: labelled(tmp_path / name) for name in ("train", "val")}, CLASSES)
     prepared = run(source, cache)
     assert prepared.channels == 1
     assert all_of(prepared, "val").shape == (4, 16, 16, 1)
@@ -198,32 +205,36 @@ def test_channels_follow_the_training_pictures(tmp_path, cache):
 
 def test_splits_of_the_source_are_kept_and_only_a_missing_validation_is_dealt_out(tmp_path, cache):
     for n, name in enumerate(("train", "val", "test")):
-        write_pictures(tmp_path / name, 10 + 10 * n, seed=n)
-    found = {name: pictures(tmp_path / name) for name in ("train", "val", "test")}
+        write_images(tmp_path / name, 10 + 10 * n, seed=n)
+    found = {name: labelled(tmp_path / name) for name in ("train", "val", "test")}
 
     def sizes(names, split):
-        prepared = run(Source({name: found[name] for name in names}, CLASSES), cache, split=split)
-        return {name: facts.num_pictures for name, facts in prepared.splits.items()}
+        prepared = run(ImageSource({name: found[name] for name in names}, CLASSES), cache, split=split)
+        return {name: facts.num_images for name, facts in prepared.splits.items()}
 
-    both = Split(0.2, 0.2)
+    both = ImageSplit(0.2, 0.2)
     assert sizes(["train", "val", "test"], both) == {"train": 10, "val": 20, "test": 30}
     assert sizes(["train", "test"], both) == {"train": 8, "val": 2, "test": 30}
     assert sizes(["train"], both) == {"train": 8, "val": 2}
-    assert sizes(["train", "test"], Split(0.0)) == {"train": 10, "test": 30}
+    assert sizes(["train", "test"], ImageSplit(0.0)) == {"train": 10, "test": 30}
 
 
 def test_copies_across_the_splits_of_a_source_are_told(tmp_path, cache, capsys):
-    write_pictures(tmp_path / "train", 10)
-    write_pictures(tmp_path / "test", 10, seed=1)
+    write_images(tmp_path / "train", 10)
+    write_images(tmp_path / "test", 10, seed=1)
     for name in ("003.png", "004.png"):
         (tmp_path / "test" / name).write_bytes((tmp_path / "train" / name).read_bytes())
-    run(Source({name: pictures(tmp_path / name) for name in ("train", "test")}, CLASSES), cache, split=Split(0.0))
-    assert "2 of 10 pictures of the test split are in the train split too" in capsys.readouterr().err
+    run(
+        ImageSource({name: labelled(tmp_path / name) for name in ("train", "test")}, CLASSES),
+        cache,
+        split=ImageSplit(0.0),
+    )
+    assert "2 of 10 images of the test split are in the train split too" in capsys.readouterr().err
 
 
-def test_pictures_to_predict_stay_together_and_need_no_label(folder, cache):
-    store = picture_stores.Folder(folder)
-    prepared = run(Source({"all": Pictures(store, np.full(40, -1))}, []), cache, split=None)
+def test_images_to_predict_stay_together_and_need_no_label(folder, cache):
+    store = image_stores.Folder(folder)
+    prepared = run(ImageSource({"all": LabelledImages(store, np.full(40, -1))}, []), cache, split=None)
     images = prepared.images("all")
     assert [images.name(i) for i in range(40)] == [store.name(i) for i in range(40)]
     assert (images.labels == -1).all()
@@ -251,51 +262,51 @@ def spoil(folder):
     return 13
 
 
-def test_bad_pictures_are_listed_with_reason_and_count(folder, cache):
+def test_bad_images_are_listed_with_reason_and_count(folder, cache):
     spoil(folder)
     with pytest.raises(ValueError) as error:  # noqa: PT011
         run(folder, cache)
     lines = str(error.value).splitlines()
-    assert lines[0] == "13 of 53 pictures cannot be used:"
-    assert lines[1].startswith(f"  {folder}/005 bad 00.jpg: the file is no picture in a known format")
+    assert lines[0] == "13 of 53 images cannot be used:"
+    assert lines[1].startswith(f"  {folder}/005 bad 00.jpg: the file is not an image in an accepted format")
     assert lines[11] == "  and 3 more"
-    assert lines[12].endswith("--data.on_bad skip")
+    assert lines[12].endswith("--data.on_corrupt skip")
     assert not list(cache.glob("*/meta.json"))
 
 
-def test_bad_pictures_are_skipped_on_demand(folder, cache, capsys):
+def test_bad_images_are_skipped_on_demand(folder, cache, capsys):
     labels = np.arange(40) % 2
-    good = run(Source({"all": Pictures(picture_stores.Folder(folder), labels)}, CLASSES), cache)
+    good = run(ImageSource({"all": LabelledImages(image_stores.Folder(folder), labels)}, CLASSES), cache)
     spoil(folder)
     capsys.readouterr()
-    store = picture_stores.Folder(folder)
+    store = image_stores.Folder(folder)
     # As before for the good ones.
     labels = np.array([int(name[:3]) % 2 if " " not in name else 0 for name in store.names])
     for _ in range(2):
-        prepared = run(Source({"all": Pictures(store, labels)}, CLASSES), cache, on_bad="skip")
-        assert len(prepared.left_out) == 13
-        assert prepared.left_out[-1] == f"{folder}/005 cut.png"
+        prepared = run(ImageSource({"all": LabelledImages(store, labels)}, CLASSES), cache, on_corrupt="skip")
+        assert len(prepared.skipped) == 13
+        assert prepared.skipped[-1] == f"{folder}/005 cut.png"
         assert prepared.fingerprint == good.fingerprint
         for split in ("train", "val"):
             np.testing.assert_array_equal(all_of(prepared, split), all_of(good, split))
             names = [prepared.images(split).name(i) for i in range(len(prepared.images(split)))]
             assert names == [good.images(split).name(i) for i in range(len(good.images(split)))]
-    assert capsys.readouterr().err.count("left out 13 pictures that cannot be used: ") == 1
+    assert capsys.readouterr().err.count("skipped 13 corrupt images: ") == 1
 
 
 def test_nothing_left_is_refused(tmp_path, cache):
     (tmp_path / "bad").mkdir()
     for i in range(3):
         (tmp_path / "bad" / f"{i}.png").write_text("hello")
-    with pytest.raises(ValueError, match=r"the train split has no picture \(3 that cannot be used were left out\)"):
-        run(tmp_path / "bad", cache, on_bad="skip")
+    with pytest.raises(ValueError, match=r"the train split has no images \(3 corrupt images were skipped"):
+        run(tmp_path / "bad", cache, on_corrupt="skip")
 
 
-def test_unreadable_file_is_a_bad_picture(folder, cache):
-    store = picture_stores.Folder(folder)
+def test_unreadable_file_is_a_bad_image(folder, cache):
+    store = image_stores.Folder(folder)
     store.names[3] = "."  # a folder cannot be read
     with pytest.raises(ValueError, match=r"1 of 40 .*\n.*/\.: the file cannot be read \(Is a directory\)"):
-        run(Source({"all": Pictures(store, np.arange(40) % 2)}, CLASSES), cache)
+        run(ImageSource({"all": LabelledImages(store, np.arange(40) % 2)}, CLASSES), cache)
 
 
 def test_bomb_is_named(folder, cache):
@@ -308,8 +319,8 @@ def test_bomb_is_named(folder, cache):
     [
         ({"size": 0}, "--data.size 0"),
         ({"size": 16, "resize": 15}, "--data.resize 15 is smaller than --data.size 16"),
-        ({"channels": 2}, "--data.channels 2: 1 .* or 3"),
-        ({"on_bad": "ignore"}, "--data.on_bad ignore: error or skip"),
+        ({"channels": 2}, "--data.channels 2: 1 .* 3"),
+        ({"on_corrupt": "ignore"}, "--data.on_corrupt ignore: error and skip"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(folder, cache, changes, message):
@@ -318,28 +329,30 @@ def test_settings_that_make_no_sense_are_refused(folder, cache, changes, message
 
 
 def test_empty_splits_and_classes_are_refused(folder, cache, tmp_path):
-    store = picture_stores.Folder(folder)
+    store = image_stores.Folder(folder)
     labels = np.arange(40) % 2
-    small = Pictures(picture_stores.Arrays(np.arange(2 * 16).reshape(2, 4, 4).astype(np.uint8)), np.array([0, 1]))
-    with pytest.raises(ValueError, match=r"the val split has no picture, dealt out by Split\(val=1e-09"):
-        run(Source({"all": small}, CLASSES), cache, split=Split(1e-9), size=4)
-    with pytest.raises(ValueError, match=r"1 of 3 classes have no training picture.*: emu\. Give"):
-        run(Source({"all": Pictures(store, labels)}, [*CLASSES, "emu"]), cache)
-    with pytest.raises(ValueError, match=r"at least 2 classes are needed to train, there are 1: \['cat'\]"):
-        run(Source({"all": Pictures(store, labels * 0)}, ["cat"]), cache)
+    small = LabelledImages(image_stores.Arrays(np.arange(2 * 16).reshape(2, 4, 4).astype(np.uint8)), np.array([0, 1]))
+    with pytest.raises(
+        ValueError, match=r"the val split has no images \(the splits were drawn by ImageSplit\(val=1e-09"
+    ):
+        run(ImageSource({"all": small}, CLASSES), cache, split=ImageSplit(1e-9), size=4)
+    with pytest.raises(ValueError, match=r"1 of 3 classes have no training images.*: emu\. Add"):
+        run(ImageSource({"all": LabelledImages(store, labels)}, [*CLASSES, "emu"]), cache)
+    with pytest.raises(ValueError, match=r"the data have 1 class\(es\), \['cat'\].*: at least 2 are needed"):
+        run(ImageSource({"all": LabelledImages(store, labels * 0)}, ["cat"]), cache)
     labels[7] = -1
-    with pytest.raises(ValueError, match=r"1 pictures of the train split have no label: .*007.png"):
-        run(Source({"train": Pictures(store, labels)}, CLASSES), cache, split=None)
+    with pytest.raises(ValueError, match=r"1 images of the train split have no label: .*007.png"):
+        run(ImageSource({"train": LabelledImages(store, labels)}, CLASSES), cache, split=None)
 
 
 # The memory of the scan
 
 
 def forbidden(folder):
-    return Source({"all": Pictures(picture_stores.Forbidden(folder), np.arange(40) % 2)}, CLASSES)
+    return ImageSource({"all": LabelledImages(image_stores.Forbidden(folder), np.arange(40) % 2)}, CLASSES)
 
 
-def test_second_start_reads_no_picture_that_was_good(folder, cache):
+def test_second_start_reads_no_image_that_was_good(folder, cache):
     first = run(folder, cache)
     assert run(forbidden(folder), cache) == first
     content = (folder / "003.png").read_bytes()
@@ -365,7 +378,14 @@ def test_content_and_settings_make_the_key(folder, cache, tmp_path):
     folder = tmp_path / "elsewhere"
     assert run(folder, cache) == first
     assert {path: path.stat().st_mtime_ns for path in first.folder.iterdir()} == times
-    others = [{"size": 15}, {"resize": 17}, {"channels": 1}, {"whole": True}, {"split": Split(0.3)}, {"decoded": False}]
+    others = [
+        {"size": 15},
+        {"resize": 17},
+        {"channels": 1},
+        {"whole": True},
+        {"split": ImageSplit(0.3)},
+        {"cache_decoded": False},
+    ]
     prepared = [first, *(run(folder, cache, **changes) for changes in others)]
     (folder / "003.png").write_bytes((folder / "004.png").read_bytes())
     prepared.append(run(folder, cache))
@@ -392,11 +412,11 @@ def test_pages_are_let_go(folder, cache, monkeypatch):
 
 
 def test_damage_after_the_check_is_named(folder, cache):
-    prepared = run(folder, cache, decoded=False)
+    prepared = run(folder, cache, cache_decoded=False)
     images = prepared.images("val")
     with open(images.name(0), "wb") as stream:
         stream.write(b"damaged")
-    with pytest.raises(ValueError, match=rf"{images.name(0)}: the file is no picture .* It was good when"):
+    with pytest.raises(ValueError, match=rf"{images.name(0)}: the file is not an image .* It was valid when"):
         images.read([0])
     os.remove(images.name(0))
     with pytest.raises(ValueError, match=rf"{images.name(0)} cannot be read any more \(No such file"):
@@ -414,7 +434,7 @@ def test_full_disk_leaves_nothing_and_says_what_is_needed(folder, cache, monkeyp
     def full(self, *_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pixels.Decoding, "run", full)
+    monkeypatch.setattr(bulk_decoding.BulkDecoding, "run", full)
     with pytest.raises(OSError, match=r"no space left for prepared data in .*cache; about 0.0 MB .*--data.cache_dir"):
         run(folder, cache)
     assert [path.name for path in cache.iterdir()] == ["scans"]
@@ -429,17 +449,17 @@ def test_cache_that_is_no_folder_is_refused(folder, tmp_path):
 CHILD = """
 import os, signal, sys
 import numpy as np
-import picture_stores
+import image_stores
 from bigmodel.tasks.image_classification import images, prepare
-from bigmodel.tasks.image_classification.splits import Split
+from bigmodel.tasks.image_classification.splits import ImageSplit
 from pathlib import Path
 from types import SimpleNamespace as Facts
 if sys.argv[3] == "die":
-    images.Prepared.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-store = picture_stores.Folder(sys.argv[1])
+    images.PreparedImages.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+store = image_stores.Folder(sys.argv[1])
 source = Facts(splits={"all": Facts(store=store, labels=np.arange(len(store)) % 2)}, classes=["cat", "dog"])
 made = prepare.prepare(
-    source, size=16, resize=None, channels=None, whole=False, split=Split(0.2), on_bad="error", decoded=None,
+    source, size=16, resize=None, channels=None, whole=False, split=ImageSplit(0.2), on_corrupt="error", cache_decoded=None,
     cache=Path(sys.argv[2]), max_pixels=10**6, num_processes=1,
 )
 assert not {"torch", "lightning", "transformers"} & set(sys.modules), "preparing must stay light"

@@ -1,4 +1,4 @@
-"""From a path to pictures and class numbers: folders, tables, Parquet, Hugging Face; what is refused, and how it is said."""
+"""From a path to images and class numbers: folders, tables, Parquet, Hugging Face; what is refused, and how it is said."""
 
 import csv
 import errno
@@ -12,13 +12,19 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from bigmodel.tasks.image_classification.sources import Columns, find_source, folder, huggingface, parquet
-from bigmodel.tasks.image_classification.sources.dataset_index import Found, Split, to_source
-from bigmodel.tasks.image_classification.sources.image_storage import Chosen, Files, Joined, Packed, Pixels
+from bigmodel.tasks.image_classification.sources import ImageColumns, find_source, folder, huggingface, parquet
+from bigmodel.tasks.image_classification.sources.dataset_index import RawDataset, RawSplit, to_source
+from bigmodel.tasks.image_classification.sources.image_storage import (
+    ArrayStore,
+    ConcatStore,
+    FileStore,
+    PackedStore,
+    SubsetStore,
+)
 
 
 def png(value):
-    """The bytes of a picture of one pixel, another for each value."""
+    """The bytes of an image of one pixel, another for each value."""
     stream = io.BytesIO()
     Image.new("L", (1, 1), value).save(stream, "png")
     return stream.getvalue()
@@ -30,12 +36,12 @@ def touch(root, *names):
         (root / name).write_bytes(png(i))
 
 
-def content(pictures):
-    return [pictures.store.read(i) for i in range(len(pictures.store))]
+def content(images):
+    return [images.store.read(i) for i in range(len(images.store))]
 
 
-def names(pictures):
-    return [pictures.store.name(i) for i in range(len(pictures.store))]
+def names(images):
+    return [images.store.name(i) for i in range(len(images.store))]
 
 
 @pytest.fixture
@@ -44,7 +50,7 @@ def find(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def find(path, labelled=True, **columns):
-        return find_source(str(path), columns=Columns(**columns), cache=tmp_path / "cache", labelled=labelled)
+        return find_source(str(path), columns=ImageColumns(**columns), cache=tmp_path / "cache", labelled=labelled)
 
     return find
 
@@ -57,17 +63,15 @@ def test_folder_of_classes(find, tmp_path, capsys):
     touch(tmp_path / "photos", *inside, "__MACOSX/cat/1.jpg", ".git/a/1.jpg", "loose.png", "cat/report.pdf")
     source = find("photos")
     assert source.classes == ["10", "2", "cat", "dog"]
-    pictures = source.splits["all"]
+    images = source.splits["all"]
     assert list(source.splits) == ["all"]
-    assert names(pictures) == [
-        f"photos/{n}" for n in ("10/x.webp", "2/y.tif", "cat/1.jpg", "dog/a/c.jpeg", "dog/b.PNG")
-    ]
-    assert pictures.labels.tolist() == [0, 1, 2, 3, 3]
-    assert pictures.labels.dtype == np.int64
-    assert content(pictures) == [png(2), png(3), png(4), png(1), png(0)]
+    assert names(images) == [f"photos/{n}" for n in ("10/x.webp", "2/y.tif", "cat/1.jpg", "dog/a/c.jpeg", "dog/b.PNG")]
+    assert images.labels.tolist() == [0, 1, 2, 3, 3]
+    assert images.labels.dtype == np.int64
+    assert content(images) == [png(2), png(3), png(4), png(1), png(0)]
     said = capsys.readouterr().err
-    assert "2 files are left out as no pictures (other files are there: .notes (1), .pdf (1))" in said
-    assert "1 pictures in no class folder are left out, such as loose.png" in said
+    assert "skipped 2 files that are not images (other files: .notes (1), .pdf (1))" in said
+    assert "skipped 1 images outside of class folders: loose.png" in said
 
 
 def test_folder_of_splits_numbers_classes_by_training(find, tmp_path):
@@ -85,7 +89,7 @@ def test_folder_of_splits_numbers_classes_by_training(find, tmp_path):
 def test_folders_that_are_not_all_splits_are_classes(find, tmp_path, capsys):
     touch(tmp_path / "data", "train/1.png", "tram/2.png")
     assert find("data").classes == ["train", "tram"]
-    assert "taken for classes, not splits, since ['tram'] mean no split" in capsys.readouterr().err
+    assert "read as classes, not splits, because ['tram'] are not names of a split" in capsys.readouterr().err
 
 
 def test_folder_without_labels_has_any_shape(find, tmp_path):
@@ -101,17 +105,17 @@ def test_folder_without_labels_has_any_shape(find, tmp_path):
     [
         (
             ["train/a/1.png", "train/b/1.png", "val/a/1.png", "val/c/1.png"],
-            r"data/val/c/1.png: label 'c' is none of the 2",
+            r"data/val/c/1.png: label 'c' is not one of the 2",
         ),
         (
             ["a/1.png", "b/notes.txt"],
-            r"class folder b has no pictures \(other files are there: .txt \(1\)\); fill it or",
+            r"class folder b has no images \(other files: .txt \(1\)\); add images or",
         ),
-        (["a/1.png", "a/2.png"], r"all 2 pictures to learn from are of one class, 'a'; at least 2"),
-        (["1.png", "2.png"], "it has no class folders, only 2 pictures without labels. Known are a folder"),
-        (["train/a/1.png", "train/b/1.png", "test/1.png"], "test has no class folders, only 1 pictures"),
-        (["notes.txt"], r"no class folders \(other files are there: .txt \(1\)\). Known are"),
-        (["train/a/1.png", "val/a/1.png", "dev/a/1.png"], "the folders dev and val both mean the split val"),
+        (["a/1.png", "a/2.png"], r"all 2 training images are of one class, 'a'; at least 2"),
+        (["1.png", "2.png"], "the folder has no class folders, only 2 images without labels. Accepted are a folder"),
+        (["train/a/1.png", "train/b/1.png", "test/1.png"], "test has no class folders, only 1 images"),
+        (["notes.txt"], r"no class folders \(other files: .txt \(1\)\). Accepted are"),
+        (["train/a/1.png", "val/a/1.png", "dev/a/1.png"], "the folders dev and val are both the split val"),
     ],
 )
 def test_folders_that_are_refused(find, tmp_path, files, message):
@@ -147,12 +151,12 @@ def test_paths_of_no_known_kind_are_refused(find, tmp_path):
     for path, message in [
         ("nothing", "nothing: no such file or folder"),
         ("*.parquet", "no file matches"),
-        ("empty", "it has no class folders. Known are a folder of pictures"),
-        ("noise", "a file of no known kind. Known are a folder of pictures"),
+        ("empty", "the folder has no class folders. Accepted are a folder of images"),
+        ("noise", "unknown file format. Accepted are a folder of images"),
     ]:
         with pytest.raises(ValueError, match=message):
             find(path)
-    with pytest.raises(ValueError, match=r"no pictures in this folder\. Known are"):
+    with pytest.raises(ValueError, match=r"no images in this folder\. Accepted are"):
         find("empty", labelled=False)
 
 
@@ -198,14 +202,18 @@ def test_table_with_splits_and_other_column_names(find, tmp_path):
         (
             [["file", "label"], ["1.png", "a"]],
             {},
-            r"no column 'image', only \['file', 'label'\]; set --data.columns.image",
+            r"no column 'image' among \['file', 'label'\]; set --data.columns.image",
         ),
-        ([["image", "kind"], ["1.png", "a"]], {}, "no column 'label', .* set --data.columns.label"),
-        ([["image", "label"], ["1.png", "a"]], {"split": "s"}, "no column 's', .* set --data.columns.split"),
-        ([["image", "label"], ["1.png", "a"], ["2.png", "b"]], {}, r"t.csv line 3: there is no file .*2.png"),
-        ([["image", "label"], ["1.png", "two\nlines"], ["1.png", " "]], {}, "t.csv line 4: nothing in column 'label'"),
-        ([["image", "label"], ["1.png"]], {}, "t.csv line 2: nothing in column 'label'"),
-        ([["image", "label", "s"], ["1.png", "a", "new"]], {"split": "s"}, "line 2: 'new' in column 's' is no split"),
+        ([["image", "kind"], ["1.png", "a"]], {}, "no column 'label' .* set --data.columns.label"),
+        ([["image", "label"], ["1.png", "a"]], {"split": "s"}, "no column 's' .* set --data.columns.split"),
+        ([["image", "label"], ["1.png", "a"], ["2.png", "b"]], {}, r"t.csv line 3: the file .*2.png"),
+        ([["image", "label"], ["1.png", "two\nlines"], ["1.png", " "]], {}, "t.csv line 4: column 'label' is empty"),
+        ([["image", "label"], ["1.png"]], {}, "t.csv line 2: column 'label' is empty"),
+        (
+            [["image", "label", "s"], ["1.png", "a", "new"]],
+            {"split": "s"},
+            "line 2: 'new' in column 's' is not a split",
+        ),
         ([["image", "label", "s"], ["1.png", "a", "val"], ["1.png", "b", "test"]], {"split": "s"}, "no training split"),
         ([["image", "label"]], {}, "the table has no rows"),
     ],
@@ -228,28 +236,28 @@ def test_table_in_another_encoding_is_refused(find, tmp_path):
 LIKE_HUGGING_FACE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-def write_parquet(path, pictures, kind=LIKE_HUGGING_FACE, /, **columns):
+def write_parquet(path, images, kind=LIKE_HUGGING_FACE, /, **columns):
     if pa.types.is_struct(kind):
-        pictures = [{"bytes": picture, "path": "x.png"} for picture in pictures]
+        images = [{"bytes": image, "path": "x.png"} for image in images]
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"image": pa.array(pictures, kind), **columns}), path, row_group_size=3)
+    pq.write_table(pa.table({"image": pa.array(images, kind), **columns}), path, row_group_size=3)
 
 
 @pytest.mark.parametrize("kind", [LIKE_HUGGING_FACE, pa.binary(), pa.large_binary()])
 def test_parquet_is_copied_once_and_read_at_random(find, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(parquet, "_ROWS_AT_ONCE", 2)
-    pictures = [png(i) for i in range(10)]
-    write_parquet(tmp_path / "data" / "a.parquet", pictures[:7], kind, label=["b", "a", "b", "a", "b", "a", "b"])
-    write_parquet(tmp_path / "data" / "b.parquet", pictures[7:], kind, label=["a", "a", "c"])
+    images = [png(i) for i in range(10)]
+    write_parquet(tmp_path / "data" / "a.parquet", images[:7], kind, label=["b", "a", "b", "a", "b", "a", "b"])
+    write_parquet(tmp_path / "data" / "b.parquet", images[7:], kind, label=["a", "a", "c"])
     source = find("data")
     assert source.classes == ["a", "b", "c"]
     store = source.splits["all"].store
-    assert isinstance(store, Packed)
+    assert isinstance(store, PackedStore)
     for again in (store, pickle.loads(pickle.dumps(store))):
-        assert [again.read(i) for i in (9, 0, 7, 6)] == [pictures[i] for i in (9, 0, 7, 6)]
+        assert [again.read(i) for i in (9, 0, 7, 6)] == [images[i] for i in (9, 0, 7, 6)]
     assert [store.name(i) for i in (6, 7, 9)] == ["a.parquet row 6", "b.parquet row 0", "b.parquet row 2"]
     monkeypatch.setattr(parquet, "_pack", None)
-    assert content(find("data/*.parquet").splits["all"]) == pictures
+    assert content(find("data/*.parquet").splits["all"]) == images
     assert len({tuple(store.stamp(i)) for i in range(10)}) == 10
     assert store.stamp(3) == find("data").splits["all"].store.stamp(3)
 
@@ -299,23 +307,23 @@ def test_parquet_of_paths(find, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pictures", "kind", "columns", "message"),
+    ("images", "kind", "columns", "message"),
     [
-        ([b"x", None], pa.binary(), {"label": [0, 1]}, "a.parquet row 1: no bytes of a picture in column 'image'"),
-        ([b"x", b""], pa.binary(), {"label": [0, 1]}, "a.parquet row 1: no bytes of a picture"),
-        ([b"x", None], LIKE_HUGGING_FACE, {"label": [0, 1]}, "a.parquet row 1: no bytes .* give a column of paths"),
-        (["no.png"], pa.string(), {"label": [0]}, "a.parquet row 0: there is no file .*no.png"),
-        ([1, 2], pa.int32(), {"label": [0, 1]}, "column 'image' is of type int32; pictures are struct"),
-        ([b"x", b"y"], pa.binary(), {"label": [0, None]}, "a.parquet row 1: nothing in column 'label'"),
-        ([b"x", b"y"], pa.binary(), {"label": ["a", ""]}, "a.parquet row 1: nothing in column 'label'"),
+        ([b"x", None], pa.binary(), {"label": [0, 1]}, "a.parquet row 1: column 'image' has no bytes of an image"),
+        ([b"x", b""], pa.binary(), {"label": [0, 1]}, "a.parquet row 1: .* no bytes of an image"),
+        ([b"x", None], LIKE_HUGGING_FACE, {"label": [0, 1]}, "a.parquet row 1: .* no bytes .*--data.columns.image"),
+        (["no.png"], pa.string(), {"label": [0]}, "a.parquet row 0: the file .*no.png"),
+        ([1, 2], pa.int32(), {"label": [0, 1]}, "column 'image' is of type int32; images are struct"),
+        ([b"x", b"y"], pa.binary(), {"label": [0, None]}, "a.parquet row 1: column 'label' is empty"),
+        ([b"x", b"y"], pa.binary(), {"label": ["a", ""]}, "a.parquet row 1: column 'label' is empty"),
         ([b"x", b"y"], pa.binary(), {"label": [0.5, 1.5]}, "column 'label' is of type double; labels are integers or"),
         ([b"x", b"y"], pa.binary(), {"label": [0, -1]}, "a.parquet row 1: label -1 is negative"),
-        ([b"x", b"y"], pa.binary(), {"kind": [0, 1]}, r"no column 'label', only \['image', 'kind'\]"),
+        ([b"x", b"y"], pa.binary(), {"kind": [0, 1]}, r"no column 'label' among \['image', 'kind'\]"),
         ([], pa.binary(), {"label": pa.array([], pa.int64())}, "a.parquet: the table has no rows"),
     ],
 )
-def test_parquet_that_is_refused(find, tmp_path, pictures, kind, columns, message):
-    write_parquet(tmp_path / "a.parquet", pictures, kind, **columns)
+def test_parquet_that_is_refused(find, tmp_path, images, kind, columns, message):
+    write_parquet(tmp_path / "a.parquet", images, kind, **columns)
     with pytest.raises(ValueError, match=message):
         find("a.parquet")
 
@@ -337,7 +345,7 @@ def test_parquet_files_that_differ_or_are_damaged_are_named(find, tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Folders that `datasets` wrote: one with splits and an Image feature, one without; and where pictures lie by path."""
+    """Folders that `datasets` wrote: one with splits and an Image feature, one without; and where images lie by path."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -358,7 +366,7 @@ def saved(tmp_path_factory):
 
 
 def load_saved(path, tmp_path, **options):
-    return find_source(str(path), columns=Columns(), cache=tmp_path / "cache", **options)
+    return find_source(str(path), columns=ImageColumns(), cache=tmp_path / "cache", **options)
 
 
 def test_saved_data_set_is_read_in_place(saved, tmp_path, capsys):
@@ -368,7 +376,7 @@ def test_saved_data_set_is_read_in_place(saved, tmp_path, capsys):
         "train": [0, 1, 2, 1, 0],
         "val": [2, 2],
     }
-    assert "the split test has no labels" in capsys.readouterr().err
+    assert "skipped the split test" in capsys.readouterr().err
     train = source.splits["train"]
     assert content(train) == [png(i) for i in range(5)]
     again = pickle.loads(pickle.dumps(train.store))
@@ -398,12 +406,12 @@ def test_data_set_of_the_hub(saved, tmp_path, monkeypatch):
 
     made = {"owner/pets": datasets.load_from_disk(str(saved / "splits"))}
     monkeypatch.setattr(datasets, "load_dataset", lambda name, _: made[name])
-    source = find_source("hf://owner/pets", columns=Columns(), cache=tmp_path)
+    source = find_source("hf://owner/pets", columns=ImageColumns(), cache=tmp_path)
     assert content(source.splits["val"]) == [png(5), png(6)]
     assert source.splits["val"].store.name(0) == "pets/val row 0"
 
 
-def test_pictures_that_arrow_names_by_path_are_read(tmp_path):
+def test_images_that_arrow_names_by_path_are_read(tmp_path):
     import datasets
 
     touch(tmp_path, "1.png", "2.png")
@@ -412,7 +420,7 @@ def test_pictures_that_arrow_names_by_path_are_read(tmp_path):
     table = datasets.Dataset.from_dict(rows, features).data.table
     with pa.OSFile(str(tmp_path / "x.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
-    store = huggingface.Arrow([str(tmp_path / "x.arrow")], "image", "x")
+    store = huggingface.ArrowStore([str(tmp_path / "x.arrow")], "image", "x")
     assert [store.read(0), store.read(1)] == [png(1), png(0)]
     assert store.stamp(0)[0] == str(tmp_path / "2.png")
 
@@ -420,16 +428,16 @@ def test_pictures_that_arrow_names_by_path_are_read(tmp_path):
 def test_saved_data_sets_that_are_refused(saved, tmp_path):
     import datasets
 
-    with pytest.raises(ValueError, match=r"no column 'img', only \['image', 'label'\]; set --data.columns.image"):
-        find_source(str(saved / "splits"), columns=Columns(image="img"), cache=tmp_path)
-    with pytest.raises(ValueError, match="column 'label' is of type int64; pictures are an Image feature or binary"):
-        find_source(str(saved / "splits"), columns=Columns(image="label"), cache=tmp_path)
+    with pytest.raises(ValueError, match=r"no column 'img' among \['image', 'label'\]; set --data.columns.image"):
+        find_source(str(saved / "splits"), columns=ImageColumns(image="img"), cache=tmp_path)
+    with pytest.raises(ValueError, match="column 'label' is of type int64; images are an Image feature or binary"):
+        find_source(str(saved / "splits"), columns=ImageColumns(image="label"), cache=tmp_path)
     gap = {"image": [png(0), None], "label": [0, 1]}
     datasets.Dataset.from_dict(gap).save_to_disk(str(tmp_path / "gap"))
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     datasets.Dataset.from_dict(gap, features).save_to_disk(str(tmp_path / "struct gap"))
     for name in ("gap", "struct gap"):
-        with pytest.raises(ValueError, match=f"{name}/all row 1: no picture in column 'image'"):
+        with pytest.raises(ValueError, match=f"{name}/all row 1: column 'image' is empty"):
             load_saved(tmp_path / name, tmp_path)
 
 
@@ -437,18 +445,18 @@ def test_saved_data_sets_that_are_refused(saved, tmp_path):
 
 
 def test_parts_and_sums_of_stores():
-    first, second = (Pixels(np.full((n, 1, 1), n, np.uint8), f"{n}") for n in (2, 3))
-    joined = Joined([first, second])
+    first, second = (ArrayStore(np.full((n, 1, 1), n, np.uint8), f"{n}") for n in (2, 3))
+    joined = ConcatStore([first, second])
     assert [joined.name(i) for i in range(len(joined))] == ["2 0", "2 1", "3 0", "3 1", "3 2"]
     assert [int(joined.read(i)[0, 0]) for i in range(5)] == [2, 2, 3, 3, 3]
-    chosen = Chosen(joined, np.array([4, 0]))
+    chosen = SubsetStore(joined, np.array([4, 0]))
     assert [chosen.name(i) for i in range(len(chosen))] == ["3 2", "2 0"]
     assert chosen.stamp(0) == []
 
 
 def test_stamp_of_a_file_tells_a_change(tmp_path):
     touch(tmp_path, "a.png")
-    store = pickle.loads(pickle.dumps(Files(str(tmp_path), ["a.png"])))
+    store = pickle.loads(pickle.dumps(FileStore(str(tmp_path), ["a.png"])))
     before = store.stamp(0)
     assert before[:2] == [str(tmp_path / "a.png"), len(png(0))]
     os.utime(tmp_path / "a.png", ns=(1, before[2] + 1))
@@ -461,19 +469,19 @@ def test_stamp_of_a_file_tells_a_change(tmp_path):
 
 def test_file_names_that_are_no_text_are_kept(tmp_path):
     name = os.fsdecode(b"caf\xe9/\xff.png")
-    store = Files(str(tmp_path), ["é.png", name])
+    store = FileStore(str(tmp_path), ["é.png", name])
     assert store.path(1) == str(tmp_path / name)
 
 
 def test_labels_beyond_the_known_classes_are_named():
-    store = Pixels(np.zeros((3, 1, 1), np.uint8), "x")
-    with pytest.raises(ValueError, match=r"x 2: label 7 is none of the 2 classes known here \(0, 1\)"):
-        to_source(Found("x", {"all": Split(store, np.array([0, 1, 7]))}, ["a", "b"]), True)
+    store = ArrayStore(np.zeros((3, 1, 1), np.uint8), "x")
+    with pytest.raises(ValueError, match=r"x 2: label 7 is not one of the 2 classes \(0, 1\)"):
+        to_source(RawDataset("x", {"all": RawSplit(store, np.array([0, 1, 7]))}, ["a", "b"]), True)
 
 
 def test_a_lone_split_is_dealt_out(capsys):
-    store = Pixels(np.zeros((2, 1, 1), np.uint8), "x")
-    source = to_source(Found("x", {"test": Split(store, np.array([4, 2]))}), True)
+    store = ArrayStore(np.zeros((2, 1, 1), np.uint8), "x")
+    source = to_source(RawDataset("x", {"test": RawSplit(store, np.array([4, 2]))}), True)
     assert source.splits["all"].labels.tolist() == [1, 0]
     assert source.classes == ["2", "4"]
-    assert "the only split is test; it is dealt out" in capsys.readouterr().err
+    assert "the only split is test" in capsys.readouterr().err

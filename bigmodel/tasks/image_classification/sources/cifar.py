@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from bigmodel.tasks.image_classification.sources.dataset_index import Found, Split
-from bigmodel.tasks.image_classification.sources.image_storage import Joined, Pixels
+from bigmodel.tasks.image_classification.sources.dataset_index import RawDataset, RawSplit
+from bigmodel.tasks.image_classification.sources.image_storage import ArrayStore, ConcatStore
 
 _PLANES = 3 * 32 * 32
 
@@ -97,7 +97,7 @@ def cifar_archives(folder: str) -> list[str]:
     return [os.path.join(folder, name) for name in names]
 
 
-def read_cifar(path: str, labelled: bool) -> Found:
+def read_cifar(path: str, labelled: bool) -> RawDataset:
     """Read the splits train and test; the classes of CIFAR-100 are its 100 fine ones.
 
     Args:
@@ -110,17 +110,17 @@ def read_cifar(path: str, labelled: bool) -> Found:
     files = _read_folder(path) if os.path.isdir(path) else _read_archive(path)
     version = _version(files)
     if version is None:
-        raise ValueError(f"--data.path {path}: no CIFAR-10 or CIFAR-100 in it, only {sorted(files)[:10]}")
+        raise ValueError(f"--data.path {path}: not CIFAR-10 or CIFAR-100; it has {sorted(files)[:10]}")
     if missing := sorted(version.files - set(files)):
-        raise ValueError(f"--data.path {path}: {version.name} lacks the files {missing}")
+        raise ValueError(f"--data.path {path}: {version.name} needs the files {missing}, which are missing")
 
     splits = {}
     for split, names in (("train", version.train), ("test", version.test)):
-        parts = [_pictures(files.pop(name), version, f"{path} {name}") for name in names]
-        stores = [Pixels(images, f"{version.name}/{name}") for name, (images, _) in zip(names, parts, strict=True)]
+        parts = [_images(files.pop(name), version, f"{path} {name}") for name in names]
+        stores = [ArrayStore(images, f"{version.name}/{name}") for name, (images, _) in zip(names, parts, strict=True)]
         labels = np.concatenate([labels for _, labels in parts]) if labelled else None
-        splits[split] = Split(stores[0] if len(stores) == 1 else Joined(stores), labels)
-    return Found(path, splits, _classes(files[version.meta], version, f"{path} {version.meta}"))
+        splits[split] = RawSplit(stores[0] if len(stores) == 1 else ConcatStore(stores), labels)
+    return RawDataset(path, splits, _classes(files[version.meta], version, f"{path} {version.meta}"))
 
 
 def _read_folder(folder: str) -> dict[str, bytes]:
@@ -149,19 +149,23 @@ def _read_archive(path: str) -> dict[str, bytes]:
     return files
 
 
-def _pictures(data: bytes, version: _Version, where: str) -> tuple[np.ndarray, np.ndarray]:
+def _images(data: bytes, version: _Version, where: str) -> tuple[np.ndarray, np.ndarray]:
     """Return images [N, 32, 32, 3] uint8 and class numbers [N] int64."""
     if version.labels_key:
         content = _unpickle(data, where)
         planes, labels = _entry(content, "data", where), np.asarray(_entry(content, version.labels_key, where))
         if not isinstance(planes, np.ndarray) or planes.dtype != np.uint8 or planes.shape[1:] != (_PLANES,):
-            raise ValueError(f"{where} is damaged: 'data' is no array of uint8 of the shape [N, {_PLANES}]")
+            raise ValueError(f"{where} is damaged: 'data' is not an array of uint8 of shape [N, {_PLANES}]")
         if labels.dtype.kind not in "iu" or labels.shape != planes.shape[:1]:
-            raise ValueError(f"{where} is damaged: {version.labels_key!r} is no list of {len(planes):,} class numbers")
+            raise ValueError(
+                f"{where} is damaged: {version.labels_key!r} is not a list of {len(planes):,} class numbers"
+            )
     else:
         width = version.label_bytes + _PLANES
         if len(data) % width:
-            raise ValueError(f"{where} is damaged: {len(data):,} bytes are no whole number of pictures of {width:,}")
+            raise ValueError(
+                f"{where} is damaged: {len(data):,} bytes are not a multiple of {width:,}, the bytes of an image"
+            )
         records = np.frombuffer(data, np.uint8).reshape(-1, width)  # [N, labels and planes]
         labels, planes = records[:, version.label_bytes - 1], records[:, version.label_bytes :]
     images = planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # [N, 3072] -> [N, C, H, W] -> [N, H, W, C]
@@ -193,7 +197,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of CIFAR")
+            raise pickle.UnpicklingError(f"it contains {module}.{name}, which CIFAR does not")
         return self.allowed[module, name]
 
 
@@ -201,4 +205,4 @@ def _unpickle(data: bytes, where: str) -> Any:
     try:
         return _Unpickler(io.BytesIO(data), encoding="latin1").load()  # written by Python 2
     except Exception as error:  # damaged pickles raise nearly anything
-        raise ValueError(f"{where} is refused: {error}") from error
+        raise ValueError(f"{where} cannot be unpickled: {error}") from error

@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bigmodel.data.split_shares import SPLIT_WORDS, split_name
-from bigmodel.tasks.image_classification.batch import Store
-from bigmodel.tasks.image_classification.sources.dataset_index import Found, Labels, Split
-from bigmodel.tasks.image_classification.sources.image_storage import Chosen, Joined
+from bigmodel.tasks.image_classification.batch import ImageStore
+from bigmodel.tasks.image_classification.sources.dataset_index import Labels, RawDataset, RawSplit
+from bigmodel.tasks.image_classification.sources.image_storage import ConcatStore, SubsetStore
 
 
 @dataclass
-class Columns:
+class ImageColumns:
     """Names of the columns of a table (CSV, TSV, Parquet, Hugging Face).
 
     Args:
@@ -38,13 +38,17 @@ class Columns:
             return [self.image]
         return [self.image, self.label, *([self.split] if self.split else [])]
 
-    def check(self, where: str, there: Sequence[str], wanted: Sequence[str]) -> None:
+    def parse_split(self, word: str, where: str) -> str:
+        """Return the split that the cell at `where` names; raise an error if it names none."""
+        if (split := split_name(word)) is None:
+            raise ValueError(f"{where}: {word!r} in column {self.split!r} is not a split; accepted are {SPLIT_WORDS}")
+        return split
+
+    def check(self, where: str, present: Sequence[str], wanted: Sequence[str]) -> None:
         """Raise an error if a table lacks a requested column."""
         for flag, column in (("image", self.image), ("label", self.label), ("split", self.split)):
-            if column in wanted and column not in there:
-                raise ValueError(
-                    f"{where}: there is no column {column!r}, only {list(there)}; set --data.columns.{flag}"
-                )
+            if column in wanted and column not in present:
+                raise ValueError(f"{where}: no column {column!r} among {list(present)}; set --data.columns.{flag}")
 
 
 def rows_of(splits: Sequence[str]) -> dict[str, np.ndarray]:
@@ -60,25 +64,33 @@ def holds_bytes(kind: pa.DataType) -> bool:
 
 
 def parts_found(
-    where: str, parts: dict[str, tuple[Store, pa.Table]], columns: Columns, labelled: bool, classes: list[str] | None
-) -> Found:
+    where: str,
+    parts: dict[str, tuple[ImageStore, pa.Table]],
+    columns: ImageColumns,
+    labelled: bool,
+    classes: list[str] | None,
+) -> RawDataset:
     """Return splits from parts (split -> images and their table); or from the split column, over all parts."""
     if not labelled:
-        return Found(where, {split: Split(store, None) for split, (store, _) in parts.items()})
+        return RawDataset(where, {split: RawSplit(store, None) for split, (store, _) in parts.items()})
     if columns.split is None:
-        found = {split: Split(store, _labels(table, columns.label, store)) for split, (store, table) in parts.items()}
-        return Found(where, found, classes)
-    store = Joined([store for store, _ in parts.values()])
+        found = {
+            split: RawSplit(store, _labels(table, columns.label, store)) for split, (store, table) in parts.items()
+        }
+        return RawDataset(where, found, classes)
+    store = ConcatStore([store for store, _ in parts.values()])
     table = pa.concat_tables([table for _, table in parts.values()])
     labels = _labels(table, columns.label, store)
+    words = _filled(table, columns.split, store).to_pylist()
+    splits = [columns.parse_split(str(word), store.name(row)) for row, word in enumerate(words)]
     found = {}
-    for split, rows in rows_of(_splits(table, columns.split, store)).items():
+    for split, rows in rows_of(splits).items():
         chosen = labels[rows] if isinstance(labels, np.ndarray) else [labels[i] for i in rows]
-        found[split] = Split(Chosen(store, rows), chosen)
-    return Found(where, found, classes)
+        found[split] = RawSplit(SubsetStore(store, rows), chosen)
+    return RawDataset(where, found, classes)
 
 
-def _filled(table: pa.Table, column: str, store: Store) -> pa.ChunkedArray:
+def _filled(table: pa.Table, column: str, store: ImageStore) -> pa.ChunkedArray:
     """Return a column without nulls; strings are decoded from any encoding of Arrow."""
     values = table.column(column)
     if pa.types.is_dictionary(values.type):
@@ -88,11 +100,11 @@ def _filled(table: pa.Table, column: str, store: Store) -> pa.ChunkedArray:
         empty = pc.or_kleene(empty, pc.equal(values, ""))
     row = pc.index(empty, True).as_py()
     if row >= 0:
-        raise ValueError(f"{store.name(row)}: nothing in column {column!r}")
+        raise ValueError(f"{store.name(row)}: column {column!r} is empty")
     return values
 
 
-def _labels(table: pa.Table, column: str, store: Store) -> Labels:
+def _labels(table: pa.Table, column: str, store: ImageStore) -> Labels:
     values = _filled(table, column, store)
     if pa.types.is_integer(values.type):
         return values.to_numpy().astype(np.int64)
@@ -102,13 +114,3 @@ def _labels(table: pa.Table, column: str, store: Store) -> Labels:
         f"{store.name(0)}: column {column!r} is of type {values.type}; labels are integers or strings:"
         " set --data.columns.label to such a column"
     )
-
-
-def _splits(table: pa.Table, column: str, store: Store) -> list[str]:
-    splits = []
-    for row, word in enumerate(_filled(table, column, store).to_pylist()):
-        split = split_name(str(word))
-        if split is None:
-            raise ValueError(f"{store.name(row)}: {word!r} in column {column!r} is no split (known are {SPLIT_WORDS})")
-        splits.append(split)
-    return splits

@@ -1,4 +1,4 @@
-"""The result of a reader, and its conversion to a `Source`: split names, class numbers, and checks of all formats.
+"""Result of a reader, and its conversion to an `ImageSource`: names of splits, class numbers, checks of all formats.
 
 N images, K classes.
 """
@@ -12,13 +12,13 @@ import numpy as np
 
 from bigmodel.data.cache import say
 from bigmodel.data.split_shares import SPLIT_WORDS, split_name
-from bigmodel.tasks.image_classification.batch import UNKNOWN, Pictures, Source, Store
-from bigmodel.tasks.image_classification.sources.image_storage import Joined
+from bigmodel.tasks.image_classification.batch import UNKNOWN, ImageSource, ImageStore, LabelledImages
+from bigmodel.tasks.image_classification.sources.image_storage import ConcatStore
 
 Labels = np.ndarray | Sequence[str]  # [N] integers, or names
 
 KINDS = (
-    "a folder of pictures (<class>/ or <train, val, test>/<class>/); a CSV or TSV table; Parquet (file, folder or glob); a"
+    "a folder of images (<class>/ or <train, val, test>/<class>/); a CSV or TSV table; Parquet (file, folder or glob); a"
     " data set saved by Hugging Face datasets, or hf://owner/name; an .npz of arrays; MNIST's idx files; CIFAR-10 or"
     " CIFAR-100 as published (python or binary version, or the .tar.gz); {mnist5k}, {digits}, {mnist}, {fashion_mnist},"
     " {cifar10}, {cifar100}"
@@ -26,7 +26,7 @@ KINDS = (
 
 
 @dataclass(frozen=True)
-class Split:
+class RawSplit:
     """One split as it was read.
 
     Attributes:
@@ -34,85 +34,85 @@ class Split:
         labels: [N] class numbers or names; None if labels were not requested.
     """
 
-    store: Store
+    store: ImageStore
     labels: Labels | None
 
 
 @dataclass(frozen=True)
-class Found:
+class RawDataset:
     """The result of a reader.
 
     Attributes:
         where: the path, for messages.
         splits: by name: train, val, test; or all.
-        classes: names by class number, if the format states them; else they come from the labels.
+        classes: names by class number, if the format states them; else they are taken from the labels.
     """
 
     where: str
-    splits: dict[str, Split]
+    splits: dict[str, RawSplit]
     classes: list[str] | None = None
 
 
 def group_splits(words: Iterable[str], where: str, labelled: bool) -> dict[str, list[str]]:
-    """Group split names by the split that each means; all of them are `all` if none means train or all are wanted."""
+    """Group names by the split that they stand for; all are `all` without labels, or if none stands for train."""
     words = list(words)
-    meant = {word: split_name(word) for word in words}
-    if not labelled or "train" not in meant.values():
-        if labelled and any(meant.values()):
-            say(f"{where}: no training split among {words}; they are taken together and dealt out to splits")
+    splits = {word: split_name(word) for word in words}
+    if not labelled or "train" not in splits.values():
+        if labelled and any(splits.values()):
+            say(f"{where}: no training split among {words}; new splits are drawn from all of them")
         return {"all": words}
-    if strange := [word for word in words if not meant[word]]:
-        say(f"{where}: {strange} mean no split and are left out (known are {SPLIT_WORDS})")
-    return {split: same for split in ("train", "val", "test") if (same := [w for w in words if meant[w] == split])}
+    if skipped := [word for word in words if not splits[word]]:
+        say(f"{where}: skipped {skipped}, which are not names of a split (accepted: {SPLIT_WORDS})")
+    return {split: same for split in ("train", "val", "test") if (same := [w for w in words if splits[w] == split])}
 
 
-def to_source(found: Found, labelled: bool) -> Source:
+def to_source(found: RawDataset, labelled: bool) -> ImageSource:
     """Number the classes and check every label.
 
     Raises:
-        ValueError: if a split is empty, there are fewer than two classes, or a label is none of the classes.
+        ValueError: if a split is empty, there are fewer than two classes, or a label is not one of the classes.
     """
     where = found.where
     for name, split in found.splits.items():
         if len(split.store) == 0:
-            raise ValueError(f"--data.path {where}: no pictures in the split {name}")
+            raise ValueError(f"--data.path {where}: no images in the split {name}")
     if not labelled:
         stores = [split.store for split in found.splits.values()]
-        store = stores[0] if len(stores) == 1 else Joined(stores)
-        return Source({"all": Pictures(store, np.full(len(store), UNKNOWN, np.int64))}, [])
+        store = stores[0] if len(stores) == 1 else ConcatStore(stores)
+        return ImageSource({"all": LabelledImages(store, np.full(len(store), UNKNOWN, np.int64))}, [])
 
-    splits: dict[str, Split] = {
+    splits: dict[str, RawSplit] = {
         name: found.splits[name] for name in ("all", "train", "val", "test") if name in found.splits
     }
     first = next(iter(splits))
     if first not in ("all", "train"):
         if len(splits) > 1:
             raise ValueError(f"--data.path {where}: no training split, only {', '.join(splits)}")
-        say(f"{where}: the only split is {first}; it is dealt out to splits")
+        say(f"{where}: the only split is {first}; new splits are drawn from it")
         splits, first = {"all": splits[first]}, "all"
     lookup = _lookup(splits[first], found.classes)
-    pictures: dict[str, Pictures] = {}
+    images: dict[str, LabelledImages] = {}
     for name, split in splits.items():
         values = _values(split)
         if name != first and found.classes and set(values) == {UNKNOWN}:
-            say(f"{where}: the split {name} has no labels (all are {UNKNOWN}) and is left out")
+            say(f"{where}: skipped the split {name}, which has no labels (all are {UNKNOWN})")
             continue
         numbers = np.fromiter((lookup.get(value, UNKNOWN) for value in values), np.int64, len(values))
         if (numbers < 0).any():
             row = int(np.argmax(numbers < 0))
             raise ValueError(f"{split.store.name(row)}: {_reason(values[row], first, lookup)}")
-        pictures[name] = Pictures(split.store, numbers)
+        images[name] = LabelledImages(split.store, numbers)
     classes = found.classes or [str(value) for value in lookup]
-    present = np.unique(pictures[first].labels)
+    present = np.unique(images[first].labels)
     if len(present) < 2:
         raise ValueError(
-            f"--data.path {where}: all {len(splits[first].store):,} pictures to learn from are of one class,"
+            f"--data.path {where}: all {len(splits[first].store):,} training images are of one class,"
             f" {classes[present[0]]!r}; at least 2 classes are needed"
         )
-    return Source(pictures, classes)
+    return ImageSource(images, classes)
 
 
-def _values(split: Split) -> list[int] | list[str]:
+def _values(split: RawSplit) -> list[int] | list[str]:
     labels = split.labels
     assert labels is not None
     values = labels.tolist() if isinstance(labels, np.ndarray) else list(labels)
@@ -120,8 +120,8 @@ def _values(split: Split) -> list[int] | list[str]:
     return values
 
 
-def _lookup(split: Split, classes: list[str] | None) -> dict[int | str, int]:
-    """Return class numbers by label: of known classes, else of the labels that occur, in order (numbers as numbers)."""
+def _lookup(split: RawSplit, classes: list[str] | None) -> dict[int | str, int]:
+    """Return class numbers by label: of the given classes, else of the labels that occur, in order (numbers as numbers)."""
     values = _values(split)
     if isinstance(values[0], str):
         names = {str(value) for value in values}
@@ -137,5 +137,5 @@ def _reason(value: int | str, first: str, lookup: dict[int | str, int]) -> str:
     if isinstance(value, int) and value < 0:
         return f"label {value} is negative; class numbers start at 0"
     shown = ", ".join(map(repr, list(lookup)[:10])) + (", ..." if len(lookup) > 10 else "")
-    whose = "of the training split" if first == "train" else "known here"
-    return f"label {value!r} is none of the {len(lookup)} classes {whose} ({shown})"
+    whose = " of the training split" if first == "train" else ""
+    return f"label {value!r} is not one of the {len(lookup)} classes{whose} ({shown})"

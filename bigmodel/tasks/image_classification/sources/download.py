@@ -92,10 +92,10 @@ def download(name: str, cache: Path) -> Path:
             problems = fetch([mirror + file for mirror in wanted.mirrors], folder / file, md5)
             if problems:
                 raise ValueError(
-                    f"--data.path {{{name}}}: {file} cannot be fetched:\n  "
+                    f"--data.path {{{name}}}: {file} cannot be downloaded:\n  "
                     + "\n  ".join(problems)
-                    + f"\nWhere there is no network, fetch {', '.join(wanted.files)} elsewhere, from {wanted.mirrors[0]},"
-                    " and give the folder that holds them as --data.path"
+                    + f"\nWithout a network, download {', '.join(wanted.files)} elsewhere from {wanted.mirrors[0]},"
+                    " and set --data.path to the folder that holds them"
                 )
     return folder
 
@@ -128,7 +128,7 @@ def fetch(urls: Sequence[str], target: Path, md5: str) -> list[str]:
                 os.fsync(stream.fileno())
                 partial.replace(target)
                 return []
-            problems.append(f"{url}: the MD5 of what came is {got}, not {md5}")
+            problems.append(f"{url}: its MD5 is {got}, not {md5}")
             stream.truncate(0)  # the next attempt starts at the beginning
     return problems
 
@@ -147,14 +147,14 @@ def _append(url: str, stream: IO[bytes], name: str) -> None:
         if response.status != http.HTTPStatus.PARTIAL_CONTENT:
             stream.truncate(start := 0)
         total = start + int(response.headers.get("Content-Length", 0))
-        with progress(f"fetching {name}", total) as advance:
+        with progress(f"downloading {name}", total) as advance:
             advance(start)
             while block := _read(response):
                 stream.write(block)
                 advance(len(block))
         stream.flush()
     if (size := os.fstat(stream.fileno()).st_size) < total:
-        raise _Broken(f"it ended after {size:,} of {total:,} bytes; start again to go on from there")
+        raise _Broken(f"it ended after {size:,} of {total:,} bytes; start again to continue from there")
 
 
 def _open(url: str, start: int) -> http.client.HTTPResponse | None:
@@ -178,4 +178,4 @@ def _read(response: http.client.HTTPResponse) -> bytes:
     try:
         return response.read(_BLOCK)
     except (OSError, http.client.HTTPException) as error:
-        raise _Broken(f"it broke off ({error}); start again to go on from there") from error
+        raise _Broken(f"the connection broke ({error}); start again to continue from there") from error

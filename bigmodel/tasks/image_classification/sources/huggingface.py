@@ -10,22 +10,22 @@ import pyarrow.compute as pc
 
 from bigmodel.data.tables.arrow import class_names
 from bigmodel.data.tables.hugging_face import hub_files, saved_files
-from bigmodel.tasks.image_classification.batch import Store
-from bigmodel.tasks.image_classification.sources.columns import Columns, holds_bytes, parts_found
-from bigmodel.tasks.image_classification.sources.dataset_index import Found, group_splits
-from bigmodel.tasks.image_classification.sources.image_storage import Arrow, open_arrow
+from bigmodel.tasks.image_classification.batch import ImageStore
+from bigmodel.tasks.image_classification.sources.columns import ImageColumns, holds_bytes, parts_found
+from bigmodel.tasks.image_classification.sources.dataset_index import RawDataset, group_splits
+from bigmodel.tasks.image_classification.sources.image_storage import ArrowStore, open_arrow
 
 
-def read_saved(folder: str, columns: Columns, labelled: bool) -> Found:
+def read_saved(folder: str, columns: ImageColumns, labelled: bool) -> RawDataset:
     """Read a dataset that was saved to a folder. `datasets` itself is not needed.
 
     Raises:
-        ValueError: if a file of it is missing or damaged, or a column is missing or of another type.
+        ValueError: if a file of it is missing or damaged, or a column is missing or of a different type.
     """
     return _found(folder, saved_files(folder), columns, labelled)
 
 
-def read_hub(path: str, columns: Columns, labelled: bool) -> Found:
+def read_hub(path: str, columns: ImageColumns, labelled: bool) -> RawDataset:
     """Read a dataset of the Hugging Face hub, cached by `datasets` ($HF_HOME).
 
     Raises:
@@ -35,32 +35,32 @@ def read_hub(path: str, columns: Columns, labelled: bool) -> Found:
     return _found(path, files, columns, labelled)
 
 
-def _found(where: str, files: Mapping[str, list[str]], columns: Columns, labelled: bool) -> Found:
-    parts: dict[str, tuple[Store, pa.Table]] = {}
+def _found(where: str, files: Mapping[str, list[str]], columns: ImageColumns, labelled: bool) -> RawDataset:
+    parts: dict[str, tuple[ImageStore, pa.Table]] = {}
     wanted = columns.wanted(labelled)
     classes = None
     for split, names in group_splits(files, where, labelled and columns.split is None).items():
         paths = [path for name in names for path in files[name]]
         if not paths:
-            raise ValueError(f"--data.path {where}: no pictures in the split {split}")
+            raise ValueError(f"--data.path {where}: no images in the split {split}")
         table = open_arrow(paths)
         columns.check(f"{where} {split}", table.column_names, wanted)
         kind = table.schema.field(columns.image).type
         if not holds_bytes(kind):
             raise ValueError(
-                f"{where} {split}: column {columns.image!r} is of type {kind}; pictures are an Image feature or binary:"
+                f"{where} {split}: column {columns.image!r} is of type {kind}; images are an Image feature or binary:"
                 " set --data.columns.image to such a column"
             )
-        store = Arrow(paths, columns.image, f"{os.path.basename(os.path.abspath(where))}/{split}")
+        store = ArrowStore(paths, columns.image, f"{os.path.basename(os.path.abspath(where))}/{split}")
         if (row := pc.index(_gaps(table.column(columns.image)), True).as_py()) >= 0:
-            raise ValueError(f"{store.name(row)}: no picture in column {columns.image!r}")
+            raise ValueError(f"{store.name(row)}: column {columns.image!r} is empty")
         parts[split] = store, table.select(wanted[1:])
         classes = classes or class_names(table.schema, columns.label)
     return parts_found(where, parts, columns, labelled, classes)
 
 
-def _gaps(pictures: pa.ChunkedArray) -> pa.ChunkedArray:
+def _gaps(images: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return a mask of rows with neither bytes nor a path."""
-    if not pa.types.is_struct(pictures.type):
-        return pc.is_null(pictures)
-    return pc.and_(*(pc.is_null(pc.struct_field(pictures, part)) for part in ("bytes", "path")))
+    if not pa.types.is_struct(images.type):
+        return pc.is_null(images)
+    return pc.and_(*(pc.is_null(pc.struct_field(images, part)) for part in ("bytes", "path")))

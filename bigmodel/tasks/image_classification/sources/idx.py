@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bigmodel.tasks.image_classification.sources.dataset_index import Found, Split
-from bigmodel.tasks.image_classification.sources.image_storage import Pixels
+from bigmodel.tasks.image_classification.sources.dataset_index import RawDataset, RawSplit
+from bigmodel.tasks.image_classification.sources.image_storage import ArrayStore
 
-_PICTURES, _LABELS = 2051, 2049
+_IMAGES, _LABELS = 2051, 2049
 _NAME = re.compile(r"(train|t10k)-(images|labels)[.-]idx[13]-ubyte(\.gz)?", re.IGNORECASE)
 
 
@@ -29,7 +29,7 @@ def idx_files(folder: str) -> dict[tuple[str, str], str]:
     return found
 
 
-def read_idx(folder: str, labelled: bool, classes: list[str] | None = None) -> Found:
+def read_idx(folder: str, labelled: bool, classes: list[str] | None = None) -> RawDataset:
     """Read the splits train and test.
 
     Args:
@@ -38,7 +38,7 @@ def read_idx(folder: str, labelled: bool, classes: list[str] | None = None) -> F
         classes: names by class number, which the files do not contain.
 
     Raises:
-        ValueError: if a file is missing, damaged, or has another number of rows than its partner.
+        ValueError: if a file is missing, damaged, or does not have as many rows as its partner.
     """
     files = idx_files(folder)
     splits = {}
@@ -47,7 +47,7 @@ def read_idx(folder: str, labelled: bool, classes: list[str] | None = None) -> F
             if (word, "labels") in files:
                 raise ValueError(f"--data.path {folder}: {word}-images-idx3-ubyte is missing")
             continue
-        images = _read(files[word, "images"], _PICTURES)
+        images = _read(files[word, "images"], _IMAGES)
         labels = None
         if labelled:
             if (word, "labels") not in files:
@@ -55,10 +55,10 @@ def read_idx(folder: str, labelled: bool, classes: list[str] | None = None) -> F
             path = files[word, "labels"]
             labels = _read(path, _LABELS).astype(np.int64)
             if len(labels) != len(images):
-                raise ValueError(f"{path} has {len(labels):,} labels, but there are {len(images):,} pictures")
+                raise ValueError(f"{path} has {len(labels):,} labels, but there are {len(images):,} images")
         what = f"{os.path.basename(os.path.abspath(folder))}/{word}-images"
-        splits[split] = Split(Pixels(images, what), labels)
-    return Found(folder, splits, classes)
+        splits[split] = RawSplit(ArrayStore(images, what), labels)
+    return RawDataset(folder, splits, classes)
 
 
 def _read(path: str, magic: int) -> np.ndarray:
@@ -69,13 +69,15 @@ def _read(path: str, magic: int) -> np.ndarray:
             data = gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    num_dimensions = 3 if magic == _PICTURES else 1
+    num_dimensions = 3 if magic == _IMAGES else 1
     start = 4 * (1 + num_dimensions)
     if len(data) < start:
         raise ValueError(f"{path} is damaged: it has only {len(data)} bytes")
     number, *shape = (int(size) for size in np.frombuffer(data, ">u4", 1 + num_dimensions))
     if number != magic:
-        raise ValueError(f"{path} starts with the number {number}, not {magic}: it is no IDX file of this kind")
+        raise ValueError(
+            f"{path} starts with the number {number}, not {magic}: it is not an IDX file of images (2051) or labels (2049)"
+        )
     expected = start + int(np.prod(shape))
     if len(data) != expected:
         raise ValueError(f"{path} is damaged: {len(data):,} bytes, not the {expected:,} of the shape {shape}")

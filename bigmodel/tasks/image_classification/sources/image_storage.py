@@ -1,6 +1,6 @@
 """Stores of images: files, one flat file, Arrow tables, arrays; selections and concatenations of them.
 
-Each satisfies `Store`. Rows are counted from 0, as by the libraries that read these formats.
+Each satisfies `ImageStore`. Rows are counted from 0, as by the libraries that read these formats.
 
 N images, H and W pixels, C channels.
 """
@@ -17,7 +17,9 @@ import numpy as np
 import pyarrow as pa
 
 from bigmodel.data.cache import digest
-from bigmodel.tasks.image_classification.batch import Store
+from bigmodel.tasks.image_classification.batch import ImageStore
+
+BYTES_FILE = "pictures.bin"  # of `PackedStore`
 
 
 def file_stamp(path: str | os.PathLike[str]) -> list[str | int]:
@@ -29,8 +31,8 @@ def file_stamp(path: str | os.PathLike[str]) -> list[str | int]:
     return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
 
 
-class Files:
-    """One file per image. The names are in one string of bytes: a million of them are cheap to hold and to pickle.
+class FileStore:
+    """One file per image. The names are stored in one string of bytes, which is small and fast to pickle.
 
     Args:
         root: folder that the names are relative to.
@@ -63,10 +65,10 @@ class Files:
         return file_stamp(self.path(i))
 
 
-class Packed:
-    """Encoded images one after another in a memory-mapped file of a folder::
+class PackedStore:
+    """Encoded images, concatenated in a memory-mapped file of a folder::
 
-        images.bin    the bytes
+        pictures.bin    the bytes (an earlier name, so that existing folders can be read)
         ends.npy        [N + 1] int64: image i is bytes ends[i] to ends[i + 1]
         files.json      [[name, rows], ...]: their source tables, in order
 
@@ -77,7 +79,7 @@ class Packed:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._ends = np.load(folder / "ends.npy", mmap_mode="r")
-        self._bytes = np.memmap(folder / "pictures.bin", np.uint8, "r")
+        self._bytes = np.memmap(folder / BYTES_FILE, np.uint8, "r")
         if len(self._bytes) != self._ends[-1]:
             raise ValueError(
                 f"{folder} is damaged: {len(self._bytes):,} bytes, not {self._ends[-1]:,}. Delete it and start again"
@@ -86,8 +88,8 @@ class Packed:
         self._files = [name for name, _ in files]
         self._starts = np.cumsum([0, *(rows for _, rows in files)])
 
-    def __reduce__(self) -> tuple[type[Packed], tuple[Path]]:
-        return Packed, (self.folder,)
+    def __reduce__(self) -> tuple[type[PackedStore], tuple[Path]]:
+        return PackedStore, (self.folder,)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -103,7 +105,7 @@ class Packed:
         return [self.folder.name, i]
 
 
-class Arrow:
+class ArrowStore:
     """An image column of memory-mapped Arrow stream files, the format of Hugging Face's datasets. Pickled as paths.
 
     Args:
@@ -119,8 +121,8 @@ class Arrow:
         self._starts = np.cumsum([0, *map(len, self._chunks)])
         self._key = digest([[file_stamp(file) for file in self.files], column])
 
-    def __reduce__(self) -> tuple[type[Arrow], tuple[list[str], str, str]]:
-        return Arrow, (self.files, self.column, self.what)
+    def __reduce__(self) -> tuple[type[ArrowStore], tuple[list[str], str, str]]:
+        return ArrowStore, (self.files, self.column, self.what)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -160,7 +162,7 @@ def open_arrow(files: Sequence[str]) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-class Pixels:
+class ArrayStore:
     """Images in an array in memory.
 
     Args:
@@ -184,17 +186,17 @@ class Pixels:
         return []
 
 
-class Joined:
+class ConcatStore:
     """The images of several stores, concatenated."""
 
-    def __init__(self, stores: Sequence[Store]) -> None:
+    def __init__(self, stores: Sequence[ImageStore]) -> None:
         self.stores = list(stores)
         self._starts = np.cumsum([0, *map(len, self.stores)])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def _place(self, i: int) -> tuple[Store, int]:
+    def _place(self, i: int) -> tuple[ImageStore, int]:
         store = int(np.searchsorted(self._starts, i, side="right")) - 1
         return self.stores[store], i - int(self._starts[store])
 
@@ -211,7 +213,7 @@ class Joined:
         return store.stamp(row)
 
 
-class Chosen:
+class SubsetStore:
     """A selection of images of a store.
 
     Args:
@@ -219,7 +221,7 @@ class Chosen:
         rows: [N] int64, their numbers.
     """
 
-    def __init__(self, store: Store, rows: np.ndarray) -> None:
+    def __init__(self, store: ImageStore, rows: np.ndarray) -> None:
         self.store, self.rows = store, rows
 
     def __len__(self) -> int:

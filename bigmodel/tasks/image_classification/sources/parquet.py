@@ -1,9 +1,9 @@
 """Parquet tables: labels are read from them; encoded images are copied once to a flat file with random access.
 
 A page of Parquet is compressed as a whole, so a single image in it cannot be read. The copy is made in record batches;
-it takes the memory of a few pages, however large the files are::
+memory use is that of a few pages, for files of any size::
 
-    <cache>/tables/<hash of the files' paths, sizes, times of change, and the column>/    see `Packed`
+    <cache>/tables/<hash of the files' paths, sizes, times of change, and the column>/    see `PackedStore`
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import pyarrow.compute as pc
 
 from bigmodel.data.cache import building, digest, disk_errors, progress, write_text
 from bigmodel.data.tables.arrow import class_names, open_parquet
-from bigmodel.tasks.image_classification.batch import Store
-from bigmodel.tasks.image_classification.sources.columns import Columns, holds_bytes, parts_found
-from bigmodel.tasks.image_classification.sources.dataset_index import Found, group_splits
-from bigmodel.tasks.image_classification.sources.image_storage import Files, Packed, file_stamp
+from bigmodel.tasks.image_classification.batch import ImageStore
+from bigmodel.tasks.image_classification.sources.columns import ImageColumns, holds_bytes, parts_found
+from bigmodel.tasks.image_classification.sources.dataset_index import RawDataset, group_splits
+from bigmodel.tasks.image_classification.sources.image_storage import BYTES_FILE, FileStore, PackedStore, file_stamp
 
 _ROWS_AT_ONCE = 64  # of encoded images in memory
 
 
-def read_parquet(where: str, paths: Sequence[str], columns: Columns, cache: Path, labelled: bool) -> Found:
+def read_parquet(where: str, paths: Sequence[str], columns: ImageColumns, cache: Path, labelled: bool) -> RawDataset:
     """Read images in Parquet files: struct<bytes, path> as Hugging Face writes it, binary, or strings (paths).
 
     Without a split column, splits are taken from file names, as on the Hugging Face hub (train-00000-of-00003.parquet).
@@ -41,7 +41,7 @@ def read_parquet(where: str, paths: Sequence[str], columns: Columns, cache: Path
         labelled: False: only the images are read.
 
     Raises:
-        ValueError: if a file cannot be read, a column is missing or of another type, or a cell is empty.
+        ValueError: if a file cannot be read, a column is missing or of a different type, or a cell is empty.
     """
     wanted = columns.wanted(labelled)
     schemas = []
@@ -72,26 +72,26 @@ def _read(path: str, names: list[str]) -> pa.Table:
         return file.read(names)
 
 
-def _pictures(path: str, column: str) -> Iterator[pa.Array]:
+def _images(path: str, column: str) -> Iterator[pa.Array]:
     """Yield the bytes of a file's images, in blocks."""
     with open_parquet(path) as file:
         for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[column]):
-            pictures = batch.column(0)
-            yield pc.struct_field(pictures, "bytes") if pa.types.is_struct(pictures.type) else pictures
+            images = batch.column(0)
+            yield pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
 
 
-def _store(paths: list[str], column: str, kind: pa.DataType, cache: Path) -> Store:
+def _store(paths: list[str], column: str, kind: pa.DataType, cache: Path) -> ImageStore:
     if holds_bytes(kind):
         return _packed(paths, column, cache)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return _files(paths, column)
     raise ValueError(
-        f"{paths[0]}: column {column!r} is of type {kind}; pictures are struct<bytes, path>, binary, or strings (paths):"
+        f"{paths[0]}: column {column!r} is of type {kind}; images are struct<bytes, path>, binary, or strings (paths):"
         " set --data.columns.image to such a column"
     )
 
 
-def _files(paths: list[str], column: str) -> Files:
+def _files(paths: list[str], column: str) -> FileStore:
     """Return the files named in a column of paths, absolute or below their table's folder."""
     names = []
     for path in paths:
@@ -99,17 +99,17 @@ def _files(paths: list[str], column: str) -> Files:
         for row, name in enumerate(_read(path, [column]).column(column).to_pylist()):
             image = os.path.join(folder, name or "")
             if not os.path.isfile(image):
-                raise ValueError(f"{path} row {row}: there is no file {image}")
+                raise ValueError(f"{path} row {row}: the file {image} does not exist")
             names.append(image)
-    return Files("", names)
+    return FileStore("", names)
 
 
-def _packed(paths: list[str], column: str, cache: Path) -> Packed:
+def _packed(paths: list[str], column: str, cache: Path) -> PackedStore:
     final = cache / "tables" / digest([[file_stamp(path) for path in paths], column])
     if not final.exists():
         with building(final) as folder, disk_errors(cache, lambda: sum(map(os.path.getsize, paths))):
             _pack(paths, column, folder)
-    return Packed(final)
+    return PackedStore(final)
 
 
 def _pack(paths: list[str], column: str, folder: Path) -> None:
@@ -122,22 +122,22 @@ def _pack(paths: list[str], column: str, folder: Path) -> None:
     if total == 0:
         raise ValueError(f"{paths[0]}: the table has no rows")
     with (
-        progress("copying the pictures out of Parquet", total, "pictures") as advance,
-        open(folder / "pictures.bin", "wb") as stream,
+        progress("copying images from Parquet", total, "images") as advance,
+        open(folder / BYTES_FILE, "wb") as stream,
     ):
         for path in paths:
             row = 0
-            for pictures in _pictures(path, column):
-                for picture in pictures:
-                    if not picture.is_valid or not (content := picture.as_buffer()).size:
+            for images in _images(path, column):
+                for image in images:
+                    if not image.is_valid or not (content := image.as_buffer()).size:
                         raise ValueError(
-                            f"{path} row {row}: no bytes of a picture in column {column!r} (where pictures are elsewhere,"
-                            " give a column of paths)"
+                            f"{path} row {row}: column {column!r} has no bytes of an image (for images in files, set"
+                            " --data.columns.image to a column of paths)"
                         )
                     stream.write(content)
                     ends.append(ends[-1] + content.size)
                     row += 1
-                advance(len(pictures))
+                advance(len(images))
         stream.flush()
         os.fsync(stream.fileno())
     np.save(folder / "ends.npy", np.array(ends, np.int64))

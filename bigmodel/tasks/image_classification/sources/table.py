@@ -8,13 +8,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bigmodel.data.split_shares import SPLIT_WORDS, split_name
-from bigmodel.tasks.image_classification.sources.columns import Columns, rows_of
-from bigmodel.tasks.image_classification.sources.dataset_index import Found, Split
-from bigmodel.tasks.image_classification.sources.image_storage import Files
+from bigmodel.tasks.image_classification.sources.columns import ImageColumns, rows_of
+from bigmodel.tasks.image_classification.sources.dataset_index import RawDataset, RawSplit
+from bigmodel.tasks.image_classification.sources.image_storage import FileStore
 
 
-def read_table(path: str, columns: Columns, labelled: bool) -> Found:
+def read_table(path: str, columns: ImageColumns, labelled: bool) -> RawDataset:
     """Read images named in a table, their paths absolute or below the table's folder.
 
     Raises:
@@ -23,32 +22,27 @@ def read_table(path: str, columns: Columns, labelled: bool) -> Found:
     folder = os.path.dirname(path)
     wanted = columns.wanted(labelled)
     cells: dict[str, list[str]] = {column: [] for column in wanted}
+    splits: list[str] = []
     for line, row in _rows(path, columns, wanted):
         for column in wanted:
             cell = (row[column] or "").strip()
             if not cell:
-                raise ValueError(f"{path} line {line}: nothing in column {column!r}")
+                raise ValueError(f"{path} line {line}: column {column!r} is empty")
             cells[column].append(cell)
         image = os.path.join(folder, cells[columns.image][-1])
         if not os.path.isfile(image):
-            raise ValueError(f"{path} line {line}: there is no file {image}")
-        if columns.split in wanted and split_name(cells[columns.split][-1]) is None:
-            raise ValueError(
-                f"{path} line {line}: {cells[columns.split][-1]!r} in column {columns.split!r} is no split"
-                f" (known are {SPLIT_WORDS})"
-            )
+            raise ValueError(f"{path} line {line}: the file {image} does not exist")
+        if columns.split in wanted:
+            splits.append(columns.parse_split(cells[columns.split][-1], f"{path} line {line}"))
     images = cells[columns.image]
     if not images:
         raise ValueError(f"--data.path {path}: the table has no rows")
-    if columns.split in wanted:
-        rows = rows_of([str(split_name(word)) for word in cells[columns.split]])
-    else:
-        rows = {"all": np.arange(len(images))}
-    return Found(
+    rows = rows_of(splits) if splits else {"all": np.arange(len(images))}
+    return RawDataset(
         path,
         {
-            split: Split(
-                Files(folder, [images[i] for i in chosen]),
+            split: RawSplit(
+                FileStore(folder, [images[i] for i in chosen]),
                 [cells[columns.label][i] for i in chosen] if labelled else None,
             )
             for split, chosen in rows.items()
@@ -56,7 +50,7 @@ def read_table(path: str, columns: Columns, labelled: bool) -> Found:
     )
 
 
-def _rows(path: str, columns: Columns, wanted: list[str]) -> Iterator[tuple[int, dict[str, str | None]]]:
+def _rows(path: str, columns: ImageColumns, wanted: list[str]) -> Iterator[tuple[int, dict[str, str | None]]]:
     """Yield line numbers, as in an editor, and rows."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as stream:

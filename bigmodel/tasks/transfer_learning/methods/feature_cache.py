@@ -54,9 +54,9 @@ def check_cacheable(task: TransferLearning, remedy: str) -> None:
             f"--data.{changing[0]} gives a picture other features each time it is met, and they are computed once: set"
             f" --data.{changing[0]} {given}{remedy}"
         )
-    if getattr(data, "on_device", False):
+    if getattr(data, "cache_on_device", False):
         raise ValueError(
-            f"--data.on_device true: no picture is needed once its features are known; set it to false{remedy}"
+            f"--data.cache_on_device true: no picture is needed once its features are known; set it to false{remedy}"
         )
     if getattr(data, "balance", "none") == "samples":
         raise ValueError(

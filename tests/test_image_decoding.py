@@ -1,4 +1,4 @@
-"""Pictures of every kind become the right pixels, whole and unharmed, and what is no picture is refused."""
+"""Images of every kind become the right pixels, whole and unharmed, and what is no image is refused."""
 
 import io
 import warnings
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageCms, features
 
 from bigmodel.data import image_decoding as module
-from bigmodel.data.image_decoding import Geometry, PictureError, decode, measure
+from bigmodel.data.image_decoding import Geometry, ImageError, decode, measure
 
 DRAW = np.random.default_rng(0)
 NOISE = DRAW.integers(0, 256, (6, 8, 3), np.uint8)  # [H, W, RGB]
@@ -17,7 +17,7 @@ GREY = NOISE[:, :, 0]
 
 
 def smooth(height, width, seed=0):
-    """A picture [H, W, 3] that survives JPEG."""
+    """An image [H, W, 3] that survives JPEG."""
     noise = np.random.default_rng(seed).integers(0, 256, (height // 16 + 2, width // 16 + 2, 3), np.uint8)
     return np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -39,7 +39,7 @@ def over_white(rgb, alpha):
     return np.round(rgb * alpha + 255 * (1 - alpha))
 
 
-# Every mode of picture
+# Every mode of image
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "WEBP", "GIF"])
@@ -123,14 +123,14 @@ def test_colour_key_of_png_lies_over_white(mode):
 
 @pytest.mark.parametrize("adobe", [True, False])
 def test_cmyk_jpeg_is_right_side_up(adobe):
-    picture = smooth(64, 96)
-    content = file_of(Image.fromarray(picture).convert("CMYK"), "JPEG", quality=100, subsampling=0)
+    image = smooth(64, 96)
+    content = file_of(Image.fromarray(image).convert("CMYK"), "JPEG", quality=100, subsampling=0)
     assert b"Adobe" in content
     if not adobe:
         start = content.index(b"\xff\xee")
         content = content[:start] + content[start + 16 :]
     pixels = whole(content).astype(int)
-    assert np.abs(pixels - picture).mean() < 3
+    assert np.abs(pixels - image).mean() < 3
 
 
 def test_cmyk_tiff():
@@ -139,14 +139,14 @@ def test_cmyk_tiff():
 
 
 def test_ycbcr_lab_and_hsv():
-    picture = smooth(32, 48)
-    for image in (Image.fromarray(picture).convert("YCbCr"), Image.fromarray(picture).convert("HSV")):
-        assert np.abs(whole(image).astype(int) - picture).max() <= 8
+    original = smooth(32, 48)
+    for image in (Image.fromarray(original).convert("YCbCr"), Image.fromarray(original).convert("HSV")):
+        assert np.abs(whole(image).astype(int) - original).max() <= 8
     profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-    lab = ImageCms.profileToProfile(Image.fromarray(picture), *profiles, outputMode="LAB")
-    assert np.abs(whole(file_of(lab, "TIFF")).astype(int) - picture).mean() < 3
+    lab = ImageCms.profileToProfile(Image.fromarray(original), *profiles, outputMode="LAB")
+    assert np.abs(whole(file_of(lab, "TIFF")).astype(int) - original).mean() < 3
     grey = whole(file_of(lab, "TIFF"), 1)[:, :, 0]
-    assert np.abs(grey - picture @ [0.299, 0.587, 0.114]).mean() < 3
+    assert np.abs(grey - original @ [0.299, 0.587, 0.114]).mean() < 3
 
 
 @pytest.mark.parametrize("how", ["png", "tiff", "big endian tiff", "pgm", "int32 tiff", "array"])
@@ -171,7 +171,7 @@ def test_16_bits_keep_their_upper_half(how):
 
 
 def test_integers_beyond_16_bits_are_refused():
-    with pytest.raises(PictureError, match=r"from -1 to 70000; integers from 0 to 65535"):
+    with pytest.raises(ImageError, match=r"from -1 to 70000; integers from 0 to 65535"):
         whole(file_of(np.array([[-1, 70000]], np.int32), "TIFF"))
 
 
@@ -181,7 +181,7 @@ def test_floats_from_0_to_1():
     np.testing.assert_array_equal(whole(file_of(values, "TIFF"), 1)[:, :, 0], np.floor(values * 255 + 0.5))
     for bad in (255.0, -0.1, np.nan):
         values[1, 1] = bad
-        with pytest.raises(PictureError, match=r"floats from .*; floats are read as 0 \(black\) to 1 \(white\)"):
+        with pytest.raises(ImageError, match=r"floats from .*; floats are read as 0 \(black\) to 1 \(white\)"):
             whole(file_of(values, "TIFF"))
 
 
@@ -235,39 +235,39 @@ def test_damaged_exif_turns_nothing_and_says_nothing():
 def test_equal_sizes_are_copied():
     digit = DRAW.integers(0, 256, (28, 28), np.uint8)
     np.testing.assert_array_equal(Geometry(1, 28, 28).decode(digit)[:, :, 0], digit)
-    picture = DRAW.integers(0, 256, (40, 60, 3), np.uint8)
-    np.testing.assert_array_equal(Geometry(3, 32, 40).decode(picture), picture[4:36, 14:46])
+    image = DRAW.integers(0, 256, (40, 60, 3), np.uint8)
+    np.testing.assert_array_equal(Geometry(3, 32, 40).decode(image), image[4:36, 14:46])
     box = (5.0, 3.0, 37.0, 35.0)
-    np.testing.assert_array_equal(Geometry(3, 32, 32).decode(picture, box), picture[3:35, 5:37])
+    np.testing.assert_array_equal(Geometry(3, 32, 32).decode(image, box), image[3:35, 5:37])
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (75, 50), (50, 75), (200, 67), (20, 31), (21, 97)])
 @pytest.mark.parametrize(("size", "resize"), [(32, 32), (32, 37), (33, 50)])
 def test_middle_equals_resizing_all_and_cropping(height, width, size, resize):
-    picture = smooth(height, width)
+    image = smooth(height, width)
     if width <= height:
         whole_size = resize, int(resize * height / width)
     else:
         whole_size = int(resize * width / height), resize
-    resized = Image.fromarray(picture).resize(whole_size, Image.Resampling.BILINEAR)
+    resized = Image.fromarray(image).resize(whole_size, Image.Resampling.BILINEAR)
     left, top = round((whole_size[0] - size) / 2), round((whole_size[1] - size) / 2)
     expected = np.asarray(resized.crop((left, top, left + size, top + size))).astype(int)
-    assert np.abs(Geometry(3, size, resize).decode(picture) - expected).max() <= 1  # rounding of float32 positions
+    assert np.abs(Geometry(3, size, resize).decode(image) - expected).max() <= 1  # rounding of float32 positions
 
 
 def test_box_equals_pillow():
-    picture, box = smooth(60, 90), (10.5, 3.25, 71.0, 55.75)
-    expected = Image.fromarray(picture).resize((24, 24), Image.Resampling.BILINEAR, box=box)
-    np.testing.assert_array_equal(Geometry(3, 24, 24).decode(picture, box), np.asarray(expected))
+    image, box = smooth(60, 90), (10.5, 3.25, 71.0, 55.75)
+    expected = Image.fromarray(image).resize((24, 24), Image.Resampling.BILINEAR, box=box)
+    np.testing.assert_array_equal(Geometry(3, 24, 24).decode(image, box), np.asarray(expected))
 
 
 @pytest.mark.parametrize("box", [(-1, 0, 10, 10), (0, 0, 91, 10), (5, 5, 5, 10), (0, 10, 10, 9), (0, 0, 10, np.nan)])
-def test_box_outside_the_picture_is_refused(box):
+def test_box_outside_the_image_is_refused(box):
     with pytest.raises(ValueError, match=r"does not lie within the 90 x 60 pixels"):
         Geometry(3, 8, 8).decode(smooth(60, 90), box)
 
 
-def test_whole_pictures_are_reduced_and_never_enlarged():
+def test_whole_images_are_reduced_and_never_enlarged():
     geometry = Geometry(3, 24, 30)
     assert geometry.decode_whole(smooth(60, 91)).shape == (30, 45, 3)
     assert geometry.decode_whole(smooth(91, 60)).shape == (45, 30, 3)
@@ -294,7 +294,7 @@ def test_reduced_decoding_is_near_to_full(monkeypatch, channels, height, width):
         assert np.abs(reduced.astype(int) - full).max() < 16
 
 
-def test_reduced_picture_has_at_least_half_as_many_pixels_again_as_are_asked_for(monkeypatch):
+def test_reduced_image_has_at_least_half_as_many_pixels_again_as_are_asked_for(monkeypatch):
     resample, reduced = module._resample, []
 
     def watched(image, size, box):
@@ -310,7 +310,7 @@ def test_reduced_picture_has_at_least_half_as_many_pixels_again_as_are_asked_for
     assert min(reduced) < 100  # some were reduced
 
 
-# What is no good picture
+# What is no good image
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=["baseline", "progressive"])
@@ -319,14 +319,14 @@ def test_truncated_jpeg_is_found_by_the_scan_too(options):
     for share in (0.3, 0.95):
         cut = content[: int(share * len(content))]
         for read in (measure, whole):
-            with pytest.raises(PictureError, match="truncated"):
+            with pytest.raises(ImageError, match="truncated"):
                 read(cut)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"])
 def test_truncated_file_is_refused(kind):
     content = file_of(Image.fromarray(DRAW.integers(0, 256, (64, 64, 3), np.uint8)), kind)
-    with pytest.raises(PictureError):
+    with pytest.raises(ImageError):
         measure(content[: len(content) * 2 // 3])
 
 
@@ -340,14 +340,14 @@ def test_damage_is_an_error_of_one_kind():
                 damaged[place] = draw.integers(256)
             try:
                 measure(bytes(damaged), 10**6)
-            except PictureError as error:
+            except ImageError as error:
                 assert str(error)  # noqa: PT017  # anything else that is raised fails the test
 
 
-def test_text_is_no_picture():
-    with pytest.raises(PictureError, match=r"no picture in a known format \(JPEG, PNG"):
+def test_text_is_no_image():
+    with pytest.raises(ImageError, match=r"not an image in an accepted format \(JPEG, PNG"):
         measure(b"hello, I am cat.jpg\n" * 100)
-    with pytest.raises(PictureError, match="the file is empty"):
+    with pytest.raises(ImageError, match="the file is empty"):
         measure(b"")
 
 
@@ -356,11 +356,9 @@ def test_bomb_is_refused_by_its_header():
     width, height = 60_000, 50_000
     size = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + header[24:29]
     bomb = header[:12] + size + zlib.crc32(size).to_bytes(4, "big") + header[33:]
-    with pytest.raises(
-        PictureError, match=r"60,000 x 50,000 pixels are more than the 134,217,728 of --data.max_pixels"
-    ):
+    with pytest.raises(ImageError, match=r"60,000 x 50,000 pixels are more than the 134,217,728 of --data.max_pixels"):
         measure(bomb)
-    with pytest.raises(PictureError, match=r"8 x 6 pixels are more than the 47 "):
+    with pytest.raises(ImageError, match=r"8 x 6 pixels are more than the 47 "):
         measure(file_of(NOISE, "PNG"), 47)
     assert measure(file_of(NOISE, "PNG"), 48) == (6, 8, False)
 
@@ -382,12 +380,12 @@ def test_the_bound_is_ours_and_pillows_own_stays_as_it_was(monkeypatch):
         (np.zeros(4, np.uint8), r"shape \[4\]"),
     ],
 )
-def test_arrays_that_are_no_pictures_are_refused(pixels, message):
-    with pytest.raises(PictureError, match=message):
+def test_arrays_that_are_no_images_are_refused(pixels, message):
+    with pytest.raises(ImageError, match=message):
         whole(pixels)
 
 
-# Grey or not; single pictures
+# Grey or not; single images
 
 
 def test_grey_is_what_has_no_colour():
@@ -401,15 +399,15 @@ def test_grey_is_what_has_no_colour():
     assert not measure(file_of(smooth(64, 64), "JPEG"))[2]
 
 
-def test_single_picture_from_anywhere(tmp_path):
+def test_single_image_from_anywhere(tmp_path):
     content = file_of(smooth(300, 400), "JPEG")
-    (tmp_path / "picture.gif").write_bytes(content)  # its name lies
+    (tmp_path / "image.gif").write_bytes(content)  # its name lies
     image = Image.open(io.BytesIO(content))
     expected = decode(content, channels=3, size=40, resize=48)
-    for picture in (tmp_path / "picture.gif", str(tmp_path / "picture.gif")):
-        np.testing.assert_array_equal(decode(picture, channels=3, size=40, resize=48), expected)
+    for path in (tmp_path / "image.gif", str(tmp_path / "image.gif")):
+        np.testing.assert_array_equal(decode(path, channels=3, size=40, resize=48), expected)
     assert np.abs(decode(image, channels=3, size=40, resize=48).astype(int) - expected).mean() < 2
     assert image.size == (400, 300)
     (tmp_path / "text.jpg").write_text("text")
-    with pytest.raises(ValueError, match=r"text.jpg: the file is no picture"):
+    with pytest.raises(ValueError, match=r"text.jpg: the file is not an image"):
         decode(tmp_path / "text.jpg", channels=3, size=40, resize=48)

@@ -29,7 +29,7 @@ def test_colours_are_shares_of_a_row_and_cells_hold_the_counts(drawn, tmp_path):
     np.testing.assert_allclose(axes.images[0].get_array(), [[0.8, 0.2, 0], [0, 0.5, 0.5], [0, 0, 0]])
     written = {(int(text.get_position()[1]), int(text.get_position()[0])): text.get_text() for text in axes.texts}
     assert written == {(0, 0): "8", (0, 1): "2", (1, 1): "50", (1, 2): "50"}
-    assert axes.get_title() == "accuracy 52.73% of 110 pictures"
+    assert axes.get_title() == "accuracy 52.73% of 110 images"
     assert (axes.get_ylabel(), axes.get_xlabel()) == ("true", "predicted")
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
     assert (tmp_path / "new" / "confusion.png").read_bytes().startswith(b"\x89PNG")
@@ -63,7 +63,7 @@ def test_a_sheet_shows_each_mistake_once(drawn, tmp_path):
         assert [text.get_text() for text in axes.texts] == ["4", f"9  {i}%", "x.png"]
 
 
-def test_a_small_picture_is_enlarged_pixel_by_pixel(tmp_path):
+def test_a_small_image_is_enlarged_pixel_by_pixel(tmp_path):
     image = np.zeros((2, 2, 3), np.uint8)
     image[0, 0], image[1, 1] = (255, 0, 0), (0, 0, 255)
     draw_mistakes([mistake(image)], tmp_path / "m.png")

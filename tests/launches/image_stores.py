@@ -1,4 +1,4 @@
-"""Stores of pictures as tests need them; a module of its own, so that worker processes can load them."""
+"""Stores of images as tests need them; a module of its own, so that worker processes can load them."""
 
 import os
 

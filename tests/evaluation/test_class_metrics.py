@@ -107,14 +107,6 @@ def test_one_class_alone_has_no_auroc_and_nothing_is_nan():
     assert all(torch.isfinite(value) for value in got.values())
 
 
-def test_the_cheap_part_is_the_same_alone():
-    logits, targets = evaluation(7)
-    full, part = measure(logits, targets).compute(), measure(logits, targets, full=False)
-    assert part.compute() == {name: full[name] for name in ("loss", "accuracy", "top5_accuracy")}
-    with pytest.raises(ValueError, match="full=False"):
-        part.confusion()
-
-
 def test_reset_forgets():
     metrics = measure(*evaluation(7))
     metrics.reset()
@@ -132,11 +124,11 @@ def test_half_precision_logits_are_taken_as_they_are():
 
 def test_what_cannot_be_measured_is_refused():
     logits, targets = evaluation(7)
-    with pytest.raises(ValueError, match="nothing to measure"):
+    with pytest.raises(ValueError, match="no sample with a label"):
         ClassMetrics(7).compute()
     empty = ClassMetrics(7)
     empty.update(logits[:0], targets[:0])
-    with pytest.raises(ValueError, match="nothing to measure"):
+    with pytest.raises(ValueError, match="no sample with a label"):
         empty.compute()
     with pytest.raises(ValueError, match=r"outputs are not finite .* --model.optimizer.lr"):
         measure(logits.log(), targets).compute()
@@ -144,5 +136,5 @@ def test_what_cannot_be_measured_is_refused():
         measure(logits, targets.clone().index_fill_(0, torch.tensor([3]), -1), 1000)
     with pytest.raises(ValueError, match=r"\[B, 7\] and \[B\] are needed"):
         ClassMetrics(7).update(logits[:, :3], targets)
-    with pytest.raises(ValueError, match="nothing to tell apart"):
+    with pytest.raises(ValueError, match="at least 2"):
         ClassMetrics(1)

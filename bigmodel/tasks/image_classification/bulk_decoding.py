@@ -1,4 +1,4 @@
-"""Decodes many images in worker processes, to write them to a file and to compute mean and standard deviation.
+"""Decode many images in worker processes, to write them to a file and to compute mean and standard deviation.
 
 N images, C channels.
 """
@@ -24,8 +24,8 @@ BLOCK_BYTES = 2**24  # pixels that a worker process decodes at once, about, if t
 _WIDTH = 1024
 
 
-class Colours(NamedTuple):
-    """Sums over pixels of uint8, exact in any order: number of pixels, sum [C], sum of squares [C]."""
+class PixelStatistics(NamedTuple):
+    """Number of pixels, sum [C] and sum of squares [C] of their values, 0 to 255; exact in any order."""
 
     num_pixels: int
     total: tuple[int, ...]
@@ -43,13 +43,13 @@ class Colours(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Decoding:
+class BulkDecoding:
     """Settings of decoding, and the output file.
 
     Attributes:
         store_file: their store, see `load_store`.
         geometry: of the decoded images.
-        whole: keep all of each image.
+        whole: decode all of each image, not only the centre crop.
         path: the file that their pixels are written to, concatenated; None: no file.
     """
 
@@ -58,7 +58,9 @@ class Decoding:
     whole: bool
     path: Path | None
 
-    def run(self, workers: WorkerPool, rows: np.ndarray, shapes: np.ndarray, advance: Callable[[int], None]) -> Colours:
+    def run(
+        self, workers: WorkerPool, rows: np.ndarray, shapes: np.ndarray, advance: Callable[[int], None]
+    ) -> PixelStatistics:
         """Decode images.
 
         Args:
@@ -68,51 +70,49 @@ class Decoding:
             advance: called with the number of newly decoded images.
 
         Raises:
-            ValueError: if one cannot be decoded as expected, though it could when it was checked; names it.
+            ValueError: if one cannot be decoded as expected, though it was valid when it was checked; names it.
         """
         ends = np.cumsum(shapes.astype(np.int64).prod(1)) * self.geometry.channels  # [bytes]
-        num_pictures = int(min(BLOCK, max(1, BLOCK_BYTES * len(rows) // ends[-1])))
-        starts = range(0, len(rows), num_pictures)
-        blocks = (
-            (int(ends[i - 1]) if i else 0, rows[i : i + num_pictures], shapes[i : i + num_pictures]) for i in starts
-        )
+        num_images = int(min(BLOCK, max(1, BLOCK_BYTES * len(rows) // ends[-1])))
+        starts = range(0, len(rows), num_images)
+        blocks = ((int(ends[i - 1]) if i else 0, rows[i : i + num_images], shapes[i : i + num_images]) for i in starts)
         if self.path is not None:
             self.path.touch()
         sums = []
         for i, block in zip(starts, workers.map(partial(_decode_block, self), blocks), strict=True):
             sums.append(block)
-            advance(min(num_pictures, len(rows) - i))
+            advance(min(num_images, len(rows) - i))
         if self.path is not None:
             with open(self.path, "rb") as stream:
                 os.fsync(stream.fileno())
         num_pixels, totals, squares = zip(*sums, strict=True)
-        return Colours(
+        return PixelStatistics(
             sum(num_pixels), tuple(map(sum, zip(*totals, strict=True))), tuple(map(sum, zip(*squares, strict=True)))
         )
 
 
-def _decode_block(how: Decoding, block: tuple[int, np.ndarray, np.ndarray]) -> Colours:
+def _decode_block(job: BulkDecoding, block: tuple[int, np.ndarray, np.ndarray]) -> PixelStatistics:
     """Decode some images and write them at their offset in the file; run in a worker process.
 
     Args:
-        how: see `Decoding`.
+        job: see `BulkDecoding`.
         block: their offset in the file [bytes], rows and shapes.
     """
     start, rows, shapes = block
-    store = load_store(how.store_file)
-    pictures = []
+    store = load_store(job.store_file)
+    decoded = []
     for row, shape in zip(rows.tolist(), shapes.tolist(), strict=True):
-        picture = decode_from(store, row, how.geometry, whole=how.whole)
-        if list(picture.shape[:2]) != shape:
-            raise ValueError(f"{store.name(row)} has another size than when it was checked: start again")
-        pictures.append(picture.reshape(-1, how.geometry.channels))
-    pixels = np.concatenate(pictures)  # [pixels, C]
-    if how.path is not None:
-        with open(how.path, "r+b") as stream:
+        image = decode_from(store, row, job.geometry, whole=job.whole)
+        if list(image.shape[:2]) != shape:
+            raise ValueError(f"{store.name(row)} has a different size than when it was checked: start again")
+        decoded.append(image.reshape(-1, job.geometry.channels))
+    pixels = np.concatenate(decoded)  # [pixels, C]
+    if job.path is not None:
+        with open(job.path, "r+b") as stream:
             stream.seek(start)
             stream.write(pixels.data)
     squares = np.square(pixels, dtype=np.uint16)  # 255^2 just fits
-    return Colours(len(pixels), _sums(pixels), _sums(squares))
+    return PixelStatistics(len(pixels), _sums(pixels), _sums(squares))
 
 
 def _sums(values: np.ndarray) -> tuple[int, ...]:

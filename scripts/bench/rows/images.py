@@ -1,4 +1,4 @@
-"""Training classifiers of pictures, teaching one, and reading files."""
+"""Training classifiers of images, teaching one, and reading files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bench.common import BIGMODEL, IMAGE_SIZES, PRECISION
 from bench.rows.row import PYTHON, Bound, Row
 
 
-def pictures(quick: bool) -> list[Row]:
+def images(quick: bool) -> list[Row]:
     """Image classification and distillation."""
     return [
         resnet("resnet_small", *((40, 20) if quick else (400, 60)), limits=(0.93, 1.3)),
@@ -28,7 +28,7 @@ def pictures(quick: bool) -> list[Row]:
 
 
 def resnet(name: str, steps: int, warmup: int, limits: tuple[float, float]) -> Row:
-    """Training speed of a ResNet on decoded pictures, without augmentation."""
+    """Training speed of a ResNet on decoded images, without augmentation."""
     s = IMAGE_SIZES[name]
     flags = ["--size", name, "--steps", str(steps), "--warmup", str(warmup)]
     fit = (

@@ -85,7 +85,7 @@ def test_numbers_are_listed_by_their_error(tmp_path):
 
 
 @pytest.mark.parametrize("num_mistakes", [None, 7])
-def test_more_texts_are_listed_than_pictures_drawn(num_mistakes, tmp_path, monkeypatch):
+def test_more_texts_are_listed_than_images_drawn(num_mistakes, tmp_path, monkeypatch):
     monkeypatch.setattr(Data, "texts", lambda self, split: [str(i) for i in range(300)])
     batch = {"index": range(300), "loss": np.arange(300.0), "target": [0] * 300, "predicted": [1] * 300}
     rows = rows_of(tmp_path, {**batch, "probability": [0.5] * 300}, num_mistakes=num_mistakes)

@@ -1,4 +1,4 @@
-"""Mixed pictures, targets and weights: against loops, scipy's Beta distribution, and the loss they stand for."""
+"""Mixed images, targets and weights: against loops, scipy's Beta distribution, and the loss they stand for."""
 
 import copy
 import math
@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from bigmodel.data.stateless_rng import sample_keys, uniform
 from bigmodel.tasks.image_classification.augment import MIX_STREAM
-from bigmodel.tasks.image_classification.mixup import Mix, _Beta
+from bigmodel.tasks.image_classification.mixup import MixupCutMix, _Beta
 
 NUM_CLASSES = 5
 MIXES = {
-    "mixup": Mix(mixup=0.8),
-    "cutmix": Mix(cutmix=1.0),
-    "both": Mix(mixup=0.2, cutmix=1.0),
-    "some": Mix(mixup=0.4, cutmix=0.7, p=0.5, switch_p=0.3),
+    "mixup": MixupCutMix(mixup_alpha=0.8),
+    "cutmix": MixupCutMix(cutmix_alpha=1.0),
+    "both": MixupCutMix(mixup_alpha=0.2, cutmix_alpha=1.0),
+    "some": MixupCutMix(mixup_alpha=0.4, cutmix_alpha=0.7, p=0.5, switch_p=0.3),
 }
 
 
@@ -43,7 +43,7 @@ def test_the_quantiles_are_those_of_the_beta_distribution(alpha):
 def test_the_own_share_of_mixup_is_beta_distributed():
     images, _, weight, keys = batch_of(4000, 1, 1, 1)
     for alpha in (0.8, 2.0):
-        _, targets, _ = Mix(mixup=alpha)(images, torch.arange(4000) % 2, torch.ones_like(weight), keys, 2)
+        _, targets, _ = MixupCutMix(mixup_alpha=alpha)(images, torch.arange(4000) % 2, torch.ones_like(weight), keys, 2)
         own = targets[torch.arange(4000), torch.arange(4000) % 2].double().numpy()
         assert stats.kstest(own, stats.beta(alpha, alpha).cdf).pvalue > 0.01
 
@@ -58,9 +58,9 @@ def test_each_row_is_what_a_loop_over_rows_and_pixels_makes(mix):
         partner = row + 1 if row % 2 == 0 else row - 1
         chosen, kind, quantile, across, down = draws[row, [0, 1, 2, 4, 3]]
         expected, own = images[row].clone(), 1.0
-        is_cut = kind < mix.switch_p if mix.mixup and mix.cutmix else mix.cutmix > 0
+        is_cut = kind < mix.switch_p if mix.mixup_alpha and mix.cutmix_alpha else mix.cutmix_alpha > 0
         if chosen < mix.p and is_cut:
-            side = math.sqrt(1 - stats.beta.ppf(quantile, mix.cutmix, mix.cutmix))
+            side = math.sqrt(1 - stats.beta.ppf(quantile, mix.cutmix_alpha, mix.cutmix_alpha))
             half_height, half_width = int(height * side) // 2, int(width * side) // 2
             y, x = int(down * height), int(across * width)
             replaced = 0
@@ -70,7 +70,7 @@ def test_each_row_is_what_a_loop_over_rows_and_pixels_makes(mix):
                     replaced += 1
             own = 1 - replaced / (height * width)
         elif chosen < mix.p:
-            own = float(stats.beta.ppf(quantile, mix.mixup, mix.mixup))
+            own = float(stats.beta.ppf(quantile, mix.mixup_alpha, mix.mixup_alpha))
             expected = own * images[row] + (1 - own) * images[partner]
         torch.testing.assert_close(mixed[row], expected, atol=2e-4, rtol=0)
         own_weight, other_weight = own * float(weight[row]), (1 - own) * float(weight[partner])
@@ -82,7 +82,7 @@ def test_each_row_is_what_a_loop_over_rows_and_pixels_makes(mix):
 
 
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
-def test_targets_sum_to_one_and_the_loss_is_that_of_both_pictures(mix):
+def test_targets_sum_to_one_and_the_loss_is_that_of_both_images(mix):
     images, classes, weight, keys = batch_of(200)
     logits = torch.randn(200, NUM_CLASSES, generator=torch.Generator().manual_seed(1))
     _, targets, mixed_weight = mix(images, classes, weight, keys, NUM_CLASSES)
@@ -134,13 +134,13 @@ def test_off_the_cpu_nothing_waits_for_values(name):
     assert weight.shape == (4,)
 
 
-def test_the_shares_of_mixed_and_of_cut_pictures_are_those_asked_for():
+def test_the_shares_of_mixed_and_of_cut_images_are_those_asked_for():
     images, classes, weight, keys = batch_of(4000, 6, 6, 1)
-    mixed, _, _ = Mix(mixup=1.0, cutmix=1.0, p=0.6, switch_p=0.25)(images, classes, weight, keys, NUM_CLASSES)
+    mixed, _, _ = MixupCutMix(1.0, 1.0, p=0.6, switch_p=0.25)(images, classes, weight, keys, NUM_CLASSES)
     from_one = (mixed == images) | (mixed == images[torch.arange(4000) ^ 1])
     mixup = ~from_one.flatten(1).all(dim=1)
     assert abs(mixup.float().mean() - 0.6 * 0.75) < 0.03
-    only_some, _, _ = Mix(cutmix=8.0, p=0.6)(images, classes, weight, keys, NUM_CLASSES)
+    only_some, _, _ = MixupCutMix(cutmix_alpha=8.0, p=0.6)(images, classes, weight, keys, NUM_CLASSES)
     cut = (only_some != images).flatten(1).any(dim=1)
     assert abs(cut.float().mean() - 0.6) < 0.04
 
@@ -148,7 +148,7 @@ def test_the_shares_of_mixed_and_of_cut_pictures_are_those_asked_for():
 def test_rows_that_fill_up_a_batch_have_no_part_in_the_loss():
     images, classes, weight, keys = batch_of(6)
     weight[1] = weight[4] = weight[5] = 0
-    _, targets, mixed_weight = Mix(mixup=1.0)(images, classes, weight, keys, NUM_CLASSES)
+    _, targets, mixed_weight = MixupCutMix(mixup_alpha=1.0)(images, classes, weight, keys, NUM_CLASSES)
     assert torch.equal(targets[:2], F.one_hot(classes[[0, 0]], NUM_CLASSES).to(torch.float32))
     assert mixed_weight[:2].sum() > 0
     assert torch.equal(mixed_weight[4:], torch.zeros(2))
@@ -165,12 +165,15 @@ def test_other_keys_mix_otherwise():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (Mix, "--data.mix mixes nothing: set --data.mix.mixup or --data.mix.cutmix above 0"),
-        (lambda: Mix(mixup=-0.1), "--data.mix.mixup is -0.1"),
-        (lambda: Mix(cutmix=float("nan")), "--data.mix.cutmix is nan"),
-        (lambda: Mix(mixup=1.0, p=1.1), "--data.mix.p is 1.1, but must be in 0 to 1"),
-        (lambda: Mix(mixup=1.0, switch_p=-1.0), "--data.mix.switch_p is -1"),
-        (lambda: Mix(mixup=1.0)(*batch_of(3), NUM_CLASSES), "a micro-batch has 3: set an even --data.micro_batch_size"),
+        (MixupCutMix, "--data.mix mixes nothing: set --data.mix.mixup_alpha or --data.mix.cutmix_alpha above 0"),
+        (lambda: MixupCutMix(mixup_alpha=-0.1), "--data.mix.mixup_alpha is -0.1"),
+        (lambda: MixupCutMix(cutmix_alpha=float("nan")), "--data.mix.cutmix_alpha is nan"),
+        (lambda: MixupCutMix(mixup_alpha=1.0, p=1.1), "--data.mix.p is 1.1, but must be in 0 to 1"),
+        (lambda: MixupCutMix(mixup_alpha=1.0, switch_p=-1.0), "--data.mix.switch_p is -1"),
+        (
+            lambda: MixupCutMix(mixup_alpha=1.0)(*batch_of(3), NUM_CLASSES),
+            "a micro-batch has 3: set an even --data.micro_batch_size",
+        ),
     ],
 )
 def test_what_cannot_be_mixed_is_refused(make, message):
