@@ -238,7 +238,7 @@ def test_a_path_to_nothing_is_refused(tmp_path):
     (tmp_path / "mine" / "ratings.csv").write_text(HEADER + GOOD)
     (tmp_path / "mine" / "more.csv").write_text("a,b\n")  # no titles beside it: not MovieLens, all files are meant
     for path, message in [
-        (tmp_path / "none.csv", "no such file or folder .* Known are tables of events"),
+        (tmp_path / "none.csv", "no such file or folder .* tables of events"),
         (tmp_path / "two", r"tables of several kinds, such as \['u.data', 'ratings.dat'\]"),
         (tmp_path / "mine", r"more.csv: there is no column 'user_id'"),
         ("{netflix}", "no data set of this name; known is {movielens}"),

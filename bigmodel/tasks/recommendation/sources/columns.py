@@ -35,7 +35,7 @@ class Columns:
     rating: str | None = None
     time: str | None = None
 
-    def found(self, where: str, there: Sequence[str]) -> dict[str, str]:
+    def select_columns(self, where: str, available: Sequence[str]) -> dict[str, str]:
         """Return names by role (user, item, and rating, time, title, genres if present), in a table with these columns.
 
         Raises:
@@ -43,7 +43,7 @@ class Columns:
         """
         given = {role: name for role, name in vars(self).items() if name is not None}
         names = _USUAL | {role: (name,) for role, name in given.items()}
-        return find_columns(where, there, names, optional=_USUAL.keys() - {"user", "item", *given})
+        return find_columns(where, available, names, optional=_USUAL.keys() - {"user", "item", *given})
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigmodel.data.tables.rows import Rows, first_true, is_text, plain
+from bigmodel.data.tables.rows import Rows, decode_dictionary, first_index, is_text
 
 _NOTHING = pa.array(["", "nan", "NaN", "null", "NULL", "None"])  # texts for a missing id
 _IDS = ": whole numbers from 0 on, or text, are accepted"
@@ -99,7 +99,7 @@ class _Reader:
         self.num_events += len(rows)
 
     def _ids(self, rows: Rows, role: str) -> pa.DictionaryArray:
-        values = plain(rows.columns[role])
+        values = decode_dictionary(rows.columns[role])
         whole, text = pa.types.is_integer(values.type), is_text(values.type)
         if not whole and not text:
             raise ValueError(
@@ -124,7 +124,7 @@ class _Reader:
 
     def _times(self, rows: Rows) -> np.ndarray:
         """Return [M] microseconds since 1970."""
-        values = plain(rows.columns["time"])
+        values = decode_dictionary(rows.columns["time"])
         _refuse_gaps(rows, values, "time")
         if is_text(values.type):
             values = _parsed(rows, values)
@@ -227,7 +227,7 @@ def _unit(number: float) -> str:
 
 def _refuse_gaps(rows: Rows, values: pa.Array, what: str) -> None:
     if values.null_count:
-        raise ValueError(f"{rows.name(first_true(pc.is_null(values)))}: there is no {what}")
+        raise ValueError(f"{rows.name(first_index(pc.is_null(values)))}: there is no {what}")
 
 
 def _ratings(rows: Rows) -> np.ndarray:

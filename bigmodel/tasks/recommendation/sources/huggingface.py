@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from bigmodel.data.cache import digest, say
 from bigmodel.data.tables import Rows
-from bigmodel.data.tables.arrow import rows_of
+from bigmodel.data.tables.arrow import iter_blocks
 from bigmodel.data.tables.hugging_face import load_hub
 from bigmodel.tasks.recommendation.sources.columns import Columns, Source
 
@@ -27,6 +27,6 @@ def find_hub(path: str, columns: Columns) -> Source:
         for split, data in loaded.items():
             tables = data.with_format("arrow").iter(_ROWS_AT_ONCE)
             batches = (batch for table in tables for batch in table.to_batches())
-            yield from rows_of(f"{path} {split}", data.features.arrow_schema, batches, columns, _ROWS_AT_ONCE)
+            yield from iter_blocks(f"{path} {split}", data.features.arrow_schema, batches, columns, _ROWS_AT_ONCE)
 
     return Source(path, digest({split: data._fingerprint for split, data in loaded.items()}), rows)
