@@ -16,9 +16,42 @@ RENAMED = {
     "bigmodel.tasks.language_modeling.ByFiles": "bigmodel.tasks.language_modeling.FileSplit",
     "bigmodel.tasks.language_modeling.ByPosition": "bigmodel.tasks.language_modeling.ContiguousSplit",
     "bigmodel.tasks.language_modeling.OfRun": "bigmodel.tasks.language_modeling.FromRun",
+    # Recommendation.
+    "bigmodel.tasks.recommendation.FittedRecommendation": "bigmodel.tasks.recommendation.NonNeuralRecommendation",
+    "bigmodel.tasks.recommendation.SequenceRecommendation": "bigmodel.tasks.recommendation.SequentialRecommendation",
+    "bigmodel.tasks.recommendation.module.SequenceRecommendation": (
+        "bigmodel.tasks.recommendation.module.SequentialRecommendation"
+    ),
+    "bigmodel.tasks.recommendation.non_neural.FittedRecommendation": (
+        "bigmodel.tasks.recommendation.non_neural.NonNeuralRecommendation"
+    ),
 }
 # Current class path: its arguments by their earlier names. One block for each room or task.
-RENAMED_ARGUMENTS: dict[str, dict[str, str]] = {}
+_RECOMMENDATION = {
+    "cutoffs": "topk",
+    "decay": "recency_decay",
+    "mask_last_rate": "mask_last_ratio",
+    "mask_rate": "mask_ratio",
+    "sampled_negatives": "num_eval_negatives",
+}
+RENAMED_ARGUMENTS: dict[str, dict[str, str]] = {
+    # Language modeling.
+    "bigmodel.tasks.language_modeling.Pretrained": {"end_of_text": "eos_token"},
+    "bigmodel.tasks.language_modeling.tokenizer_config.Pretrained": {"end_of_text": "eos_token"},
+    # Recommendation.
+    "bigmodel.nn.TwoTower": {"decay": "recency_decay"},
+    "bigmodel.nn.two_tower.TwoTower": {"decay": "recency_decay"},
+    "bigmodel.tasks.recommendation.Filters": {"keep": "keep_duplicates"},
+    "bigmodel.tasks.recommendation.filters.Filters": {"keep": "keep_duplicates"},
+    "bigmodel.tasks.recommendation.InteractionData": {"examples": "example_type", "step": "stride"},
+    "bigmodel.tasks.recommendation.data.InteractionData": {"examples": "example_type", "step": "stride"},
+    "bigmodel.tasks.recommendation.NonNeuralRecommendation": _RECOMMENDATION,
+    "bigmodel.tasks.recommendation.non_neural.NonNeuralRecommendation": _RECOMMENDATION,
+    "bigmodel.tasks.recommendation.PairRecommendation": _RECOMMENDATION,
+    "bigmodel.tasks.recommendation.module.PairRecommendation": _RECOMMENDATION,
+    "bigmodel.tasks.recommendation.SequentialRecommendation": _RECOMMENDATION,
+    "bigmodel.tasks.recommendation.module.SequentialRecommendation": _RECOMMENDATION,
+}
 # Current class path: by argument, earlier values of it (short names such as those of a Literal) and current ones.
 RENAMED_VALUES: dict[str, dict[str, dict[str, str]]] = {}
 # Earlier class names of callbacks, the keys of their states in a checkpoint: current names.
