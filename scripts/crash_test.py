@@ -103,7 +103,7 @@ OWN: dict[str, tuple[Path, dict[str, Any]]] = {
     "recommendation": (
         ROOT / "experiments" / "recommendation" / "check.yaml",
         {
-            "model.sampled_negatives": 8, "data.path": "events.csv", "data.filters": "null", "data.batch_size": 16,
+            "model.num_eval_negatives": 8, "data.path": "events.csv", "data.filters": "null", "data.batch_size": 16,
             "data.micro_batch_size": 4, "trainer.max_steps": STEPS, "trainer.val_check_interval": 7,
         },
     ),

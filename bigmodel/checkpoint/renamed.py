@@ -27,13 +27,9 @@ RENAMED = {
     ),
 }
 # Current class path: its arguments by their earlier names. One block for each room or task.
-_RECOMMENDATION = {
-    "cutoffs": "topk",
-    "decay": "recency_decay",
-    "mask_last_rate": "mask_last_ratio",
-    "mask_rate": "mask_ratio",
-    "sampled_negatives": "num_eval_negatives",
-}
+_RECOMMENDATION = {"cutoffs": "topk", "sampled_negatives": "num_eval_negatives"}
+_NON_NEURAL = {**_RECOMMENDATION, "decay": "recency_decay"}
+_SEQUENTIAL = {**_RECOMMENDATION, "mask_last_rate": "mask_last_ratio", "mask_rate": "mask_ratio"}
 RENAMED_ARGUMENTS: dict[str, dict[str, str]] = {
     # Language modeling.
     "bigmodel.tasks.language_modeling.Pretrained": {"end_of_text": "eos_token"},
@@ -45,12 +41,12 @@ RENAMED_ARGUMENTS: dict[str, dict[str, str]] = {
     "bigmodel.tasks.recommendation.filters.Filters": {"keep": "keep_duplicates"},
     "bigmodel.tasks.recommendation.InteractionData": {"examples": "example_type", "step": "stride"},
     "bigmodel.tasks.recommendation.data.InteractionData": {"examples": "example_type", "step": "stride"},
-    "bigmodel.tasks.recommendation.NonNeuralRecommendation": _RECOMMENDATION,
-    "bigmodel.tasks.recommendation.non_neural.NonNeuralRecommendation": _RECOMMENDATION,
+    "bigmodel.tasks.recommendation.NonNeuralRecommendation": _NON_NEURAL,
+    "bigmodel.tasks.recommendation.non_neural.NonNeuralRecommendation": _NON_NEURAL,
     "bigmodel.tasks.recommendation.PairRecommendation": _RECOMMENDATION,
     "bigmodel.tasks.recommendation.module.PairRecommendation": _RECOMMENDATION,
-    "bigmodel.tasks.recommendation.SequentialRecommendation": _RECOMMENDATION,
-    "bigmodel.tasks.recommendation.module.SequentialRecommendation": _RECOMMENDATION,
+    "bigmodel.tasks.recommendation.SequentialRecommendation": _SEQUENTIAL,
+    "bigmodel.tasks.recommendation.module.SequentialRecommendation": _SEQUENTIAL,
 }
 # Current class path: by argument, earlier values of it (short names such as those of a Literal) and current ones.
 RENAMED_VALUES: dict[str, dict[str, dict[str, str]]] = {}

@@ -38,7 +38,7 @@ from bigmodel.tasks.image_classification import ImageClassification
 from bigmodel.tasks.image_classification.batch import ImageBatch
 from bigmodel.tasks.language_modeling import LanguageModeling, TextBatch
 from bigmodel.tasks.language_modeling.tokenizer import ByteTokenizer, SubwordTokenizer
-from bigmodel.tasks.recommendation import SequenceRecommendation
+from bigmodel.tasks.recommendation import SequentialRecommendation
 from bigmodel.tasks.transfer_learning import TransferLearning
 from bigmodel.tasks.transfer_learning.batches import text_batch
 
@@ -324,7 +324,7 @@ def test_a_language_model_has_the_tokenizer_of_the_data(folder, tmp_path):
     with pytest.raises(
         ValueError, match=r"of which the student's task makes none of its kind \(bigmodel.protocols.Imports\)"
     ):
-        teachers.find_teacher("gpt2", SequenceRecommendation())
+        teachers.find_teacher("gpt2", SequentialRecommendation())
 
 
 # Texts, of classes and of labels.
