@@ -89,13 +89,13 @@ class ConvNeXt(nn.Module):
         check_sizes(depths=min(depths), widths=min(widths), patch_size=patch_size)
         if image_size % patch_size:
             raise ValueError(
-                f"pictures of {image_size} pixels cannot be cut into patches of {patch_size}; choose a divisor as "
+                f"images of {image_size} pixels cannot be cut into patches of {patch_size}; choose a divisor as "
                 "--model.net.patch_size"
             )
         smallest = patch_size * 2 ** (len(depths) - 1)
         if image_size < smallest:
             raise ValueError(
-                f"pictures of {image_size} pixels are too small for {len(depths)} stages after patches of {patch_size}, "
+                f"images of {image_size} pixels are too small for {len(depths)} stages after patches of {patch_size}, "
                 f"which need {smallest}; give fewer --model.net.depths and --model.net.widths, or a smaller "
                 "--model.net.patch_size"
             )

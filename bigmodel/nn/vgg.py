@@ -55,7 +55,7 @@ class VGG(nn.Module):
             )
         if image_size < 32:
             raise ValueError(
-                f"pictures of {image_size} pixels are too small for VGG, which halves them five times: make them at least "
+                f"images of {image_size} pixels are too small for VGG, which halves them five times: make them at least "
                 "32 with --data.size, or choose another --model.net"
             )
         check_choice("classifier", classifier, ClassifierKind)

@@ -241,7 +241,7 @@ def test_inputs_that_do_not_fit_are_refused(name: str) -> None:
     times = torch.zeros(1, 1, dtype=torch.long)
     with pytest.raises(ValueError, match=r"13 items do not fit into the net's max_length 12; .* --data.max_length"):
         net(*histories(13, width=13))
-    with pytest.raises(ValueError, match=r"from 32 to 32, but this net knows 1 to 30 and 0 for padding"):
+    with pytest.raises(ValueError, match=r"from 32 to 32, but must be in 1 to 30, or 0 for padding"):
         net(torch.tensor([[NUM_ITEMS + 2]]), times)
     for wrong in (torch.tensor([1, 2]), torch.ones(2, 0, dtype=torch.long)):
         with pytest.raises(ValueError, match=r"must be \[sequences, positions\]"):
