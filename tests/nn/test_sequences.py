@@ -20,7 +20,7 @@ LOOKS_BACK: dict[str, Any] = {
     "GRU4Rec": (GRU4Rec, {"depth": 2, "hidden": 24}),
     "HSTU": (HSTU, {}),
     "HSTU without times": (HSTU, {"num_time_buckets": 0}),
-    "TwoTower": (TwoTower, {"decay": 0.5}),
+    "TwoTower": (TwoTower, {"recency_decay": 0.5}),
 }
 ALL = LOOKS_BACK | {"BERT4Rec": (BERT4Rec, {}), "BERT4Rec explicit": (BERT4Rec, {"attention": "explicit"})}
 looks_back = pytest.mark.parametrize("name", LOOKS_BACK)
@@ -260,7 +260,7 @@ def test_inputs_that_do_not_fit_are_refused(name: str) -> None:
         ("HSTU", {"num_time_buckets": -1}, "num_time_buckets is -1"),
         ("HSTU", {"dropout": 1.0}, "dropout 1.0 is not in"),
         ("TwoTower", {"depth": -1}, "depth is -1"),
-        ("TwoTower", {"decay": 0.0}, "decay is 0.0, but must be above 0"),
+        ("TwoTower", {"recency_decay": 0.0}, "recency_decay is 0.0, but must be above 0"),
         ("TwoTower", {"temperature": 0.0}, "temperature is 0.0"),
     ],
 )
