@@ -125,7 +125,7 @@ ROUNDING_ONLY: dict[str, Any] = {
 
 
 def words(task: str, runs_dir: str, across_layouts: bool) -> list[str]:
-    """What follows `bigmodel fit`, but for the layout."""
+    """Return the flags of `bigmodel fit`, except those of the layout."""
     path, own = OWN[task]
     settings = {**COMMON, **own, "runs_dir": runs_dir}
     if across_layouts:
@@ -159,7 +159,7 @@ def write_events() -> None:
 
 
 def rank_variables(processes: int) -> list[dict[str, str]]:
-    """What torchrun would set, for each process."""
+    """Return the environment variables of torchrun for each process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

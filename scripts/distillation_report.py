@@ -1,4 +1,4 @@
-"""What a distillation was worth: teacher, student alone, and distilled student, side by side.
+"""Comparison of teacher, student alone, and distilled student.
 
     python scripts/distillation_report.py RUN --alone RUN
 
@@ -48,7 +48,7 @@ def find_teacher(distilled: Path, named: str | None) -> Path:
     """The teacher of a distilled run, of which the checkpoint says by what it was taught.
 
     Raises:
-        ValueError: if the run was not distilled, had several teachers, or from others than this.
+        ValueError: if the run was not distilled, had several teachers, or from another teacher.
     """
     kept = checkpoint.read(checkpoint.find_checkpoint(distilled), whole=False)["bigmodel"].get("distillation")
     if kept is None:
