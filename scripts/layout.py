@@ -151,7 +151,7 @@ class Layout(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Requirements of a layout: bytes on a GPU (state, activations, what is gathered), seconds of a step, tokens per second."""
+    """Requirements of a layout: bytes on a GPU (state, activations, gathered parameters), seconds of a step, tokens/s."""
 
     layout: Layout
     state: float
