@@ -250,7 +250,7 @@ def wait_for_death(leader: int, runs_dir: Path, draw: random.Random) -> int | No
 
 
 class Tally(NamedTuple):
-    """What a task went through; `changes`: resumes on another layout; `largest`: difference of a weight."""
+    """Results of a task; `changes`: resumes on another layout; `largest`: difference of a weight."""
 
     task: str
     runs: int

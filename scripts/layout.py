@@ -1,4 +1,4 @@
-"""Which layout for a GPT on so many GPUs: memory, communication and speed by arithmetic. Nothing here is measured.
+"""Choice of a layout for a GPT on a number of GPUs: memory, communication and speed by arithmetic. Nothing here is measured.
 
     python scripts/layout.py            # the table of scripts/README.md: 1 B, 7 B and 70 B parameters on 8, 64 and 512 GPUs
     python scripts/layout.py --gpus 32 --depth 32 --width 4096 --num_heads 32 --mlp_width 11008    # your own

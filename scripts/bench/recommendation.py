@@ -1,4 +1,4 @@
-"""What the ways of the rows on recommendation share: events of MovieLens as a file that each of them reads.
+"""Shared code of the rows on recommendation: events of MovieLens as a file.
 
 Run as a module, it is bigmodel's way to rank: the validation that `bigmodel fit` does, of an untrained net, again and again.
 """
