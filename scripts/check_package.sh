@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The package as others have it: the wheel is built, installed into an environment of its own, and used from another folder.
+# Test of the package: build the wheel, install it into a new environment, and use it from another folder.
 #     scripts/check_package.sh [PYTHON]
 # PYTHON (default: python) lends what bigmodel needs, so that nothing is downloaded; the extras are hidden. A minute.
 set -euo pipefail

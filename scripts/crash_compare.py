@@ -1,4 +1,4 @@
-"""How a run that was killed and resumed is compared with one that was left alone. Importing it loads no torch."""
+"""Comparison of a run that was killed and resumed with an uninterrupted run. Importing it loads no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TOLERANCE = 2e-6
 
 
 class Comparison(NamedTuple):
-    """What came out: how many things were compared, names of those that differ, and the largest difference of a weight."""
+    """Result: number of compared values, names of those that differ, and the largest difference of a weight."""
 
     compared: int
     differing: list[str]

@@ -1,4 +1,4 @@
-"""Which samples each optimizer step takes, written down as it takes them: what crash_test.py compares between layouts."""
+"""Record of the samples of each optimizer step, which crash_test.py compares between layouts."""
 
 from __future__ import annotations
 

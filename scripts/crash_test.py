@@ -103,7 +103,7 @@ OWN: dict[str, tuple[Path, dict[str, Any]]] = {
     "recommendation": (
         ROOT / "experiments" / "recommendation" / "check.yaml",
         {
-            "model.sampled_negatives": 8, "data.path": "events.csv", "data.filters": "null", "data.batch_size": 16,
+            "model.num_eval_negatives": 8, "data.path": "events.csv", "data.filters": "null", "data.batch_size": 16,
             "data.micro_batch_size": 4, "trainer.max_steps": STEPS, "trainer.val_check_interval": 7,
         },
     ),
@@ -125,7 +125,7 @@ ROUNDING_ONLY: dict[str, Any] = {
 
 
 def words(task: str, runs_dir: str, across_layouts: bool) -> list[str]:
-    """What follows `bigmodel fit`, but for the layout."""
+    """Return the flags of `bigmodel fit`, except those of the layout."""
     path, own = OWN[task]
     settings = {**COMMON, **own, "runs_dir": runs_dir}
     if across_layouts:
@@ -159,7 +159,7 @@ def write_events() -> None:
 
 
 def rank_variables(processes: int) -> list[dict[str, str]]:
-    """What torchrun would set, for each process."""
+    """Return the environment variables of torchrun for each process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -250,7 +250,7 @@ def wait_for_death(leader: int, runs_dir: Path, draw: random.Random) -> int | No
 
 
 class Tally(NamedTuple):
-    """What a task went through; `changes`: resumes on another layout; `largest`: difference of a weight."""
+    """Results of a task; `changes`: resumes on another layout; `largest`: difference of a weight."""
 
     task: str
     runs: int

@@ -1,4 +1,4 @@
-"""Which layout for a GPT on so many GPUs: memory, communication and speed by arithmetic. Nothing here is measured.
+"""Choice of a layout for a GPT on a number of GPUs: memory, communication and speed by arithmetic. Nothing here is measured.
 
     python scripts/layout.py            # the table of scripts/README.md: 1 B, 7 B and 70 B parameters on 8, 64 and 512 GPUs
     python scripts/layout.py --gpus 32 --depth 32 --width 4096 --num_heads 32 --mlp_width 11008    # your own
@@ -70,7 +70,7 @@ class Net(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """What it is to run on. Rates are in bytes per second each way; the defaults are the data sheets' of an H100 (SXM)."""
+    """Hardware. Rates are in bytes per second each way; the defaults are the data sheets' of an H100 (SXM)."""
 
     gpus: int
     gpus_per_node: int = 8
@@ -133,7 +133,7 @@ class Layout(NamedTuple):
         return ", ".join(parts) or "1 GPU"
 
     def flags(self) -> str:
-        """What to type."""
+        """Flags of the layout."""
         hardware = "ddp" if self.is_ddp else "tensor_parallel" if self.tensor > 1 else "fsdp"
         words = [f"-c experiments/hardware/{hardware}.yaml"] if self.replicas * self.shards * self.tensor > 1 else []
         if not self.is_ddp and self.replicas > 1:
@@ -151,7 +151,7 @@ class Layout(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """What a layout needs: bytes on a GPU (state, activations, what is gathered), seconds of a step, tokens per second."""
+    """Requirements of a layout: bytes on a GPU (state, activations, gathered parameters), seconds of a step, tokens/s."""
 
     layout: Layout
     state: float

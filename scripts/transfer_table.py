@@ -1,4 +1,4 @@
-"""What a method of transfer is worth, by the number of labels: a table, and a plot.
+"""Accuracy of the methods of transfer learning by the number of labels: a table, and a plot.
 
 Runs `bigmodel fit` and `bigmodel test` for each method, number of labels per class and seed, one after another in this
 process, and keeps what was measured in .bench/: what is there is not run again. Without validation: nothing is chosen by
@@ -107,7 +107,7 @@ def measure(table: Table, flags: list[str], method: str, labels: int, seed: int)
 
 
 def read(path: Path) -> dict[tuple[str, int, int], float]:
-    """What was measured so far: accuracy by method, labels and seed."""
+    """Results so far: accuracy by method, labels and seed."""
     if not path.exists():
         return {}
     with open(path, newline="") as file:

@@ -204,7 +204,7 @@ FITS = {
     },
     "recommendation/check.yaml": {
         "model": f"{RECOMMENDATION}.PairRecommendation", "model.net": "bigmodel.nn.MatrixFactorization",
-        "model.net.width": 8, "model.loss": f"{RECOMMENDATION}.SquaredError", "model.cutoffs": "[1, 5]",
+        "model.net.width": 8, "model.loss": f"{RECOMMENDATION}.SquaredError", "model.topk": "[1, 5]",
         "model.optimizer": "torch.optim.AdamW", "data": f"{RECOMMENDATION}.InteractionData", "data.path": "events.csv",
         "data.filters": "null",
         "callbacks.best.monitor": "val/rmse", "callbacks.best.mode": "min",

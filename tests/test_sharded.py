@@ -52,7 +52,7 @@ def launched(tmp_path_factory, table, digit_files):
         events = (f"{user},{draw.randrange(30)},{t}\n" for user in range(61) for t in range(draw.randint(5, 15)))
         Path("events.csv").write_text("user_id,item_id,timestamp\n" + "".join(events))
         Path("events.yaml").write_text("seed_everything: 0\n")
-        main(["fit", *choices("histories-one", "SequenceRecommendation", "--model.net.dropout", 0)])
+        main(["fit", *choices("histories-one", "SequentialRecommendation", "--model.net.dropout", 0)])
         main(["fit", *choices("pairs-one", "PairRecommendation")])
         stopped = folder / "stopped"
         shutil.copytree(only_run("one"), stopped)

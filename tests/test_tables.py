@@ -22,7 +22,7 @@ class Columns:
 
     text: str = "text"
 
-    def found(self, where, there):
+    def select_columns(self, where, there):
         return find_columns(where, there, {"text": (self.text,), "number": ("number", "n")}, optional={"number"})
 
 
@@ -107,15 +107,15 @@ def test_quotes_of_tsv_are_text(tmp_path):
         ("t.csv", "word,n\na,1\n", r"t.csv: there is no column 'text', only \['word', 'n'\]; set --data.text_column"),
         ("t.csv", "text,n\na,b,c\n", "t.csv cannot be read as a table, after row 0: .*Expected 2 columns, got 3"),
         ("t.csv", "", "t.csv is empty"),
-        ("t.csv", "\n", "the first line, which names the columns, is empty"),
+        ("t.csv", "\n", "t.csv: the first line is empty"),
         ("t.csv", b"text,n\nf\xfcr,1\n", "t.csv cannot be read as a table in UTF-8: .* position 8"),
-        ("t.zip", b"PK\0\0", "t.zip: a file of no known kind. Known are CSV, TSV"),
+        ("t.zip", b"PK\0\0", "t.zip: unknown kind of file. Supported: CSV, TSV"),
         ("t.parquet", b"PAR1 is all", "t.parquet cannot be read as Parquet"),
         ("t.jsonl", '{"word": "a"}\n', "t.jsonl line 1: there is no column 'text'"),
         ("t.jsonl", '{"text": "a"}\n\n', "t.jsonl line 2 is empty: remove it"),
-        ("t.jsonl", '{"text": "a"}\n{"text"\n', "t.jsonl line 2 is no JSON"),
-        ("t.jsonl", '{"text": "a"}\n[1]\n', "t.jsonl line 2: an object is needed"),
-        ("t.jsonl", '{"text": "a"}\n{"text": 1}\n', "line 2: '1' in 'text' is of another type .* which are str"),
+        ("t.jsonl", '{"text": "a"}\n{"text"\n', "t.jsonl line 2 is not JSON"),
+        ("t.jsonl", '{"text": "a"}\n[1]\n', "t.jsonl line 2: .* is not a JSON object"),
+        ("t.jsonl", '{"text": "a"}\n{"text": 1}\n', "line 2: '1' in 'text' differs in type .*\\(str\\)"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
@@ -125,9 +125,9 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
 
 
 def test_a_column_has_the_first_of_its_names_and_may_be_missing():
-    assert Columns().found("t", ["n", "number", "text"]) == {"text": "text", "number": "number"}
-    assert Columns().found("t", ["text", "n"]) == {"text": "text", "number": "n"}
-    assert Columns().found("t", ["text"]) == {"text": "text"}
+    assert Columns().select_columns("t", ["n", "number", "text"]) == {"text": "text", "number": "number"}
+    assert Columns().select_columns("t", ["text", "n"]) == {"text": "text", "number": "n"}
+    assert Columns().select_columns("t", ["text"]) == {"text": "text"}
 
 
 def test_the_kind_is_told_by_the_content(tmp_path):
@@ -149,14 +149,14 @@ def test_files_come_in_order_and_once(tmp_path):
     assert find("b.csv", "*.csv", "more") == ["b.csv", "a.csv", "more/data/c.tsv"]
     assert find("") == ["a.csv", "b.csv"]
     for path, message in [
-        ("x.csv", "x.csv: no such file or folder .* Known are tables"),
+        ("x.csv", "x.csv: no such file or folder .* Supported: tables"),
         ("*.tsv", r"\*.tsv: no file matches"),
-        ("none", "none: no table in the folder. Known are tables"),
-        ("two", r"two: tables of several kinds, such as \['.*a.csv', '.*a.tsv'\]; give the files"),
+        ("none", "none: the folder has no table. Supported: tables"),
+        ("two", r"two: tables of several kinds, such as \['.*a.csv', '.*a.tsv'\]"),
     ]:
         with pytest.raises(ValueError, match=f"--data.path .*{message}"):
             find("a.csv", path)
-    with pytest.raises(ValueError, match="nothing is given"):
+    with pytest.raises(ValueError, match=r"--data.path \[\] is empty"):
         find()
 
 
@@ -166,7 +166,7 @@ def test_damage_of_a_saved_data_set_is_told(saved):
     with pytest.raises(ValueError, match=r"data-00000-of-00002.arrow cannot be read as an Arrow file of datasets"):
         list(arrow.read_arrow("saved", [path], Columns()))
     (saved / "train" / "state.json").unlink()
-    with pytest.raises(ValueError, match=r"not a whole data set of Hugging Face: .*state.json"):
+    with pytest.raises(ValueError, match=r"not a complete dataset of Hugging Face: .*state.json"):
         hugging_face.saved_files(str(saved))
 
 
@@ -181,7 +181,9 @@ def test_the_hub_is_asked_for_a_name_and_a_configuration(saved, monkeypatch):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(ValueError, match=r"o/n cannot be had from the hub: no route to host\. .* give a file"):
+    with pytest.raises(
+        ValueError, match=r"o/n cannot be loaded from the hub: no route to host\. .*--data.path to a file"
+    ):
         hugging_face.load_hub("hf://o/n", "a file")
     monkeypatch.setattr(hugging_face, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'bigmodel\[hub\]'"):

@@ -17,6 +17,15 @@ RENAMED = {
     "bigmodel.tasks.language_modeling.ByFiles": "bigmodel.tasks.language_modeling.FileSplit",
     "bigmodel.tasks.language_modeling.ByPosition": "bigmodel.tasks.language_modeling.ContiguousSplit",
     "bigmodel.tasks.language_modeling.OfRun": "bigmodel.tasks.language_modeling.FromRun",
+    # Recommendation.
+    "bigmodel.tasks.recommendation.FittedRecommendation": "bigmodel.tasks.recommendation.NonNeuralRecommendation",
+    "bigmodel.tasks.recommendation.SequenceRecommendation": "bigmodel.tasks.recommendation.SequentialRecommendation",
+    "bigmodel.tasks.recommendation.module.SequenceRecommendation": (
+        "bigmodel.tasks.recommendation.module.SequentialRecommendation"
+    ),
+    "bigmodel.tasks.recommendation.non_neural.FittedRecommendation": (
+        "bigmodel.tasks.recommendation.non_neural.NonNeuralRecommendation"
+    ),
 }
 # Image classification: by the path of the package and by that of the module.
 RENAMED |= {
@@ -67,6 +76,27 @@ RENAMED_ARGUMENTS |= {
         (("TrivialAugmentWide", "auto_augment.TrivialAugmentWide"), {"num_bins": "num_magnitude_bins"}),
     )
     for path in paths
+}
+_RECOMMENDATION = {"cutoffs": "topk", "sampled_negatives": "num_eval_negatives"}
+_NON_NEURAL = {**_RECOMMENDATION, "decay": "recency_decay"}
+_SEQUENTIAL = {**_RECOMMENDATION, "mask_last_rate": "mask_last_ratio", "mask_rate": "mask_ratio"}
+RENAMED_ARGUMENTS |= {
+    # Language modeling.
+    "bigmodel.tasks.language_modeling.Pretrained": {"end_of_text": "eos_token"},
+    "bigmodel.tasks.language_modeling.tokenizer_config.Pretrained": {"end_of_text": "eos_token"},
+    # Recommendation.
+    "bigmodel.nn.TwoTower": {"decay": "recency_decay"},
+    "bigmodel.nn.two_tower.TwoTower": {"decay": "recency_decay"},
+    "bigmodel.tasks.recommendation.Filters": {"keep": "keep_duplicates"},
+    "bigmodel.tasks.recommendation.filters.Filters": {"keep": "keep_duplicates"},
+    "bigmodel.tasks.recommendation.InteractionData": {"examples": "example_type", "step": "stride"},
+    "bigmodel.tasks.recommendation.data.InteractionData": {"examples": "example_type", "step": "stride"},
+    "bigmodel.tasks.recommendation.NonNeuralRecommendation": _NON_NEURAL,
+    "bigmodel.tasks.recommendation.non_neural.NonNeuralRecommendation": _NON_NEURAL,
+    "bigmodel.tasks.recommendation.PairRecommendation": _RECOMMENDATION,
+    "bigmodel.tasks.recommendation.module.PairRecommendation": _RECOMMENDATION,
+    "bigmodel.tasks.recommendation.SequentialRecommendation": _SEQUENTIAL,
+    "bigmodel.tasks.recommendation.module.SequentialRecommendation": _SEQUENTIAL,
 }
 # Current class path: by argument, earlier values of it (short names such as those of a Literal) and current ones.
 _ACTIONS = {"on_nonfinite": {"back": "rollback"}, "on_spike": {"back": "rollback"}}

@@ -75,7 +75,7 @@ class KVCache:
         return self.layers[0].length
 
     def clear(self) -> None:
-        """Remove all tokens; the memory is kept."""
+        """Remove all tokens, without freeing memory."""
         for layer in self.layers:
             layer.length = 0
 
@@ -83,7 +83,7 @@ class KVCache:
 def _fastest_kind(query: Tensor, num_keys: int) -> AttentionKind:
     """ "explicit" on a CPU for up to 8 K keys in bfloat16 (512 at most, to bound its memory), 2 K in float32.
 
-    Its weights cost memory traffic that grows with T, beside products that grow with T * K. Forward and backward over
+    Its weights cost memory traffic that grows with T, and products that grow with T * K. Forward and backward over
     4096 tokens of 384 channels, best of 25, ms on two cores with AVX-512 bfloat16, torch 2.13, sdpa / explicit:
 
     |  T  | bf16 K 32 |   K 64    |   K 128   | fp32 K 32 |   K 64    |   K 128   |

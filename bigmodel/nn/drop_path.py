@@ -1,6 +1,6 @@
 """Stochastic depth: in training, each sample skips a residual branch with a given probability.
 
-Source: Huang et al. 2016 (arXiv 1603.09382). Two details are those of later nets: kept samples are scaled up, so that
+Source: Huang et al. 2016 (arXiv 1603.09382). Two details are those of later nets: remaining samples are scaled up, so that
 evaluation needs no scaling, and the rates begin at 0.
 
 B batch.
@@ -27,8 +27,8 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.rate == 0:
             return x
-        kept = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)  # [B, 1, ...]
-        return x * kept.div_(1 - self.rate)
+        mask = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)  # [B, 1, ...]
+        return x * mask.div_(1 - self.rate)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:g}"

@@ -42,7 +42,7 @@ def guard_convolutions(net: nn.Module) -> None:
     images; never with 16 channels or more, stride 1, or a kernel larger than 1x1. The format of the input decides,
     whatever that of the weights, so a contiguous net is not safe from it. These convolutions are therefore computed in
     another way, in any format and on any device, so that results do not depend on the machine. All others stay as they are,
-    subclasses of `nn.Conv2d` too. Names and parameters are kept. Calling it again changes nothing.
+    subclasses of `nn.Conv2d` too. Names and parameters do not change. Calling it again changes nothing.
     """
     for parent in list(net.modules()):
         for name, child in parent.named_children():

@@ -103,22 +103,9 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("stem", stem, StemKind)
-        if blocks is not None and depth is not None:
-            raise ValueError(
-                f"depth {depth} and blocks {list(blocks)} both say how many blocks there are; "
-                "set one of --model.net.depth and --model.net.blocks"
-            )
-        if blocks is None:
-            depth = 18 if depth is None else depth
-            blocks = _blocks(depth)
-        if widths is None:
-            first = 64 if depth is None or depth in _BLOCKS else 16
-            widths = tuple(first * 2**i for i in range(len(blocks)))
-        if len(blocks) != len(widths) or not blocks:
-            raise ValueError(
-                f"widths {list(widths)} are for {len(widths)} stages, blocks {list(blocks)} for {len(blocks)}; "
-                "give --model.net.widths and --model.net.blocks one number for each stage"
-            )
+        if depth is None and blocks is None:
+            depth = 18
+        blocks, widths = _stage_sizes(depth, blocks, widths)
         if bottleneck is None:
             bottleneck = depth in (50, 101, 152)
         check_sizes(blocks=min(blocks), widths=min(widths), stem_width=1 if stem_width is None else stem_width)
@@ -177,14 +164,37 @@ class ResNet(nn.Module):
         return self.logits(self.features(images))
 
 
+def _stage_sizes(
+    depth: int | None, blocks: tuple[int, ...] | None, widths: tuple[int, ...] | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the number of blocks and the width of each stage."""
+    if blocks is not None and depth is not None:
+        raise ValueError(
+            f"depth {depth} and blocks {list(blocks)} both set the number of blocks; "
+            "set only one of --model.net.depth and --model.net.blocks"
+        )
+    if blocks is None:
+        assert depth is not None
+        blocks = _blocks(depth)
+    if widths is None:
+        first = 64 if depth is None or depth in _BLOCKS else 16
+        widths = tuple(first * 2**i for i in range(len(blocks)))
+    if len(blocks) != len(widths) or not blocks:
+        raise ValueError(
+            f"widths {list(widths)} are for {len(widths)} stages, blocks {list(blocks)} for {len(blocks)}; "
+            "set --model.net.widths and --model.net.blocks to one number for each stage"
+        )
+    return blocks, widths
+
+
 def _blocks(depth: int) -> tuple[int, ...]:
-    """Return the number of blocks in each stage of the papers' net of this depth."""
+    """Return the number of blocks in each stage of the published net of this depth."""
     if depth in _BLOCKS:
         return _BLOCKS[depth]
     if depth < 8 or depth % 6 != 2:
         raise ValueError(
-            f"there is no ResNet of depth {depth}: choose --model.net.depth {', '.join(map(str, _BLOCKS))}, or 6 n + 2 "
-            "(8, 14, 20, 32, 44, 56, 110 ...), or give --model.net.blocks and --model.net.widths"
+            f"there is no ResNet of depth {depth}: set --model.net.depth to {', '.join(map(str, _BLOCKS))}, or 6 n + 2 "
+            "(8, 14, 20, 32, 44, 56, 110 ...), or set --model.net.blocks and --model.net.widths"
         )
     return ((depth - 2) // 6,) * 3
 

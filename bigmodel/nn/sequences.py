@@ -71,7 +71,7 @@ class ItemEmbedding(nn.Embedding):
             return super().forward(items)
         except IndexError as error:
             raise ValueError(
-                f"items go from {int(items.min())} to {int(items.max())}, but this net knows 1 to {self.num_items} and "
+                f"items go from {int(items.min())} to {int(items.max())}, but must be in 1 to {self.num_items}, or "
                 "0 for padding; were the data prepared from other interactions?"
             ) from error
 

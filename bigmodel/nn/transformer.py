@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigmodel.nn.arguments import check_choice, check_sizes
+from bigmodel.nn.arguments import check_choice, check_probabilities, check_sizes
 from bigmodel.nn.attention import NORM_EPS, AttentionKind, KVCache, LayerCache, Rotation, SelfAttention, rotary_angles
 
 NormKind = Literal["layer", "rms"]
@@ -56,6 +56,25 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rotation: Rotation | None = None, cache: LayerCache | None = None) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), rotation, cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+def _check_heads(width: int, num_heads: int, num_kv_heads: int, positions: PositionKind) -> None:
+    if width % num_heads:
+        raise ValueError(
+            f"width {width} is not divisible by num_heads {num_heads}; choose --model.net.width or "
+            f"--model.net.num_heads so that it is (width {width // num_heads * num_heads or num_heads} would do)"
+        )
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_heads {num_heads} is not divisible by num_kv_heads {num_kv_heads}; "
+            f"choose a divisor of {num_heads} as --model.net.num_kv_heads"
+        )
+    head_size = width // num_heads
+    if positions == "rotary" and head_size % 2:
+        raise ValueError(
+            f"rotary positions need an even head size, got width {width} / num_heads {num_heads} = {head_size}; "
+            "choose --model.net.width or --model.net.num_heads"
+        )
 
 
 class GPT(nn.Module):
@@ -138,31 +157,12 @@ class GPT(nn.Module):
         check_choice("positions", positions, PositionKind)
         check_choice("activation", activation, Activation)
         check_choice("attention", attention, AttentionKind)
-        if width % num_heads:
-            raise ValueError(
-                f"width {width} is not divisible by num_heads {num_heads}; choose --model.net.width or "
-                f"--model.net.num_heads so that it is (width {width // num_heads * num_heads or num_heads} would do)"
-            )
-        if num_heads % num_kv_heads:
-            raise ValueError(
-                f"num_heads {num_heads} is not divisible by num_kv_heads {num_kv_heads}; "
-                f"choose a divisor of {num_heads} as --model.net.num_kv_heads"
-            )
-        head_size = width // num_heads
-        if positions == "rotary" and head_size % 2:
-            raise ValueError(
-                f"rotary positions need an even head size, got width {width} / num_heads {num_heads} = {head_size}; "
-                "choose --model.net.width or --model.net.num_heads"
-            )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout {dropout} is not in [0, 1); choose --model.net.dropout")
+        _check_heads(width, num_heads, num_kv_heads, positions)
+        check_probabilities(dropout=dropout)
 
-        self.vocab_size = vocab_size
-        self.context_length = context_length
-        self.num_kv_heads = num_kv_heads
-        self.head_size = head_size
-        self.rotary_base = rotary_base
-        self.init_std = init_std
+        self.vocab_size, self.context_length = vocab_size, context_length
+        self.num_kv_heads, self.head_size = num_kv_heads, width // num_heads
+        self.rotary_base, self.init_std = rotary_base, init_std
 
         self.embed = nn.Embedding(vocab_size, width)
         self.embed_positions = nn.Embedding(context_length, width) if positions == "learned" else None

@@ -43,7 +43,7 @@ class TwoTower(ItemScorer):
         max_length: maximum number of items in the mean, the user's last ones.
         width: channels D of an item, of towers and of their vectors.
         depth: hidden layers of each tower; 0: the mean and the embeddings themselves.
-        decay: weight of an item in the mean, for each item that was chosen after it; 1: the plain mean.
+        recency_decay: weight of an item in the mean, for each item that was chosen after it; 1: the plain mean.
         temperature: at the start, above 0.
         dropout: probability, on embeddings and hidden channels.
         init_std: standard deviation of weights at the start.
@@ -59,7 +59,7 @@ class TwoTower(ItemScorer):
         *,
         width: int = 64,
         depth: int = 1,
-        decay: float = 1.0,
+        recency_decay: float = 1.0,
         temperature: float = 0.1,
         dropout: float = 0.2,
         init_std: float = 0.06,
@@ -69,12 +69,14 @@ class TwoTower(ItemScorer):
         check_probabilities(dropout=dropout)
         if depth < 0:
             raise ValueError(f"depth is {depth}, but must be at least 0; choose --model.net.depth")
-        if not 0 < decay <= 1:
-            raise ValueError(f"decay is {decay}, but must be above 0 and at most 1; choose --model.net.decay")
+        if not 0 < recency_decay <= 1:
+            raise ValueError(
+                f"recency_decay is {recency_decay}, but must be above 0 and at most 1; choose --model.net.recency_decay"
+            )
         if temperature <= 0:
             raise ValueError(f"temperature is {temperature}, but must be above 0; choose --model.net.temperature")
         self.max_length = max_length
-        self.decay, self.temperature, self.init_std = decay, temperature, init_std
+        self.recency_decay, self.temperature, self.init_std = recency_decay, temperature, init_std
         self.dropout = nn.Dropout(dropout)
         self.user_tower = Tower(width, depth, dropout)
         self.item_tower = Tower(width, depth, dropout)
@@ -110,7 +112,7 @@ class TwoTower(ItemScorer):
         check_items(items, self.max_length)
         positions = torch.arange(items.shape[1], device=items.device)
         distances = positions[:, None] - positions  # [T, T]
-        weights = self.decay ** distances.clamp(min=0) * (distances >= 0)
+        weights = self.recency_decay ** distances.clamp(min=0) * (distances >= 0)
         weights = weights * (items != PADDING)[:, None]  # [B, T, T]
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)  # an item's own weight; 0 / 1 at padding
         x = weights @ self.dropout(self.embed(items))  # [B, T] -> [B, T, D]

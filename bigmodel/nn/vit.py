@@ -76,6 +76,25 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp_scale(self.dropout(self.mlp(self.mlp_norm(x)))))
 
 
+def _check_divisible(image_size: int, patch_size: int, width: int, num_heads: int, positions: PositionKind) -> None:
+    if image_size % patch_size:
+        divisors = [size for size in range(1, image_size + 1) if image_size % size == 0]
+        raise ValueError(
+            f"images of {image_size} pixels cannot be cut into patches of {patch_size}; choose a divisor as "
+            f"--model.net.patch_size ({', '.join(map(str, divisors))}), or another size of images"
+        )
+    if width % num_heads:
+        raise ValueError(
+            f"width {width} is not divisible by num_heads {num_heads}; choose --model.net.width or "
+            "--model.net.num_heads so that it is"
+        )
+    if positions == "sincos" and width % 4:
+        raise ValueError(
+            f"width {width} is not divisible by 4, which sincos positions need; choose --model.net.width, or "
+            "--model.net.positions learned"
+        )
+
+
 class ViT(nn.Module):
     """A vision transformer: maps images [B, C, H, W] to logits [B, K]. The defaults make ViT-Ti; ViT-S has width 384
     and 6 heads, ViT-B width 768 and 12 heads, ViT-L width 1024, depth 24 and 16 heads.
@@ -128,22 +147,7 @@ class ViT(nn.Module):
         check_choice("pool", pool, PoolKind)
         check_choice("positions", positions, PositionKind)
         check_probabilities(dropout=dropout)
-        if image_size % patch_size:
-            fitting = [size for size in range(1, image_size + 1) if image_size % size == 0]
-            raise ValueError(
-                f"images of {image_size} pixels cannot be cut into patches of {patch_size}; choose a divisor as "
-                f"--model.net.patch_size ({', '.join(map(str, fitting))}), or another size of images"
-            )
-        if width % num_heads:
-            raise ValueError(
-                f"width {width} is not divisible by num_heads {num_heads}; choose --model.net.width or "
-                "--model.net.num_heads so that it is"
-            )
-        if positions == "sincos" and width % 4:
-            raise ValueError(
-                f"width {width} is not divisible by 4, which sincos positions need; choose --model.net.width, or "
-                "--model.net.positions learned"
-            )
+        _check_divisible(image_size, patch_size, width, num_heads, positions)
         if num_registers < 0:
             raise ValueError(
                 f"num_registers is {num_registers}, but must be at least 0; choose --model.net.num_registers"

@@ -1,4 +1,4 @@
-"""What `bigmodel fit` carries to be measured: the clock as a callback, and the loss of each step."""
+"""Callbacks of the benchmark for `bigmodel fit`: the clock as a callback, and the loss of each step."""
 
 from __future__ import annotations
 

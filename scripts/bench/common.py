@@ -1,4 +1,4 @@
-"""What the ways of a benchmark share: sizes, flags, text, images, and the clock. Importing it is quick.
+"""Shared code of the benchmarks: sizes, flags, text, images, and the clock. Importing it is quick.
 
 A *way* is a command that does the work of a row in its own fashion. It prints its figure as one line, {"figure": 123.4}.
 """
@@ -156,7 +156,7 @@ def environment() -> dict[str, str]:
 
 
 def run_in_terminal(command: list[str]) -> str:
-    """What a command prints on a terminal of its own, for progress bars are part of what is measured.
+    """Return the output of a command on its own terminal, because progress bars are part of the measurement.
 
     Raises:
         RuntimeError: if it fails, with the end of what it printed.

@@ -12,7 +12,7 @@ import torch
 
 from bench.common import report
 from bigmodel.nn import GPT
-from bigmodel.tasks.language_modeling.generation import generate
+from bigmodel.tasks.language_modeling.generation import Sampling, generate
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
         seconds, tokens = {}, {}
         for use_cache in (True, False):
             start = time.perf_counter()
-            steps = generate(net, prompt, max_new_tokens=256, temperature=0, use_cache=use_cache)
+            steps = generate(net, prompt, Sampling(256, temperature=0), use_cache=use_cache)
             tokens[use_cache] = [int(token) for token in steps]
             seconds[use_cache] = time.perf_counter() - start
         assert tokens[True] == tokens[False], "the cache must change nothing"

@@ -39,7 +39,7 @@ def make_images(width: int, height: int) -> Path:
 
 
 def read(path: Path) -> int:
-    """What a person writes without a framework."""
+    """Read images in a plain loop without a framework."""
     with Image.open(path) as image:
         width, height = image.size
         area = width * height * random.uniform(0.08, 1)

@@ -1,4 +1,4 @@
-"""What wants other versions than bigmodel does, in an environment of its own, with this one's torch."""
+"""Packages that need other versions than bigmodel, in their own environments, with the same torch."""
 
 from __future__ import annotations
 

@@ -57,8 +57,8 @@ def main() -> None:
         for copy in range(1 if options.one_file else options.copies):
             for number, document in enumerate(documents):
                 (text / f"{copy:04d}-{number:06d}.txt").write_bytes(document)
-        BPE().make(document.decode() for document in documents[:10000]).backend.save(str(made))
-        choice = Pretrained(scratch, end_of_text="<|endoftext|>")
+        BPE().build(document.decode() for document in documents[:10000]).backend.save(str(made))
+        tokenizer_config = Pretrained(scratch, eos_token="<|endoftext|>")
         size = sum(path.stat().st_size for path in text.iterdir())
         print(f"{size / 1e6:,.1f} MB in {len(list(text.iterdir())):,} files, {options.processes} processes")
         ratios = []
@@ -68,7 +68,7 @@ def main() -> None:
             answer = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()
             theirs = float(answer[0])
             start = time.perf_counter()
-            plan = make_plan(str(text), choice, DocumentHashSplit(val=0), [], str(Path(scratch, "cache")))
+            plan = make_plan(str(text), tokenizer_config, DocumentHashSplit(val=0), [], str(Path(scratch, "cache")))
             prepared = prepare(plan, options.processes)
             ours = time.perf_counter() - start
             written = sum(split.tokens - split.documents for split in prepared.splits.values())

@@ -1,4 +1,4 @@
-"""What the ways of the rows on recommendation share: events of MovieLens as a file that each of them reads.
+"""Shared code of the rows on recommendation: events of MovieLens as a file.
 
 Run as a module, it is bigmodel's way to rank: the validation that `bigmodel fit` does, of an untrained net, again and again.
 """
@@ -56,12 +56,12 @@ def main() -> None:
     import lightning as L
 
     from bigmodel.nn import SASRec
-    from bigmodel.tasks.recommendation import SequenceRecommendation
+    from bigmodel.tasks.recommendation import SequentialRecommendation
 
     def net(num_items: int, max_length: int) -> SASRec:
         return SASRec(num_items, max_length, width=WIDTH, depth=DEPTH, num_heads=HEADS, dropout=DROPOUT)
 
-    task, data = SequenceRecommendation(net, cutoffs=(10,)), movielens()
+    task, data = SequentialRecommendation(net, topk=(10,)), movielens()
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     report_seconds(lambda: trainer.validate(task, data, verbose=False))
 

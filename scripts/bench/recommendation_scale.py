@@ -1,4 +1,4 @@
-"""A catalogue of a million items through `bigmodel fit`: seconds and peak resident memory of each phase.
+"""A million items through `bigmodel fit`: seconds and peak resident memory of each phase.
 
     python -m bench.recommendation_scale [--items 1000000] [--users 200000] [--events 50]
 

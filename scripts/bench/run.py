@@ -76,7 +76,7 @@ def _short(value: float) -> str:
 
 
 def machine() -> str:
-    """What the figures depend on."""
+    """Return the conditions of the measurement."""
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     versions = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "lightning", "transformers"))
     cores = f"{os.cpu_count()} cores, {PRECISION}"

@@ -100,7 +100,7 @@ def choices(name: str, task: str, *flags: object) -> list[str]:
     settings = {
         "model": f"{where}.{task}", "model.net.width": 16, "model.loss": f"{where}.SampledSoftmax",
         "model.loss.num_negatives": 8, "model.optimizer": "torch.optim.SGD", "model.optimizer.lr": 0.5,
-        "model.cutoffs": "[5]", "data": f"{where}.InteractionData", "data.path": "events.csv", "data.max_length": 8,
+        "model.topk": "[5]", "data": f"{where}.InteractionData", "data.path": "events.csv", "data.max_length": 8,
         "data.batch_size": 32, "data.micro_batch_size": 4, "data.cache_dir": "cache", "trainer.accelerator": "cpu",
         "trainer.max_epochs": "null", "trainer.max_steps": 4, "trainer.val_check_interval": 2,
         "trainer.check_val_every_n_epoch": "null", "callbacks.best.monitor": "val/ndcg@5", "callbacks.best.mode": "max",
@@ -190,7 +190,7 @@ if __name__ == "__main__":
     )
     main(["fit", *images("images", digits, *strategy(), "--trainer.precision", "auto")])
     bigmodel.training.precision.bf16_speed = slow
-    main(["fit", *choices("histories", "SequenceRecommendation", "--model.net.dropout", 0, *strategy())])
+    main(["fit", *choices("histories", "SequentialRecommendation", "--model.net.dropout", 0, *strategy())])
     main(["fit", *choices("pairs", "PairRecommendation", *strategy())])
     outsider = Path(__file__).parents[1] / "outsider" / "experiment.yaml"
     few = ["--data.path", table, "--data.batch_size", "12", "--trainer.accelerator", "cpu", "--trainer.max_steps", "3"]

@@ -279,7 +279,7 @@ def test_hstu_asks_for_the_times_of_all_items() -> None:
 
 @pytest.mark.parametrize(("depth", "decay"), [(0, 1.0), (2, 0.7)])
 def test_two_towers_score_by_cosine(depth: int, decay: float) -> None:
-    net = randomised(TwoTower(**SIZES, depth=depth, decay=decay))
+    net = randomised(TwoTower(**SIZES, depth=depth, recency_decay=decay))
     items = padded(HISTORIES)
     features, logits = net.features(items), net(items)
 

@@ -194,7 +194,7 @@ def test_autocast_to_bfloat16_runs() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"depth": 19}, r"no ResNet of depth 19: choose --model.net.depth 18, 34, 50, 101, 152, or 6 n \+ 2"),
+        ({"depth": 19}, r"no ResNet of depth 19: set --model.net.depth to 18, 34, 50, 101, 152, or 6 n \+ 2"),
         ({"depth": 2}, "no ResNet of depth 2"),
         ({"depth": 18, "blocks": (2, 2)}, r"depth 18 and blocks \[2, 2\].*--model.net.depth and --model.net.blocks"),
         ({"blocks": (2, 2), "widths": (8,)}, r"widths \[8\] are for 1 stages, blocks \[2, 2\] for 2"),

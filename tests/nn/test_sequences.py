@@ -20,7 +20,7 @@ LOOKS_BACK: dict[str, Any] = {
     "GRU4Rec": (GRU4Rec, {"depth": 2, "hidden": 24}),
     "HSTU": (HSTU, {}),
     "HSTU without times": (HSTU, {"num_time_buckets": 0}),
-    "TwoTower": (TwoTower, {"decay": 0.5}),
+    "TwoTower": (TwoTower, {"recency_decay": 0.5}),
 }
 ALL = LOOKS_BACK | {"BERT4Rec": (BERT4Rec, {}), "BERT4Rec explicit": (BERT4Rec, {"attention": "explicit"})}
 looks_back = pytest.mark.parametrize("name", LOOKS_BACK)
@@ -241,7 +241,7 @@ def test_inputs_that_do_not_fit_are_refused(name: str) -> None:
     times = torch.zeros(1, 1, dtype=torch.long)
     with pytest.raises(ValueError, match=r"13 items do not fit into the net's max_length 12; .* --data.max_length"):
         net(*histories(13, width=13))
-    with pytest.raises(ValueError, match=r"from 32 to 32, but this net knows 1 to 30 and 0 for padding"):
+    with pytest.raises(ValueError, match=r"from 32 to 32, but must be in 1 to 30, or 0 for padding"):
         net(torch.tensor([[NUM_ITEMS + 2]]), times)
     for wrong in (torch.tensor([1, 2]), torch.ones(2, 0, dtype=torch.long)):
         with pytest.raises(ValueError, match=r"must be \[sequences, positions\]"):
@@ -260,7 +260,7 @@ def test_inputs_that_do_not_fit_are_refused(name: str) -> None:
         ("HSTU", {"num_time_buckets": -1}, "num_time_buckets is -1"),
         ("HSTU", {"dropout": 1.0}, "dropout 1.0 is not in"),
         ("TwoTower", {"depth": -1}, "depth is -1"),
-        ("TwoTower", {"decay": 0.0}, "decay is 0.0, but must be above 0"),
+        ("TwoTower", {"recency_decay": 0.0}, "recency_decay is 0.0, but must be above 0"),
         ("TwoTower", {"temperature": 0.0}, "temperature is 0.0"),
     ],
 )

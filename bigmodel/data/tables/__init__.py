@@ -1,11 +1,10 @@
-"""Readers of tables: found at a path, read block by block, with errors that name file and row.
+"""Table readers: find files, read them block by block, and report errors with file and row.
 
-CSV, TSV, JSON Lines and Parquet; and the data sets of Hugging Face's `datasets`, in
-`bigmodel.data.tables.hugging_face`::
+CSV, TSV, JSON Lines and Parquet; and datasets of Hugging Face's `datasets`, in `bigmodel.data.tables.hugging_face`::
 
     class Weather:
-        def found(self, where, there):  # the columns to read, by role; see `Columns`
-            return find_columns(where, there, {"day": ("day", "date"), "degrees": ("degrees",)})
+        def select_columns(self, where, available):  # the columns to read, by role; see `ColumnSelector`
+            return find_columns(where, available, {"day": ("day", "date"), "degrees": ("degrees",)})
 
     for file in find_files(path, partial(files_in, suffixes=(".csv", ".parquet")), "tables of weather (CSV, Parquet)"):
         for rows in read_table(file, Weather()):
@@ -15,7 +14,7 @@ This package imports neither torch nor Lightning.
 """
 
 from bigmodel.data.tables.files import files_in, find_files
-from bigmodel.data.tables.rows import Columns, Rows, find_columns
+from bigmodel.data.tables.rows import ColumnSelector, Rows, find_columns
 from bigmodel.data.tables.text import read_table
 
-__all__ = ["Columns", "Rows", "files_in", "find_columns", "find_files", "read_table"]
+__all__ = ["ColumnSelector", "Rows", "files_in", "find_columns", "find_files", "read_table"]

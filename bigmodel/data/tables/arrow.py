@@ -10,17 +10,17 @@ from contextlib import closing, contextmanager
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bigmodel.data.tables.rows import Columns, Rows
+from bigmodel.data.tables.rows import ColumnSelector, Rows
 
 _ROWS_AT_ONCE = 2**14
 
 
 @contextmanager
 def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file for reading in pieces, without a whole row group in memory.
+    """Open a Parquet file for reading in parts smaller than a row group.
 
     Raises:
-        ValueError: if it cannot be read, then or later.
+        ValueError: if it cannot be opened, or cannot be read within the context.
     """
     try:
         with closing(pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)) as file:
@@ -29,21 +29,21 @@ def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
 
 
-def read_parquet(path: str, columns: Columns, rows_at_once: int = _ROWS_AT_ONCE) -> Iterator[Rows]:
-    """Yield the rows of a Parquet file, counted from 0, as by the libraries that read this format.
+def read_parquet(path: str, columns: ColumnSelector, rows_at_once: int = _ROWS_AT_ONCE) -> Iterator[Rows]:
+    """Yield the rows of a Parquet file, numbered from 0, as in pandas and pyarrow.
 
     Raises:
         ValueError: if it cannot be read or lacks a column.
     """
     with open_parquet(path) as file:
-        names = columns.found(path, file.schema_arrow.names).values()
+        names = columns.select_columns(path, file.schema_arrow.names).values()
         batches = file.iter_batches(rows_at_once, columns=list(names))
         bytes_a_row = os.path.getsize(path) / max(file.metadata.num_rows, 1)
-        yield from rows_of(path, file.schema_arrow, batches, columns, rows_at_once, bytes_a_row)
+        yield from iter_blocks(path, file.schema_arrow, batches, columns, rows_at_once, bytes_a_row)
 
 
-def read_arrow(where: str, paths: Iterable[str], columns: Columns) -> Iterator[Rows]:
-    """Yield the rows of Arrow files written by Hugging Face's `datasets`, as one table, counted from 0.
+def read_arrow(where: str, paths: Iterable[str], columns: ColumnSelector) -> Iterator[Rows]:
+    """Yield the rows of Arrow files written by Hugging Face's `datasets`, as one table, numbered from 0.
 
     Raises:
         ValueError: if a file is damaged, or lacks a column.
@@ -52,18 +52,18 @@ def read_arrow(where: str, paths: Iterable[str], columns: Columns) -> Iterator[R
     for path in paths:
         try:
             with pa.memory_map(path) as file, pa.ipc.open_stream(file) as stream:
-                for rows in rows_of(where, stream.schema, stream, columns, first=first):
+                for rows in iter_blocks(where, stream.schema, stream, columns, first=first):
                     yield rows
                     first += len(rows)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path} cannot be read as an Arrow file of datasets: {error}") from error
 
 
-def rows_of(
+def iter_blocks(
     where: str,
     schema: pa.Schema,
     batches: Iterable[pa.RecordBatch],
-    columns: Columns,
+    columns: ColumnSelector,
     rows_at_once: int = _ROWS_AT_ONCE,
     bytes_a_row: float = 0.0,
     first: int = 0,
@@ -74,15 +74,15 @@ def rows_of(
         where: the table, for messages.
         schema: of the batches.
         batches: in order.
-        columns: those that are read.
-        rows_at_once: in a block, at most.
-        bytes_a_row: approximate size in the file.
-        first: the number of the first row, for messages.
+        columns: selects the columns to read.
+        rows_at_once: maximum number of rows in a block.
+        bytes_a_row: approximate size of a row in the file.
+        first: number of the first row, for messages.
 
     Raises:
         ValueError: if a column is missing.
     """
-    found = columns.found(where, schema.names)
+    found = columns.select_columns(where, schema.names)
     classes = {role: names for role, name in found.items() if (names := class_names(schema, name))}
     for batch in batches:
         for start in range(0, len(batch), rows_at_once):
@@ -93,11 +93,11 @@ def rows_of(
 
 
 def class_names(schema: pa.Schema, column: str) -> list[str] | None:
-    """Return the class names stored by Hugging Face's `datasets` for a column of class numbers, or of lists of these."""
-    written = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    feature = written.get("info", {}).get("features", {}).get(column, {})
+    """Return the class names that Hugging Face's `datasets` stores for a column of class indices, or of lists of them."""
+    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    feature = metadata.get("info", {}).get("features", {}).get(column, {})
     if isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
         feature = feature["feature"]
-    if isinstance(feature, list):  # older versions wrote a list
+    if isinstance(feature, list):  # of older versions
         feature = feature[0]
     return feature.get("names") if isinstance(feature, dict) else None

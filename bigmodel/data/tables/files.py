@@ -10,15 +10,15 @@ from typing import Literal
 
 
 def find_files(path: str | Sequence[str], in_folder: Callable[[str], list[str]], known: str) -> list[str]:
-    """Return the matching files, in order, each once.
+    """Return the matching files, in order, without duplicates.
 
     Args:
         path: files, folders and globs (** is any depth).
         in_folder: returns the files of a folder, for example `files_in`.
-        known: the kinds of data that can be read, for messages.
+        known: supported kinds of data, for messages.
 
     Raises:
-        ValueError: if nothing is given, or an entry matches no file.
+        ValueError: if the path is empty, or an entry matches no file.
     """
     files: dict[str, None] = {}
     for given in [path] if isinstance(path, str) else path:
@@ -28,26 +28,26 @@ def find_files(path: str | Sequence[str], in_folder: Callable[[str], list[str]],
         elif os.path.isdir(place):
             found = in_folder(given)
             if not found:
-                raise ValueError(f"--data.path {given}: no table in the folder. Known are {known}")
+                raise ValueError(f"--data.path {given}: the folder has no table. Supported: {known}")
         elif glob.has_magic(place):
             found = sorted(file for file in glob.glob(place, recursive=True) if os.path.isfile(file))
             if not found:
                 raise ValueError(f"--data.path {given}: no file matches")
         else:
             raise ValueError(
-                f"--data.path {given}: no such file or folder ({os.path.abspath(place)}). Known are {known}"
+                f"--data.path {given}: no such file or folder ({os.path.abspath(place)}). Supported: {known}"
             )
         files.update(dict.fromkeys(found))
     if not files:
-        raise ValueError(f"--data.path {path}: nothing is given. Known are {known}")
+        raise ValueError(f"--data.path {path} is empty. Supported: {known}")
     return list(files)
 
 
 def files_in(folder: str, suffixes: Sequence[str]) -> list[str]:
-    """Return the files in a folder, or else in its subfolder `data`, that have one of these suffixes; sorted.
+    """Return the files with one of these suffixes in a folder, or else in its subfolder `data`; sorted.
 
     Raises:
-        ValueError: if there are files of several suffixes.
+        ValueError: if files have different suffixes.
     """
     here = glob.escape(os.path.expanduser(folder))
     found = {
@@ -58,19 +58,21 @@ def files_in(folder: str, suffixes: Sequence[str]) -> list[str]:
     kinds = [files for files in found.values() if files]
     if len(kinds) > 1:
         some = [files[0] for files in kinds]
-        raise ValueError(f"--data.path {folder}: tables of several kinds, such as {some}; give the files")
+        raise ValueError(
+            f"--data.path {folder}: tables of several kinds, such as {some}; set it to the files of one kind"
+        )
     return kinds[0] if kinds else []
 
 
 def kind_of(path: str, known: str = "CSV, TSV, JSON Lines, Parquet") -> Literal["parquet", "json", "text"]:
-    """Return the kind of table in a file, by its first bytes; `json` is JSON Lines.
+    """Detect the kind of table by the first bytes of a file; `json` is JSON Lines.
 
     Args:
         path: the file.
-        known: the kinds of data that can be read, for messages.
+        known: supported kinds of data, for messages.
 
     Raises:
-        ValueError: if the kind is unknown, the file is empty, or cannot be read.
+        ValueError: if the kind is unknown, or the file is empty or cannot be read.
     """
     try:
         with open(path, "rb") as stream:
@@ -82,13 +84,13 @@ def kind_of(path: str, known: str = "CSV, TSV, JSON Lines, Parquet") -> Literal[
     if head.startswith(b"PAR1"):
         return "parquet"
     if b"\0" in head or head.startswith(b"\x1f\x8b"):
-        raise ValueError(f"{path}: a file of no known kind. Known are {known}")
+        raise ValueError(f"{path}: unknown kind of file. Supported: {known}")
     return "json" if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") else "text"
 
 
 @contextmanager
 def example_package(path: str) -> Iterator[None]:
-    """Convert a missing package, which provides an example data set, to an error with the command to install it.
+    """Convert the error of a missing package of example data to one that names the command to install it.
 
     Raises:
         ValueError: if the package is not installed.

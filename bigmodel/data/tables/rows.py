@@ -1,4 +1,4 @@
-"""Blocks of rows, returned by every reader of tables, and column names.
+"""Blocks of rows, as every table reader yields them, and the selection of columns.
 
 M rows in a block.
 """
@@ -13,40 +13,44 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 
-class Columns(Protocol):
+class ColumnSelector(Protocol):
     """Selection of a table's columns, by role."""
 
-    def found(self, where: str, there: Sequence[str]) -> dict[str, str]:
-        """Return the names of columns by role, in a table with these columns; `find_columns` helps.
+    def select_columns(self, where: str, available: Sequence[str]) -> dict[str, str]:
+        """Return the name of the column of each role, usually by `find_columns`.
+
+        Args:
+            where: the table, for messages.
+            available: names of its columns.
 
         Raises:
-            ValueError: if a required one is missing.
+            ValueError: if a required column is missing.
         """
 
 
 def find_columns(
-    where: str, there: Sequence[str], names: Mapping[str, Sequence[str]], optional: Collection[str] = ()
+    where: str, available: Sequence[str], names: Mapping[str, Sequence[str]], optional: Collection[str] = ()
 ) -> dict[str, str]:
-    """Return the names of columns by role: for each, the first candidate that exists.
+    """Return the name of the column of each role: the first candidate that the table has.
 
     Args:
         where: the table, for messages.
-        there: its columns.
+        available: names of its columns.
         names: candidate names for the column of each role. The flag of a role `x` is --data.x_column.
         optional: roles that may be missing.
 
     Raises:
-        ValueError: if a required one is missing.
+        ValueError: if a required column is missing.
     """
     found = {}
     for role, candidates in names.items():
-        name = next((name for name in candidates if name in there), None)
+        name = next((name for name in candidates if name in available), None)
         if name is not None:
             found[role] = name
         elif role not in optional:
-            asked = " or ".join(map(repr, candidates))
+            missing = " or ".join(map(repr, candidates))
             raise ValueError(
-                f"{where}: there is no column {asked}, only {list(there)}; set --data.{role}_column to one of them"
+                f"{where}: there is no column {missing}, only {list(available)}; set --data.{role}_column to one of them"
             )
     return found
 
@@ -58,12 +62,11 @@ class Rows:
     Attributes:
         where: the file.
         first: the number of the first row, for messages.
-        columns: by role; arrays of M each.
-        typed: True if the columns' types are the source's own. If not, all are text that may represent numbers or
-            lists.
+        columns: by role, an array of M values each.
+        typed: True if the file has column types. False: all columns are text, which may represent numbers or lists.
         size: approximate bytes of these rows in the file.
-        word: the term for a row, for messages.
-        classes: names stored by Hugging Face's `datasets` for a column of class numbers, by role.
+        word: "row" or "line", for messages.
+        classes: class names that Hugging Face's `datasets` stores for a column of class indices, by role.
     """
 
     where: str
@@ -78,7 +81,7 @@ class Rows:
         return len(next(iter(self.columns.values())))
 
     def name(self, row: int) -> str:
-        """Format file and number of one of these rows, for messages."""
+        """Return file and number of one of these rows, for messages."""
         return f"{self.where} {self.word} {self.first + row:,}"
 
 
@@ -87,13 +90,13 @@ def is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
-def plain(values: pa.Array) -> pa.Array:
-    """Return a column with its strings as `string`, not as a dictionary or a view."""
+def decode_dictionary(values: pa.Array) -> pa.Array:
+    """Return a column without dictionary encoding, its strings as `string`."""
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
     return values.cast(pa.string()) if is_text(values.type) else values
 
 
-def first_true(values: pa.Array) -> int:
-    """Return the index of the first true row; -1 if there is none."""
+def first_index(values: pa.Array) -> int:
+    """Return the index of the first true value; -1 if there is none."""
     return int(pc.index(values, True).as_py())

@@ -1,7 +1,7 @@
 """Text tables: CSV and TSV with a header line, other layouts of lines, JSON Lines.
 
-In CSV, cells with line ends or delimiters are in double quotes. In a .tsv file a quote is an ordinary character, as its
-registration requires (IANA, text/tab-separated-values).
+In CSV, cells with line ends or delimiters are in double quotes. In a .tsv file a quote is an ordinary character, as in its
+definition (IANA, text/tab-separated-values).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import pyarrow.csv
 
 from bigmodel.data.tables.arrow import read_parquet
 from bigmodel.data.tables.files import kind_of
-from bigmodel.data.tables.rows import Columns, Rows
+from bigmodel.data.tables.rows import ColumnSelector, Rows
 
-_BLOCK_BYTES = 4 * 2**20  # a row must fit; about ten blocks are read ahead
+_BLOCK_BYTES = 4 * 2**20  # larger than any row; about ten blocks are read ahead
 _LINES_AT_ONCE = 2**12
 
 
-def read_table(path: str, columns: Columns) -> Iterator[Rows]:
+def read_table(path: str, columns: ColumnSelector) -> Iterator[Rows]:
     """Yield the rows of a CSV, TSV, JSON Lines or Parquet file; see the reader of each.
 
     Raises:
@@ -42,11 +42,11 @@ class Layout:
     """Layout of a text table.
 
     Args:
-        delimiter: one character, which separates the columns.
+        delimiter: the character between columns.
         names: of the columns.
-        header: True if the first line holds these.
+        header: True if the first line contains the names.
         quotes: True if cells may be in double quotes.
-        lines: True if each line is a row, even within quotes; rows are then named by line number, as in an editor.
+        lines: True if each line is a row, even within quotes; messages then give line numbers, as in an editor.
     """
 
     delimiter: str
@@ -62,7 +62,7 @@ def layout_of(path: str, lines: bool = False) -> Layout:
     The delimiter is the most frequent of comma, tab, semicolon and bar in that line.
 
     Raises:
-        ValueError: if it has no such line, or cannot be read.
+        ValueError: if the header is empty, or the file cannot be read.
     """
     line = first_line(path)
     if path.endswith(".tsv") and not lines:
@@ -85,19 +85,19 @@ def first_line(path: str) -> str:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     if not line.strip():
-        raise ValueError(f"{path}: the first line, which names the columns, is empty")
+        raise ValueError(f"{path}: the first line is empty; it must contain the column names")
     return line
 
 
-def read_delimited(path: str, layout: Layout, columns: Columns) -> Iterator[Rows]:
-    """Yield the rows of a delimited text, counted from 1 below the header; or its lines, counted from 1.
+def read_delimited(path: str, layout: Layout, columns: ColumnSelector) -> Iterator[Rows]:
+    """Yield the rows of a delimited text, all columns as text.
 
-    All columns are text.
+    Rows are numbered from 1 below the header; or with `layout.lines`, by line from 1.
 
     Raises:
         ValueError: if it cannot be read or lacks a column.
     """
-    found = columns.found(path, layout.names)
+    found = columns.select_columns(path, layout.names)
     kinds = dict.fromkeys(found.values(), pa.string())
     first, word = (1 + layout.header, "line") if layout.lines else (1, "row")
     left = os.path.getsize(path)
@@ -127,8 +127,8 @@ def read_delimited(path: str, layout: Layout, columns: Columns) -> Iterator[Rows
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def read_json_lines(path: str, columns: Columns) -> Iterator[Rows]:
-    """Yield the lines of a JSON Lines file, an object in each, counted from 1.
+def read_json_lines(path: str, columns: ColumnSelector) -> Iterator[Rows]:
+    """Yield the objects of a JSON Lines file, numbered by line from 1.
 
     Raises:
         ValueError: if a line is not an object or lacks a column, or a column's values are not of one type.
@@ -139,7 +139,7 @@ def read_json_lines(path: str, columns: Columns) -> Iterator[Rows]:
         with open(path, encoding="utf-8-sig") as stream:
             while lines := list(islice(stream, _LINES_AT_ONCE)):
                 objects = [_object(path, first + i, line) for i, line in enumerate(lines)]
-                found = found or columns.found(f"{path} line 1", list(objects[0]))
+                found = found or columns.select_columns(f"{path} line 1", list(objects[0]))
                 cells = {
                     role: _column(path, first, name, [value.get(name) for value in objects])
                     for role, name in found.items()
@@ -156,10 +156,10 @@ def _object(path: str, number: int, line: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        what = f"is no JSON: {error}" if line.strip() else "is empty: remove it"
+        what = f"is not JSON: {error}" if line.strip() else "is empty: remove it"
         raise ValueError(f"{path} line {number:,} {what}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} line {number:,}: an object is needed ({{...}}), not {line.strip()[:40]!r}")
+        raise ValueError(f"{path} line {number:,}: {line.strip()[:40]!r} is not a JSON object ({{...}})")
     return value
 
 
@@ -171,6 +171,6 @@ def _column(path: str, first: int, name: str, values: list[Any]) -> pa.Array:
     kind = type(next(value for value in values if value is not None))
     row = next((i for i, value in enumerate(values) if value is not None and type(value) is not kind), 0)
     raise ValueError(
-        f"{path} line {first + row:,}: {str(values[row])[:40]!r} in {name!r} is of another type than those before, which are"
-        f" {kind.__name__}; bring all to one"
+        f"{path} line {first + row:,}: {str(values[row])[:40]!r} in {name!r} differs in type from the values before"
+        f" ({kind.__name__}); convert all to one type"
     )

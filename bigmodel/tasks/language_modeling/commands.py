@@ -11,25 +11,25 @@ from bigmodel.run.config import flag_value, parse_flags
 _HELP = """\
 bigmodel generate RUN --prompt TEXT [--max_new_tokens N] [--temperature X] [--top_k N] [--top_p X] [--seed N]
 
-Lets a run's trained model go on with a text, and prints it as it comes.
+Continues a text with the trained model of a run, and prints it token by token.
 
-  --prompt TEXT          where to start
-  --max_new_tokens N     how many tokens to add (default 256)
-  --temperature X        0 takes the likeliest token each time; higher is more varied (default 0.8)
-  --top_k N              draw among the N likeliest tokens only
-  --top_p X              draw among the likeliest tokens that together have probability X
-  --seed N               the same seed draws the same text
+  --prompt TEXT          the text to continue
+  --max_new_tokens N     maximum number of new tokens (default 256)
+  --temperature X        0: greedy decoding; higher: more varied text (default 0.8)
+  --top_k N              sample from the N most likely tokens only
+  --top_p X              sample from the most likely tokens that together have probability X
+  --seed N               the same seed gives the same text
   --checkpoint NAME      best (default), last, or a file in the run's checkpoints/
   --device NAME          cpu, cuda, ... (default: a GPU if there is one)
 
-bigmodel generate RUN --documents N --out FOLDER [--prompt_tokens N] [--batch_size N] and the flags above, but for --prompt
+bigmodel generate RUN --documents N --out FOLDER [--prompt_tokens N] [--batch_size N] and the flags above except --prompt
 
-Lets it write N documents, for a student to be trained on (--data.path FOLDER). Each goes on with the beginning of one of the
-run's training documents. Interrupted, the same words go on.
+Generates a corpus of N documents, to train a student on (--data.path FOLDER). Each document continues the beginning of a
+training document of the run. The same command continues after an interruption.
 
-  --out FOLDER           a new folder: a file for each document
-  --prompt_tokens N      length of a beginning (default 16); 0: none
-  --batch_size N         documents written at once (default 32)
+  --out FOLDER           a new folder, for one file per document
+  --prompt_tokens N      tokens of a prompt (default 16); 0: no prompt
+  --batch_size N         documents generated at once (default 32)
   --temperature X        default 1: the model's own distribution
 """
 
@@ -41,7 +41,7 @@ def run_generate(argv: list[str]) -> None:
         return
     positional, files, flags = parse_flags(argv)
     if len(positional) != 1 or files:
-        raise ValueError("name one run, as in `bigmodel generate RUN --prompt TEXT`; `bigmodel list` shows the runs")
+        raise ValueError("one run is needed: `bigmodel generate RUN --prompt TEXT`; `bigmodel list` shows the runs")
     options: dict[str, Any] = {key: text if key in ("prompt", "out") else flag_value(key, text) for key, text in flags}
     checkpoint, runs_dir = options.pop("checkpoint", "best"), options.pop("runs_dir", "runs")
     device = options.pop("device", None)
@@ -60,12 +60,12 @@ def run_generate(argv: list[str]) -> None:
         write_documents(positional[0], task, data, weights_digest(task.net), options)
         return
     if not hasattr(task, "stream"):
-        raise ValueError(f"{type(task).__name__} does not generate: it has no method `stream(prompt, ...)`")
+        raise ValueError(f"{type(task).__name__} cannot generate: it has no method `stream(prompt, ...)`")
     accepted = inspect.signature(task.stream).parameters
     unknown = options.keys() - accepted.keys()
     if unknown or "prompt" not in options:
-        problem = f"no flag --{sorted(unknown)[0]}" if unknown else "a --prompt is needed"
-        raise ValueError(f"{problem}; generation takes {', '.join('--' + name for name in accepted)}")
+        problem = f"unknown flag --{sorted(unknown)[0]}" if unknown else "--prompt is missing"
+        raise ValueError(f"{problem}; the flags are {', '.join('--' + name for name in accepted)}")
     print(options["prompt"], end="", flush=True)
     for piece in task.stream(**options):
         print(piece, end="", flush=True)

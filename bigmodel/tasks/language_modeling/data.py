@@ -1,4 +1,4 @@
-"""Text as packed windows of tokens: the data module, its dataset and its batch.
+"""Data module, dataset and batch: text as packed windows of tokens.
 
 Dimensions: B sequences, T context length [tokens].
 """
@@ -16,23 +16,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bigmodel.data.sampling import Permutation, eval_loader, train_loader
+from bigmodel.nn.loss import IGNORE_INDEX
 from bigmodel.tasks.language_modeling.prepare import Plan, make_plan, prepare
-from bigmodel.tasks.language_modeling.shards import Prepared, Tokens
-from bigmodel.tasks.language_modeling.sources import blocks, read_text
-from bigmodel.tasks.language_modeling.splits import DocumentHashSplit, Split
+from bigmodel.tasks.language_modeling.shards import PreparedText, TokenArray
+from bigmodel.tasks.language_modeling.sources import iter_text, read_text
+from bigmodel.tasks.language_modeling.splits import DocumentHashSplit, TextSplit
 from bigmodel.tasks.language_modeling.tokenizer import Tokenizer
 from bigmodel.tasks.language_modeling.tokenizer_config import BPE, TokenizerConfig
 
-IGNORED = -100  # target of a position without a target
-BEGINNING = 2**14  # maximum length of the start of a document that is used as a prompt [bytes]
+MAX_PROMPT_BYTES = 2**14  # of the start of a document that is used as a prompt
 
 
 class TextBatch(NamedTuple):
-    """Windows of text.
+    """Windows of tokens.
 
     Attributes:
         tokens: [B, T] int64, the input.
-        targets: [B, T] int64, the token after each; -100 past the end of a split.
+        targets: [B, T] int64, the next token of each; -100 past the end of a split.
         index: [B] int64, number of the window in its split.
         weight: [B] float32, 0 for padding rows.
     """
@@ -43,21 +43,21 @@ class TextBatch(NamedTuple):
     weight: Tensor
 
 
-class Windows(Dataset[TextBatch]):
-    """Dataset of a split cut into windows of T tokens.
+class TextWindows(Dataset[TextBatch]):
+    """Dataset of the windows of T tokens of a split.
 
-    Window i reads tokens iT to iT + T and predicts the successor of each, so every token but the first is predicted
-    exactly once.
+    The input of window i is tokens iT to iT + T - 1, its targets are their successors: every token but the first is
+    predicted exactly once.
 
     Args:
         tokens: tokens of the split.
         context_length: T.
-        end_of_text: id that pads the input after the end of the split.
-        partial: keep a last window with fewer than T targets.
+        eos_token_id: pads the input after the end of the split.
+        partial: include a last window with fewer than T targets.
     """
 
-    def __init__(self, tokens: Tokens, context_length: int, end_of_text: int, partial: bool) -> None:
-        self.tokens, self.context_length, self.end_of_text = tokens, context_length, end_of_text
+    def __init__(self, tokens: TokenArray, context_length: int, eos_token_id: int, partial: bool) -> None:
+        self.tokens, self.context_length, self.eos_token_id = tokens, context_length, eos_token_id
         self.num_predicted = len(tokens) - 1
         self._length = (self.num_predicted + (context_length - 1) * partial) // context_length
 
@@ -73,26 +73,26 @@ class Windows(Dataset[TextBatch]):
         T = self.context_length
         windows = np.empty((len(indices), T + 1), np.int64)
         for row, index in zip(windows, indices, strict=True):
-            here = min(T + 1, len(self.tokens) - index * T)
-            self.tokens.read(index * T, row[:here])
-            row[here:] = IGNORED
-        both = torch.from_numpy(windows)
-        inputs = both[:, :-1].masked_fill(both[:, :-1] == IGNORED, self.end_of_text)
-        return TextBatch(inputs, both[:, 1:].contiguous(), torch.tensor(indices), torch.ones(len(indices)))
+            length = min(T + 1, len(self.tokens) - index * T)
+            self.tokens.read(index * T, row[:length])
+            row[length:] = IGNORE_INDEX
+        ids = torch.from_numpy(windows)
+        inputs = ids[:, :-1].masked_fill(ids[:, :-1] == IGNORE_INDEX, self.eos_token_id)
+        return TextBatch(inputs, ids[:, 1:].contiguous(), torch.tensor(indices), torch.ones(len(indices)))
 
 
 class TextData(L.LightningDataModule):
-    """Windows of tokens from files of text or code, which are tokenized once into a cache.
+    """Data module: windows of tokens from files of text or code, which are tokenized once into a cache.
 
     Args:
         path: files, folders or globs (** is any depth); each UTF-8 file is one document. In a folder, the files with a
             suffix of text or code are used. {stdlib} is the folder of this Python's standard library.
         tokenizer: BPE (by default), Pretrained, FromRun, Bytes or Characters, all of bigmodel.tasks.language_modeling.
-        split: assigns documents to validation and test: DocumentHashSplit (by default), ContiguousSplit or FileSplit.
+        split: DocumentHashSplit (by default), ContiguousSplit or FileSplit; assigns documents to validation and test.
         context_length: tokens per sequence.
         batch_size: sequences per optimizer step over all processes.
         micro_batch_size: sequences per forward pass of one process; by default its whole share of the batch.
-        exclude: patterns of files to exclude, matched with the path below the folder or glob; * also matches /.
+        exclude: patterns of files to exclude, matched against the path below the folder or glob; * also matches /.
         cache_dir: folder of the prepared text; by default $BIGMODEL_CACHE or ~/.cache/bigmodel.
         num_processes: processes that tokenize; by default one per core.
         num_workers: processes that prefetch batches; 0 reads them in the training process, which takes microseconds.
@@ -108,13 +108,13 @@ class TextData(L.LightningDataModule):
     sizes: dict[str, int]
     fingerprint: str
     tokenizer: Tokenizer
-    prepared: Prepared
+    prepared: PreparedText
 
     def __init__(
         self,
         path: str | list[str],
         tokenizer: TokenizerConfig | None = None,
-        split: Split | None = None,
+        split: TextSplit | None = None,
         context_length: int = 256,
         batch_size: int = 16,
         micro_batch_size: int | None = None,
@@ -126,24 +126,22 @@ class TextData(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if context_length < 1:
-            raise ValueError(f"--data.context_length {context_length}: at least 1 token is needed")
+            raise ValueError(f"--data.context_length {context_length}: must be at least 1")
         if num_processes is not None and num_processes < 1:
-            raise ValueError(
-                f"--data.num_processes {num_processes}: at least 1 is needed; leave it out for one per core"
-            )
+            raise ValueError(f"--data.num_processes {num_processes}: must be at least 1, or null for one per core")
         self.path, self.exclude = path, exclude or []
-        self.choice, self.split = tokenizer or BPE(), split or DocumentHashSplit()
+        self.tokenizer_config, self.split = tokenizer or BPE(), split or DocumentHashSplit()
         self.cache_dir, self.num_processes, self.num_workers = cache_dir, num_processes, num_workers
         self.context_length, self.batch_size, self.micro_batch_size = context_length, batch_size, micro_batch_size
         self.seed = seed
         self._plan: Plan | None = None
-        self._windows: dict[str, Windows] = {}
+        self._windows: dict[str, TextWindows] = {}
 
     @property
     def plan(self) -> Plan:
-        """The checked input, assigned to splits, and the folder where it is prepared."""
+        """Checked input, assigned to splits, and the folder of the prepared text."""
         if self._plan is None:
-            self._plan = make_plan(self.path, self.choice, self.split, self.exclude, self.cache_dir)
+            self._plan = make_plan(self.path, self.tokenizer_config, self.split, self.exclude, self.cache_dir)
         return self._plan
 
     def prepare_data(self) -> None:
@@ -165,29 +163,30 @@ class TextData(L.LightningDataModule):
             return
         folder = self.plan.folder
         if not self.plan.done:
-            raise ValueError(f"the text is not prepared (there is no {folder}): call prepare_data first")
-        self.prepared = Prepared.load(folder)
-        T, facts = self.context_length, self.prepared.splits
-        if facts["train"].tokens <= T:
+            raise ValueError(f"the text is not prepared ({folder} does not exist): call prepare_data first")
+        self.prepared = PreparedText.load(folder)
+        T, splits = self.context_length, self.prepared.splits
+        if splits["train"].tokens <= T:
             raise ValueError(
-                f"the train split has {facts['train'].tokens:,} tokens; one window needs --data.context_length + 1 ="
-                f" {T + 1:,}: give more text or a shorter context"
+                f"the train split has {splits['train'].tokens:,} tokens, but one window needs {T + 1:,}: set"
+                " --data.path to more text, or --data.context_length to a smaller number"
             )
         self.tokenizer = Tokenizer.from_json((folder / self.prepared.tokenizer).read_text(encoding="utf-8"))
         self.sizes = {"vocab_size": self.prepared.vocab_size, "context_length": T}
         self.fingerprint = self.prepared.fingerprint
         self._windows = {
-            name: Windows(Tokens(folder, name), T, self.prepared.end_of_text, partial=name != "train") for name in facts
+            name: TextWindows(TokenArray(folder, name), T, self.prepared.end_of_text, partial=name != "train")
+            for name in splits
         }
 
-    def windows(self, split: str) -> Windows:
+    def windows(self, split: str) -> TextWindows:
         """Return the dataset of a split.
 
         Raises:
             ValueError: if there is no such split.
         """
         if split not in self._windows:
-            raise ValueError(f"there is no {split} split but {sorted(self._windows)}: set --data.split.{split}")
+            raise ValueError(f"no {split} split; the splits are {sorted(self._windows)}: set --data.split.{split}")
         return self._windows[split]
 
     def bytes_per_token(self, split: str) -> float:
@@ -197,23 +196,23 @@ class TextData(L.LightningDataModule):
     def split_text(self, split: str) -> Iterator[str]:
         """Yield the raw text of a split, in pieces of at most 64 KiB, with nothing between documents."""
         for segment in self.plan.splits[split]:
-            yield from blocks(segment)
+            yield from iter_text(segment)
 
     def prompts(self, numbers: Sequence[int], seed: int) -> list[str]:
-        """Return the starts of documents of the train split, up to `BEGINNING` bytes of each.
+        """Return the starts of documents of the train split, up to `MAX_PROMPT_BYTES` of each.
 
-        Number n is a document in a shuffled order that depends on the seed; numbers beyond the last document start
-        again. Needs no `setup`.
+        Number n is the n-th document (modulo their number) in a shuffled order that depends on the seed. Does not
+        require `setup`.
 
         Raises:
-            ValueError: if the text does not exist any more.
+            ValueError: if no document starts in the train split.
         """
         documents = [segment for segment in self.plan.splits["train"] if segment.start == 0]
         if not documents:
-            raise ValueError("the train split holds the beginning of no document: cut it otherwise (--data.split)")
+            raise ValueError("no document starts in the train split: set --data.split to another one")
         order = Permutation(len(documents), seed, 0)(np.array(numbers) % len(documents))
-        found = [documents[i] for i in order.tolist()]
-        return [read_text(segment, stop=min(segment.stop, BEGINNING)) for segment in found]
+        chosen = [documents[i] for i in order.tolist()]
+        return [read_text(segment, stop=min(segment.stop, MAX_PROMPT_BYTES)) for segment in chosen]
 
     def train_dataloader(self) -> DataLoader[TextBatch]:
         return train_loader(

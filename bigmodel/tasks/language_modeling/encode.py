@@ -1,10 +1,10 @@
 """Tokenization in worker processes: documents to token ids, long documents in blocks.
 
-A long document is cut into blocks of about `BLOCK_BYTES`, to limit memory and to let processes share it. The tokens are
-those of the whole document: a cut is made only where the text around it has the same tokens in one piece and in two.
-For a byte-level tokenizer this is true before nearly every space, because the pieces of its pre-tokenizer do not extend
-across one. If there is no such place (text with no white space at all; a tokenizer that treats the start of a text
-differently), the block grows until there is one, at worst to the end of the document.
+A long document is cut into blocks of about `BLOCK_BYTES`, which limits memory and distributes it over processes. The
+tokens are those of the whole document: a cut is made only where the text around it has the same tokens in one piece and
+in two. For a byte-level tokenizer this is true before nearly every space, because the pieces of its pre-tokenizer do not
+extend across one. If there is no such place (text without white space; a tokenizer that treats the start of a text
+differently), the block grows until there is one, at most to the end of the document.
 
 This module imports neither torch nor Lightning.
 """
@@ -19,7 +19,7 @@ from itertools import accumulate, islice
 import numpy as np
 
 from bigmodel.tasks.language_modeling.shards import token_dtype
-from bigmodel.tasks.language_modeling.sources import Segment, blocks, read_text
+from bigmodel.tasks.language_modeling.sources import Segment, iter_text, read_text
 from bigmodel.tasks.language_modeling.tokenizer import Tokenizer, UnknownCharacter
 from bigmodel.tasks.language_modeling.tokenizer_config import TokenizerConfig
 
@@ -31,7 +31,7 @@ CUT_CONTEXT = 128  # characters on either side of a cut whose tokens must not ch
 
 
 @dataclass(frozen=True)
-class Block:
+class TextBlock:
     """Bytes `start` to `stop` of a segment's file; both are moved forward to the next possible cut."""
 
     segment: Segment
@@ -40,26 +40,26 @@ class Block:
     step: int
 
 
-def blocks_of(segments: Iterable[Segment], block_bytes: int = BLOCK_BYTES) -> Iterator[list[Block]]:
-    """Yield the segments as blocks, in order, short ones grouped: about `block_bytes` in each list."""
-    together: list[Block] = []
+def iter_text_blocks(segments: Iterable[Segment], block_bytes: int = BLOCK_BYTES) -> Iterator[list[TextBlock]]:
+    """Yield lists of blocks of the segments, in order, each list of about `block_bytes`."""
+    group: list[TextBlock] = []
     size = 0
     for segment in segments:
         for start in range(segment.start, segment.stop, block_bytes):
-            block = Block(segment, start, min(start + block_bytes, segment.stop), block_bytes)
-            together.append(block)
+            block = TextBlock(segment, start, min(start + block_bytes, segment.stop), block_bytes)
+            group.append(block)
             size += block.stop - block.start
             if size >= block_bytes:
-                yield together
-                together, size = [], 0
-    if together:
-        yield together
+                yield group
+                group, size = [], 0
+    if group:
+        yield group
 
 
-_tokenizers: dict[str, Tokenizer] = {}  # in a worker: loaded once
+_tokenizers: dict[str, Tokenizer] = {}  # by file; each worker loads a tokenizer once
 
 
-def encode_blocks(tokenizer_file: str, some: Sequence[Block]) -> tuple[np.ndarray, int]:
+def encode_blocks(tokenizer_file: str, blocks: Sequence[TextBlock]) -> tuple[np.ndarray, int]:
     """Return the token ids [n] of the blocks, with end-of-text after each document, and the number of bytes of text.
 
     Raises:
@@ -72,8 +72,8 @@ def encode_blocks(tokenizer_file: str, some: Sequence[Block]) -> tuple[np.ndarra
     dtype = token_dtype(tokenizer.vocab_size)
     pieces = []
     size = 0
-    for block in some:
-        start, stop = _cut(tokenizer, block)
+    for block in blocks:
+        start, stop = _block_range(tokenizer, block)
         size += stop - start
         text = read_text(block.segment, start, stop)
         try:
@@ -82,15 +82,15 @@ def encode_blocks(tokenizer_file: str, some: Sequence[Block]) -> tuple[np.ndarra
             offset = start + len(text[: error.position].encode())
             raise ValueError(
                 f"{block.segment.file.path}: character {error.character!r} at byte offset {offset:,} does not occur in the"
-                " train split, so the tokenizer Characters does not know it; choose the tokenizer Bytes or BPE, or another"
+                " train split, whose characters are the vocabulary: set --data.tokenizer to Bytes or BPE, or another"
                 " --data.split"
             ) from None
         if start < stop == block.segment.stop and block.segment.ends_document:
-            pieces.append(np.array([tokenizer.end_of_text], dtype))
+            pieces.append(np.array([tokenizer.eos_token_id], dtype))
     return np.concatenate(pieces), size
 
 
-def _cut(tokenizer: Tokenizer, block: Block) -> tuple[int, int]:
+def _block_range(tokenizer: Tokenizer, block: TextBlock) -> tuple[int, int]:
     """Return the start and stop of the block's text in the file [bytes]; empty if it belongs to the previous block."""
     segment = block.segment
     start: int | None = block.start
@@ -106,7 +106,7 @@ def _cut(tokenizer: Tokenizer, block: Block) -> tuple[int, int]:
 
 
 def find_cut(tokenizer: Tokenizer, segment: Segment, near: int, step: int) -> int | None:
-    """Return the first possible cut of the segment's text from `near` on, before `near + step` [bytes]; None if none."""
+    """Return the first possible cut of the segment's text from `near` to `near + step` [bytes]; None if there is none."""
     first = max(segment.start, near - 4 * CUT_CONTEXT)
     last = min(near + min(step, CUT_SEARCH_BYTES), segment.stop)
     with open(segment.file.path, "rb") as stream:
@@ -128,9 +128,9 @@ def find_cut(tokenizer: Tokenizer, segment: Segment, near: int, step: int) -> in
     return None
 
 
-def make_tokenizer(choice: TokenizerConfig, segments: Sequence[Segment]) -> str:
-    """Make the tokenizer from the segments of the train split; return it as JSON."""
-    return choice.make(sample_text(segments, choice.text_bytes)).to_json()
+def make_tokenizer(tokenizer_config: TokenizerConfig, segments: Sequence[Segment]) -> str:
+    """Build the tokenizer from the segments of the train split; return it as JSON."""
+    return tokenizer_config.build(sample_text(segments, tokenizer_config.max_train_bytes)).to_json()
 
 
 def sample_text(segments: Sequence[Segment], limit: int | None) -> Iterator[str]:
@@ -139,7 +139,7 @@ def sample_text(segments: Sequence[Segment], limit: int | None) -> Iterator[str]
     total = ends[-1] if ends else 0
     if limit is None or total <= limit:
         for segment in segments:
-            yield from blocks(segment, SAMPLE_BYTES)
+            yield from iter_text(segment, SAMPLE_BYTES)
         return
     count = max(limit // SAMPLE_BYTES, 1)
     size = min(limit, SAMPLE_BYTES)

@@ -31,17 +31,17 @@ from bigmodel.data.cache import (
     write_text,
 )
 from bigmodel.data.worker_pool import WorkerPool
-from bigmodel.tasks.language_modeling.encode import BLOCK_BYTES, blocks_of, encode_blocks, make_tokenizer
+from bigmodel.tasks.language_modeling.encode import BLOCK_BYTES, encode_blocks, iter_text_blocks, make_tokenizer
 from bigmodel.tasks.language_modeling.shards import (
     SHARD_TOKENS,
     VERSION,
-    Prepared,
+    PreparedText,
     ShardWriter,
-    SplitFacts,
+    SplitStatistics,
     token_dtype,
 )
 from bigmodel.tasks.language_modeling.sources import Segment, find_files, scan
-from bigmodel.tasks.language_modeling.splits import Split
+from bigmodel.tasks.language_modeling.splits import TextSplit
 from bigmodel.tasks.language_modeling.tokenizer import Tokenizer
 from bigmodel.tasks.language_modeling.tokenizer_config import TokenizerConfig
 
@@ -55,13 +55,13 @@ class Plan:
     Attributes:
         folder: the prepared folder.
         splits: the segments of each split.
-        choice: the tokenizer.
-        settings: the inputs of the key, for people to read.
+        tokenizer_config: configuration of the tokenizer.
+        settings: readable form of the key's inputs.
     """
 
     folder: Path
     splits: dict[str, list[Segment]]
-    choice: TokenizerConfig
+    tokenizer_config: TokenizerConfig
     settings: dict[str, Any]
 
     @property
@@ -71,9 +71,13 @@ class Plan:
 
 
 def make_plan(
-    path: str | Sequence[str], choice: TokenizerConfig, split: Split, exclude: Sequence[str], cache_dir: str | None
+    path: str | Sequence[str],
+    tokenizer_config: TokenizerConfig,
+    split: TextSplit,
+    exclude: Sequence[str],
+    cache_dir: str | None,
 ) -> Plan:
-    """Find and check the input, split it, and name its prepared folder. Writes only the scan.
+    """Find and check the input, split it, and compute its prepared folder. Writes only the scan.
 
     Raises:
         ValueError: if a file is missing, empty, unreadable or not UTF-8, or a split gets no document.
@@ -86,40 +90,40 @@ def make_plan(
     for name, segments in splits.items():
         if not segments:
             raise ValueError(
-                f"the {name} split gets no document: {len(files)} in all, dealt out by {split}. Give more files, or a larger"
-                f" share (--data.split.{name}), or cut by position (--data.split ContiguousSplit)"
+                f"the {name} split is empty: {len(files)} documents, split by {split}. Set --data.path to more files,"
+                f" --data.split.{name} to a larger share, or --data.split to ContiguousSplit"
             )
-    chosen = choice.settings()
-    settings = {**chosen, "split": str(split), "files": len(files), "empty_files_left_out": empty}
+    tokenizer = tokenizer_config.settings()
+    settings = {**tokenizer, "split": str(split), "files": len(files), "empty_files_left_out": empty}
     contents = {n: [(s.file.sha256, s.start, s.stop) for s in segments] for n, segments in splits.items()}
-    return Plan(cache / digest([VERSION, chosen, contents]), splits, choice, settings)
+    return Plan(cache / digest([VERSION, tokenizer, contents]), splits, tokenizer_config, settings)
 
 
-def prepare(plan: Plan, num_processes: int | None = None) -> Prepared:
-    """Make the plan's folder, unless it exists. Any number of processes may do so at the same time.
+def prepare(plan: Plan, num_processes: int | None = None) -> PreparedText:
+    """Create the plan's folder, unless it exists. Any number of processes may call this at the same time.
 
     Args:
         plan: from `make_plan`.
         num_processes: worker processes; None: one per core.
 
     Raises:
-        ValueError: if the tokenizer cannot be made, or a character is not in its vocabulary.
+        ValueError: if the tokenizer cannot be built, or a character is not in its vocabulary.
         OSError: if the disk is full; the message names the required space and the place.
     """
     if plan.done:
-        return Prepared.load(plan.folder)
+        return PreparedText.load(plan.folder)
     with building(plan.folder) as folder:
         return _write(plan, folder, num_processes or available_cores())
 
 
-def _write(plan: Plan, folder: Path, num_processes: int) -> Prepared:
-    """Fill the folder."""
-    began = time.monotonic()
+def _write(plan: Plan, folder: Path, num_processes: int) -> PreparedText:
+    """Write the prepared text into the folder."""
+    start = time.monotonic()
     if empty := plan.settings["empty_files_left_out"]:
-        say(f"left out as empty: {first_of(empty, 3)}")
+        say(f"excluded empty files: {first_of(empty, 3)}")
     total = sum(segment.size for segments in plan.splits.values() for segment in segments)
     read = written = 0  # [bytes]
-    facts = {}
+    statistics = {}
     with disk_errors(folder.parent, lambda: written * total // max(read, 1)), ExitStack() as stack:
         workers = stack.enter_context(WorkerPool(min(num_processes, -(-total // BLOCK_BYTES)), ONE_THREAD))
         tokenizer = _make_tokenizer(plan, folder)
@@ -128,38 +132,40 @@ def _write(plan: Plan, folder: Path, num_processes: int) -> Prepared:
         encode = partial(encode_blocks, str(folder / "tokenizer.json"))
         for name, segments in plan.splits.items():
             with ShardWriter(folder, name, dtype, SHARD_TOKENS) as writer:
-                for tokens, size in workers.map(encode, blocks_of(segments, BLOCK_BYTES)):
+                for tokens, size in workers.map(encode, iter_text_blocks(segments, BLOCK_BYTES)):
                     read, written = read + size, written + tokens.nbytes
                     writer.write(tokens)
                     advance(size)
             size = sum(segment.size for segment in segments)
-            facts[name] = SplitFacts(writer.tokens, len(segments), size, writer.sha256)
-        prepared = Prepared(
-            splits=facts,
+            statistics[name] = SplitStatistics(writer.tokens, len(segments), size, writer.sha256)
+        prepared = PreparedText(
+            splits=statistics,
             vocab_size=tokenizer.vocab_size,
-            end_of_text=tokenizer.end_of_text,
+            end_of_text=tokenizer.eos_token_id,
             dtype=dtype.str,
             shard_tokens=SHARD_TOKENS,
             tokenizer="tokenizer.json",
-            fingerprint=digest([VERSION, tokenizer.to_json(), {name: split.sha256 for name, split in facts.items()}]),
+            fingerprint=digest(
+                [VERSION, tokenizer.to_json(), {name: split.sha256 for name, split in statistics.items()}]
+            ),
             settings=plan.settings,
         )
         prepared.save(folder)
-    counts = ", ".join(f"{name} {split.tokens:,}" for name, split in facts.items())
-    seconds = time.monotonic() - began
+    counts = ", ".join(f"{name} {split.tokens:,}" for name, split in statistics.items())
+    seconds = time.monotonic() - start
     say(f"prepared {total / 1e6:,.1f} MB in {seconds:,.1f} s in {plan.folder}")
     say(f"tokens: {counts}; vocabulary: {tokenizer.vocab_size:,}")
     return prepared
 
 
 def _make_tokenizer(plan: Plan, folder: Path) -> Tokenizer:
-    """Make and save the tokenizer, in a process of its own, so that threads and memory of its training are released."""
-    began = time.monotonic()
-    if plan.choice.text_bytes == 0:
-        tokenizer = plan.choice.make([])
+    """Build and save the tokenizer, in a separate process, so that threads and memory of its training are released."""
+    start = time.monotonic()
+    if plan.tokenizer_config.max_train_bytes == 0:
+        tokenizer = plan.tokenizer_config.build([])
     else:
         with WorkerPool(1) as workers:
-            tokenizer = Tokenizer.from_json(workers.call(make_tokenizer, plan.choice, plan.splits["train"]))
-        say(f"made the tokenizer from the train split in {time.monotonic() - began:,.1f} s")
+            tokenizer = Tokenizer.from_json(workers.call(make_tokenizer, plan.tokenizer_config, plan.splits["train"]))
+        say(f"built the tokenizer from the train split in {time.monotonic() - start:,.1f} s")
     write_text(folder / "tokenizer.json", tokenizer.to_json())
     return tokenizer

@@ -2,7 +2,7 @@
 
 A prepared folder::
 
-    meta.json            its contents, see `Prepared`
+    meta.json            `PreparedText`
     tokenizer.json       `Tokenizer.to_json`
     train-00000.bin      token ids, little-endian uint16 (uint32 if the vocabulary has more than 65,536), and nothing else;
     train-00001.bin      each shard but a split's last holds `shard_tokens`
@@ -33,8 +33,8 @@ RELEASE_READS = 1024
 
 
 @dataclass
-class SplitFacts:
-    """One split: its tokens (end-of-text included), documents, bytes of UTF-8 before encoding, and the tokens' SHA-256."""
+class SplitStatistics:
+    """Statistics of a split: tokens (including end-of-text), documents, bytes of UTF-8, and the tokens' SHA-256."""
 
     tokens: int
     documents: int
@@ -43,12 +43,12 @@ class SplitFacts:
 
 
 @dataclass
-class Prepared:
-    """Contents of a prepared folder.
+class PreparedText:
+    """Description of a prepared folder.
 
     Attributes:
-        splits: by name.
-        vocab_size: every token id is below it.
+        splits: statistics by name.
+        vocab_size: number of token ids; every id is below it.
         end_of_text: id of the token after each document.
         dtype: of the shards.
         shard_tokens: tokens per full shard.
@@ -58,7 +58,7 @@ class Prepared:
         version: of this format.
     """
 
-    splits: dict[str, SplitFacts]
+    splits: dict[str, SplitStatistics]
     vocab_size: int
     end_of_text: int
     dtype: str
@@ -73,11 +73,11 @@ class Prepared:
         write_text(folder / "meta.json", json.dumps(asdict(self), indent=2))
 
     @classmethod
-    def load(cls, folder: Path) -> Prepared:
+    def load(cls, folder: Path) -> PreparedText:
         """Read meta.json."""
-        facts = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        facts["splits"] = {name: SplitFacts(**split) for name, split in facts["splits"].items()}
-        return cls(**facts)
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta["splits"] = {name: SplitStatistics(**split) for name, split in meta["splits"].items()}
+        return cls(**meta)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -138,7 +138,7 @@ class ShardWriter:
             self._stream = None
 
 
-class Tokens:
+class TokenArray:
     """All tokens of one split, memory-mapped; cheap to pickle.
 
     Args:
@@ -150,7 +150,7 @@ class Tokens:
     """
 
     def __init__(self, folder: Path, split: str) -> None:
-        meta = Prepared.load(folder)
+        meta = PreparedText.load(folder)
         self.folder, self.split = folder, split
         self._length, self._shard_tokens = meta.splits[split].tokens, meta.shard_tokens
         self._dtype = np.dtype(meta.dtype)
@@ -163,14 +163,14 @@ class Tokens:
             size = path.stat().st_size if path.exists() else 0
             if size != expected:
                 raise ValueError(
-                    f"{path} is damaged: {size:,} bytes, not {expected:,}. Delete {folder} and start again"
+                    f"{path} is damaged: it has {size:,} bytes instead of {expected:,}. Delete {folder} and start again"
                 )
             with open(path, "rb") as stream:
                 self._maps.append(mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ))
             self._shards.append(np.frombuffer(self._maps[-1], self._dtype))
 
-    def __reduce__(self) -> tuple[type[Tokens], tuple[Path, str]]:
-        return Tokens, (self.folder, self.split)
+    def __reduce__(self) -> tuple[type[TokenArray], tuple[Path, str]]:
+        return TokenArray, (self.folder, self.split)
 
     def __len__(self) -> int:
         """Number of tokens."""

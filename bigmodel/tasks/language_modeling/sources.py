@@ -1,7 +1,7 @@
-"""Documents of the input: find the files, check and measure each, read them in pieces.
+"""Documents of the input: find files, check each, and read them in pieces.
 
-A file is a document. Every byte is read once: it must be UTF-8, and its SHA-256 is its identity. The result is cached
-by paths, sizes and modification times, so a second start reads no text::
+A file is a document. It must be UTF-8, and its SHA-256 identifies it. The result of this scan is cached by paths, sizes
+and modification times, so a second start reads no text::
 
     <cache>/scans/<hash of (path, size, mtime in ns) of all files>.json    [[sha256, characters], ...]
 """
@@ -20,53 +20,18 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-READ_BYTES = 2**16  # larger blocks are no faster, and their strings fragment the memory
+READ_BYTES = 2**16  # larger blocks are not faster, and their strings fragment the memory
 
 # Plain text, markup, source code. Data files (json, csv) need a glob.
-TEXT_SUFFIXES = {
-    *(".txt", ".text", ".md", ".rst", ".tex", ".org", ".html", ".htm", ".xml", ".css"),
-    *(
-        ".py",
-        ".pyi",
-        ".pyx",
-        ".c",
-        ".h",
-        ".cc",
-        ".cpp",
-        ".cxx",
-        ".hpp",
-        ".cu",
-        ".cuh",
-        ".rs",
-        ".go",
-        ".java",
-        ".kt",
-        ".scala",
-    ),
-    *(
-        ".js",
-        ".jsx",
-        ".ts",
-        ".tsx",
-        ".rb",
-        ".php",
-        ".pl",
-        ".lua",
-        ".r",
-        ".jl",
-        ".swift",
-        ".hs",
-        ".ml",
-        ".lisp",
-        ".el",
-        ".clj",
-    ),
-    *(".ex", ".erl", ".cs", ".fs", ".sql", ".sh"),
-}
+_TEXT_SUFFIXES = (
+    ".txt .text .md .rst .tex .org .html .htm .xml .css .py .pyi .pyx .c .h .cc .cpp .cxx .hpp .cu .cuh .rs .go .java .kt"
+    " .scala .js .jsx .ts .tsx .rb .php .pl .lua .r .jl .swift .hs .ml .lisp .el .clj .ex .erl .cs .fs .sql .sh"
+)
+TEXT_SUFFIXES = frozenset(_TEXT_SUFFIXES.split())
 
 
 @dataclass(frozen=True)
-class File:
+class TextFile:
     """One file of the input.
 
     Attributes:
@@ -88,7 +53,7 @@ class File:
 class Segment:
     """Bytes `start` to `stop` of a file: a document, or the part of a document in one split."""
 
-    file: File
+    file: TextFile
     start: int
     stop: int
 
@@ -103,10 +68,8 @@ class Segment:
         return self.stop == self.file.size
 
 
-def matches(file: File, patterns: Sequence[str]) -> bool:
-    """True if any shell pattern (in which * also matches /) matches the file's name below its folder, or its whole
-    path.
-    """
+def matches(file: TextFile, patterns: Sequence[str]) -> bool:
+    """True if a shell pattern (in which * also matches /) matches the file's name below its folder, or its full path."""
     path = os.path.abspath(file.path)
     for pattern in patterns:
         below = fnmatchcase(file.name, pattern) or fnmatchcase("/" + file.name, pattern)
@@ -115,21 +78,21 @@ def matches(file: File, patterns: Sequence[str]) -> bool:
     return False
 
 
-def find_files(paths: str | Sequence[str], exclude: Sequence[str] = ()) -> tuple[list[File], list[str]]:
-    """Return the input files in their order, and the empty ones that were left out.
+def find_files(paths: str | Sequence[str], exclude: Sequence[str] = ()) -> tuple[list[TextFile], list[str]]:
+    """Return the input files in their order, without duplicates, and the empty files, which are excluded.
 
-    The order is as given; sorted within a folder or glob; each file once.
+    The order is that of the paths; within a folder or glob, files are sorted.
 
     Args:
-        paths: files, folders (in them, recursively, files with one of `TEXT_SUFFIXES`) and globs (all that match; ** is any
-            depth). Hidden files are not found by a folder or a glob. {stdlib} is the standard library's folder.
-        exclude: patterns of files to leave out, see `matches`.
+        paths: files, folders (recursively, files with one of `TEXT_SUFFIXES`) and globs (** is any depth). Hidden files
+            in folders and globs are ignored. {stdlib} is the standard library's folder.
+        exclude: patterns of files to exclude, see `matches`.
 
     Raises:
-        ValueError: if a path does not exist or holds no file, all files are excluded, or a file that was named itself
-            is empty.
+        ValueError: if a path does not exist or contains no file, all files are excluded, or a file that is given by its
+            own path is empty.
     """
-    found: dict[str, File] = {}
+    found: dict[str, TextFile] = {}
     empty: list[str] = []
     for given in [paths] if isinstance(paths, str) else paths:
         path = os.path.expanduser(given.replace("{stdlib}", sysconfig.get_paths()["stdlib"]))
@@ -145,14 +108,14 @@ def find_files(paths: str | Sequence[str], exclude: Sequence[str] = ()) -> tuple
         else:
             raise ValueError(f"--data.path {given}: no such file or folder" + ("" if path == given else f" ({path})"))
         for one in inside:
-            file = File(one, os.path.relpath(one, root or "."), os.path.getsize(one))
+            file = TextFile(one, os.path.relpath(one, root or "."), os.path.getsize(one))
             if one not in found and not matches(file, exclude):
                 found[one] = file
                 if file.size == 0:
                     empty.append(one)
     files = [file for file in found.values() if file.size]
     if not files:
-        why = f"all files found are empty: {empty[:5]}" if empty else f"--data.exclude {list(exclude)} leaves no file"
+        why = f"all files are empty: {empty[:5]}" if empty else f"--data.exclude {list(exclude)} excludes all files"
         raise ValueError(f"--data.path {paths}: {why}")
     return files, empty
 
@@ -181,9 +144,7 @@ def _in_glob(pattern: str, root: str, exclude: Sequence[str]) -> list[str]:
         found = set(glob.glob(pattern, recursive=True))
     inside = sorted(path for path in found if os.path.isfile(path))
     if not inside:
-        raise ValueError(
-            f"--data.path {pattern}: no file matches" + (" that is not in --data.exclude" if exclude else "")
-        )
+        raise ValueError(f"--data.path {pattern}: no file matches" + (" outside of --data.exclude" if exclude else ""))
     return inside
 
 
@@ -197,16 +158,16 @@ def _in_folder(folder: str, exclude: Sequence[str]) -> list[str]:
             if suffix in TEXT_SUFFIXES and not name.startswith("."):
                 inside.append(os.path.join(here, name))
     if not inside:
-        there = ", ".join(f"{suffix} ({count})" for suffix, count in suffixes.most_common(5)) or "no files at all"
+        present = ", ".join(f"{suffix} ({count})" for suffix, count in suffixes.most_common(5)) or "none"
         raise ValueError(
-            f"--data.path {folder}: no file in this folder has a suffix known as text; it has {there}."
-            f' If these are text, give a pattern such as "{folder}/**/*.suffix"'
+            f"--data.path {folder}: no file in this folder has a text suffix. Suffixes: {present}."
+            f' If these are text, set --data.path to a pattern such as "{folder}/**/*.suffix"'
         )
     return sorted(path for path in inside if os.path.isfile(path))
 
 
-def scan(files: Sequence[File], cache: Path, progress: Callable[[int], None] = lambda _: None) -> list[File]:
-    """Return the files with their SHA-256 and number of characters, from the cache if none has changed.
+def scan(files: Sequence[TextFile], cache: Path, progress: Callable[[int], None] = lambda _: None) -> list[TextFile]:
+    """Return the files with their SHA-256 and number of characters, from the cache if no file has changed.
 
     Args:
         files: the files to read.
@@ -214,22 +175,22 @@ def scan(files: Sequence[File], cache: Path, progress: Callable[[int], None] = l
         progress: called with the number of bytes read since the last call.
 
     Raises:
-        ValueError: if a file cannot be read or is not UTF-8; names the file and the offset of the first bad byte.
+        ValueError: if a file cannot be read or is not UTF-8; the message has the offset of the first invalid byte.
     """
     stats = [(os.path.abspath(f.path), f.size, os.stat(f.path).st_mtime_ns) for f in files]
-    memory = cache / "scans" / (hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:32] + ".json")
+    cached = cache / "scans" / (hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:32] + ".json")
     try:
-        known = json.loads(memory.read_text())
+        scans = json.loads(cached.read_text())
     except (OSError, json.JSONDecodeError):
-        known = [_read(file, progress) for file in files]
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        partial = memory.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(known))
-        partial.replace(memory)
-    return [File(f.path, f.name, f.size, *facts) for f, facts in zip(files, known, strict=True)]
+        scans = [_scan_file(file, progress) for file in files]
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        partial = cached.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(scans))
+        partial.replace(cached)
+    return [TextFile(f.path, f.name, f.size, *scan) for f, scan in zip(files, scans, strict=True)]
 
 
-def _read(file: File, progress: Callable[[int], None]) -> tuple[str, int]:
+def _scan_file(file: TextFile, progress: Callable[[int], None]) -> tuple[str, int]:
     """Return SHA-256 and number of characters of a file."""
     digest, characters, offset, rest = hashlib.sha256(), 0, 0, b""
     try:
@@ -243,29 +204,29 @@ def _read(file: File, progress: Callable[[int], None]) -> tuple[str, int]:
                 progress(len(block))
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{file.path} is not UTF-8: bad byte 0x{error.object[error.start]:02x} at byte offset {offset + error.start:,}"
-            f" ({error.reason}). Convert the file, or leave it out with --data.exclude"
+            f"{file.path} is not UTF-8: invalid byte 0x{error.object[error.start]:02x} at byte offset"
+            f" {offset + error.start:,} ({error.reason}). Convert the file, or exclude it by --data.exclude"
         ) from None
     except OSError as error:
-        raise ValueError(f"{file.path} cannot be read: {error.strerror}. Leave it out with --data.exclude") from error
+        raise ValueError(f"{file.path} cannot be read: {error.strerror}. Exclude it by --data.exclude") from error
     if offset != file.size:
-        raise ValueError(f"{file.path} changed while it was read: {file.size:,} bytes at first, then {offset:,}")
+        raise ValueError(f"{file.path} changed while it was read: from {file.size:,} to {offset:,} bytes")
     return digest.hexdigest(), characters
 
 
 def read_text(segment: Segment, start: int | None = None, stop: int | None = None) -> str:
-    """Return the text of a segment's bytes from `start` to `stop`, without a character that these offsets cut."""
+    """Return the text of a segment's bytes from `start` to `stop`, without characters truncated by these offsets."""
     start, stop = segment.start if start is None else start, segment.stop if stop is None else stop
     with open(segment.file.path, "rb") as stream:
         stream.seek(start)
         data = stream.read(stop - start)
     if len(data) < stop - start:
-        raise ValueError(f"{segment.file.path} changed while it was read: it is shorter than {stop:,} bytes now")
+        raise ValueError(f"{segment.file.path} changed while it was read: it is now shorter than {stop:,} bytes")
     return data.decode("utf-8", "ignore")
 
 
-def blocks(segment: Segment, size: int = READ_BYTES) -> Iterator[str]:
-    """Yield the text of a segment, in pieces of about `size` bytes."""
+def iter_text(segment: Segment, size: int = READ_BYTES) -> Iterator[str]:
+    """Yield the text of a segment in pieces of about `size` bytes."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open(segment.file.path, "rb") as stream:
         stream.seek(segment.start)

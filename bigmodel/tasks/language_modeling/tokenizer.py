@@ -1,13 +1,13 @@
 """Conversion of text to token ids and back: subwords, bytes, characters.
 
 A `Tokenizer` is made by a `TokenizerConfig` (``tokenizer_config.py``) and saved as one JSON string, ``tokenizer.json``
-beside prepared text and inside every checkpoint::
+in the folder of prepared text and in every checkpoint::
 
     {"kind": "subwords" | "bytes" | "characters", ...}
 
 Special tokens in a text are plain text: the characters ``<|endoftext|>`` inside a document are encoded as these 13
-characters, and never as the token that ends a document. This module imports neither torch nor Lightning, because it
-runs in small worker processes.
+characters, never as the token that ends a document. This module imports neither torch nor Lightning, because it runs in
+small worker processes.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class Tokenizer(ABC):
 
     Attributes:
         vocab_size: number of token ids; every id is below it.
-        end_of_text: id of the token that follows each document.
-        cut: pattern of places where a long text can perhaps be cut without changing its tokens (if the text around the
-            cut has the same tokens in one piece and in two); None: anywhere.
+        eos_token_id: id of the token that follows each document.
+        cut: pattern of candidate places to cut a long text without changing its tokens (to be checked: the text around
+            the cut must have the same tokens in one piece and in two); None: anywhere.
     """
 
     kind: ClassVar[str]
     cut: ClassVar[re.Pattern[str] | None] = None
     vocab_size: int
-    end_of_text: int
+    eos_token_id: int
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -52,7 +52,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _state(self) -> dict[str, Any]:
-        """Return the state from which `_load` makes this tokenizer again."""
+        """Return the state for `_load`."""
 
     @classmethod
     @abstractmethod
@@ -64,12 +64,12 @@ class Tokenizer(ABC):
 
     @staticmethod
     def from_json(text: str) -> Tokenizer:
-        """Load the tokenizer that `to_json` wrote.
+        """Load a tokenizer written by `to_json`.
 
         Raises:
             ValueError: if the text was not written by `to_json`.
         """
-        kinds: dict[str, type[Tokenizer]] = {t.kind: t for t in (Subwords, ByteTokenizer, CharacterTokenizer)}
+        kinds: dict[str, type[Tokenizer]] = {t.kind: t for t in (SubwordTokenizer, ByteTokenizer, CharacterTokenizer)}
         try:
             state = json.loads(text)
             return kinds[state.pop("kind")]._load(state)
@@ -79,12 +79,12 @@ class Tokenizer(ABC):
             ) from error
 
 
-class Subwords(Tokenizer):
+class SubwordTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library: trained here, or from Hugging Face.
 
     Args:
         backend: the object of the library, available as `.backend` (its `save` writes Hugging Face's tokenizer.json).
-        end_of_text: id of the token that ends a document.
+        eos_token_id: id of the token that ends a document.
     """
 
     kind = "subwords"
@@ -92,12 +92,12 @@ class Subwords(Tokenizer):
     # punctuation.
     cut = re.compile(r"(?<=\S)(?=\s)")
 
-    def __init__(self, backend: Backend, end_of_text: int) -> None:
+    def __init__(self, backend: Backend, eos_token_id: int) -> None:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # text that looks like a special token is encoded as plain text
         self.backend = backend
-        self.end_of_text = end_of_text
+        self.eos_token_id = eos_token_id
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
@@ -112,10 +112,10 @@ class Subwords(Tokenizer):
         return text
 
     def _state(self) -> dict[str, Any]:
-        return {"end_of_text": self.end_of_text, "tokenizers": json.loads(self.backend.to_str())}
+        return {"end_of_text": self.eos_token_id, "tokenizers": json.loads(self.backend.to_str())}
 
     @classmethod
-    def _load(cls, state: dict[str, Any]) -> Subwords:
+    def _load(cls, state: dict[str, Any]) -> SubwordTokenizer:
         return cls(Backend.from_str(json.dumps(state["tokenizers"])), state["end_of_text"])
 
 
@@ -124,14 +124,14 @@ class ByteTokenizer(Tokenizer):
 
     kind = "bytes"
     vocab_size = 257
-    end_of_text = 256
+    eos_token_id = 256
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
     def decode(self, tokens: Sequence[int]) -> str:
         end = END_OF_TEXT.encode()
-        return b"".join(end if t == self.end_of_text else bytes((t,)) for t in tokens).decode("utf-8", "replace")
+        return b"".join(end if t == self.eos_token_id else bytes((t,)) for t in tokens).decode("utf-8", "replace")
 
     def _state(self) -> dict[str, Any]:
         return {}
@@ -146,8 +146,8 @@ class UnknownCharacter(ValueError):
 
     def __init__(self, character: str, position: int) -> None:
         super().__init__(
-            f"character {character!r} (number {position:,} of this text, from 0) does not occur in the training text,"
-            " which is all that the tokenizer Characters knows"
+            f"character {character!r} at position {position:,} of this text does not occur in the training text, whose"
+            " characters are the vocabulary of the tokenizer Characters"
         )
         self.character, self.position = character, position
 
@@ -163,7 +163,7 @@ class CharacterTokenizer(Tokenizer):
 
     def __init__(self, characters: str) -> None:
         self.characters = characters
-        self.end_of_text = len(characters)
+        self.eos_token_id = len(characters)
         self.vocab_size = len(characters) + 1
         self._ids = {character: i for i, character in enumerate(characters)}
         self._strings = [*characters, END_OF_TEXT]
@@ -191,31 +191,31 @@ class CharacterTokenizer(Tokenizer):
 
 
 class StreamDecoder:
-    """Decodes a stream of tokens: takes tokens one by one, and returns text as soon as it is final.
+    """Decode tokens one by one, and return text as soon as it is final.
 
-    An unfinished UTF-8 character is held back. The joined results of `push` and `finish` equal `decode` of all tokens
-    (for byte-level tokenizers, bytes and characters).
+    An incomplete UTF-8 character is buffered. The concatenated results of `push` and `finish` equal `decode` of all
+    tokens (for byte-level tokenizers, bytes and characters).
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._decode = tokenizer.decode
         self._tokens: list[int] = []
-        self._shown = 0  # number of characters that were returned
+        self._num_returned = 0  # characters
 
     def push(self, token: int) -> str:
-        """Return the text that this token completes; may be empty."""
+        """Return the text completed by this token; may be empty."""
         self._tokens.append(token)
         text = self._decode(self._tokens)
-        certain = len(text.rstrip("\ufffd"))
-        piece = text[self._shown : certain]
-        self._shown = max(self._shown, certain)
-        if certain == len(text) and len(self._tokens) > 16:
+        final = len(text.rstrip("\ufffd"))
+        piece = text[self._num_returned : final]
+        self._num_returned = max(self._num_returned, final)
+        if final == len(text) and len(self._tokens) > 16:
             # A few tokens remain as context, at least one whole character: some decoders treat the start of a text
             # differently.
             self._tokens = self._tokens[-4:]
-            self._shown = len(self._decode(self._tokens))
+            self._num_returned = len(self._decode(self._tokens))
         return piece
 
     def finish(self) -> str:
-        """Return the text that was held back."""
-        return self._decode(self._tokens)[self._shown :]
+        """Return the buffered text."""
+        return self._decode(self._tokens)[self._num_returned :]

@@ -1,4 +1,4 @@
-"""Configuration of the tokenizer of an experiment: trained byte-level BPE, Hugging Face, bytes, characters, a run.
+"""Tokenizer configurations: trained byte-level BPE, Hugging Face, bytes, characters, or the tokenizer of a run.
 
 This module imports neither torch nor Lightning, because it runs in small worker processes.
 """
@@ -21,7 +21,7 @@ from bigmodel.tasks.language_modeling.tokenizer import (
     END_OF_TEXT,
     ByteTokenizer,
     CharacterTokenizer,
-    Subwords,
+    SubwordTokenizer,
     Tokenizer,
 )
 
@@ -30,8 +30,8 @@ class TokenizerConfig(ABC):
     """Configuration of a tokenizer."""
 
     @property
-    def text_bytes(self) -> int | None:
-        """Maximum size of the training text for `make`, evenly sampled [bytes]; None: all of it."""
+    def max_train_bytes(self) -> int | None:
+        """Maximum size of the text for `build`, evenly sampled [bytes]; 0: none; None: the whole train split."""
         return 0
 
     def settings(self) -> dict[str, Any]:
@@ -39,8 +39,8 @@ class TokenizerConfig(ABC):
         return {"tokenizer": type(self).__qualname__, **asdict(self)}  # type: ignore[call-overload]
 
     @abstractmethod
-    def make(self, texts: Iterable[str]) -> Tokenizer:
-        """Make the tokenizer from pieces of the training text."""
+    def build(self, texts: Iterable[str]) -> Tokenizer:
+        """Build the tokenizer from pieces of the training text."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class BPE(TokenizerConfig):
     """Byte-level BPE (GPT-2's pre-tokenizer) trained on the training split. Encodes any text without loss.
 
     Args:
-        vocab_size: number of tokens, the 256 bytes and end-of-text among them. A small text may give fewer.
-        train_bytes: maximum size of the training text of the tokenizer, evenly sampled [bytes of UTF-8].
-            Memory grows with it: about 0.15 GB for 16 MB of source code, 0.5 GB for 100 MB.
+        vocab_size: number of tokens, including the 256 bytes and end-of-text. A small text may give fewer.
+        train_bytes: maximum size of the text that the tokenizer is trained on, evenly sampled [bytes of UTF-8].
+            Memory: about 0.15 GB for 16 MB of source code, 0.5 GB for 100 MB.
     """
 
     vocab_size: int = 8192
@@ -59,16 +59,16 @@ class BPE(TokenizerConfig):
     def __post_init__(self) -> None:
         if self.vocab_size < 257:
             raise ValueError(
-                f"--data.tokenizer.vocab_size {self.vocab_size}: byte-level BPE needs at least 257 (256 bytes, end-of-text)"
+                f"--data.tokenizer.vocab_size {self.vocab_size}: must be at least 257 (256 bytes and end-of-text)"
             )
         if self.train_bytes < 1:
-            raise ValueError(f"--data.tokenizer.train_bytes {self.train_bytes}: must be positive")
+            raise ValueError(f"--data.tokenizer.train_bytes {self.train_bytes}: must be at least 1")
 
     @property
-    def text_bytes(self) -> int:
+    def max_train_bytes(self) -> int:
         return self.train_bytes
 
-    def make(self, texts: Iterable[str]) -> Subwords:
+    def build(self, texts: Iterable[str]) -> SubwordTokenizer:
         backend = Backend(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
@@ -80,14 +80,14 @@ class BPE(TokenizerConfig):
             show_progress=False,
         )
         backend.train_from_iterator(iter(texts), trainer)
-        return Subwords(backend, end_of_text=backend.get_vocab()[END_OF_TEXT])
+        return SubwordTokenizer(backend, eos_token_id=backend.get_vocab()[END_OF_TEXT])
 
 
 @dataclass(frozen=True)
 class Bytes(TokenizerConfig):
-    """The bytes of UTF-8: 257 tokens, nothing to train."""
+    """The 256 bytes of UTF-8, and end-of-text."""
 
-    def make(self, texts: Iterable[str]) -> ByteTokenizer:
+    def build(self, texts: Iterable[str]) -> ByteTokenizer:
         return ByteTokenizer()
 
 
@@ -99,10 +99,10 @@ class Characters(TokenizerConfig):
     """
 
     @property
-    def text_bytes(self) -> None:
+    def max_train_bytes(self) -> None:
         return None
 
-    def make(self, texts: Iterable[str]) -> CharacterTokenizer:
+    def build(self, texts: Iterable[str]) -> CharacterTokenizer:
         characters: set[str] = set()
         for text in texts:
             characters.update(text)
@@ -115,34 +115,34 @@ class Pretrained(TokenizerConfig):
 
     Args:
         path: a folder with tokenizer.json, or anything else that transformers' AutoTokenizer accepts (a folder in an
-            older format, a name on the Hub).
-        end_of_text: the token that ends a document; by default the tokenizer's own `eos_token`.
+            older format, a name on the hub).
+        eos_token: the token that ends a document; by default the tokenizer's own.
     """
 
     path: str
-    end_of_text: str | None = None
+    eos_token: str | None = None
 
     def settings(self) -> dict[str, Any]:
-        digest = hashlib.sha256(self.make().to_json().encode()).hexdigest()
+        digest = hashlib.sha256(self.build().to_json().encode()).hexdigest()
         return {"tokenizer": type(self).__qualname__, "sha256": digest}
 
-    def make(self, texts: Iterable[str] = ()) -> Subwords:
+    def build(self, texts: Iterable[str] = ()) -> SubwordTokenizer:
         """Load the tokenizer.
 
         Raises:
-            ValueError: if the folder lacks a file, or the token that ends a document is unknown.
+            ValueError: if the folder lacks a file, or the token that ends a document is not in the vocabulary.
         """
         backend, eos = self.read()
-        end_of_text = backend.token_to_id(eos)
-        if end_of_text is None:
-            raise ValueError(f"--data.tokenizer.end_of_text {eos!r} is not in the vocabulary of {self.path}")
-        return Subwords(backend, end_of_text)
+        eos_token_id = backend.token_to_id(eos)
+        if eos_token_id is None:
+            raise ValueError(f"--data.tokenizer.eos_token {eos!r} is not in the vocabulary of {self.path}")
+        return SubwordTokenizer(backend, eos_token_id)
 
     def read(self) -> tuple[Backend, str]:
-        """Return the object of the library, and the token that ends a document, which may be missing in its vocabulary.
+        """Return the tokenizer of the library, and the token that ends a document, which may not be in its vocabulary.
 
         Raises:
-            ValueError: if the folder lacks a file, or no such token is named.
+            ValueError: if the folder lacks a file, or defines no such token.
         """
         folder = Path(self.path).expanduser()
         if not (folder / "tokenizer.json").is_file():
@@ -151,7 +151,7 @@ class Pretrained(TokenizerConfig):
             backend = Backend.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{folder / 'tokenizer.json'} cannot be read by tokenizers: {error}") from error
-        return backend, self.end_of_text or _eos_token(folder)
+        return backend, self.eos_token or _eos_token(folder)
 
     def _from_transformers(self, folder: Path) -> tuple[Backend, str]:
         if folder.is_dir():
@@ -166,19 +166,20 @@ class Pretrained(TokenizerConfig):
             )
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise ValueError(
-                f"--data.tokenizer.path {self.path}: no folder with tokenizer.json, nor can transformers load it: {error}"
+                f"--data.tokenizer.path {self.path}: not a folder with tokenizer.json, and transformers cannot load it:"
+                f" {error}"
             ) from error
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(f"--data.tokenizer.path {self.path}: transformers has no fast version of this tokenizer")
-        eos = self.end_of_text or tokenizer.eos_token
+        eos = self.eos_token or tokenizer.eos_token
         if eos is None:
-            raise ValueError(f"{self.path} names no eos_token: set --data.tokenizer.end_of_text")
+            raise ValueError(f"{self.path} defines no eos_token: set --data.tokenizer.eos_token")
         return tokenizer.backend_tokenizer, eos
 
 
 @dataclass(frozen=True)
 class FromRun(TokenizerConfig):
-    """The tokenizer of a trained language model: for text that the model generated, or for a student of the model.
+    """The tokenizer of a trained language model: for text generated by the model, or for a student of the model.
 
     Args:
         run: a run directory, `last`, the end of a run's name, or a checkpoint.
@@ -187,20 +188,22 @@ class FromRun(TokenizerConfig):
     run: str
 
     def settings(self) -> dict[str, Any]:
-        digest = hashlib.sha256(self.make().to_json().encode()).hexdigest()
+        digest = hashlib.sha256(self.build().to_json().encode()).hexdigest()
         return {"tokenizer": type(self).__qualname__, "sha256": digest}
 
-    def make(self, texts: Iterable[str] = ()) -> Tokenizer:
-        """Read the tokenizer.
+    def build(self, texts: Iterable[str] = ()) -> Tokenizer:
+        """Load the tokenizer.
 
         Raises:
-            ValueError: if there is no such run, or it has none.
+            ValueError: if there is no such run, or it has no tokenizer.
         """
         from bigmodel.run import describe  # imports Lightning, which the processes that tokenize do not need
 
         saved = describe(self.run)["saved"]
         if "tokenizer" not in saved:
-            raise ValueError(f"--data.tokenizer.run {self.run} is no language model: its checkpoint holds no tokenizer")
+            raise ValueError(
+                f"--data.tokenizer.run {self.run} is not a language model: its checkpoint has no tokenizer"
+            )
         return Tokenizer.from_json(saved["tokenizer"])
 
 
@@ -216,8 +219,8 @@ def _eos_token(folder: Path) -> str:
             if token is not None:
                 return str(token["content"] if isinstance(token, dict) else token)
     raise ValueError(
-        f"no eos_token is stated in {folder} (by {' or '.join(names)}): set --data.tokenizer.end_of_text to the token that"
-        " ends a document"
+        f"{folder} defines no eos_token (in {' or '.join(names)}): set --data.tokenizer.eos_token to the token that ends a"
+        " document"
     )
 
 
@@ -229,6 +232,6 @@ def _check_old_format(folder: Path) -> None:
             raise ValueError(f"the tokenizer folder {folder} is incomplete: it has {one}, but {other} is missing")
     if not present & {"vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}:
         raise ValueError(
-            f"the tokenizer folder {folder} is incomplete: tokenizer.json is missing (nor is there vocab.json with"
-            " merges.txt, vocab.txt or tokenizer.model)"
+            f"the tokenizer folder {folder} is incomplete: tokenizer.json is missing (also vocab.json with merges.txt,"
+            " vocab.txt and tokenizer.model)"
         )

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from bigmodel.tasks.recommendation.filters import Filters
     from bigmodel.tasks.recommendation.interactions import Interactions, SparseMatrix
     from bigmodel.tasks.recommendation.losses import BCE, BPR, GBCE, FullSoftmax, SampledSoftmax, SquaredError
-    from bigmodel.tasks.recommendation.module import PairRecommendation, SequenceRecommendation
-    from bigmodel.tasks.recommendation.non_neural import FittedRecommendation
+    from bigmodel.tasks.recommendation.module import PairRecommendation, SequentialRecommendation
+    from bigmodel.tasks.recommendation.non_neural import NonNeuralRecommendation
     from bigmodel.tasks.recommendation.splits import GlobalTime, LeaveOneOut, Ratio
 
 __all__ = [
@@ -21,18 +21,18 @@ __all__ = [
     "GBCE",
     "EvalBatch",
     "Filters",
-    "FittedRecommendation",
     "FullSoftmax",
     "GlobalTime",
     "InteractionData",
     "Interactions",
     "LeaveOneOut",
+    "NonNeuralRecommendation",
     "PairBatch",
     "PairRecommendation",
     "Ratio",
     "SampledSoftmax",
     "SequenceBatch",
-    "SequenceRecommendation",
+    "SequentialRecommendation",
     "SparseMatrix",
     "SquaredError",
     "UserBatch",
@@ -41,10 +41,10 @@ _WHERE = {
     "batches": ("EvalBatch", "PairBatch", "SequenceBatch", "UserBatch"),
     "data": ("InteractionData",),
     "filters": ("Filters",),
-    "non_neural": ("FittedRecommendation",),
+    "non_neural": ("NonNeuralRecommendation",),
     "interactions": ("Interactions", "SparseMatrix"),
     "losses": ("BCE", "BPR", "GBCE", "FullSoftmax", "SampledSoftmax", "SquaredError"),
-    "module": ("PairRecommendation", "SequenceRecommendation"),
+    "module": ("PairRecommendation", "SequentialRecommendation"),
     "splits": ("GlobalTime", "LeaveOneOut", "Ratio"),
 }
 

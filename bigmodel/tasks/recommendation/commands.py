@@ -1,4 +1,4 @@
-"""`bigmodel recommend`: the best items for a user, or for somebody with a given history."""
+"""`bigmodel recommend`: the best items for a user of the data, or for a history."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _HELP = """\
 bigmodel recommend RUN --user ID [--k 10] [--checkpoint best|last|FILE]
 bigmodel recommend RUN --history ID,ID,... [--times TIME,TIME,...] [--k 10] [--checkpoint best|last|FILE]
 
-Prints the items that a trained recommender puts first, the best on top, each with its score: for a user of the run's data,
-or for somebody who has chosen these items, in this order, whom it need not have seen. What was chosen before is left out.
+Prints the k best items of a trained recommender with their scores, the best first: for a user of the run's data, or for a
+history, the items that somebody chose, in this order. Items of the history are excluded.
 
-A net that reads times (HSTU) takes those of a history, one for each item: seconds since 1970, or dates in ISO format (UTC if
-they do not say). Without them the items are taken to lie evenly apart, as far as is usual in the training data.
+--times are for a net that reads times (HSTU), one for each item of the history: seconds since 1970, or dates in ISO format
+(by default UTC). Without them, items are assumed to be evenly spaced, by the median gap in the training data.
 """
 _FLAGS = {"user", "history", "times", "k", "checkpoint", "runs_dir"}
 
@@ -35,15 +35,15 @@ def run_recommend(argv: list[str]) -> None:
         return
     if len(positional) != 1 or ("user" in given) == ("history" in given):
         raise ValueError(
-            "name one run, and either --user ID or --history ID,ID,...; `bigmodel recommend --help` says more"
+            "one run is needed, and either --user ID or --history ID,ID,...; see `bigmodel recommend --help`"
         )
     if unknown := given.keys() - _FLAGS:
-        raise ValueError(f"`bigmodel recommend` has no flag --{unknown.pop()}; it has --{', --'.join(sorted(_FLAGS))}")
+        raise ValueError(f"unknown flag --{unknown.pop()}; the flags are --{', --'.join(sorted(_FLAGS))}")
     k = flag_value("k", given.get("k", "10"))
     if not isinstance(k, int):
-        raise ValueError(f"--k {k}: the length of the list is a whole number")
+        raise ValueError(f"--k {k}: must be a whole number")
     if "times" in given and "history" not in given:
-        raise ValueError("--times belong to a --history; those of a user are in the data")
+        raise ValueError("--times needs --history; the times of a --user are in the data")
     times = [_seconds(one) for one in _listed(given["times"])] if "times" in given else None
 
     from bigmodel import run
@@ -53,7 +53,7 @@ def run_recommend(argv: list[str]) -> None:
     task: Any = run.load(positional[0], given.get("checkpoint", "best"), runs_dir=runs_dir)
     if not isinstance(task, SupportsRecommend):
         raise ValueError(
-            f"{positional[0]} is a {type(task).__name__}, which recommends nothing (bigmodel.protocols.SupportsRecommend)"
+            f"{positional[0]}: {type(task).__name__} cannot recommend items (bigmodel.protocols.SupportsRecommend)"
         )
     if "history" in given:
         entries = task.recommend(_listed(given["history"]), k, times)
@@ -62,11 +62,11 @@ def run_recommend(argv: list[str]) -> None:
         try:
             batch = data.user(given["user"], task.item_ids)
         except ValueError as error:
-            raise ValueError(f"{error}; for somebody the data do not have: --history ID,ID,...") from error
+            raise ValueError(f"{error}; for a user who is not in the data, set --history ID,ID,...") from error
         entries = task.recommend_to(batch, k)
     print("\n".join(_lines(entries)))
     if len(entries) < k:
-        print(f"there are no more than {len(entries)}: all others were chosen before", file=sys.stderr)
+        print(f"only {len(entries)} items: all others are in the history", file=sys.stderr)
 
 
 def _listed(text: str) -> list[str]:
@@ -83,7 +83,7 @@ def _seconds(text: str) -> int:
         instant = datetime.fromisoformat(text)
     except ValueError:
         raise ValueError(
-            f"--times {text}: whole seconds since 1970 are accepted, or ISO format, such as 2016-07-01T12:30"
+            f"--times {text}: must be whole seconds since 1970, or ISO format, such as 2016-07-01T12:30"
         ) from None
     return int((instant if instant.tzinfo else instant.replace(tzinfo=UTC)).timestamp())
 

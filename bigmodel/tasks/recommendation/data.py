@@ -1,4 +1,4 @@
-"""Events as batches for the net: the data module.
+"""Data module of recommendation: events of users as batches.
 
 B rows, T positions of a window, I items, U users, N events.
 """
@@ -15,23 +15,23 @@ from torch.utils.data import DataLoader, Dataset
 
 from bigmodel.data.cache import cache_folder, digest, say
 from bigmodel.data.sampling import eval_loader, train_loader
-from bigmodel.tasks.recommendation.batches import EvalBatch, Histories, Pairs, Users, Windows
+from bigmodel.tasks.recommendation.batches import EvalBatch, HistoryDataset, PairDataset, SequenceDataset, UserDataset
 from bigmodel.tasks.recommendation.filters import Filters
 from bigmodel.tasks.recommendation.interactions import Interactions, SparseMatrix, ranges
-from bigmodel.tasks.recommendation.prepare import Prepared, prepare
-from bigmodel.tasks.recommendation.sources import Columns, find_source
-from bigmodel.tasks.recommendation.splits import LeaveOneOut, Parts, Split
+from bigmodel.tasks.recommendation.prepare import PreparedInteractions, prepare
+from bigmodel.tasks.recommendation.sources import InteractionColumns, find_source
+from bigmodel.tasks.recommendation.splits import InteractionSplit, LeaveOneOut, SplitInteractions
 
-Examples = Literal["sequences", "pairs", "users"]
+ExampleType = Literal["sequences", "pairs", "users"]
 
 
 class InteractionData(L.LightningDataModule):
-    """User-item events from tables or a public dataset, sorted and numbered once into a cache.
+    """Data module: user-item events from tables or a public dataset, sorted and numbered once into a cache.
 
-    The task's attribute `examples` determines the type of the training batches, unless `examples` is given here. A task
-    that has the ids of its items in a list `item_ids` (see `Ids.ids`; item 1 first) can predict for the users of other
-    data: their events then have the task's item numbers, and events of unknown items are left out. Other data are
-    rejected in evaluation if they have other items.
+    The task's attribute `example_type` determines the type of the training batches, unless `example_type` is set here. A
+    task with a list `item_ids` of the ids of its items (see `IdTable.ids`; item 1 first) can predict for the users of
+    other data: their events then have the task's item numbers, and events of unknown items are excluded. In evaluation,
+    data with other items are an error.
 
     Args:
         path: tables of events (CSV, TSV, Parquet; files, a folder or a glob), MovieLens as published (a folder with u.data,
@@ -39,34 +39,34 @@ class InteractionData(L.LightningDataModule):
         user_column: ids of users, whole numbers or text; by default user_id or userId.
         item_column: ids of items, likewise; by default item_id or movieId.
         rating_column: numbers; by default rating, if there is such a column.
-        time_column: seconds, milliseconds, microseconds or nanoseconds since 1970 (recognised by their size), text in
-            ISO format, or timestamps; by default timestamp, if there is such a column. Without times, the order of the
-            source counts.
-        filters: rules for events to leave out; by default none.
+        time_column: seconds, milliseconds, microseconds or nanoseconds since 1970 (detected by their size), text in ISO
+            format, or timestamps; by default timestamp, if there is such a column. Without times, events are in the order
+            of the source.
+        filters: rules that exclude events; by default none.
         split: LeaveOneOut (by default), GlobalTime or Ratio, all of bigmodel.tasks.recommendation.
-        examples: type of the training samples: `sequences` (windows of a user's events), `pairs` (one event each), or
-            `users` (each with all events).
-        max_length: T, events that a net reads at once.
-        step: events from one training window to the next; by default T.
-        batch_size: windows, events or users per optimizer step over all processes.
+        example_type: a training sample is a window of a user's events (`sequences`), one event (`pairs`), or a user with
+            all events (`users`); by default that of the task.
+        max_length: T, maximum number of events in the input of a net (RecBole: MAX_ITEM_LIST_LENGTH).
+        stride: events between the starts of consecutive training windows, 1 to T; by default T.
+        batch_size: windows, events or users per optimizer stride over all processes.
         micro_batch_size: of those, the number per forward pass of one process; by default its whole share of the batch.
         cache_dir: folder of the prepared events; by default $BIGMODEL_CACHE or ~/.cache/bigmodel.
         num_workers: processes that prefetch batches; 0 reads them in the training process, which takes microseconds per
             row.
-        seed: with the epoch, determines the order of the samples, and their keys.
+        seed: with the epoch, determines the order of the samples and their keys.
 
     Attributes:
-        sizes: sizes that the net is built with: num_items, max_length; num_users too if examples are pairs or users.
+        sizes: sizes that the net is built with: num_items, max_length; num_users too if example_type are pairs or users.
             Set by `setup`, like all below, but not when predicting.
         fingerprint: hash of the events and their splits.
-        parts: the split events.
+        parts: the events, split.
         prepared: the events, and the ids of users and items; also set when predicting.
     """
 
     sizes: dict[str, int]
     fingerprint: str
-    prepared: Prepared
-    parts: Parts
+    prepared: PreparedInteractions
+    parts: SplitInteractions
 
     def __init__(
         self,
@@ -76,10 +76,10 @@ class InteractionData(L.LightningDataModule):
         rating_column: str | None = None,
         time_column: str | None = None,
         filters: Filters | None = None,
-        split: Split | None = None,
-        examples: Examples | None = None,
+        split: InteractionSplit | None = None,
+        example_type: ExampleType | None = None,
         max_length: int = 50,
-        step: int | None = None,
+        stride: int | None = None,
         batch_size: int = 128,
         micro_batch_size: int | None = None,
         cache_dir: str | None = None,
@@ -88,44 +88,47 @@ class InteractionData(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if max_length < 1:
-            raise ValueError(f"--data.max_length {max_length}: at least 1 event is needed")
-        if step is not None and not 1 <= step <= max_length:
+            raise ValueError(f"--data.max_length {max_length}: must be at least 1")
+        if stride is not None and not 1 <= stride <= max_length:
             raise ValueError(
-                f"--data.step {step}: 1 to --data.max_length {max_length} is accepted; from windows that lie further apart"
-                " events would be missing"
+                f"--data.stride {stride}: must be in 1 to --data.max_length {max_length}, or events between windows are lost"
             )
-        if examples not in (None, "sequences", "pairs", "users"):
-            raise ValueError(f"--data.examples {examples}: sequences, pairs or users is accepted")
+        if example_type not in (None, "sequences", "pairs", "users"):
+            raise ValueError(f"--data.example_type {example_type}: must be sequences, pairs or users")
         self.path, self.filters, self.split = path, filters or Filters(), split or LeaveOneOut()
-        self.columns = Columns(user_column, item_column, rating_column, time_column)
-        self._examples, self.max_length, self.step = examples, max_length, max_length if step is None else step
+        self.columns = InteractionColumns(user_column, item_column, rating_column, time_column)
+        self._example_type, self.max_length, self.stride = (
+            example_type,
+            max_length,
+            max_length if stride is None else stride,
+        )
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.cache_dir, self.num_workers, self.seed = cache_dir, num_workers, seed
-        self._prepared: Prepared | None = None
+        self._prepared: PreparedInteractions | None = None
 
     @property
-    def examples(self) -> str:
+    def example_type(self) -> str:
         """Type of the training samples.
 
         Raises:
             ValueError: if the task requests an unknown type.
         """
-        if self._examples is not None:
-            return self._examples
-        asked = getattr(getattr(self.trainer, "lightning_module", None), "examples", "sequences")
-        if asked not in ("sequences", "pairs", "users"):
-            raise ValueError(f"the task's `examples` is {asked!r}; sequences, pairs or users is accepted")
-        return str(asked)
+        if self._example_type is not None:
+            return self._example_type
+        requested = getattr(getattr(self.trainer, "lightning_module", None), "example_type", "sequences")
+        if requested not in ("sequences", "pairs", "users"):
+            raise ValueError(f"the task's `example_type` is {requested!r}: must be sequences, pairs or users")
+        return str(requested)
 
     def prepare_data(self) -> None:
-        """Read, filter, sort and number the events, unless the cache already holds them for these settings.
+        """Read, filter, sort and number the events, unless the cache has them for these settings.
 
         Raises:
-            ValueError: if the input or a setting is invalid; the message names the file or row and the remedy.
+            ValueError: if the input or a setting is invalid; the message has the file or row and the remedy.
         """
         self._prepare()
 
-    def _prepare(self) -> Prepared:
+    def _prepare(self) -> PreparedInteractions:
         if self._prepared is None:
             cache = cache_folder("recommendation", self.cache_dir)
             source = find_source(self.path, columns=self.columns, cache=cache)
@@ -142,32 +145,32 @@ class InteractionData(L.LightningDataModule):
         if stage == "predict":
             return
         if not hasattr(self, "parts"):
-            self.parts = self.split.divide(self.prepared.events)
+            self.parts = self.split.split(self.prepared.events)
             self._say(self.parts.line)
         self.sizes = {"num_items": self.prepared.events.num_items, "max_length": self.max_length}
-        if self.examples != "sequences":
+        if self.example_type != "sequences":
             self.sizes["num_users"] = self.prepared.events.num_users
-        dealing = [repr(self.split), self.examples, self.max_length, self.step]
-        self.fingerprint = digest([self.prepared.fingerprint, *dealing])
+        settings = [repr(self.split), self.example_type, self.max_length, self.stride]
+        self.fingerprint = digest([self.prepared.fingerprint, *settings])
 
     def train_matrix(self, values: Literal["ones", "ratings"] = "ones") -> SparseMatrix:
-        """Return the training events as a matrix of users by items, for models in closed form.
+        """Return the training events as a matrix of users by items, for non-neural methods.
 
         Args:
-            values: 1 where there is an event; or the rating, of several events the last.
+            values: of an event, 1 (`ones`) or its rating (`ratings`, of repeated events the last).
 
         Raises:
             ValueError: if there are no ratings.
         """
-        events, numbers = self.parts.events, self.parts.numbers("train")
+        events, numbers = self.parts.events, self.parts.event_indices("train")
         if values == "ratings" and events.ratings is None:
             raise ValueError("the data have no ratings; set --data.rating_column")
         width = events.num_items + 1
-        starts, stops = self.parts.borders("train")
+        starts, stops = self.parts.bounds("train")
         users = np.repeat(np.arange(events.num_users), stops - starts)
-        places = users * width + events.items[numbers]
-        order = np.argsort(places, kind="stable")
-        last = np.flatnonzero(np.diff(places[order], append=-1))  # of each pair
+        cells = users * width + events.items[numbers]
+        order = np.argsort(cells, kind="stable")
+        last = np.flatnonzero(np.diff(cells[order], append=-1))  # of each pair
         order = order[last]
         counts = np.bincount(users[order], minlength=events.num_users)
         ratings = None if values == "ones" else events.ratings
@@ -186,11 +189,11 @@ class InteractionData(L.LightningDataModule):
         """
         if self.parts.events.ratings is None:
             raise ValueError("the data have no ratings; set --data.rating_column")
-        return float(np.mean(self.parts.events.ratings[self.parts.numbers("train")], dtype=np.float64))
+        return float(np.mean(self.parts.events.ratings[self.parts.event_indices("train")], dtype=np.float64))
 
     def median_gap(self) -> int | None:
         """Median of the seconds between two consecutive training events of a user, over all users; None without times."""
-        events, (starts, stops) = self.parts.events, self.parts.borders("train")
+        events, (starts, stops) = self.parts.events, self.parts.bounds("train")
         later = ranges(np.minimum(starts + 1, stops), stops)
         if events.times is None or not len(later):
             return None
@@ -199,16 +202,18 @@ class InteractionData(L.LightningDataModule):
     def item_counts(self) -> np.ndarray:
         """Number of training events of each item, [I + 1] int64."""
         events = self.parts.events
-        return np.bincount(events.items[self.parts.numbers("train")], minlength=events.num_items + 1)
+        return np.bincount(events.items[self.parts.event_indices("train")], minlength=events.num_items + 1)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        samples: Windows | Pairs | Users
-        if self.examples == "sequences":
-            samples = Windows(self.parts, self.max_length, self.step, self.seed)
+        dataset: SequenceDataset | PairDataset | UserDataset
+        if self.example_type == "sequences":
+            dataset = SequenceDataset(self.parts, self.max_length, self.stride, self.seed)
+        elif self.example_type == "pairs":
+            dataset = PairDataset(self.parts, self.seed)
         else:
-            samples = Pairs(self.parts, self.seed) if self.examples == "pairs" else Users(self.parts, self.seed)
+            dataset = UserDataset(self.parts, self.seed)
         return train_loader(
-            samples,
+            dataset,
             batch_size=self.batch_size,
             micro_batch_size=self.micro_batch_size,
             seed=self.seed,
@@ -218,7 +223,7 @@ class InteractionData(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[EvalBatch] | list[DataLoader[EvalBatch]]:
         fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        if "val" not in self.split.wanted and fitting:
+        if "val" not in self.split.requested and fitting:
             return []  # none requested
         return self._eval_loader(self.histories("val"))
 
@@ -231,29 +236,29 @@ class InteractionData(L.LightningDataModule):
         Raises:
             ValueError: if the task has none of the items.
         """
-        events = self._events_for(self._known_items())
+        events = self._events_for(self._task_item_ids())
         ends = events.offsets[1:]
-        return self._eval_loader(Histories(events, np.arange(events.num_users), ends, ends, self.max_length))
+        return self._eval_loader(HistoryDataset(events, np.arange(events.num_users), ends, ends, self.max_length))
 
-    def _events_for(self, known: list[int] | list[str] | None) -> Interactions:
-        """Return all events, with the item numbers of a task that has these ids; events of other items are left out."""
+    def _events_for(self, item_ids: list[int] | list[str] | None) -> Interactions:
+        """Return all events, with the item numbers of a task with these ids; events of other items are excluded."""
         prepared = self._prepare()
-        if known is None or prepared.items.same(known):
+        if item_ids is None or prepared.items.equals(item_ids):
             return prepared.events
-        numbers = prepared.items.numbers_in(known)
-        events = prepared.events.renumbered(numbers, len(known))
+        numbers = prepared.items.map_to(item_ids)
+        events = prepared.events.renumbered(numbers, len(item_ids))
         if len(events) == 0:
-            raise ValueError(f"--data.path {self.path}: the task was trained on other items and knows none of these")
+            raise ValueError(f"--data.path {self.path}: the task was trained on none of these items")
         if num_unknown := int(np.count_nonzero(numbers[1:] == 0)):
             num_events = len(prepared.events)
             self._say(
-                f"left out {num_events - len(events):,} of {num_events:,} events: those with {num_unknown:,} items that the"
+                f"excluded {num_events - len(events):,} of {num_events:,} events: those of {num_unknown:,} items that the"
                 " task was not trained on"
             )
         return events
 
     def user(self, user_id: int | str, item_ids: list[int] | list[str] | None = None) -> EvalBatch:
-        """Return one user with all events, to recommend to; no `setup` needed.
+        """Return one user with all events, to recommend to. Does not require `setup`.
 
         Args:
             user_id: as in the data.
@@ -264,37 +269,38 @@ class InteractionData(L.LightningDataModule):
         """
         events, users = self._events_for(item_ids), self._prepare().users.numbers([user_id])
         ends = events.offsets[1:]
-        return Histories(events, users, ends, ends, self.max_length).__getitems__([0])
+        return HistoryDataset(events, users, ends, ends, self.max_length).__getitems__([0])
 
-    def histories(self, split: str) -> Histories:
+    def histories(self, split: str) -> HistoryDataset:
         """Return the users who are evaluated in a split (val, test), with their histories and targets.
 
         Raises:
             ValueError: if there is no such split, or the task was trained on other items.
         """
-        known = self._known_items()
-        if known is not None and not self.prepared.items.same(known):
+        item_ids = self._task_item_ids()
+        if item_ids is not None and not self.prepared.items.equals(item_ids):
             raise ValueError(
-                f"--data.path {self.path} with --data.filters has other items than those that the task was trained on: it"
-                " can predict for such data, but is not evaluated by them"
+                f"--data.path {self.path} with --data.filters has other items than the training data of the task: it can"
+                " predict for such data, but not be evaluated on them"
             )
-        if split not in self.split.wanted:
+        if split not in self.split.requested:
             raise ValueError(f"there is no {split} split: set --data.split.{split} to a share")
-        return Histories(self.parts.events, self.parts.evaluated(split), *self.parts.borders(split), self.max_length)
+        users = self.parts.users_to_evaluate(split)
+        return HistoryDataset(self.parts.events, users, *self.parts.bounds(split), self.max_length)
 
     def _say(self, line: str) -> None:
         """Print a line, from one process only."""
         if self.trainer is None or self.trainer.is_global_zero:
             say(line)
 
-    def _known_items(self) -> list[int] | list[str] | None:
+    def _task_item_ids(self) -> list[int] | list[str] | None:
         """Ids of the task's items, if it has them."""
-        known: list[int] | list[str] | None = getattr(getattr(self.trainer, "lightning_module", None), "item_ids", None)
-        return known
+        ids: list[int] | list[str] | None = getattr(getattr(self.trainer, "lightning_module", None), "item_ids", None)
+        return ids
 
-    def _eval_loader(self, samples: Dataset[EvalBatch]) -> DataLoader[EvalBatch]:
+    def _eval_loader(self, dataset: Dataset[EvalBatch]) -> DataLoader[EvalBatch]:
         return eval_loader(
-            samples,
+            dataset,
             batch_size=self.batch_size,
             micro_batch_size=self.micro_batch_size,
             trainer=self.trainer,
@@ -303,6 +309,6 @@ class InteractionData(L.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move the batch to the device."""
-        if device.type == "cpu":  # already there; Lightning needs 0.1 ms to find that out
+        if device.type == "cpu":  # nothing to move; Lightning takes 0.1 ms to find that out
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)

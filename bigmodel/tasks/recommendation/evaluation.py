@@ -1,4 +1,4 @@
-"""Evaluation of all recommenders: full ranking, seen items masked, exact over processes.
+"""Evaluation of all recommenders: full ranking, items of the history masked, exact over processes.
 
 B users, I items (numbered 1 to I; 0 is padding), K targets, k length of a list.
 """
@@ -20,23 +20,23 @@ _SEED = 0  # of sampled metrics: fixed, so that every model is evaluated on the 
 
 
 class Evaluation(nn.Module):
-    """Ranks targets among all items but the history, and averages over users; errors of ratings over all targets.
+    """Rank targets among all items except the history, and average over users; errors of ratings over all targets.
 
     Args:
-        cutoffs: lengths k of lists; those above the number of items are left out.
-        sampled_negatives: number of items drawn per user, not of the history and not targets, among which each target
-            is also ranked, for metrics called `sampled_...`. Their order of models differs from that of full ranking
-            (Krichene and Rendle 2020, doi 10.1145/3394486.3403226). None: only full ranking.
+        topk: lengths k of lists; those above the number of items are ignored.
+        num_eval_negatives: number of items drawn per user, not of the history and not targets, among which each target
+            is also ranked, for metrics called `sampled_...`. They rank models differently from full ranking (Krichene
+            and Rendle 2020, doi 10.1145/3394486.3403226). None: only full ranking.
     """
 
-    def __init__(self, cutoffs: Sequence[int], sampled_negatives: int | None = None) -> None:
+    def __init__(self, topk: Sequence[int], num_eval_negatives: int | None = None) -> None:
         super().__init__()
-        RankingMetrics(cutoffs)  # checks the cutoffs
-        if sampled_negatives is not None and sampled_negatives < 1:
+        RankingMetrics(topk)  # checks topk
+        if num_eval_negatives is not None and num_eval_negatives < 1:
             raise ValueError(
-                f"--model.sampled_negatives {sampled_negatives}: at least 1, or null for full ranking only"
+                f"--model.num_eval_negatives {num_eval_negatives}: must be at least 1, or null for full ranking only"
             )
-        self.cutoffs, self.sampled_negatives = tuple(cutoffs), sampled_negatives
+        self.topk, self.num_eval_negatives = tuple(topk), num_eval_negatives
         self.num_items = 0
         self.metrics: RankingMetrics | None = None
         self.sampled: RankingMetrics | None = None
@@ -49,16 +49,16 @@ class Evaluation(nn.Module):
             ValueError: if there are at least as many negatives as items.
         """
         self.num_items = num_items
-        self.cutoffs = tuple(k for k in self.cutoffs if k <= num_items) or (num_items,)
-        self.metrics = RankingMetrics(self.cutoffs, counts)
-        if self.sampled_negatives is not None:
-            if self.sampled_negatives >= num_items:
+        self.topk = tuple(k for k in self.topk if k <= num_items) or (num_items,)
+        self.metrics = RankingMetrics(self.topk, counts)
+        if self.num_eval_negatives is not None:
+            if self.num_eval_negatives >= num_items:
                 raise ValueError(
-                    f"--model.sampled_negatives {self.sampled_negatives} of {num_items:,} items: these are no sample; leave"
-                    " it out, all items are ranked anyway"
+                    f"--model.num_eval_negatives {self.num_eval_negatives}: must be below the number of items,"
+                    f" {num_items:,}, or null for full ranking only"
                 )
-            among = self.sampled_negatives + 1
-            self.sampled = RankingMetrics([k for k in self.cutoffs if k < among] or [among], prefix="sampled_")
+            num_ranked = self.num_eval_negatives + 1
+            self.sampled = RankingMetrics([k for k in self.topk if k < num_ranked] or [num_ranked], prefix="sampled_")
 
     def update(self, score_block: ScoreBlock, batch: EvalBatch, ratings: Tensor | None = None) -> None:
         """Update the metrics with a batch of users.
@@ -70,11 +70,11 @@ class Evaluation(nn.Module):
         """
         assert self.metrics is not None
         targets = batch.targets * (batch.weight > 0)[:, None]  # padding rows have none
-        ranks, lists = rank_and_top_k(score_block, self.num_items, max(self.cutoffs), targets, batch.history)
+        ranks, lists = rank_and_top_k(score_block, self.num_items, max(self.topk), targets, batch.history)
         self.metrics.update(ranks, lists if self.metrics.counts is not None else None)
-        if self.sampled is not None and self.sampled_negatives is not None:
-            met = torch.cat([batch.history, targets], 1)
-            drawn = evaluation_negatives(_SEED, batch.users, self.num_items, self.sampled_negatives, met)
+        if self.sampled is not None and self.num_eval_negatives is not None:
+            excluded = torch.cat([batch.history, targets], 1)
+            drawn = evaluation_negatives(_SEED, batch.users, self.num_items, self.num_eval_negatives, excluded)
             self.sampled.update(sampled_rank(score_block, self.num_items, targets, drawn))
         if ratings is not None and batch.ratings is not None:
             rated = targets > 0

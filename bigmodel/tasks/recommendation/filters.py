@@ -13,36 +13,36 @@ import numpy as np
 
 @dataclass
 class Filters:
-    """Rules for events to leave out, before items are numbered and splits are made; applied in this order.
+    """Rules that exclude events before items are numbered and splits are made; applied in this order.
 
     Args:
-        min_rating: events with a lower rating are left out; by default none are.
-        keep: of several events of the same user with the same item, the `first` or the `last`, or `all` of them.
-        min_user_events: users with fewer events are left out; together with the next until both hold (k-core).
-        min_item_events: items with fewer events are left out.
-        max_history: number of latest events of each user to keep; by default all.
+        min_rating: events with a lower rating are excluded; by default none.
+        keep_duplicates: of the events of a user with the same item, the `first`, the `last`, or `all`.
+        min_user_events: users with fewer events are excluded; repeated with the next until both are satisfied (k-core).
+        min_item_events: items with fewer events are excluded.
+        max_history: maximum number of events of each user, the latest; by default all.
     """
 
     min_rating: float | None = None
-    keep: Literal["first", "last", "all"] = "all"
+    keep_duplicates: Literal["first", "last", "all"] = "all"
     min_user_events: int = 1
     min_item_events: int = 1
     max_history: int | None = None
 
     def __post_init__(self) -> None:
-        if self.keep not in ("first", "last", "all"):
-            raise ValueError(f"--data.filters.keep {self.keep}: first, last or all is accepted")
+        if self.keep_duplicates not in ("first", "last", "all"):
+            raise ValueError(f"--data.filters.keep_duplicates {self.keep_duplicates}: must be first, last or all")
         for name in ("min_user_events", "min_item_events", "max_history"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"--data.filters.{name} {value}: at least 1 is accepted; leave it out to keep all")
+                raise ValueError(f"--data.filters.{name} {value}: must be at least 1")
 
     def settings(self) -> dict[str, Any]:
-        """Settings for the key of the prepared folder."""
+        """Return the settings for the key of the prepared folder."""
         return asdict(self)
 
-    def kept(self, users: np.ndarray, items: np.ndarray, ratings: np.ndarray | None) -> tuple[np.ndarray, list[str]]:
-        """Return the numbers of the kept events, and a line about each kind that was left out.
+    def apply(self, users: np.ndarray, items: np.ndarray, ratings: np.ndarray | None) -> tuple[np.ndarray, list[str]]:
+        """Apply the rules.
 
         Args:
             users: [N] int, ascending.
@@ -50,17 +50,17 @@ class Filters:
             ratings: [N] float32, or None.
 
         Returns:
-            The numbers of the events that are kept, ascending, int64.
+            The indices of the remaining events, ascending, int64; and a line about the events excluded by each rule.
 
         Raises:
-            ValueError: if `min_rating` is set and there are no ratings, or nothing is kept.
+            ValueError: if `min_rating` is set and there are no ratings, or no event remains.
         """
         kept, lines = np.arange(len(users)), []
 
-        def narrow(which: np.ndarray, what: str) -> None:
+        def select(which: np.ndarray, excluded: str) -> None:
             nonlocal kept
             if len(which) < len(kept):
-                lines.append(f"left out {len(kept) - len(which):,} of {len(kept):,} events: {what}")
+                lines.append(f"excluded {len(kept) - len(which):,} of {len(kept):,} events: {excluded}")
                 kept = kept[which]
 
         if self.min_rating is not None:
@@ -68,30 +68,30 @@ class Filters:
                 raise ValueError(
                     f"--data.filters.min_rating {self.min_rating}: the data have no ratings; set --data.rating_column"
                 )
-            narrow(np.flatnonzero(ratings >= self.min_rating), f"rated below {self.min_rating:g} (min_rating)")
-        if self.keep != "all":
-            again = f"a user's further ones with the same item (keep: {self.keep})"
-            narrow(_one_of_each(users[kept], items[kept], self.keep), again)
+            select(np.flatnonzero(ratings >= self.min_rating), f"rated below {self.min_rating:g} (min_rating)")
+        if self.keep_duplicates != "all":
+            duplicates = f"duplicates of user and item (keep_duplicates: {self.keep_duplicates})"
+            select(_drop_duplicates(users[kept], items[kept], self.keep_duplicates), duplicates)
         if self.min_user_events > 1 or self.min_item_events > 1:
             which, num_rounds = _core(users[kept], items[kept], self.min_user_events, self.min_item_events)
             few_users, few_items = (
                 len(np.unique(numbers[kept])) - len(np.unique(numbers[kept[which]])) for numbers in (users, items)
             )
             limits = f"min_user_events {self.min_user_events:,}, min_item_events {self.min_item_events:,}"
-            narrow(
+            select(
                 which,
-                f"those of {few_users:,} users and {few_items:,} items that have too few ({limits}; rounds: {num_rounds:,})",
+                f"those of {few_users:,} users and {few_items:,} items with fewer ({limits}; rounds: {num_rounds})",
             )
         if self.max_history is not None:
             which = _latest(users[kept], self.max_history)
-            narrow(which, f"older than a user's last {self.max_history:,} (max_history)")
+            select(which, f"older than a user's last {self.max_history:,} (max_history)")
         if len(kept) == 0:
-            raise ValueError(f"--data.filters leave no event; loosen them ({'; '.join(lines)})")
+            raise ValueError(f"--data.filters exclude all events ({'; '.join(lines)}): set weaker ones")
         return kept, lines
 
 
-def _one_of_each(users: np.ndarray, items: np.ndarray, keep: str) -> np.ndarray:
-    """Return the first or last event of each pair, ascending."""
+def _drop_duplicates(users: np.ndarray, items: np.ndarray, keep: str) -> np.ndarray:
+    """Return the index of the first or last event of each pair of user and item, ascending."""
     pairs = users.astype(np.int64) * (int(items.max(initial=0)) + 1) + items
     if keep == "first":
         return np.sort(np.unique(pairs, return_index=True)[1])

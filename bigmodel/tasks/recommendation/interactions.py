@@ -1,6 +1,6 @@
 """User-item events as flat arrays: grouped by user, in chronological order.
 
-Items have the numbers 1 to I (0 is padding), users 0 to U - 1.
+Items are numbered 1 to I (0 is padding), users 0 to U - 1.
 
 N events, U users, I items.
 """
@@ -26,9 +26,9 @@ class Interactions:
         offsets: [U + 1] int64; the events of user u are `offsets[u]` to `offsets[u + 1]`, in chronological order, those
             of equal time in the order of the source.
         items: [N] int32, 1 to I.
-        times: [N] int64, whole seconds since 1970; None: the source has none, and its order is used.
+        times: [N] int64, whole seconds since 1970; None: the source has no times, and its order is used.
         ratings: [N] float32, or None.
-        num_items: I, the largest number that an item may have.
+        num_items: I, the largest item number.
     """
 
     offsets: np.ndarray
@@ -61,7 +61,7 @@ class Interactions:
         )
 
     def renumbered(self, numbers: np.ndarray, num_items: int) -> Interactions:
-        """Return the events with other item numbers; those of items without one are left out.
+        """Return the events with other item numbers; events of items without a new number are excluded.
 
         Args:
             numbers: [I + 1] int32, the new number of each item, or 0.
@@ -80,7 +80,7 @@ class Interactions:
 
 
 def ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """Return the numbers [sum of stops - starts] int64 of all ranges from `starts` [M] to `stops` [M], concatenated."""
+    """Return the concatenation [sum of stops - starts] int64 of the ranges from `starts` [M] to `stops` [M]."""
     counts = stops - starts
     numbers = np.arange(counts.sum(), dtype=np.int64)
     numbers += np.repeat(starts - (np.cumsum(counts) - counts), counts)
@@ -104,13 +104,13 @@ class SparseMatrix(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Ids:
+class IdTable:
     """Ids of users or items in the source.
 
     Args:
-        table: column `id` (int64 or string), ascending; of items also `title` and `genres` where the source has them.
-        first: the number of the first row.
-        what: user or item, for messages.
+        table: column `id` (int64 or string), ascending; for items also `title` and `genres` if the source has them.
+        first: number of the first row.
+        what: "user" or "item", for messages.
     """
 
     table: pa.Table
@@ -124,12 +124,12 @@ class Ids:
     def _ids(self) -> pa.Array:
         return self.table.column("id").combine_chunks()
 
-    def same(self, ids: Sequence[int] | Sequence[str]) -> bool:
-        """True if these are the ids, in this order."""
+    def equals(self, ids: Sequence[int] | Sequence[str]) -> bool:
+        """Return True if these are the ids, in this order."""
         return len(ids) == len(self) and bool(self._ids.equals(_ids(ids)))
 
-    def numbers_in(self, ids: Sequence[int] | Sequence[str]) -> np.ndarray:
-        """Return the position of each own id in another list of ids, counted from `first`; 0 where it is missing.
+    def map_to(self, ids: Sequence[int] | Sequence[str]) -> np.ndarray:
+        """Return the number of each own id in another list of ids; 0 where it is missing there.
 
         Shape [first + len(self)].
 
@@ -139,16 +139,16 @@ class Ids:
         own, other = self._ids, _ids(ids)
         if own.type != other.type:
             own, other = own.cast(pa.string()), other.cast(pa.string())
-        found = pc.fill_null(pc.add(pc.index_in(own, value_set=other), self.first), 0).to_numpy()
-        return np.concatenate([np.zeros(self.first, np.int32), found])
+        numbers = pc.fill_null(pc.add(pc.index_in(own, value_set=other), self.first), 0).to_numpy()
+        return np.concatenate([np.zeros(self.first, np.int32), numbers])
 
     def ids(self, numbers: np.ndarray) -> list[int] | list[str]:
         """Return the ids of these numbers [M]."""
-        found: list[int] | list[str] = self._ids.take(pa.array(np.asarray(numbers) - self.first)).to_pylist()
-        return found
+        ids: list[int] | list[str] = self._ids.take(pa.array(np.asarray(numbers) - self.first)).to_pylist()
+        return ids
 
     def titles(self, numbers: np.ndarray) -> list[str | None]:
-        """Return the titles of these numbers [M]; None where the source has none."""
+        """Return the titles of these numbers [M]; None where the source has no title."""
         if "title" not in self.table.column_names:
             return [None] * len(numbers)
         titles: list[str | None] = (
@@ -163,26 +163,28 @@ class Ids:
             ValueError: if an id is unknown.
         """
         given = list(ids)
-        found = np.empty(len(given), np.int64)
+        numbers = np.empty(len(given), np.int64)
         for i, one in enumerate(given):
             try:
                 row = pc.index(self._ids, pa.scalar(one).cast(self._ids.type)).as_py()
             except (pa.ArrowInvalid, OverflowError):
                 row = -1
             if row < 0:
-                near = ", ".join(map(repr, self._near(one)))
-                raise ValueError(f"there is no {self.what} {one!r}; there are {len(self):,}, near it {near}")
-            found[i] = row + self.first
-        return found
+                similar = ", ".join(map(repr, self._neighbors(one)))
+                raise ValueError(
+                    f"there is no {self.what} {one!r} among the {len(self):,} {self.what}s; similar: {similar}"
+                )
+            numbers[i] = row + self.first
+        return numbers
 
-    def _near(self, one: int | str) -> list[int] | list[str]:
-        """Return up to four ids next to the position of this one."""
-        there: list[Any] = self._ids.to_pylist()
+    def _neighbors(self, one: int | str) -> list[int] | list[str]:
+        """Return up to four ids next to the position of this one in the order of ids."""
+        ids: list[Any] = self._ids.to_pylist()
         try:
-            place = bisect_left(there, type(there[0])(one))
+            position = bisect_left(ids, type(ids[0])(one))
         except ValueError:  # not a number, where ids are numbers
-            place = 0
-        return there[max(0, min(place, len(there) - 2) - 2) :][:4]
+            position = 0
+        return ids[max(0, min(position, len(ids) - 2) - 2) :][:4]
 
 
 def _ids(ids: Sequence[int] | Sequence[str]) -> pa.Array:

@@ -3,13 +3,13 @@
 Each metric is a mean over users, computed from the ranks of their targets in their lists (NDCG: Järvelin and
 Kekäläinen 2002, with gain 1 per target). With r_1 < r_2 < ... the ranks of a user's n targets, and [..] 1 or 0::
 
-    hr@k        [r_1 <= k]                      1 if there is any target in the list
-    recall@k    sum_i [r_i <= k] / n            hr@k, where users have one target each
+    hr@k        [r_1 <= k]                      1 if a target is in the list
+    recall@k    sum_i [r_i <= k] / n            equals hr@k if each user has one target
     precision@k sum_i [r_i <= k] / k
     ndcg@k      sum_i [r_i <= k] / log2(r_i + 1)  /  sum_{i <= min(k, n)} 1 / log2(i + 1)
-    mrr@k       [r_1 <= k] / r_1,               mrr the same over the whole catalogue
-    coverage@k    share of all items that are in the list of some user
-    popularity@k  training events of an item in a list, the mean over lists and places
+    mrr@k       [r_1 <= k] / r_1,               mrr the same over all items
+    coverage@k    share of all items that are in the list of a user
+    popularity@k  training events of an item in a list, mean over lists and positions
 
 Errors of predicted ratings are over all targets of all users, each counted once::
 
@@ -36,13 +36,13 @@ class RankingMetrics(Accumulates, Metric):
     """Means over users, in the device's `accumulation_dtype` until they are reported.
 
     Args:
-        cutoffs: lengths of the lists, k.
+        topk: lengths of the lists, k.
         counts: training events of each item [I + 1], int64: `coverage` and `popularity` are computed, and `update`
             needs lists. None: they are not computed.
-        prefix: before each name: "sampled_", where targets were ranked among a sample of the items.
+        prefix: of each name: "sampled_" if targets were ranked among a sample of the items.
 
     Raises:
-        ValueError: for cutoffs below 1, repeated or missing; invalid counts.
+        ValueError: if topk has values below 1 or duplicates or is empty; for invalid counts.
     """
 
     full_state_update = False
@@ -56,27 +56,25 @@ class RankingMetrics(Accumulates, Metric):
     places: Tensor
     events: Tensor
 
-    def __init__(self, cutoffs: Sequence[int] = (10,), counts: Tensor | None = None, prefix: str = "") -> None:
+    def __init__(self, topk: Sequence[int] = (10,), counts: Tensor | None = None, prefix: str = "") -> None:
         super().__init__()
-        if not cutoffs or min(cutoffs) < 1 or len(set(cutoffs)) < len(cutoffs):
-            raise ValueError(
-                f"--model.cutoffs {list(cutoffs)} must be lengths of lists, each at least 1 and given once"
-            )
-        self.cutoffs, self.prefix = tuple(cutoffs), prefix
-        self.longest = max(cutoffs)
+        if not topk or min(topk) < 1 or len(set(topk)) < len(topk):
+            raise ValueError(f"--model.topk {list(topk)} must be different lengths of lists, each at least 1")
+        self.topk, self.prefix = tuple(topk), prefix
+        self.longest = max(topk)
         dtype = accumulation_dtype()
         discounts = 1 / torch.arange(2, self.longest + 2, dtype=dtype).log2()
-        self.register_buffer("lengths", torch.tensor(self.cutoffs), persistent=False)
+        self.register_buffer("lengths", torch.tensor(self.topk), persistent=False)
         self.register_buffer("ideal", torch.cat([torch.zeros(1, dtype=dtype), discounts.cumsum(0)]), persistent=False)
         self.add_state("num_users", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("sums", torch.zeros(len(_BY_CUTOFF), len(cutoffs), dtype=dtype), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(len(_BY_CUTOFF), len(topk), dtype=dtype), dist_reduce_fx="sum")
         self.add_state("reciprocal", torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
         self.register_buffer("counts", None, persistent=False)
         if counts is not None:
             self.counts = check_counts(counts, len(counts) - 1)
             # The best position of each item in any list; larger than any position if it was in none.
             self.add_state("places", torch.full_like(self.counts, self.longest + 1), dist_reduce_fx="min")
-            self.add_state("events", torch.zeros(2, len(cutoffs), dtype=torch.int64), dist_reduce_fx="sum")
+            self.add_state("events", torch.zeros(2, len(topk), dtype=torch.int64), dist_reduce_fx="sum")
 
     @torch.no_grad()
     def update(self, ranks: Tensor, items: Tensor | None = None) -> None:
@@ -90,7 +88,7 @@ class RankingMetrics(Accumulates, Metric):
             ValueError: for other shapes, or lists that are missing or too short.
         """
         if ranks.ndim != 2:
-            raise ValueError(f"ranks have shape {list(ranks.shape)}, but [B, K] is needed")
+            raise ValueError(f"ranks have shape {list(ranks.shape)}, but must have [B, K]")
         found = ranks > 0  # [B, K]
         counted = found.any(1)
         within = found[:, :, None] & (ranks[:, :, None] <= self.lengths)  # [B, K, L]
@@ -133,10 +131,10 @@ class RankingMetrics(Accumulates, Metric):
             ValueError: if there was no user with a target.
         """
         if self.num_users == 0:
-            raise ValueError("no user with a target was evaluated: there is nothing to measure")
+            raise ValueError("no user with a target was evaluated")
         values = {"mrr": self.reciprocal / self.num_users}
         means = self.sums / self.num_users
-        for j, k in enumerate(self.cutoffs):
+        for j, k in enumerate(self.topk):
             values |= {f"{name}@{k}": means[i, j] for i, name in enumerate(_BY_CUTOFF)}
             if self.counts is not None:
                 values[f"coverage@{k}"] = accumulable(self.places[1:] <= k).mean()
@@ -145,7 +143,7 @@ class RankingMetrics(Accumulates, Metric):
 
 
 class RatingErrors(Accumulates, MetricCollection):
-    """`rmse` and `mae` of predicted ratings [n] against given ones [n], in the device's `accumulation_dtype`."""
+    """`rmse` and `mae` of predicted ratings [n] and true ratings [n], in the device's `accumulation_dtype`."""
 
     def __init__(self) -> None:
         super().__init__({"rmse": MeanSquaredError(squared=False), "mae": MeanAbsoluteError()}, compute_groups=False)

@@ -1,8 +1,8 @@
 """Recommendation: predict the next item of a user from the history.
 
-There are two trained tasks with different inputs. `SequenceRecommendation` reads ordered histories, also of new users.
-`PairRecommendation` reads the number of a user that it was trained on. Both are evaluated by ranking the whole
-catalogue.
+Two trained tasks differ in their inputs. `SequentialRecommendation` takes ordered histories, also of new users (RecBole:
+sequential recommendation). `PairRecommendation` takes the number of a training user (RecBole: general recommendation).
+Both are evaluated by ranking all items.
 
 B rows, T positions, D width, I items (numbered 1 to I; 0 is padding), H items of a history, K targets, k length of a list.
 """
@@ -32,25 +32,25 @@ from bigmodel.training.callbacks import GradientScaling
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 
 _MASKS, _LAST_ONLY = 1, 2  # streams of random numbers
-_SECONDS = 10**11  # times from this number on are in milliseconds
+_MAX_SECONDS = 10**11  # times from this number on are in milliseconds
 
 
-class SequenceRecommendation(Recommender):
-    """Trains and evaluates a net that scores each next item of a history, and recommends items with it.
+class SequentialRecommendation(Recommender):
+    """Train and evaluate a net that scores each next item of a history, and recommend items with it.
 
-    A net that has a `mask_item` (BERT4Rec) is trained to predict masked items instead; it recommends its predictions
-    for a mask at the end.
+    A net with a `mask_item` (BERT4Rec) is trained to predict masked items instead; it recommends its predictions for a
+    mask at the end.
 
     Args:
         net: factory of the net, called with `num_items` and `max_length`, taken from the data.
-        loss: of the next items, one of bigmodel.tasks.recommendation: FullSoftmax (by default), SampledSoftmax, BCE, GBCE.
+        loss: of the next items: FullSoftmax (by default), SampledSoftmax, BCE, GBCE, all of bigmodel.tasks.recommendation.
         optimizer: factory of the optimizer, called with parameter groups.
-        schedule: the learning rate over the run's optimizer steps; null: constant.
-        cutoffs: lengths k of the evaluated lists.
-        mask_rate: share of masked items; only for nets with a mask.
-        mask_last_rate: share of the windows in which only the last item is masked, as in recommendation; likewise.
+        schedule: learning rate schedule over the run's optimizer steps; null: constant.
+        topk: lengths k of the evaluated lists.
+        mask_ratio: share of masked items, for nets with a `mask_item`.
+        mask_last_ratio: share of the windows in which only the last item is masked, as in recommendation; likewise.
         seed: with the optimizer step and the sample, determines negatives and masks.
-        sampled_negatives: number of items drawn per user among which each target is also ranked, for metrics
+        num_eval_negatives: number of items drawn per user among which each target is also ranked, for metrics
             `sampled_...`, which are comparable only at the same number; null: rank among all items only.
 
     Logs `val/ndcg@k`, `hr@k`, `recall@k`, `precision@k`, `mrr@k`, `coverage@k`, `popularity@k` and `mrr`, and the same for
@@ -58,7 +58,7 @@ class SequenceRecommendation(Recommender):
     """
 
     count_unit = "items"  # unit of the count that training_step returns
-    examples = "sequences"  # type of the training samples
+    example_type = "sequences"  # type of the training samples
 
     def __init__(
         self,
@@ -66,30 +66,32 @@ class SequenceRecommendation(Recommender):
         loss: nn.Module | None = None,
         optimizer: optimizers.OptimizerFactory = torch.optim.AdamW,
         schedule: schedules.Schedule | None = None,
-        cutoffs: Sequence[int] = (5, 10, 20),
-        mask_rate: float = 0.3,
-        mask_last_rate: float = 0.1,
+        topk: Sequence[int] = (5, 10, 20),
+        mask_ratio: float = 0.3,
+        mask_last_ratio: float = 0.1,
         seed: int = 0,
-        sampled_negatives: int | None = None,
+        num_eval_negatives: int | None = None,
     ) -> None:
-        super().__init__(cutoffs, sampled_negatives)
-        for name, rate in (("mask_rate", mask_rate), ("mask_last_rate", mask_last_rate)):
+        super().__init__(topk, num_eval_negatives)
+        for name, rate in (("mask_ratio", mask_ratio), ("mask_last_ratio", mask_last_ratio)):
             if not 0 <= rate <= 1:
-                raise ValueError(f"--model.{name} {rate} must lie in 0 to 1")
+                raise ValueError(f"--model.{name} {rate}: must be in 0 to 1")
         self.make_net, self.optimizer, self.schedule = net, optimizer, schedule
         self.loss: Any = loss if loss is not None else FullSoftmax()
-        self.mask_rate, self.mask_last_rate, self.seed = mask_rate, mask_last_rate, seed
+        self.mask_ratio, self.mask_last_ratio, self.seed = mask_ratio, mask_last_ratio, seed
         self.net: Any = None
-        self.gap: int | None = None  # [s], the median between two training events of a user; None: not known
+        self.median_gap: int | None = None  # between two training events of a user [s]; None: unknown
 
     def configure_model(self) -> None:
         if self.net is not None:
             return
-        if isinstance(self.loss, SquaredError) and self.examples != "pairs":
-            raise ValueError("--model.loss SquaredError is for pairs of users and items: take PairRecommendation")
-        known = sizes(self)
-        self.net = self.make_net(**known)  # type: ignore[call-arg]
-        self.loss.prepare(known["num_items"], self._prepare_evaluation(known["num_items"]))
+        if isinstance(self.loss, SquaredError) and self.example_type != "pairs":
+            raise ValueError(
+                "--model.loss SquaredError is for pairs of users and items: set --model PairRecommendation"
+            )
+        net_sizes = sizes(self)
+        self.net = self.make_net(**net_sizes)  # type: ignore[call-arg]
+        self.loss.prepare(net_sizes["num_items"], self._prepare_evaluation(net_sizes["num_items"]))
 
     def configure_callbacks(self) -> list[Callback]:
         # The loss is a sum: a plain Trainer also needs the callback that divides it by the count.
@@ -98,12 +100,10 @@ class SequenceRecommendation(Recommender):
     def configure_optimizers(self) -> Any:
         return optimizers.configure(self, self.optimizer, self.schedule)
 
-    # The SupportsLogits protocol, used by distillation, evaluation and export.
+    # SupportsLogits: for distillation, evaluation and export.
 
     def features(self, batch: Any) -> Tensor:
-        """Return the features that score items: [B, T, D] after each position of training windows; [B, D] after each
-        history.
-        """
+        """Return the features: [B, T, D] after each position of training windows; [B, D] after each history."""
         if isinstance(batch, SequenceBatch):
             items, _ = self._windows(batch)
             features: Tensor = self.net.features(items, batch.times)
@@ -118,9 +118,7 @@ class SequenceRecommendation(Recommender):
         return scores
 
     def targets(self, batch: Any) -> Tensor:
-        """Return the items to be predicted: [B, T] of training windows, -100 where there is none; else the first target
-        [B].
-        """
+        """Return the target items: [B, T] of training windows, [B] (the first) of histories; -100 where there is none."""
         targets = self._windows(batch)[1] if isinstance(batch, SequenceBatch) else batch.targets[:, 0]
         padding = (batch.weight == 0).view(-1, *[1] * (targets.ndim - 1))
         return targets.masked_fill((targets == 0) | padding, IGNORE_INDEX)
@@ -128,19 +126,19 @@ class SequenceRecommendation(Recommender):
     @property
     def label_space(self) -> list[int] | list[str]:
         """Ids of the items, in the order of their numbers."""
-        return self._catalogue().item_ids
+        return self._item_catalog().item_ids
 
     def _windows(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-        """Return the inputs and the items to be predicted at each position, 0 where there is none; each [B, T]."""
+        """Return the inputs and the target items at each position, 0 where there is none; each [B, T]."""
         if not hasattr(self.net, "mask_item"):
             return batch.items, batch.targets
         items = torch.cat([batch.items[:, 1:], batch.targets[:, -1:]], 1)  # the last T of the T + 1 events
-        there = items > 0
-        masked = (uniform(batch.key, _MASKS, items.shape[1]) < self.mask_rate) & there
-        last_only = uniform(batch.key, _LAST_ONLY, 1) < self.mask_last_rate  # [B, 1]
-        last = torch.zeros_like(there)
+        is_item = items > 0
+        masked = (uniform(batch.key, _MASKS, items.shape[1]) < self.mask_ratio) & is_item
+        last_only = uniform(batch.key, _LAST_ONLY, 1) < self.mask_last_ratio  # [B, 1]
+        last = torch.zeros_like(is_item)
         last[:, -1] = True
-        masked = torch.where(last_only | ~masked.any(1, keepdim=True), last & there, masked)
+        masked = torch.where(last_only | ~masked.any(1, keepdim=True), last & is_item, masked)
         return items.masked_fill(masked, self.net.mask_item), items.masked_fill(~masked, 0)
 
     def training_step(self, batch: Any) -> dict[str, Tensor]:
@@ -155,65 +153,66 @@ class SequenceRecommendation(Recommender):
     def score_block(self, batch: EvalBatch) -> ScoreBlock:
         return dot_products(self.features(batch), self.net.item_vectors(), self.net.item_bias)
 
-    # The SupportsRecommend protocol, used by `bigmodel recommend`.
+    # SupportsRecommend: for `bigmodel recommend`.
 
     def recommend(
         self, history: Sequence[int | str], k: int = 10, times: Sequence[int] | None = None
     ) -> list[dict[str, Any]]:
-        """Return the best items for a user with this history, who may be new to the model.
+        """Return the best items for a history, also of a new user.
 
         Args:
-            history: ids of items as in the data, in chronological order; all are excluded from the list, and the net
-                reads the last `max_length`.
+            history: ids of items as in the data, in chronological order. The list contains none of them; the input of
+                the net is the last `max_length`.
             k: length of the list.
-            times: of the history, in seconds since 1970, for a net that reads them; None: evenly spaced, by the median
+            times: of the history, in seconds since 1970, for a net that reads times; None: evenly spaced, by the median
                 gap between two training events of a user (a line is printed).
 
         Returns:
-            The best first, each with `item`, `title` (None where the data have none) and `score`.
+            The best first, each with `item`, `title` (or None) and `score`.
 
         Raises:
             ValueError: for an item that is not in the data, an empty history, times that do not match it, or k above
                 the number of items.
         """
-        numbers = self._catalogue().numbers(history)
-        if times is None and self.gap is not None:
-            times = range(0, self.gap * len(numbers), self.gap) if self.gap else [0] * len(numbers)
+        numbers = self._item_catalog().numbers(history)
+        gap = self.median_gap
+        if times is None and gap is not None:
+            times = range(0, gap * len(numbers), gap) if gap else [0] * len(numbers)
             if getattr(self.net, "reads_times", False):
                 say(
-                    f"no times are given, and {type(self.net).__name__} reads them: the items are taken to lie"
-                    f" {self.gap:,} s apart, the median in training"
+                    f"{type(self.net).__name__} reads times: without --times, items are assumed to be {gap:,} s apart, the"
+                    " median of the training events"
                 )
-        return self.recommend_to(one_history(numbers, times, self.net.max_length, self.device), k)
+        return self.recommend_to(history_batch(numbers, times, self.net.max_length, self.device), k)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        if self.gap is None and hasattr(self._data, "parts"):
-            self.gap = self._data.median_gap()
-        checkpoint["gap"] = self.gap
+        if self.median_gap is None and hasattr(self._data, "parts"):
+            self.median_gap = self._data.median_gap()
+        checkpoint["gap"] = self.median_gap
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self.gap = checkpoint.get("gap")
+        self.median_gap = checkpoint.get("gap")
 
 
-class PairRecommendation(SequenceRecommendation):
-    """Trains a net of user and item vectors on single events; recommends only to users of the training data.
+class PairRecommendation(SequentialRecommendation):
+    """Train a net of user and item vectors on single events; recommend only to users of the training data.
 
-    With SquaredError it learns to predict ratings, and logs `val/rmse` and `val/mae` over all targets besides.
+    With SquaredError it predicts ratings, and logs `val/rmse` and `val/mae` over all targets too.
 
     Args:
-        net: factory of the net, called with `num_users` and `num_items`, taken from the data; `max_length` is left out.
+        net: factory of the net, called with `num_users` and `num_items`, taken from the data.
         loss: of the pairs: BPR (by default), BCE, SampledSoftmax, FullSoftmax; or of their ratings: SquaredError.
         optimizer: factory of the optimizer, called with parameter groups.
-        schedule: the learning rate over the run's optimizer steps; null: constant.
-        cutoffs: lengths k of the evaluated lists.
+        schedule: learning rate schedule over the run's optimizer steps; null: constant.
+        topk: lengths k of the evaluated lists.
         seed: with the optimizer step and the sample, determines the negatives.
-        sampled_negatives: as in SequenceRecommendation.
+        num_eval_negatives: as in SequentialRecommendation.
     """
 
     count_unit = "samples"
-    examples = "pairs"
+    example_type = "pairs"
 
     def __init__(
         self,
@@ -221,13 +220,13 @@ class PairRecommendation(SequenceRecommendation):
         loss: nn.Module | None = None,
         optimizer: optimizers.OptimizerFactory = torch.optim.AdamW,
         schedule: schedules.Schedule | None = None,
-        cutoffs: Sequence[int] = (5, 10, 20),
+        topk: Sequence[int] = (5, 10, 20),
         seed: int = 0,
-        sampled_negatives: int | None = None,
+        num_eval_negatives: int | None = None,
     ) -> None:
         make = _without_max_length(net)
         loss = loss if loss is not None else BPR()
-        super().__init__(make, loss, optimizer, schedule, cutoffs, seed=seed, sampled_negatives=sampled_negatives)
+        super().__init__(make, loss, optimizer, schedule, topk, seed=seed, num_eval_negatives=num_eval_negatives)
 
     def configure_model(self) -> None:
         if self.net is not None:
@@ -236,10 +235,10 @@ class PairRecommendation(SequenceRecommendation):
         if isinstance(self.loss, SquaredError):
             if not hasattr(self.net, "ratings"):
                 raise ValueError(
-                    f"--model.loss SquaredError needs a net that predicts ratings, which {type(self.net).__name__} does"
-                    " not: take bigmodel.nn.MatrixFactorization"
+                    f"--model.loss SquaredError: {type(self.net).__name__} does not predict ratings: set --model.net"
+                    " bigmodel.nn.MatrixFactorization"
                 )
-            if hasattr(self._data, "parts"):  # else the checkpoint holds the mean
+            if hasattr(self._data, "parts"):  # else the mean is in the checkpoint
                 self.loss.mean.fill_(self._data.mean_rating())
 
     def features(self, batch: Any) -> Tensor:
@@ -248,7 +247,7 @@ class PairRecommendation(SequenceRecommendation):
         return features
 
     def targets(self, batch: Any) -> Tensor:
-        """Return the items to be predicted [B]; -100 where there is none."""
+        """Return the target items [B]; -100 where there is none."""
         targets = batch.items if isinstance(batch, PairBatch) else batch.targets[:, 0]
         return targets.masked_fill((targets == 0) | (batch.weight == 0), IGNORE_INDEX)
 
@@ -265,7 +264,7 @@ class PairRecommendation(SequenceRecommendation):
             return None
         return self.loss.predict(self.net, batch.users, batch.targets)
 
-    # The number of a user has the same meaning as in training only if the data are the same.
+    # User numbers have the same meaning as in training only if the data are the same.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -276,16 +275,16 @@ class PairRecommendation(SequenceRecommendation):
         data = self._data
         if data is not None and data.prepared.fingerprint != checkpoint["users"]:
             raise ValueError(
-                f"--data.path {data.path} with these settings has other users than those that this net was trained on, and"
-                " it knows users by their number: take a net that reads histories (SequenceRecommendation)"
+                f"--data.path {data.path} with these settings has other users than the training data, and the input of"
+                f" {type(self).__name__} is user numbers: set --model SequentialRecommendation"
             )
 
     def recommend(
         self, history: Sequence[int | str], k: int = 10, times: Sequence[int] | None = None
     ) -> list[dict[str, Any]]:
         raise ValueError(
-            "this net knows users by their number, and cannot recommend to somebody by a history: take a net that reads"
-            " histories (SequenceRecommendation), or name a user that it was trained on"
+            f"{type(self).__name__} recommends only to users of the training data (--user), not by a history: set --model"
+            " SequentialRecommendation"
         )
 
 
@@ -296,28 +295,26 @@ def _without_max_length(net: Callable[..., nn.Module]) -> Callable[..., nn.Modul
     return make
 
 
-def one_history(numbers: Tensor, times: Sequence[int] | None, max_length: int, device: torch.device) -> EvalBatch:
-    """Return a batch of one history [H] of item numbers; times None: the data have none.
+def history_batch(numbers: Tensor, times: Sequence[int] | None, max_length: int, device: torch.device) -> EvalBatch:
+    """Return a batch of one history [H] of item numbers; times None: unknown.
 
     Raises:
         ValueError: for an empty history, or times that differ in number, are not whole seconds or are not ascending.
     """
     if not len(numbers):
-        raise ValueError("the history is empty: name at least one item that was chosen")
+        raise ValueError("the history is empty: it must have at least one item")
     history = numbers.to(device)[None]
     stamps = None
     if times is not None:
         if len(times) != len(numbers):
-            raise ValueError(f"{len(times)} times for a history of {len(numbers)} items: give one for each")
+            raise ValueError(f"{len(times)} times for a history of {len(numbers)} items: must be one for each")
         seconds = np.asarray(times)
-        if seconds.dtype.kind not in "iu" or not 0 <= seconds.min() <= seconds.max() < _SECONDS:
-            raise ValueError(
-                f"times {list(times)}: whole seconds since 1970 are accepted, from 0 to below {_SECONDS:,}"
-            )
+        if seconds.dtype.kind not in "iu" or not 0 <= seconds.min() <= seconds.max() < _MAX_SECONDS:
+            raise ValueError(f"times {list(times)}: must be whole seconds since 1970, from 0 to below {_MAX_SECONDS:,}")
         if (back := np.flatnonzero(np.diff(seconds) < 0)).size:
             raise ValueError(
-                f"the time {seconds[back[0] + 1]} stands after {seconds[back[0]]}: give the history in the order in which"
-                " its items were chosen"
+                f"time {seconds[back[0] + 1]} is after {seconds[back[0]]} in the list: the history must be in chronological"
+                " order"
             )
         stamps = torch.from_numpy(seconds.astype(np.int64)).to(device)[None, -max_length:]
     none = torch.zeros(1, 0, dtype=torch.int64, device=device)

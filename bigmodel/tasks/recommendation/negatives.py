@@ -1,7 +1,7 @@
 """Negative sampling of items on the device, as a function of (seed, optimizer step, sample) only.
 
-A step's draws are the same on any number of processes, in micro-batches of any size, and after a resume, since a sample is
-in the same step in all of them. A task makes `DrawKeys` in each step: a few small kernels and no synchronisation::
+The draws of a step are the same on any number of processes, in micro-batches of any size, and after a resume, because a
+sample is in the same step in all of them. A task creates `DrawKeys` in each step, without synchronisation::
 
     keys = DrawKeys.of(seed, self.trainer.global_step, batch.index, num_positions)
 
@@ -55,14 +55,14 @@ class DrawKeys(NamedTuple):
 
 
 class Negatives(nn.Module):
-    """Draws items with replacement, uniformly or by popularity.
+    """Draw items with replacement, uniformly or by popularity.
 
     No item is excluded: the caller masks negatives that are also the target.
 
     Args:
         num_items: I.
-        counts: training events of each item, [I + 1] (0 of padding), to draw in proportion to; None: uniformly. An item
-            without any is then never drawn.
+        counts: training events of each item, [I + 1] (0 of padding), to draw in proportion to, so that an item without
+            events is never drawn; None: uniformly.
 
     Raises:
         ValueError: for counts of another shape, negative ones, or only zeros.
@@ -98,10 +98,10 @@ class Negatives(nn.Module):
 def evaluation_negatives(
     seed: int, users: Tensor, num_items: int, num_negatives: int, excluded: Tensor, counts: Tensor | None = None
 ) -> Tensor:
-    """Draw items to rank a target among, for sampled metrics: without replacement, the same for a user in any batch.
+    """Draw the negatives of sampled metrics: without replacement, the same for a user in any batch.
 
-    Each item that is not excluded gets a random number u, and the highest are taken; by popularity, log(u) / count, which
-    draws items one after the other in proportion to their counts (Efraimidis and Spirakis 2006).
+    Each item that is not excluded gets a random number u, and the items with the highest u are drawn; by popularity, with
+    the highest log(u) / count, which draws in proportion to counts without replacement (Efraimidis and Spirakis 2006).
 
     Args:
         seed: of the evaluation, the same throughout a run.
@@ -112,20 +112,20 @@ def evaluation_negatives(
         counts: training events of each item [I + 1], to draw in proportion to; None: uniformly.
 
     Returns:
-        [B, n] int64, 0 at the end where fewer are left.
+        [B, n] int64, 0 at the end where fewer items remain.
 
     Raises:
         ValueError: for more negatives than items, or counts as in `Negatives`.
     """
     if not 1 <= num_negatives <= num_items:
-        raise ValueError(f"{num_negatives} negatives of {num_items} items: 1 to {num_items} can be drawn")
+        raise ValueError(f"{num_negatives} negatives of {num_items} items: must be in 1 to {num_items}")
     keys = sample_keys(seed, 0, users)
     if counts is not None:
         counts = check_counts(counts, num_items).to(users.device)
 
     def score_block(first: int, last: int) -> Tensor:
         u = uniform(keys, _EVALUATION + first // _CHUNK, last - first)  # [B, W]
-        # -inf for items without events: they are not drawn.
+        # -inf excludes items without events.
         return u if counts is None else u.clamp(min=2.0**-25).log() / counts[first:last]
 
     return top_k(score_block, num_items, num_negatives, excluded, block_size=_CHUNK)[0]

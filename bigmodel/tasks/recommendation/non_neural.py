@@ -1,4 +1,4 @@
-"""Closed-form recommenders as a task: fitted, evaluated and saved once.
+"""Non-neural recommenders (popularity, neighbours, linear autoencoder) as a task: fitted, evaluated and saved once.
 
 B users, I items (numbered 1 to I; 0 is padding), U users of the training events, k length of a list.
 """
@@ -14,50 +14,49 @@ from torch import Tensor, nn
 from bigmodel.data.cache import say
 from bigmodel.run import sizes
 from bigmodel.tasks.recommendation.batches import EvalBatch, UserBatch
-from bigmodel.tasks.recommendation.closed_form import ClosedForm, Popularity, recency
-from bigmodel.tasks.recommendation.module import one_history
+from bigmodel.tasks.recommendation.closed_form import ClosedForm, Popularity, recency_weights
+from bigmodel.tasks.recommendation.module import history_batch
 from bigmodel.tasks.recommendation.ranking import ScoreBlock
 from bigmodel.tasks.recommendation.recommender import Recommender
 
 
-class FittedRecommendation(Recommender):
-    """Fits a method in closed form on the first process, broadcasts it, evaluates it, and recommends with it.
+class NonNeuralRecommendation(Recommender):
+    """Fit a non-neural method on the first process, broadcast it, evaluate it, and recommend with it.
 
-    There is nothing to optimize: the run is one step long, in which the method is fitted. Its experiments set
-    `trainer.max_steps` to 1 and skip validation before training.
+    The run has one step, in which the method is fitted. Experiments set `trainer.max_steps` to 1 and
+    `trainer.num_sanity_val_steps` to 0.
 
     Args:
         method: one of bigmodel.tasks.recommendation.closed_form: Popularity (by default), UserKNN, ItemKNN, EASE.
         values: value of an event in training and in histories: 1 (`ones`), or its rating (`ratings`).
-        decay: factor of the value of an item of a history for each item that was chosen after it; 1: no decay. For
-            lists only: predicted ratings ignore the order.
-        cutoffs: lengths k of the evaluated lists.
-        sampled_negatives: as in SequenceRecommendation.
+        recency_decay: factor of the value of an item of a history for each later item; 1: no decay. For lists only:
+            predicted ratings ignore the order.
+        topk: lengths k of the evaluated lists.
+        num_eval_negatives: as in SequentialRecommendation.
 
-    Logs the metrics of SequenceRecommendation; with `ratings` and a method that predicts them (UserKNN, ItemKNN) also
-    `val/rmse` and `val/mae` over all targets. Where the method cannot rate an item, the mean of the user's history is
-    used.
+    Logs the metrics of SequentialRecommendation; with `ratings` and a method that predicts them (UserKNN, ItemKNN) also
+    `val/rmse` and `val/mae` over all targets. If the method cannot rate an item, the mean of the user's history is used.
     """
 
     count_unit = "users"
-    examples = "users"
+    example_type = "users"
 
     def __init__(
         self,
         method: ClosedForm | None = None,
         values: Literal["ones", "ratings"] = "ones",
-        decay: float = 1.0,
-        cutoffs: Sequence[int] = (5, 10, 20),
-        sampled_negatives: int | None = None,
+        recency_decay: float = 1.0,
+        topk: Sequence[int] = (5, 10, 20),
+        num_eval_negatives: int | None = None,
     ) -> None:
-        super().__init__(cutoffs, sampled_negatives)
+        super().__init__(topk, num_eval_negatives)
         self.method: ClosedForm = method if method is not None else Popularity()
         self.values: Literal["ones", "ratings"] = values
-        self.decay = decay
-        recency(torch.zeros(1, 1, dtype=torch.int64), decay)  # checks the decay
+        self.recency_decay = recency_decay
+        recency_weights(torch.zeros(1, 1, dtype=torch.int64), recency_decay)  # checks the decay
         self.fitted = False
         self.fitted_on = ""  # fingerprint of the events
-        # A dummy parameter: Lightning needs an optimizer step in order to write a checkpoint.
+        # Dummy parameter: Lightning needs an optimizer step in order to write a checkpoint.
         self.nominal = nn.Parameter(torch.zeros(()))
         self.num_items = 0
 
@@ -89,24 +88,24 @@ class FittedRecommendation(Recommender):
         self.fitted, self.fitted_on = True, data.prepared.fingerprint
 
     def score_block(self, batch: EvalBatch) -> ScoreBlock:
-        values = batch.history_ratings if self.values == "ratings" else None  # a history given by hand has no ratings
-        if self.decay != 1:
-            values = recency(batch.history, self.decay) * (1 if values is None else values)
-        return self.method.score_block(batch.history, values, self._known(batch))
+        values = batch.history_ratings if self.values == "ratings" else None  # None for the history of `recommend`
+        if self.recency_decay != 1:
+            values = recency_weights(batch.history, self.recency_decay) * (1 if values is None else values)
+        return self.method.score_block(batch.history, values, self._training_rows(batch))
 
     def predicted_ratings(self, batch: EvalBatch) -> Tensor | None:
         if self.values != "ratings" or batch.history_ratings is None:
             return None
-        rated = self.method.rate(batch.history, batch.history_ratings, batch.targets, self._known(batch))
+        rated = self.method.rate(batch.history, batch.history_ratings, batch.targets, self._training_rows(batch))
         if rated is None:
             return None
         mean = batch.history_ratings.sum(1, keepdim=True) / (batch.history > 0).sum(1, keepdim=True)  # [B, 1]
         return torch.where(rated.isnan(), mean, rated)
 
-    def _known(self, batch: EvalBatch) -> Tensor | None:
+    def _training_rows(self, batch: EvalBatch) -> Tensor | None:
         """Return the rows of a batch's users in the training events; None if the data are different."""
-        same = self._data is None or self._data.prepared.fingerprint == self.fitted_on
-        return batch.users if same else None
+        is_same = self._data is None or self._data.prepared.fingerprint == self.fitted_on
+        return batch.users if is_same else None
 
     def validation_step(self, batch: EvalBatch) -> None:
         if self.fitted:
@@ -130,9 +129,7 @@ class FittedRecommendation(Recommender):
     def recommend(
         self, history: Sequence[int | str], k: int = 10, times: Sequence[int] | None = None
     ) -> list[dict[str, Any]]:
-        """Return the best items for a user with this history; see `SequenceRecommendation.recommend`. Times are not
-        used.
-        """
-        numbers = self._catalogue().numbers(history)
-        batch = one_history(numbers, None, len(numbers), self.device)
+        """Return the best items for a history, as `SequentialRecommendation.recommend`; times are ignored."""
+        numbers = self._item_catalog().numbers(history)
+        batch = history_batch(numbers, None, len(numbers), self.device)
         return self.recommend_to(batch._replace(users=batch.users - 1), k)  # -1: a user without training events

@@ -3,8 +3,8 @@
 The key of a prepared folder is a hash of the sources' contents, the columns and the filters; not of paths. Layout::
 
     <cache>/recommendation/<key>/
-        offsets.npy items.npy times.npy ratings.npy     see `Interactions`; the last two where the source has them
-        users.parquet items.parquet                     their ids in the source, see `Ids`
+        offsets.npy items.npy times.npy ratings.npy     `Interactions`; times and ratings if the source has them
+        users.parquet items.parquet                     ids in the source, `IdTable`
         meta.json
     <cache>/recommendation/scans/                       hashes of files
 
@@ -28,16 +28,16 @@ import pyarrow.parquet as pq
 
 from bigmodel.data.cache import building, digest, disk_errors, progress, say, write_array, write_text
 from bigmodel.tasks.recommendation.filters import Filters
-from bigmodel.tasks.recommendation.interactions import Ids, Interactions
-from bigmodel.tasks.recommendation.sources import Columns, Source
-from bigmodel.tasks.recommendation.sources.events import Events, collect
+from bigmodel.tasks.recommendation.interactions import IdTable, Interactions
+from bigmodel.tasks.recommendation.sources import InteractionColumns, InteractionSource
+from bigmodel.tasks.recommendation.sources.events import RawInteractions, collect
 
 VERSION = 1
 _BYTES_PER_EVENT = 16
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedInteractions:
     """Events in their prepared folder.
 
     Attributes:
@@ -45,19 +45,19 @@ class Prepared:
         events: all of them.
         users: ids of users.
         items: ids of items.
-        lines: summary of what was read and left out, for people.
+        lines: readable summary of the events read and excluded.
         fingerprint: hash of events and ids.
     """
 
     folder: Path
     events: Interactions
-    users: Ids
-    items: Ids
+    users: IdTable
+    items: IdTable
     lines: list[str]
     fingerprint: str
 
     @classmethod
-    def load(cls, folder: Path) -> Prepared:
+    def load(cls, folder: Path) -> PreparedInteractions:
         """Load a folder written by `prepare`; arrays are memory-mapped."""
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         arrays = {
@@ -66,38 +66,40 @@ class Prepared:
         }
         assert arrays["offsets"] is not None
         assert arrays["items"] is not None
-        items = Ids(pq.read_table(folder / "items.parquet"), 1, "item")
+        items = IdTable(pq.read_table(folder / "items.parquet"), 1, "item")
         return cls(
             folder,
             Interactions(
                 np.asarray(arrays["offsets"]), arrays["items"], arrays["times"], arrays["ratings"], num_items=len(items)
             ),
-            Ids(pq.read_table(folder / "users.parquet"), 0, "user"),
+            IdTable(pq.read_table(folder / "users.parquet"), 0, "user"),
             items,
             meta["lines"],
             meta["fingerprint"],
         )
 
 
-def prepare(source: Source, columns: Columns, filters: Filters, cache: Path) -> Prepared:
-    """Make the prepared folder of a source, unless it exists. Any number of processes may do so at the same time.
+def prepare(
+    source: InteractionSource, columns: InteractionColumns, filters: Filters, cache: Path
+) -> PreparedInteractions:
+    """Create the prepared folder of a source, unless it exists. Any number of processes may call this at the same time.
 
     Raises:
-        ValueError: if the source is invalid; or the filters leave fewer than two items, or nothing.
+        ValueError: if the source is invalid, or fewer than two items remain after the filters.
         OSError: if the disk is full; the message names the required space and the place.
     """
     folder = cache / digest([VERSION, source.content, asdict(columns), filters.settings()])
     if not (folder / "meta.json").exists():
-        _make(source, filters, folder)
-    return Prepared.load(folder)
+        _write(source, filters, folder)
+    return PreparedInteractions.load(folder)
 
 
-def _make(source: Source, filters: Filters, final: Path) -> None:
-    began = time.monotonic()
+def _write(source: InteractionSource, filters: Filters, final: Path) -> None:
+    start = time.monotonic()
     with progress(f"reading {source.where}", source.size) as advance:
-        found = collect(source.rows(), advance)
-    titles = found.titles if found.titles is not None else source.titles()
-    events, users, items, lines = _sorted(found, filters)
+        raw = collect(source.rows(), advance)
+    titles = raw.titles if raw.titles is not None else source.titles()
+    events, users, items, lines = _sort(raw, filters)
     with ExitStack() as stack:
         stack.enter_context(disk_errors(final.parent, lambda: _BYTES_PER_EVENT * len(events)))
         folder = stack.enter_context(building(final))
@@ -107,51 +109,51 @@ def _make(source: Source, filters: Filters, final: Path) -> None:
             if array is not None:
                 content.update(np.ascontiguousarray(array).data)
                 write_array(folder / f"{name}.npy", array)
-        for name, ids, called in (("users", users, None), ("items", items, titles)):
+        for name, ids, ids_titles in (("users", users, None), ("items", items, titles)):
             for buffer in ids.buffers():
                 content.update(b"" if buffer is None else buffer)
-            pq.write_table(_named(ids, called), folder / f"{name}.parquet")
+            pq.write_table(_id_table(ids, ids_titles), folder / f"{name}.parquet")
         meta = {"version": VERSION, "source": source.where, "lines": lines, "fingerprint": content.hexdigest()[:32]}
         write_text(folder / "meta.json", json.dumps(meta, indent=2))
     for line in lines:
         say(line)
-    say(f"prepared events in {time.monotonic() - began:,.1f} s in {final}")
+    say(f"prepared events in {time.monotonic() - start:,.1f} s in {final}")
 
 
-def _sorted(found: Events, filters: Filters) -> tuple[Interactions, pa.Array, pa.Array, list[str]]:
-    """Return events by user and time, filtered; ids of the remaining users and items; lines about it."""
-    # Both sorts are stable: events of equal time stay in the order of the source.
-    keys = (found.users,) if found.times is None else (found.times, found.users)
+def _sort(raw: RawInteractions, filters: Filters) -> tuple[Interactions, pa.Array, pa.Array, list[str]]:
+    """Return events sorted by user and time, and filtered; ids of the remaining users and items; a summary in lines."""
+    # The sort is stable: events of equal time stay in the order of the source.
+    keys = (raw.users,) if raw.times is None else (raw.times, raw.users)
     order = np.lexsort(keys)
-    users, items = found.users[order], found.items[order]
-    ratings = None if found.ratings is None else found.ratings[order]
-    kept, lines = filters.kept(users, items, ratings)
+    users, items = raw.users[order], raw.items[order]
+    ratings = None if raw.ratings is None else raw.ratings[order]
+    kept, lines = filters.apply(users, items, ratings)
     if len(kept) < len(order):
         order, users, items = order[kept], users[kept], items[kept]
         ratings = None if ratings is None else ratings[kept]
     user_rows, counts = np.unique(users, return_counts=True)
-    present = np.zeros(len(found.item_ids), bool)
+    present = np.zeros(len(raw.item_ids), bool)
     present[items] = True
     number = np.cumsum(present, dtype=np.int32)  # from 1, in the order of the ids
     num_items = int(number[-1])
     if num_items < 2:
-        said = f" ({'; '.join(lines)})" if lines else ""
-        raise ValueError(f"--data.path: there is only {num_items} item{said}; to choose between, at least 2 are needed")
+        excluded = f" ({'; '.join(lines)})" if lines else ""
+        raise ValueError(f"--data.path: there is only {num_items} item{excluded}; at least 2 are needed")
     events = Interactions(
         np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         number[items],
-        None if found.times is None else found.times[order] // 10**6,
+        None if raw.times is None else raw.times[order] // 10**6,
         ratings,
         num_items,
     )
-    lines = [found.line, *lines]
+    lines = [raw.line, *lines]
     if len(lines) > 1:
-        lines.append(f"left are {len(events):,} events of {events.num_users:,} users with {num_items:,} items")
-    return events, found.user_ids.take(pa.array(user_rows)), found.item_ids.filter(pa.array(present)), lines
+        lines.append(f"remaining: {len(events):,} events of {events.num_users:,} users with {num_items:,} items")
+    return events, raw.user_ids.take(pa.array(user_rows)), raw.item_ids.filter(pa.array(present)), lines
 
 
-def _named(ids: pa.Array, titles: pa.Table | None) -> pa.Table:
-    """Return a table of ids in their order, with titles and genres if there are any."""
+def _id_table(ids: pa.Array, titles: pa.Table | None) -> pa.Table:
+    """Return the table of an `IdTable`, with titles and genres if there are any."""
     if titles is None:
         return pa.table({"id": ids})
     rows = {item: row for row, item in reversed(list(enumerate(titles.column("id").to_pylist())))}  # the first of each

@@ -16,33 +16,33 @@ from bigmodel.tasks.recommendation.ranking import ScoreBlock
 
 
 class Recommender(LightningModule):
-    """A task that scores items for histories; a subclass defines `score_block`.
+    """Base class of a task that scores items for histories; a subclass defines `score_block`.
 
     Args:
-        cutoffs: lengths k of the evaluated lists.
-        sampled_negatives: see `Evaluation`.
+        topk: lengths k of the evaluated lists.
+        num_eval_negatives: see `Evaluation`.
     """
 
-    def __init__(self, cutoffs: Sequence[int], sampled_negatives: int | None = None) -> None:
+    def __init__(self, topk: Sequence[int], num_eval_negatives: int | None = None) -> None:
         super().__init__()
-        self.evaluation = Evaluation(cutoffs, sampled_negatives)
-        self.catalogue: ItemCatalog | None = None
+        self.evaluation = Evaluation(topk, num_eval_negatives)
+        self.item_catalog: ItemCatalog | None = None
 
     def score_block(self, batch: EvalBatch) -> ScoreBlock:
         """Return the scores of all items for a batch of histories, block by block (see `ranking`)."""
         raise NotImplementedError
 
     def predicted_ratings(self, batch: EvalBatch) -> torch.Tensor | None:
-        """Return the predicted ratings [B, K] of the targets; None: the task predicts none."""
+        """Return the predicted ratings [B, K] of the targets; None: the task predicts no ratings."""
         return None
 
     @property
     def _data(self) -> Any:
-        """The data module; None if the task was loaded without one."""
+        """The data module; None if the task was loaded without data."""
         return getattr(attached_trainer(self), "datamodule", None)
 
     def _prepare_evaluation(self, num_items: int) -> torch.Tensor | None:
-        """Prepare the evaluation; return the training events of each item [I + 1], where the data are split."""
+        """Prepare the evaluation; return the number of training events of each item [I + 1], or None without data."""
         counts = torch.from_numpy(self._data.item_counts()) if hasattr(self._data, "parts") else None
         self.evaluation.prepare(num_items, counts)
         return counts
@@ -59,37 +59,38 @@ class Recommender(LightningModule):
     def on_test_epoch_end(self) -> None:
         self.log_dict(self.evaluation.compute("test"), sync_dist=True)
 
-    # `bigmodel predict`: the best items of each user.
+    # SupportsPredict: the best items for each user, for `bigmodel predict`.
 
     def predict_step(self, batch: EvalBatch) -> dict[str, Any]:
-        return self._catalogue().table(self.score_block(batch), batch, max(self.evaluation.cutoffs))
+        return self._item_catalog().prediction_table(self.score_block(batch), batch, max(self.evaluation.topk))
 
     def prediction_metadata(self) -> dict[str, str]:
-        return {"lists": "the items of each user, the best first; none that the user has had"}
+        return {"lists": "the items of each user, the best first; none of the history"}
 
-    # The checkpoint holds the ids of the items, so that a loaded task recommends without the data.
+    # The checkpoint contains the ids of the items, so that a loaded task can recommend without the data.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["catalogue"] = self._catalogue().state_dict()
+        checkpoint["item_catalog"] = self._item_catalog().state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.catalogue = ItemCatalog.from_state_dict(checkpoint["catalogue"])
+        key = "item_catalog" if "item_catalog" in checkpoint else "catalogue"  # of earlier versions
+        self.item_catalog = ItemCatalog.from_state_dict(checkpoint[key])
 
     @property
     def item_ids(self) -> list[int] | list[str] | None:
-        """Ids of the items that it was trained on, in the order of their numbers; None before it is loaded."""
-        return None if self.catalogue is None else self.catalogue.item_ids
+        """Ids of the training items, in the order of their numbers; None unless the task was loaded."""
+        return None if self.item_catalog is None else self.item_catalog.item_ids
 
-    def _catalogue(self) -> ItemCatalog:
-        return ItemCatalog.known_to(self.catalogue, self._data)
+    def _item_catalog(self) -> ItemCatalog:
+        return ItemCatalog.of_task(self.item_catalog, self._data)
 
     @torch.no_grad()
     def recommend_to(self, batch: EvalBatch, k: int = 10) -> list[dict[str, Any]]:
-        """Return the best items for the one user of a batch, as made by the data module's `user`.
+        """Return the best items for the one user of a batch from the data module's `user`.
 
-        Each has `item`, `title` (None where the data have none) and `score`.
+        Each has `item`, `title` (or None) and `score`.
 
         Raises:
             ValueError: for a k above the number of items.
         """
-        return self._catalogue().best(self.score_block(batch), batch, k)
+        return self._item_catalog().recommend(self.score_block(batch), batch, k)

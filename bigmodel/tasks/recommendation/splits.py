@@ -1,11 +1,11 @@
-"""Split of each user's events into training, validation and test.
+"""Splits of each user's events into training, validation and test.
 
-In every split, the events of a user have the order training, validation, test, so that two numbers per user define it::
+The events of a user are stored in the order training, validation, test, so that two numbers per user define a split::
 
     offsets[u] .. train_stops[u] .. val_stops[u] .. offsets[u + 1]
 
-The history of a target are the events before its split: the training events for validation, those and the validation
-events for test.
+The history of a target is the events before its split: for validation the training events, for test the training and
+validation events.
 
 N events, U users.
 """
@@ -24,14 +24,14 @@ from bigmodel.tasks.recommendation.interactions import Interactions, ranges
 
 
 @dataclass(frozen=True)
-class Parts:
+class SplitInteractions:
     """Events split into train, val and test.
 
     Attributes:
         events: all of them, each user's in the order train, val, test.
         train_stops: [U] int64, where the training events of each user end.
         val_stops: [U] int64, where the validation events end and the test events begin.
-        line: summary, for people to read.
+        line: readable summary.
     """
 
     events: Interactions
@@ -39,7 +39,7 @@ class Parts:
     val_stops: np.ndarray
     line: str
 
-    def borders(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+    def bounds(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Return start and stop of the events of each user in a split (train, val, test), [U] int64 each."""
         starts, stops = self.events.offsets[:-1], self.events.offsets[1:]
         return {
@@ -48,62 +48,64 @@ class Parts:
             "test": (self.val_stops, stops),
         }[split]
 
-    def numbers(self, split: str) -> np.ndarray:
-        """Return the numbers [n] int64 of the events of a split, ascending."""
-        return ranges(*self.borders(split))
+    def event_indices(self, split: str) -> np.ndarray:
+        """Return the indices [n] int64 of the events of a split, ascending."""
+        return ranges(*self.bounds(split))
 
-    def evaluated(self, split: str) -> np.ndarray:
-        """Return the users [n] int64 who have a target in a split, and a history."""
-        starts, stops = self.borders(split)
+    def users_to_evaluate(self, split: str) -> np.ndarray:
+        """Return the users [n] int64 with targets in a split and a history."""
+        starts, stops = self.bounds(split)
         return np.flatnonzero((stops > starts) & (starts > self.events.offsets[:-1]))
 
 
-class Split(ABC):
-    """Splits events. Its `repr` must contain all settings (that of a dataclass does)."""
+class InteractionSplit(ABC):
+    """Base class of splits. Its `repr` must contain all settings, as that of a dataclass."""
 
-    def divide(self, events: Interactions) -> Parts:
+    def split(self, events: Interactions) -> SplitInteractions:
         """Split the events.
 
         Raises:
-            ValueError: if nothing is left to train on, or a requested split has no user who can be evaluated.
+            ValueError: if there is no training event, or a requested split has no user to evaluate.
         """
-        parts = self._divide(events)
-        counts = {name: int(np.subtract(*parts.borders(name)[::-1]).sum()) for name in ("train", "val", "test")}
+        parts = self._split(events)
+        counts = {name: int(np.subtract(*parts.bounds(name)[::-1]).sum()) for name in ("train", "val", "test")}
         if counts["train"] == 0:
             raise ValueError(
-                f"--data.split leaves no event to train on ({parts.line}); give more data, or another split"
+                f"--data.split leaves no training events ({parts.line}): set --data.path to more data, or another split"
             )
-        for name in self.wanted:
-            if len(parts.evaluated(name)) == 0:
+        for name in self.requested:
+            if len(parts.users_to_evaluate(name)) == 0:
                 raise ValueError(
-                    f"--data.split leaves nobody to evaluate in {name}: no user has an event there and one before it"
-                    f" ({parts.line}); give users more events, or another split"
+                    f"--data.split leaves no users to evaluate in {name}: none has an event there and an earlier one"
+                    f" ({parts.line}): set --data.path to more data, or another split"
                 )
-        strangers = {
-            name: int(np.count_nonzero(np.subtract(*parts.borders(name)[::-1]))) - len(parts.evaluated(name))
-            for name in self.wanted
+        not_evaluated = {
+            name: int(np.count_nonzero(np.subtract(*parts.bounds(name)[::-1]))) - len(parts.users_to_evaluate(name))
+            for name in self.requested
         }
-        unknown = [f"{count:,} in {name}" for name, count in strangers.items() if count]
-        said = f"; users without earlier events are not evaluated: {', '.join(unknown)}" if unknown else ""
+        shown_users = ", ".join(f"{count:,} in {name}" for name, count in not_evaluated.items() if count)
+        note = f"; users without earlier events are not evaluated: {shown_users}" if shown_users else ""
         shown = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-        return Parts(parts.events, parts.train_stops, parts.val_stops, f"events: {shown} ({parts.line}){said}")
+        return SplitInteractions(
+            parts.events, parts.train_stops, parts.val_stops, f"events: {shown} ({parts.line}){note}"
+        )
 
     @property
-    def wanted(self) -> tuple[str, ...]:
-        """The splits that are made besides train."""
+    def requested(self) -> tuple[str, ...]:
+        """Names of the splits other than train."""
         return ("val", "test")
 
     @abstractmethod
-    def _divide(self, events: Interactions) -> Parts:
-        """Split the events, unchecked."""
+    def _split(self, events: Interactions) -> SplitInteractions:
+        """Split the events, without checks."""
 
 
 @dataclass(frozen=True)
-class LeaveOneOut(Split):
-    """Each user's last event is for test, the one before it for validation, the rest for training (Kang and McAuley 2018,
-    and most that followed).
+class LeaveOneOut(InteractionSplit):
+    """The last event of each user is for test, the one before for validation, the others for training (Kang and McAuley
+    2018, and most later papers).
 
-    Users with fewer than `min_events` events are trained on with all they have, and not evaluated.
+    All events of users with fewer than `min_events` are for training; these users are not evaluated.
 
     Args:
         min_events: at least 3.
@@ -114,27 +116,27 @@ class LeaveOneOut(Split):
     def __post_init__(self) -> None:
         if self.min_events < 3:
             raise ValueError(
-                f"--data.split.min_events {self.min_events}: one to train on, one for validation, one for test"
+                f"--data.split.min_events {self.min_events}: must be at least 3 (training, validation, test)"
             )
 
-    def _divide(self, events: Interactions) -> Parts:
+    def _split(self, events: Interactions) -> SplitInteractions:
         stops, enough = events.offsets[1:], events.lengths >= self.min_events
         few = int(np.count_nonzero(~enough))
-        line = f"each user's last for test, the one before for val; {few:,} users with fewer than {self.min_events} in train"
-        return Parts(events, stops - 2 * enough, stops - enough, line)
+        line = f"leave one out; {few:,} users with fewer than {self.min_events} events are in train only"
+        return SplitInteractions(events, stops - 2 * enough, stops - enough, line)
 
 
 @dataclass(frozen=True)
-class GlobalTime(Split):
-    """Splits by time: events from one instant on are for validation, from a later one on for test, as in production.
+class GlobalTime(InteractionSplit):
+    """Split by time, as in production: validation starts at one instant, test at a later one.
 
-    All training events are earlier than all validation events, and so on. A user may have several targets, or none; a
-    user without earlier events is not evaluated.
+    All training events are earlier than all validation events, and these than all test events. A user may have several
+    targets, or none; a user without earlier events is not evaluated.
 
     Args:
-        val: share of the events, at least 0 (no such split), those of equal time on the same side; or the instant from which
-            on, in ISO format (UTC by default).
-        test: the same.
+        val: share of the events, 0 for no such split (events of equal time are in the same split); or the first instant,
+            in ISO format (UTC by default).
+        test: likewise.
     """
 
     val: float | str = 0.1
@@ -148,15 +150,17 @@ class GlobalTime(Split):
         if not any(instants):
             check_shares(float(self.val), float(self.test))
         elif not all(instants):
-            raise ValueError(f"--data.split.val {self.val}, --data.split.test {self.test}: two shares, or two instants")
+            raise ValueError(
+                f"--data.split.val {self.val}, --data.split.test {self.test}: both must be shares, or both instants"
+            )
         elif _instant("val", str(self.val)) >= _instant("test", str(self.test)):
-            raise ValueError(f"--data.split.val {self.val} is not before --data.split.test {self.test}")
+            raise ValueError(f"--data.split.val {self.val} must be before --data.split.test {self.test}")
 
     @property
-    def wanted(self) -> tuple[str, ...]:
+    def requested(self) -> tuple[str, ...]:
         return tuple(name for name, value in (("val", self.val), ("test", self.test)) if value)
 
-    def _divide(self, events: Interactions) -> Parts:
+    def _split(self, events: Interactions) -> SplitInteractions:
         if events.times is None:
             raise ValueError(
                 "--data.split GlobalTime: the data have no times; set --data.time_column, or another split"
@@ -168,21 +172,20 @@ class GlobalTime(Split):
             val, test = (_share_from(times, share) for share in (self.val + self.test, self.test))
         train_stops, val_stops = (_first_from(events.offsets, times, instant) for instant in (val, test))
         days = [datetime.fromtimestamp(min(t, int(times.max()) + 1), UTC).isoformat() for t in (val, test)]
-        return Parts(events, train_stops, val_stops, f"val from {days[0]} on, test from {days[1]} on")
+        return SplitInteractions(events, train_stops, val_stops, f"val from {days[0]} on, test from {days[1]} on")
 
 
 @dataclass(frozen=True)
-class Ratio(Split):
-    """Splits each user's events: the last share is for test, the share before it for validation; or shares drawn at
-    random.
+class Ratio(InteractionSplit):
+    """Split each user's events by shares: the last for test, those before for validation; or randomly.
 
-    Counts are rounded to the nearest; each user keeps an event to train on. Drawn at random, later events may be used to
-    predict earlier ones: for models that ignore the order.
+    Counts are rounded to the nearest; each user has at least one training event. In a random split, later events may be
+    used to predict earlier ones: for models that ignore the order.
 
     Args:
         val: share of each user's events for validation, at least 0 (no such split) and below 1.
         test: share for test, likewise.
-        random: draw them.
+        random: choose events randomly.
         seed: with the event's number, determines the random split.
     """
 
@@ -195,17 +198,17 @@ class Ratio(Split):
         check_shares(self.val, self.test)
 
     @property
-    def wanted(self) -> tuple[str, ...]:
+    def requested(self) -> tuple[str, ...]:
         return tuple(name for name, value in (("val", self.val), ("test", self.test)) if value)
 
-    def _divide(self, events: Interactions) -> Parts:
+    def _split(self, events: Interactions) -> SplitInteractions:
         lengths = events.lengths
         num_test = np.minimum((lengths * self.test + 0.5).astype(np.int64), np.maximum(lengths - 1, 0))
         num_val = np.minimum((lengths * self.val + 0.5).astype(np.int64), np.maximum(lengths - num_test - 1, 0))
         val_stops = events.offsets[1:] - num_test
         train_stops = val_stops - num_val
         if not self.random:
-            return Parts(
+            return SplitInteractions(
                 events, train_stops, val_stops, f"each user's last {self.test:g} for test, {self.val:g} for val"
             )
         users = np.repeat(np.arange(events.num_users), lengths)
@@ -217,7 +220,7 @@ class Ratio(Split):
         )
         order = np.lexsort((split, users))  # stable: the order of time within a split
         line = f"{self.test:g} of each user's for test, {self.val:g} for val, drawn with seed {self.seed}"
-        return Parts(events.reordered(order), train_stops, val_stops, line)
+        return SplitInteractions(events.reordered(order), train_stops, val_stops, line)
 
 
 def _instant(name: str, text: str) -> int:
@@ -226,15 +229,13 @@ def _instant(name: str, text: str) -> int:
         instant = datetime.fromisoformat(text)
     except ValueError:
         raise ValueError(
-            f"--data.split.{name} {text!r} is neither a share nor an instant in ISO format, such as 2016-07-01"
+            f"--data.split.{name} {text!r}: must be a share, or an instant in ISO format, such as 2016-07-01"
         ) from None
     return int((instant if instant.tzinfo else instant.replace(tzinfo=UTC)).timestamp())
 
 
 def _share_from(times: np.ndarray, share: float) -> int:
-    """Return the instant [s] from which on this share of the events lies; events of equal time are all on the later
-    side.
-    """
+    """Return the instant [s] at which the last events of this share start, including all events of equal time."""
     if share == 0:
         return int(np.iinfo(np.int64).max)
     place = min(len(times) - round(len(times) * share), len(times) - 1)

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigmodel.data.tables.rows import Rows, first_true, is_text, plain
+from bigmodel.data.tables.rows import Rows, decode_dictionary, first_index, is_text
 
 Problem = Literal["class", "labels", "number"]
 _SEPARATORS = re.compile(r"[|;]")
@@ -75,7 +75,7 @@ class LabelReader:
         Raises:
             ValueError: if a cell is empty, or the type of the column is invalid or differs from previous blocks.
         """
-        values = plain(rows.columns["label"])
+        values = decode_dictionary(rows.columns["label"])
         if not rows.typed:
             values = pc.utf8_trim_whitespace(values)
         _refuse_gaps(rows, values)
@@ -98,8 +98,8 @@ class LabelReader:
         if kind == "list":
             counts = pc.list_value_length(values).to_numpy(zero_copy_only=False)
             self._counts.append(counts)
-            values = plain(values.flatten())
-            if (place := first_true(pc.is_null(values))) >= 0:
+            values = decode_dictionary(values.flatten())
+            if (place := first_index(pc.is_null(values))) >= 0:
                 row = int(np.searchsorted(np.cumsum(counts), place, side="right"))
                 raise ValueError(f"{rows.name(row)}: one of the labels is null: remove it from the list")
             if classes is not None:
@@ -208,9 +208,9 @@ def _kind(kind: pa.DataType) -> str | None:
 
 
 def _refuse_gaps(rows: Rows, values: pa.Array) -> None:
-    row = first_true(pc.is_null(values))
+    row = first_index(pc.is_null(values))
     if row < 0 and is_text(values.type):
-        row = first_true(pc.equal(values, ""))
+        row = first_index(pc.equal(values, ""))
     if row >= 0:
         raise ValueError(
             f"{rows.name(row)}: there is no label. Give one, or remove the row; a text of a --data.problem labels that has"

@@ -38,7 +38,7 @@ import pyarrow.compute as pc
 
 from bigmodel.data.cache import building, digest, disk_errors, progress, say, write_array, write_text
 from bigmodel.data.split_shares import SPLIT_WORDS, split_name
-from bigmodel.data.tables.rows import Rows, first_true, is_text, plain
+from bigmodel.data.tables.rows import Rows, decode_dictionary, first_index, is_text
 from bigmodel.tasks.transfer_learning.labels import LabelReader, Labels
 from bigmodel.tasks.transfer_learning.sources import Columns, Source
 from bigmodel.tasks.transfer_learning.sources.columns import Part
@@ -254,7 +254,7 @@ class _Reader(ExitStack):
         """Return [M] int8, numbers of `SPLITS`."""
         if "split" not in rows.columns:
             return np.full(len(rows), SPLITS.index(self.split or "all"), np.int8)
-        column = plain(rows.columns["split"])
+        column = decode_dictionary(rows.columns["split"])
         words = pc.fill_null(column.cast(pa.string()), "").dictionary_encode()
         codes, meant = words.indices.to_numpy(), [split_name(word) for word in words.dictionary.to_pylist()]
         if None in meant:
@@ -295,13 +295,13 @@ class _Reader(ExitStack):
 
 def _texts(rows: Rows, role: str) -> pa.Array:
     """Return a column of texts, none of them empty."""
-    values = plain(rows.columns[role])
+    values = decode_dictionary(rows.columns[role])
     if not is_text(values.type) and not pa.types.is_null(values.type):
         raise ValueError(
             f"{rows.where}: the column of {role}s is of type {values.type}, not text: set --data.{role}_column to another"
         )
     values = values.cast(pa.string())
-    row = first_true(pc.fill_null(pc.equal(pc.utf8_trim_whitespace(values), ""), True))
+    row = first_index(pc.fill_null(pc.equal(pc.utf8_trim_whitespace(values), ""), True))
     if row >= 0:
         raise ValueError(f"{rows.name(row)}: the {role} is empty. Fill it, or remove the row")
     return values

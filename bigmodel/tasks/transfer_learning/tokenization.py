@@ -221,14 +221,14 @@ class LanguageModelEncoder(TextEncoder):
     another separates a pair.
 
     Args:
-        tokenizer: has `encode_batch(texts)` (token ids of each), `end_of_text` (an id), `to_json()`, and a class with
+        tokenizer: has `encode_batch(texts)` (token ids of each), `eos_token_id`, `to_json()`, and a class with
             `from_json(text)`.
         max_length: T, number of positions of the model; None: unlimited.
     """
 
     def __init__(self, tokenizer: Any, max_length: int | None) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
-        self.pad_id = end = int(tokenizer.end_of_text)
+        self.pad_id = end = int(tokenizer.eos_token_id)
         self.frame = Frame(first=(end,), between=(end,))
 
     def pieces(self, texts: Sequence[str]) -> list[list[int]]:

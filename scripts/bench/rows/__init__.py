@@ -20,7 +20,7 @@ def rows(quick: bool) -> list[Row]:
 
 
 def fixed_cost(steps: int, warmup: int) -> Row:
-    """What a step costs when the model costs nothing."""
+    """Cost of a step of a model of two numbers."""
     others = [*ONE_THREAD, *PYTHON, "bench.two_numbers_others"]
     flags = ["--steps", str(steps), "--warmup", str(warmup)]
     fit = f"fit -c scripts/bench/two_numbers.yaml --trainer.max_steps {steps} --callbacks.timer bench.callbacks.Timer"

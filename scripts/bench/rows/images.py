@@ -57,7 +57,7 @@ def resnet(name: str, steps: int, warmup: int, limits: tuple[float, float]) -> R
 
 
 def distillation(steps: int, warmup: int) -> Row:
-    """What a teacher costs the step of a small ResNet, kept and asked."""
+    """Cost of a cached and an online teacher in a step of a small ResNet."""
     ways = {"plain step": "plain", "teacher kept": "kept", "forward + step": "apart", "teacher asked": "asked"}
     command, flags = [*PYTHON, "bench.distillation"], ["--steps", str(steps), "--warmup", str(warmup)]
     return Row(
@@ -73,7 +73,7 @@ def distillation(steps: int, warmup: int) -> Row:
 
 
 def jpeg(width: int, height: int) -> Row:
-    """How fast a folder of JPEG files is read, over as many processes as there are cores."""
+    """Speed of reading a folder of JPEG files, over as many processes as there are cores."""
     command = [*PYTHON, "bench.jpeg"]
     flags = ["--width", str(width), "--height", str(height), "--processes", str(os.cpu_count() or 1)]
     return Row(

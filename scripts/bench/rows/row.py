@@ -10,7 +10,7 @@ ONE_THREAD = ["env", "OMP_NUM_THREADS=1"]
 
 
 class Bound(NamedTuple):
-    """How good a way must be: its median figure, or its ratio to that of another way."""
+    """Bound of a median figure, or of its ratio to that of another implementation."""
 
     way: str
     over: str | None

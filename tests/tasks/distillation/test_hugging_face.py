@@ -37,8 +37,8 @@ from bigmodel.tasks.distillation import teachers
 from bigmodel.tasks.image_classification import ImageClassification
 from bigmodel.tasks.image_classification.batch import ImageBatch
 from bigmodel.tasks.language_modeling import LanguageModeling, TextBatch
-from bigmodel.tasks.language_modeling.tokenizer import ByteTokenizer, Subwords
-from bigmodel.tasks.recommendation import SequenceRecommendation
+from bigmodel.tasks.language_modeling.tokenizer import ByteTokenizer, SubwordTokenizer
+from bigmodel.tasks.recommendation import SequentialRecommendation
 from bigmodel.tasks.transfer_learning import TransferLearning
 from bigmodel.tasks.transfer_learning.batches import text_batch
 
@@ -307,8 +307,8 @@ def test_a_language_model_has_the_tokenizer_of_the_data(folder, tmp_path):
     remedy = r": set --data.tokenizer bigmodel.*Pretrained --data.tokenizer.path gpt2"
     for other, message in [
         (ByteTokenizer(), "that is of bytes"),
-        (Subwords.from_json(json.dumps(swapped)), r"token \d+ is 'a', and the data's 'b'"),
-        (Subwords.from_json(json.dumps(spaced)), r"cut into them in another way \(its normalizer differs\)"),
+        (SubwordTokenizer.from_json(json.dumps(swapped)), r"token \d+ is 'a', and the data's 'b'"),
+        (SubwordTokenizer.from_json(json.dumps(spaced)), r"cut into them in another way \(its normalizer differs\)"),
     ]:
         with pytest.raises(ValueError, match=f"another tokenizer than the data .*{message}.*{remedy}"):
             language_student(other).from_pretrained("gpt2", FLAG)
@@ -324,7 +324,7 @@ def test_a_language_model_has_the_tokenizer_of_the_data(folder, tmp_path):
     with pytest.raises(
         ValueError, match=r"has no method from_pretrained \(bigmodel.protocols.SupportsFromPretrained\)"
     ):
-        teachers.find_teacher("gpt2", SequenceRecommendation())
+        teachers.find_teacher("gpt2", SequentialRecommendation())
 
 
 # Texts, of classes and of labels.

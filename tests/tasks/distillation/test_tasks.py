@@ -9,7 +9,7 @@ from transfer_runs import make
 
 import bigmodel
 from bigmodel.cli import main
-from bigmodel.tasks.recommendation import SequenceRecommendation
+from bigmodel.tasks.recommendation import SequentialRecommendation
 from bigmodel.tasks.transfer_learning import TransferLearning
 
 OURS, RECOMMENDATION = "bigmodel.tasks.distillation", "bigmodel.tasks.recommendation"
@@ -22,10 +22,10 @@ def recommender():
     with open("events.csv", "w") as file:
         file.write("\n".join(["user_id,item_id,timestamp", *lines]))
     net = {"class_path": "bigmodel.nn.SASRec", "init_args": {"width": 8, "depth": 1, "num_heads": 1, "dropout": 0.1}}
-    model = {"net": net, "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}, "cutoffs": [5]}
+    model = {"net": net, "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}, "topk": [5]}
     data = {"path": "events.csv", "max_length": 8, "batch_size": 8, "cache_dir": "cache"}
     return {
-        "model": {"class_path": f"{RECOMMENDATION}.SequenceRecommendation", "init_args": model},
+        "model": {"class_path": f"{RECOMMENDATION}.SequentialRecommendation", "init_args": model},
         "data": {"class_path": f"{RECOMMENDATION}.InteractionData", "init_args": data},
         "trainer": {"accelerator": "cpu", "precision": "32-true"},
         "callbacks": {"best": {"init_args": {"monitor": "val/ndcg@5", "mode": "max"}}},
@@ -48,7 +48,7 @@ def fit(folder, name, config, steps, flags=()):
 
 
 @pytest.mark.parametrize(
-    ("make_config", "kind"), [(recommender, SequenceRecommendation), (classifier, TransferLearning)]
+    ("make_config", "kind"), [(recommender, SequentialRecommendation), (classifier, TransferLearning)]
 )
 def test_any_task_is_taught_asked_and_kept_alike(make_config, kind, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -10,8 +10,8 @@ import torch
 from jsonargparse import ArgumentParser
 
 from bigmodel.tasks.language_modeling import shards
-from bigmodel.tasks.language_modeling.data import TextBatch, TextData, Windows
-from bigmodel.tasks.language_modeling.shards import Prepared, ShardWriter, SplitFacts, Tokens
+from bigmodel.tasks.language_modeling.data import TextBatch, TextData, TextWindows
+from bigmodel.tasks.language_modeling.shards import PreparedText, ShardWriter, SplitStatistics, TokenArray
 from bigmodel.tasks.language_modeling.splits import ContiguousSplit, DocumentHashSplit, FileSplit
 from bigmodel.tasks.language_modeling.tokenizer_config import BPE, Bytes
 
@@ -21,9 +21,9 @@ END = 999
 def tokens_on_disk(folder, values, shard_tokens):
     with ShardWriter(folder, "train", shards.token_dtype(1000), shard_tokens) as writer:
         writer.write(np.array(values, shards.token_dtype(1000)))
-    facts = {"train": SplitFacts(len(values), 1, 1, writer.sha256)}
-    Prepared(facts, 1000, END, "<u2", shard_tokens, "tokenizer.json", "").save(folder)
-    return Tokens(folder, "train")
+    facts = {"train": SplitStatistics(len(values), 1, 1, writer.sha256)}
+    PreparedText(facts, 1000, END, "<u2", shard_tokens, "tokenizer.json", "").save(folder)
+    return TokenArray(folder, "train")
 
 
 @pytest.mark.parametrize("num_tokens", [2, 8, 9, 10, 16, 17, 100])
@@ -33,9 +33,9 @@ def test_windows_equal_plain_slicing(tmp_path, num_tokens, shard_tokens):
     values = random.Random(num_tokens).choices(range(999), k=num_tokens)
     tokens = tokens_on_disk(tmp_path, values, shard_tokens)
 
-    full = Windows(tokens, T, END, partial=False)
+    full = TextWindows(tokens, T, END, partial=False)
     assert len(full) == (num_tokens - 1) // T
-    every = Windows(tokens, T, END, partial=True)
+    every = TextWindows(tokens, T, END, partial=True)
     order = list(range(len(every)))[::-1]
     batch = every.__getitems__(order)
     assert (batch.tokens.dtype, batch.targets.dtype) == (torch.int64, torch.int64)
@@ -56,13 +56,13 @@ def test_windows_equal_plain_slicing(tmp_path, num_tokens, shard_tokens):
 def test_reading_far_more_than_is_kept_mapped(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "RELEASE_READS", 3)
     values = random.Random(0).choices(range(999), k=5000)
-    windows = Windows(tokens_on_disk(tmp_path, values, 2048), 10, END, partial=False)
+    windows = TextWindows(tokens_on_disk(tmp_path, values, 2048), 10, END, partial=False)
     for i in random.Random(1).choices(range(len(windows)), k=200):
         assert windows[i].tokens.tolist() == values[i * 10 : i * 10 + 10]
 
 
 def test_windows_are_cheap_to_send_to_workers(tmp_path):
-    windows = Windows(tokens_on_disk(tmp_path, list(range(900)), 100), 8, END, partial=True)
+    windows = TextWindows(tokens_on_disk(tmp_path, list(range(900)), 100), 8, END, partial=True)
     sent = pickle.dumps(windows)
     assert len(sent) < 1000
     assert torch.equal(pickle.loads(sent)[3].tokens, windows[3].tokens)
@@ -111,7 +111,7 @@ def test_bytes_per_token_and_text_are_those_of_the_documents(text):
             predicted = int((batch.targets != -100).sum())
             assert data.bytes_per_token(split) == pytest.approx(len(raw) / predicted)
         ids = torch.cat([batch.tokens[0, :1], batch.targets[batch.targets != -100]]).tolist()
-        decoded = data.tokenizer.decode([i for i in ids if i != data.tokenizer.end_of_text]).encode()
+        decoded = data.tokenizer.decode([i for i in ids if i != data.tokenizer.eos_token_id]).encode()
         assert raw.startswith(decoded)
         assert len(decoded) > len(raw) - 200
 
@@ -185,7 +185,7 @@ def test_splits_that_are_not_there(text, tmp_path):
     module = _Nothing()
     trainer(tmp_path).fit(module, datamodule=data)
     assert module.seen["train"] > 0
-    with pytest.raises(ValueError, match=r"no val split but \['train'\]: set --data.split.val"):
+    with pytest.raises(ValueError, match=r"no val split; .*\['train'\]: set --data.split.val"):
         trainer(tmp_path).validate(module, datamodule=data, verbose=False)
     with pytest.raises(ValueError, match=r"no test split"):
         trainer(tmp_path).test(module, datamodule=data, verbose=False)
@@ -194,7 +194,7 @@ def test_splits_that_are_not_there(text, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"context_length": 10**6}, r"the train split has [\d,]+ tokens; one window needs .* 1,000,001"),
+        ({"context_length": 10**6}, r"the train split has [\d,]+ tokens, .* 1,000,001: .*--data.context_length"),
         ({"context_length": 0}, "--data.context_length 0"),
         ({"num_processes": 0}, "--data.num_processes 0"),
     ],
@@ -228,4 +228,4 @@ def test_choices_come_from_yaml_and_flags(text):
         namespace = parser.parse_args([f"--data.path={text}", *arguments])
         again = parser.parse_string(parser.dump(namespace))
         data = parser.instantiate(again).data
-        assert (data.choice, data.split) == expected
+        assert (data.tokenizer_config, data.split) == expected

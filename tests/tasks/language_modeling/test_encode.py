@@ -7,9 +7,9 @@ import pytest
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 from bigmodel.tasks.language_modeling import encode
-from bigmodel.tasks.language_modeling.encode import blocks_of, encode_blocks, find_cut, sample_text
-from bigmodel.tasks.language_modeling.sources import File, Segment, find_files
-from bigmodel.tasks.language_modeling.tokenizer import Subwords
+from bigmodel.tasks.language_modeling.encode import encode_blocks, find_cut, iter_text_blocks, sample_text
+from bigmodel.tasks.language_modeling.sources import Segment, TextFile, find_files
+from bigmodel.tasks.language_modeling.tokenizer import SubwordTokenizer
 from bigmodel.tasks.language_modeling.tokenizer_config import BPE, Bytes, Characters
 
 PIECES = [
@@ -54,11 +54,11 @@ def awkward(length, seed=0):
 def segment(tmp_path, data):
     path = tmp_path / "document.txt"
     path.write_bytes(data)
-    return Segment(File(str(path), path.name, len(data)), 0, len(data))
+    return Segment(TextFile(str(path), path.name, len(data)), 0, len(data))
 
 
 def byte_level():
-    return BPE(vocab_size=400).make([awkward(3000)])
+    return BPE(vocab_size=400).build([awkward(3000)])
 
 
 def punctuation_takes_line_ends():
@@ -69,20 +69,26 @@ def punctuation_takes_line_ends():
     tokenizer.backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
-    return Subwords(tokenizer.backend, tokenizer.end_of_text)
+    return SubwordTokenizer(tokenizer.backend, tokenizer.eos_token_id)
 
 
 def treats_the_start_otherwise():
     tokenizer = byte_level()
     tokenizer.backend.normalizer = normalizers.Prepend("x")
-    return Subwords(tokenizer.backend, tokenizer.end_of_text)
+    return SubwordTokenizer(tokenizer.backend, tokenizer.eos_token_id)
 
 
 def characters():
-    return Characters().make(PIECES)
+    return Characters().build(PIECES)
 
 
-TOKENIZERS = [byte_level, punctuation_takes_line_ends, treats_the_start_otherwise, characters, lambda: Bytes().make([])]
+TOKENIZERS = [
+    byte_level,
+    punctuation_takes_line_ends,
+    treats_the_start_otherwise,
+    characters,
+    lambda: Bytes().build([]),
+]
 
 
 @pytest.mark.parametrize("make", TOKENIZERS)
@@ -92,11 +98,11 @@ def test_blocks_have_the_tokens_of_the_whole(tmp_path, make, block_bytes):
     (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
     for seed in range(3):
         content = awkward(400, seed)
-        blocks = list(blocks_of([segment(tmp_path, content.encode())], block_bytes))
+        blocks = list(iter_text_blocks([segment(tmp_path, content.encode())], block_bytes))
         got = [encode_blocks(str(tmp_path / "tokenizer.json"), some) for some in blocks]
         assert np.concatenate([tokens for tokens, _ in got]).tolist() == [
             *tokenizer.encode(content),
-            tokenizer.end_of_text,
+            tokenizer.eos_token_id,
         ]
         assert sum(size for _, size in got) == len(content.encode())
 

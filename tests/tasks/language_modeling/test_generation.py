@@ -1,5 +1,6 @@
 """Generation against brute force: the filters, the frequencies, the cache, the sliding window, the stops."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from bigmodel.data.stateless_rng import sample_keys
 from bigmodel.nn import GPT
-from bigmodel.tasks.language_modeling.generation import draw_by_keys, generate, keep_top_k, keep_top_p
+from bigmodel.tasks.language_modeling.generation import Sampling, draw_by_keys, generate, keep_top_k, keep_top_p
 
 V, C = 20, 16
 
@@ -22,9 +23,14 @@ def small(**options: Any) -> GPT:
     return GPT(V, C, **{"width": 32, "depth": 2, "num_heads": 4, "init_std": 0.3, "tied_head": False} | options)
 
 
+def start(net: nn.Module, tokens: Tensor, **options: Any) -> Iterator[Tensor]:
+    sampling = {key: options.pop(key) for key in ("max_new_tokens", "temperature", "top_k", "top_p") if key in options}
+    return generate(net, tokens, Sampling(**sampling), **options)
+
+
 def run(net: nn.Module, tokens: Tensor, **options: Any) -> Tensor:
     """All new tokens, [B, steps]."""
-    return torch.stack(list(generate(net, tokens, **options)), dim=1)
+    return torch.stack(list(start(net, tokens, **options)), dim=1)
 
 
 class Constant(nn.Module):
@@ -200,7 +206,7 @@ def test_modes_and_random_state_are_restored_and_tokens_may_be_trained_on() -> N
     net.blocks[0].eval()
     modes = [module.training for module in net.modules()]
     state = torch.get_rng_state()
-    steps = generate(net, torch.zeros(1, 1, dtype=torch.int64), max_new_tokens=5)
+    steps = generate(net, torch.zeros(1, 1, dtype=torch.int64), Sampling(5))
     token = next(steps)
     assert not any(module.training for module in net.modules())
     assert torch.is_grad_enabled()
@@ -230,7 +236,7 @@ def test_modes_and_random_state_are_restored_and_tokens_may_be_trained_on() -> N
 def test_bad_arguments_are_refused_at_the_call(options: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"tokens": torch.zeros(1, 1, dtype=torch.int64), "max_new_tokens": 5} | options
     with pytest.raises(ValueError, match=message):
-        generate(small(), arguments.pop("tokens"), **arguments)
+        start(small(), arguments.pop("tokens"), **arguments)
 
 
 def test_the_cache_spares_all_but_the_new_position() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from bigmodel.data.worker_pool import WorkerPool
 from bigmodel.tasks.language_modeling import prepare, shards, sources
-from bigmodel.tasks.language_modeling.shards import Prepared, ShardWriter, Tokens
+from bigmodel.tasks.language_modeling.shards import PreparedText, ShardWriter, TokenArray
 from bigmodel.tasks.language_modeling.splits import DocumentHashSplit, FileSplit
 from bigmodel.tasks.language_modeling.tokenizer_config import BPE, Bytes, Characters
 
@@ -61,7 +61,7 @@ def test_prepared_tokens_are_the_documents(text, cache):
         documents = [sources.read_text(s).encode() for s in segments]
         expected = [token for document in documents for token in (*document, 256)]
         tokens = np.empty(prepared.splits[name].tokens, np.int64)
-        Tokens(made.folder, name).read(0, tokens)
+        TokenArray(made.folder, name).read(0, tokens)
         assert tokens.tolist() == expected
         assert prepared.splits[name].documents == len(documents)
         assert prepared.splits[name].bytes == sum(map(len, documents))
@@ -79,9 +79,7 @@ def test_unknown_character_is_named_with_its_place(tmp_path, cache):
 
 
 def test_split_without_a_document_is_refused(text, cache):
-    with pytest.raises(
-        ValueError, match=r"the val split gets no document: 1 in all.*--data.split.val.*ContiguousSplit"
-    ):
+    with pytest.raises(ValueError, match=r"the val split is empty: 1 documents.*--data.split.val.*ContiguousSplit"):
         plan(text / "00.txt", cache, split=DocumentHashSplit(val=1e-6))
     assert not [path for path in cache.rglob("*") if path.is_dir() and path.name not in ("language_modeling", "scans")]
 
@@ -111,9 +109,9 @@ def test_shards_read_back_across_their_borders(tmp_path, vocab_size, dtype):
     with ShardWriter(tmp_path, "train", tokens.dtype, shard_tokens=16) as writer:
         for start in range(0, 101, 9):
             writer.write(tokens[start : start + 9])
-    facts = {"train": shards.SplitFacts(101, 1, 1, writer.sha256)}
-    Prepared(facts, vocab_size, 0, dtype, 16, "tokenizer.json", "").save(tmp_path)
-    read = Tokens(tmp_path, "train")
+    facts = {"train": shards.SplitStatistics(101, 1, 1, writer.sha256)}
+    PreparedText(facts, vocab_size, 0, dtype, 16, "tokenizer.json", "").save(tmp_path)
+    read = TokenArray(tmp_path, "train")
     assert len(list(tmp_path.glob("train-*.bin"))) == 7
     for start in range(101):
         for length in (1, 16, 50):
@@ -121,8 +119,8 @@ def test_shards_read_back_across_their_borders(tmp_path, vocab_size, dtype):
             read.read(start, out)
             assert out.tolist() == tokens[start : start + length].tolist()
     (tmp_path / "train-00003.bin").write_bytes(b"short")
-    with pytest.raises(ValueError, match=r"train-00003.bin is damaged: 5 bytes, not"):
-        Tokens(tmp_path, "train")
+    with pytest.raises(ValueError, match=r"train-00003.bin is damaged: it has 5 bytes"):
+        TokenArray(tmp_path, "train")
 
 
 # The cache
@@ -192,7 +190,7 @@ from bigmodel.tasks.language_modeling import prepare
 from bigmodel.tasks.language_modeling.splits import DocumentHashSplit
 from bigmodel.tasks.language_modeling.tokenizer_config import Bytes
 if sys.argv[3] == "die":
-    prepare.Prepared.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    prepare.PreparedText.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 made = prepare.make_plan(sys.argv[1], Bytes(), DocumentHashSplit(val=0.3), [], sys.argv[2])
 prepare.prepare(made, 1)
 assert not {"torch", "lightning", "transformers"} & set(sys.modules), "preparing must stay light"

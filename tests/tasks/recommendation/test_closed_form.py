@@ -15,7 +15,7 @@ from bigmodel.tasks.recommendation.closed_form import (
     ease,
     item_knn,
     matrix,
-    recency,
+    recency_weights,
     user_knn,
 )
 from bigmodel.tasks.recommendation.ranking import rank
@@ -216,10 +216,10 @@ def test_what_was_fitted_is_saved(make, shape, tmp_path) -> None:
 
 
 def test_recency() -> None:
-    values = recency(torch.tensor([[0, 3, 5, 2], [4, 1, 0, 0]]), 0.5)
+    values = recency_weights(torch.tensor([[0, 3, 5, 2], [4, 1, 0, 0]]), 0.5)
     assert values.tolist() == [[0, 0.25, 0.5, 1], [0.5, 1, 0, 0]]
-    with pytest.raises(ValueError, match="decay is 0, but"):
-        recency(torch.zeros(1, 1), 0)
+    with pytest.raises(ValueError, match="recency_decay 0: must be"):
+        recency_weights(torch.zeros(1, 1), 0)
 
 
 def test_the_last_of_repeated_events_counts_and_scores_are_ranked() -> None:
@@ -235,9 +235,12 @@ def test_the_last_of_repeated_events_counts_and_scores_are_ranked() -> None:
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (EASE(), "EASE in float64 over 5 users needs .* GB of main memory, and 0.0 GB are available: dtype float32"),
-        (EASE(dtype="float32"), "available: ItemKNN far less"),
-        (ItemKNN(), "ItemKNN with 100 neighbours of 9 items needs .* choose a smaller num_neighbors"),
+        (
+            EASE(),
+            "EASE in float64 over 5 users needs .* GB of main memory, but 0.0 GB are .*dtype float32",
+        ),
+        (EASE(dtype="float32"), "available: ItemKNN much less"),
+        (ItemKNN(), "ItemKNN with 100 neighbours of 9 items needs .* --model.method.num_neighbors"),
     ],
 )
 def test_what_does_not_fit_is_refused(method, message, monkeypatch) -> None:
@@ -253,11 +256,11 @@ def test_available_memory_is_plausible() -> None:
 @pytest.mark.parametrize(
     ("events", "message"),
     [
-        (([0, 2], [1, 5], None, 4), "items 1 to 5, but they are numbered 1 to 4"),
+        (([0, 2], [1, 5], None, 4), "items 1 to 5, but must be in 1 to 4"),
         (([0, 2], [0, 3], None, 4), "items 0 to 3"),
         (([0, 2, 1, 2], [1, 2], None, 4), "indptr must ascend"),
         (([0, 1], [1, 2], None, 4), "indptr must ascend from 0 to the number of events, 2"),
-        (([0, 2], [1, 2], [1.0, math.nan], 4), "2 events need as many finite values"),
+        (([0, 2], [1, 2], [1.0, math.nan], 4), r"values \[2\] must be finite"),
         (([0, 0], [], None, 4), "no training events"),
     ],
 )
@@ -269,16 +272,16 @@ def test_bad_events_are_refused(events, message) -> None:
 
 def test_bad_options_are_refused() -> None:
     for make, message in (
-        (lambda: EASE(0), "l2 is 0, but must be above 0"),
-        (lambda: EASE(1, "float16"), "dtype is 'float16'"),
-        (lambda: ItemKNN(0), "num_neighbors is 0"),
-        (lambda: ItemKNN(1, -1.0), r"shrinkage is -1.0"),
-        (lambda: UserKNN(1, "euclid"), "similarity is 'euclid', but must be cosine or pearson"),
-        (lambda: UserKNN(1, prediction="sum"), "prediction is 'sum'"),
+        (lambda: EASE(0), "l2 0: must be above 0"),
+        (lambda: EASE(1, "float16"), "dtype 'float16': must be"),
+        (lambda: ItemKNN(0), "num_neighbors 0: must be"),
+        (lambda: ItemKNN(1, -1.0), r"shrinkage -1.0: must be"),
+        (lambda: UserKNN(1, "euclid"), "similarity 'euclid': must be cosine or pearson"),
+        (lambda: UserKNN(1, prediction="sum"), "prediction 'sum': must be"),
         (lambda: UserKNN(1, "pearson").fit(*arrays(X)[:2], None, 3), "needs ratings.*--model.values ratings"),
         (
             lambda: UserKNN(1, "pearson").fit(*arrays(X), 3).score_block(torch.tensor([[1]])),
-            "needs a history's ratings",
+            "needs a history with ratings",
         ),
         (lambda: EASE().fit(*arrays(X)[:2], None, 3).score_block(torch.tensor([[4]])), "histories have items 4 to 4"),
     ):

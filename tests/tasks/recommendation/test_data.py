@@ -35,7 +35,7 @@ def present(batch):
 
 def split_of(made, split):
     """Items, times and ratings of each user in a split."""
-    starts, stops = made.parts.borders(split)
+    starts, stops = made.parts.bounds(split)
     events = made.parts.events
     return [
         [column[a:b].tolist() for column in (events.items, events.times, events.ratings)]
@@ -51,9 +51,9 @@ def cut(column):
     return [value for value in column if value]
 
 
-@pytest.mark.parametrize(("max_length", "step"), [(4, None), (4, 1), (5, 3), (1, None), (50, None)])
-def test_windows(table, tmp_path, max_length, step):
-    made = data(table, tmp_path, max_length=max_length, step=step)
+@pytest.mark.parametrize(("max_length", "stride"), [(4, None), (4, 1), (5, 3), (1, None), (50, None)])
+def test_windows(table, tmp_path, max_length, stride):
+    made = data(table, tmp_path, max_length=max_length, stride=stride)
     expected = []
     for user, (items, times, _) in enumerate(split_of(made, "train")):
         stops, stop = [], len(items)
@@ -61,7 +61,7 @@ def test_windows(table, tmp_path, max_length, step):
             stops.append(stop)
             if stop - max_length - 1 <= 0:
                 break
-            stop -= step or max_length
+            stop -= stride or max_length
         for stop in reversed(stops):
             start = max(0, stop - max_length - 1)
             window, seconds = items[start:stop], times[start:stop]
@@ -72,7 +72,7 @@ def test_windows(table, tmp_path, max_length, step):
     got = zip(*(batch._asdict()[name].tolist() for name in ("users", "items", "targets", "times")), strict=True)
     assert list(got) == expected
     assert batch.index.tolist() == list(range(len(samples)))
-    if step is None:  # each event but the first of each user is a target once
+    if stride is None:  # each event but the first of each user is a target once
         targets = sorted(batch.targets[batch.targets > 0].tolist())
         assert targets == sorted(item for items, *_ in split_of(made, "train") for item in items[1:])
 
@@ -92,7 +92,7 @@ def test_an_epoch_is_dealt_out_once_and_drawn_anew(table, tmp_path):
 
 
 def test_pairs_and_users_are_the_training_events(table, tmp_path):
-    made = data(table, tmp_path, examples="pairs", batch_size=1)
+    made = data(table, tmp_path, example_type="pairs", batch_size=1)
     train = split_of(made, "train")
     got = [(row["users"], row["items"], row["ratings"]) for row in rows(made.train_dataloader())]
     assert got == [
@@ -100,7 +100,7 @@ def test_pairs_and_users_are_the_training_events(table, tmp_path):
         for user, (items, _, ratings) in enumerate(train)
         for item, rating in zip(items, ratings, strict=True)
     ]
-    made = data(table, tmp_path, examples="users", batch_size=1, split=GlobalTime())
+    made = data(table, tmp_path, example_type="users", batch_size=1, split=GlobalTime())
     got = [(row["users"], row["items"], row["ratings"]) for row in rows(made.train_dataloader())]
     expected = [(user, items, ratings) for user, (items, _, ratings) in enumerate(split_of(made, "train")) if items]
     assert got == expected
@@ -154,14 +154,14 @@ def test_the_last_item_changes_nothing_that_is_trained_on_or_selected_by(tmp_pat
         events += [(4, item, 3, item) for item in range(1, 5)] + [(4, last, 5, 99)]
         path.write_text(header + "".join(",".join(map(str, event)) + "\n" for event in events))
         made = data(path, tmp_path, batch_size=2, max_length=3)
-        assert made.parts.evaluated("test").tolist() == [1, 2, 3]
+        assert made.parts.users_to_evaluate("test").tolist() == [1, 2, 3]
         test = rows(made.test_dataloader())[-1]
         assert made.prepared.items.ids(np.array(test["targets"])) == [last]
         assert made.prepared.items.ids(np.array(cut(test["history"]))) == [1, 2, 3, 4]
         val = rows(made.val_dataloader())[-1]
         assert made.prepared.items.ids(np.array(val["targets"])) == [4]
         assert made.prepared.items.ids(np.array(cut(val["history"]))) == [1, 2, 3]
-        pairs = data(path, tmp_path, batch_size=2, examples="pairs")
+        pairs = data(path, tmp_path, batch_size=2, example_type="pairs")
         loaders = (made.train_dataloader(), made.val_dataloader(), pairs.train_dataloader())
         tensors = [field for loader in loaders for batch in loader for field in batch]
         tensors += [torch.from_numpy(part) for part in made.train_matrix("ratings")[:3]]
@@ -187,16 +187,16 @@ def test_the_matrix_of_training_events(table, tmp_path, values):
 def test_what_the_net_must_know_and_what_tells_data_apart(table, tmp_path):
     made = data(table, tmp_path, max_length=6)
     assert made.sizes == {"num_items": 25, "max_length": 6}
-    assert data(table, tmp_path, max_length=6, examples="pairs").sizes == {**made.sizes, "num_users": 40}
+    assert data(table, tmp_path, max_length=6, example_type="pairs").sizes == {**made.sizes, "num_users": 40}
     assert data(table, tmp_path, max_length=6, seed=3, batch_size=2).fingerprint == made.fingerprint
     others = [
         {},
-        {"max_length": 6, "step": 2},
-        {"max_length": 6, "examples": "pairs"},
+        {"max_length": 6, "stride": 2},
+        {"max_length": 6, "example_type": "pairs"},
         {"max_length": 6, "split": LeaveOneOut(4)},
         {"max_length": 6, "split": Ratio(0.1, 0.1, True)},
         {"max_length": 6, "split": Ratio(0.1, 0.1, True, 1)},
-        {"max_length": 6, "filters": Filters(keep="last")},
+        {"max_length": 6, "filters": Filters(keep_duplicates="last")},
     ]
     prints = [data(table, tmp_path, **options).fingerprint for options in others]
     assert len({made.fingerprint, *prints}) == len(prints) + 1
@@ -204,15 +204,15 @@ def test_what_the_net_must_know_and_what_tells_data_apart(table, tmp_path):
 
 def test_the_task_says_what_it_trains_on(table, tmp_path):
     made = InteractionData(str(table), cache_dir=str(tmp_path))
-    trainer = SimpleNamespace(lightning_module=SimpleNamespace(examples="pairs"))
-    assert made.examples == "sequences"
+    trainer = SimpleNamespace(lightning_module=SimpleNamespace(example_type="pairs"))
+    assert made.example_type == "sequences"
     made.trainer = trainer
-    assert made.examples == "pairs"
-    made._examples = "users"
-    assert made.examples == "users"
-    made._examples, trainer.lightning_module.examples = None, "words"
-    with pytest.raises(ValueError, match="the task's `examples` is 'words'; sequences, pairs or users"):
-        _ = made.examples
+    assert made.example_type == "pairs"
+    made._example_type = "users"
+    assert made.example_type == "users"
+    made._example_type, trainer.lightning_module.example_type = None, "words"
+    with pytest.raises(ValueError, match="the task's `example_type` is 'words': must be sequences, pairs or users"):
+        _ = made.example_type
 
 
 def test_a_task_predicts_for_other_users_of_its_items(tmp_path, capsys):
@@ -225,20 +225,20 @@ def test_a_task_predicts_for_other_users_of_its_items(tmp_path, capsys):
     (batch,) = made.predict_dataloader()
     assert batch.history.tolist() == [[4, 2], [0, 0], [2, 4]]
     assert made.prepared.users.ids(batch.users) == ["x", "y", "z"]
-    assert "left out 2 of 6 events: those with 2 items" in capsys.readouterr().err
+    assert "excluded 2 of 6 events: those of 2 items" in capsys.readouterr().err
     assert not hasattr(made, "sizes")  # those of the task count
     task.item_ids = ["5", "nine"]  # numbers or text, as the source had it
     (batch,) = made.predict_dataloader()
     assert batch.history.tolist() == [[1], [0], [1]]
     task.item_ids = [1, 2]
-    with pytest.raises(ValueError, match="trained on other items and knows none of these"):
+    with pytest.raises(ValueError, match="trained on none of these"):
         made.predict_dataloader()
 
     path.write_text("user_id,item_id\n" + "".join(f"{user},{item}\n" for user in "xy" for item in (5, 7, 8, 9)))
     made = InteractionData(str(path), cache_dir=str(tmp_path))
     made.trainer = SimpleNamespace(lightning_module=task, distributed_sampler_kwargs=None, is_global_zero=True)
     made.setup("test")
-    with pytest.raises(ValueError, match="has other items than those that the task was trained on"):
+    with pytest.raises(ValueError, match="has other items than the training data of the task"):
         made.test_dataloader()
     task.item_ids = made.prepared.items.ids(np.arange(1, 5))
     assert len(made.test_dataloader().dataset.dataset) == 2
@@ -248,7 +248,7 @@ def test_data_without_times_and_ratings(tmp_path):
     path = tmp_path / "plain.csv"
     path.write_text("user_id,item_id\n" + "".join(f"{user},{item}\n" for user in range(9) for item in range(user, 13)))
     for examples in ("sequences", "pairs", "users"):
-        made = data(path, tmp_path, examples=examples, max_length=4)
+        made = data(path, tmp_path, example_type=examples, max_length=4)
         train, val = next(iter(made.train_dataloader())), next(iter(made.val_dataloader()))
         assert (val.times, val.ratings) == (None, None)
         assert (train.times if examples == "sequences" else train.ratings) is None
@@ -261,9 +261,9 @@ def test_data_without_times_and_ratings(tmp_path):
 
 def test_bad_settings_are_refused(table):
     for options, message in [
-        ({"max_length": 0}, "--data.max_length 0: at least 1"),
-        ({"max_length": 5, "step": 6}, "--data.step 6: 1 to --data.max_length 5"),
-        ({"examples": "words"}, "--data.examples words: sequences, pairs or users"),
+        ({"max_length": 0}, "--data.max_length 0: must be at least 1"),
+        ({"max_length": 5, "stride": 6}, "--data.stride 6: must be in 1 to --data.max_length 5"),
+        ({"example_type": "words"}, "--data.example_type words: must be sequences, pairs or users"),
     ]:
         with pytest.raises(ValueError, match=message):
             InteractionData(str(table), **options)

@@ -73,8 +73,8 @@ def test_one_process_and_three_measure_the_same_over_ten_users(path, tmp_path):
 
 def test_errors_of_ratings_are_those_of_a_loop_over_all_targets(path, tmp_path):
     made, table, errors = data(path, tmp_path), scores(), []
-    starts, stops = made.parts.borders("test")
-    for user in made.parts.evaluated("test").tolist():
+    starts, stops = made.parts.bounds("test")
+    for user in made.parts.users_to_evaluate("test").tolist():
         for event in range(starts[user], stops[user]):
             item = int(made.parts.events.items[event])
             errors.append(1 + float(table[user, item]) / 2 - float(made.parts.events.ratings[event]))
@@ -118,6 +118,9 @@ def test_sampled_metrics_come_on_request_and_from_other_items(path, tmp_path, mo
 
 
 def test_samples_that_are_none_are_refused():
-    for number, message in ((0, "sampled_negatives 0: at least 1"), (20, "20 of 20 items: these are no sample")):
+    for number, message in (
+        (0, "num_eval_negatives 0: must be at least 1"),
+        (20, "num_eval_negatives 20: must be below the number of items, 20"),
+    ):
         with pytest.raises(ValueError, match=message):
             Evaluation((5,), number).prepare(20, None)

@@ -131,9 +131,9 @@ def test_sampled_metrics_say_so() -> None:
 
 
 def test_bad_arguments_are_refused() -> None:
-    for cutoffs in ([], [0], [5, 5]):
-        with pytest.raises(ValueError, match=r"--model\.cutoffs"):
-            RankingMetrics(cutoffs)
+    for topk in ([], [0], [5, 5]):
+        with pytest.raises(ValueError, match=r"--model\.topk"):
+            RankingMetrics(topk)
     counts = torch.ones(N + 1, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"lists have shape None, but .* at 10 need"):
         RankingMetrics([10], counts).update(torch.ones(3, 1, dtype=torch.int64))

@@ -16,11 +16,11 @@ from bigmodel.cli.formatting import find_differences
 from bigmodel.run import checkpoint_step, find_run
 from bigmodel.tasks.recommendation import InteractionData
 from bigmodel.tasks.recommendation.batches import SequenceBatch
-from bigmodel.tasks.recommendation.module import SequenceRecommendation
+from bigmodel.tasks.recommendation.module import SequentialRecommendation
 
-TASK = "bigmodel.tasks.recommendation.SequenceRecommendation"
+TASK = "bigmodel.tasks.recommendation.SequentialRecommendation"
 PAIRS = "bigmodel.tasks.recommendation.PairRecommendation"
-FITTED = "bigmodel.tasks.recommendation.FittedRecommendation"
+FITTED = "bigmodel.tasks.recommendation.NonNeuralRecommendation"
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def words(task, *flags):
     common = {
         "model": task, "data": "bigmodel.tasks.recommendation.InteractionData", "data.path": "ring.csv",
         "data.max_length": 8, "data.batch_size": 16, "data.cache_dir": "cache", "callbacks.best.monitor": "val/ndcg@5",
-        "callbacks.best.mode": "max", "callbacks.progress": "null", "model.cutoffs": "[1, 5]",
+        "callbacks.best.mode": "max", "callbacks.progress": "null", "model.topk": "[1, 5]",
     }  # fmt: skip
     given = (str(word) for key, value in common.items() for word in (f"--{key}", value))
     return ["fit", "-c", "experiment.yaml", *given, *map(str, flags)]
@@ -70,7 +70,7 @@ def trained(task, *flags):
         ("--model.net", "bigmodel.nn.BERT4Rec", "--model.optimizer.lr", 0.003, "--trainer.max_epochs", 25),
         ("--model.net", "bigmodel.nn.GRU4Rec"),
         ("--model.net", "bigmodel.nn.HSTU"),
-        ("--model.net", "bigmodel.nn.TwoTower", "--model.net.decay", 0.1),
+        ("--model.net", "bigmodel.nn.TwoTower", "--model.net.recency_decay", 0.1),
     ],
     ids=["SASRec", "SASRec, sampled", "BERT4Rec", "GRU4Rec", "HSTU", "TwoTower"],
 )  # fmt: skip
@@ -116,11 +116,11 @@ def test_a_trained_run_recommends_to_known_and_unknown_people(folder, capsys):
     main(["recommend", "last", "--user", "u7", "--k", "2"])
     assert len(capsys.readouterr().out.splitlines()) == 2
     for flags, problem in (
-        (["--user", "nobody"], "no user 'nobody'.*near it 'u0', 'u1'.*--history"),
-        (["--history", "item 99"], "no item 'item 99'; there are 12, near it 'item 6', .*'item 9'"),
-        (["--history", "item 3", "--k", "13"], "--k 13: a list has 1 to 12 items"),
+        (["--user", "nobody"], "no user 'nobody'.*similar: 'u0', 'u1'.*--history"),
+        (["--history", "item 99"], "no item 'item 99' among the 12 items; similar: 'item 6', .*'item 9'"),
+        (["--history", "item 3", "--k", "13"], "--k 13: must be in 1 to 12"),
         (["--k", "3"], "--user ID or --history"),
-        (["--user", "u1", "--size", "3"], "no flag --size"),
+        (["--user", "u1", "--size", "3"], "unknown flag --size"),
     ):
         with pytest.raises(SystemExit):
             main(["recommend", "last", *flags])
@@ -130,10 +130,10 @@ def test_a_trained_run_recommends_to_known_and_unknown_people(folder, capsys):
 def test_a_net_that_reads_times_takes_those_of_a_history_or_says_which_it_takes(folder, capsys):
     main(words(TASK, "--model.net", "bigmodel.nn.HSTU", "--model.net.width", 8, "--trainer.max_epochs", 1))
     task, history = bigmodel.load("last"), ["item 3", "item 4", "item 5"]
-    assert task.gap == 100, "the ring's events lie so far apart"
+    assert task.median_gap == 100, "the ring's events lie so far apart"
     capsys.readouterr()
     default = task.recommend(history, 4)
-    assert "no times are given, and HSTU reads them: the items are taken to lie 100 s apart" in capsys.readouterr().err
+    assert "HSTU reads times: without --times, items are assumed to be 100 s apart" in capsys.readouterr().err
     assert default == task.recommend(history, 4, [1_500_000_000 + 100 * t for t in range(3)])
     assert default != task.recommend(history, 4, [1_500_000_000] * 3)
     capsys.readouterr()
@@ -142,13 +142,13 @@ def test_a_net_that_reads_times_takes_those_of_a_history_or_says_which_it_takes(
         main(["recommend", "last", "--history", ",".join(history), "--times", times])
         shown.append(capsys.readouterr())
     assert shown[0] == shown[1]
-    assert "no times" not in shown[0].err
+    assert "without --times" not in shown[0].err
     for flags, problem in (
         (["--history", "item 3", "--times", "5,6"], "2 times for a history of 1 items"),
-        (["--history", "item 3,item 4", "--times", "6,5"], "the time 5 stands after 6"),
+        (["--history", "item 3,item 4", "--times", "6,5"], "time 5 is after 6"),
         (["--history", "item 3", "--times", "1500000000000"], "whole seconds since 1970"),
         (["--history", "item 3", "--times", "soon"], "--times soon"),
-        (["--user", "u1", "--times", "5"], "--times belong to a --history"),
+        (["--user", "u1", "--times", "5"], "--times needs --history"),
     ):
         with pytest.raises(SystemExit):
             main(["recommend", "last", *flags])
@@ -222,7 +222,7 @@ def test_no_metric_of_the_test_split_can_select_a_model(folder, capsys):
 
 
 def test_masks_of_a_cloze_depend_on_the_sample_alone_and_hide_its_target(folder):
-    task = SequenceRecommendation(net=lambda **known: None, mask_rate=0.5, mask_last_rate=0.25)
+    task = SequentialRecommendation(net=lambda **known: None, mask_ratio=0.5, mask_last_ratio=0.25)
     task.net = type("Net", (), {"mask_item": 99})()
     items = torch.randint(1, 50, (400, 8))
     items[:, :3] = 0

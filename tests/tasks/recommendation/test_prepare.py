@@ -8,13 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from bigmodel.tasks.recommendation.filters import Filters
-from bigmodel.tasks.recommendation.interactions import Ids
+from bigmodel.tasks.recommendation.interactions import IdTable
 from bigmodel.tasks.recommendation.prepare import prepare
-from bigmodel.tasks.recommendation.sources import Columns, find_source
+from bigmodel.tasks.recommendation.sources import InteractionColumns, find_source
 
 
 def prepared(path, tmp_path, filters=None):
-    cache, columns = tmp_path / "cache", Columns()
+    cache, columns = tmp_path / "cache", InteractionColumns()
     return prepare(find_source(str(path), columns=columns, cache=cache), columns, filters or Filters(), cache)
 
 
@@ -36,8 +36,8 @@ def expected(log, filters):
     )
     if filters.min_rating is not None:
         rows = [row for row in rows if row[2] >= filters.min_rating]
-    if filters.keep != "all":
-        step = 1 if filters.keep == "first" else -1
+    if filters.keep_duplicates != "all":
+        step = 1 if filters.keep_duplicates == "first" else -1
         seen, chosen = set(), []
         for row in rows[::step]:
             if row[:2] not in seen:
@@ -63,8 +63,8 @@ def expected(log, filters):
     [
         Filters(),
         Filters(min_rating=2.5),
-        Filters(keep="first"),
-        Filters(keep="last", max_history=4),
+        Filters(keep_duplicates="first"),
+        Filters(keep_duplicates="last", max_history=4),
         Filters(min_rating=1.5, min_user_events=8, min_item_events=14),
         Filters(2.0, "last", 5, 9, 7),
     ],
@@ -80,9 +80,9 @@ def test_sorted_and_filtered_as_by_loops(filters, log, table, tmp_path, capsys):
     assert (found.events.items.min(), found.events.items.max()) == (1, len(items))
     num_left = sum(map(len, want.values()))
     said = capsys.readouterr().err
-    assert ("left are" in said) == (num_left < len(log["user_id"]))
+    assert ("remaining: " in said) == (num_left < len(log["user_id"]))
     if num_left < len(log["user_id"]):
-        assert f"left are {num_left:,} events of {len(want):,} users with {len(items):,} items" in said
+        assert f"remaining: {num_left:,} events of {len(want):,} users with {len(items):,} items" in said
 
 
 def test_a_core_may_take_many_rounds(tmp_path):
@@ -93,7 +93,7 @@ def test_a_core_may_take_many_rounds(tmp_path):
     found = prepared(path, tmp_path, Filters(min_user_events=2, min_item_events=2))
     assert found.users.ids(np.arange(found.events.num_users)) == [90, 91]
     assert any("50 users" in line and "51 items" in line and "rounds" in line for line in found.lines)
-    with pytest.raises(ValueError, match=r"--data.filters leave no event.*52 users"):
+    with pytest.raises(ValueError, match=r"--data.filters exclude all events.*52 users"):
         prepared(path, tmp_path, Filters(min_user_events=3, min_item_events=2))
 
 
@@ -108,7 +108,7 @@ def test_times_order_events_more_finely_than_they_are_kept(tmp_path):
     found = prepared(path, tmp_path)
     assert found.items.ids(found.events.items) == [9, 8, 7]
     assert found.events.times is found.events.ratings is None
-    assert "the order of the source counts" in found.lines[0]
+    assert "in the order of the source" in found.lines[0]
 
 
 def test_titles_and_ids_are_found_again(tmp_path):
@@ -123,7 +123,9 @@ def test_titles_and_ids_are_found_again(tmp_path):
     assert found.users.numbers(["b", "a"]).tolist() == [1, 0]
     assert found.users.titles(np.array([0])) == [None]
     for users_or_items, unknown in [(found.users, "c"), (found.items, 11), (found.items, "x"), (found.items, "1.5")]:
-        with pytest.raises(ValueError, match=f"there is no {users_or_items.what} {unknown!r}; there are [23], near it"):
+        with pytest.raises(
+            ValueError, match=f"there is no {users_or_items.what} {unknown!r} among the [23] .*; similar"
+        ):
             users_or_items.numbers([unknown])
     for ids, unknown, near in [
         (range(0, 100, 10), 34, "20, 30, 40, 50"),
@@ -132,8 +134,8 @@ def test_titles_and_ids_are_found_again(tmp_path):
         (["anna", "bert", "carl", "dora", "emil"], "bertha", "'anna', 'bert', 'carl', 'dora'"),
         ([1, 2], "x", "1, 2"),
     ]:
-        with pytest.raises(ValueError, match=f"near it {near}$"):
-            Ids(pa.table({"id": list(ids)}), 1, "item").numbers([unknown])
+        with pytest.raises(ValueError, match=f"similar: {near}$"):
+            IdTable(pa.table({"id": list(ids)}), 1, "item").numbers([unknown])
 
 
 def test_it_is_done_once_for_the_same_content_and_settings(table, tmp_path, monkeypatch, capsys):
@@ -146,7 +148,7 @@ def test_it_is_done_once_for_the_same_content_and_settings(table, tmp_path, monk
     assert isinstance(again.events.items, np.memmap)
     monkeypatch.undo()
 
-    other = prepared(table, tmp_path, Filters(keep="last"))
+    other = prepared(table, tmp_path, Filters(keep_duplicates="last"))
     assert other.folder != first.folder
     assert other.fingerprint != first.fingerprint
     moved.write_text(table.read_text().replace("3,", "4,"))  # as many bytes
@@ -167,9 +169,9 @@ def test_a_failed_preparation_leaves_nothing(table, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Filters(keep="some"), "--data.filters.keep some: first, last or all"),
-        (lambda: Filters(min_user_events=0), "--data.filters.min_user_events 0: at least 1"),
-        (lambda: Filters(max_history=-1), "--data.filters.max_history -1: at least 1"),
+        (lambda: Filters(keep_duplicates="some"), "--data.filters.keep_duplicates some: must be first, last or all"),
+        (lambda: Filters(min_user_events=0), "--data.filters.min_user_events 0: must be at least 1"),
+        (lambda: Filters(max_history=-1), "--data.filters.max_history -1: must be at least 1"),
     ],
 )
 def test_bad_settings_are_refused(make, message):
@@ -180,9 +182,9 @@ def test_bad_settings_are_refused(make, message):
 def test_nothing_to_choose_from_is_refused(table, tmp_path):
     path = tmp_path / "one.csv"
     path.write_text("user_id,item_id\n1,7\n2,7\n")
-    with pytest.raises(ValueError, match="there is only 1 item; to choose between, at least 2"):
+    with pytest.raises(ValueError, match="there is only 1 item; at least 2"):
         prepared(path, tmp_path)
     with pytest.raises(ValueError, match=r"min_rating 3: the data have no ratings; set --data.rating_column"):
         prepared(path, tmp_path, Filters(min_rating=3))
-    with pytest.raises(ValueError, match=r"--data.filters leave no event.*rated below 99"):
+    with pytest.raises(ValueError, match=r"--data.filters exclude all events.*rated below 99"):
         prepared(table, tmp_path, Filters(min_rating=99))

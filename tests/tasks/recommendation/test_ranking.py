@@ -147,7 +147,7 @@ def test_a_million_items_are_ranked_in_bounded_memory() -> None:
         ({"k": 0}, "k is 0, but must be in 1 to 23"),
         ({"k": 24}, "k is 24"),
         ({"block_size": 0}, "block_size is 0"),
-        ({"history": torch.full((B, 1), 24)}, "histories hold items 24 to 24"),
+        ({"history": torch.full((B, 1), 24)}, "histories have items 24 to 24"),
         ({"targets": torch.zeros(B, 1)}, "targets are torch.float32"),
         ({"targets": torch.ones(B, 0, dtype=torch.int64)}, r"shape \[6, 0\]"),
         ({"targets": torch.ones(B + 1, 1, dtype=torch.int64)}, r"shape \[7, 1\]"),

@@ -13,8 +13,8 @@ import bigmodel
 from bigmodel.cli import main
 from bigmodel.nn import MatrixFactorization
 from bigmodel.run import find_run
-from bigmodel.tasks.recommendation import PairRecommendation, SequenceRecommendation, SquaredError
-from bigmodel.tasks.recommendation.closed_form import recency
+from bigmodel.tasks.recommendation import PairRecommendation, SequentialRecommendation, SquaredError
+from bigmodel.tasks.recommendation.closed_form import recency_weights
 
 TASKS = "bigmodel.tasks.recommendation"
 
@@ -68,7 +68,7 @@ def measured(task, *flags):
     common = {
         "model": f"{TASKS}.{task}", "data": f"{TASKS}.InteractionData",
         "data.path": "rated.csv", "data.cache_dir": "cache", "data.batch_size": 32,
-        "callbacks.best.monitor": "val/rmse", "callbacks.progress": "null", "model.cutoffs": "[5]",
+        "callbacks.best.monitor": "val/rmse", "callbacks.progress": "null", "model.topk": "[5]",
     }  # fmt: skip
     main(
         ["fit", "-c", "experiment.yaml", *(str(w) for k, v in common.items() for w in (f"--{k}", v)), *map(str, flags)]
@@ -87,7 +87,7 @@ def check(metrics, errors):
 
 def split(data, name):
     """(user, item, rating) of a split."""
-    numbers, events = data.parts.numbers(name), data.parts.events
+    numbers, events = data.parts.event_indices(name), data.parts.events
     users = np.searchsorted(events.offsets, numbers, side="right") - 1
     return list(zip(users.tolist(), events.items[numbers].tolist(), events.ratings[numbers].tolist(), strict=True))
 
@@ -112,9 +112,9 @@ def test_matrix_factorisation_learns_ratings_and_is_loaded_with_their_mean(folde
 @pytest.mark.parametrize("prediction", ["mean", "norm"])
 def test_neighbours_rank_and_predict_ratings_by_those_of_the_history(folder, prediction):
     metrics, task, data = measured(
-        "FittedRecommendation", "--model.method", f"{TASKS}.closed_form.UserKNN",
+        "NonNeuralRecommendation", "--model.method", f"{TASKS}.closed_form.UserKNN",
         "--model.method.prediction", prediction, "--model.method.num_neighbors", 20,
-        "--model.values", "ratings", "--model.decay", 0.5,
+        "--model.values", "ratings", "--model.recency_decay", 0.5,
         "--trainer.max_steps", 1, "--trainer.num_sanity_val_steps", 0,
     )  # fmt: skip
     x, history = np.zeros((60, 17)), np.zeros((60, 17))
@@ -143,7 +143,7 @@ def test_neighbours_rank_and_predict_ratings_by_those_of_the_history(folder, pre
     check(metrics, errors)
     assert fallbacks > 0
     batch = next(iter(data.test_dataloader()))
-    values = batch.history_ratings * recency(batch.history, 0.5)
+    values = batch.history_ratings * recency_weights(batch.history, 0.5)
     scores = [task.method.score_block(batch.history, worth, batch.users)(1, 17) for worth in (values, None)]
     assert torch.equal(task.score_block(batch)(1, 17), scores[0])
     assert not torch.equal(*scores)
@@ -152,16 +152,19 @@ def test_neighbours_rank_and_predict_ratings_by_those_of_the_history(folder, pre
 def test_ratings_are_asked_for_where_they_can_be(folder):
     pairs = SquaredError()
     for task, message in (
-        (SequenceRecommendation(loss=pairs), "SquaredError is for pairs of users and items: take PairRecommendation"),
+        (
+            SequentialRecommendation(loss=pairs),
+            "SquaredError is for pairs .*: set --model PairRecommendation",
+        ),
         (
             PairRecommendation(lambda **known: torch.nn.Linear(1, 1), pairs),
-            "which Linear does not: take bigmodel.nn.Matr",
+            "Linear does not predict ratings: .*bigmodel.nn.Matr",
         ),
     ):
         task._sizes = {"num_items": 5, "max_length": 3, "num_users": 2}
         with pytest.raises(ValueError, match=message):
             task.configure_model()
-    with pytest.raises(ValueError, match=r"--model.loss.l2 is -1"):
+    with pytest.raises(ValueError, match=r"--model.loss.l2 -1: must be"):
         SquaredError(-1)
     rows = (folder / "rated.csv").read_text().splitlines()
     (folder / "plain.csv").write_text("\n".join(",".join(row.split(",")[:2]) for row in rows))

@@ -84,7 +84,7 @@ def test_text_that_looks_like_a_special_token_is_text(encoder):
 
 def test_a_language_model_of_ours():
     encoder = LanguageModelEncoder(ByteTokenizer(), 8)
-    end = ByteTokenizer.end_of_text
+    end = ByteTokenizer.eos_token_id
     assert encoder.encode(["hi"], ["you"])[0].tolist() == [end, *b"hi", end, *b"you"]
     assert encoder.truncate(encoder.encode(["a longer text"])[0], 8).tolist() == [end, *b"a longe"]
 

@@ -4,7 +4,7 @@ With X [U, I] the event matrix (1 where a user has an item) and lambda the weigh
 
     P = (X'X + lambda 1)^-1,      B_ij = -P_ij / P_jj off the diagonal, 0 on it,      scores x B
 
-Where there are fewer users than items, P follows from a matrix of users by users instead (Woodbury), and B is never made::
+If there are fewer users than items, P follows from a matrix of users by users instead (Woodbury), and B is not computed::
 
     P = (1 - X' C X) / lambda,    C = (X X' + lambda 1)^-1
 
@@ -34,21 +34,21 @@ _NUMBERS_AT_ONCE = 1 << 22
 
 
 class EASE(ClosedForm):
-    """Recommends by a regression of each item on all others, solved exactly by a Cholesky factor, in place.
+    """Regression of each item on all other items, solved exactly by a Cholesky factorization in place.
 
     Args:
-        l2: lambda, above 0; more for more users (the paper has 200 to 1,000 for hundreds of thousands).
-        dtype: of the matrix that is inverted.
+        l2: lambda, above 0; larger for more users (the paper has 200 to 1,000 for hundreds of thousands).
+        dtype: of the inverted matrix.
     """
 
     def __init__(self, l2: float = 250.0, dtype: Literal["float32", "float64"] = "float64") -> None:
         if not 0 < l2 < float("inf"):
-            raise ValueError(f"l2 is {l2}, but must be above 0")
+            raise ValueError(f"--model.method.l2 {l2}: must be above 0")
         if dtype not in ("float32", "float64"):
-            raise ValueError(f"dtype is {dtype!r}, but must be float32 or float64")
+            raise ValueError(f"--model.method.dtype {dtype!r}: must be float32 or float64")
         self.l2, self.dtype = l2, dtype
         self.num_items = 0
-        self.weights: Any = None  # B [I + 1, I + 1], where there are no fewer users than items
+        self.weights: Any = None  # B [I + 1, I + 1], unless there are fewer users than items
         self.by_item: Any = None  # else X' [I + 1, U],
         self.inverse: Any = None  # C [U, U],
         self.kept: Any = None  # and lambda P_jj [I + 1]
@@ -62,7 +62,7 @@ class EASE(ClosedForm):
         require_memory(
             side**2 * np.dtype(self.dtype).itemsize + 24.0 * _NUMBERS_AT_ONCE,
             f"EASE in {self.dtype} over {side:,} {what}",
-            ("dtype float32 takes half, " if self.dtype == "float64" else "") + "ItemKNN far less",
+            ("--model.method.dtype float32 needs half, " if self.dtype == "float64" else "") + "ItemKNN much less",
         )
         matrix = matrix.astype(self.dtype)
         by_item = matrix.T.tocsr()  # [I + 1, U]
@@ -117,7 +117,7 @@ def _tensor(scores: np.ndarray, device: torch.device) -> Tensor:
 
 
 def _inverse_of_gram(matrix: Any, transposed: Any, l2: float) -> np.ndarray:
-    """(A A' + l2 1)^-1 of a sparse matrix A [n, m]: [n, n], with no second matrix of that size beside it."""
+    """Return (A A' + l2 1)^-1 [n, n] of a sparse matrix A [n, m], without a second matrix of that size."""
     side, dtype = matrix.shape[0], matrix.dtype
     gram = np.empty((side, side), dtype, order="F")
     size = max(1, _NUMBERS_AT_ONCE // side)
@@ -128,7 +128,8 @@ def _inverse_of_gram(matrix: Any, transposed: Any, l2: float) -> np.ndarray:
     factor, failed = factorize(gram, lower=True, overwrite_a=True, clean=False)
     if failed:
         raise ValueError(
-            f"X'X + l2 is not positive definite in {dtype}: choose a larger l2 than {l2}, or dtype float64"
+            f"X'X + l2 is not positive definite in {dtype}: set --model.method.l2 above {l2}, or --model.method.dtype"
+            " float64"
         )
     inverse, _ = invert(factor, lower=True, overwrite_c=True)
     for first in range(0, side, size):  # the upper triangle from the lower one

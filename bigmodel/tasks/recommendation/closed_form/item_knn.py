@@ -1,12 +1,13 @@
 """Item-based kNN: items similar to those in the history (Deshpande and Karypis 2004, "Item-based top-N recommendation
 algorithms").
 
-The similarity of two items is the cosine of their columns x_i of the event matrix, shrunk where these are short (Ferrari
-Dacrema et al. 2019, arXiv 1907.06902); each item keeps its K most similar ones, and the items of a history vote for theirs::
+The similarity of two items is the cosine of their columns x_i of the event matrix, shrunk for short columns (Ferrari
+Dacrema et al. 2019, arXiv 1907.06902). The score of an item is the sum of its similarities to the items of a history, of
+which only the K largest of each item are used::
 
     w_ij = x_i . x_j / (|x_i| |x_j| + shrinkage),      score_j = sum_{i in history} w_ij  over the K largest of each i
 
-A rating is the mean of those that the user gave to these items (Sarwar et al. 2001, doi 10.1145/371920.372071)::
+A predicted rating is the weighted mean of the user's ratings (Sarwar et al. 2001, doi 10.1145/371920.372071)::
 
     r_j = sum_{i in history} w_ij r_i / sum_{i in history} w_ij
 
@@ -24,12 +25,12 @@ from torch import Tensor
 
 from bigmodel.tasks.recommendation.closed_form.matrix import (
     ClosedForm,
-    blocks,
+    divide_at,
     event_matrix,
     history_matrix,
     load_matrix,
     ones_like,
-    quotients,
+    partition_by_budget,
     require_memory,
     save_matrix,
     sparse_scores,
@@ -40,7 +41,7 @@ _SIMILARITIES_AT_ONCE = 1 << 22  # of a block of items with all items that share
 
 
 class ItemKNN(ClosedForm):
-    """Recommends neighbours of the history's items.
+    """Recommend neighbours of the history's items.
 
     Args:
         num_neighbors: K.
@@ -55,9 +56,9 @@ class ItemKNN(ClosedForm):
 
     def __init__(self, num_neighbors: int = 100, shrinkage: float = 0.0) -> None:
         if num_neighbors < 1:
-            raise ValueError(f"num_neighbors is {num_neighbors}, but must be at least 1")
+            raise ValueError(f"--model.method.num_neighbors {num_neighbors}: must be at least 1")
         if not 0 <= shrinkage < float("inf"):
-            raise ValueError(f"shrinkage is {shrinkage}, but must be 0 or above")
+            raise ValueError(f"--model.method.shrinkage {shrinkage}: must be 0 or above")
         self.num_neighbors, self.shrinkage = num_neighbors, shrinkage
 
     def fit(self, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None, num_items: int) -> ItemKNN:
@@ -71,21 +72,21 @@ class ItemKNN(ClosedForm):
         require_memory(
             24.0 * np.minimum(sharing, self.num_neighbors).sum() + 64.0 * _SIMILARITIES_AT_ONCE,
             f"ItemKNN with {self.num_neighbors} neighbours of {num_items:,} items",
-            "choose a smaller num_neighbors",
+            "set a smaller --model.method.num_neighbors",
         )
         norms = np.sqrt(by_item.multiply(by_item).sum(1)).A1
         order = sharing.argsort(kind="stable")
         order = order[num_users[order] > 0]
         parts = [
             self._neighbors(order[start:stop], by_item, by_user, norms)
-            for start, stop in blocks(sharing[order], _SIMILARITIES_AT_ONCE)
+            for start, stop in partition_by_budget(sharing[order], _SIMILARITIES_AT_ONCE)
         ]
         rows, columns, similarities = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         self.similarity = sp.csr_matrix((similarities, (rows, columns)), (num_items + 1, num_items + 1))
         return self
 
     def _neighbors(self, items: np.ndarray, by_item: Any, by_user: Any, norms: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Return rows, columns and values of the kept similarities of a block of items."""
+        """Return rows, columns and values of the largest similarities of a block of items."""
         products = by_item[items] @ by_user  # [n, I + 1]
         lengths = np.diff(products.indptr)
         row = np.repeat(np.arange(len(items)), lengths)
@@ -108,7 +109,7 @@ class ItemKNN(ClosedForm):
     def rate(self, history: Tensor, ratings: Tensor, items: Tensor, users: Tensor | None = None) -> Tensor:
         """Rate as in `ClosedForm.rate`; NaN for an item that is not a neighbour of any item in the history."""
         given = history_matrix(history, ratings, self.similarity.shape[0] - 1)
-        return quotients(given @ self.similarity, ones_like(given) @ self.similarity, items)
+        return divide_at(given @ self.similarity, ones_like(given) @ self.similarity, items)
 
     def state_dict(self) -> dict[str, Tensor]:
         return save_matrix("similarity", self.similarity)

@@ -28,8 +28,8 @@ class ClosedForm(ABC):
         Args:
             indptr: [U + 1], where each user's events begin.
             indices: [N] items of the events, in chronological order for each user.
-            values: [N], value of an event, such as a rating; None: 1. Of a user's events with the same item, the last
-                is used.
+            values: [N], values of the events, such as ratings; None: 1. Of repeated events of a user with an item, the
+                last is used.
             num_items: I.
 
         Raises:
@@ -38,7 +38,7 @@ class ClosedForm(ABC):
 
     @abstractmethod
     def score_block(self, history: Tensor, values: Tensor | None = None, users: Tensor | None = None) -> ScoreBlock:
-        """Return the scores of all items for B users, as `ranking` takes them, on the history's device.
+        """Return the scores of all items for B users (see `ranking.ScoreBlock`), on the history's device.
 
         Args:
             history: items [B, H] int64, padded with 0.
@@ -69,48 +69,46 @@ class ClosedForm(ABC):
         """Load a fitted state, into an object with the same options."""
 
 
-def recency(history: Tensor, decay: float) -> Tensor:
-    """Return values [B, H] float32 of chronological histories [B, H]: decay^a for the item that a others follow.
+def recency_weights(history: Tensor, decay: float) -> Tensor:
+    """Return values [B, H] float32 of chronological histories [B, H]: decay^a for an item with a later ones.
 
-    The closed forms ignore the order; with these values recent items have more weight, as in a sequence model.
+    The methods ignore the order; with these values recent items have more weight, as in a sequential model.
 
     Raises:
-        ValueError: for a decay that is not in 0 to 1.
+        ValueError: for a decay that is not in (0, 1].
     """
     if not 0 < decay <= 1:
-        raise ValueError(f"decay is {decay}, but must be above 0 and at most 1 (1: all items of a history count alike)")
-    there = history > 0
-    age = there.sum(1, keepdim=True) - there.cumsum(1)
-    return torch.where(there, decay ** age.float(), 0)
+        raise ValueError(f"--model.recency_decay {decay}: must be above 0 and at most 1 (1: no decay)")
+    is_item = history > 0
+    age = is_item.sum(1, keepdim=True) - is_item.cumsum(1)
+    return torch.where(is_item, decay ** age.float(), 0)
 
 
 def event_matrix(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None, num_items: int) -> Any:
     """Return events as a sparse matrix [U, I + 1] in rows, float64, sorted, each item at most once in a row."""
     indptr, indices = np.asarray(indptr, np.int64), np.asarray(indices)
     if len(indptr) < 2 or indptr[0] != 0 or indptr[-1] != len(indices) or (np.diff(indptr) < 0).any():
-        raise ValueError(f"indptr must ascend from 0 to the number of events, {len(indices)}, one step for each user")
+        raise ValueError(f"indptr must ascend from 0 to the number of events, {len(indices)}")
     if values is not None and (len(values) != len(indices) or not np.isfinite(values).all()):
-        raise ValueError(f"{len(indices)} events need as many finite values; there are {len(values)}")
+        raise ValueError(f"values [{len(values)}] must be finite, one for each of the {len(indices)} events")
     if len(indices) == 0:
         raise ValueError("there are no training events")
     if not 1 <= indices.min() <= indices.max() <= num_items:
-        raise ValueError(
-            f"events have items {indices.min()} to {indices.max()}, but they are numbered 1 to {num_items}"
-        )
+        raise ValueError(f"events have items {indices.min()} to {indices.max()}, but must be in 1 to {num_items}")
     users = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
     return _matrix(users, indices, values, (len(indptr) - 1, num_items + 1))
 
 
 def history_matrix(history: Tensor, values: Tensor | None, num_items: int) -> Any:
-    """Return histories as such a matrix [B, I + 1]."""
+    """Return histories as a matrix [B, I + 1] like `event_matrix`."""
     items = history.cpu().numpy()
     if items.size and not 0 <= items.min() <= items.max() <= num_items:
         raise ValueError(
-            f"histories have items {items.min()} to {items.max()}, but they are numbered 1 to {num_items} (0: none)"
+            f"histories have items {items.min()} to {items.max()}, but must be in 1 to {num_items}, or 0 (padding)"
         )
-    rows, places = items.nonzero()
-    given = None if values is None else values.cpu().numpy()[rows, places]
-    return _matrix(rows, items[rows, places], given, (len(items), num_items + 1))
+    rows, columns = items.nonzero()
+    data = None if values is None else values.cpu().numpy()[rows, columns]
+    return _matrix(rows, items[rows, columns], data, (len(items), num_items + 1))
 
 
 def _matrix(rows: np.ndarray, columns: np.ndarray, values: np.ndarray | None, shape: tuple[int, int]) -> Any:
@@ -131,7 +129,7 @@ def sparse_scores(scores: Any, device: torch.device) -> ScoreBlock:
     return score_block
 
 
-def quotients(above: Any, below: Any, items: Tensor) -> Tensor:
+def divide_at(above: Any, below: Any, items: Tensor) -> Tensor:
     """Return quotients [B, K] float32 of two sparse matrices [B, I + 1] at items [B, K]; NaN where the denominator is
     0.
     """
@@ -159,9 +157,10 @@ def load_matrix(name: str, state: dict[str, Tensor]) -> Any:
     return sp.csr_matrix((data, indices, indptr), tuple(shape.tolist()))
 
 
-def blocks(sizes: np.ndarray, budget: int) -> list[tuple[int, int]]:
-    """Partition an ascending array of sizes so that length times largest size of each part is at most the budget (or
-    the part has one element).
+def partition_by_budget(sizes: np.ndarray, budget: int) -> list[tuple[int, int]]:
+    """Partition an ascending array of sizes into ranges whose length times largest size is at most the budget.
+
+    A size above the budget is a range of its own.
     """
     parts, start = [], 0
     while start < len(sizes):
@@ -175,25 +174,25 @@ def blocks(sizes: np.ndarray, budget: int) -> list[tuple[int, int]]:
 
 
 def require_memory(needed: float, purpose: str, instead: str) -> None:
-    """Raise a ValueError, before anything is allocated, if that many bytes are not available."""
-    there = available_memory()
-    if needed > there:
+    """Raise a ValueError, before allocation, if fewer than `needed` bytes are available."""
+    available = available_memory()
+    if needed > available:
         raise ValueError(
-            f"{purpose} needs {needed / 1e9:,.1f} GB of main memory, and {there / 1e9:,.1f} GB are available: {instead}"
+            f"{purpose} needs {needed / 1e9:,.1f} GB of main memory, but {available / 1e9:,.1f} GB are available: {instead}"
         )
 
 
 def available_memory() -> float:
-    """Return the available bytes of main memory: of the machine, and of the process's control group."""
+    """Return the available bytes of main memory, of the machine or of the process's control group."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        there = next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable"))
+        available = next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux: the total memory
-        there = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        available = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     group = Path("/sys/fs/cgroup")
     try:
         limit = int((group / "memory.max").read_text())  # "max" if there is none
-        there = min(there, limit - int((group / "memory.current").read_text()))
+        available = min(available, limit - int((group / "memory.current").read_text()))
     except (OSError, ValueError):
         pass
-    return there
+    return available

@@ -1,4 +1,4 @@
-"""The items with the most training events, the same for everybody."""
+"""The items with the most users, the same for every user."""
 
 from __future__ import annotations
 

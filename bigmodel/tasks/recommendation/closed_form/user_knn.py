@@ -1,13 +1,13 @@
 """User-based kNN: items of similar users (Resnick et al. 1994, "GroupLens"; Herlocker et al. 1999).
 
 The similarity of two users is the cosine of their rows of the event matrix, or Pearson's correlation over the items that
-both have. Of the k most similar users (above 0 only), with ratings r_j of those that have an item, its score is::
+both have. With r_j the ratings of an item by the k most similar users (of similarity above 0), its score is::
 
-    mean:  sum_j w_j r_j / sum_j w_j              a rating, as the neighbours would give it
-    norm:  sum_j r_j / sqrt(sum_j r_j^2)          grows with how many have it, and is on no scale of ratings: for ranking
+    mean:  sum_j w_j r_j / sum_j w_j              a predicted rating
+    norm:  sum_j r_j / sqrt(sum_j r_j^2)          grows with the number of neighbours that have the item: for ranking
 
-and 0 where none has it. Where events have no values, r_j is 1: `mean` is then 1 or 0, and `norm` the root of a count.
-Both are also evaluated as predicted ratings; for `norm` the errors show how far its scale is off.
+and 0 if no neighbour has the item. If events have no values, r_j is 1: `mean` is then 1 or 0, and `norm` the root of a
+count. Both are also evaluated as predicted ratings, although `norm` is not on the scale of ratings.
 
 U users, B users to score for, I items (numbered 1 to I), k neighbours.
 """
@@ -23,11 +23,11 @@ from torch import Tensor
 
 from bigmodel.tasks.recommendation.closed_form.matrix import (
     ClosedForm,
+    divide_at,
     event_matrix,
     history_matrix,
     load_matrix,
     ones_like,
-    quotients,
     save_matrix,
     sparse_scores,
 )
@@ -37,11 +37,11 @@ _SIMILARITIES_AT_ONCE = 1 << 22
 
 
 class UserKNN(ClosedForm):
-    """Recommends items of neighbours; nothing is learned in advance.
+    """Recommend items of similar users. `fit` only stores the events.
 
     Args:
         num_neighbors: k.
-        similarity: `cosine` or `pearson` (needs ratings: it is 0 among equal ones).
+        similarity: `cosine` or `pearson` (needs ratings: it is 0 if all are equal).
         prediction: `norm` or `mean`, as above.
     """
 
@@ -54,25 +54,25 @@ class UserKNN(ClosedForm):
         prediction: Literal["norm", "mean"] = "norm",
     ) -> None:
         if num_neighbors < 1:
-            raise ValueError(f"num_neighbors is {num_neighbors}, but must be at least 1")
+            raise ValueError(f"--model.method.num_neighbors {num_neighbors}: must be at least 1")
         if similarity not in ("cosine", "pearson"):
-            raise ValueError(f"similarity is {similarity!r}, but must be cosine or pearson")
+            raise ValueError(f"--model.method.similarity {similarity!r}: must be cosine or pearson")
         if prediction not in ("norm", "mean"):
-            raise ValueError(f"prediction is {prediction!r}, but must be norm or mean")
+            raise ValueError(f"--model.method.prediction {prediction!r}: must be norm or mean")
         self.num_neighbors, self.similarity, self.prediction = num_neighbors, similarity, prediction
 
     def fit(self, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None, num_items: int) -> UserKNN:
         """Fit as in `ClosedForm.fit`."""
         if self.similarity == "pearson" and values is None:
             raise ValueError(
-                "similarity pearson needs ratings, and all events are worth 1: set --model.values ratings, or"
-                " --model.method.similarity cosine"
+                "--model.method.similarity pearson needs ratings: set --model.values ratings, or --model.method.similarity"
+                " cosine"
             )
         self.matrix = event_matrix(indptr, indices, values, num_items)
         return self
 
     def score_block(self, history: Tensor, values: Tensor | None = None, users: Tensor | None = None) -> ScoreBlock:
-        """Score as in `ClosedForm.score_block`; a user is never a neighbour of itself.
+        """Score as in `ClosedForm.score_block`; a user is not a neighbour of itself.
 
         Raises:
             ValueError: for Pearson's correlation with histories that are not rated.
@@ -83,14 +83,14 @@ class UserKNN(ClosedForm):
 
     def rate(self, history: Tensor, ratings: Tensor, items: Tensor, users: Tensor | None = None) -> Tensor:
         """Rate as in `ClosedForm.rate`; NaN for an item that no neighbour has."""
-        return quotients(*self._sums(history, ratings, users), items)
+        return divide_at(*self._sums(history, ratings, users), items)
 
     def _sums(self, history: Tensor, values: Tensor | None, users: Tensor | None) -> tuple[Any, Any]:
         """Return numerator and denominator of the module's equations, sparse [B, I + 1] each."""
         if self.similarity == "pearson" and values is None:
             raise ValueError(
-                "similarity pearson needs a history's ratings, and this one has none: name a user of the data, or fit with"
-                " --model.method.similarity cosine"
+                "--model.method.similarity pearson needs a history with ratings: set --user to a user of the data, or train"
+                " with --model.method.similarity cosine"
             )
         given = history_matrix(history, values, self.matrix.shape[1] - 1)
         rows = np.full(len(history), -1) if users is None else users.cpu().numpy()
@@ -133,11 +133,11 @@ class UserKNN(ClosedForm):
         square_other = (both @ self.matrix.power(2).T).toarray() / n
         product = (given @ self.matrix.T).toarray() / n
         variances = square_own - mean_own**2, square_other - mean_other**2
-        # Rounding leaves a small residue where all ratings are equal.
+        # By rounding, the variance of equal ratings is not exactly 0.
         vary = (variances[0] > 1e-12 * square_own) & (variances[1] > 1e-12 * square_other)
         return _divide(product - mean_own * mean_other, np.sqrt(np.maximum(variances[0] * variances[1], 0)), vary)
 
 
 def _divide(above: np.ndarray, below: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """Quotients, and 0 elsewhere."""
+    """Return quotients where `where` is True, and 0 elsewhere."""
     return np.divide(above, below, out=np.zeros_like(above), where=where)

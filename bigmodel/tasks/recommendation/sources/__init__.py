@@ -1,4 +1,4 @@
-"""Sources of events: the reader of each format, and the choice by path."""
+"""Sources of events: the reader of each format, selected by path."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from bigmodel.data.tables.arrow import read_parquet
 from bigmodel.data.tables.files import kind_of
 from bigmodel.data.tables.hugging_face import HUB
 from bigmodel.data.tables.text import read_delimited
-from bigmodel.tasks.recommendation.sources.columns import Columns, Source
-from bigmodel.tasks.recommendation.sources.examples import find_named
+from bigmodel.tasks.recommendation.sources.columns import InteractionColumns, InteractionSource
+from bigmodel.tasks.recommendation.sources.examples import find_example
 from bigmodel.tasks.recommendation.sources.huggingface import find_hub
 from bigmodel.tasks.recommendation.sources.text import events_layout
-from bigmodel.tasks.recommendation.sources.titles import titles_beside
+from bigmodel.tasks.recommendation.sources.titles import find_titles
 
-__all__ = ["Columns", "Source", "find_source"]
+__all__ = ["InteractionColumns", "InteractionSource", "find_source"]
 
 KINDS = (
     "tables of events (CSV, TSV, Parquet; files, a folder or a glob); MovieLens as published (a folder with u.data,"
@@ -30,19 +30,19 @@ _SUFFIXES = (".inter", ".parquet", ".csv", ".tsv")
 _ROWS_AT_ONCE = 2**19  # of Parquet: events are small
 
 
-def find_source(path: str | list[str], *, columns: Columns, cache: Path) -> Source:
+def find_source(path: str | list[str], *, columns: InteractionColumns, cache: Path) -> InteractionSource:
     """Find the events at a path, without reading them.
 
     Args:
         path: files, folders or globs, all of one dataset; hf://owner/name; or a name in braces.
         columns: names of a table's columns.
-        cache: folder of the task, where hashes of files are cached.
+        cache: folder for cached hashes of files.
 
     Raises:
-        ValueError: if there is nothing at the path, or of an unknown format.
+        ValueError: if the path does not exist, or its format is unknown.
     """
     if isinstance(path, str) and path.startswith("{") and path.endswith("}"):
-        return find_named(path)
+        return find_example(path)
     if isinstance(path, str) and path.startswith(HUB):
         return find_hub(path, columns)
     files = find_files(path, _files_in, KINDS)
@@ -56,33 +56,34 @@ def find_source(path: str | list[str], *, columns: Columns, cache: Path) -> Sour
                 yield from read_delimited(file, events_layout(file), columns)
 
     def titles() -> pa.Table | None:
-        found = [titles_beside(file) for file in files]
-        tables = [table for table in found if table is not None]
+        tables = [table for file in files if (table := find_titles(file)) is not None]
         return pa.concat_tables(tables) if tables else None
 
     where = path if isinstance(path, str) else ", ".join(path)
     size = sum(os.path.getsize(file) for file in files)
-    return Source(where, _content(files, cache), rows, titles, size)
+    return InteractionSource(where, _content(files, cache), rows, titles, size)
 
 
 def _files_in(folder: str) -> list[str]:
     """Return the files of events in a folder."""
-    place = os.path.expanduser(folder)
-    there = os.listdir(place)
-    published = [name for name in ("u.data", "ratings.dat", "ratings.csv") if name in there]  # by MovieLens
-    if published == ["ratings.csv"] and "movies.csv" not in there:
-        published = []  # a name that other tables may also have
-    if len(published) > 1:
-        raise ValueError(f"--data.path {folder}: tables of several kinds, such as {published}; give the files")
-    return [os.path.join(place, name) for name in published] or files_in(folder, _SUFFIXES)
+    path = os.path.expanduser(folder)
+    names = os.listdir(path)
+    movielens = [name for name in ("u.data", "ratings.dat", "ratings.csv") if name in names]
+    if movielens == ["ratings.csv"] and "movies.csv" not in names:
+        movielens = []  # other datasets may have this name
+    if len(movielens) > 1:
+        raise ValueError(
+            f"--data.path {folder}: tables of several kinds, such as {movielens}; set it to the files of one kind"
+        )
+    return [os.path.join(path, name) for name in movielens] or files_in(folder, _SUFFIXES)
 
 
 def _content(files: list[str], cache: Path) -> str:
-    """Return the hash of the files' contents in their order, and of the files beside them; cached until a file changes."""
-    beside = [
+    """Return the hash of the contents of the files, in their order, and of their titles; cached until a file changes."""
+    titles = [
         os.path.join(os.path.dirname(file), name) for file in files for name in ("u.item", "movies.dat", "movies.csv")
     ]
-    beside += [file.removesuffix(".inter") + ".item" for file in files if file.endswith(".inter")]
-    paths = [*files, *(path for path in dict.fromkeys(beside) if os.path.isfile(path))]
+    titles += [file.removesuffix(".inter") + ".item" for file in files if file.endswith(".inter")]
+    paths = [*files, *(path for path in dict.fromkeys(titles) if os.path.isfile(path))]
     names = [os.path.basename(file) == "u.data" or file.endswith(".inter") for file in files]  # the format of a text
     return digest([*file_hashes(paths, cache), *names])

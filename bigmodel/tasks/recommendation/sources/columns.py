@@ -1,4 +1,4 @@
-"""The columns of a table of events, and the description of a source."""
+"""Columns of a table of events, and the description of a source."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _USUAL = {
 
 
 @dataclass(frozen=True)
-class Columns:
+class InteractionColumns:
     """Names of the columns of a table of events.
 
     Args:
@@ -35,28 +35,28 @@ class Columns:
     rating: str | None = None
     time: str | None = None
 
-    def found(self, where: str, there: Sequence[str]) -> dict[str, str]:
-        """Return names by role (user, item, and rating, time, title, genres if present), in a table with these columns.
+    def select_columns(self, where: str, available: Sequence[str]) -> dict[str, str]:
+        """Return the column of each role: user, item, and if available rating, time, title, genres.
 
         Raises:
             ValueError: if a required or named column is missing.
         """
         given = {role: name for role, name in vars(self).items() if name is not None}
         names = _USUAL | {role: (name,) for role, name in given.items()}
-        return find_columns(where, there, names, optional=_USUAL.keys() - {"user", "item", *given})
+        return find_columns(where, available, names, optional=_USUAL.keys() - {"user", "item", *given})
 
 
 @dataclass(frozen=True)
-class Source:
-    """Events that were found, but not read.
+class InteractionSource:
+    """Source of events, not yet read.
 
     Attributes:
-        where: the path that was given.
-        content: a hash that changes with the events; names and places do not count.
-        rows: reads them.
-        titles: reads ids and titles of items: a table of strings with the columns `id`, `title`, `genres` (nulls where
-            there are none); None if the events contain them, or there are none.
-        size: bytes in all, about.
+        where: the path, for messages.
+        content: hash of the events, independent of file names and folders.
+        rows: reads the events.
+        titles: reads ids and titles of items: a table of strings with the columns `id`, `title`, `genres` (null where
+            missing); None if there are no titles, or they are columns of the events.
+        size: approximate bytes.
     """
 
     where: str

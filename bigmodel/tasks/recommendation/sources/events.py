@@ -1,4 +1,4 @@
-"""Conversion of blocks of rows to flat arrays of events: ids to numbers, times to one unit; errors name the row.
+"""Conversion of blocks of rows to flat arrays of events: ids to numbers, times to one unit. Errors have the row.
 
 N events, M rows of a block.
 """
@@ -13,17 +13,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bigmodel.data.tables.rows import Rows, first_true, is_text, plain
+from bigmodel.data.tables.rows import Rows, decode_dictionary, first_index, is_text
 
-_NOTHING = pa.array(["", "nan", "NaN", "null", "NULL", "None"])  # texts for a missing id
-_IDS = ": whole numbers from 0 on, or text, are accepted"
+_MISSING = pa.array(["", "nan", "NaN", "null", "NULL", "None"])  # texts for a missing id
+_IDS = ": must be a whole number, at least 0, or text"
 _UNITS = {"seconds": 10**6, "milliseconds": 10**3, "microseconds": 1}  # [microseconds]
 _PER_UNIT = 10**11  # values of a unit are below this: as seconds the year 5138, as milliseconds 1973
 
 
 @dataclass(frozen=True)
-class Events:
-    """Events as the source has them, in its order.
+class RawInteractions:
+    """Events in the order of the source.
 
     Attributes:
         users: [N] int32, rows of `user_ids`.
@@ -33,7 +33,7 @@ class Events:
         user_ids: ascending, int64 or string.
         item_ids: the same.
         titles: a table with `id`, `title`, `genres` (nulls where there are none), each item at most once; or None.
-        line: summary of the events, for people.
+        line: readable summary.
     """
 
     users: np.ndarray
@@ -46,15 +46,15 @@ class Events:
     line: str
 
 
-def collect(blocks: Iterable[Rows], advance: Callable[[int], None] = lambda _: None) -> Events:
+def collect(blocks: Iterable[Rows], advance: Callable[[int], None] = lambda _: None) -> RawInteractions:
     """Read all rows.
 
     Args:
         blocks: of rows.
-        advance: called with the bytes that were read.
+        advance: called with the number of bytes read.
 
     Raises:
-        ValueError: if a cell is invalid (names file and row), the files differ in their columns, or there is no row.
+        ValueError: if a cell is invalid (with file and row), the files differ in their columns, or there are no rows.
     """
     reader = _Reader()
     for rows in blocks:
@@ -66,7 +66,7 @@ def collect(blocks: Iterable[Rows], advance: Callable[[int], None] = lambda _: N
 
 class _Reader:
     def __init__(self) -> None:
-        self.places: list[tuple[int, Rows]] = []  # first event of a block, and the block without its columns
+        self.blocks: list[tuple[int, Rows]] = []  # first event of a block, and the block without its columns
         self.num_events = 0
         self.roles: list[str] = []
         self.ids: dict[str, list[pa.DictionaryArray]] = {"user": [], "item": []}
@@ -78,8 +78,8 @@ class _Reader:
 
     def add(self, rows: Rows) -> None:
         roles = sorted(rows.columns)
-        if self.places and roles != self.roles:
-            raise ValueError(f"{rows.where} has columns for {roles}, but {self.places[0][1].where} for {self.roles}")
+        if self.blocks and roles != self.roles:
+            raise ValueError(f"{rows.where} has columns for {roles}, but {self.blocks[0][1].where} for {self.roles}")
         self.roles = roles
         for role in self.ids:
             self.ids[role].append(self._ids(rows, role))
@@ -95,37 +95,37 @@ class _Reader:
             self.titles.append(
                 pa.table([cell.take(some).cast(pa.string()) for cell in cells], ["id", "title", "genres"])
             )
-        self.places.append((self.num_events, replace(rows, columns={})))
+        self.blocks.append((self.num_events, replace(rows, columns={})))
         self.num_events += len(rows)
 
     def _ids(self, rows: Rows, role: str) -> pa.DictionaryArray:
-        values = plain(rows.columns[role])
+        values = decode_dictionary(rows.columns[role])
         whole, text = pa.types.is_integer(values.type), is_text(values.type)
         if not whole and not text:
             raise ValueError(
                 f"{rows.where}: the column of {role}s is of type {values.type}; ids are whole numbers or text: set"
                 f" --data.{role}_column to such a column, or cast it"
             )
-        _refuse_gaps(rows, values, f"{role} id")
+        _check_no_missing(rows, values, f"{role} id")
         kind = pa.int64() if whole else pa.string()
         if rows.typed and self.typed.setdefault(role, kind) != kind:
             raise ValueError(
-                f"{rows.where}: the column of {role}s is of {kind}, but of {self.typed[role]} before: cast one"
+                f"{rows.where}: the column of {role}s is of type {kind}, but {self.typed[role]} in earlier files: cast one"
             )
         try:
             encoded = values.cast(kind).dictionary_encode()
         except pa.ArrowInvalid as error:
             raise ValueError(f"{rows.where}: the column of {role}s does not fit into int64: {error}") from error
-        bad = pc.less(encoded.dictionary, 0) if whole else pc.is_in(encoded.dictionary, _NOTHING)
+        bad = pc.less(encoded.dictionary, 0) if whole else pc.is_in(encoded.dictionary, _MISSING)
         if pc.any(bad).as_py():
             row = int(np.flatnonzero(np.asarray(bad)[encoded.indices.to_numpy()])[0])
-            raise ValueError(f"{rows.name(row)}: {values[row].as_py()!r} is no {role} id{_IDS}")
+            raise ValueError(f"{rows.name(row)}: invalid {role} id {values[row].as_py()!r}{_IDS}")
         return encoded
 
     def _times(self, rows: Rows) -> np.ndarray:
         """Return [M] microseconds since 1970."""
-        values = plain(rows.columns["time"])
-        _refuse_gaps(rows, values, "time")
+        values = decode_dictionary(rows.columns["time"])
+        _check_no_missing(rows, values, "time")
         if is_text(values.type):
             values = _parsed(rows, values)
         if (
@@ -139,14 +139,14 @@ class _Reader:
             return instants
         if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
             raise ValueError(
-                f"{rows.where}: the column of times is of type {values.type}; known are seconds or milliseconds since 1970,"
-                " text in ISO format, and timestamps: set --data.time_column to such a column"
+                f"{rows.where}: the column of times is of type {values.type}; must be seconds or milliseconds since 1970,"
+                " text in ISO format, or timestamps: set --data.time_column to such a column"
             )
         numbers = values.to_numpy(zero_copy_only=False)
         bad = ~(np.isfinite(numbers) & (numbers >= 0))
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
-            raise ValueError(f"{rows.name(row)}: {numbers[row]!s} is no time since 1970")
+            raise ValueError(f"{rows.name(row)}: invalid time {numbers[row]!s}: must be 0 or above, since 1970")
         if pa.types.is_floating(values.type) and (numbers % 1 == 0).all() and numbers.max() < 2**63:
             numbers = numbers.astype(np.int64)
         for row in (int(numbers.argmin()), int(numbers.argmax())):
@@ -159,11 +159,11 @@ class _Reader:
         self.unit = self.unit or unit
         if unit != self.unit:
             raise ValueError(
-                f"{rows.name(row)}: the time {value!s} is in {unit}, by its size, but others are in {self.unit}: bring all"
+                f"{rows.name(row)}: the time {value!s} is in {unit}, by its size, but others are in {self.unit}: convert all"
                 " times to one unit"
             )
 
-    def events(self) -> Events:
+    def events(self) -> RawInteractions:
         if not self.num_events:
             raise ValueError("--data.path: the tables have no rows")
         users, user_ids = self._numbered("user")
@@ -171,8 +171,8 @@ class _Reader:
         what = [name for name, there in (("ratings", self.ratings), (f"times ({self.unit})", self.times)) if there]
         line = f"read {self.num_events:,} events of {len(user_ids):,} users with {len(item_ids):,} items"
         line += f", with {' and '.join(what)}" if what else ""
-        line += "" if self.times else "; no times: the order of the source counts as that of time"
-        return Events(
+        line += "" if self.times else "; without times, in the order of the source"
+        return RawInteractions(
             users,
             items,
             np.concatenate(self.ratings) if self.ratings else None,
@@ -208,12 +208,12 @@ class _Reader:
             return ids
         if pc.any(bad := pc.less(numbers, 0)).as_py():
             event = int(np.flatnonzero(np.asarray(bad)[codes])[0])
-            raise ValueError(f"{self._name(event)}: {numbers[int(codes[event])].as_py()} is no {role} id{_IDS}")
+            raise ValueError(f"{self._name(event)}: invalid {role} id {numbers[int(codes[event])].as_py()}{_IDS}")
         return numbers
 
     def _name(self, event: int) -> str:
         """Return file and row of an event."""
-        first, rows = next(place for place in reversed(self.places) if place[0] <= event)
+        first, rows = next(block for block in reversed(self.blocks) if block[0] <= event)
         return rows.name(event - first)
 
 
@@ -225,26 +225,26 @@ def _unit(number: float) -> str:
     return [*_UNITS, "nanoseconds"][min(power, 3)]
 
 
-def _refuse_gaps(rows: Rows, values: pa.Array, what: str) -> None:
+def _check_no_missing(rows: Rows, values: pa.Array, what: str) -> None:
     if values.null_count:
-        raise ValueError(f"{rows.name(first_true(pc.is_null(values)))}: there is no {what}")
+        raise ValueError(f"{rows.name(first_index(pc.is_null(values)))}: the {what} is missing")
 
 
 def _ratings(rows: Rows) -> np.ndarray:
     """Return ratings [M] float32."""
     values = rows.columns["rating"]
-    _refuse_gaps(rows, values, "rating")
+    _check_no_missing(rows, values, "rating")
     if is_text(values.type):
         values = _cast(rows, values, pa.float64(), "rating")
     try:
         ratings: np.ndarray = values.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise ValueError(
-            f"{rows.where}: the column of ratings is of type {values.type}; ratings are numbers: set --data.rating_column"
+            f"{rows.where}: the column of ratings is of type {values.type}; must be numbers: set --data.rating_column"
         ) from error
     if not np.isfinite(ratings).all():
         row = int(np.flatnonzero(~np.isfinite(ratings))[0])
-        raise ValueError(f"{rows.name(row)}: {ratings[row]!s} is no rating")
+        raise ValueError(f"{rows.name(row)}: invalid rating {ratings[row]!s}")
     return ratings
 
 

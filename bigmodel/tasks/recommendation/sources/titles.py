@@ -1,4 +1,4 @@
-"""Titles of items, in the files beside the events: MovieLens and RecBole. All values are strings."""
+"""Titles of items, in files of MovieLens and RecBole in the same folder as the events. All values are strings."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import pyarrow as pa
 _SCHEMA = pa.schema({"id": pa.string(), "title": pa.string(), "genres": pa.string()})
 
 
-def titles_beside(path: str) -> pa.Table | None:
-    """Read titles and genres from the files beside a file of events; None if there are none.
+def find_titles(path: str) -> pa.Table | None:
+    """Read titles and genres from the folder of a file of events; None if there are none.
 
     Raises:
-        ValueError: if such a file cannot be read.
+        ValueError: if a file of titles cannot be read.
     """
     folder = os.path.dirname(path)
     readers = {"u.item": _movielens_100k, "movies.dat": _movielens_1m, "movies.csv": _movielens_25m}
     if path.endswith(".inter"):
         readers = {os.path.basename(path).removesuffix(".inter") + ".item": _recbole}
     for name, reader in readers.items():
-        if os.path.isfile(beside := os.path.join(folder, name)):
+        if os.path.isfile(file := os.path.join(folder, name)):
             try:
-                return reader(beside)
+                return reader(file)
             except (OSError, ValueError, IndexError) as error:
-                raise ValueError(f"{beside}, beside {path}, cannot be read for titles: {error}") from error
+                raise ValueError(f"titles of {path}: {file} cannot be read: {error}") from error
     return None
 
 
@@ -42,8 +42,8 @@ def _lines(path: str, encoding: str) -> list[str]:
 
 def _movielens_100k(path: str) -> pa.Table:
     """id|title|date|video date|address|19 flags of genres, whose names are in u.genre."""
-    beside = os.path.join(os.path.dirname(path), "u.genre")
-    names = [line.split("|")[0] for line in _lines(beside, "latin-1")] if os.path.isfile(beside) else []
+    file = os.path.join(os.path.dirname(path), "u.genre")
+    names = [line.split("|")[0] for line in _lines(file, "latin-1")] if os.path.isfile(file) else []
     rows = []
     for line in _lines(path, "latin-1"):
         cells = line.split("|")

@@ -26,7 +26,7 @@ class Columns:
     split: str | None = None
     confidence: str | None = None
 
-    def found(self, where: str, there: Sequence[str]) -> dict[str, str]:
+    def select_columns(self, where: str, there: Sequence[str]) -> dict[str, str]:
         """Return names by role, in a table with these columns.
 
         Raises:

