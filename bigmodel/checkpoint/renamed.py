@@ -16,11 +16,41 @@ RENAMED = {
     "bigmodel.tasks.language_modeling.ByFiles": "bigmodel.tasks.language_modeling.FileSplit",
     "bigmodel.tasks.language_modeling.ByPosition": "bigmodel.tasks.language_modeling.ContiguousSplit",
     "bigmodel.tasks.language_modeling.OfRun": "bigmodel.tasks.language_modeling.FromRun",
+    # Transfer learning.
+    "bigmodel.tasks.transfer_learning.Full": "bigmodel.tasks.transfer_learning.FullFineTuning",
+    "bigmodel.tasks.transfer_learning.Gradual": "bigmodel.tasks.transfer_learning.GradualUnfreezing",
+    "bigmodel.tasks.transfer_learning.L1": "bigmodel.tasks.transfer_learning.L1Penalty",
+    "bigmodel.tasks.transfer_learning.L2SP": "bigmodel.tasks.transfer_learning.L2SPPenalty",
+    "bigmodel.tasks.transfer_learning.Split": "bigmodel.tasks.transfer_learning.TextSplit",
+    "bigmodel.tasks.transfer_learning.methods.Full": "bigmodel.tasks.transfer_learning.methods.FullFineTuning",
+    "bigmodel.tasks.transfer_learning.methods.Gradual": "bigmodel.tasks.transfer_learning.methods.GradualUnfreezing",
+    "bigmodel.tasks.transfer_learning.methods.base.Full": "bigmodel.tasks.transfer_learning.methods.base.FullFineTuning",
+    "bigmodel.tasks.transfer_learning.methods.gradual.Gradual": (
+        "bigmodel.tasks.transfer_learning.methods.gradual.GradualUnfreezing"
+    ),
+    "bigmodel.tasks.transfer_learning.penalties.L1": "bigmodel.tasks.transfer_learning.penalties.L1Penalty",
+    "bigmodel.tasks.transfer_learning.penalties.L2SP": "bigmodel.tasks.transfer_learning.penalties.L2SPPenalty",
+    "bigmodel.tasks.transfer_learning.splits.Split": "bigmodel.tasks.transfer_learning.splits.TextSplit",
+}
+_PROBLEM_TYPES = {
+    "class": "single_label_classification",
+    "labels": "multi_label_classification",
+    "number": "regression",
 }
 # Current class path: its arguments by their earlier names. One block for each room or task.
-RENAMED_ARGUMENTS: dict[str, dict[str, str]] = {}
+RENAMED_ARGUMENTS: dict[str, dict[str, str]] = {
+    # Transfer learning.
+    "bigmodel.tasks.transfer_learning.TransferLearning": {"excuse": "ignore_mismatched"},
+    "bigmodel.tasks.transfer_learning.module.TransferLearning": {"excuse": "ignore_mismatched"},
+    "bigmodel.tasks.transfer_learning.LabelledTextData": {"problem": "problem_type"},
+    "bigmodel.tasks.transfer_learning.data.LabelledTextData": {"problem": "problem_type"},
+}
 # Current class path: by argument, earlier values of it (short names such as those of a Literal) and current ones.
-RENAMED_VALUES: dict[str, dict[str, dict[str, str]]] = {}
+RENAMED_VALUES: dict[str, dict[str, dict[str, str]]] = {
+    # Transfer learning.
+    "bigmodel.tasks.transfer_learning.LabelledTextData": {"problem_type": _PROBLEM_TYPES},
+    "bigmodel.tasks.transfer_learning.data.LabelledTextData": {"problem_type": _PROBLEM_TYPES},
+}
 # Earlier class names of callbacks, the keys of their states in a checkpoint: current names.
 RENAMED_CALLBACKS = {"Gradients": "GradientScaling", "Times": "StepTimer"}
 _PATTERN = re.compile(rf"({'|'.join(re.escape(old) for old in sorted(RENAMED, key=len, reverse=True))})(?=\.|$)")

@@ -81,7 +81,7 @@ def words(*flags, runs_dir="runs"):
 
 # What one process and two must come to alike.
 RUNS = {
-    "full": ["--model.layer_decay", 0.7, "--model.penalty", f"{TASK}.L2SP", "--model.penalty.strength", 0.1],
+    "full": ["--model.layer_decay", 0.7, "--model.penalty", f"{TASK}.L2SPPenalty", "--model.penalty.strength", 0.1],
     "gradual": ["--model.method", "gradual"],
     "knn_probe": ["--model.method", "knn_probe", "--model.method.k", 5],
 }

@@ -1,4 +1,4 @@
-"""Labelled texts as batches of tokens, and the dataset that makes them.
+"""Labelled texts as batches of tokens, and their dataset.
 
 B texts, T tokens, K classes, N texts of a split.
 """
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from bigmodel.data.class_balance import Balanced
 from bigmodel.data.stateless_rng import sample_keys
-from bigmodel.tasks.transfer_learning.prepare import Prepared
+from bigmodel.tasks.transfer_learning.prepare import PreparedTexts
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
 
 UNKNOWN = -1  # the class of a text without a label
@@ -72,7 +72,7 @@ class Texts:
         paired: True if each is a pair.
     """
 
-    def __init__(self, parts: Sequence[tuple[Prepared, np.ndarray]]) -> None:
+    def __init__(self, parts: Sequence[tuple[PreparedTexts, np.ndarray]]) -> None:
         self._parts = parts
         self._starts = np.cumsum([0, *(len(rows) for _, rows in parts)])
         self.lengths: np.ndarray = np.concatenate([np.diff(some.tokens.offsets)[rows] for some, rows in parts])
@@ -101,15 +101,15 @@ class Texts:
         prepared, row = self._find(i)
         return prepared.tokens[row]
 
-    def _find(self, i: int) -> tuple[Prepared, int]:
+    def _find(self, i: int) -> tuple[PreparedTexts, int]:
         if not 0 <= i < len(self):
-            raise IndexError(f"there is no text {i} of {len(self):,}")
+            raise IndexError(f"text {i} is outside of 0 to {len(self) - 1:,}")
         part = 0 if i < self._starts[1] else 1 + int(np.searchsorted(self._starts[2:], i, "right"))
         prepared, rows = self._parts[part]
         return prepared, int(rows[i - self._starts[part]])
 
 
-class Several:
+class MultiHotTargets:
     """Multi-label targets; `[rows]` returns 0 and 1, [B, K] float32.
 
     Args:
@@ -129,7 +129,7 @@ class Several:
         return targets
 
 
-class Samples(Dataset[LabelledTextBatch]):
+class TextDataset(Dataset[LabelledTextBatch]):
     """Dataset of the texts of a split; returns batches.
 
     Args:
@@ -146,7 +146,7 @@ class Samples(Dataset[LabelledTextBatch]):
     def __init__(
         self,
         texts: Texts,
-        targets: np.ndarray | Several,
+        targets: np.ndarray | MultiHotTargets,
         encoder: TextEncoder,
         max_length: int | None,
         seed: int,

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from bigmodel.pretrained import hugging_face, published
 from bigmodel.tasks.transfer_learning.backbones.hf_text import encoder_from_files
 from bigmodel.tasks.transfer_learning.batches import LabelledTextBatch, text_batch
-from bigmodel.tasks.transfer_learning.metrics import Problem
 from bigmodel.tasks.transfer_learning.pooling import Last
+from bigmodel.tasks.transfer_learning.problem_type import SINGLE_LABEL, ProblemType
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder, TransformersEncoder
 
 _KIND = "text classifier"
-_PROBLEMS = {"class": "single_label_classification", "labels": "multi_label_classification"}
 
 
 class TextClassifier(nn.Module):
@@ -50,7 +49,7 @@ class TextClassifier(nn.Module):
         whole = LabelledTextBatch(*(part[:, : int(one.mask.sum())] if part.ndim == 2 else part for part in one))
         name = hugging_face.find_head(self.model, **self._inputs(whole))
         if name is None:
-            raise ValueError("it ends in no linear layer")
+            raise ValueError("its last layer is not linear")
         self._head_name = name
         alone = self.model(**self._inputs(whole)).logits
         if not torch.allclose(self(two)[:1], alone, rtol=1e-3, atol=1e-4):
@@ -91,7 +90,7 @@ def as_published(
     flag: str,
     *,
     classes: Sequence[str],
-    problem: Problem,
+    problem_type: ProblemType,
     text_encoder: TextEncoder | None,
     max_length: int | None,
 ) -> TextClassifier:
@@ -101,7 +100,7 @@ def as_published(
         path: a folder, or hf://owner/name.
         flag: the flag that the path was given by, for messages.
         classes: the class names of the data; the logits are returned in their order.
-        problem: type of the targets.
+        problem_type: type of the targets.
         text_encoder: the tokenizer of the data's texts; None: they are images.
         max_length: T, texts are truncated to it; None: the encoder's limit.
 
@@ -113,15 +112,15 @@ def as_published(
 
     if text_encoder is None:
         raise ValueError(
-            f"{flag} {path}: pictures are taught to TransferLearning by runs alone: name a run, or let the student be an"
-            " ImageClassification"
+            f"{flag} {path}: a student of images in TransferLearning accepts runs as teachers: set {flag} to a run, or"
+            " --model.student to ImageClassification"
         )
     settings = published.read_settings(path, flag, _KIND, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING)
-    kind = settings.problem_type or _PROBLEMS["class"]
-    if kind != _PROBLEMS[problem]:
+    found = settings.problem_type or SINGLE_LABEL
+    if found != problem_type:
         raise ValueError(
-            f"{flag} {path} was trained for problem_type {kind} (its {published.CONFIG}), and the data are of"
-            f" {_PROBLEMS[problem]} (--data.problem {problem})"
+            f"{flag} {path} was trained for problem_type {found} (its {published.CONFIG}), and --data.problem_type is"
+            f" {problem_type}: set {flag} to a model trained for it"
         )
     order = published.class_order(settings, classes, path, flag)
     try:
@@ -130,21 +129,21 @@ def as_published(
         raise ValueError(f"{flag} {path}: {error}") from error
     if (difference := _difference(theirs, text_encoder)) is not None:
         raise ValueError(
-            f"{flag} {path} has another tokenizer than the student ({difference}): choose a --model.student.backbone that"
-            " has the same, or another teacher"
+            f"{flag} {path} has another tokenizer than the student ({difference}): set --model.student.backbone or {flag}"
+            " to a model with the same tokenizer"
         )
     limit = max_length if max_length is not None else text_encoder.max_length
     if theirs.max_length is not None and (limit is None or limit > theirs.max_length):
         raise ValueError(
-            f"{flag} {path} reads {theirs.max_length:,} tokens at most, and a text has up to"
+            f"{flag} {path} accepts at most {theirs.max_length:,} tokens, and texts have up to"
             f" {'any number' if limit is None else f'{limit:,}'}: set --data.max_length {theirs.max_length}"
         )
-    remedy = "name a model that has all weights of its architecture, its head too"
+    remedy = f"set {flag} to a model with all weights of its architecture, including its head"
     model = published.load(AutoModelForSequenceClassification, path, flag, _KIND, settings, remedy)
     try:
         net = TextClassifier(model, text_encoder)
     except ValueError as error:
-        raise ValueError(f"{flag} {path} ({settings.model_type}) cannot teach: {error}") from error
+        raise ValueError(f"{flag} {path} ({settings.model_type}) cannot be a teacher: {error}") from error
     published.reorder(net.head, order)
     return net
 
@@ -152,7 +151,7 @@ def as_published(
 def _difference(theirs: TextEncoder, ours: TextEncoder) -> str | None:
     """Describe how the encodings of texts differ; None if they do not."""
     if not isinstance(theirs, TransformersEncoder) or not isinstance(ours, TransformersEncoder):
-        return "that is of a run"
+        return "the tokenizer of a run"
     difference = published.tokenizer_difference(theirs.backend, ours.backend)
     if difference is None and (theirs.frame, theirs.pad_id) != (ours.frame, ours.pad_id):
         difference = "other special tokens around a text"

@@ -1,4 +1,4 @@
-"""Metrics for samples with one class, several labels, or a number; over all processes.
+"""Metrics of each problem type, over all processes.
 
 Matthews' correlation of K classes: Gorodkin 2004 (doi 10.1016/j.compbiolchem.2004.09.006). Spearman's correlation is
 Pearson's correlation of the ranks, with mean ranks for ties. A correlation with a constant is 0.
@@ -8,7 +8,7 @@ B samples in a batch, N in all, K classes or labels.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from bigmodel.evaluation import ClassMetrics
 from bigmodel.evaluation.class_metrics import AllSamples, check_finite, mean_area, mean_ranks
 from bigmodel.nn.accumulation import accumulable
-
-Problem = Literal["class", "labels", "number"]
+from bigmodel.tasks.transfer_learning.problem_type import REGRESSION, SINGLE_LABEL, ProblemType
 
 
 class TransferMetrics(Protocol):
-    """Interface of the task's metrics for any problem; they are modules, and move with the net."""
+    """Interface of the task's metrics for any problem type; they are modules, and move with the net."""
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Update with a batch: logits [B, K] in any floating-point type, and the data's targets; B may be 0.
@@ -42,25 +41,25 @@ class TransferMetrics(Protocol):
         ...
 
     def confusion(self) -> Tensor | None:
-        """Return the confusion matrix [K, K] int64, true class by predicted; None unless each sample has one class."""
+        """Return the confusion matrix [K, K] int64, true class by predicted; None unless single-label."""
 
     def reset(self) -> None:
         """Clear all batches."""
 
 
-def make_metrics(problem: Problem, num_classes: int) -> TransferMetrics:
-    """Return the metrics of a problem, an `nn.Module`.
+def make_metrics(problem_type: ProblemType, num_classes: int) -> TransferMetrics:
+    """Return the metrics of a problem type, an `nn.Module`.
 
     Args:
-        problem: type of the targets: one class, several labels, or a number.
-        num_classes: K; ignored for numbers.
+        problem_type: type of the targets.
+        num_classes: K; ignored for regression.
 
     Raises:
         ValueError: if there is only one class.
     """
-    if problem == "number":
-        return NumberMetrics()
-    return SingleLabelMetrics(num_classes) if problem == "class" else MultiLabelMetrics(num_classes)
+    if problem_type == REGRESSION:
+        return RegressionMetrics()
+    return SingleLabelMetrics(num_classes) if problem_type == SINGLE_LABEL else MultiLabelMetrics(num_classes)
 
 
 class SingleLabelMetrics(ClassMetrics):
@@ -102,8 +101,8 @@ class MultiLabelMetrics(nn.Module):
         """See `TransferMetrics`; targets [B, K] are 0 or 1."""
         if logits.shape != targets.shape or logits.shape[1:] != (self.num_labels,):
             raise ValueError(
-                f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not belong together: both are to be"
-                f" [B, {self.num_labels}]"
+                f"received logits {tuple(logits.shape)} and targets {tuple(targets.shape)}; accepted are [B,"
+                f" {self.num_labels}] for both"
             )
         self.samples.update(logits.float(), targets > 0)
 
@@ -133,7 +132,7 @@ class MultiLabelMetrics(nn.Module):
         self.samples.reset()
 
 
-class NumberMetrics(nn.Module):
+class RegressionMetrics(nn.Module):
     """Metrics of numbers: `loss`, the mean squared error; `rmse` and `mae`, in the number's unit; `pearson` and
     `spearman`.
     """
@@ -147,8 +146,7 @@ class NumberMetrics(nn.Module):
         """See `TransferMetrics`; logits [B, 1] are in the unit of the targets [B]."""
         if logits.shape != (len(targets), 1) or targets.ndim != 1:
             raise ValueError(
-                f"predictions {tuple(logits.shape)} and targets {tuple(targets.shape)} do not belong together: [B, 1] and"
-                " [B] are needed"
+                f"received predictions {tuple(logits.shape)} and targets {tuple(targets.shape)}; accepted are [B, 1] and [B]"
             )
         self.samples.update(logits[:, 0].float(), targets.float())
 
@@ -184,7 +182,7 @@ def _measured(samples: AllSamples) -> tuple[Tensor, Tensor]:
     """
     outputs, targets = samples.compute() if samples.update_called else (torch.empty(0), torch.empty(0))
     if not len(targets):
-        raise ValueError("no sample with a label was evaluated: there is nothing to measure")
+        raise ValueError("no labelled samples were evaluated: at least one is required")
     return outputs.double(), targets
 
 

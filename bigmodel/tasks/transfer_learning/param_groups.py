@@ -47,35 +47,35 @@ class LayerGroup:
         return sum(parameter.numel() for parameter in (*self.matrices, *self.vectors))
 
 
-def layer_groups(net: Any, trained: Iterable[nn.Parameter], layer_decay: float, by_layer: bool) -> list[LayerGroup]:
+def layer_groups(net: Any, trainable: Iterable[nn.Parameter], layer_decay: float, by_layer: bool) -> list[LayerGroup]:
     """Return groups of the head, then of the backbone's layers from the top to the input.
 
     Args:
         net: with `backbone`, which has `num_layers` and `layer_of(name)`; parameters outside of it belong to the head.
-        trained: the parameters that train now or later.
+        trainable: the parameters that train now or later.
         layer_decay: factor from layer to layer, in 0 < layer_decay <= 1.
         by_layer: make a group per layer even if their rates are the same.
     """
     count = net.backbone.num_layers
     names = {0: "embeddings" if net.backbone.modality == "text" else "stem", count + 1: "after the layers"}
-    places: dict[int | None, LayerGroup] = {None: LayerGroup("head", None, 1.0)}
+    by_number: dict[int | None, LayerGroup] = {None: LayerGroup("head", None, 1.0)}
     if by_layer or layer_decay < 1:
         for i in range(count + 1, -1, -1):
-            places[i] = LayerGroup(names.get(i, f"layer {i}"), i, layer_decay ** (count + 1 - i))
+            by_number[i] = LayerGroup(names.get(i, f"layer {i}"), i, layer_decay ** (count + 1 - i))
     else:
         everywhere = LayerGroup("backbone", None, 1.0)
-        places |= dict.fromkeys(range(count + 2), everywhere)
-    training = {id(parameter) for parameter in trained}
+        by_number |= dict.fromkeys(range(count + 2), everywhere)
+    training = {id(parameter) for parameter in trainable}
     for name, parameter in net.named_parameters():
         inside = name.startswith(_BACKBONE)
-        layer = places[net.backbone.layer_of(name.removeprefix(_BACKBONE)) if inside else None]
+        layer = by_number[net.backbone.layer_of(name.removeprefix(_BACKBONE)) if inside else None]
         if id(parameter) not in training:
             layer.frozen += parameter.numel()
         elif parameter.ndim >= 2:
             layer.matrices.append(parameter)
         else:
             layer.vectors.append(parameter)
-    distinct = {id(layer): layer for layer in places.values()}
+    distinct = {id(layer): layer for layer in by_number.values()}
     return [layer for layer in distinct.values() if layer.num_trained or layer.frozen]
 
 
@@ -91,13 +91,13 @@ def parameter_groups(of: Iterable[LayerGroup]) -> list[dict[str, Any]]:
     return [group for group in found if group["params"]]
 
 
-def table(of: Sequence[LayerGroup], settings: Mapping[str, Any], joins: Mapping[int, int]) -> Table:
+def table(of: Sequence[LayerGroup], settings: Mapping[str, Any], unfreeze_schedule: Mapping[int, int]) -> Table:
     """Return a table of the trained parameters and their settings, to print before training.
 
     Args:
         of: the layers.
         settings: the optimizer's defaults: `lr`, and `weight_decay` if it has one.
-        joins: optimizer steps at which initially frozen layers are unfrozen, by number.
+        unfreeze_schedule: optimizer steps at which initially frozen layers are unfrozen, by layer number.
     """
     drawn = Table(box=None, pad_edge=False)
     for column, justify in (
@@ -111,8 +111,8 @@ def table(of: Sequence[LayerGroup], settings: Mapping[str, Any], joins: Mapping[
     decay = settings.get("weight_decay", 0.0)
     for layer in of:
         rate = f"{settings['lr'] * layer.rate:.3g}" if layer.num_trained else "frozen"
-        if layer.num_trained and layer.number is not None and layer.number in joins:
-            rate += f" from step {joins[layer.number] + 1:,}"
+        if layer.num_trained and layer.number is not None and layer.number in unfreeze_schedule:
+            rate += f" from step {unfreeze_schedule[layer.number] + 1:,}"
         parts = [f"{decay:g}"] if layer.matrices else []
         parts += ["0 (vectors)"] if layer.vectors and decay else []
         total = layer.num_trained + layer.frozen
@@ -122,6 +122,6 @@ def table(of: Sequence[LayerGroup], settings: Mapping[str, Any], joins: Mapping[
     return drawn
 
 
-def show(of: Sequence[LayerGroup], settings: Mapping[str, Any], joins: Mapping[int, int]) -> None:
+def show(of: Sequence[LayerGroup], settings: Mapping[str, Any], unfreeze_schedule: Mapping[int, int]) -> None:
     """Print the table."""
-    Console(soft_wrap=True, highlight=False).print(table(of, settings, joins))
+    Console(soft_wrap=True, highlight=False).print(table(of, settings, unfreeze_schedule))

@@ -89,8 +89,8 @@ class TextEncoder(ABC):
             return [np.array([*frame.first, *ids, *frame.last], np.int32) for ids in wholes]
         if not frame.between:
             raise ValueError(
-                "--data.pair_column: the tokenizer has neither a token between two texts nor one for the end of text;"
-                " put both texts into one column"
+                "--data.pair_column requires a tokenizer with a separator or an end-of-text token: set it to null, and put"
+                " both texts into one column"
             )
         seconds = self.pieces(pairs)
         return [
@@ -130,8 +130,8 @@ class TextEncoder(ABC):
         around = len(frame.first) + len(frame.between + frame.pair_last if paired else frame.last)
         if max_length < around + 1 + paired:
             raise ValueError(
-                f"--data.max_length {max_length} has no room for text: {around} tokens are special, so at least"
-                f" {around + 1 + paired} are needed"
+                f"--data.max_length {max_length} is too small: {around} tokens are special, so at least"
+                f" {around + 1 + paired} is accepted"
             )
         return max_length - around
 
@@ -169,7 +169,7 @@ class TextEncoder(ABC):
             module, _, name = plain["class"].partition(":")
             tokenizer = getattr(import_module(module), name).from_json(plain["tokenizer"])
             return LanguageModelEncoder(tokenizer, plain["max_length"])
-        raise ValueError(f"not a text encoder that bigmodel saved: {sorted(plain)}")
+        raise ValueError(f"not the saved state of a text encoder: {sorted(plain)}")
 
 
 class TransformersEncoder(TextEncoder):
@@ -193,7 +193,7 @@ class TransformersEncoder(TextEncoder):
     def _frame(self) -> Frame:
         one, two = self.backend.encode("a"), self.backend.encode("a", "a")
         if not one.ids:
-            raise ValueError("the tokenizer gives no token for the text 'a': it is no tokenizer of English text")
+            raise ValueError("the tokenizer returns no token for the text 'a': one for English text is required")
         a = [i for i, text in enumerate(one.sequence_ids) if text == 0]
         first, last = one.ids[: a[0]], one.ids[a[-1] + 1 :]
         of_first = [i for i, text in enumerate(two.sequence_ids) if text == 0]
@@ -261,12 +261,10 @@ def read_encoder(path: str, max_length: int | None = None) -> TransformersEncode
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path}: no tokenizer can be read there (tokenizer.json is looked for): {str(error).splitlines()[0]}"
-        ) from error
+        raise ValueError(f"{path}: no readable tokenizer (tokenizer.json): {str(error).splitlines()[0]}") from error
     if not tokenizer.is_fast:
         raise ValueError(
-            f"{path}: {type(tokenizer).__name__} is no fast tokenizer; save one with"
+            f"{path}: {type(tokenizer).__name__} is not a fast tokenizer: save one by"
             " AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(folder)"
         )
     if max_length is None and tokenizer.model_max_length < 10**9:  # a huge number stands for none

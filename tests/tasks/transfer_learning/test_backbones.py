@@ -201,7 +201,7 @@ def test_heads_are_left_which_is_said_and_anything_else_is_refused_unless_excuse
 ) -> None:
     path = saved(tiny("bert"), tmp_path)
     build_backbone(path)
-    assert capsys.readouterr().err == f"{path}: left, as parts of the head of BertForMaskedLM: cls\n"
+    assert capsys.readouterr().err == f"{path}: ignored, as parts of the head of BertForMaskedLM: cls\n"
     config = json.loads((tmp_path / "config.json").read_text())
     changed = config | {"num_hidden_layers": 1, "intermediate_size": 20}
     (tmp_path / "config.json").write_text(json.dumps(changed))
@@ -210,12 +210,12 @@ def test_heads_are_left_which_is_said_and_anything_else_is_refused_unless_excuse
     ) as error:
         build_backbone(path)
     assert "encoder.layer.0.intermediate.dense.bias: shape (16,), the model has (20,)" in str(error.value)
-    assert "--model.excuse" in str(error.value)
+    assert "--model.ignore_mismatched" in str(error.value)
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(ValueError, match=r"encoder.layer.2.attention.output.LayerNorm.bias: missing"):
         build_backbone(path)
     capsys.readouterr()
-    assert build_backbone(path, excuse=["encoder.layer.2.*"]).num_layers == 3
+    assert build_backbone(path, ignore_mismatched=["encoder.layer.2.*"]).num_layers == 3
     assert "as excused, not taken: encoder.layer.2." in capsys.readouterr().err
 
 
@@ -236,7 +236,7 @@ def test_grey_pictures_are_given_three_channels_and_other_sizes_are_refused(tmp_
     assert torch.equal(backbone(Images(grey))[0], backbone(Images(grey.expand(-1, 3, -1, -1)))[0])
     with pytest.raises(ValueError, match=r"position_embeddings: shape \(1, 17, 8\).*\n.*--data.size 32"):
         build_backbone(path, data_sizes={**PICTURES, "image_size": 64})
-    with pytest.raises(ValueError, match=r"cannot read pictures of 4 channel\(s\).*--data.channels"):
+    with pytest.raises(ValueError, match=r"4 channel\(s\).*--data.channels"):
         build_backbone(path, data_sizes={**PICTURES, "in_channels": 4})
 
 
@@ -246,9 +246,9 @@ def test_what_cannot_be_a_backbone_is_refused_before_its_weights_are_read(tmp_pa
     with pytest.raises(ValueError, match=r"has no tokenizer .*AutoTokenizer"):
         find_text_encoder(saved(tiny("bert"), tmp_path / "mute", tokenizer=False))
     path = saved(tiny("bert"), tmp_path / "bert")
-    with pytest.raises(ValueError, match="reads texts, and the data are pictures"):
+    with pytest.raises(ValueError, match="is a model of text, and the data are images"):
         build_backbone(path, data_sizes=PICTURES)
-    with pytest.raises(ValueError, match="reads pictures, and the data are texts"):
+    with pytest.raises(ValueError, match="is a model of images, and the data are text"):
         build_backbone(saved(tiny("vit"), tmp_path / "vit"), data_sizes={"num_classes": 2})
     assert find_text_encoder(str(tmp_path / "vit")) is None
     with pytest.raises(ValueError, match=r"an encoder with a decoder \(t5\)"):

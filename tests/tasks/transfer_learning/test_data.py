@@ -13,7 +13,7 @@ import torch
 
 from bigmodel.data.stateless_rng import sample_keys
 from bigmodel.tasks.transfer_learning import LabelledTextData
-from bigmodel.tasks.transfer_learning.batches import Samples
+from bigmodel.tasks.transfer_learning.batches import TextDataset
 
 
 @pytest.fixture
@@ -71,7 +71,11 @@ def test_each_split_has_its_texts_once(data, encoder, reviews, capsys):
             assert made.classes[target] == labels[some[index]]
         seen += [some[i] for i in range(len(some))]
     assert sorted(seen) == sorted(labels)
-    assert (made.classes, made.sizes, made.problem) == (["a", "b", "c"], {"num_classes": 3}, "class")
+    assert (made.classes, made.sizes, made.problem_type) == (
+        ["a", "b", "c"],
+        {"num_classes": 3},
+        "single_label_classification",
+    )
     longer = sum(len(encoder.encode([text])[0]) > 12 for text in labels)
     assert f"{100 * longer / 60:.1f} % of the texts are longer than 12 tokens" in capsys.readouterr().err
 
@@ -120,7 +124,7 @@ def test_worker_processes_read_the_same(data, reviews):
     made.num_workers = 2
     assert rows(made.train_dataloader()) == expected
     samples = pickle.loads(pickle.dumps(made.val_dataloader().dataset.dataset))
-    assert isinstance(samples, Samples)
+    assert isinstance(samples, TextDataset)
     assert samples[0].tokens.tolist() == made.val_dataloader().dataset.dataset[0].tokens.tolist()
 
 
@@ -139,14 +143,18 @@ def test_several_labels_and_numbers(data, table, texts):
     cells = [["x", "y"], ["y"], ["z", "x"], []]
     path = table(["text", "label"], [(text, str(cells[i % 4]).replace("'", '"')) for i, text in enumerate(texts(40))])
     made = data(path)
-    assert (made.problem, made.classes, made.sizes) == ("labels", ["x", "y", "z"], {"num_classes": 3})
+    assert (made.problem_type, made.classes, made.sizes) == (
+        "multi_label_classification",
+        ["x", "y", "z"],
+        {"num_classes": 3},
+    )
     for batch in made.train_dataloader():
         for target, index in zip(batch.targets, batch.index.tolist(), strict=True):
             number = int(made.texts("train")[index].split()[-1])
             assert {name for name, one in zip("xyz", target.tolist(), strict=True) if one} == set(cells[number % 4])
         assert batch.targets.dtype == torch.float32
     made = data(table(["text", "label"], [(text, i / 4) for i, text in enumerate(texts(40))]))
-    assert (made.problem, made.classes, made.sizes) == ("number", [], {"num_classes": 1})
+    assert (made.problem_type, made.classes, made.sizes) == ("regression", [], {"num_classes": 1})
     for batch in made.train_dataloader():
         expected = [int(made.texts("train")[index].split()[-1]) / 4 for index in batch.index.tolist()]
         assert batch.targets.tolist() == expected
@@ -200,14 +208,14 @@ def test_predicted_texts_join_the_training_texts(data, reviews, tmp_path, capsys
     assert known not in found
     told = capsys.readouterr().err
     assert (
-        "pseudo-labels: 2 of 4 predictions join the training texts, with a probability of at least 0.9 (a 1, b 0"
+        "pseudo-labels: 2 of 4 predictions are added to the training texts, with a probability of at least 0.9 (a 1, b 0"
         in told
     )
     assert "1 more are of texts that have a label" in told
     for changed, message in (
-        ({"class": ["d", "a", "a", "a"]}, r"the classes \['d'\] are none of the 3"),
+        ({"class": ["d", "a", "a", "a"]}, r"the classes \['d'\], which are not among the 3"),
         ({"probability": [0.1] * 4}, "of 4 predictions 0 have a probability of at least --data.min_confidence 0.9"),
-        ({"class": None}, r"there is no column \['class'\]"),
+        ({"class": None}, r"not \['class'\]: set it to a file"),
     ):
         columns = {name: values for name, values in (table | changed).items() if values is not None}
         pq.write_table(pa.table(columns), path)
@@ -268,27 +276,27 @@ def test_what_cannot_be_used_is_refused_before_work_starts(data, reviews, table,
         with pytest.raises(ValueError, match=message):
             data(path, **options)
 
-    refused("--data.max_length 600: the model has positions for 512 tokens", max_length=600)
-    refused("--data.max_length 2 has no room for text", max_length=2)
+    refused("--data.max_length 600 .* at most 512", max_length=600)
+    refused("--data.max_length 2 is too small", max_length=2)
     refused("--data.shots 20: 2 of 3 classes .* 'b' has 14, 'c' has 10; at most 10", shots=20)
-    refused("--data.balance often: none, weights, samples is accepted", balance="often")
-    refused("--data.fold 2 is one of several: set --data.folds", fold=2)
-    refused("--data.min_confidence 1.5 is no probability", min_confidence=1.5)
-    refused("there is no tokenizer: .*--data.tokenizer", tokenizer=None)
+    refused("--data.balance often: accepted are none, weights, samples", balance="often")
+    refused("--data.fold 2 requires --data.folds", fold=2)
+    refused("--data.min_confidence 1.5", min_confidence=1.5)
+    refused("has no tokenizer .*--data.tokenizer", tokenizer=None)
     two = [table(["text", "label"], some, f"{name}.csv") for name, some in (
         ("train", [(f"a {i}", "xy"[i % 2]) for i in range(20)]),
         ("test", [("b", "x"), ("c", "z"), ("d", "w")]),
     )]  # fmt: skip
     refused(r"test.csv row 2: the class 'z' of the test split has no training text \(2 such classes: 'w', 'z'\)", two)
     refused(
-        "at least 2 classes are needed to train, there is 'x' alone",
+        "the class 'x' only: at least 2 classes",
         table(["text", "label"], [(f"{i}", "x") for i in range(9)]),
     )
     numbers = table(["text", "label"], [(f"text {i}", i / 2) for i in range(20)])
-    refused("--data.balance weights is for texts of one class each", numbers, balance="weights")
-    refused("the labels are numbers", numbers, shots=2)
+    refused("--data.balance weights requires single_label_classification", numbers, balance="weights")
+    refused("--data.shots null", numbers, shots=2)
     made = data(reviews, split=SimpleNamespace(val=0.0, test=0.0, seed=0))
-    with pytest.raises(ValueError, match=r"there is no test split but train: set --data.split.test to a share"):
+    with pytest.raises(ValueError, match=r"no test split, only train: set --data.split.test to a share"):
         made.test_dataloader()
 
 
@@ -302,5 +310,5 @@ def test_another_tokenizer_than_the_backbones_is_refused(encoder, reviews, cache
     made.trainer = SimpleNamespace(
         lightning_module=SimpleNamespace(text_encoder=encoder), state=SimpleNamespace(fn=None)
     )
-    with pytest.raises(ValueError, match="is another than the backbone's"):
+    with pytest.raises(ValueError, match=r"set --data\.tokenizer null"):
         made.prepare_data()

@@ -60,7 +60,7 @@ def fit(experiment: str, settings: dict[str, object]) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The directories of two runs, of texts and of pictures."""
+    """The directories of two runs, of texts and of images."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "text").mkdir()
     (folder / "text" / "a.txt").write_text("a rose is a rose is a rose, and a daisy is none. " * 60)
@@ -120,12 +120,12 @@ def test_a_language_model_brings_its_tokenizer_and_its_positions(runs: dict[str,
 
 
 def test_runs_that_the_data_do_not_suit_are_refused(runs: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="reads texts, and the data are pictures"):
+    with pytest.raises(ValueError, match="is a model of text, and the data are images"):
         build_backbone(runs["text"], data_sizes=PICTURES)
-    with pytest.raises(ValueError, match="reads pictures, and the data are texts"):
+    with pytest.raises(ValueError, match="is a model of images, and the data are text"):
         build_backbone(runs["images"], data_sizes={"num_classes": 2})
     with pytest.raises(
-        ValueError, match=r"this CNN cannot read pictures of 3 channel\(s\) and 1 pixels.*image_size 16"
+        ValueError, match=r"this CNN does not accept images of 3 channel\(s\) and 1 pixels.*image_size 16"
     ):
         build_backbone(runs["images"], data_sizes=PICTURES | {"image_size": 1})
 

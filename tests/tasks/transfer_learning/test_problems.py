@@ -153,8 +153,8 @@ def test_numbers_are_told_in_their_unit_and_learned_in_their_spread(runs, method
     assert bigmodel.load(run)(rows[0]["text"]) == pytest.approx(found[0], rel=1e-5)
     if method == "full":
         content = torch.load(run / "checkpoints" / f"last-{STEPS}.ckpt", weights_only=True)
-        facts = content["transfer"]["facts"]
-        assert (facts["center"], facts["scale"]) == pytest.approx((given.mean(), given.std()))
+        metadata = content["transfer"]["data_metadata"]
+        assert (metadata["center"], metadata["scale"]) == pytest.approx((given.mean(), given.std()))
         before = np.array(predicted(run, "number/train.csv", "--checkpoint", f"last-{STEPS - 1}.ckpt")["number"])
         assert loss_of_last_step(run) == pytest.approx(((before - given) ** 2).mean() / given.var(), rel=1e-3)
         assert measured["pearson"] > 0.5, "it has learned"
@@ -181,5 +181,5 @@ def test_pairs_and_what_is_predicted_of_them_as_further_training_pairs(runs, cap
     more = ["--data.path", "pairs", *PAIRED, "--data.shots", 8, "--data.min_confidence", 0.5, "--trainer.max_epochs", 1]
     main(words(*more, "--data.pseudo_labels", f"{run.parts[0]}-new-0.parquet", runs_dir="runs-more"))
     said = capsys.readouterr().err
-    assert "pseudo-labels: 4 of 4 predictions join the training texts" in said
+    assert "pseudo-labels: 4 of 4 predictions are added to the training texts" in said
     assert "texts: train 20, val 12, test 24; 2 classes" in said

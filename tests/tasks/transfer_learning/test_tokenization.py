@@ -71,7 +71,7 @@ def test_where_nothing_parts_two_texts_the_end_of_text_does():
     bare = TransformersEncoder(word_level(), 1, 2, None)
     assert bare.encode(["a b"], ["c"])[0].tolist() == [4, 5, 2, 6]
     assert bare.truncate(bare.encode(["a b c"], ["c"])[0], 4).tolist() == [4, 5, 2, 6]
-    with pytest.raises(ValueError, match="neither a token between two texts nor one for the end of text"):
+    with pytest.raises(ValueError, match=r"--data\.pair_column requires a tokenizer with"):
         TransformersEncoder(word_level(), 1, None, None).encode(["a"], ["b"])
 
 
@@ -111,11 +111,9 @@ def test_fingerprints_tell_tokenizers_apart(encoder):
 
 
 def test_what_cannot_be_used_is_refused(encoder, tmp_path):
-    with pytest.raises(ValueError, match="no tokenizer can be read there"):
+    with pytest.raises(ValueError, match="no readable tokenizer"):
         read_encoder(str(tmp_path))
-    with pytest.raises(
-        ValueError, match=r"--data.max_length 3 has no room for text: 3 tokens are special, so at least 5"
-    ):
+    with pytest.raises(ValueError, match=r"--data.max_length 3 is too small: 3 tokens are special, so at least 5"):
         encoder.truncate(encoder.encode(["a"], ["b"])[0], 3)
-    with pytest.raises(ValueError, match="not a text encoder"):
+    with pytest.raises(ValueError, match="not the saved state of a text encoder"):
         TextEncoder.from_plain({"kind": "another"})

@@ -36,8 +36,8 @@ class ImageProbe(NamedTuple):
 class Backbone(nn.Module, ABC):
     """A pretrained net without its head.
 
-    Modules that its features do not depend on (heads, unused poolers) are removed, so that every parameter that is
-    left gets a gradient. A layer is a block, or a stage where a net has stages; both are found by running the net once.
+    Modules that its features do not depend on (heads, unused poolers) are removed, so that every remaining
+    parameter has a gradient. A layer is a block, or a stage where a net has stages; both are found by running the net once.
 
     Attributes:
         modality: type of its input.

@@ -76,7 +76,7 @@ def from_files(
     settings: Any,
     *,
     pretrained: bool,
-    excuse: Iterable[str],
+    ignore_mismatched: Iterable[str],
     allow_pickle: bool,
     layers: Sequence[int] | None = None,
 ) -> HuggingFaceText:
@@ -89,7 +89,7 @@ def from_files(
     else:
         model, loaded = from_weights(AutoModel, path, settings, allow_pickle)
     if layers is not None:
-        _keep_layers(model, layers, path)
+        _select_layers(model, layers, path)
     backbone = HuggingFaceText(model, encoder)
     if loaded is None:
         return backbone
@@ -107,17 +107,17 @@ def from_files(
     hugging_face.check_weights(
         fitting,
         loaded["error_msgs"],
-        excuse,
+        ignore_mismatched,
         path,
-        "are they of another model than config.json says? start what may start anew by naming it in --model.excuse",
+        "check that config.json is of the same model; to initialise them newly, name them in --model.ignore_mismatched",
     )
     left = sorted({name.partition(".")[0] for name in heads})
     if left:
-        rank_zero_only(say)(f"{path}: left, as parts of the head of {settings.architectures[0]}: {', '.join(left)}")
+        rank_zero_only(say)(f"{path}: ignored, as parts of the head of {settings.architectures[0]}: {', '.join(left)}")
     return backbone
 
 
-def _keep_layers(model: Any, layers: Sequence[int], path: str) -> None:
+def _select_layers(model: Any, layers: Sequence[int], path: str) -> None:
     """Remove all other layers of a model; the order stays.
 
     Raises:
@@ -127,7 +127,7 @@ def _keep_layers(model: Any, layers: Sequence[int], path: str) -> None:
     wrong = [layer for layer in layers if not 0 <= layer < count]
     if wrong or not layers or list(layers) != sorted(set(layers)):
         raise ValueError(
-            f"{LAYERS_FLAG} {list(layers)}: {path} has the layers 0 to {count - 1}; name some of them, in rising order"
+            f"{LAYERS_FLAG} {list(layers)}: accepted are layers of {path}, 0 to {count - 1}, in rising order"
         )
     lists = [
         (name, module)
@@ -136,11 +136,11 @@ def _keep_layers(model: Any, layers: Sequence[int], path: str) -> None:
     ]
     if len(lists) != 1 or getattr(model.config, "layer_types", None) is not None:
         raise ValueError(
-            f"{LAYERS_FLAG}: the layers of {path} ({model.config.model_type}) are not all of one kind in one list, so none"
-            " can be left out: set it to null"
+            f"{LAYERS_FLAG} requires a model with all layers of one kind in one list, which {path}"
+            f" ({model.config.model_type}) is not: set it to null"
         )
-    name, kept = lists[0]
-    model.set_submodule(name, nn.ModuleList([kept[layer] for layer in layers]))
+    name, all_layers = lists[0]
+    model.set_submodule(name, nn.ModuleList([all_layers[layer] for layer in layers]))
     model.config.num_hidden_layers = len(layers)
 
 
