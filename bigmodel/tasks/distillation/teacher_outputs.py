@@ -22,7 +22,7 @@ from bigmodel.tasks.distillation import losses
 from bigmodel.tasks.distillation.cache import TeacherCache
 from bigmodel.tasks.distillation.loss_terms import FeatureTerm, PredictionTerm, Term
 from bigmodel.tasks.distillation.mean_teacher import MeanTeacher
-from bigmodel.tasks.distillation.teachers import Layers, Published, Teacher, Teachers, find_teacher, problem_of
+from bigmodel.tasks.distillation.teachers import Layers, Published, Teacher, Teachers, find_teacher, problem_type_of
 from bigmodel.training.precision import decide
 
 _SAMPLES_SHOWN = 64  # of the data, to detect a changed augmentation
@@ -108,7 +108,7 @@ class TeacherOutputs:
             ValueError: if one does not match the student or its data, or the targets are of a type that cannot be
                 distilled.
         """
-        self._check_problem(student)
+        self._check_problem_type(student)
         if not self.paths:
             return
         self.found = [find_teacher(path, student) for path in self.paths]
@@ -138,16 +138,16 @@ class TeacherOutputs:
             lines.append(f"{type(task.net).__name__}, {run.format_parameter_count(count)}, of {teacher.path}{kept}")
         return lines
 
-    def _check_problem(self, student: Any) -> None:
-        problem = problem_of(student)
-        if problem not in ("class", "labels"):
+    def _check_problem_type(self, student: Any) -> None:
+        problem_type = problem_type_of(student)
+        if problem_type not in ("single_label_classification", "multi_label_classification"):
             raise ValueError(
-                f"--model.student: its data have a {problem} for each sample, and what is compared are probabilities, of"
+                f"--model.student: its data are of {problem_type}, and what is compared are probabilities, of"
                 " classes or of labels: train it alone, or make classes of what it is to tell"
             )
         if self.needs_classes and getattr(student.trainer.datamodule, "mix", None) is not None:
             raise ValueError("--model.losses: DKD needs the class of each sample: leave out --data.mix")
-        self.of_labels = problem == "labels"
+        self.of_labels = problem_type == "multi_label_classification"
         if not self.of_labels:
             return
         if self.needs_classes:

@@ -158,17 +158,17 @@ def _suiting(task: Any, student: LightningModule, path: str) -> Any:
             f"{_FLAG} {path} predicts other things than the student, or calls them otherwise (teacher, student):"
             f" {_first_difference(others, own)}"
         )
-    if problem_of(task) != problem_of(student):
+    if problem_type_of(task) != problem_type_of(student):
         raise ValueError(
-            f"{_FLAG} {path} was trained where a sample has a {problem_of(task)}, and the student's have a"
-            f" {problem_of(student)}"
+            f"{_FLAG} {path} was trained for {problem_type_of(task)}, and the student's data are of"
+            f" {problem_type_of(student)}"
         )
     return cast(Any, task).requires_grad_(False)
 
 
-def problem_of(task: Any) -> str:
-    """Type of the targets, see `bigmodel.protocols.SupportsLogits`: class, labels or number."""
-    return str(getattr(task, "problem", "class"))
+def problem_type_of(task: Any) -> str:
+    """Return the type of a task's targets, see `bigmodel.protocols.SupportsLogits`."""
+    return str(getattr(task, "problem_type", "single_label_classification"))
 
 
 def _listed(sizes: dict[str, int]) -> str:
