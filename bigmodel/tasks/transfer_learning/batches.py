@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 from bigmodel.data.class_balance import Balanced
 from bigmodel.data.stateless_rng import sample_keys
 from bigmodel.tasks.transfer_learning.prepare import PreparedTexts
+from bigmodel.tasks.transfer_learning.targets import UNKNOWN, MultiHotTargets
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
 
-UNKNOWN = -1  # the class of a text without a label
 _MULTIPLE = 8  # T is a multiple of this, for matrix units
 
 
@@ -107,26 +107,6 @@ class Texts:
         part = 0 if i < self._starts[1] else 1 + int(np.searchsorted(self._starts[2:], i, "right"))
         prepared, rows = self._parts[part]
         return prepared, int(rows[i - self._starts[part]])
-
-
-class MultiHotTargets:
-    """Multi-label targets; `[rows]` returns 0 and 1, [B, K] float32.
-
-    Args:
-        values: [L] class indices of all texts, concatenated.
-        counts: [N] number of classes of each text.
-        num_classes: K.
-    """
-
-    def __init__(self, values: np.ndarray, counts: np.ndarray, num_classes: int) -> None:
-        self.values, self.num_classes = values, num_classes
-        self._offsets = np.concatenate([[0], np.cumsum(counts)])
-
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        targets = np.zeros((len(rows), self.num_classes), np.float32)
-        for target, row in zip(targets, rows.tolist(), strict=True):
-            target[self.values[self._offsets[row] : self._offsets[row + 1]]] = 1
-        return targets
 
 
 class TextDataset(Dataset[LabelledTextBatch]):

@@ -17,16 +17,14 @@ from torch.utils.data import DataLoader
 from bigmodel.data.cache import cache_folder, digest, say
 from bigmodel.data.class_balance import class_weights
 from bigmodel.data.sampling import eval_loader, train_loader
-from bigmodel.tasks.transfer_learning.batches import UNKNOWN, LabelledTextBatch, MultiHotTargets, TextDataset, Texts
-from bigmodel.tasks.transfer_learning.labels import Labels
+from bigmodel.tasks.transfer_learning.batches import LabelledTextBatch, TextDataset, Texts
 from bigmodel.tasks.transfer_learning.prepare import PreparedTexts, prepare
-from bigmodel.tasks.transfer_learning.problem_type import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
+from bigmodel.tasks.transfer_learning.problem_type import REGRESSION, SINGLE_LABEL, ProblemType
 from bigmodel.tasks.transfer_learning.pseudo_labels import choose, prepare_predictions
 from bigmodel.tasks.transfer_learning.sources import TextColumns, find_source
 from bigmodel.tasks.transfer_learning.splits import Folds, TextSplit, divide, draw_shots, report_duplicates
+from bigmodel.tasks.transfer_learning.targets import UNKNOWN, MultiHotTargets, select_targets, training_classes
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder, read_encoder
-
-_SHOWN = 5
 
 
 class LabelledTextData(L.LightningDataModule):
@@ -198,15 +196,12 @@ class LabelledTextData(L.LightningDataModule):
             )
         rows = divide(prepared, self.split, self.folds, self._say)
         report_duplicates(prepared, rows, self._say)
-        self.classes = _classes(prepared, labels, rows)
+        self.classes = training_classes(prepared, rows)
         if self.shots is not None:
             rows["train"] = draw_shots(prepared, rows["train"], self.classes, self.shots, self.seed)
         for name, which in rows.items():
-            self._splits[name] = Texts([(prepared, which)]), _targets(labels, self.classes, which)
-        marks = [
-            prepared.fingerprint,
-            {name: sha256(which.astype("<i8").tobytes()).hexdigest() for name, which in rows.items()},
-        ]
+            self._splits[name] = Texts([(prepared, which)]), select_targets(labels, self.classes, which)
+        marks = [prepared.fingerprint, {name: _digest_rows(which) for name, which in rows.items()}]
         if self.pseudo_labels is not None:
             marks += self._add_predicted(prepared, rows)
         self.sizes = {"num_classes": max(len(self.classes), 1)}
@@ -227,7 +222,7 @@ class LabelledTextData(L.LightningDataModule):
         texts, targets = Texts([(prepared, rows["train"]), (self._predicted, chosen)]), self._splits["train"][1]
         assert isinstance(targets, np.ndarray)
         self._splits["train"] = texts, np.concatenate([targets, classes])
-        return [self._predicted.fingerprint, sha256(chosen.astype("<i8").tobytes()).hexdigest()]
+        return [self._predicted.fingerprint, _digest_rows(chosen)]
 
     def _report_truncation(self, splits: list[str]) -> None:
         lengths = np.concatenate([self._splits[name][0].lengths for name in splits])
@@ -323,43 +318,9 @@ class LabelledTextData(L.LightningDataModule):
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
 
-def _classes(prepared: PreparedTexts, labels: Labels, rows: dict[str, np.ndarray]) -> list[str]:
-    """Return the names of the classes of the training texts, in order; [] for regression.
-
-    Raises:
-        ValueError: if there are fewer than two, or another split has further ones.
-    """
-    if labels.problem_type == REGRESSION:
-        return []
-    present = np.unique(labels.of(rows["train"])[0])
-    for name, which in rows.items():
-        values, counts = labels.of(which)
-        if (unknown := ~np.isin(values, present)).any():
-            row = int(np.repeat(which, counts)[np.argmax(unknown)])
-            classes = [labels.names[i] for i in np.unique(values[unknown])]
-            raise ValueError(
-                f"{prepared.name(row)}: the class {labels.names[values[np.argmax(unknown)]]!r} of the {name} split has no"
-                f" training text ({len(classes):,} such classes: {', '.join(map(repr, classes[:_SHOWN]))}): add training"
-                " texts, or remove these"
-            )
-    if len(present) < 2 and labels.problem_type == SINGLE_LABEL:
-        raise ValueError(
-            f"the training texts have the class {labels.names[present[0]]!r} only: at least 2 classes are required"
-        )
-    return [labels.names[i] for i in present.tolist()]
-
-
-def _targets(labels: Labels, classes: list[str], rows: np.ndarray) -> np.ndarray | MultiHotTargets:
-    """Return the targets, which a batch indexes with its rows."""
-    values, counts = labels.of(rows)
-    if labels.problem_type == REGRESSION:
-        return values
-    number = np.full(len(labels.names), UNKNOWN)
-    number[[labels.names.index(name) for name in classes]] = np.arange(len(classes))
-    return (
-        MultiHotTargets(number[values], counts, len(classes)) if labels.problem_type == MULTI_LABEL else number[values]
-    )
-
-
 def _trainer_fn(data: L.LightningDataModule) -> TrainerFn | None:
     return data.trainer.state.fn if data.trainer is not None else None
+
+
+def _digest_rows(rows: np.ndarray) -> str:
+    return sha256(rows.astype("<i8").tobytes()).hexdigest()

@@ -8,11 +8,13 @@ B samples in a batch, N in all, K classes or labels.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics.functional import pearson_corrcoef
+from torchmetrics.functional.classification import multilabel_exact_match, multilabel_f1_score
 
 from bigmodel.evaluation import ClassMetrics
 from bigmodel.evaluation.class_metrics import AllSamples, check_finite, mean_area, mean_ranks
@@ -73,10 +75,8 @@ class SingleLabelMetrics(ClassMetrics):
         true, predicted, total = confusion.sum(1), confusion.sum(0), confusion.sum()
         covariance = confusion.trace() * total - true @ predicted
         spread = (total**2 - true @ true) * (total**2 - predicted @ predicted)
-        values["matthews"] = (
-            covariance / spread.clamp(min=1).sqrt()
-        ).float()  # counts: below 1 is 0, and so is the other
-        return values
+        # Of counts, a spread below 1 is 0, and so is the covariance.
+        return values | {"matthews": (covariance / spread.clamp(min=1).sqrt()).float()}
 
 
 class MultiLabelMetrics(nn.Module):
@@ -108,16 +108,18 @@ class MultiLabelMetrics(nn.Module):
 
     def compute(self) -> dict[str, Tensor]:
         """See `TransferMetrics`."""
-        logits, there = _measured(self.samples)  # [N, K] each
+        logits, there = _all_samples(self.samples, self.num_labels)  # [N, K] each
         loss = F.binary_cross_entropy_with_logits(logits, there.double())
         check_finite(loss)
         predicted = logits > 0
-        hits, chosen = (there & predicted).sum(0).double(), there.sum(0) + predicted.sum(0)  # [K]
+        decisions: dict[str, Any] = {"preds": predicted.int(), "target": there.int(), "num_labels": self.num_labels}
+        decisions["validate_args"] = False  # one label, and NaN for 0 / 0, are accepted
+        by_label = multilabel_f1_score(**decisions, average="none", zero_division=float("nan"))  # [K]
         values = {
             "loss": loss,
-            "f1_macro": (2 * hits / chosen.clamp(min=1))[chosen > 0].sum() / (chosen > 0).sum().clamp(min=1),
-            "f1_micro": 2 * hits.sum() / chosen.sum().clamp(min=1),
-            "exact_match": (there == predicted).all(1).double().mean(),
+            "f1_macro": by_label.nanmean().nan_to_num(),
+            "f1_micro": multilabel_f1_score(**decisions, average="micro"),
+            "exact_match": multilabel_exact_match(**decisions),
         }
         auroc = mean_area(logits, there)
         if not torch.isnan(auroc):
@@ -133,8 +135,8 @@ class MultiLabelMetrics(nn.Module):
 
 
 class RegressionMetrics(nn.Module):
-    """Metrics of numbers: `loss`, the mean squared error; `rmse` and `mae`, in the number's unit; `pearson` and
-    `spearman`.
+    """Metrics of regression: `loss`, the mean squared error; `rmse` and `mae`, in the unit of the targets; `pearson`
+    and `spearman`.
     """
 
     def __init__(self) -> None:
@@ -152,7 +154,7 @@ class RegressionMetrics(nn.Module):
 
     def compute(self) -> dict[str, Tensor]:
         """See `TransferMetrics`."""
-        predicted, targets = _measured(self.samples)  # [N] each
+        predicted, targets = _all_samples(self.samples)  # [N] each
         targets = targets.double()
         errors = predicted - targets
         loss = errors.square().mean()
@@ -174,21 +176,20 @@ class RegressionMetrics(nn.Module):
         self.samples.reset()
 
 
-def _measured(samples: AllSamples) -> tuple[Tensor, Tensor]:
-    """Return the outputs, in float64, and targets of all samples.
+def _all_samples(samples: AllSamples, *shape: int) -> tuple[Tensor, Tensor]:
+    """Return the outputs, in float64, and targets of all samples, each of this shape.
 
     Raises:
         ValueError: if there are none.
     """
     outputs, targets = samples.compute() if samples.update_called else (torch.empty(0), torch.empty(0))
-    if not len(targets):
+    if not targets.numel():
         raise ValueError("no labelled samples were evaluated: at least one is required")
-    return outputs.double(), targets
+    return outputs.double().reshape(-1, *shape), targets.reshape(-1, *shape)  # torchmetrics squeezes a single value
 
 
 def _correlation(x: Tensor, y: Tensor) -> Tensor:
     """Return Pearson's correlation, in -1 to 1; 0 if one of the two is constant."""
     if x.min() == x.max() or y.min() == y.max():
         return torch.zeros((), dtype=torch.float64)
-    x, y = x - x.mean(), y - y.mean()
-    return (x @ y / (x.norm() * y.norm())).clamp(-1, 1)
+    return pearson_corrcoef(x, y)

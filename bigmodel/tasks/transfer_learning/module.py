@@ -1,8 +1,5 @@
 """Transfer learning: fine-tune a pretrained net for a new task.
 
-Losses, sums over samples: cross-entropy in nats for single-label classification; binary cross-entropy in nats, the mean
-over the labels, for multi-label classification; squared error in units of the training targets' variance for regression.
-
 B samples, T tokens, D width of the features, K classes or labels (1 for regression).
 """
 
@@ -13,17 +10,16 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from bigmodel.data.cache import first_of
 from bigmodel.evaluation import Report
 from bigmodel.run import set_sizes, sizes
 from bigmodel.tasks.transfer_learning import param_groups as groups
 from bigmodel.tasks.transfer_learning.backbones import build_backbone, find_text_encoder, rebuild
+from bigmodel.tasks.transfer_learning.data_metadata import check_targets, collect_metadata, read_metadata
 from bigmodel.tasks.transfer_learning.inference import (
     ImageInput,
     Sample,
@@ -31,19 +27,14 @@ from bigmodel.tasks.transfer_learning.inference import (
     predict,
     prediction_columns,
 )
+from bigmodel.tasks.transfer_learning.losses import sample_losses, sample_predictions
 from bigmodel.tasks.transfer_learning.methods import METHODS, Method, find_method
 from bigmodel.tasks.transfer_learning.methods.base import eval_frozen_modules
 from bigmodel.tasks.transfer_learning.methods.feature_cache import FeatureBatch, FeatureCaching
 from bigmodel.tasks.transfer_learning.metrics import TransferMetrics, make_metrics
 from bigmodel.tasks.transfer_learning.net import TransferNet
 from bigmodel.tasks.transfer_learning.penalties import Penalty
-from bigmodel.tasks.transfer_learning.problem_type import (
-    MULTI_LABEL,
-    REGRESSION,
-    SINGLE_LABEL,
-    ProblemType,
-    read_problem_type,
-)
+from bigmodel.tasks.transfer_learning.problem_type import REGRESSION, SINGLE_LABEL, ProblemType
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
 from bigmodel.training import optimizers, schedules
 from bigmodel.training.callbacks import GradientScaling
@@ -70,7 +61,7 @@ class TransferLearning(LightningModule):
         dropout: between the features and the head, in [0, 1); in training only.
         layer_decay: the learning rate of a layer is that of the layer above times this, in (0, 1]; the head uses the
             optimizer's.
-        penalty: penalty on the weights that is added to the mean loss: L2SP, L1.
+        penalty: penalty on the weights that is added to the mean loss: L2SPPenalty, L1Penalty.
         optimizer: factory of the optimizer, called with parameter groups.
         schedule: learning rate schedule over the run's optimizer steps; null: constant.
 
@@ -127,23 +118,15 @@ class TransferLearning(LightningModule):
             encoder: TextEncoder | None = self.net.backbone.text_encoder
             return encoder
         if self._text_encoder is None:
-            self._text_encoder = find_text_encoder(
-                self.backbone, pretrained=self.pretrained, allow_pickle=self.allow_pickle
-            )
+            options = {"pretrained": self.pretrained, "allow_pickle": self.allow_pickle}
+            self._text_encoder = find_text_encoder(self.backbone, **options)
         return self._text_encoder
 
     def setup(self, stage: str) -> None:
         """Read the metadata of the data module."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage != "predict" and hasattr(data, "classes"):
-            center, scale = data.target_statistics() if hasattr(data, "target_statistics") else (0.0, 1.0)
-            self.data_metadata = {
-                "classes": list(data.classes),
-                "problem_type": getattr(data, "problem_type", SINGLE_LABEL),
-                "center": center,
-                "scale": scale,
-                **{name: getattr(data, name) for name in ("max_length", "size", "resize") if hasattr(data, name)},
-            }
+            self.data_metadata = collect_metadata(data)
         if stage == "fit" and self.penalty is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise ValueError(
                 "--model.penalty is not supported for sharded nets: set --trainer.strategy ddp, or --model.penalty null"
@@ -256,11 +239,7 @@ class TransferLearning(LightningModule):
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of each sample [B] from logits [B, K]."""
-        if self.problem_type == SINGLE_LABEL:
-            return F.cross_entropy(logits, targets, reduction="none")
-        if self.problem_type == MULTI_LABEL:
-            return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1)
-        return ((logits[:, 0] - targets) / self.data_metadata["scale"]).square()
+        return sample_losses(self.problem_type, logits, targets, self.data_metadata.get("scale", 1.0))
 
     def training_step(self, batch: Any) -> dict[str, Any]:
         count = len(batch.index)
@@ -277,12 +256,7 @@ class TransferLearning(LightningModule):
         targets = batch.targets[real]
         self.metrics.update(logits, targets)
         outputs = {"index": batch.index[real], "loss": self.losses(logits, targets), "target": targets}
-        if self.problem_type == SINGLE_LABEL:
-            probability, predicted = logits.softmax(-1).max(-1)
-            return {**outputs, "predicted": predicted, "probability": probability}
-        if self.problem_type == MULTI_LABEL:
-            return {**outputs, "predicted": (logits > 0).float(), "probability": logits.sigmoid()}
-        return {**outputs, "predicted": logits[:, 0]}
+        return outputs | sample_predictions(self.problem_type, logits)
 
     def on_validation_epoch_end(self) -> None:
         self.log_metrics("val", self.metrics)
@@ -304,8 +278,7 @@ class TransferLearning(LightningModule):
         caching = get_callback(self.trainer, FeatureCaching)
         return batch if caching is None else caching.replace_inputs(self.trainer, batch)
 
-    # The checkpoint holds the metadata of the data, so that a loaded task needs neither the data nor the backbone's
-    # files.
+    # The checkpoint holds all that a loaded task needs instead of the data and the backbone's files.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         encoder = self.text_encoder if self.net.backbone.modality == "text" else None
@@ -319,12 +292,8 @@ class TransferLearning(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["transfer"]
-        metadata = _read_metadata(saved)
-        if self.data_metadata and any(self.data_metadata[key] != metadata[key] for key in ("problem_type", "classes")):
-            raise ValueError(
-                f"--data has other targets than the data of this run: {_describe_targets(self.data_metadata)}, not"
-                f" {_describe_targets(metadata)}: set --data.path and --data.label_column to those of the run"
-            )
+        metadata = read_metadata(saved)
+        check_targets(self.data_metadata or metadata, metadata)
         if self.penalty is not None and self._fits and saved["penalty"] != self.penalty.identity():
             raise ValueError(
                 f"--model.backbone {self.backbone} has other weights than when this run began, and --model.penalty refers"
@@ -336,10 +305,8 @@ class TransferLearning(LightningModule):
         self.method.load_state_dict(saved["method"], self.net)
 
     def restore_metadata(self, checkpoint: dict[str, Any]) -> None:
-        """Restore everything but the weights from a checkpoint, before data are prepared and the net is built.
-
-        This includes the type of the targets, the tokenizer, and the backbone's architecture, so that its files are not
-        needed.
+        """Restore all but the weights from a checkpoint, before data are prepared and the net is built: problem type,
+        tokenizer, and the architecture of the backbone, so that its files are not needed.
         """
         self.on_load_checkpoint(checkpoint)
 
@@ -357,9 +324,9 @@ class TransferLearning(LightningModule):
         Single-label: `class`, its `probability`, and the `probabilities` [n, K] of all. Multi-label: `labels` (lists)
         and `probabilities` [n, K]. Regression: the `number`.
         """
+        data: Any = getattr(self.trainer, "datamodule")  # noqa: B009
         real = batch.weight > 0
         logits = self.logits(self.features(batch)).float()[real]
-        data: Any = getattr(self.trainer, "datamodule")  # noqa: B009
         columns = prediction_columns(data, self.net.backbone.modality, batch.index[real].tolist())
         return columns | format_predictions(logits, self.problem_type, self.data_metadata["classes"])
 
@@ -381,16 +348,3 @@ class TransferLearning(LightningModule):
         if isinstance(samples, str | tuple | ImageInput):
             return predict(self, [samples])[0]
         return predict(self, list(samples))
-
-
-def _read_metadata(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return the metadata of the data from a checkpoint; those of earlier versions have the keys `facts` and `problem`."""
-    metadata = saved["data_metadata"] if "data_metadata" in saved else saved["facts"]
-    problem_type = metadata["problem_type"] if "problem_type" in metadata else metadata["problem"]
-    others = {key: value for key, value in metadata.items() if key != "problem"}
-    return {**others, "problem_type": read_problem_type(problem_type)}
-
-
-def _describe_targets(metadata: dict[str, Any]) -> str:
-    names = metadata["classes"]
-    return f"{metadata['problem_type']}{f' ({first_of(names, 8)})' if names else ''}"

@@ -130,6 +130,7 @@ class KNNProbe(Method):
     def wrap(self, net: Any, problem_type: str) -> None:
         freeze(net)
         num_classes, width = net.head.weight.shape
+        net.dropout = nn.Identity()  # as in evaluation
         net.head = Neighbors(self.k, self.temperature, problem_type, num_classes, self.num_samples, width)
 
     def callbacks(self, task: TransferLearning) -> list[Callback]:
