@@ -20,7 +20,7 @@ from bigmodel.data.sampling import eval_loader, train_loader
 from bigmodel.tasks.transfer_learning.batches import LabelledTextBatch, TextDataset, Texts
 from bigmodel.tasks.transfer_learning.prepare import PreparedTexts, prepare
 from bigmodel.tasks.transfer_learning.problem_type import REGRESSION, SINGLE_LABEL, ProblemType
-from bigmodel.tasks.transfer_learning.pseudo_labels import choose, prepare_predictions
+from bigmodel.tasks.transfer_learning.pseudo_labels import prepare_predictions, select_predictions
 from bigmodel.tasks.transfer_learning.sources import TextColumns, find_source
 from bigmodel.tasks.transfer_learning.splits import Folds, TextSplit, divide, draw_shots, report_duplicates
 from bigmodel.tasks.transfer_learning.targets import UNKNOWN, MultiHotTargets, select_targets, training_classes
@@ -145,7 +145,7 @@ class LabelledTextData(L.LightningDataModule):
             self._splits["all"] = texts, np.full(len(texts), UNKNOWN)
             self._report_truncation(["all"])
         elif "train" not in self._splits:
-            self._divide(self._prepare(predicting=False))
+            self._make_splits(self._prepare(predicting=False))
 
     def _prepare(self, predicting: bool) -> PreparedTexts:
         """Return the prepared texts, from their folder."""
@@ -185,7 +185,7 @@ class LabelledTextData(L.LightningDataModule):
         """T, the number of tokens that texts are truncated to."""
         return self.encoder.max_length if self.max_length is None else self.max_length
 
-    def _divide(self, prepared: PreparedTexts) -> None:
+    def _make_splits(self, prepared: PreparedTexts) -> None:
         labels = prepared.labels
         assert labels is not None
         self.problem_type = labels.problem_type
@@ -194,8 +194,8 @@ class LabelledTextData(L.LightningDataModule):
                 f"--data.balance {self.balance} requires {SINGLE_LABEL}, and the labels are for {labels.problem_type}:"
                 " set --data.balance none"
             )
-        rows = divide(prepared, self.split, self.folds, self._say)
-        report_duplicates(prepared, rows, self._say)
+        rows = divide(prepared, self.split, self.folds, self._print)
+        report_duplicates(prepared, rows, self._print)
         self.classes = training_classes(prepared, rows)
         if self.shots is not None:
             rows["train"] = draw_shots(prepared, rows["train"], self.classes, self.shots, self.seed)
@@ -209,7 +209,7 @@ class LabelledTextData(L.LightningDataModule):
         self._report_truncation(list(rows))
         counts = ", ".join(f"{name} {len(self._splits[name][0]):,}" for name in rows)
         what = REGRESSION if labels.problem_type == REGRESSION else f"{len(self.classes):,} classes"
-        self._say(f"texts: {counts}; {what}")
+        self._print(f"texts: {counts}; {what}")
 
     def _add_predicted(self, prepared: PreparedTexts, rows: dict[str, np.ndarray]) -> list[Any]:
         """Add pseudo-labelled texts to the training split; return what the fingerprint must include for them."""
@@ -217,8 +217,8 @@ class LabelledTextData(L.LightningDataModule):
             raise ValueError(
                 f"--data.pseudo_labels requires {SINGLE_LABEL}, and the labels are for {self.problem_type}: set it to null"
             )
-        known = prepared.contents[np.concatenate(list(rows.values()))]
-        chosen, classes = choose(self._predicted, self.classes, self.min_confidence, known, self._say)
+        labelled = prepared.contents[np.concatenate(list(rows.values()))]
+        chosen, classes = select_predictions(self._predicted, self.classes, self.min_confidence, labelled, self._print)
         texts, targets = Texts([(prepared, rows["train"]), (self._predicted, chosen)]), self._splits["train"][1]
         assert isinstance(targets, np.ndarray)
         self._splits["train"] = texts, np.concatenate([targets, classes])
@@ -227,7 +227,7 @@ class LabelledTextData(L.LightningDataModule):
     def _report_truncation(self, splits: list[str]) -> None:
         lengths = np.concatenate([self._splits[name][0].lengths for name in splits])
         if self._limit is not None and (longer := lengths > self._limit).any():
-            self._say(
+            self._print(
                 f"{100 * longer.mean():.1f} % of the texts are longer than {self._limit} tokens (the longest has"
                 f" {lengths.max():,}), and are truncated at the end"
             )
@@ -306,7 +306,7 @@ class LabelledTextData(L.LightningDataModule):
             num_workers=self.num_workers,
         )
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         """Print a line, from one process only."""
         if self.trainer is None or self.trainer.is_global_zero:
             say(line)

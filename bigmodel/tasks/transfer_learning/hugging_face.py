@@ -5,7 +5,6 @@ B texts, T tokens, D width of the input of the output layer, K classes or labels
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bigmodel.pretrained import hugging_face, published
-from bigmodel.tasks.transfer_learning.backbones.hf_text import encoder_from_files
+from bigmodel.tasks.transfer_learning.backbones.hf_text import encoder_from_files, has_segments
 from bigmodel.tasks.transfer_learning.batches import LabelledTextBatch, text_batch
 from bigmodel.tasks.transfer_learning.pooling import Last
 from bigmodel.tasks.transfer_learning.problem_type import SINGLE_LABEL, ProblemType
@@ -37,8 +36,7 @@ class TextClassifier(nn.Module):
         super().__init__()
         self.model, self.last = model, Last()
         model.config.pad_token_id = text_encoder.pad_id  # the model finds the end of a text by it; it may be unset
-        arguments = inspect.signature(model.forward).parameters
-        self._has_segments = "token_type_ids" in arguments and (getattr(model.config, "type_vocab_size", None) or 0) > 1
+        self._has_segments = has_segments(model)
         self._probe(text_encoder)
 
     @torch.no_grad()
@@ -46,12 +44,12 @@ class TextClassifier(nn.Module):
         """Find the head, and check that logits of a text are the same alone and in a batch with a longer one."""
         texts = ["a", "a a a a a a a a a a a a"]
         one, two = text_batch(text_encoder, texts[:1]), text_batch(text_encoder, texts)
-        whole = LabelledTextBatch(*(part[:, : int(one.mask.sum())] if part.ndim == 2 else part for part in one))
-        name = hugging_face.find_head(self.model, **self._inputs(whole))
+        unpadded = LabelledTextBatch(*(part[:, : int(one.mask.sum())] if part.ndim == 2 else part for part in one))
+        name = hugging_face.find_head(self.model, **self._inputs(unpadded))
         if name is None:
             raise ValueError("its last layer is not linear")
         self._head_name = name
-        alone = self.model(**self._inputs(whole)).logits
+        alone = self.model(**self._inputs(unpadded)).logits
         if not torch.allclose(self(two)[:1], alone, rtol=1e-3, atol=1e-4):
             raise ValueError("its logits depend on padding (it ignores attention_mask)")
 
@@ -67,13 +65,13 @@ class TextClassifier(nn.Module):
 
     def features(self, batch: Any) -> Tensor:
         """Return the input of the output layer, [B, D]."""
-        read: list[Tensor] = []
-        hook = self.head.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+        inputs: list[Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
         try:
             self.model(**self._inputs(batch))
         finally:
             hook.remove()
-        return read[0] if read[0].ndim == 2 else self.last(read[0], batch.mask)
+        return inputs[0] if inputs[0].ndim == 2 else self.last(inputs[0], batch.mask)
 
     def logits(self, features: Tensor) -> Tensor:
         """Map features [..., D] to logits [..., K]."""
@@ -123,6 +121,19 @@ def as_published(
             f" {problem_type}: set {flag} to a model trained for it"
         )
     order = published.class_order(settings, classes, path, flag)
+    _check_encoder(path, flag, settings, text_encoder, max_length)
+    remedy = f"set {flag} to a model with all weights of its architecture, including its head"
+    model = published.load(AutoModelForSequenceClassification, path, flag, _KIND, settings, remedy)
+    try:
+        net = TextClassifier(model, text_encoder)
+    except ValueError as error:
+        raise ValueError(f"{flag} {path} ({settings.model_type}) cannot be a teacher: {error}") from error
+    published.reorder(net.head, order)
+    return net
+
+
+def _check_encoder(path: str, flag: str, settings: Any, text_encoder: TextEncoder, max_length: int | None) -> None:
+    """Check that a model has the tokenizer of the data, and accepts texts of their length."""
     try:
         theirs = encoder_from_files(published.location(path), settings)
     except ValueError as error:
@@ -138,14 +149,6 @@ def as_published(
             f"{flag} {path} accepts at most {theirs.max_length:,} tokens, and texts have up to"
             f" {'any number' if limit is None else f'{limit:,}'}: set --data.max_length {theirs.max_length}"
         )
-    remedy = f"set {flag} to a model with all weights of its architecture, including its head"
-    model = published.load(AutoModelForSequenceClassification, path, flag, _KIND, settings, remedy)
-    try:
-        net = TextClassifier(model, text_encoder)
-    except ValueError as error:
-        raise ValueError(f"{flag} {path} ({settings.model_type}) cannot be a teacher: {error}") from error
-    published.reorder(net.head, order)
-    return net
 
 
 def _difference(theirs: TextEncoder, ours: TextEncoder) -> str | None:

@@ -24,32 +24,32 @@ def prepare_predictions(path: str, paired: bool, encoder: TextEncoder, cache: Pa
     """
     columns = TextColumns("text", "pair" if paired else None, "class", None, "probability")
     try:
-        there = pq.read_schema(path).names
+        present = pq.read_schema(path).names
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"--data.pseudo_labels {path} cannot be read as Parquet: {error}") from error
-    missing = [name for name in vars(columns).values() if name is not None and name not in there]
+    missing = [name for name in vars(columns).values() if name is not None and name not in present]
     if missing:
         raise ValueError(
-            f"--data.pseudo_labels {path} has the columns {there}, not {missing}: set it to a file that `bigmodel predict`"
+            f"--data.pseudo_labels {path} has the columns {present}, not {missing}: set it to a file that `bigmodel predict`"
             " wrote for a run of this task"
         )
     return prepare(find_source(path, columns=columns, cache=cache), columns, SINGLE_LABEL, encoder, cache)
 
 
-def choose(
+def select_predictions(
     predicted: PreparedTexts,
     classes: list[str],
     min_confidence: float,
-    known: np.ndarray,
+    labelled: np.ndarray,
     print_line: Print,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows [n] to train on, and their class indices [n].
+    """Return the rows [n] of confident predictions, and their class indices [n].
 
     Args:
         predicted: texts with predicted classes.
         classes: those of the labelled texts.
         min_confidence: minimum probability.
-        known: contents of the labelled texts, of all splits, which are left out here.
+        labelled: contents of the labelled texts, of all splits, which are excluded.
         print_line: prints a summary.
 
     Raises:
@@ -64,7 +64,7 @@ def choose(
             " texts: set it to predictions of a run on these classes"
         )
     sure = np.flatnonzero(predicted.confidences >= min_confidence)
-    rows = sure[~np.isin(predicted.contents[sure], known)]
+    rows = sure[~np.isin(predicted.contents[sure], labelled)]
     if not len(rows):
         raise ValueError(
             f"--data.pseudo_labels: of {len(predicted):,} predictions {len(sure):,} have a probability of at least"

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,13 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 import transfer_runs
+import yaml
 from scipy.stats import spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef, roc_auc_score
-from transfer_runs import FILLING, GROUPS, words
+from transfer_runs import FILLING, GROUPS, TASK, words
 
 import bigmodel
+from bigmodel.checkpoint import AtomicCheckpointIO
 from bigmodel.cli import main
 
 STEPS, TRAIN = 12, 48
@@ -158,6 +161,24 @@ def test_numbers_are_told_in_their_unit_and_learned_in_their_spread(runs, method
         before = np.array(predicted(run, "number/train.csv", "--checkpoint", f"last-{STEPS - 1}.ckpt")["number"])
         assert loss_of_last_step(run) == pytest.approx(((before - given) ** 2).mean() / given.var(), rel=1e-3)
         assert measured["pearson"] > 0.5, "it has learned"
+
+
+def test_a_run_of_an_earlier_version_is_read(runs):
+    run = runs["labels-full"]
+    earlier = shutil.copytree(run, run.parents[2] / "earlier")
+    (path,) = earlier.glob("checkpoints/best-*.ckpt")
+    content = torch.load(path, weights_only=True)
+    metadata = content["transfer"].pop("data_metadata")
+    assert metadata.pop("problem_type") == "multi_label_classification"
+    content["transfer"]["facts"] = {**metadata, "problem": "labels"}
+    AtomicCheckpointIO().save_checkpoint(content, path)
+    config = yaml.safe_load((earlier / "config.yaml").read_text())
+    del config["data"]["init_args"]["problem_type"]
+    config["data"]["init_args"] |= {"problem": "labels", "split": {"class_path": f"{TASK}.Split"}}
+    config["model"]["init_args"]["method"] = {"class_path": f"{TASK}.methods.base.Full"}
+    (earlier / "config.yaml").write_text(yaml.safe_dump(config))
+    main(["test", str(earlier)])
+    assert results(earlier) == results(run) | {"checkpoint": results(earlier)["checkpoint"]}
 
 
 def test_pairs_and_what_is_predicted_of_them_as_further_training_pairs(runs, capsys):

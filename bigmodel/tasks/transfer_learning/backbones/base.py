@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bigmodel.tasks.transfer_learning.backbones.layers import Layers, remove_unused_modules
+from bigmodel.tasks.transfer_learning.backbones.layers import LayerAssignment, remove_unused_modules
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
 
 Modality = Literal["text", "images"]
@@ -77,7 +77,7 @@ class Backbone(nn.Module, ABC):
         """
         training = self.training
         self.eval()
-        self._layers = Layers(self, net)
+        self._layers = LayerAssignment(self, net)
         with torch.inference_mode(False), torch.enable_grad(), self._layers.watched():
             features, _ = self(probe)
         self.width = features.shape[-1]

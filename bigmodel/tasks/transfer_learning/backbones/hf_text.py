@@ -44,9 +44,8 @@ class HuggingFaceText(Backbone):
         super().__init__()
         self.model, self.text_encoder = model, text_encoder
         model.config.use_cache = False  # nothing is generated
-        arguments = inspect.signature(model.forward).parameters
-        self._has_segments = "token_type_ids" in arguments and (getattr(model.config, "type_vocab_size", None) or 0) > 1
-        self._has_positions = "position_ids" in arguments
+        self._has_segments = has_segments(model)
+        self._has_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.eval()  # a new model is in training mode
         self.pooling = pooling or "mean"
         if pooling is None and self._is_causal():
@@ -69,6 +68,12 @@ class HuggingFaceText(Backbone):
             options["position_ids"] = (batch.mask.cumsum(1) - 1).clamp(min=0)
         found = self.model(input_ids=batch.tokens, attention_mask=batch.mask.long(), **options)
         return found.last_hidden_state, batch.mask
+
+
+def has_segments(model: Any) -> bool:
+    """True if a model of transformers reads token type ids."""
+    arguments = inspect.signature(model.forward).parameters
+    return "token_type_ids" in arguments and (getattr(model.config, "type_vocab_size", None) or 0) > 1
 
 
 def from_files(
