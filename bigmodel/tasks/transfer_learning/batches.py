@@ -55,7 +55,7 @@ def padded(rows: Sequence[np.ndarray], encoder: TextEncoder, paired: bool) -> tu
     segments = np.zeros((len(rows), width), np.int64)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
-        if paired and encoder.frame.has_segments:
+        if paired and encoder.special_tokens.has_segments:
             segments[i, : len(row)] = encoder.segments(row)
     mask = np.arange(width) < np.array([len(row) for row in rows])[:, None]
     return torch.from_numpy(tokens), torch.from_numpy(mask), torch.from_numpy(segments)

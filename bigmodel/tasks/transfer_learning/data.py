@@ -172,7 +172,7 @@ class LabelledTextData(L.LightningDataModule):
         encoder = own or given
         assert encoder is not None
         if self.max_length is not None:
-            encoder.room(self.max_length, self.columns.pair is not None)
+            encoder.num_text_tokens(self.max_length, self.columns.pair is not None)
             if encoder.max_length is not None and self.max_length > encoder.max_length:
                 raise ValueError(
                     f"--data.max_length {self.max_length} exceeds the positions of the model: at most {encoder.max_length}"

@@ -156,6 +156,6 @@ def _difference(theirs: TextEncoder, ours: TextEncoder) -> str | None:
     if not isinstance(theirs, TransformersEncoder) or not isinstance(ours, TransformersEncoder):
         return "the tokenizer of a run"
     difference = published.tokenizer_difference(theirs.backend, ours.backend)
-    if difference is None and (theirs.frame, theirs.pad_id) != (ours.frame, ours.pad_id):
+    if difference is None and (theirs.special_tokens, theirs.pad_id) != (ours.special_tokens, ours.pad_id):
         difference = "other special tokens around a text"
     return difference

@@ -285,7 +285,7 @@ class TransferLearning(LightningModule):
         checkpoint["transfer"] = {
             "data_metadata": self.data_metadata,
             "backbone": self.net.backbone.description,
-            "text_encoder": encoder.to_plain() if encoder is not None else None,
+            "text_encoder": encoder.to_dict() if encoder is not None else None,
             "method": self.method.state_dict(),
             "penalty": self.penalty.identity() if self.penalty is not None else "",
         }
@@ -301,7 +301,7 @@ class TransferLearning(LightningModule):
             )
         self.data_metadata, self.description = metadata, saved["backbone"]
         if saved["text_encoder"] is not None and self.net is None:
-            self._text_encoder = TextEncoder.from_plain(saved["text_encoder"])
+            self._text_encoder = TextEncoder.from_dict(saved["text_encoder"])
         self.method.load_state_dict(saved["method"], self.net)
 
     def restore_metadata(self, checkpoint: dict[str, Any]) -> None:

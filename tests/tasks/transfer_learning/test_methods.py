@@ -266,6 +266,8 @@ def test_penalties_are_what_the_paper_says(net):
     least = L1Penalty(0.5)
     least.start(pretrained, {"weight": net.head.weight, "bias": net.head.bias})
     assert least().item() == pytest.approx(0.5 * net.head.weight.abs().sum().item(), rel=1e-6)
+    with pytest.raises(ValueError, match=r"set --model\.penalty null"):
+        least.start(pretrained, {"bias": net.head.bias})
     with pytest.raises(ValueError, match=r"this method trains none of them: set --model.method to full"):
         L2SPPenalty().start(pretrained, {"head.weight": net.head.weight})
 

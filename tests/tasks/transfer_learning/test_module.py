@@ -16,7 +16,7 @@ from transfer_runs import RUNS, TASK, words
 
 import bigmodel
 from bigmodel.cli import main
-from bigmodel.run import checkpoint_step
+from bigmodel.run import checkpoint_step, load_data
 from bigmodel.tasks.transfer_learning.backbones.hf_text import HuggingFaceText
 
 STEPS = 8
@@ -148,11 +148,28 @@ def test_a_linear_probe_asks_the_backbone_once(runs, folder, monkeypatch):
     assert column(again, "val/loss") != column(runs["linear_probe"], "val/loss")
 
 
+def first_batch_loss(run, state, k=5, temperature=0.07):
+    """The loss of the samples of the first batch, each predicted without itself, from all features in a checkpoint."""
+    features, answers = state["net.head.features"], state["net.head.answers"]
+    data = load_data(run)
+    data.tokenizer = "bert"
+    data.setup("fit")
+    numbers = next(iter(data.train_dataloader())).index
+    similarity = features[numbers] @ features.T
+    similarity[torch.arange(len(numbers)), numbers] = float("-inf")
+    best, nearest = similarity.topk(k)
+    votes = ((best / temperature).softmax(-1)[..., None] * answers[nearest]).sum(1)
+    return -(votes * answers[numbers]).sum(1).clamp(min=1e-6).log().mean().item()
+
+
 def test_neighbors_tell_the_training_samples_apart(knn):
     assert [checkpoint_step(path) for path in (knn / "checkpoints").glob("last*.ckpt")] == [1]
     assert column(knn, "leave_one_out/accuracy")[1] > 0.4  # a random net, a third by chance
     state = checkpoint(knn, 1)["state_dict"]
     assert state["net.head.features"].shape == (69, 16)
+    assert state["net.head.nominal"] == 0
+    assert not checkpoint(knn, 1)["optimizer_states"][0]["state"]
+    assert column(knn, "train/loss")[1] == pytest.approx(first_batch_loss(knn, state), rel=1e-5)
     main(["test", str(knn)])
     assert json.loads((knn / "test.json").read_text())["test/accuracy"] > 0.3
 

@@ -96,9 +96,9 @@ def test_plain_values_make_it_again(encoder, kind):
         "bare": TransformersEncoder(word_level(), 1, 2, 16),
         "bytes": LanguageModelEncoder(ByteTokenizer(), 32),
     }[kind]
-    again = TextEncoder.from_plain(json.loads(json.dumps(made.to_plain())))
+    again = TextEncoder.from_dict(json.loads(json.dumps(made.to_dict())))
     assert again.fingerprint == made.fingerprint
-    assert (again.pad_id, again.max_length, again.frame) == (made.pad_id, made.max_length, made.frame)
+    assert (again.pad_id, again.max_length, again.special_tokens) == (made.pad_id, made.max_length, made.special_tokens)
     both = [some.encode(["a b"], ["c [SEP]"])[0].tolist() for some in (made, again)]
     assert both[0] == both[1]
 
@@ -116,4 +116,4 @@ def test_what_cannot_be_used_is_refused(encoder, tmp_path):
     with pytest.raises(ValueError, match=r"--data.max_length 3 is too small: 3 tokens are special, so at least 5"):
         encoder.truncate(encoder.encode(["a"], ["b"])[0], 3)
     with pytest.raises(ValueError, match="not the saved state of a text encoder"):
-        TextEncoder.from_plain({"kind": "another"})
+        TextEncoder.from_dict({"kind": "another"})

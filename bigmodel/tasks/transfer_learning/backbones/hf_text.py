@@ -54,7 +54,7 @@ class HuggingFaceText(Backbone):
         self.description = {
             "kind": "hugging_face_text",
             "settings": hugging_face.plain_settings(model.config),
-            "text_encoder": text_encoder.to_plain(),
+            "text_encoder": text_encoder.to_dict(),
             "pooling": self.pooling,
         }
         self.train()
@@ -170,4 +170,4 @@ def from_description(description: dict[str, Any]) -> HuggingFaceText:
 
     settings = AutoConfig.for_model(**description["settings"])
     model = AutoModel.from_config(settings, dtype=torch.float32)
-    return HuggingFaceText(model, TextEncoder.from_plain(description["text_encoder"]), description["pooling"])
+    return HuggingFaceText(model, TextEncoder.from_dict(description["text_encoder"]), description["pooling"])
