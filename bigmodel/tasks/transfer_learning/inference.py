@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bigmodel.data.image_decoding import decode
 from bigmodel.run import sizes
+from bigmodel.tasks.transfer_learning.backbones.base import Images
 from bigmodel.tasks.transfer_learning.batches import text_batch
 from bigmodel.tasks.transfer_learning.problem_type import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
 
@@ -105,10 +106,4 @@ def _images(task: Any, samples: Sequence[Sample]) -> Any:
     size, resize, channels = task.data_metadata["size"], task.data_metadata["resize"], sizes(task)["in_channels"]
     pixels = [decode(image, channels=channels, size=size, resize=resize) for image in samples]  # type: ignore[arg-type]
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(task.device)  # [B, S, S, C] -> [B, C, S, S]
-    return _Images(images)
-
-
-class _Images(NamedTuple):
-    """Images of a batch as a backbone reads them: [B, C, S, S] uint8."""
-
-    images: Tensor
+    return Images(images)

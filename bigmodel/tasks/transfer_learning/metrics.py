@@ -79,7 +79,40 @@ class SingleLabelMetrics(ClassMetrics):
         return values | {"matthews": (covariance / spread.clamp(min=1).sqrt()).float()}
 
 
-class MultiLabelMetrics(nn.Module):
+class _SampleMetrics(nn.Module):
+    """Base of metrics that are computed from the outputs and targets of all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.samples = AllSamples()
+
+    def compute(self) -> dict[str, Tensor]:
+        """See `TransferMetrics`."""
+        return {name: value.float().to(self.samples.device) for name, value in self._compute().items()}
+
+    def _compute(self) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _all_samples(self, *shape: int) -> tuple[Tensor, Tensor]:
+        """Return the outputs, in float64, and targets of all samples, each of this shape.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        outputs, targets = self.samples.compute() if self.samples.update_called else (torch.empty(0), torch.empty(0))
+        if not targets.numel():
+            raise ValueError("no labelled samples were evaluated: at least one is required")
+        return outputs.double().reshape(-1, *shape), targets.reshape(-1, *shape)  # torchmetrics squeezes a single value
+
+    def confusion(self) -> None:
+        """Return None."""
+
+    def reset(self) -> None:
+        """Clear all batches."""
+        self.samples.reset()
+
+
+class MultiLabelMetrics(_SampleMetrics):
     """Metrics of multi-label samples; a label is predicted if its probability is above one half.
 
     `loss` is binary cross-entropy in nats, averaged over samples and labels; `f1_macro` the mean over the labels that
@@ -94,7 +127,6 @@ class MultiLabelMetrics(nn.Module):
     def __init__(self, num_labels: int) -> None:
         super().__init__()
         self.num_labels = num_labels
-        self.samples = AllSamples()
 
     @torch.no_grad()
     def update(self, logits: Tensor, targets: Tensor) -> None:
@@ -106,9 +138,8 @@ class MultiLabelMetrics(nn.Module):
             )
         self.samples.update(logits.float(), targets > 0)
 
-    def compute(self) -> dict[str, Tensor]:
-        """See `TransferMetrics`."""
-        logits, there = _all_samples(self.samples, self.num_labels)  # [N, K] each
+    def _compute(self) -> dict[str, Tensor]:
+        logits, there = self._all_samples(self.num_labels)  # [N, K] each
         loss = F.binary_cross_entropy_with_logits(logits, there.double())
         check_finite(loss)
         predicted = logits > 0
@@ -124,24 +155,13 @@ class MultiLabelMetrics(nn.Module):
         auroc = mean_area(logits, there)
         if not torch.isnan(auroc):
             values["auroc"] = auroc
-        return {name: value.float().to(self.samples.device) for name, value in values.items()}
-
-    def confusion(self) -> None:
-        """Return None."""
-
-    def reset(self) -> None:
-        """Clear all batches."""
-        self.samples.reset()
+        return values
 
 
-class RegressionMetrics(nn.Module):
+class RegressionMetrics(_SampleMetrics):
     """Metrics of regression: `loss`, the mean squared error; `rmse` and `mae`, in the unit of the targets; `pearson`
     and `spearman`.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.samples = AllSamples()
 
     @torch.no_grad()
     def update(self, logits: Tensor, targets: Tensor) -> None:
@@ -152,40 +172,19 @@ class RegressionMetrics(nn.Module):
             )
         self.samples.update(logits[:, 0].float(), targets.float())
 
-    def compute(self) -> dict[str, Tensor]:
-        """See `TransferMetrics`."""
-        predicted, targets = _all_samples(self.samples)  # [N] each
+    def _compute(self) -> dict[str, Tensor]:
+        predicted, targets = self._all_samples()  # [N] each
         targets = targets.double()
         errors = predicted - targets
         loss = errors.square().mean()
         check_finite(loss)
-        values = {
+        return {
             "loss": loss,
             "rmse": loss.sqrt(),
             "mae": errors.abs().mean(),
             "pearson": _correlation(predicted, targets),
             "spearman": _correlation(mean_ranks(predicted), mean_ranks(targets)),
         }
-        return {name: value.float().to(self.samples.device) for name, value in values.items()}
-
-    def confusion(self) -> None:
-        """Return None."""
-
-    def reset(self) -> None:
-        """Clear all batches."""
-        self.samples.reset()
-
-
-def _all_samples(samples: AllSamples, *shape: int) -> tuple[Tensor, Tensor]:
-    """Return the outputs, in float64, and targets of all samples, each of this shape.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    outputs, targets = samples.compute() if samples.update_called else (torch.empty(0), torch.empty(0))
-    if not targets.numel():
-        raise ValueError("no labelled samples were evaluated: at least one is required")
-    return outputs.double().reshape(-1, *shape), targets.reshape(-1, *shape)  # torchmetrics squeezes a single value
 
 
 def _correlation(x: Tensor, y: Tensor) -> Tensor:

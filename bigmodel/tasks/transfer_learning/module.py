@@ -34,6 +34,7 @@ from bigmodel.tasks.transfer_learning.methods.feature_cache import FeatureBatch,
 from bigmodel.tasks.transfer_learning.metrics import TransferMetrics, make_metrics
 from bigmodel.tasks.transfer_learning.net import TransferNet
 from bigmodel.tasks.transfer_learning.penalties import Penalty
+from bigmodel.tasks.transfer_learning.pooling import PoolingKind
 from bigmodel.tasks.transfer_learning.problem_type import REGRESSION, SINGLE_LABEL, ProblemType
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
 from bigmodel.training import optimizers, schedules
@@ -80,7 +81,7 @@ class TransferLearning(LightningModule):
         pretrained: bool = True,
         ignore_mismatched: list[str] | None = None,
         allow_pickle: bool = False,
-        pooling: Literal["auto", "first", "mean", "last", "attention"] = "auto",
+        pooling: PoolingKind = "auto",
         dropout: float = 0.1,
         layer_decay: float = 1.0,
         penalty: Penalty | None = None,
@@ -192,7 +193,7 @@ class TransferLearning(LightningModule):
         """Print the parameter groups with their learning rates; call it when there are optimizers."""
         if self.method.requires_training:
             schedule = self.method.unfreeze_schedule(self.net, optimizers.num_steps(self.trainer))
-            groups.show(self._layer_groups(), self.trainer.optimizers[0].defaults, schedule)
+            groups.print_table(self._layer_groups(), self.trainer.optimizers[0].defaults, schedule)
 
     # The SupportsLogits protocol, used by distillation, evaluation and export.
 

@@ -91,23 +91,17 @@ def parameter_groups(of: Iterable[LayerGroup]) -> list[dict[str, Any]]:
     return [group for group in found if group["params"]]
 
 
-def table(of: Sequence[LayerGroup], settings: Mapping[str, Any], unfreeze_schedule: Mapping[int, int]) -> Table:
-    """Return a table of the trained parameters and their settings, to print before training.
+def print_table(of: Sequence[LayerGroup], settings: Mapping[str, Any], unfreeze_schedule: Mapping[int, int]) -> None:
+    """Print a table of the trained parameters and their settings.
 
     Args:
         of: the layers.
         settings: the optimizer's defaults: `lr`, and `weight_decay` if it has one.
         unfreeze_schedule: optimizer steps at which initially frozen layers are unfrozen, by layer number.
     """
-    drawn = Table(box=None, pad_edge=False)
-    for column, justify in (
-        ("group", "left"),
-        ("parameters", "right"),
-        ("trained", "right"),
-        ("rate", "right"),
-        ("decay", "right"),
-    ):
-        drawn.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table = Table("group", box=None, pad_edge=False)
+    for column in ("parameters", "trained", "rate", "decay"):
+        table.add_column(column, justify="right")
     decay = settings.get("weight_decay", 0.0)
     for layer in of:
         rate = f"{settings['lr'] * layer.rate:.3g}" if layer.num_trained else "frozen"
@@ -116,12 +110,7 @@ def table(of: Sequence[LayerGroup], settings: Mapping[str, Any], unfreeze_schedu
         parts = [f"{decay:g}"] if layer.matrices else []
         parts += ["0 (vectors)"] if layer.vectors and decay else []
         total = layer.num_trained + layer.frozen
-        drawn.add_row(layer.name, f"{total:,}", f"{layer.num_trained:,}", rate, ", ".join(parts) or "-")
+        table.add_row(layer.name, f"{total:,}", f"{layer.num_trained:,}", rate, ", ".join(parts) or "-")
     whole, trained = sum(layer.num_trained + layer.frozen for layer in of), sum(layer.num_trained for layer in of)
-    drawn.add_row("all", f"{whole:,}", f"{trained:,} ({100 * trained / whole:.3g} %)", "", "")
-    return drawn
-
-
-def show(of: Sequence[LayerGroup], settings: Mapping[str, Any], unfreeze_schedule: Mapping[int, int]) -> None:
-    """Print the table."""
-    Console(soft_wrap=True, highlight=False).print(table(of, settings, unfreeze_schedule))
+    table.add_row("all", f"{whole:,}", f"{trained:,} ({100 * trained / whole:.3g} %)", "", "")
+    Console(soft_wrap=True, highlight=False).print(table)

@@ -27,8 +27,8 @@ class TextProbe(NamedTuple):
     segments: Tensor
 
 
-class ImageProbe(NamedTuple):
-    """A batch of one image [1, C, S, S], to inspect an image net."""
+class Images(NamedTuple):
+    """Images of a batch, as an image net reads them: [B, C, S, S]."""
 
     images: Tensor
 
@@ -70,7 +70,7 @@ class Backbone(nn.Module, ABC):
         """
         return self._layers.of(name)
 
-    def _find_parts(self, net: nn.Module, probe: TextProbe | ImageProbe) -> list[str]:
+    def _find_parts(self, net: nn.Module, probe: TextProbe | Images) -> list[str]:
         """Find width and layers of the inner net, and remove unused modules; return the names of these.
 
         The last step of a constructor. If the net cannot read the probe, its error is raised.
@@ -93,10 +93,10 @@ class Backbone(nn.Module, ABC):
         return torch.allclose(self(probe)[0][:, 0], self(other)[0][:, 0], rtol=1e-4, atol=1e-6)
 
 
-def probe_of(modality: Modality, data_sizes: Mapping[str, int], device: torch.device) -> TextProbe | ImageProbe:
+def probe_of(modality: Modality, data_sizes: Mapping[str, int], device: torch.device) -> TextProbe | Images:
     """Return one row like the data: two tokens, or an image of their size."""
     if modality == "text":
         tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
         return TextProbe(tokens, torch.ones_like(tokens, dtype=torch.bool), tokens)
     size = data_sizes["image_size"]
-    return ImageProbe(torch.zeros(1, data_sizes["in_channels"], size, size, device=device))
+    return Images(torch.zeros(1, data_sizes["in_channels"], size, size, device=device))

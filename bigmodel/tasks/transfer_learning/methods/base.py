@@ -89,7 +89,8 @@ class BiasOnly(Method):
 
     def wrap(self, net: Any, problem_type: str) -> None:
         freeze(net.backbone)
-        biases = [parameter for name, parameter in net.backbone.named_parameters() if is_bias(name)]
+        names = ("bias", "in_proj_bias")
+        biases = [p for name, p in net.backbone.named_parameters() if name.rpartition(".")[2] in names]
         if not biases:
             raise ValueError(
                 "--model.method bias_only: this backbone has no biases; accepted are full, gradual, lora, linear_probe and"
@@ -97,11 +98,6 @@ class BiasOnly(Method):
             )
         for parameter in biases:
             parameter.requires_grad_(True)
-
-
-def is_bias(name: str) -> bool:
-    """True if a parameter of this name is added to the output of a layer."""
-    return name.rpartition(".")[2] in ("bias", "in_proj_bias")
 
 
 def freeze(module: Any) -> None:

@@ -83,11 +83,10 @@ def check_cacheable(task: TransferLearning, remedy: str) -> None:
     problem = None
     if isinstance(task.trainer.strategy, ModelParallelStrategy):
         problem = "a sharded net cannot compute cached features: set --trainer.strategy ddp"
-    elif changing := [name for name in ("augment", "mix", "crop") if getattr(data, name, None)]:
-        empty = "[]" if changing[0] == "augment" else "null"
+    elif getattr(data, "augmentation", "") or getattr(data, "mix", None):
         problem = (
-            f"--data.{changing[0]} changes an image each time, and its features are computed once: set"
-            f" --data.{changing[0]} {empty}"
+            "random augmentation changes features, and they are computed once: set --data.augment [], --data.crop null and"
+            " --data.mix null"
         )
     elif stored := [name for name in ("cache_on_device", "on_device") if getattr(data, name, False)]:
         problem = f"--data.{stored[0]} true caches images, which are not read when features are cached: set it to false"

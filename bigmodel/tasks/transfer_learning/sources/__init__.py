@@ -57,11 +57,8 @@ def find_source(path: str | list[str], *, columns: TextColumns, cache: Path) -> 
         parts = [part for part in parts if part.split is not None]
     hashes = file_hashes(files, cache)
     # The format of a text depends on its name too.
-    return TextSource(where, digest([hashes, [part.split for part in parts], *map(_suffix, files)]), parts, left_out)
-
-
-def _suffix(path: str) -> str:
-    return os.path.splitext(path)[1]
+    suffixes = [os.path.splitext(file)[1] for file in files]
+    return TextSource(where, digest([hashes, [part.split for part in parts], *suffixes]), parts, left_out)
 
 
 def _of_hugging_face(path: str) -> dict[str, list[str]]:
