@@ -220,9 +220,7 @@ class TransferLearning(LightningModule):
         return self.data_metadata.get("classes") or None
 
     def from_pretrained(self, path: str, flag: str) -> TransferLearning:
-        """Load a text classifier of transformers with this task's classes, as it was trained; see
-        `bigmodel.protocols.SupportsFromPretrained`.
-        """
+        """Load a published text classifier with this task's classes; see `bigmodel.protocols.SupportsFromPretrained`."""
         from bigmodel.tasks.transfer_learning.hugging_face import as_published
 
         task = TransferLearning(backbone=path)
