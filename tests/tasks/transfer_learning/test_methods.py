@@ -1,4 +1,4 @@
-"""What trains and what does not, method by method, on nets small enough to look at; against closed forms, scikit-learn."""
+"""Fine-tuning methods and penalties on small nets, against closed forms and scikit-learn."""
 
 import sys
 
@@ -24,8 +24,8 @@ from bigmodel.tasks.transfer_learning.methods.base import eval_frozen_modules
 from bigmodel.training.optimizers import configure
 
 
-class Stand(nn.Module):
-    """A backbone [B, 3, 6, 6] -> [B, 8]: a stem, three layers, a norm behind them."""
+class SmallBackbone(nn.Module):
+    """A backbone [B, 3, 6, 6] -> [B, 8]: a stem, three layers, a norm after them."""
 
     modality = "images"
     num_layers = 3
@@ -52,7 +52,7 @@ class Stand(nn.Module):
 class Net(nn.Module):
     def __init__(self, backbone=None):
         super().__init__()
-        self.backbone, self.pool, self.dropout = backbone or Stand(), None, nn.Dropout(0.1)
+        self.backbone, self.pool, self.dropout = backbone or SmallBackbone(), None, nn.Dropout(0.1)
         self.head = nn.Linear(8, 3)
 
     def forward(self, images):
@@ -79,7 +79,7 @@ def changed(net, before):
 
 
 def trained_for(net, method, steps=3):
-    """Which of the net's values training changes."""
+    """Names of the parameters and buffers that training changes."""
     method.wrap(net, "single_label_classification")
     net.train()
     eval_frozen_modules(net.backbone)
@@ -105,14 +105,14 @@ HEAD = {"head.weight", "head.bias"}
         (FullFineTuning(), lambda name: True),
     ],
 )
-def test_frozen_means_unchanged_statistics_too(net, method, moves):
+def test_frozen_weights_and_statistics_are_unchanged(net, method, moves):
     moved = trained_for(net, method)
     assert moved == HEAD | {name for name in net.backbone.state_dict(prefix="backbone.") if moves(name)}
     frozen = type(method) in (LinearProbe, GradualUnfreezing)
     assert any(part.training for part in net.backbone.modules()) != frozen, "dropout stays on where something trains"
 
 
-def test_gradual_opens_from_the_top_and_keeps_each_parameter_once(net):
+def test_gradual_stages_and_steps(net):
     method = GradualUnfreezing(at=[2, 4], layers_at_once=2)
     method.wrap(net, "single_label_classification")
     names = [name for name, _ in method.trainable(net)]
@@ -132,7 +132,7 @@ def test_gradual_opens_from_the_top_and_keeps_each_parameter_once(net):
     assert default.stage_steps(80) == [10, 20, 30, 40]
 
 
-def test_rates_fall_from_layer_to_layer_and_vectors_do_not_decay(net):
+def test_layer_decay_and_no_weight_decay_of_vectors(net):
     layers = param_groups.layer_groups(net, net.parameters(), 0.5, by_layer=False)
     built = configure(
         None,
@@ -155,7 +155,7 @@ def test_rates_fall_from_layer_to_layer_and_vectors_do_not_decay(net):
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "loha", "lokr"])
-def test_adapters_start_as_nothing_and_merge_into_the_weights(net, kind):
+def test_adapters_are_zero_at_the_start_and_merge(net, kind):
     images, names = torch.randn(4, 3, 6, 6), list(net.state_dict())
     net.eval()
     start = net(images)
@@ -176,7 +176,7 @@ def test_adapters_start_as_nothing_and_merge_into_the_weights(net, kind):
     torch.testing.assert_close(net(images), apart, rtol=0, atol=1e-5)
 
 
-def test_adapters_go_where_they_are_told(net, monkeypatch):
+def test_targets_of_adapters(net, monkeypatch):
     LoRA(targets=["stem.0", "1.0"]).wrap(net, "single_label_classification")
     assert {name.split(".lora_A")[0] for name in net.state_dict() if "lora_A" in name} == {
         "backbone.stem.0", "backbone.blocks.1.0",
@@ -204,21 +204,21 @@ def neighbors(features, targets, k=5, problem_type="single_label_classification"
     return head
 
 
-def test_neighbors_vote_as_scikit_learn_has_it_block_by_block(monkeypatch):
+def test_neighbors_equal_scikit_learn_in_any_blocks(monkeypatch):
     torch.manual_seed(0)
-    features, targets, asked = torch.randn(50, 8), torch.randint(0, 3, (50,)), torch.randn(9, 8)
+    features, targets, queries = torch.randn(50, 8), torch.randint(0, 3, (50,)), torch.randn(9, 8)
     reference = KNeighborsClassifier(
         5, metric="cosine", weights=lambda distances: torch.tensor((1 - distances) / 0.1).exp().numpy()
     )
     reference.fit(features.numpy(), targets.numpy())
-    expected = torch.from_numpy(reference.predict_proba(asked.numpy())).float()
+    expected = torch.from_numpy(reference.predict_proba(queries.numpy())).float()
     for block in (7, 50, 1000):
         monkeypatch.setattr(knn_probe, "_BLOCK", block)
         head = neighbors(features, targets)
-        torch.testing.assert_close(head(asked).softmax(-1), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(head(queries).softmax(-1), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_sample_is_never_its_own_neighbor():
+def test_neighbors_exclude_the_sample_itself():
     torch.manual_seed(0)
     features, numbers = torch.randn(30, 4), torch.arange(30)
     head = neighbors(features, numbers % 3)
@@ -234,7 +234,7 @@ def test_a_sample_is_never_its_own_neighbor():
     assert not (lonely(torch.eye(4), torch.arange(4)).argmax(-1)[:2] == torch.tensor([0, 1])).any()
 
 
-def test_neighbors_answer_with_labels_and_numbers():
+def test_neighbors_multi_label_and_regression():
     features = torch.eye(4)
     numbers = neighbors(features, torch.tensor([1.0, 2.0, 3.0, 4.0]), k=1, problem_type="regression", num_classes=1)
     torch.testing.assert_close(numbers(features), torch.tensor([[1.0], [2.0], [3.0], [4.0]]))
@@ -243,7 +243,7 @@ def test_neighbors_answer_with_labels_and_numbers():
     torch.testing.assert_close(head(features).sigmoid(), labels, rtol=0, atol=1e-5)
 
 
-def test_penalties_are_what_the_paper_says(net):
+def test_penalties_equal_their_closed_forms(net):
     pretrained = dict(net.backbone.named_parameters())
     origin = copied(net)
     penalty = L2SPPenalty(strength=0.3, head_strength=0.2)
@@ -272,7 +272,7 @@ def test_penalties_are_what_the_paper_says(net):
         L2SPPenalty().start(pretrained, {"head.weight": net.head.weight})
 
 
-def test_words_and_settings():
+def test_find_method_and_invalid_settings():
     assert type(find_method("knn_probe")) is KNNProbe
     assert find_method(method := LoRA(rank=3)) is method
     with pytest.raises(ValueError, match=r"--model.method loar: accepted are full, linear_probe"):

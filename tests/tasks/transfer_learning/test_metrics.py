@@ -1,4 +1,4 @@
-"""What an evaluation measures, against scikit-learn and scipy; by chance, by nothing, and over two processes."""
+"""Metrics against scikit-learn and scipy, for constant predictions and absent classes, and over two processes."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from bigmodel.tasks.transfer_learning.metrics import make_metrics
 
 
 def evaluation(problem_type, num_classes=4, n=203, seed=0):
-    """Logits and targets that agree somewhat, with scores that tie."""
+    """Logits and targets that are correlated, with ties among the scores."""
     draw = torch.Generator().manual_seed(seed)
     logits = torch.randn(n, num_classes if problem_type != "regression" else 1, generator=draw)
     logits = (logits * 4).round() / 4
@@ -34,14 +34,14 @@ def numbers(metrics):
 
 
 @pytest.mark.parametrize("num_classes", [2, 7])
-def test_matthews_of_one_class_equals_scikit_learn(num_classes):
+def test_matthews_equals_scikit_learn(num_classes):
     logits, targets = evaluation("single_label_classification", num_classes)
     got = numbers(measure("single_label_classification", logits, targets))
     assert got["matthews"] == pytest.approx(sk.matthews_corrcoef(targets, logits.argmax(1)))
     assert {"loss", "accuracy", "precision", "recall", "f1", "auroc", "calibration_error"} <= got.keys()
 
 
-def test_several_labels_equal_scikit_learn():
+def test_multi_label_metrics_equal_scikit_learn():
     logits, targets = evaluation("multi_label_classification")
     got, p, t = (
         numbers(measure("multi_label_classification", logits, targets)),
@@ -59,7 +59,7 @@ def test_several_labels_equal_scikit_learn():
     )
 
 
-def test_numbers_equal_scipy():
+def test_regression_metrics_equal_scipy():
     predicted, targets = evaluation("regression")
     got, p, t = numbers(measure("regression", predicted, targets)), predicted[:, 0].double(), targets.double()
     assert got == pytest.approx(
@@ -74,7 +74,7 @@ def test_numbers_equal_scipy():
 
 
 @pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification", "regression"])
-def test_nothing_is_nan_where_a_model_always_says_the_same_or_a_class_is_not_there(problem_type):
+def test_metrics_are_finite_for_constant_predictions_and_absent_classes(problem_type):
     logits, targets = evaluation(problem_type)
     same = numbers(measure(problem_type, torch.full_like(logits, -1.0), targets))
     assert all(np.isfinite(value) for value in same.values())
@@ -90,7 +90,7 @@ def test_nothing_is_nan_where_a_model_always_says_the_same_or_a_class_is_not_the
     assert "auroc" not in alone
 
 
-def test_labels_that_nobody_has_and_nobody_predicts_do_not_count():
+def test_absent_and_unpredicted_labels_are_excluded():
     logits, targets = evaluation("multi_label_classification")
     logits[:, 2], targets[:, 2] = -5, 0
     got, t, p = numbers(measure("multi_label_classification", logits, targets)), targets.numpy(), logits.numpy() > 0
@@ -99,7 +99,7 @@ def test_labels_that_nobody_has_and_nobody_predicts_do_not_count():
 
 
 def on_one_of_two(rank, folder):
-    """A process that has every other sample."""
+    """Compute the metrics in one of two processes, each with every other sample."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found = {}
@@ -110,7 +110,7 @@ def on_one_of_two(rank, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_measure_what_one_does(tmp_path):
+def test_metrics_of_two_processes_equal_those_of_one(tmp_path):
     torch.multiprocessing.start_processes(on_one_of_two, (tmp_path,), nprocs=2, start_method="fork")
     for rank in range(2):
         for problem_type, found in torch.load(tmp_path / f"{rank}.pt").items():
@@ -118,7 +118,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
 
 
 @pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification", "regression"])
-def test_what_cannot_be_measured_is_refused(problem_type):
+def test_invalid_inputs_of_metrics_raise(problem_type):
     logits, targets = evaluation(problem_type)
     metrics = make_metrics(problem_type, 4)
     with pytest.raises(ValueError, match="evaluated"):

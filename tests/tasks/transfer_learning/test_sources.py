@@ -1,4 +1,4 @@
-"""Whatever form the texts have, the same is prepared from them; what cannot be used is named with its file and row."""
+"""All formats are prepared alike; errors name file and row."""
 
 import csv
 import json
@@ -32,7 +32,7 @@ def prepared(encoder, cache):
 
 
 def write(path, rows, header=("text", "label")):
-    """A table in the format that the suffix says."""
+    """Write a table in the format of the suffix."""
     columns = dict(zip(header, map(list, zip(*rows, strict=True)), strict=True))
     if path.suffix == ".parquet":
         pq.write_table(pa.table(columns), path)
@@ -48,7 +48,7 @@ def words(made):
     return [made.texts[i].tobytes().decode() for i in range(len(made))]
 
 
-def test_each_format_is_read_alike(prepared, encoder, tmp_path):
+def test_formats_are_read_alike(prepared, encoder, tmp_path):
     made = [prepared(write(tmp_path / f"t{suffix}", ROWS)) for suffix in (".csv", ".jsonl", ".parquet")]
     saved = datasets.Dataset.from_dict({"text": [t for t, _ in ROWS], "label": [x for _, x in ROWS]})
     saved.save_to_disk(tmp_path / "saved")
@@ -62,7 +62,7 @@ def test_each_format_is_read_alike(prepared, encoder, tmp_path):
 
 
 @pytest.mark.parametrize("explicit", [False, True])
-def test_files_are_the_splits_that_their_names_say(prepared, tmp_path, explicit):
+def test_splits_by_file_names(prepared, tmp_path, explicit):
     names = ["train-00000-of-00002", "train-00001-of-00002", "validation", "reviews_test"]
     files = [write(tmp_path / f"{name}.csv", [(name, "a"), (f"{name} too", "b")]) for name in names]
     made = prepared(files if explicit else str(tmp_path))
@@ -70,7 +70,7 @@ def test_files_are_the_splits_that_their_names_say(prepared, tmp_path, explicit)
     assert [split[name] for name in names] == ["train", "train", "val", "test"]
 
 
-def test_files_of_no_split_among_those_of_splits(prepared, tmp_path, capsys):
+def test_files_without_a_split_in_their_names(prepared, tmp_path, capsys):
     files = [write(tmp_path / f"{name}.csv", [(name, "a")]) for name in ("train", "more")]
     assert words(prepared(str(tmp_path))) == ["train"]
     assert "more.csv have no split in their names" in capsys.readouterr().err
@@ -78,13 +78,13 @@ def test_files_of_no_split_among_those_of_splits(prepared, tmp_path, capsys):
         prepared(files)
 
 
-def test_a_column_may_say_the_split(prepared, tmp_path):
+def test_split_column(prepared, tmp_path):
     rows = [("a", "x", "train"), ("b", "y", "dev"), ("c", "x", "Test")]
     made = prepared(write(tmp_path / "train.csv", rows, ("text", "label", "part")), split="part")
     assert [SPLITS[i] for i in made.splits] == ["train", "val", "test"]
 
 
-def test_classes_that_hugging_face_declares(prepared, tmp_path, monkeypatch):
+def test_declared_classes_of_hugging_face(prepared, tmp_path, monkeypatch):
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
     parts = {"train": [1, 0, 1], "validation": [0, 1, 1], "test": [-1, -1, -1]}
     saved = datasets.DatasetDict(
@@ -102,7 +102,7 @@ def test_classes_that_hugging_face_declares(prepared, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-def test_what_labels_are(prepared, tmp_path, suffix):
+def test_problem_type_and_labels(prepared, tmp_path, suffix):
     path = tmp_path / f"t{suffix}"
 
     def labels(values, problem_type="auto"):
@@ -144,18 +144,18 @@ def test_what_labels_are(prepared, tmp_path, suffix):
         ("t.jsonl", '{"text": "a", "label": 1.5}\n', {"problem_type": SINGLE_LABEL}, "t.jsonl line 1: 1.5 is not a class"),
     ],
 )  # fmt: skip
-def test_bad_input_is_named_with_its_row(prepared, tmp_path, name, content, options, message):
+def test_invalid_input_raises_with_its_row(prepared, tmp_path, name, content, options, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         prepared(str(tmp_path / name), **options)
 
 
-def test_bad_numbers_in_parquet(prepared, tmp_path):
+def test_invalid_numbers_in_parquet(prepared, tmp_path):
     with pytest.raises(ValueError, match=r"t.parquet row 1: the label 'nan' is not a finite number: .* \(2 in all\)"):
         prepared(write(tmp_path / "t.parquet", [("a", 1.0), ("b", float("nan")), ("c", float("inf"))]))
 
 
-def test_what_is_not_there(prepared, tmp_path):
+def test_missing_sources_raise(prepared, tmp_path):
     for path, message in (
         (tmp_path / "none.csv", "no such file or folder .* Known are tables of texts"),
         ("{none}", r"accepted name in braces is \{fine_foods\}"),
@@ -164,7 +164,7 @@ def test_what_is_not_there(prepared, tmp_path):
             prepared(str(path))
 
 
-def test_a_cached_folder_is_found_by_content_not_by_place(prepared, tmp_path):
+def test_cache_is_keyed_by_content(prepared, tmp_path):
     first = prepared(write(tmp_path / "one.csv", ROWS))
     moved = prepared(write(tmp_path / "two.csv", ROWS))
     assert moved.folder == first.folder
@@ -173,7 +173,7 @@ def test_a_cached_folder_is_found_by_content_not_by_place(prepared, tmp_path):
     assert other.folder != first.folder
 
 
-def test_errors_of_the_tokenizer_name_the_row(cache, tmp_path):
+def test_tokenizer_errors_name_the_row(cache, tmp_path):
     from bigmodel.tasks.language_modeling.tokenizer import CharacterTokenizer
     from bigmodel.tasks.transfer_learning.tokenization import LanguageModelEncoder, TransformersEncoder
 

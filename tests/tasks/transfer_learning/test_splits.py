@@ -1,4 +1,4 @@
-"""Dealing texts out: by class, the same for equal texts, whatever their order; folds; shots that are nested."""
+"""Splits by class, with equal texts in one split, in any order; folds; nested shots."""
 
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ class Texts(SimpleNamespace):
 
 
 def prepared(values, contents=None, splits=None, problem_type="single_label_classification", offsets=None):
-    """As much of prepared texts as is dealt out."""
+    """Prepared texts, with the attributes that splits use."""
     number = len(values) if offsets is None else len(offsets) - 1
     contents = np.arange(number) if contents is None else np.asarray(contents)
     names = [f"c{i}" for i in range(max(map(int, values), default=0) + 1)]
@@ -31,7 +31,7 @@ def dealt(texts, split=None, folds=None):
     return divide(texts, split or TextSplit(), folds, print)
 
 
-def test_shares_of_every_class():
+def test_shares_per_class():
     labels = np.repeat([0, 1, 2], [100, 14, 3])
     rows = dealt(prepared(labels), TextSplit(0.1, 0.2))
     assert {name: np.bincount(labels[which]).tolist() for name, which in rows.items()} == {
@@ -42,7 +42,7 @@ def test_shares_of_every_class():
     assert sorted(np.concatenate(list(rows.values())).tolist()) == list(range(117))
 
 
-def test_equal_texts_stay_together_and_order_does_not_count():
+def test_equal_texts_are_in_one_split_in_any_order():
     draw = np.random.default_rng(0)
     contents, labels = draw.integers(0, 90, 300), draw.integers(0, 3, 300)
     rows = dealt(prepared(labels, contents))
@@ -53,7 +53,7 @@ def test_equal_texts_stay_together_and_order_does_not_count():
     assert places == {name: set(contents[order][which].tolist()) for name, which in again.items()}
 
 
-def test_a_text_more_moves_two_others_at_most():
+def test_another_text_moves_at_most_two():
     for number in range(3, 60):
         before, after = (
             dealt(prepared([0] * n + [1] * 20, [*range(n), *range(500, 520)])) for n in (number, number + 1)
@@ -66,12 +66,12 @@ def test_a_text_more_moves_two_others_at_most():
         assert all("train" in (places[0][i], places[1][i]) for i in moved)
 
 
-def test_another_seed_is_another_split():
+def test_seed_changes_the_split():
     texts = prepared([0, 1] * 100)
     assert dealt(texts)["test"].tolist() != dealt(texts, TextSplit(seed=1))["test"].tolist()
 
 
-def test_splits_of_the_data_stay_and_missing_ones_come_from_training(capsys):
+def test_given_splits_stay_and_missing_ones_are_drawn_from_training(capsys):
     splits = [1] * 60 + [3] * 20
     rows = dealt(prepared([0, 1] * 40, splits=splits))
     assert rows["test"].tolist() == list(range(60, 80))
@@ -83,7 +83,7 @@ def test_splits_of_the_data_stay_and_missing_ones_come_from_training(capsys):
     assert "no training split, only test" in capsys.readouterr().out
 
 
-def test_unlabelled_splits_are_left_out_and_unlabelled_training_texts_refused(capsys):
+def test_unlabelled_splits_are_ignored_and_training_texts_raise(capsys):
     rows = dealt(prepared([0, 1] * 30 + [-1] * 20, splits=[1] * 60 + [3] * 20))
     assert "test split has no labels" in capsys.readouterr().out
     assert sum(map(len, rows.values())) == 60
@@ -91,7 +91,7 @@ def test_unlabelled_splits_are_left_out_and_unlabelled_training_texts_refused(ca
         dealt(prepared([0, 1] * 30 + [-1], splits=[1] * 61))
 
 
-def test_folds_are_a_partition_of_what_is_not_for_test():
+def test_folds_partition_all_but_the_test_split():
     labels = np.repeat([0, 1, 2], [50, 23, 7])
     found = [dealt(prepared(labels), TextSplit(), Folds(5, fold)) for fold in range(5)]
     assert len({tuple(rows["test"].tolist()) for rows in found}) == 1
@@ -104,7 +104,7 @@ def test_folds_are_a_partition_of_what_is_not_for_test():
     assert np.ptp(sizes.sum(1)) <= 1
 
 
-def test_folds_keep_equal_texts_together_and_take_in_a_validation_split():
+def test_folds_with_equal_texts_and_a_given_validation_split():
     contents = np.repeat(np.arange(40), 2)
     texts = prepared(np.repeat([0, 1] * 20, 2), contents, splits=[1] * 50 + [2] * 20 + [3] * 10)
     found = [dealt(texts, TextSplit(), Folds(4, fold)) for fold in range(4)]
@@ -114,7 +114,7 @@ def test_folds_keep_equal_texts_together_and_take_in_a_validation_split():
     assert sorted(np.concatenate([rows["val"] for rows in found]).tolist()) == list(range(70))
 
 
-def test_numbers_and_several_labels_are_dealt_out_too():
+def test_splits_of_regression_and_multi_label():
     rows = dealt(prepared([0.5] * 100, problem_type="regression"))
     assert [len(rows[name]) for name in ("train", "val", "test")] == [80, 10, 10]
     # Label 1 is rare, and always stands beside label 0: its texts are a class of their own.
@@ -138,18 +138,18 @@ def test_numbers_and_several_labels_are_dealt_out_too():
         (list(range(30)), {}, None, "30 of 30 classes .* --data.problem_type regression"),
     ],
 )
-def test_classes_too_small_to_be_in_all_splits_are_refused(labels, options, folds, message):
+def test_classes_too_small_for_all_splits_raise(labels, options, folds, message):
     with pytest.raises(ValueError, match=message):
         dealt(prepared(labels), TextSplit(**options), folds)
 
 
-def test_no_shares_is_no_dealing_out():
+def test_zero_shares_leave_all_in_training():
     assert {name: len(which) for name, which in dealt(prepared([0] * 5 + [1]), TextSplit(0.0, 0.0)).items()} == {
         "train": 6
     }
 
 
-def test_shots_are_nested_different_and_of_each_class():
+def test_shots_are_nested_and_different():
     draw = np.random.default_rng(1)
     contents = draw.integers(0, 900, 1_000)
     labels = contents % 3
@@ -169,7 +169,7 @@ def test_shots_are_nested_different_and_of_each_class():
     assert set(contents[order][shuffled]) == set(contents[more]), "neither do places count"
 
 
-def test_shots_of_several_labels_are_so_many_of_each():
+def test_shots_multi_label():
     values = np.concatenate([np.arange(2) if i % 4 == 0 else [i % 2] for i in range(200)])
     offsets = np.concatenate([[0], np.cumsum([2 if i % 4 == 0 else 1 for i in range(200)])])
     texts = prepared(values, problem_type="multi_label_classification", offsets=offsets)
@@ -178,7 +178,7 @@ def test_shots_of_several_labels_are_so_many_of_each():
     assert len(chosen) <= 20
 
 
-def test_shots_that_cannot_be_drawn_are_refused():
+def test_invalid_shots_raise():
     texts, rows = prepared([0] * 20 + [1] * 5, [*range(20), 1_000, 1_000, 1_001, 1_002, 1_003]), np.arange(25)
     with pytest.raises(ValueError, match=r"--data.shots 8: 1 of 2 classes .*: 'c1' has 4; at most 4"):
         draw_shots(texts, rows, ["c0", "c1"], 8, 0)
@@ -189,19 +189,19 @@ def test_shots_that_cannot_be_drawn_are_refused():
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_repeats_and_contradictions_are_counted(several, capsys):
+def test_report_duplicates(several, capsys):
     labels, contents = [0, 0, 1, 0, 1, 1], [5, 5, 6, 6, 7, 8]
     offsets = np.arange(7) if several else None
     texts = prepared(
         labels, contents, problem_type=f"{'multi' if several else 'single'}_label_classification", offsets=offsets
     )
     report_duplicates(texts, {"train": np.array([0, 1, 2, 4]), "test": np.array([3, 5])}, print)
-    told = capsys.readouterr().out
-    assert "2 of 4 different texts occur more than once, 1 of them with contradicting labels" in told
-    assert "1 of 2 texts of the test split are in the train split too" in told
+    output = capsys.readouterr().out
+    assert "2 of 4 different texts occur more than once, 1 of them with contradicting labels" in output
+    assert "1 of 2 texts of the test split are in the train split too" in output
 
 
-def test_settings_that_are_none_are_refused():
+def test_invalid_split_settings_raise():
     with pytest.raises(ValueError, match="leave nothing to train on"):
         TextSplit(0.5, 0.5)
     with pytest.raises(ValueError, match=r"--data.folds 1: at least 2"):
