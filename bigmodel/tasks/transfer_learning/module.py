@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from bigmodel.evaluation import Report
@@ -103,6 +102,7 @@ class TransferLearning(LightningModule):
         self.data_metadata: dict[str, Any] = {}  # classes, problem type and geometry of the data, as in the checkpoint
         self.description: dict[str, Any] | None = None  # description of the backbone, from a checkpoint
         self._text_encoder: TextEncoder | None = None
+        self._fitting = False
 
     # Metadata of the data, and requirements on the data.
 
@@ -125,10 +125,11 @@ class TransferLearning(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Read the metadata of the data module."""
+        self._fitting = stage == "fit"
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage != "predict" and hasattr(data, "classes"):
             self.data_metadata = collect_metadata(data)
-        if stage == "fit" and self.penalty is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if self._fitting and self.penalty is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise ValueError(
                 "--model.penalty is not supported for sharded nets: set --trainer.strategy ddp, or --model.penalty null"
             )
@@ -153,14 +154,10 @@ class TransferLearning(LightningModule):
         pretrained = dict(backbone.named_parameters())
         self.net = TransferNet(backbone, data_sizes["num_classes"], pooling=self.pooling, dropout=self.dropout)
         self.method.wrap(self.net, self.problem_type)
-        if self.penalty is not None and self._fits:
+        if self.penalty is not None and self._fitting:
             self.penalty.start(pretrained, dict(self.method.trainable(self.net)))
         self.metrics = self.new_metrics()
         self.train()
-
-    @property
-    def _fits(self) -> bool:
-        return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
 
     def new_metrics(self) -> TransferMetrics:
         """Return metrics for this problem type, on this device."""
@@ -293,7 +290,7 @@ class TransferLearning(LightningModule):
         saved = checkpoint["transfer"]
         metadata = read_metadata(saved)
         check_targets(self.data_metadata or metadata, metadata)
-        if self.penalty is not None and self._fits and saved["penalty"] != self.penalty.identity():
+        if self.penalty is not None and self._fitting and saved["penalty"] != self.penalty.identity():
             raise ValueError(
                 f"--model.backbone {self.backbone} has other weights than when this run began, and --model.penalty refers"
                 " to those: restore them, or set --model.penalty null"
