@@ -82,8 +82,9 @@ class SupportsLogits(Protocol):
     """Prediction in two parts, for distillation, evaluation and export.
 
     An optional property `label_space` identifies the meaning of the K logits, as plain values: the names of the classes,
-    the tokenizer. A teacher with another label space is refused. An optional property `problem` is the kind of target:
-    `class` (one of K, or a distribution over them; the default), `labels` (each of K is 0 or 1), or `number`.
+    the tokenizer. A teacher with another label space is refused. An optional property `problem_type` is the type of the
+    targets, as in transformers: `single_label_classification` (one of K, or a distribution over them; the default),
+    `multi_label_classification` (each of K is 0 or 1), or `regression`.
     """
 
     def features(self, batch: Any) -> Tensor:

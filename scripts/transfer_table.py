@@ -1,11 +1,10 @@
-"""Accuracy of the methods of transfer learning by the number of labels: a table, and a plot.
+"""Accuracy of each fine-tuning method by the number of labels: a table, and a plot.
 
 Runs `bigmodel fit` and `bigmodel test` for each method, number of labels per class and seed, one after another in this
-process, and keeps what was measured in .bench/: what is there is not run again. Without validation: nothing is chosen by
-labels that one would not have.
+process, and saves the results in .bench/; saved results are not run again. Without validation, as few labels leave none.
 
     text      experiments/transfer_learning/minilm_text.yaml, 64 tokens: reviews of food, by a sentence encoder
-    digits    experiments/transfer_learning/own_run.yaml: the digits 5 to 9, by a net that was trained here on 0 to 4
+    digits    experiments/transfer_learning/own_run.yaml: the digits 5 to 9, by a net that was trained on 0 to 4
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ MEASURED = ("method", "labels", "seed", "accuracy", "seconds")
 
 
 class Table(NamedTuple):
-    """What is compared: an experiment, the labels per class with the optimizer steps that nets train for, and for each
-    method its flags. Probes, whose epochs cost next to nothing, take 300 steps."""
+    """One comparison: an experiment, the optimizer steps by labels per class, and the flags of each method. Linear probes,
+    whose steps are cheap, take 300 steps."""
 
     experiment: str
     flags: str
@@ -72,28 +71,28 @@ COLORS = dict(zip(TABLES["text"].methods, ("0.5", "C0", "C1", "C2", "C3", "C4"),
 
 
 def fit(*flags: str) -> Path:
-    """Run `bigmodel fit`; the directory of the run."""
-    remembered = BENCH / f"run-{os.getpid()}"
-    os.environ["BIGMODEL_RUN_FILE"] = str(remembered)
+    """Run `bigmodel fit`; return the directory of the run."""
+    run_file = BENCH / f"run-{os.getpid()}"
+    os.environ["BIGMODEL_RUN_FILE"] = str(run_file)
     bigmodel(
         ["fit", *flags, "--runs_dir", str(BENCH / "runs"), "--wandb.mode", "disabled", "--callbacks.progress", "null"]
     )
-    run = Path(remembered.read_text().strip())
-    remembered.unlink()
+    run = Path(run_file.read_text().strip())
+    run_file.unlink()
     return run
 
 
 def pretrained_digits() -> Path:
-    """The run that learned 0 to 4."""
-    remembered = BENCH / "digits_0_4"
-    if not remembered.exists():
+    """Return the run that is trained on 0 to 4."""
+    run_file = BENCH / "digits_0_4"
+    if not run_file.exists():
         experiment = ["-c", "experiments/image_classification/mnist5k.yaml", "--data.classes", '["0","1","2","3","4"]']
-        remembered.write_text(str(fit(*experiment)))
-    return Path(remembered.read_text())
+        run_file.write_text(str(fit(*experiment)))
+    return Path(run_file.read_text())
 
 
 def measure(table: Table, flags: list[str], method: str, labels: int, seed: int) -> tuple[float, float]:
-    """Accuracy on the test split, and the seconds that the fit took."""
+    """Return the accuracy on the test split, and the duration of the fit in seconds."""
     start = time.perf_counter()
     run = fit(
         "-c", f"experiments/transfer_learning/{table.experiment}.yaml", *flags, "--data.shots", str(labels),
@@ -107,7 +106,7 @@ def measure(table: Table, flags: list[str], method: str, labels: int, seed: int)
 
 
 def read(path: Path) -> dict[tuple[str, int, int], float]:
-    """Results so far: accuracy by method, labels and seed."""
+    """Return the saved results: accuracy by method, labels and seed."""
     if not path.exists():
         return {}
     with open(path, newline="") as file:
@@ -118,7 +117,7 @@ def read(path: Path) -> dict[tuple[str, int, int], float]:
 
 
 def spread(found: dict[tuple[str, int, int], float], method: str, labels: int) -> list[float]:
-    """The accuracies of all seeds."""
+    """Return the accuracies of all seeds."""
     return [accuracy for (name, number, _), accuracy in found.items() if (name, number) == (method, labels)]
 
 
@@ -168,10 +167,10 @@ def draw(names: list[str], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="which (default: all)")
+    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="tables to run (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--labels", type=int, nargs="+", help="only these numbers of labels per class")
-    parser.add_argument("--draw", type=Path, help="draw what was measured to this file")
+    parser.add_argument("--draw", type=Path, help="file of the plot")
     options = parser.parse_args()
     BENCH.mkdir(exist_ok=True)
     names = options.tables or list(TABLES)

@@ -18,14 +18,12 @@ from bigmodel.nn import accumulation as devices
 from bigmodel.tasks.language_modeling import LanguageModeling
 from bigmodel.tasks.language_modeling.generation import draw_by_keys
 from bigmodel.tasks.recommendation.metrics import RankingMetrics, RatingErrors
-from bigmodel.tasks.transfer_learning.metrics import MultiLabelMetrics, NumberMetrics, SingleLabelMetrics
+from bigmodel.tasks.transfer_learning.metrics import MultiLabelMetrics, RegressionMetrics, SingleLabelMetrics
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 # Functions that compute in main memory, whatever the device is: file and name.
 IN_MAIN_MEMORY = {
-    ("evaluation/class_metrics.py", "mean_area"), ("transfer_learning/metrics.py", "_measured"),
-    ("transfer_learning/metrics.py", "MultiLabelMetrics.compute"),
-    ("transfer_learning/metrics.py", "NumberMetrics.compute"),
+    ("evaluation/class_metrics.py", "mean_area"), ("transfer_learning/metrics.py", "_SampleMetrics.compute"),
     ("evaluation/report.py", "Report.on_validation_batch_end"),
     ("evaluation/report.py", "Report._largest"), ("evaluation/report.py", "Report._write"),
     ("image_classification/geometry.py", "RandomResizedCrop.boxes"),
@@ -83,7 +81,7 @@ METRICS = {
     "classes": (lambda: ClassMetrics(7), classes),
     "one_label": (lambda: SingleLabelMetrics(7), classes),
     "labels": (lambda: MultiLabelMetrics(7), lambda device: (classes(device)[0], (classes(device)[0] > 0.3).float())),
-    "number": (NumberMetrics, lambda device: (classes(device)[0][:, :1], classes(device)[0][:, 1])),
+    "number": (RegressionMetrics, lambda device: (classes(device)[0][:, :1], classes(device)[0][:, 1])),
     "ranks": (
         lambda: RankingMetrics((2, 5), torch.arange(9)),
         lambda device: (

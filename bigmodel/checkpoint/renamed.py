@@ -27,6 +27,18 @@ RENAMED = {
         "bigmodel.tasks.recommendation.non_neural.NonNeuralRecommendation"
     ),
 }
+# Transfer learning: by the path of the package and by those of the modules.
+RENAMED |= {
+    f"bigmodel.tasks.transfer_learning.{folder}{old}": f"bigmodel.tasks.transfer_learning.{folder}{new}"
+    for old, new, folders in (
+        ("Full", "FullFineTuning", ("", "methods.", "methods.base.")),
+        ("Gradual", "GradualUnfreezing", ("", "methods.", "methods.gradual.")),
+        ("L1", "L1Penalty", ("", "penalties.")),
+        ("L2SP", "L2SPPenalty", ("", "penalties.")),
+        ("Split", "TextSplit", ("", "splits.")),
+    )
+    for folder in folders
+}
 # Image classification: by the path of the package and by that of the module.
 RENAMED |= {
     f"bigmodel.tasks.image_classification.{old}": f"bigmodel.tasks.image_classification.{new}"
@@ -98,9 +110,23 @@ RENAMED_ARGUMENTS |= {
     "bigmodel.tasks.recommendation.SequentialRecommendation": _SEQUENTIAL,
     "bigmodel.tasks.recommendation.module.SequentialRecommendation": _SEQUENTIAL,
 }
+RENAMED_ARGUMENTS |= {
+    # Transfer learning.
+    "bigmodel.tasks.transfer_learning.TransferLearning": {"excuse": "ignore_mismatched"},
+    "bigmodel.tasks.transfer_learning.module.TransferLearning": {"excuse": "ignore_mismatched"},
+    "bigmodel.tasks.transfer_learning.LabelledTextData": {"problem": "problem_type"},
+    "bigmodel.tasks.transfer_learning.data.LabelledTextData": {"problem": "problem_type"},
+}
 # Current class path: by argument, earlier values of it (short names such as those of a Literal) and current ones.
 _ACTIONS = {"on_nonfinite": {"back": "rollback"}, "on_spike": {"back": "rollback"}}
+_PROBLEM_TYPES = {
+    "class": "single_label_classification",
+    "labels": "multi_label_classification",
+    "number": "regression",
+}
 RENAMED_VALUES: dict[str, dict[str, dict[str, str]]] = {
+    "bigmodel.tasks.transfer_learning.LabelledTextData": {"problem_type": _PROBLEM_TYPES},
+    "bigmodel.tasks.transfer_learning.data.LabelledTextData": {"problem_type": _PROBLEM_TYPES},
     "bigmodel.training.callbacks.Anomalies": _ACTIONS,
     "bigmodel.training.callbacks.anomalies.Anomalies": _ACTIONS,
 }

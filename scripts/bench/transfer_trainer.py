@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with the same encoder, head and texts, batches of like length, and all else at its defaults."""
+"""Hugging Face's Trainer with the same encoder, head and texts, batches of similar length, and its defaults otherwise."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_LENGTH, BATCH_SIZE = 64, 32
 
 
 class Classifier(nn.Module):
-    """The encoder, the mean over its tokens, and a head, with its loss as Trainer wants it."""
+    """The encoder, the mean over its tokens, and a head; returns the loss in the form that Trainer requires."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Classifier(nn.Module):
 
 
 class Reviews(Dataset):
-    """The texts that bigmodel prepared, as lists of tokens."""
+    """Texts prepared by bigmodel, as lists of tokens."""
 
     def __init__(self) -> None:
         data = LabelledTextData(

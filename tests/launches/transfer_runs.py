@@ -1,4 +1,4 @@
-"""Tiny pretrained nets, data for them, and runs of them; as a program, what two processes do together, in one launch:
+"""Tiny pretrained nets, data for them, and runs of them; as a program, the runs of two processes, in one launch:
 `python forked.py 2 transfer_runs.py`, in a folder that `make` has filled."""
 
 import random
@@ -18,7 +18,7 @@ FILLING = ["the", "a", "is", "was", "here", "there", "good", "old", "my", "your"
 
 
 def texts(path, number=96, seed=0):
-    """A table of texts, each with words of its class among others."""
+    """Write a table of texts, each with words of its class and other words."""
     draw = random.Random(seed)
     with open(path, "w") as file:
         file.write("text,label\n")
@@ -30,7 +30,7 @@ def texts(path, number=96, seed=0):
 
 
 def bert(folder, layers=2, dropout=0.0):
-    """A tiny encoder, as transformers saves it."""
+    """Save a tiny encoder in the format of transformers."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -51,7 +51,7 @@ def bert(folder, layers=2, dropout=0.0):
 
 
 def make(folder, dropout=0.0):
-    """What all runs need: texts, a backbone, an experiment of 8 steps of 16 over two epochs, validated each epoch."""
+    """Write texts, a backbone, and an experiment of 8 steps of 16 over two epochs, validated each epoch."""
     folder = Path(folder)
     texts(folder / "texts.csv")
     bert(folder / "bert", dropout=dropout)
@@ -75,13 +75,13 @@ callbacks:
 
 
 def words(*flags, runs_dir="runs"):
-    """Words for `bigmodel fit`."""
+    """Arguments of `bigmodel fit`."""
     return [str(word) for word in ("fit", "-c", "texts.yaml", "--runs_dir", runs_dir, *flags)]
 
 
-# What one process and two must come to alike.
+# Runs with equal results on one process and on two.
 RUNS = {
-    "full": ["--model.layer_decay", 0.7, "--model.penalty", f"{TASK}.L2SP", "--model.penalty.strength", 0.1],
+    "full": ["--model.layer_decay", 0.7, "--model.penalty", f"{TASK}.L2SPPenalty", "--model.penalty.strength", 0.1],
     "gradual": ["--model.method", "gradual"],
     "knn_probe": ["--model.method", "knn_probe", "--model.method.k", 5],
 }

@@ -25,7 +25,7 @@ from bigmodel.tasks.distillation.teachers import (
     Teacher,
     Teachers,
     find_teacher,
-    problem_of,
+    problem_type_of,
 )
 
 _NUM_CHECKED = 64  # samples, for positions at which teacher and student predict
@@ -112,7 +112,7 @@ class TeacherOutputs:
             ValueError: if one does not match the student or its data, or the targets are of a type that cannot be
                 distilled.
         """
-        self._check_problem(student)
+        self._check_problem_type(student)
         if not self.paths:
             return
         self.sources = [find_teacher(path, student) for path in self.paths]
@@ -142,16 +142,16 @@ class TeacherOutputs:
             lines.append(f"{type(task.net).__name__}, {count}, of {teacher.path}{cached}")
         return lines
 
-    def _check_problem(self, student: Any) -> None:
-        problem = problem_of(student)
-        if problem not in ("class", "labels"):
+    def _check_problem_type(self, student: Any) -> None:
+        problem_type = problem_type_of(student)
+        if problem_type not in ("single_label_classification", "multi_label_classification"):
             raise ValueError(
-                f"--model.student: its targets are of type {problem!r}; distillation compares probabilities, of targets of"
-                " type 'class' or 'labels': train the student without --model.teacher"
+                f"--model.student: its targets are of type {problem_type!r}; distillation compares probabilities, of"
+                " single_label_classification or multi_label_classification: train the student without --model.teacher"
             )
         if self.needs_classes and getattr(student.trainer.datamodule, "mix", None) is not None:
             raise ValueError("--model.losses: DKD needs the class of each sample: set --data.mix null")
-        self.of_labels = problem == "labels"
+        self.of_labels = problem_type == "multi_label_classification"
         if not self.of_labels:
             return
         if self.needs_classes:

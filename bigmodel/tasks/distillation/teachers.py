@@ -161,17 +161,17 @@ def _as_teacher(task: Any, student: LightningModule, path: str) -> Any:
             f"{_FLAG} {path} has classes or tokens that differ from the student's (teacher, student):"
             f" {_first_difference(of_teacher, of_student)}"
         )
-    if problem_of(task) != problem_of(student):
+    if problem_type_of(task) != problem_type_of(student):
         raise ValueError(
-            f"{_FLAG} {path} has targets of type {problem_of(task)!r}, and the student of type {problem_of(student)!r}: set"
-            " a teacher of the same type"
+            f"{_FLAG} {path} has targets of type {problem_type_of(task)!r}, and the student of type"
+            f" {problem_type_of(student)!r}: set a teacher of the same type"
         )
     return cast(Any, task).requires_grad_(False)
 
 
-def problem_of(task: Any) -> str:
+def problem_type_of(task: Any) -> str:
     """Type of the targets, see `bigmodel.protocols.SupportsLogits`: class, labels or number."""
-    return str(getattr(task, "problem", "class"))
+    return str(getattr(task, "problem_type", "single_label_classification"))
 
 
 def _listed(sizes: dict[str, int]) -> str:

@@ -8,34 +8,42 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bigmodel.tasks.transfer_learning.batches import LabelledTextBatch
     from bigmodel.tasks.transfer_learning.data import LabelledTextData
-    from bigmodel.tasks.transfer_learning.methods import BiasOnly, Full, Gradual, KNNProbe, LinearProbe, LoRA, Method
+    from bigmodel.tasks.transfer_learning.methods import (
+        BiasOnly,
+        FullFineTuning,
+        GradualUnfreezing,
+        KNNProbe,
+        LinearProbe,
+        LoRA,
+        Method,
+    )
     from bigmodel.tasks.transfer_learning.module import TransferLearning
-    from bigmodel.tasks.transfer_learning.penalties import L1, L2SP, Penalty
-    from bigmodel.tasks.transfer_learning.splits import Split
+    from bigmodel.tasks.transfer_learning.penalties import L1Penalty, L2SPPenalty, Penalty
+    from bigmodel.tasks.transfer_learning.splits import TextSplit
 
 __all__ = [
-    "L1",
-    "L2SP",
     "BiasOnly",
-    "Full",
-    "Gradual",
+    "FullFineTuning",
+    "GradualUnfreezing",
     "KNNProbe",
+    "L1Penalty",
+    "L2SPPenalty",
     "LabelledTextBatch",
     "LabelledTextData",
     "LinearProbe",
     "LoRA",
     "Method",
     "Penalty",
-    "Split",
+    "TextSplit",
     "TransferLearning",
 ]
 _WHERE = {
     "batches": ("LabelledTextBatch",),
     "data": ("LabelledTextData",),
-    "methods": ("BiasOnly", "Full", "Gradual", "KNNProbe", "LinearProbe", "LoRA", "Method"),
+    "methods": ("BiasOnly", "FullFineTuning", "GradualUnfreezing", "KNNProbe", "LinearProbe", "LoRA", "Method"),
     "module": ("TransferLearning",),
-    "penalties": ("L1", "L2SP", "Penalty"),
-    "splits": ("Split",),
+    "penalties": ("L1Penalty", "L2SPPenalty", "Penalty"),
+    "splits": ("TextSplit",),
 }
 
 

@@ -1,4 +1,4 @@
-"""Labelled texts as batches of tokens, and the dataset that makes them.
+"""Labelled texts as batches of tokens, and their dataset.
 
 B texts, T tokens, K classes, N texts of a split.
 """
@@ -15,10 +15,10 @@ from torch.utils.data import Dataset
 
 from bigmodel.data.class_balance import ClassBalancedOversampling
 from bigmodel.data.stateless_rng import sample_keys
-from bigmodel.tasks.transfer_learning.prepare import Prepared
+from bigmodel.tasks.transfer_learning.prepare import PreparedTexts
+from bigmodel.tasks.transfer_learning.targets import UNKNOWN, MultiHotTargets
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
 
-UNKNOWN = -1  # the class of a text without a label
 _MULTIPLE = 8  # T is a multiple of this, for matrix units
 
 
@@ -55,7 +55,7 @@ def padded(rows: Sequence[np.ndarray], encoder: TextEncoder, paired: bool) -> tu
     segments = np.zeros((len(rows), width), np.int64)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
-        if paired and encoder.frame.has_segments:
+        if paired and encoder.special_tokens.has_segments:
             segments[i, : len(row)] = encoder.segments(row)
     mask = np.arange(width) < np.array([len(row) for row in rows])[:, None]
     return torch.from_numpy(tokens), torch.from_numpy(mask), torch.from_numpy(segments)
@@ -72,7 +72,7 @@ class Texts:
         paired: True if each is a pair.
     """
 
-    def __init__(self, parts: Sequence[tuple[Prepared, np.ndarray]]) -> None:
+    def __init__(self, parts: Sequence[tuple[PreparedTexts, np.ndarray]]) -> None:
         self._parts = parts
         self._starts = np.cumsum([0, *(len(rows) for _, rows in parts)])
         self.lengths: np.ndarray = np.concatenate([np.diff(some.tokens.offsets)[rows] for some, rows in parts])
@@ -101,35 +101,15 @@ class Texts:
         prepared, row = self._find(i)
         return prepared.tokens[row]
 
-    def _find(self, i: int) -> tuple[Prepared, int]:
+    def _find(self, i: int) -> tuple[PreparedTexts, int]:
         if not 0 <= i < len(self):
-            raise IndexError(f"there is no text {i} of {len(self):,}")
+            raise IndexError(f"text {i} is outside of 0 to {len(self) - 1:,}")
         part = 0 if i < self._starts[1] else 1 + int(np.searchsorted(self._starts[2:], i, "right"))
         prepared, rows = self._parts[part]
         return prepared, int(rows[i - self._starts[part]])
 
 
-class Several:
-    """Multi-label targets; `[rows]` returns 0 and 1, [B, K] float32.
-
-    Args:
-        values: [L] class indices of all texts, concatenated.
-        counts: [N] number of classes of each text.
-        num_classes: K.
-    """
-
-    def __init__(self, values: np.ndarray, counts: np.ndarray, num_classes: int) -> None:
-        self.values, self.num_classes = values, num_classes
-        self._offsets = np.concatenate([[0], np.cumsum(counts)])
-
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        targets = np.zeros((len(rows), self.num_classes), np.float32)
-        for target, row in zip(targets, rows.tolist(), strict=True):
-            target[self.values[self._offsets[row] : self._offsets[row + 1]]] = 1
-        return targets
-
-
-class Samples(Dataset[LabelledTextBatch]):
+class TextDataset(Dataset[LabelledTextBatch]):
     """Dataset of the texts of a split; returns batches.
 
     Args:
@@ -146,7 +126,7 @@ class Samples(Dataset[LabelledTextBatch]):
     def __init__(
         self,
         texts: Texts,
-        targets: np.ndarray | Several,
+        targets: np.ndarray | MultiHotTargets,
         encoder: TextEncoder,
         max_length: int | None,
         seed: int,

@@ -1,4 +1,4 @@
-"""Labelled texts as batches for the net: the data module.
+"""Data module of labelled texts.
 
 B texts, T tokens, K classes, N texts of a split.
 """
@@ -6,7 +6,7 @@ B texts, T tokens, K classes, N texts of a split.
 from __future__ import annotations
 
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 import numpy as np
@@ -17,19 +17,18 @@ from torch.utils.data import DataLoader
 from bigmodel.data.cache import cache_folder, digest, say
 from bigmodel.data.class_balance import class_weights
 from bigmodel.data.sampling import eval_loader, train_loader
-from bigmodel.tasks.transfer_learning.batches import UNKNOWN, LabelledTextBatch, Samples, Several, Texts
-from bigmodel.tasks.transfer_learning.labels import Labels, Problem
-from bigmodel.tasks.transfer_learning.prepare import Prepared, prepare
-from bigmodel.tasks.transfer_learning.pseudo_labels import choose, prepare_predictions
-from bigmodel.tasks.transfer_learning.sources import Columns, find_source
-from bigmodel.tasks.transfer_learning.splits import Folds, Split, divide, draw_shots, tell_repeats
+from bigmodel.tasks.transfer_learning.batches import LabelledTextBatch, TextDataset, Texts
+from bigmodel.tasks.transfer_learning.prepare import PreparedTexts, prepare
+from bigmodel.tasks.transfer_learning.problem_type import REGRESSION, SINGLE_LABEL, ProblemType
+from bigmodel.tasks.transfer_learning.pseudo_labels import prepare_predictions, select_predictions
+from bigmodel.tasks.transfer_learning.sources import TextColumns, find_source
+from bigmodel.tasks.transfer_learning.splits import Folds, TextSplit, divide, draw_shots, report_duplicates
+from bigmodel.tasks.transfer_learning.targets import UNKNOWN, MultiHotTargets, select_targets, training_classes
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder, read_encoder
-
-_SHOWN = 5
 
 
 class LabelledTextData(L.LightningDataModule):
-    """Texts with a class, several labels, or a number, from tables or a public dataset, tokenized once into a cache.
+    """Texts for classification or regression, from tables or a public dataset, tokenized once into a cache.
 
     Splits that the source lacks are drawn from its training texts; equal texts are in the same split. Batches are
     padded to their longest text, and training batches contain texts of similar length.
@@ -43,8 +42,8 @@ class LabelledTextData(L.LightningDataModule):
         label_column: classes (text or integers), numbers, or lists of classes (Arrow or JSON lists, or text separated
             by | or ;).
         split_column: train, validation or test; by default the split is taken from the file names, if they contain it.
-        problem: type of the targets: a `class`, several (`labels`), or a `number`; `auto`: floats are numbers, lists
-            are several, everything else is a class.
+        problem_type: single_label_classification, multi_label_classification or regression; auto: regression for
+            floats, multi-label for lists, single-label for all other labels.
         tokenizer: folder or owner/name of a Hugging Face tokenizer; by default the task's own, its `text_encoder`.
         max_length: T, texts are truncated to so many tokens; by default the number of positions of the model.
         split: shares of the texts for validation and test, if the source has no splits.
@@ -65,18 +64,18 @@ class LabelledTextData(L.LightningDataModule):
         seed: with the epoch, determines the order of the texts; also the draw of `shots`.
 
     Attributes:
-        sizes: sizes that the net is built with: num_classes, 1 for numbers. Set by `setup`, like all below, but not
+        sizes: sizes that the net is built with: num_classes, 1 for regression. Set by `setup`, like all below, but not
             when predicting.
         fingerprint: hash of the texts, their labels, their splits and the settings of reading.
-        classes: names, by class number; [] for numbers.
-        problem: type of the targets: `class`, `labels` or `number`.
+        classes: names, by class number; [] for regression.
+        problem_type: type of the targets.
         encoder: the tokenizer. Also set when predicting.
     """
 
     sizes: dict[str, int]
     fingerprint: str
     classes: list[str]
-    problem: Problem
+    problem_type: ProblemType
     encoder: TextEncoder
 
     def __init__(
@@ -86,10 +85,12 @@ class LabelledTextData(L.LightningDataModule):
         pair_column: str | None = None,
         label_column: str = "label",
         split_column: str | None = None,
-        problem: Literal["auto", "class", "labels", "number"] = "auto",
+        problem_type: Literal[
+            "auto", "single_label_classification", "multi_label_classification", "regression"
+        ] = "auto",
         tokenizer: str | None = None,
         max_length: int | None = None,
-        split: Split | None = None,
+        split: TextSplit | None = None,
         shots: int | None = None,
         folds: int | None = None,
         fold: int | None = None,
@@ -105,24 +106,24 @@ class LabelledTextData(L.LightningDataModule):
     ) -> None:
         super().__init__()
         for flag, value, accepted in (
-            ("problem", problem, ("auto", "class", "labels", "number")),
+            ("problem_type", problem_type, ("auto", *get_args(ProblemType))),
             ("balance", balance, ("none", "weights", "samples")),
         ):
             if value not in accepted:
-                raise ValueError(f"--data.{flag} {value}: {', '.join(accepted)} is accepted")
+                raise ValueError(f"--data.{flag} {value}: accepted are {', '.join(accepted)}")
         if not 0 <= min_confidence <= 1:
-            raise ValueError(f"--data.min_confidence {min_confidence} is no probability: 0 to 1 is accepted")
+            raise ValueError(f"--data.min_confidence {min_confidence}: a probability, 0 to 1, is accepted")
         if folds is None and fold is not None:
-            raise ValueError(f"--data.fold {fold} is one of several: set --data.folds too")
+            raise ValueError(f"--data.fold {fold} requires --data.folds: set it to the number of folds")
         self.path, self.tokenizer, self.max_length = path, tokenizer, max_length
-        self.columns = Columns(text_column, pair_column, label_column, split_column)
-        self._problem, self.balance = problem, balance
-        self.split, self.shots = split or Split(), shots
+        self.columns = TextColumns(text_column, pair_column, label_column, split_column)
+        self._problem_type, self.balance = problem_type, balance
+        self.split, self.shots = split or TextSplit(), shots
         self.folds = None if folds is None else Folds(folds, fold or 0)
         self.pseudo_labels, self.min_confidence, self.group_by_length = pseudo_labels, min_confidence, group_by_length
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.cache_dir, self.num_workers, self.seed = cache_dir, num_workers, seed
-        self._splits: dict[str, tuple[Texts, np.ndarray | Several]] = {}
+        self._splits: dict[str, tuple[Texts, np.ndarray | MultiHotTargets]] = {}
 
     def prepare_data(self) -> None:
         """Read, check and tokenize the texts, unless the cache already holds them for these settings.
@@ -130,7 +131,7 @@ class LabelledTextData(L.LightningDataModule):
         Raises:
             ValueError: if the input or a setting is invalid; the message names the file and row and the remedy.
         """
-        self._prepare(predicting=_verb(self) == TrainerFn.PREDICTING)
+        self._prepare(predicting=_trainer_fn(self) == TrainerFn.PREDICTING)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the prepared texts, and split them.
@@ -142,41 +143,40 @@ class LabelledTextData(L.LightningDataModule):
             prepared = self._prepare(predicting=True)
             texts = Texts([(prepared, np.arange(len(prepared)))])
             self._splits["all"] = texts, np.full(len(texts), UNKNOWN)
-            self._tell_cut(["all"])
+            self._report_truncation(["all"])
         elif "train" not in self._splits:
-            self._divide(self._prepare(predicting=False))
+            self._make_splits(self._prepare(predicting=False))
 
-    def _prepare(self, predicting: bool) -> Prepared:
+    def _prepare(self, predicting: bool) -> PreparedTexts:
         """Return the prepared texts, from their folder."""
         self.encoder = encoder = self._find_encoder()
         cache = cache_folder("transfer_learning", self.cache_dir)
-        columns = Columns(self.columns.text, self.columns.pair, None) if predicting else self.columns
+        columns = TextColumns(self.columns.text, self.columns.pair, None) if predicting else self.columns
         source = find_source(self.path, columns=columns, cache=cache)
         if self.pseudo_labels is not None and not predicting:
             self._predicted = prepare_predictions(self.pseudo_labels, columns.pair is not None, encoder, cache)
-        return prepare(source, columns, self._problem, encoder, cache)
+        return prepare(source, columns, self._problem_type, encoder, cache)
 
     def _find_encoder(self) -> TextEncoder:
         own: TextEncoder | None = getattr(getattr(self.trainer, "lightning_module", None), "text_encoder", None)
         if own is None and self.tokenizer is None:
             raise ValueError(
-                "there is no tokenizer: the task has none (an attribute `text_encoder`); set --data.tokenizer to a folder or"
-                " owner/name, or --model.backbone to one that reads text"
+                "the task has no tokenizer (attribute `text_encoder`): set --data.tokenizer to a folder or owner/name, or"
+                " --model.backbone to a model of texts"
             )
         given = read_encoder(self.tokenizer) if self.tokenizer is not None else None
         if own is not None and given is not None and own.fingerprint != given.fingerprint:
             raise ValueError(
-                f"--data.tokenizer {self.tokenizer} is another than the backbone's, whose embeddings belong to its own:"
-                " leave it out"
+                f"--data.tokenizer {self.tokenizer} differs from the backbone's tokenizer: set --data.tokenizer null"
             )
         encoder = own or given
         assert encoder is not None
         if self.max_length is not None:
-            encoder.room(self.max_length, self.columns.pair is not None)
+            encoder.num_text_tokens(self.max_length, self.columns.pair is not None)
             if encoder.max_length is not None and self.max_length > encoder.max_length:
                 raise ValueError(
-                    f"--data.max_length {self.max_length}: the model has positions for {encoder.max_length} tokens; give at"
-                    " most these"
+                    f"--data.max_length {self.max_length} exceeds the positions of the model: at most {encoder.max_length}"
+                    " is accepted"
                 )
         return encoder
 
@@ -185,51 +185,51 @@ class LabelledTextData(L.LightningDataModule):
         """T, the number of tokens that texts are truncated to."""
         return self.encoder.max_length if self.max_length is None else self.max_length
 
-    def _divide(self, prepared: Prepared) -> None:
+    def _make_splits(self, prepared: PreparedTexts) -> None:
         labels = prepared.labels
         assert labels is not None
-        self.problem = labels.problem
-        if self.balance != "none" and labels.problem != "class":
+        self.problem_type = labels.problem_type
+        if self.balance != "none" and labels.problem_type != SINGLE_LABEL:
             raise ValueError(
-                f"--data.balance {self.balance} is for texts of one class each, and here are {labels.problem}"
+                f"--data.balance {self.balance} requires {SINGLE_LABEL}, and the labels are for {labels.problem_type}:"
+                " set --data.balance none"
             )
-        rows = divide(prepared, self.split, self.folds, self._say)
-        tell_repeats(prepared, rows, self._say)
-        self.classes = _classes(prepared, labels, rows)
+        rows = divide(prepared, self.split, self.folds, self._print)
+        report_duplicates(prepared, rows, self._print)
+        self.classes = training_classes(prepared, rows)
         if self.shots is not None:
             rows["train"] = draw_shots(prepared, rows["train"], self.classes, self.shots, self.seed)
         for name, which in rows.items():
-            self._splits[name] = Texts([(prepared, which)]), _targets(labels, self.classes, which)
-        marks = [
-            prepared.fingerprint,
-            {name: sha256(which.astype("<i8").tobytes()).hexdigest() for name, which in rows.items()},
-        ]
+            self._splits[name] = Texts([(prepared, which)]), select_targets(labels, self.classes, which)
+        marks = [prepared.fingerprint, {name: _digest_rows(which) for name, which in rows.items()}]
         if self.pseudo_labels is not None:
             marks += self._add_predicted(prepared, rows)
         self.sizes = {"num_classes": max(len(self.classes), 1)}
         self.fingerprint = digest([*marks, self.classes, self.balance, self._limit, self.group_by_length])
-        self._tell_cut(list(rows))
+        self._report_truncation(list(rows))
         counts = ", ".join(f"{name} {len(self._splits[name][0]):,}" for name in rows)
-        what = "numbers" if labels.problem == "number" else f"{len(self.classes):,} classes"
-        self._say(f"texts: {counts}; {what}")
+        what = REGRESSION if labels.problem_type == REGRESSION else f"{len(self.classes):,} classes"
+        self._print(f"texts: {counts}; {what}")
 
-    def _add_predicted(self, prepared: Prepared, rows: dict[str, np.ndarray]) -> list[Any]:
+    def _add_predicted(self, prepared: PreparedTexts, rows: dict[str, np.ndarray]) -> list[Any]:
         """Add pseudo-labelled texts to the training split; return what the fingerprint must include for them."""
-        if self.problem != "class":
-            raise ValueError(f"--data.pseudo_labels is for texts of one class each, and here are {self.problem}")
-        known = prepared.contents[np.concatenate(list(rows.values()))]
-        chosen, classes = choose(self._predicted, self.classes, self.min_confidence, known, self._say)
+        if self.problem_type != SINGLE_LABEL:
+            raise ValueError(
+                f"--data.pseudo_labels requires {SINGLE_LABEL}, and the labels are for {self.problem_type}: set it to null"
+            )
+        labelled = prepared.contents[np.concatenate(list(rows.values()))]
+        chosen, classes = select_predictions(self._predicted, self.classes, self.min_confidence, labelled, self._print)
         texts, targets = Texts([(prepared, rows["train"]), (self._predicted, chosen)]), self._splits["train"][1]
         assert isinstance(targets, np.ndarray)
         self._splits["train"] = texts, np.concatenate([targets, classes])
-        return [self._predicted.fingerprint, sha256(chosen.astype("<i8").tobytes()).hexdigest()]
+        return [self._predicted.fingerprint, _digest_rows(chosen)]
 
-    def _tell_cut(self, splits: list[str]) -> None:
+    def _report_truncation(self, splits: list[str]) -> None:
         lengths = np.concatenate([self._splits[name][0].lengths for name in splits])
         if self._limit is not None and (longer := lengths > self._limit).any():
-            self._say(
+            self._print(
                 f"{100 * longer.mean():.1f} % of the texts are longer than {self._limit} tokens (the longest has"
-                f" {lengths.max():,}): cut at the end"
+                f" {lengths.max():,}), and are truncated at the end"
             )
 
     def texts(self, split: str) -> Texts:
@@ -240,11 +240,11 @@ class LabelledTextData(L.LightningDataModule):
         """
         return self._split(split)[0]
 
-    def _split(self, split: str) -> tuple[Texts, np.ndarray | Several]:
+    def _split(self, split: str) -> tuple[Texts, np.ndarray | MultiHotTargets]:
         if split not in self._splits:
             raise ValueError(
-                f"there is no {split} split but {', '.join(self._splits)}: set --data.split.{split} to a share, or give"
-                f" texts for it (a file named {split}, or --data.split_column)"
+                f"the data have no {split} split, only {', '.join(self._splits)}: set --data.split.{split} to a share, or"
+                f" add texts for it (a file named {split}, or --data.split_column)"
             )
         return self._splits[split]
 
@@ -255,15 +255,15 @@ class LabelledTextData(L.LightningDataModule):
         return class_weights(np.bincount(targets, minlength=len(self.classes)))
 
     def target_statistics(self) -> tuple[float, float]:
-        """Return mean and standard deviation of the training numbers; 0 and 1 where texts have classes."""
+        """Return mean and standard deviation of the training targets for regression; else 0 and 1."""
         targets = self._split("train")[1]
-        if self.problem != "number" or not isinstance(targets, np.ndarray):
+        if self.problem_type != REGRESSION or not isinstance(targets, np.ndarray):
             return 0.0, 1.0
         return float(targets.mean(dtype=np.float64)), float(targets.std(dtype=np.float64)) or 1.0
 
     def train_dataloader(self) -> DataLoader[LabelledTextBatch]:
         texts, targets = self._split("train")
-        samples = Samples(
+        samples = TextDataset(
             texts,
             targets,
             self.encoder,
@@ -283,7 +283,7 @@ class LabelledTextData(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[LabelledTextBatch] | list[DataLoader[LabelledTextBatch]]:
-        if "val" not in self._splits and _verb(self) == TrainerFn.FITTING:
+        if "val" not in self._splits and _trainer_fn(self) == TrainerFn.FITTING:
             return []  # none requested
         return self._eval_loader("val")
 
@@ -297,7 +297,7 @@ class LabelledTextData(L.LightningDataModule):
     def _eval_loader(self, split: str) -> DataLoader[LabelledTextBatch]:
         texts, targets = self._split(split)
         # Predictions are written in the order of the file.
-        samples = Samples(texts, targets, self.encoder, self._limit, self.seed, by_length=split != "all")
+        samples = TextDataset(texts, targets, self.encoder, self._limit, self.seed, by_length=split != "all")
         return eval_loader(
             samples,
             batch_size=self.batch_size,
@@ -306,7 +306,7 @@ class LabelledTextData(L.LightningDataModule):
             num_workers=self.num_workers,
         )
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         """Print a line, from one process only."""
         if self.trainer is None or self.trainer.is_global_zero:
             say(line)
@@ -318,39 +318,9 @@ class LabelledTextData(L.LightningDataModule):
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
 
-def _classes(prepared: Prepared, labels: Labels, rows: dict[str, np.ndarray]) -> list[str]:
-    """Return the names of the classes of the training texts, in order; [] for numbers.
-
-    Raises:
-        ValueError: if there are fewer than two, or another split has further ones.
-    """
-    if labels.problem == "number":
-        return []
-    present = np.unique(labels.of(rows["train"])[0])
-    for name, which in rows.items():
-        values, counts = labels.of(which)
-        if (unknown := ~np.isin(values, present)).any():
-            row = int(np.repeat(which, counts)[np.argmax(unknown)])
-            classes = [labels.names[i] for i in np.unique(values[unknown])]
-            raise ValueError(
-                f"{prepared.name(row)}: the class {labels.names[values[np.argmax(unknown)]]!r} of the {name} split has no"
-                f" training text ({len(classes):,} such classes: {', '.join(map(repr, classes[:_SHOWN]))}): give some, or"
-                " remove its texts"
-            )
-    if len(present) < 2 and labels.problem == "class":
-        raise ValueError(f"at least 2 classes are needed to train, there is {labels.names[present[0]]!r} alone")
-    return [labels.names[i] for i in present.tolist()]
-
-
-def _targets(labels: Labels, classes: list[str], rows: np.ndarray) -> np.ndarray | Several:
-    """Return the targets, which a batch indexes with its rows."""
-    values, counts = labels.of(rows)
-    if labels.problem == "number":
-        return values
-    number = np.full(len(labels.names), UNKNOWN)
-    number[[labels.names.index(name) for name in classes]] = np.arange(len(classes))
-    return Several(number[values], counts, len(classes)) if labels.problem == "labels" else number[values]
-
-
-def _verb(data: L.LightningDataModule) -> TrainerFn | None:
+def _trainer_fn(data: L.LightningDataModule) -> TrainerFn | None:
     return data.trainer.state.fn if data.trainer is not None else None
+
+
+def _digest_rows(rows: np.ndarray) -> str:
+    return sha256(rows.astype("<i8").tobytes()).hexdigest()

@@ -5,7 +5,6 @@ B texts, T tokens, D width of the input of the output layer, K classes or labels
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from bigmodel.pretrained import hugging_face, published
-from bigmodel.tasks.transfer_learning.backbones.hf_text import encoder_from_files
+from bigmodel.tasks.transfer_learning.backbones.hf_text import encoder_from_files, has_segments
 from bigmodel.tasks.transfer_learning.batches import LabelledTextBatch, text_batch
-from bigmodel.tasks.transfer_learning.metrics import Problem
 from bigmodel.tasks.transfer_learning.pooling import Last
+from bigmodel.tasks.transfer_learning.problem_type import SINGLE_LABEL, ProblemType
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder, TransformersEncoder
 
 _KIND = "text classifier"
-_PROBLEMS = {"class": "single_label_classification", "labels": "multi_label_classification"}
 
 
 class TextClassifier(nn.Module):
@@ -38,8 +36,7 @@ class TextClassifier(nn.Module):
         super().__init__()
         self.model, self.last = model, Last()
         model.config.pad_token_id = text_encoder.pad_id  # the model finds the end of a text by it; it may be unset
-        arguments = inspect.signature(model.forward).parameters
-        self._has_segments = "token_type_ids" in arguments and (getattr(model.config, "type_vocab_size", None) or 0) > 1
+        self._has_segments = has_segments(model)
         self._probe(text_encoder)
 
     @torch.no_grad()
@@ -47,12 +44,12 @@ class TextClassifier(nn.Module):
         """Find the head, and check that logits of a text are the same alone and in a batch with a longer one."""
         texts = ["a", "a a a a a a a a a a a a"]
         one, two = text_batch(text_encoder, texts[:1]), text_batch(text_encoder, texts)
-        whole = LabelledTextBatch(*(part[:, : int(one.mask.sum())] if part.ndim == 2 else part for part in one))
-        name = hugging_face.find_head(self.model, **self._inputs(whole))
+        unpadded = LabelledTextBatch(*(part[:, : int(one.mask.sum())] if part.ndim == 2 else part for part in one))
+        name = hugging_face.find_head(self.model, **self._inputs(unpadded))
         if name is None:
-            raise ValueError("it ends in no linear layer")
+            raise ValueError("its last layer is not linear")
         self._head_name = name
-        alone = self.model(**self._inputs(whole)).logits
+        alone = self.model(**self._inputs(unpadded)).logits
         if not torch.allclose(self(two)[:1], alone, rtol=1e-3, atol=1e-4):
             raise ValueError("its logits depend on padding (it ignores attention_mask)")
 
@@ -68,13 +65,13 @@ class TextClassifier(nn.Module):
 
     def features(self, batch: Any) -> Tensor:
         """Return the input of the output layer, [B, D]."""
-        read: list[Tensor] = []
-        hook = self.head.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+        inputs: list[Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
         try:
             self.model(**self._inputs(batch))
         finally:
             hook.remove()
-        return read[0] if read[0].ndim == 2 else self.last(read[0], batch.mask)
+        return inputs[0] if inputs[0].ndim == 2 else self.last(inputs[0], batch.mask)
 
     def logits(self, features: Tensor) -> Tensor:
         """Map features [..., D] to logits [..., K]."""
@@ -91,7 +88,7 @@ def as_published(
     flag: str,
     *,
     classes: Sequence[str],
-    problem: Problem,
+    problem_type: ProblemType,
     text_encoder: TextEncoder | None,
     max_length: int | None,
 ) -> TextClassifier:
@@ -101,7 +98,7 @@ def as_published(
         path: a folder, or hf://owner/name.
         flag: the flag that the path was given by, for messages.
         classes: the class names of the data; the logits are returned in their order.
-        problem: type of the targets.
+        problem_type: type of the targets.
         text_encoder: the tokenizer of the data's texts; None: they are images.
         max_length: T, texts are truncated to it; None: the encoder's limit.
 
@@ -113,47 +110,52 @@ def as_published(
 
     if text_encoder is None:
         raise ValueError(
-            f"{flag} {path}: pictures are taught to TransferLearning by runs alone: name a run, or let the student be an"
-            " ImageClassification"
+            f"{flag} {path}: a student of images in TransferLearning accepts runs as teachers: set {flag} to a run, or"
+            " --model.student to ImageClassification"
         )
     settings = published.read_settings(path, flag, _KIND, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING)
-    kind = settings.problem_type or _PROBLEMS["class"]
-    if kind != _PROBLEMS[problem]:
+    found = settings.problem_type or SINGLE_LABEL
+    if found != problem_type:
         raise ValueError(
-            f"{flag} {path} was trained for problem_type {kind} (its {published.CONFIG}), and the data are of"
-            f" {_PROBLEMS[problem]} (--data.problem {problem})"
+            f"{flag} {path} was trained for problem_type {found} (its {published.CONFIG}), and --data.problem_type is"
+            f" {problem_type}: set {flag} to a model trained for it"
         )
     order = published.class_order(settings, classes, path, flag)
+    _check_encoder(path, flag, settings, text_encoder, max_length)
+    remedy = f"set {flag} to a model with all weights of its architecture, including its head"
+    model = published.load(AutoModelForSequenceClassification, path, flag, _KIND, settings, remedy)
+    try:
+        net = TextClassifier(model, text_encoder)
+    except ValueError as error:
+        raise ValueError(f"{flag} {path} ({settings.model_type}) cannot be a teacher: {error}") from error
+    published.reorder(net.head, order)
+    return net
+
+
+def _check_encoder(path: str, flag: str, settings: Any, text_encoder: TextEncoder, max_length: int | None) -> None:
+    """Check that a model has the tokenizer of the data, and accepts texts of their length."""
     try:
         theirs = encoder_from_files(published.location(path), settings)
     except ValueError as error:
         raise ValueError(f"{flag} {path}: {error}") from error
     if (difference := _difference(theirs, text_encoder)) is not None:
         raise ValueError(
-            f"{flag} {path} has another tokenizer than the student ({difference}): choose a --model.student.backbone that"
-            " has the same, or another teacher"
+            f"{flag} {path} has another tokenizer than the student ({difference}): set --model.student.backbone or {flag}"
+            " to a model with the same tokenizer"
         )
     limit = max_length if max_length is not None else text_encoder.max_length
     if theirs.max_length is not None and (limit is None or limit > theirs.max_length):
         raise ValueError(
-            f"{flag} {path} reads {theirs.max_length:,} tokens at most, and a text has up to"
+            f"{flag} {path} accepts at most {theirs.max_length:,} tokens, and texts have up to"
             f" {'any number' if limit is None else f'{limit:,}'}: set --data.max_length {theirs.max_length}"
         )
-    remedy = "name a model that has all weights of its architecture, its head too"
-    model = published.load(AutoModelForSequenceClassification, path, flag, _KIND, settings, remedy)
-    try:
-        net = TextClassifier(model, text_encoder)
-    except ValueError as error:
-        raise ValueError(f"{flag} {path} ({settings.model_type}) cannot teach: {error}") from error
-    published.reorder(net.head, order)
-    return net
 
 
 def _difference(theirs: TextEncoder, ours: TextEncoder) -> str | None:
     """Describe how the encodings of texts differ; None if they do not."""
     if not isinstance(theirs, TransformersEncoder) or not isinstance(ours, TransformersEncoder):
-        return "that is of a run"
+        return "the tokenizer of a run"
     difference = published.tokenizer_difference(theirs.backend, ours.backend)
-    if difference is None and (theirs.frame, theirs.pad_id) != (ours.frame, ours.pad_id):
+    if difference is None and (theirs.special_tokens, theirs.pad_id) != (ours.special_tokens, ours.pad_id):
         difference = "other special tokens around a text"
     return difference

@@ -1,8 +1,7 @@
 """Conversion of a label column to class indices, multi-hot labels or regression targets; the type can be inferred.
 
-`auto`: a column of floats (of a CSV: all cells are numbers, and not all whole) holds numbers, of lists (of a CSV: all
-cells are JSON lists) several labels, and any other classes. Classes are sorted by name, or by value if all
-are whole numbers.
+`auto`: a column of floats (of a CSV: all cells are numbers, and not all whole) is for regression, of lists (of a CSV: all
+cells are JSON lists) multi-label, any other single-label. Classes are sorted by name, or by value if all are whole numbers.
 
 N texts, M rows in a block, L labels of all texts together.
 """
@@ -13,15 +12,15 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from bigmodel.data.tables.rows import Rows, decode_dictionary, first_index, is_text
+from bigmodel.tasks.transfer_learning.problem_type import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
 
-Problem = Literal["class", "labels", "number"]
 _SEPARATORS = re.compile(r"[|;]")
 _WHOLE = re.compile(r"[+-]?\d+")
 
@@ -31,14 +30,14 @@ class Labels:
     """The labels of all texts.
 
     Attributes:
-        problem: type of the targets: a `class`, `labels` (any number of classes), or a `number`.
-        names: of the classes that occur, or are declared; [] for numbers.
-        values: [N] int32 rows of `names`, -1 where a declared class is not given; [L] int32 for labels; [N] float32 for
-            numbers.
+        problem_type: type of the targets.
+        names: of the classes that occur, or are declared; [] for regression.
+        values: [N] int32 rows of `names`, -1 where a declared class is not given; [L] int32 if multi-label; [N] float32
+            for regression.
         offsets: [N + 1] int64, where each text's labels begin in `values`; None if it has one value.
     """
 
-    problem: Problem
+    problem_type: ProblemType
     names: list[str]
     values: np.ndarray
     offsets: np.ndarray | None = None
@@ -56,12 +55,12 @@ class LabelReader:
     """Collects the labels of blocks of rows.
 
     Args:
-        problem: type of the targets; `auto`: see above.
+        problem_type: type of the targets; `auto`: see above.
         name: returns the name of a row for messages, by its number in all blocks.
     """
 
-    def __init__(self, problem: str, name: Callable[[int], str]) -> None:
-        self.problem, self.name = problem, name
+    def __init__(self, problem_type: str, name: Callable[[int], str]) -> None:
+        self.problem_type, self.name = problem_type, name
         self._kind = ""
         self._typed = True
         self._classes: list[str] | None = None
@@ -90,8 +89,8 @@ class LabelReader:
         classes = rows.classes.get("label")
         if kind != (self._kind or kind) or classes != (self._classes if self._where else classes):
             raise ValueError(
-                f"{rows.where}: the labels are {kind} or of other classes than in {self._where} ({self._kind}): bring them"
-                " to one type"
+                f"{rows.where}: the type of the labels ({kind}) or their classes differ from {self._where} ({self._kind}):"
+                " convert them to one type"
             )
         self._kind, self._where, self._classes = kind, rows.where, classes
         self._typed = rows.typed
@@ -111,68 +110,67 @@ class LabelReader:
         """Return the labels of all rows.
 
         Raises:
-            ValueError: if they do not match the problem, or a number is invalid; names the row.
+            ValueError: if they do not match the problem type, or a number is invalid; names the row.
         """
         read = {"text": self._of_text, "whole": self._of_whole, "float": self._of_floats, "list": self._of_lists}
         return read[self._kind]()
 
     def _of_text(self) -> Labels:
         codes, cells = self._unified()
-        problem = self.problem
-        if problem == "auto":
-            problem = "class" if self._typed else _problem_of(cells)
-        if problem == "class":
-            return _numbered("class", codes, cells)
-        if problem == "number":
+        problem_type = self.problem_type
+        if problem_type == "auto":
+            problem_type = SINGLE_LABEL if self._typed else _infer_problem_type(cells)
+        if problem_type == SINGLE_LABEL:
+            return _numbered(SINGLE_LABEL, codes, cells)
+        if problem_type == REGRESSION:
             return self._numbers(np.array([_number(cell) for cell in cells], np.float64)[codes], codes, cells)
         lists = [_listed(cell) for cell in cells]
         if None in lists:
             row = int(np.flatnonzero(codes == lists.index(None))[0])
             raise ValueError(
-                f'{self.name(row)}: {cells[codes[row]][:60]!r} is no list of labels; JSON (["a", "b"]) or text parted by'
-                " | or ; is accepted"
+                f'{self.name(row)}: {cells[codes[row]][:60]!r} is not a list of labels; accepted are JSON (["a", "b"]) and'
+                " text separated by | or ;"
             )
         names = list(dict.fromkeys(name for some in lists for name in some or ()))
         number = {name: i for i, name in enumerate(names)}
         each = [np.array([number[name] for name in some or ()], np.int32) for some in lists]
         counts = np.array([len(some) for some in each])[codes]
-        return _numbered("labels", np.concatenate([each[code] for code in codes.tolist()]), names, counts)
+        return _numbered(MULTI_LABEL, np.concatenate([each[code] for code in codes.tolist()]), names, counts)
 
     def _of_whole(self) -> Labels:
         values = np.concatenate([cells.cast(pa.int64()).to_numpy(zero_copy_only=False) for cells in self._cells])
-        if self.problem == "number":
+        if self.problem_type == REGRESSION:
             return self._numbers(values.astype(np.float64))
+        problem_type: ProblemType = MULTI_LABEL if self.problem_type == MULTI_LABEL else SINGLE_LABEL
         if self._classes is not None:
             if (bad := (values < -1) | (values >= len(self._classes))).any():
                 row = int(np.argmax(bad))
                 raise ValueError(
-                    f"{self.name(row)}: class {values[row]} is none of the {len(self._classes)} declared ones"
+                    f"{self.name(row)}: class {values[row]} is outside of the {len(self._classes)} declared classes"
                 )
-            problem: Problem = "labels" if self.problem == "labels" else "class"
-            return _with_offsets(Labels(problem, self._classes, values.astype(np.int32)))
+            return _with_offsets(Labels(problem_type, self._classes, values.astype(np.int32)))
         distinct, codes = np.unique(values, return_inverse=True)
         words = pa.array(distinct).cast(pa.bool_() if pa.types.is_boolean(self._cells[0].type) else pa.int64())
-        return _with_offsets(
-            _numbered("labels" if self.problem == "labels" else "class", codes, words.cast(pa.string()).to_pylist())
-        )
+        return _with_offsets(_numbered(problem_type, codes, words.cast(pa.string()).to_pylist()))
 
     def _of_floats(self) -> Labels:
         values = np.concatenate([cells.cast(pa.float64()).to_numpy(zero_copy_only=False) for cells in self._cells])
-        if self.problem in ("auto", "number"):
+        if self.problem_type in ("auto", REGRESSION):
             return self._numbers(values)
-        if self.problem == "labels" or (bad := ~(values % 1 == 0)).any():
-            row = 0 if self.problem == "labels" else int(np.argmax(bad))
-            raise ValueError(f"{self.name(row)}: {values[row]} is no class; --data.problem number is accepted for it")
+        if self.problem_type == MULTI_LABEL or (bad := ~(values % 1 == 0)).any():
+            row = 0 if self.problem_type == MULTI_LABEL else int(np.argmax(bad))
+            raise ValueError(f"{self.name(row)}: {values[row]} is not a class: set --data.problem_type {REGRESSION}")
         distinct, codes = np.unique(values.astype(np.int64), return_inverse=True)
-        return _numbered("class", codes, [str(value) for value in distinct.tolist()])
+        return _numbered(SINGLE_LABEL, codes, [str(value) for value in distinct.tolist()])
 
     def _of_lists(self) -> Labels:
-        if self.problem not in ("auto", "labels"):
+        if self.problem_type not in ("auto", MULTI_LABEL):
             raise ValueError(
-                f"--data.problem {self.problem}: the column of labels in {self._where} holds lists; labels is accepted"
+                f"--data.problem_type {self.problem_type}: the column of labels in {self._where} holds lists: set"
+                f" --data.problem_type {MULTI_LABEL}"
             )
         codes, names = self._unified()
-        return _numbered("labels", codes, names, np.concatenate(self._counts))
+        return _numbered(MULTI_LABEL, codes, names, np.concatenate(self._counts))
 
     def _unified(self) -> tuple[np.ndarray, list[str]]:
         """Return the code of each cell among the distinct cells, and these."""
@@ -187,9 +185,10 @@ class LabelReader:
             row = int(np.argmax(bad))
             cell = str(values[row]) if codes is None or cells is None else cells[codes[row]][:60]
             raise ValueError(
-                f"{self.name(row)}: the label {cell!r} is no finite number: mend it or remove the row ({bad.sum():,} in all)"
+                f"{self.name(row)}: the label {cell!r} is not a finite number: correct it or remove the row"
+                f" ({bad.sum():,} in all)"
             )
-        return Labels("number", [], numbers)
+        return Labels(REGRESSION, [], numbers)
 
 
 def _kind(kind: pa.DataType) -> str | None:
@@ -213,8 +212,8 @@ def _refuse_gaps(rows: Rows, values: pa.Array) -> None:
         row = first_index(pc.equal(values, ""))
     if row >= 0:
         raise ValueError(
-            f"{rows.name(row)}: there is no label. Give one, or remove the row; a text of a --data.problem labels that has"
-            " none has an empty list, []"
+            f"{rows.name(row)}: there is no label. Add one, or remove the row; for --data.problem_type {MULTI_LABEL} an"
+            " empty list, [], is accepted"
         )
 
 
@@ -225,14 +224,16 @@ def _number(cell: str) -> float:
         return float("nan")
 
 
-def _problem_of(cells: list[str]) -> Problem:
+def _infer_problem_type(cells: list[str]) -> ProblemType:
     """Return the problem type of the distinct cells of a text table."""
     try:
         if [float(cell) for cell in cells] and not all(_WHOLE.fullmatch(cell) for cell in cells):
-            return "number"
+            return REGRESSION
     except ValueError:
         pass
-    return "labels" if all(cell.startswith("[") and _listed(cell) is not None for cell in cells) else "class"
+    if all(cell.startswith("[") and _listed(cell) is not None for cell in cells):
+        return MULTI_LABEL
+    return SINGLE_LABEL
 
 
 def _listed(cell: str) -> list[str] | None:
@@ -248,7 +249,9 @@ def _listed(cell: str) -> list[str] | None:
     return list(dict.fromkeys(str(label) for label in found))
 
 
-def _numbered(problem: Problem, codes: np.ndarray, names: list[str], counts: np.ndarray | None = None) -> Labels:
+def _numbered(
+    problem_type: ProblemType, codes: np.ndarray, names: list[str], counts: np.ndarray | None = None
+) -> Labels:
     """Return labels with sorted classes, from codes of unsorted `names`."""
     as_numbers = all(_WHOLE.fullmatch(name) for name in names)
     order = sorted(range(len(names)), key=lambda i: (int(names[i]), names[i]) if as_numbers else names[i])
@@ -256,11 +259,11 @@ def _numbered(problem: Problem, codes: np.ndarray, names: list[str], counts: np.
     place[order] = np.arange(len(names), dtype=np.int32)
     values = place[codes] if len(codes) else np.empty(0, np.int32)
     offsets = None if counts is None else np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return Labels(problem, [names[i] for i in order], values, offsets)
+    return Labels(problem_type, [names[i] for i in order], values, offsets)
 
 
 def _with_offsets(labels: Labels) -> Labels:
-    """Return the labels with offsets: for several labels, each text then has one."""
-    if labels.problem == "class":
+    """Return the labels with offsets: if multi-label, each text then has one."""
+    if labels.problem_type == SINGLE_LABEL:
         return labels
-    return Labels(labels.problem, labels.names, labels.values, np.arange(len(labels.values) + 1, dtype=np.int64))
+    return Labels(labels.problem_type, labels.names, labels.values, np.arange(len(labels.values) + 1, dtype=np.int64))

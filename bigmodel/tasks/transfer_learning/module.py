@@ -1,9 +1,6 @@
 """Transfer learning: fine-tune a pretrained net for a new task.
 
-Losses, sums over samples: cross-entropy in nats where a sample has one class; binary cross-entropy in nats, the mean over
-the labels, where it may have several; squared error in units of the training targets' variance where it has a number.
-
-B samples, T tokens, D width of the features, K classes or labels (1 for a number).
+B samples, T tokens, D width of the features, K classes or labels (1 for regression).
 """
 
 from __future__ import annotations
@@ -13,31 +10,37 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from bigmodel.data.cache import first_of
 from bigmodel.evaluation import Report
-from bigmodel.internals import attached_trainer, limit_to_one_step
 from bigmodel.run import set_sizes, sizes
 from bigmodel.tasks.transfer_learning import param_groups as groups
 from bigmodel.tasks.transfer_learning.backbones import build_backbone, find_text_encoder, rebuild
-from bigmodel.tasks.transfer_learning.inference import Picture, Sample, format_predictions, predict
-from bigmodel.tasks.transfer_learning.methods import WORDS, Method, find_method
+from bigmodel.tasks.transfer_learning.data_metadata import check_targets, collect_metadata, read_metadata
+from bigmodel.tasks.transfer_learning.inference import (
+    ImageInput,
+    Sample,
+    format_predictions,
+    predict,
+    prediction_columns,
+)
+from bigmodel.tasks.transfer_learning.losses import sample_losses, sample_predictions
+from bigmodel.tasks.transfer_learning.methods import METHODS, Method, find_method
 from bigmodel.tasks.transfer_learning.methods.base import eval_frozen_modules
-from bigmodel.tasks.transfer_learning.methods.feature_cache import FeatureBatch
-from bigmodel.tasks.transfer_learning.metrics import Problem, TransferMetrics, make_metrics
+from bigmodel.tasks.transfer_learning.methods.feature_cache import FeatureBatch, FeatureCaching
+from bigmodel.tasks.transfer_learning.metrics import TransferMetrics, make_metrics
 from bigmodel.tasks.transfer_learning.net import TransferNet
 from bigmodel.tasks.transfer_learning.penalties import Penalty
+from bigmodel.tasks.transfer_learning.pooling import PoolingKind
+from bigmodel.tasks.transfer_learning.problem_type import REGRESSION, SINGLE_LABEL, ProblemType
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
 from bigmodel.training import optimizers, schedules
 from bigmodel.training.callbacks import GradientScaling
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 
-Word = Literal["full", "linear_probe", "knn_probe", "gradual", "lora", "bias_only"]
+MethodName = Literal["full", "linear_probe", "knn_probe", "gradual", "lora", "bias_only"]
 
 
 class TransferLearning(LightningModule):
@@ -50,33 +53,34 @@ class TransferLearning(LightningModule):
         layers: indices of the layers to keep, from 0, of a Hugging Face text model: a smaller net from a trained
             one, as a student in distillation; null: all.
         pretrained: use the pretrained weights; false: the same architecture with new weights, as a control.
-        excuse: patterns (`*` as in file names) of weights that may be missing, unexpected or of another shape.
+        ignore_mismatched: patterns (`*` as in file names) of weights that may be missing, unexpected or of another
+            shape.
         allow_pickle: also read weights from pickles, which can run any code; only for files that you trust.
         pooling: of the features of tokens to those of a text: first (class token), mean, last, attention (learned), or
             auto, the pooling that the backbone was pretrained with.
         dropout: between the features and the head, in [0, 1); in training only.
         layer_decay: the learning rate of a layer is that of the layer above times this, in (0, 1]; the head uses the
             optimizer's.
-        penalty: penalty on the weights that is added to the mean loss: L2SP, L1.
+        penalty: penalty on the weights that is added to the mean loss: L2SPPenalty, L1Penalty.
         optimizer: factory of the optimizer, called with parameter groups.
         schedule: learning rate schedule over the run's optimizer steps; null: constant.
 
-    Logs the metrics that `make_metrics` returns for the problem, which the data determine, as `val/...` and `test/...`.
+    Logs the metrics that `make_metrics` returns for the problem type of the data, as `val/...` and `test/...`.
     """
 
     count_unit = "samples"  # unit of the count that training_step returns
-    # So that a method given as a word can have settings.
-    aliases: ClassVar = {"method": {word: f"{kind.__module__}.{kind.__qualname__}" for word, kind in WORDS.items()}}
+    # So that a method given by its name can have settings.
+    aliases: ClassVar = {"method": {name: f"{kind.__module__}.{kind.__qualname__}" for name, kind in METHODS.items()}}
 
     def __init__(
         self,
         backbone: str,
-        method: Word | Method = "full",
+        method: MethodName | Method = "full",
         layers: list[int] | None = None,
         pretrained: bool = True,
-        excuse: list[str] | None = None,
+        ignore_mismatched: list[str] | None = None,
         allow_pickle: bool = False,
-        pooling: Literal["auto", "first", "mean", "last", "attention"] = "auto",
+        pooling: PoolingKind = "auto",
         dropout: float = 0.1,
         layer_decay: float = 1.0,
         penalty: Penalty | None = None,
@@ -88,23 +92,25 @@ class TransferLearning(LightningModule):
             raise ValueError(f"--model.dropout {dropout} must lie in 0 <= dropout < 1")
         if not 0 < layer_decay <= 1:
             raise ValueError(f"--model.layer_decay {layer_decay} must lie in 0 < layer_decay <= 1; 1: all layers alike")
-        self.backbone, self.layers, self.pretrained, self.excuse = backbone, layers, pretrained, excuse or []
+        self.backbone, self.layers, self.pretrained = backbone, layers, pretrained
+        self.ignore_mismatched = ignore_mismatched or []
         self.allow_pickle, self.pooling, self.dropout = allow_pickle, pooling, dropout
         self.method, self.layer_decay, self.penalty = find_method(method), layer_decay, penalty
         self.optimizer, self.schedule = optimizer, schedule
         self.net: Any = None
         self.metrics: Any = None
-        self.facts: dict[str, Any] = {}  # facts about the data, as in the checkpoint
+        self.data_metadata: dict[str, Any] = {}  # classes, problem type and geometry of the data, as in the checkpoint
         self.description: dict[str, Any] | None = None  # description of the backbone, from a checkpoint
         self._text_encoder: TextEncoder | None = None
+        self._fitting = False
 
-    # Facts about the data, and requirements on the data.
+    # Metadata of the data, and requirements on the data.
 
     @property
-    def problem(self) -> Problem:
-        """Type of the targets: a class, labels, or a number."""
-        problem: Problem = self.facts.get("problem", "class")
-        return problem
+    def problem_type(self) -> ProblemType:
+        """Type of the targets."""
+        found: ProblemType = self.data_metadata.get("problem_type", SINGLE_LABEL)
+        return found
 
     @property
     def text_encoder(self) -> TextEncoder | None:
@@ -113,71 +119,49 @@ class TransferLearning(LightningModule):
             encoder: TextEncoder | None = self.net.backbone.text_encoder
             return encoder
         if self._text_encoder is None:
-            self._text_encoder = find_text_encoder(
-                self.backbone, pretrained=self.pretrained, allow_pickle=self.allow_pickle
-            )
+            options = {"pretrained": self.pretrained, "allow_pickle": self.allow_pickle}
+            self._text_encoder = find_text_encoder(self.backbone, **options)
         return self._text_encoder
 
     def setup(self, stage: str) -> None:
-        """Read the facts about the data from the data module, and check that the method supports them."""
+        """Read the metadata of the data module."""
+        self._fitting = stage == "fit"
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage != "predict" and hasattr(data, "classes"):
-            center, scale = data.target_statistics() if hasattr(data, "target_statistics") else (0.0, 1.0)
-            self.facts = {
-                "classes": list(data.classes),
-                "problem": getattr(data, "problem", "class"),
-                "center": center,
-                "scale": scale,
-                **{name: getattr(data, name) for name in ("max_length", "size", "resize") if hasattr(data, name)},
-            }
-        if stage == "fit":
-            if self.penalty is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
-                raise ValueError(
-                    "--model.penalty is not for sharded nets: set --trainer.strategy ddp, or the penalty null"
-                )
-            self.method.setup(self)
-            if not self.method.optimizes:
-                self._take_one_step()
-
-    def _take_one_step(self) -> None:
-        """Limit the run to one optimizer step and a validation."""
-        trainer = self.trainer
-        limit_to_one_step(trainer)
-        trainer.val_check_interval, trainer.check_val_every_n_epoch = trainer.accumulate_grad_batches, None
+            self.data_metadata = collect_metadata(data)
+        if self._fitting and self.penalty is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise ValueError(
+                "--model.penalty is not supported for sharded nets: set --trainer.strategy ddp, or --model.penalty null"
+            )
 
     # The net.
 
     def configure_model(self) -> None:
         if self.net is not None:
             return
-        known = sizes(self)
+        data_sizes = sizes(self)
         if self.description is not None:
             backbone = rebuild(self.description)
         else:
             backbone = build_backbone(
                 self.backbone,
                 pretrained=self.pretrained,
-                excuse=self.excuse,
+                ignore_mismatched=self.ignore_mismatched,
                 allow_pickle=self.allow_pickle,
-                data_sizes=known,
+                data_sizes=data_sizes,
                 layers=self.layers,
             )
         pretrained = dict(backbone.named_parameters())
-        self.net = TransferNet(backbone, known["num_classes"], pooling=self.pooling, dropout=self.dropout)
-        self.method.prepare(self.net, self.problem)
-        if self.penalty is not None and self._fits:
-            self.penalty.start(pretrained, dict(self.method.trained(self.net)))
+        self.net = TransferNet(backbone, data_sizes["num_classes"], pooling=self.pooling, dropout=self.dropout)
+        self.method.wrap(self.net, self.problem_type)
+        if self.penalty is not None and self._fitting:
+            self.penalty.start(pretrained, dict(self.method.trainable(self.net)))
         self.metrics = self.new_metrics()
         self.train()
 
-    @property
-    def _fits(self) -> bool:
-        trainer = attached_trainer(self)
-        return trainer is not None and bool(trainer.state.fn == TrainerFn.FITTING)
-
     def new_metrics(self) -> TransferMetrics:
-        """Return metrics for this problem, on this device."""
-        metrics: Any = make_metrics(self.problem, sizes(self)["num_classes"])
+        """Return metrics for this problem type, on this device."""
+        metrics: Any = make_metrics(self.problem_type, sizes(self)["num_classes"])
         return metrics.to(self.device)
 
     def train(self, mode: bool = True) -> TransferLearning:
@@ -190,25 +174,23 @@ class TransferLearning(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         # The loss is a sum: a plain Trainer also needs the callback that divides it by the count.
         missing = [kind for kind in (GradientScaling, Report) if get_callback(self.trainer, kind) is None]
-        return [kind() for kind in missing]
+        return [*(kind() for kind in missing), *self.method.callbacks(self)]
 
     def configure_optimizers(self) -> Any:
-        if not self.method.optimizes:
-            return torch.optim.SGD([p for _, p in self.method.trained(self.net)], lr=0.0)
         # Subclasses may have parameters outside the net.
-        beside = nn.ModuleList(child for name, child in self.named_children() if name != "net")
-        chosen = [*groups.parameter_groups(self._layers()), *optimizers.parameter_groups(beside)]
+        others = nn.ModuleList(child for name, child in self.named_children() if name != "net")
+        chosen = [*groups.parameter_groups(self._layer_groups()), *optimizers.parameter_groups(others)]
         return optimizers.configure(self, self.optimizer, self.schedule, chosen)
 
-    def _layers(self) -> list[groups.LayerGroup]:
-        trained = [parameter for _, parameter in self.method.trained(self.net)]
-        return groups.layer_groups(self.net, trained, self.layer_decay, self.method.by_layer)
+    def _layer_groups(self) -> list[groups.LayerGroup]:
+        trainable = [parameter for _, parameter in self.method.trainable(self.net)]
+        return groups.layer_groups(self.net, trainable, self.layer_decay, self.method.by_layer)
 
     def log_trainable_parameters(self) -> None:
         """Print the parameter groups with their learning rates; call it when there are optimizers."""
-        if self.method.optimizes:
-            settings = self.trainer.optimizers[0].defaults
-            groups.show(self._layers(), settings, self.method.joins(self))
+        if self.method.requires_training:
+            schedule = self.method.unfreeze_schedule(self.net, optimizers.num_steps(self.trainer))
+            groups.print_table(self._layer_groups(), self.trainer.optimizers[0].defaults, schedule)
 
     # The SupportsLogits protocol, used by distillation, evaluation and export.
 
@@ -218,10 +200,10 @@ class TransferLearning(LightningModule):
         return features
 
     def logits(self, features: Tensor) -> Tensor:
-        """Map features [..., D] to logits [..., K]; for numbers [..., 1], in the unit of the targets."""
+        """Map features [..., D] to logits [..., K]; for regression [..., 1], in the unit of the targets."""
         logits: Tensor = self.net.logits(features)
-        if self.problem == "number" and self.method.optimizes:
-            logits = logits.float() * self.facts["scale"] + self.facts["center"]
+        if self.problem_type == REGRESSION and self.method.requires_training:
+            logits = logits.float() * self.data_metadata["scale"] + self.data_metadata["center"]
         return logits
 
     def targets(self, batch: Any) -> Tensor:
@@ -231,40 +213,32 @@ class TransferLearning(LightningModule):
 
     @property
     def label_space(self) -> list[str] | None:
-        """The classes or labels, in the order of the logits; None for a number."""
-        return self.facts.get("classes") or None
+        """The classes or labels, in the order of the logits; None for regression."""
+        return self.data_metadata.get("classes") or None
 
     def from_pretrained(self, path: str, flag: str) -> TransferLearning:
-        """Load a text classifier of transformers with this task's classes, as it was trained; see
-        `bigmodel.protocols.SupportsFromPretrained`.
-        """
+        """Load a published text classifier with this task's classes; see `bigmodel.protocols.SupportsFromPretrained`."""
         from bigmodel.tasks.transfer_learning.hugging_face import as_published
 
         task = TransferLearning(backbone=path)
         task.net = as_published(
             path,
             flag,
-            classes=self.facts["classes"],
-            problem=self.problem,
+            classes=self.data_metadata["classes"],
+            problem_type=self.problem_type,
             text_encoder=self.text_encoder,
-            max_length=self.facts.get("max_length"),
+            max_length=self.data_metadata.get("max_length"),
         )
-        task.facts = self.facts
+        task.data_metadata = self.data_metadata
         set_sizes(task, sizes(self))
         return task.eval()
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of each sample [B] from logits [B, K]."""
-        if self.problem == "class":
-            return F.cross_entropy(logits, targets, reduction="none")
-        if self.problem == "labels":
-            return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1)
-        return ((logits[:, 0] - targets) / self.facts["scale"]).square()
+        return sample_losses(self.problem_type, logits, targets, self.data_metadata.get("scale", 1.0))
 
     def training_step(self, batch: Any) -> dict[str, Any]:
         count = len(batch.index)
-        if not self.method.optimizes:
-            return {"loss": sum(p.sum() for _, p in self.method.trained(self.net)) * 0.0, "count": count}
         logits = self.logits(self.features(batch)).float()
         loss = (self.losses(logits, batch.targets) * batch.weight).sum()
         if self.penalty is not None:
@@ -277,13 +251,8 @@ class TransferLearning(LightningModule):
         logits = self.logits(self.features(batch)).float()[real]
         targets = batch.targets[real]
         self.metrics.update(logits, targets)
-        found = {"index": batch.index[real], "loss": self.losses(logits, targets), "target": targets}
-        if self.problem == "class":
-            probability, predicted = logits.softmax(-1).max(-1)
-            return {**found, "predicted": predicted, "probability": probability}
-        if self.problem == "labels":
-            return {**found, "predicted": (logits > 0).float(), "probability": logits.sigmoid()}
-        return {**found, "predicted": logits[:, 0]}
+        outputs = {"index": batch.index[real], "loss": self.losses(logits, targets), "target": targets}
+        return outputs | sample_predictions(self.problem_type, logits)
 
     def on_validation_epoch_end(self) -> None:
         self.log_metrics("val", self.metrics)
@@ -300,59 +269,40 @@ class TransferLearning(LightningModule):
             self.log(f"{split}/{name}", value.to(torch.float32), sync_dist=True)
         metrics.reset()
 
-    # Hooks of the method.
-
-    def on_fit_start(self) -> None:
-        self.method.on_fit_start(self)
-
-    def on_train_start(self) -> None:
-        self.method.on_train_start(self)
-
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return self.method.before_transfer(self, batch)
+        """Replace the inputs of a batch by their cached features, if there are any."""
+        caching = get_callback(self.trainer, FeatureCaching)
+        return batch if caching is None else caching.replace_inputs(self.trainer, batch)
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self.method.on_train_batch_start(self, batch_idx)
-
-    def on_after_backward(self) -> None:
-        self.method.on_after_backward(self)
-
-    def on_fit_end(self) -> None:
-        self.method.on_fit_end(self)
-
-    # The checkpoint holds the facts about the data, so that a loaded task needs neither the data nor the backbone's
-    # files.
+    # The checkpoint holds all that a loaded task needs instead of the data and the backbone's files.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         encoder = self.text_encoder if self.net.backbone.modality == "text" else None
         checkpoint["transfer"] = {
-            "facts": self.facts,
+            "data_metadata": self.data_metadata,
             "backbone": self.net.backbone.description,
-            "text_encoder": encoder.to_plain() if encoder is not None else None,
+            "text_encoder": encoder.to_dict() if encoder is not None else None,
             "method": self.method.state_dict(),
             "penalty": self.penalty.identity() if self.penalty is not None else "",
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kept = checkpoint["transfer"]
-        facts = kept["facts"]
-        if self.facts and (self.problem, self.facts["classes"]) != (facts["problem"], facts["classes"]):
-            raise ValueError(f"the data are not of the kind that was learned: {_kind(self.facts)}, not {_kind(facts)}")
-        if self.penalty is not None and self._fits and kept["penalty"] != self.penalty.identity():
+        saved = checkpoint["transfer"]
+        metadata = read_metadata(saved)
+        check_targets(self.data_metadata or metadata, metadata)
+        if self.penalty is not None and self._fitting and saved["penalty"] != self.penalty.identity():
             raise ValueError(
-                f"--model.backbone {self.backbone} has other weights than when this run began, and --model.penalty draws to"
-                " those: put the old ones back, or set --model.penalty null"
+                f"--model.backbone {self.backbone} has other weights than when this run began, and --model.penalty refers"
+                " to those: restore them, or set --model.penalty null"
             )
-        self.facts, self.description = facts, kept["backbone"]
-        if kept["text_encoder"] is not None and self.net is None:
-            self._text_encoder = TextEncoder.from_plain(kept["text_encoder"])
-        self.method.load_state_dict(kept["method"], self.net)
+        self.data_metadata, self.description = metadata, saved["backbone"]
+        if saved["text_encoder"] is not None and self.net is None:
+            self._text_encoder = TextEncoder.from_dict(saved["text_encoder"])
+        self.method.load_state_dict(saved["method"], self.net)
 
     def restore_metadata(self, checkpoint: dict[str, Any]) -> None:
-        """Restore everything but the weights from a checkpoint, before data are prepared and the net is built.
-
-        This includes the type of the targets, the tokenizer, and the backbone's architecture, so that its files are not
-        needed.
+        """Restore all but the weights from a checkpoint, before data are prepared and the net is built: problem type,
+        tokenizer, and the architecture of the backbone, so that its files are not needed.
         """
         self.on_load_checkpoint(checkpoint)
 
@@ -367,43 +317,30 @@ class TransferLearning(LightningModule):
     def predict_step(self, batch: Any) -> dict[str, Any]:
         """Return the predictions for each sample, with the sample itself (`text`, or the `path` of the image).
 
-        For one class: `class`, its `probability`, and the `probabilities` [n, K] of all. For several labels: `labels`
-        (lists) and `probabilities` [n, K]. Otherwise: the `number`.
+        Single-label: `class`, its `probability`, and the `probabilities` [n, K] of all. Multi-label: `labels` (lists)
+        and `probabilities` [n, K]. Regression: the `number`.
         """
         data: Any = getattr(self.trainer, "datamodule")  # noqa: B009
         real = batch.weight > 0
         logits = self.logits(self.features(batch)).float()[real]
-        numbers = batch.index[real].tolist()
-        if self.net.backbone.modality == "text":
-            texts = data.texts("all")
-            columns: dict[str, Any] = {"text": [texts.text(i) for i in numbers]}
-            if texts.paired:
-                columns["pair"] = [texts.pair(i) for i in numbers]
-        else:
-            images = data.images("all")
-            columns = {"path": [images.name(i) for i in numbers]}
-        return columns | format_predictions(logits, self.problem, self.facts["classes"])
+        columns = prediction_columns(data, self.net.backbone.modality, batch.index[real].tolist())
+        return columns | format_predictions(logits, self.problem_type, self.data_metadata["classes"])
 
     def prediction_metadata(self) -> dict[str, str]:
         """Metadata of a file of predictions: the classes, in the order of `probabilities`, as JSON."""
-        return {"classes": json.dumps(self.facts["classes"])}
+        return {"classes": json.dumps(self.data_metadata["classes"])}
 
     def forward(self, samples: Tensor | Sample | Sequence[Sample]) -> Any:
         """Predict for texts or images, whichever the backbone reads.
 
         Args:
             samples: a text, a pair of texts (a tuple), or an image (a PIL image, its path, or pixels [H, W] or [H, W,
-                C] of uint8); or several.
+                C] of uint8); or several of one kind.
 
         Returns:
-            The classes or labels with their probabilities, the most likely first; or the number. For several samples, a
-            list.
+            The classes or labels with their probabilities, the most likely first; for regression the number. For
+            several samples, a list.
         """
-        if isinstance(samples, str | tuple | Picture):
+        if isinstance(samples, str | tuple | ImageInput):
             return predict(self, [samples])[0]
         return predict(self, list(samples))
-
-
-def _kind(facts: dict[str, Any]) -> str:
-    names = facts["classes"]
-    return f"{facts['problem']}{f' ({first_of(names, 8)})' if names else ''}"

@@ -47,35 +47,35 @@ class LayerGroup:
         return sum(parameter.numel() for parameter in (*self.matrices, *self.vectors))
 
 
-def layer_groups(net: Any, trained: Iterable[nn.Parameter], layer_decay: float, by_layer: bool) -> list[LayerGroup]:
+def layer_groups(net: Any, trainable: Iterable[nn.Parameter], layer_decay: float, by_layer: bool) -> list[LayerGroup]:
     """Return groups of the head, then of the backbone's layers from the top to the input.
 
     Args:
         net: with `backbone`, which has `num_layers` and `layer_of(name)`; parameters outside of it belong to the head.
-        trained: the parameters that train now or later.
+        trainable: the parameters that train now or later.
         layer_decay: factor from layer to layer, in 0 < layer_decay <= 1.
         by_layer: make a group per layer even if their rates are the same.
     """
     count = net.backbone.num_layers
     names = {0: "embeddings" if net.backbone.modality == "text" else "stem", count + 1: "after the layers"}
-    places: dict[int | None, LayerGroup] = {None: LayerGroup("head", None, 1.0)}
+    by_number: dict[int | None, LayerGroup] = {None: LayerGroup("head", None, 1.0)}
     if by_layer or layer_decay < 1:
         for i in range(count + 1, -1, -1):
-            places[i] = LayerGroup(names.get(i, f"layer {i}"), i, layer_decay ** (count + 1 - i))
+            by_number[i] = LayerGroup(names.get(i, f"layer {i}"), i, layer_decay ** (count + 1 - i))
     else:
         everywhere = LayerGroup("backbone", None, 1.0)
-        places |= dict.fromkeys(range(count + 2), everywhere)
-    training = {id(parameter) for parameter in trained}
+        by_number |= dict.fromkeys(range(count + 2), everywhere)
+    training = {id(parameter) for parameter in trainable}
     for name, parameter in net.named_parameters():
         inside = name.startswith(_BACKBONE)
-        layer = places[net.backbone.layer_of(name.removeprefix(_BACKBONE)) if inside else None]
+        layer = by_number[net.backbone.layer_of(name.removeprefix(_BACKBONE)) if inside else None]
         if id(parameter) not in training:
             layer.frozen += parameter.numel()
         elif parameter.ndim >= 2:
             layer.matrices.append(parameter)
         else:
             layer.vectors.append(parameter)
-    distinct = {id(layer): layer for layer in places.values()}
+    distinct = {id(layer): layer for layer in by_number.values()}
     return [layer for layer in distinct.values() if layer.num_trained or layer.frozen]
 
 
@@ -91,37 +91,26 @@ def parameter_groups(of: Iterable[LayerGroup]) -> list[dict[str, Any]]:
     return [group for group in found if group["params"]]
 
 
-def table(of: Sequence[LayerGroup], settings: Mapping[str, Any], joins: Mapping[int, int]) -> Table:
-    """Return a table of the trained parameters and their settings, to print before training.
+def print_table(of: Sequence[LayerGroup], settings: Mapping[str, Any], unfreeze_schedule: Mapping[int, int]) -> None:
+    """Print a table of the trained parameters and their settings.
 
     Args:
         of: the layers.
         settings: the optimizer's defaults: `lr`, and `weight_decay` if it has one.
-        joins: optimizer steps at which initially frozen layers are unfrozen, by number.
+        unfreeze_schedule: optimizer steps at which initially frozen layers are unfrozen, by layer number.
     """
-    drawn = Table(box=None, pad_edge=False)
-    for column, justify in (
-        ("group", "left"),
-        ("parameters", "right"),
-        ("trained", "right"),
-        ("rate", "right"),
-        ("decay", "right"),
-    ):
-        drawn.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table = Table("group", box=None, pad_edge=False)
+    for column in ("parameters", "trained", "rate", "decay"):
+        table.add_column(column, justify="right")
     decay = settings.get("weight_decay", 0.0)
     for layer in of:
         rate = f"{settings['lr'] * layer.rate:.3g}" if layer.num_trained else "frozen"
-        if layer.num_trained and layer.number is not None and layer.number in joins:
-            rate += f" from step {joins[layer.number] + 1:,}"
+        if layer.num_trained and layer.number is not None and layer.number in unfreeze_schedule:
+            rate += f" from step {unfreeze_schedule[layer.number] + 1:,}"
         parts = [f"{decay:g}"] if layer.matrices else []
         parts += ["0 (vectors)"] if layer.vectors and decay else []
         total = layer.num_trained + layer.frozen
-        drawn.add_row(layer.name, f"{total:,}", f"{layer.num_trained:,}", rate, ", ".join(parts) or "-")
+        table.add_row(layer.name, f"{total:,}", f"{layer.num_trained:,}", rate, ", ".join(parts) or "-")
     whole, trained = sum(layer.num_trained + layer.frozen for layer in of), sum(layer.num_trained for layer in of)
-    drawn.add_row("all", f"{whole:,}", f"{trained:,} ({100 * trained / whole:.3g} %)", "", "")
-    return drawn
-
-
-def show(of: Sequence[LayerGroup], settings: Mapping[str, Any], joins: Mapping[int, int]) -> None:
-    """Print the table."""
-    Console(soft_wrap=True, highlight=False).print(table(of, settings, joins))
+    table.add_row("all", f"{whole:,}", f"{trained:,} ({100 * trained / whole:.3g} %)", "", "")
+    Console(soft_wrap=True, highlight=False).print(table)

@@ -43,7 +43,7 @@ class Penalty(ABC):
         return ""
 
 
-class L2SP(Penalty):
+class L2SPPenalty(Penalty):
     """Pulls pretrained weights towards their initial values, and new weights towards 0.
 
     Args:
@@ -55,31 +55,30 @@ class L2SP(Penalty):
         _check("strength", strength)
         _check("head_strength", head_strength)
         self.strength, self.head_strength = strength, head_strength
-        self._kept: list[nn.Parameter] = []
+        self._pretrained: list[nn.Parameter] = []
         self._origin: list[Tensor] = []
         self._new: list[nn.Parameter] = []
         self._identity: str | None = None
 
     def start(self, pretrained: dict[str, nn.Parameter], trained: dict[str, nn.Parameter]) -> None:
-        known = {id(parameter) for parameter in pretrained.values()}
-        self._kept = [parameter for parameter in trained.values() if id(parameter) in known]
-        self._new = [parameter for parameter in trained.values() if id(parameter) not in known and parameter.ndim >= 2]
-        if not self._kept:
+        old = {id(parameter) for parameter in pretrained.values()}
+        self._pretrained = [parameter for parameter in trained.values() if id(parameter) in old]
+        self._new = [parameter for parameter in trained.values() if id(parameter) not in old and parameter.ndim >= 2]
+        if not self._pretrained:
             raise ValueError(
-                "--model.penalty L2SP draws pretrained weights to where they began, and this method trains none of them:"
-                " choose --model.method full, gradual or bias_only, or --model.penalty null"
+                "--model.penalty L2SPPenalty applies to pretrained weights, and this method trains none of them: set"
+                " --model.method to full, gradual or bias_only, or --model.penalty null"
             )
-        self._origin = [parameter.detach().clone() for parameter in self._kept]
+        self._origin = [parameter.detach().clone() for parameter in self._pretrained]
 
     def __call__(self) -> Tensor:
-        device = self._kept[0].device
+        device = self._pretrained[0].device
         if self._origin[0].device != device:
             self._origin = [origin.to(device) for origin in self._origin]
-        way = torch.stack(
-            [(parameter - origin).square().sum() for parameter, origin in zip(self._kept, self._origin, strict=True)]
-        )
-        size = torch.stack([parameter.square().sum() for parameter in self._new] or [way.new_zeros(())])
-        return 0.5 * (self.strength * way.sum() + self.head_strength * size.sum())
+        pairs = zip(self._pretrained, self._origin, strict=True)
+        distances = torch.stack([(parameter - origin).square().sum() for parameter, origin in pairs])
+        norms = torch.stack([parameter.square().sum() for parameter in self._new] or [distances.new_zeros(())])
+        return 0.5 * (self.strength * distances.sum() + self.head_strength * norms.sum())
 
     def identity(self) -> str:
         """Digest of the initial values."""
@@ -88,7 +87,7 @@ class L2SP(Penalty):
         return self._identity
 
 
-class L1(Penalty):
+class L1Penalty(Penalty):
     """Pulls trained matrices towards 0, each number by the same amount, which makes many of them 0.
 
     Args:
@@ -102,6 +101,10 @@ class L1(Penalty):
 
     def start(self, pretrained: dict[str, nn.Parameter], trained: dict[str, nn.Parameter]) -> None:
         self._matrices = [parameter for parameter in trained.values() if parameter.ndim >= 2]
+        if not self._matrices:
+            raise ValueError(
+                "--model.penalty L1Penalty applies to matrices, and this method trains none: set --model.penalty null"
+            )
 
     def __call__(self) -> Tensor:
         return self.strength * torch.stack([parameter.abs().sum() for parameter in self._matrices]).sum()

@@ -32,8 +32,8 @@ class Last(nn.Module):
     """Selects the last real token, the only one of a causal net that depends on the whole text: [B, T, D] -> [B, D]."""
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        places = torch.arange(mask.shape[1], device=mask.device)
-        last = (places * mask).amax(1)  # [B]
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        last = (positions * mask).amax(1)  # [B]
         return tokens[torch.arange(len(tokens), device=tokens.device), last]
 
 
@@ -67,12 +67,12 @@ def make_pool(kind: PoolingKind, backbone: Any) -> nn.Module | None:
         ValueError: an unknown kind, or one that this backbone does not support.
     """
     if kind not in get_args(PoolingKind):
-        raise ValueError(f"--model.pooling {kind} is not known; choose {', '.join(get_args(PoolingKind))}")
+        raise ValueError(f"--model.pooling {kind}: accepted are {', '.join(get_args(PoolingKind))}")
     if backbone.pooling is None:
         if kind != "auto":
             raise ValueError(
-                f"--model.pooling {kind}: this backbone gives one vector for each picture, as it was trained to; set"
-                " --model.pooling auto"
+                f"--model.pooling {kind} is for backbones of text, and this one pools images itself: set --model.pooling"
+                " auto"
             )
         return None
     chosen = backbone.pooling if kind == "auto" else kind

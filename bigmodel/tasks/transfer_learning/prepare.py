@@ -1,11 +1,11 @@
 """Prepare texts once: check and tokenize them, read their labels, and write memory-mapped arrays.
 
 They are read in one pass, a block at a time, so memory grows by only some 40 bytes per text. The assignment of texts to
-splits, truncation and batching are done later, on the prepared texts. The key of a prepared folder is a
-hash of the sources' contents, the columns, the problem and the tokenizer; not of paths. Layout, all numbers little-endian::
+splits, truncation and batching are done later, on the prepared texts. The key of a prepared folder is a hash of the
+sources' contents, the columns, the problem type and the tokenizer; not of paths. Layout, all numbers little-endian::
 
     <cache>/transfer_learning/<key>/
-        tokens.bin tokens.npy       int32, one text's after the other's; [N + 1] int64, where each begins
+        tokens.bin tokens.npy       int32, the texts concatenated; [N + 1] int64, where each begins
         texts.bin texts.npy         UTF-8, likewise; pairs.bin, pairs.npy: the second texts
         contents.npy                [N] int64, a hash of text and pair: equal ones are one content
         splits.npy                  [N] int8, numbers of `SPLITS`
@@ -40,8 +40,9 @@ from bigmodel.data.cache import building, digest, disk_errors, progress, say, wr
 from bigmodel.data.split_shares import SPLIT_WORDS, split_name
 from bigmodel.data.tables.rows import Rows, decode_dictionary, first_index, is_text
 from bigmodel.tasks.transfer_learning.labels import LabelReader, Labels
-from bigmodel.tasks.transfer_learning.sources import Columns, Source
-from bigmodel.tasks.transfer_learning.sources.columns import Part
+from bigmodel.tasks.transfer_learning.problem_type import read_problem_type
+from bigmodel.tasks.transfer_learning.sources import TextColumns, TextSource
+from bigmodel.tasks.transfer_learning.sources.columns import SourcePart
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
 
 VERSION = 1
@@ -49,7 +50,7 @@ SPLITS = ("all", "train", "val", "test")  # `all`: the source has no splits
 _CHARACTERS_AT_ONCE = 2**19  # tokenized together, which takes some 100 bytes of memory per token
 
 
-class Flat:
+class RaggedArray:
     """Arrays of different lengths, concatenated in a memory-mapped file. Pickled as its path.
 
     Args:
@@ -62,22 +63,22 @@ class Flat:
     """
 
     def __init__(self, folder: Path, name: str, dtype: str) -> None:
-        self._made_of = (folder, name, dtype)
+        self._arguments = (folder, name, dtype)
         self.offsets: np.ndarray = np.load(folder / f"{name}.npy")
         path = folder / f"{name}.bin"
         size = int(self.offsets[-1]) * np.dtype(dtype).itemsize
         if not path.exists() or path.stat().st_size != size:
-            raise ValueError(f"{path} is damaged, it does not have {size:,} bytes. Delete {folder} and start again")
+            raise ValueError(f"{path} is damaged: its size is not {size:,} bytes. Delete {folder} and start again")
         self._values = np.memmap(path, dtype, "r") if size else np.empty(0, dtype)
 
-    def __reduce__(self) -> tuple[type[Flat], tuple[Path, str, str]]:
-        return Flat, self._made_of
+    def __reduce__(self) -> tuple[type[RaggedArray], tuple[Path, str, str]]:
+        return RaggedArray, self._arguments
 
     def __getitem__(self, i: int) -> np.ndarray:
         return self._values[self.offsets[i] : self.offsets[i + 1]]
 
 
-class Prepared:
+class PreparedTexts:
     """Texts in their prepared folder.
 
     Args:
@@ -99,12 +100,13 @@ class Prepared:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.folder, self._names, self._parts = folder, names, meta["parts"]
         self.fingerprint: str = meta["fingerprint"]
-        self.tokens = Flat(folder, "tokens", "<i4")
-        self.texts = Flat(folder, "texts", "u1")
-        self.pairs = Flat(folder, "pairs", "u1") if (folder / "pairs.npy").exists() else None
+        self.tokens = RaggedArray(folder, "tokens", "<i4")
+        self.texts = RaggedArray(folder, "texts", "u1")
+        self.pairs = RaggedArray(folder, "pairs", "u1") if (folder / "pairs.npy").exists() else None
         self.contents: np.ndarray = np.load(folder / "contents.npy")
         self.splits: np.ndarray = np.load(folder / "splits.npy")
-        self.labels = Labels(meta["problem"], meta["names"], *_loaded(folder)) if meta["problem"] else None
+        problem_type = meta["problem_type"] if "problem_type" in meta else meta["problem"]  # its earlier name
+        self.labels = Labels(read_problem_type(problem_type), meta["names"], *_loaded(folder)) if problem_type else None
         there = (folder / "confidences.npy").exists()
         self.confidences: np.ndarray | None = np.load(folder / "confidences.npy") if there else None
 
@@ -129,13 +131,15 @@ def _loaded(folder: Path) -> Iterator[np.ndarray]:
         yield np.load(folder / "offsets.npy")
 
 
-def prepare(source: Source, columns: Columns, problem: str, encoder: TextEncoder, cache: Path) -> Prepared:
+def prepare(
+    source: TextSource, columns: TextColumns, problem_type: str, encoder: TextEncoder, cache: Path
+) -> PreparedTexts:
     """Make the prepared folder of a source, unless it exists. Any number of processes may do so at the same time.
 
     Args:
         source: the source found at a path.
         columns: names of a table's columns.
-        problem: type of the targets: class, labels, number; or auto, see labels.py.
+        problem_type: type of the targets; or auto, see labels.py.
         encoder: the tokenizer.
         cache: folder of the task.
 
@@ -144,43 +148,43 @@ def prepare(source: Source, columns: Columns, problem: str, encoder: TextEncoder
         OSError: if the disk is full; the message names the required space and the place.
     """
     names = [part.where for part in source.parts]
-    key = [VERSION, source.content, asdict(columns), columns.label and problem, encoder.fingerprint]
+    key = [VERSION, source.content, asdict(columns), columns.label and problem_type, encoder.fingerprint]
     folder = cache / digest(key)
     if not (folder / "meta.json").exists():
-        _make(source, columns, problem, encoder, folder)
-    return Prepared(folder, names)
+        _make(source, columns, problem_type, encoder, folder)
+    return PreparedTexts(folder, names)
 
 
-def _make(source: Source, columns: Columns, problem: str, encoder: TextEncoder, final: Path) -> None:
+def _make(source: TextSource, columns: TextColumns, problem_type: str, encoder: TextEncoder, final: Path) -> None:
     began = time.monotonic()
     size = sum(part.size for part in source.parts)
     if source.left_out:
         say(
-            f"{source.where}: {', '.join(source.left_out)} are named after no split and left out (known: {SPLIT_WORDS})"
+            f"{source.where}: {', '.join(source.left_out)} have no split in their names ({SPLIT_WORDS}) and are ignored"
         )
     with ExitStack() as stack:
         stack.enter_context(disk_errors(final.parent, lambda: 3 * size))
         folder = stack.enter_context(building(final))
-        reader = stack.enter_context(_Reader(folder, columns, problem, encoder))
+        writer = stack.enter_context(_Writer(folder, columns, problem_type, encoder))
         advance = stack.enter_context(progress(f"tokenizing {source.where}", size))
         for part in source.parts:
-            reader.start(part)
+            writer.start(part)
             for rows in part.rows():
                 if len(rows):
-                    reader.add(rows)
+                    writer.add(rows)
                 advance(rows.size)
-        write_text(folder / "meta.json", json.dumps({"version": VERSION, "source": source.where, **reader.finish()}))
-    speed = reader.num_texts / max(time.monotonic() - began, 1e-3)
+        write_text(folder / "meta.json", json.dumps({"version": VERSION, "source": source.where, **writer.finish()}))
+    speed = writer.num_texts / max(time.monotonic() - began, 1e-3)
     say(
-        f"prepared {reader.num_texts:,} texts with {reader.num_tokens:,} tokens in {time.monotonic() - began:,.1f} s"
+        f"prepared {writer.num_texts:,} texts with {writer.num_tokens:,} tokens in {time.monotonic() - began:,.1f} s"
         f" ({speed:,.0f} texts/s) in {final}"
     )
 
 
-class _Reader(ExitStack):
+class _Writer(ExitStack):
     """Writes blocks of rows to the files of a prepared folder."""
 
-    def __init__(self, folder: Path, columns: Columns, problem: str, encoder: TextEncoder) -> None:
+    def __init__(self, folder: Path, columns: TextColumns, problem_type: str, encoder: TextEncoder) -> None:
         super().__init__()
         self.folder, self.encoder, self.num_texts, self.num_tokens = folder, encoder, 0, 0
         self.content = sha256()
@@ -191,12 +195,12 @@ class _Reader(ExitStack):
         self.contents: list[np.ndarray] = []
         self.splits: list[np.ndarray] = []
         self.confidences: list[np.ndarray] = []
-        self.labels = LabelReader(problem, self.name) if columns.label is not None else None
+        self.labels = LabelReader(problem_type, self.name) if columns.label is not None else None
         self.parts: list[tuple[int, int, str]] = []  # see `_row_name`
         self.names: list[str] = []
         self.split: str | None = None
 
-    def start(self, part: Part) -> None:
+    def start(self, part: SourcePart) -> None:
         self.split = part.split
         self.parts.append((self.num_texts, 0, "row"))
         self.names.append(part.where)
@@ -230,7 +234,7 @@ class _Reader(ExitStack):
             raise
         if empty := [i for i, row in enumerate(tokens) if len(row) == 0]:
             raise ValueError(
-                f"{rows.name(start + empty[0])}: the tokenizer makes no token of this text: remove the row"
+                f"{rows.name(start + empty[0])}: the tokenizer returns no token of this text: remove the row"
             )
         self._write("tokens", [row.astype("<i4") for row in tokens], 4)
         encoded = [[text.encode() for text in some] for some in texts]
@@ -260,13 +264,13 @@ class _Reader(ExitStack):
         if None in meant:
             row = int(np.flatnonzero(codes == meant.index(None))[0])
             raise ValueError(
-                f"{rows.name(row)}: {column[row].as_py()!r} in the column of splits is none (known are {SPLIT_WORDS}): mend"
-                " it, or leave out --data.split_column"
+                f"{rows.name(row)}: {column[row].as_py()!r} in the column of splits is not a split ({SPLIT_WORDS}): correct"
+                " it, or set --data.split_column null"
             )
         return np.array([SPLITS.index(str(name)) for name in meant], np.int8)[codes]
 
     def finish(self) -> dict[str, Any]:
-        """Write the arrays in memory; return facts for meta.json."""
+        """Write the arrays in memory; return the contents of meta.json."""
         if not self.num_texts:
             raise ValueError("--data.path: the tables have no rows")
         labels = self.labels.labels() if self.labels is not None else None
@@ -286,7 +290,7 @@ class _Reader(ExitStack):
             write_array(self.folder / f"{name}.npy", array)
         names = [] if labels is None else labels.names
         return {
-            "problem": None if labels is None else labels.problem,
+            "problem_type": None if labels is None else labels.problem_type,
             "names": names,
             "parts": self.parts,
             "fingerprint": digest([self.content.hexdigest(), names]),

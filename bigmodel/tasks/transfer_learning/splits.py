@@ -3,8 +3,8 @@
 Within each class the contents (equal texts are one content) are sorted by a hash of content and seed, which does not
 depend on position or other texts. The first are the test split, the last the validation split, and the rest is for
 training. So adding or removing a text moves at most two others, and none from test to validation or back. With k folds,
-the contents after the test split are assigned to the folds in turn, class after class. Texts with several labels are
-sorted by their rarest label; numbers have no classes.
+the contents after the test split are assigned to the folds in turn, class after class. Multi-label texts are sorted by
+their rarest label; regression targets have no classes.
 
 N texts, U contents, K classes.
 """
@@ -20,16 +20,17 @@ import numpy as np
 from bigmodel.data.split_shares import check_shares
 from bigmodel.data.stateless_rng import hash_seed, random_bits
 from bigmodel.tasks.transfer_learning.labels import Labels
-from bigmodel.tasks.transfer_learning.prepare import SPLITS, Prepared
+from bigmodel.tasks.transfer_learning.prepare import SPLITS, PreparedTexts
+from bigmodel.tasks.transfer_learning.problem_type import REGRESSION, SINGLE_LABEL
 
 _SPLIT_STREAM, _SHOT_STREAM = 1, 2  # streams of random numbers, so that the draws are independent
 _SHOWN = 10
 
-Tell = Callable[[str], None]  # prints a line
+Print = Callable[[str], None]  # prints a line
 
 
 @dataclass
-class Split:
+class TextSplit:
     """Shares of texts of each class for validation and test, where the data have no such splits.
 
     Args:
@@ -62,7 +63,7 @@ class Folds:
             )
 
 
-def divide(prepared: Prepared, split: Split, folds: Folds | None, tell: Tell) -> dict[str, np.ndarray]:
+def divide(prepared: PreparedTexts, split: TextSplit, folds: Folds | None, print_line: Print) -> dict[str, np.ndarray]:
     """Return rows [n] int64 of each split, ascending: those of the data; missing splits are drawn from the training
     split.
 
@@ -71,7 +72,7 @@ def divide(prepared: Prepared, split: Split, folds: Folds | None, tell: Tell) ->
     """
     assert prepared.labels is not None
     labels = prepared.labels
-    rows = _given(prepared, tell)
+    rows = _given(prepared, print_line)
     shares = {name: share for name, share in (("val", split.val), ("test", split.test)) if name not in rows and share}
     if folds is not None:
         shares.pop("val", None)
@@ -86,7 +87,7 @@ def divide(prepared: Prepared, split: Split, folds: Folds | None, tell: Tell) ->
     drawn = random_bits(contents, hash_seed(_SPLIT_STREAM, split.seed), 1)[:, 0]
     order = np.lexsort((drawn, owner))  # by class, then by the draw
     borders = np.flatnonzero(np.diff(owner[order], prepend=-2, append=-2)).tolist()
-    if labels.problem == "class":
+    if labels.problem_type == SINGLE_LABEL:
         _check_classes(labels, owner[order], borders, 1 + len(shares) + (folds is not None), folds)
     dealt = np.full(len(contents), "train", dtype="<U5")
     turn = 0
@@ -104,27 +105,29 @@ def divide(prepared: Prepared, split: Split, folds: Folds | None, tell: Tell) ->
         rows[name] = pool[dealt[content] == name]
         if len(rows[name]) == 0:
             raise ValueError(
-                f"the {name} split has no text of the {len(pool):,} that are dealt out: give more, or other shares"
-                " (--data.split.val, --data.split.test)"
+                f"the {name} split receives none of the {len(pool):,} texts: add texts, or set other shares by"
+                " --data.split.val and --data.split.test"
             )
     return {name: rows[name] for name in ("train", "val", "test") if name in rows}
 
 
-def _given(prepared: Prepared, tell: Tell) -> dict[str, np.ndarray]:
+def _given(prepared: PreparedTexts, print_line: Print) -> dict[str, np.ndarray]:
     """Return rows of each split as given in the data; all in train if none are given."""
     labels = prepared.labels
     assert labels is not None
     rows = {name: found for i, name in enumerate(SPLITS) if len(found := np.flatnonzero(prepared.splits == i))}
     if "train" not in rows:
         if named := [name for name in rows if name != "all"]:
-            tell(f"the data have no training split, only {', '.join(named)}; all texts are dealt out to splits")
+            print_line(f"the data have no training split, only {', '.join(named)}; new splits are drawn from all texts")
         rows = {"train": np.arange(len(prepared))}
     for name in list(rows):
-        unlabelled = rows[name][labels.values[rows[name]] < 0] if labels.problem == "class" else rows[name][:0]
+        unlabelled = (
+            rows[name][labels.values[rows[name]] < 0] if labels.problem_type == SINGLE_LABEL else rows[name][:0]
+        )
         if not len(unlabelled):
             continue
         if name != "train" and len(unlabelled) == len(rows[name]):
-            tell(f"the {name} split has no labels (all are -1) and is left out")
+            print_line(f"the {name} split has no labels (all are -1) and is left out")
             del rows[name]
             continue
         raise ValueError(
@@ -136,7 +139,7 @@ def _given(prepared: Prepared, tell: Tell) -> dict[str, np.ndarray]:
 
 def _strata(labels: Labels, pool: np.ndarray) -> np.ndarray:
     """Return the class [n] by which each text of these rows is stratified."""
-    if labels.problem == "class":
+    if labels.problem_type == SINGLE_LABEL:
         return labels.values[pool].astype(np.int64)
     if labels.offsets is None:
         return np.zeros(len(pool), np.int64)
@@ -155,10 +158,9 @@ def _check_classes(labels: Labels, owners: np.ndarray, borders: list[int], neede
         shown = ", ".join(f"{name!r} has {size}" for name, size in list(few.items())[:_SHOWN])
         flags = "set --data.split.val or --data.split.test to 0" if folds is None else "leave out --data.folds"
         raise ValueError(
-            f"{len(few):,} of {len(sizes):,} classes have fewer different texts than the {needed} splits that are dealt"
-            f" out, each of which needs one: {shown}{', ...' if len(few) > _SHOWN else ''}. Give more texts, remove these"
-            f" classes, or {flags}. If nearly every text has a class of its own, see --data.label_column and"
-            " --data.problem number"
+            f"{len(few):,} of {len(sizes):,} classes have fewer different texts than the {needed} splits, each of which"
+            f" needs one: {shown}{', ...' if len(few) > _SHOWN else ''}. Add texts, remove these classes, or {flags}. If"
+            f" nearly every text has a class of its own, set --data.label_column or --data.problem_type {REGRESSION}"
         )
 
 
@@ -169,11 +171,11 @@ def _count(share: float, contents: int, num_splits: int) -> int:
     return max(int(share * contents + 0.5), int(share > 0 and contents >= num_splits))
 
 
-def draw_shots(prepared: Prepared, rows: np.ndarray, classes: list[str], shots: int, seed: int) -> np.ndarray:
+def draw_shots(prepared: PreparedTexts, rows: np.ndarray, classes: list[str], shots: int, seed: int) -> np.ndarray:
     """Return `shots` different training texts of each class, from these rows.
 
-    They are the first in an order that depends on the seed, so that fewer shots are a subset of more. With several
-    labels, each label has at least this number of texts.
+    They are the first in an order that depends on the seed, so that fewer shots are a subset of more. If multi-label,
+    each label has at least this number of texts.
 
     Raises:
         ValueError: if a class has fewer, or there are no classes.
@@ -182,9 +184,9 @@ def draw_shots(prepared: Prepared, rows: np.ndarray, classes: list[str], shots: 
     assert labels is not None
     if shots < 1:
         raise ValueError(f"--data.shots {shots}: at least 1 example of each class is needed")
-    if labels.problem == "number":
+    if labels.problem_type == REGRESSION:
         raise ValueError(
-            f"--data.shots {shots}: the labels are numbers, and of these there are no classes to draw from"
+            f"--data.shots {shots} requires classes, and --data.problem_type is {REGRESSION}: set --data.shots null"
         )
     _, first = np.unique(prepared.contents[rows], return_index=True)  # one row of each content
     rows = rows[first]
@@ -203,7 +205,7 @@ def draw_shots(prepared: Prepared, rows: np.ndarray, classes: list[str], shots: 
     return np.unique(np.concatenate([owners[start : start + shots] for start in starts.tolist()]))
 
 
-def tell_repeats(prepared: Prepared, rows: dict[str, np.ndarray], tell: Tell) -> None:
+def report_duplicates(prepared: PreparedTexts, rows: dict[str, np.ndarray], print_line: Print) -> None:
     """Report repeated texts: with other labels, or in a split that is excluded from training."""
     labels = prepared.labels
     assert labels is not None
@@ -214,15 +216,15 @@ def tell_repeats(prepared: Prepared, rows: dict[str, np.ndarray], tell: Tell) ->
         order = np.lexsort((marks, content))
         change = (np.diff(content[order]) == 0) & (np.diff(marks[order]) != 0)
         num_contradicting = len(np.unique(content[order][1:][change]))
-        tell(
-            f"{(counts > 1).sum():,} of {len(contents):,} different texts are met more than once,"
-            f" {num_contradicting:,} of them with contradicting labels; all are kept"
+        print_line(
+            f"{(counts > 1).sum():,} of {len(contents):,} different texts occur more than once,"
+            f" {num_contradicting:,} of them with contradicting labels; all are used"
         )
     for name in ("val", "test"):
         if name in rows and (
             seen := int(np.isin(prepared.contents[rows[name]], prepared.contents[rows["train"]]).sum())
         ):
-            tell(f"{seen:,} of {len(rows[name]):,} texts of the {name} split are in the train split too")
+            print_line(f"{seen:,} of {len(rows[name]):,} texts of the {name} split are in the train split too")
 
 
 def _marks(labels: Labels) -> np.ndarray:

@@ -28,7 +28,7 @@ from bigmodel.run.trust import import_saved_class
 
 
 @dataclass(frozen=True)
-class Frame:
+class SpecialTokens:
     """Special tokens around texts.
 
     Attributes:
@@ -50,27 +50,27 @@ class TextEncoder(ABC):
     """Interface of all tokenizers of the task.
 
     Attributes:
-        frame: special tokens around texts.
+        special_tokens: those around texts.
         pad_id: padding token id; masked, so any will do.
         max_length: T, number of positions of the model; None: unlimited.
     """
 
-    frame: Frame
+    special_tokens: SpecialTokens
     pad_id: int
     max_length: int | None
 
     @abstractmethod
-    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, without special tokens."""
 
     @abstractmethod
-    def to_plain(self) -> dict[str, Any]:
-        """Return the whole encoder as plain values, for `from_plain`."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the whole encoder as plain values, for `from_dict`."""
 
     @property
     def fingerprint(self) -> str:
         """Digest that changes when texts may have other tokens."""
-        plain = self.to_plain()
+        plain = self.to_dict()
         del plain["max_length"]
         return digest(plain)
 
@@ -84,17 +84,17 @@ class TextEncoder(ABC):
         Raises:
             ValueError: if there is no separator for the texts of a pair.
         """
-        frame, wholes = self.frame, self.pieces(texts)
+        special, wholes = self.special_tokens, self.tokenize(texts)
         if pairs is None:
-            return [np.array([*frame.first, *ids, *frame.last], np.int32) for ids in wholes]
-        if not frame.between:
+            return [np.array([*special.first, *ids, *special.last], np.int32) for ids in wholes]
+        if not special.between:
             raise ValueError(
-                "--data.pair_column: the tokenizer has neither a token between two texts nor one for the end of text;"
-                " put both texts into one column"
+                "--data.pair_column requires a tokenizer with a separator or an end-of-text token: set it to null, and put"
+                " both texts into one column"
             )
-        seconds = self.pieces(pairs)
+        seconds = self.tokenize(pairs)
         return [
-            np.array([*frame.first, *a, *frame.between, *b, *frame.pair_last], np.int32)
+            np.array([*special.first, *a, *special.between, *b, *special.pair_last], np.int32)
             for a, b in zip(wholes, seconds, strict=True)
         ]
 
@@ -108,54 +108,54 @@ class TextEncoder(ABC):
         """
         if max_length is None or len(tokens) <= max_length:
             return tokens
-        frame, second = self.frame, self._second(tokens)
-        first, last = len(frame.first), frame.last if second is None else frame.pair_last
-        room = self.room(max_length, second is not None)
+        special, second = self.special_tokens, self._second(tokens)
+        first, last = len(special.first), special.last if second is None else special.pair_last
+        room = self.num_text_tokens(max_length, second is not None)
         if second is None:
             return np.concatenate([tokens[: first + room], tokens[len(tokens) - len(last) :]])
-        end = second - len(frame.between)
+        end = second - len(special.between)
         a, b = end - first, len(tokens) - len(last) - second
         shorter = min(a, b, room // 2)
         keep_a, keep_b = (shorter, room - shorter) if a <= b else (room - shorter, shorter)
         parts = (tokens[: first + keep_a], tokens[end : second + keep_b], tokens[len(tokens) - len(last) :])
         return np.concatenate(parts)
 
-    def room(self, max_length: int, paired: bool) -> int:
+    def num_text_tokens(self, max_length: int, paired: bool) -> int:
         """Return the number of tokens in `max_length` that are not special.
 
         Raises:
             ValueError: if there is not one for each text.
         """
-        frame = self.frame
-        around = len(frame.first) + len(frame.between + frame.pair_last if paired else frame.last)
+        special = self.special_tokens
+        around = len(special.first) + len(special.between + special.pair_last if paired else special.last)
         if max_length < around + 1 + paired:
             raise ValueError(
-                f"--data.max_length {max_length} has no room for text: {around} tokens are special, so at least"
-                f" {around + 1 + paired} are needed"
+                f"--data.max_length {max_length} is too small: {around} tokens are special, so at least"
+                f" {around + 1 + paired} is accepted"
             )
         return max_length - around
 
     def segments(self, tokens: np.ndarray) -> np.ndarray:
         """Return token type ids [T] int32: 1 from the second text of a pair on, if the model reads them, else 0."""
         segments = np.zeros(len(tokens), np.int32)
-        if self.frame.has_segments and (second := self._second(tokens)) is not None:
+        if self.special_tokens.has_segments and (second := self._second(tokens)) is not None:
             segments[second:] = 1
         return segments
 
     def _second(self, tokens: np.ndarray) -> int | None:
         """Return the start of the second text of a pair; None if there is one text."""
-        frame = self.frame
-        if not frame.between:
+        special = self.special_tokens
+        if not special.between:
             return None
-        first = len(frame.first)
-        found = np.flatnonzero(tokens[first:] == frame.between[0])
-        if not len(found) or (frame.last and first + found[0] + len(frame.last) == len(tokens)):
+        first = len(special.first)
+        found = np.flatnonzero(tokens[first:] == special.between[0])
+        if not len(found) or (special.last and first + found[0] + len(special.last) == len(tokens)):
             return None
-        return first + int(found[0]) + len(frame.between)
+        return first + int(found[0]) + len(special.between)
 
     @staticmethod
-    def from_plain(plain: dict[str, Any]) -> TextEncoder:
-        """Restore the encoder from `to_plain`.
+    def from_dict(plain: dict[str, Any]) -> TextEncoder:
+        """Restore the encoder from `to_dict`.
 
         Raises:
             ValueError: if it is not the state of an encoder.
@@ -168,7 +168,7 @@ class TextEncoder(ABC):
         if plain.get("kind") == "bigmodel":
             tokenizer = import_saved_class(plain["class"].replace(":", ".")).from_json(plain["tokenizer"])
             return LanguageModelEncoder(tokenizer, plain["max_length"])
-        raise ValueError(f"not a text encoder that bigmodel saved: {sorted(plain)}")
+        raise ValueError(f"not the saved state of a text encoder: {sorted(plain)}")
 
 
 class TransformersEncoder(TextEncoder):
@@ -187,12 +187,12 @@ class TransformersEncoder(TextEncoder):
         self.backend.no_padding()
         self.backend.encode_special_tokens = True  # text that looks like a special token is encoded as plain text
         self.pad_id, self.end_id, self.max_length = pad_id or 0, end_id, max_length
-        self.frame = self._frame()
+        self.special_tokens = self._find_special_tokens()
 
-    def _frame(self) -> Frame:
+    def _find_special_tokens(self) -> SpecialTokens:
         one, two = self.backend.encode("a"), self.backend.encode("a", "a")
         if not one.ids:
-            raise ValueError("the tokenizer gives no token for the text 'a': it is no tokenizer of English text")
+            raise ValueError("the tokenizer returns no token for the text 'a': one for English text is required")
         a = [i for i, text in enumerate(one.sequence_ids) if text == 0]
         first, last = one.ids[: a[0]], one.ids[a[-1] + 1 :]
         of_first = [i for i, text in enumerate(two.sequence_ids) if text == 0]
@@ -201,12 +201,12 @@ class TransformersEncoder(TextEncoder):
         has_segments = bool(between) and two.type_ids[of_second[0]] == 1
         if not between and self.end_id is not None:
             between = [self.end_id]
-        return Frame(tuple(first), tuple(last), tuple(between), tuple(pair_last), has_segments)
+        return SpecialTokens(tuple(first), tuple(last), tuple(between), tuple(pair_last), has_segments)
 
-    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         return [found.ids for found in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {
             "kind": "transformers",
             "tokenizer": self.backend.to_str(),
@@ -229,13 +229,13 @@ class LanguageModelEncoder(TextEncoder):
     def __init__(self, tokenizer: Any, max_length: int | None) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
         self.pad_id = end = int(tokenizer.eos_token_id)
-        self.frame = Frame(first=(end,), between=(end,))
+        self.special_tokens = SpecialTokens(first=(end,), between=(end,))
 
-    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         found: list[list[int]] = self.tokenizer.encode_batch(texts)
         return found
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         kind = type(self.tokenizer)
         return {
             "kind": "bigmodel",
@@ -260,12 +260,10 @@ def read_encoder(path: str, max_length: int | None = None) -> TransformersEncode
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path}: no tokenizer can be read there (tokenizer.json is looked for): {str(error).splitlines()[0]}"
-        ) from error
+        raise ValueError(f"{path}: no readable tokenizer (tokenizer.json): {str(error).splitlines()[0]}") from error
     if not tokenizer.is_fast:
         raise ValueError(
-            f"{path}: {type(tokenizer).__name__} is no fast tokenizer; save one with"
+            f"{path}: {type(tokenizer).__name__} is not a fast tokenizer: save one by"
             " AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(folder)"
         )
     if max_length is None and tokenizer.model_max_length < 10**9:  # a huge number stands for none

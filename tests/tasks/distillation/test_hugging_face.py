@@ -342,7 +342,7 @@ def texts(tmp_path_factory):
 
 def text_student(backbone, **facts):
     task = TransferLearning(backbone=str(backbone))
-    task.facts = {"classes": GROUPS, "problem": "class", "max_length": 16, **facts}
+    task.data_metadata = {"classes": GROUPS, "problem_type": "single_label_classification", "max_length": 16, **facts}
     set_sizes(task, {"num_classes": 3})
     return task
 
@@ -386,15 +386,15 @@ def test_a_text_classifier_that_does_not_suit_is_refused(texts, tmp_path):
         student = text_student(options.pop("backbone", texts / "bert"), **options)
         return teachers.find_teacher(str(tmp_path), student).load(student)
 
-    load(problem="labels")
-    with pytest.raises(ValueError, match=r"problem_type multi_label_classification \(its config.json\), and the data"):
+    load(problem_type="multi_label_classification")
+    with pytest.raises(ValueError, match=r"problem_type multi_label_classification \(its config.json\), and --data"):
         load()
     text_classifier(tmp_path, texts)
     with pytest.raises(
-        ValueError, match=r"problem_type single_label_classification .* data are of multi_label_classific"
+        ValueError, match=r"problem_type single_label_classification .*--data.problem_type is multi_label_classific"
     ):
-        load(problem="labels")
-    with pytest.raises(ValueError, match=r"reads 32 tokens at most, .* up to 64: set --data.max_length 32"):
+        load(problem_type="multi_label_classification")
+    with pytest.raises(ValueError, match=r"accepts at most 32 tokens, .* up to 64: set --data.max_length 32"):
         load(max_length=64)
     with pytest.raises(
         ValueError, match=r"another tokenizer than the student \(30 tokens?|\d+ tokens, and the data's 30,522\)"
@@ -429,7 +429,7 @@ def test_several_labels_are_taught_each_alone_and_numbers_are_refused(texts, mon
     Path("several.csv").write_text("\n".join(["text,label", *several]))
     Path("numbers.csv").write_text("\n".join(["text,label", *(f"{text},{len(text) / 7}" for text, _ in rows)]))
     config = yaml.safe_load(Path("texts.yaml").read_text())
-    config["data"]["init_args"] |= {"path": "several.csv", "problem": "labels"}
+    config["data"]["init_args"] |= {"path": "several.csv", "problem_type": "multi_label_classification"}
     config["trainer"] |= {"max_epochs": None, "max_steps": 3}
     config["callbacks"]["witness"] = {"class_path": f"{__name__}.Witness"}
     kd = {"kd": {"class_path": f"{OURS}.KD", "init_args": {"weight": 0.75, "temperature": 2.0}}}
@@ -442,8 +442,8 @@ def test_several_labels_are_taught_each_alone_and_numbers_are_refused(texts, mon
         (["--model.losses.d", f"{OURS}.DKD"], "--model.losses: DKD needs one class per sample"),
         (["--model.cache.top_k", 2], "--model.cache.top_k 2 needs classes that exclude each other"),
         (
-            ["--data.problem", "number", "--data.path", "numbers.csv"],
-            "--model.student: its targets are of type 'number'",
+            ["--data.problem_type", "regression", "--data.path", "numbers.csv"],
+            "--model.student: its targets are of type 'regression'",
         ),
     ]:
         with pytest.raises(SystemExit):

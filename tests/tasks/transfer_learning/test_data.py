@@ -1,4 +1,4 @@
-"""Batches of labelled texts: the tokens, targets and numbers that a plain loop gives, each once, whoever reads them."""
+"""Batches of labelled texts: tokens, targets and indices equal those of a plain loop, for any number of processes."""
 
 import csv
 import pickle
@@ -13,12 +13,12 @@ import torch
 
 from bigmodel.data.stateless_rng import sample_keys
 from bigmodel.tasks.transfer_learning import LabelledTextData
-from bigmodel.tasks.transfer_learning.batches import Samples
+from bigmodel.tasks.transfer_learning.batches import TextDataset
 
 
 @pytest.fixture
 def table(tmp_path):
-    """Writes a CSV file."""
+    """Write a CSV file."""
 
     def write(header, rows, name="t.csv"):
         with open(tmp_path / name, "w", newline="") as file:
@@ -35,7 +35,7 @@ def reviews(table, texts):
 
 
 def rows(loader):
-    """What a loader gives of each sample, by its number, padding rows left out; and how many rows it gives in all."""
+    """Tokens and target of each sample of a loader by its index, without padding rows."""
     found = {}
     for batch in loader:
         for i, index in enumerate(batch.index.tolist()):
@@ -46,7 +46,7 @@ def rows(loader):
 
 
 def as_process(made, rank=0, num_processes=1, global_step=0):
-    """The data module as one of several processes has it."""
+    """The data module in one of several processes."""
     share = {"rank": rank, "num_replicas": num_processes}
     state = SimpleNamespace(fn=None)
     made.trainer = SimpleNamespace(
@@ -55,7 +55,7 @@ def as_process(made, rank=0, num_processes=1, global_step=0):
     return made
 
 
-def test_each_split_has_its_texts_once(data, encoder, reviews, capsys):
+def test_each_split_has_each_text_once(data, encoder, reviews, capsys):
     made = data(reviews, max_length=12)
     with open(reviews, newline="") as file:
         labels = dict(list(csv.reader(file))[1:])
@@ -73,12 +73,16 @@ def test_each_split_has_its_texts_once(data, encoder, reviews, capsys):
             assert made.classes[target] == labels[some[index]]
         seen += [some[i] for i in range(len(some))]
     assert sorted(seen) == sorted(labels)
-    assert (made.classes, made.sizes, made.problem) == (["a", "b", "c"], {"num_classes": 3}, "class")
+    assert (made.classes, made.sizes, made.problem_type) == (
+        ["a", "b", "c"],
+        {"num_classes": 3},
+        "single_label_classification",
+    )
     longer = sum(len(encoder.encode([text])[0]) > 12 for text in labels)
     assert f"{100 * longer / 60:.1f} % of the texts are longer than 12 tokens" in capsys.readouterr().err
 
 
-def test_a_batch_is_filled_up_to_its_longest_text(data, reviews):
+def test_batches_are_padded_to_the_longest_text(data, reviews):
     made = data(reviews, seed=3)
     for epoch in range(2):
         loader = made.train_dataloader()
@@ -94,7 +98,7 @@ def test_a_batch_is_filled_up_to_its_longest_text(data, reviews):
             assert [t.dtype for t in kinds] == [torch.int64, torch.bool, *[torch.int64] * 3, torch.float32, torch.int64]
 
 
-def test_grouping_by_length_saves_most_of_the_padding(data):
+def test_group_by_length_reduces_padding(data):
     shares = []
     for grouped in (True, False):
         loader = data("{fine_foods}", max_length=128, batch_size=32, group_by_length=grouped).train_dataloader()
@@ -103,7 +107,7 @@ def test_grouping_by_length_saves_most_of_the_padding(data):
 
 
 @pytest.mark.parametrize("balance", ["none", "samples"])
-def test_any_number_of_processes_and_a_resume_see_the_same(data, reviews, balance):
+def test_order_is_independent_of_processes_and_resume(data, reviews, balance):
     made = data(reviews, batch_size=6, balance=balance)
     straight = [sorted(batch.index.tolist()) for batch in as_process(made).train_dataloader()]
     for step in (0, 3):
@@ -116,17 +120,17 @@ def test_any_number_of_processes_and_a_resume_see_the_same(data, reviews, balanc
     assert sum(map(len, parts)) == len(whole)
 
 
-def test_worker_processes_read_the_same(data, reviews):
+def test_workers_read_the_same_batches(data, reviews):
     made = data(reviews)
     expected = rows(made.train_dataloader())
     made.num_workers = 2
     assert rows(made.train_dataloader()) == expected
     samples = pickle.loads(pickle.dumps(made.val_dataloader().dataset.dataset))
-    assert isinstance(samples, Samples)
+    assert isinstance(samples, TextDataset)
     assert samples[0].tokens.tolist() == made.val_dataloader().dataset.dataset[0].tokens.tolist()
 
 
-def test_pairs_are_marked(data, encoder, table):
+def test_segments_of_pairs(data, encoder, table):
     path = table(["text", "other", "label"], [(f"a {i}", f"is b {i}", i % 2) for i in range(20)])
     made = data(path, pair_column="other")
     some, batch = made.texts("train"), next(iter(made.train_dataloader()))
@@ -137,24 +141,28 @@ def test_pairs_are_marked(data, encoder, table):
     assert some[int(batch.index[0])] == f"{first} | {second}"
 
 
-def test_several_labels_and_numbers(data, table, texts):
+def test_multi_label_and_regression_targets(data, table, texts):
     cells = [["x", "y"], ["y"], ["z", "x"], []]
     path = table(["text", "label"], [(text, str(cells[i % 4]).replace("'", '"')) for i, text in enumerate(texts(40))])
     made = data(path)
-    assert (made.problem, made.classes, made.sizes) == ("labels", ["x", "y", "z"], {"num_classes": 3})
+    assert (made.problem_type, made.classes, made.sizes) == (
+        "multi_label_classification",
+        ["x", "y", "z"],
+        {"num_classes": 3},
+    )
     for batch in made.train_dataloader():
         for target, index in zip(batch.targets, batch.index.tolist(), strict=True):
             number = int(made.texts("train")[index].split()[-1])
             assert {name for name, one in zip("xyz", target.tolist(), strict=True) if one} == set(cells[number % 4])
         assert batch.targets.dtype == torch.float32
     made = data(table(["text", "label"], [(text, i / 4) for i, text in enumerate(texts(40))]))
-    assert (made.problem, made.classes, made.sizes) == ("number", [], {"num_classes": 1})
+    assert (made.problem_type, made.classes, made.sizes) == ("regression", [], {"num_classes": 1})
     for batch in made.train_dataloader():
         expected = [int(made.texts("train")[index].split()[-1]) / 4 for index in batch.index.tolist()]
         assert batch.targets.tolist() == expected
 
 
-def test_skewed_classes_are_weighed_or_met_as_often(data, reviews):
+def test_balance_weights_or_oversamples(data, reviews):
     made = data(reviews, balance="weights", batch_size=1)
     counts = np.bincount([target for _, target in rows(made.train_dataloader()).values()])
     expected = counts.sum() / (3 * counts)
@@ -173,7 +181,7 @@ def test_skewed_classes_are_weighed_or_met_as_often(data, reviews):
         assert np.bincount(targets, epoch).tolist() == [24, 24, 24]
 
 
-def test_shots_fill_training_alone(data, reviews):
+def test_shots_reduce_the_training_split_only(data, reviews):
     made = data(reviews, shots=4)
     others = data(reviews)
     assert len(made.texts("train")) == 12
@@ -182,7 +190,7 @@ def test_shots_fill_training_alone(data, reviews):
     assert data(reviews, shots=4).fingerprint == made.fingerprint != data(reviews, shots=4, seed=1).fingerprint
 
 
-def test_predicted_texts_join_the_training_texts(data, reviews, tmp_path, capsys):
+def test_pseudo_labels_extend_the_training_split(data, reviews, tmp_path, capsys):
     known = data(reviews).texts("test")[0]
     table = {
         "text": ["sure of this", "unsure of this", known, "sure of that"],
@@ -200,16 +208,16 @@ def test_predicted_texts_join_the_training_texts(data, reviews, tmp_path, capsys
         "sure of that": "a",
     }
     assert known not in found
-    told = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert (
-        "pseudo-labels: 2 of 4 predictions join the training texts, with a probability of at least 0.9 (a 1, b 0"
-        in told
+        "pseudo-labels: 2 of 4 predictions are added to the training texts, with a probability of at least 0.9 (a 1, b 0"
+        in output
     )
-    assert "1 more are of texts that have a label" in told
+    assert "1 more are of texts that have a label" in output
     for changed, message in (
-        ({"class": ["d", "a", "a", "a"]}, r"the classes \['d'\] are none of the 3"),
+        ({"class": ["d", "a", "a", "a"]}, r"the classes \['d'\], which are not among the 3"),
         ({"probability": [0.1] * 4}, "of 4 predictions 0 have a probability of at least --data.min_confidence 0.9"),
-        ({"class": None}, r"there is no column \['class'\]"),
+        ({"class": None}, r"not \['class'\]: set it to a file"),
     ):
         columns = {name: values for name, values in (table | changed).items() if values is not None}
         pq.write_table(pa.table(columns), path)
@@ -217,7 +225,7 @@ def test_predicted_texts_join_the_training_texts(data, reviews, tmp_path, capsys
             data(reviews, pseudo_labels=str(path))
 
 
-def test_to_predict_needs_no_labels_and_keeps_the_order(data, table, texts):
+def test_predict_dataloader_without_labels_in_order(data, table, texts):
     path = table(["text"], [(text,) for text in texts(30)], "test.csv")
     made = data(path, stage="predict")
     loader = made.predict_dataloader()
@@ -228,7 +236,7 @@ def test_to_predict_needs_no_labels_and_keeps_the_order(data, table, texts):
 
 
 class Reader(L.LightningModule):
-    """Counts what it is given."""
+    """Records the indices of the samples of each split."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -251,7 +259,7 @@ class Reader(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def test_the_tokenizer_is_the_tasks(encoder, cache, reviews, tmp_path):
+def test_tokenizer_of_the_task_is_used(encoder, cache, reviews, tmp_path):
     task, made = Reader(encoder), LabelledTextData(reviews, batch_size=4, cache_dir=str(cache))
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
     trainer = L.Trainer(max_epochs=1, accelerator="cpu", use_distributed_sampler=False, **options)
@@ -265,36 +273,36 @@ def test_the_tokenizer_is_the_tasks(encoder, cache, reviews, tmp_path):
     assert made.encoder is encoder
 
 
-def test_what_cannot_be_used_is_refused_before_work_starts(data, reviews, table, tmp_path):
+def test_invalid_settings_and_data_raise(data, reviews, table, tmp_path):
     def refused(message, path=reviews, **options):
         with pytest.raises(ValueError, match=message):
             data(path, **options)
 
-    refused("--data.max_length 600: the model has positions for 512 tokens", max_length=600)
-    refused("--data.max_length 2 has no room for text", max_length=2)
+    refused("--data.max_length 600 .* at most 512", max_length=600)
+    refused("--data.max_length 2 is too small", max_length=2)
     refused("--data.shots 20: 2 of 3 classes .* 'b' has 14, 'c' has 10; at most 10", shots=20)
-    refused("--data.balance often: none, weights, samples is accepted", balance="often")
-    refused("--data.fold 2 is one of several: set --data.folds", fold=2)
-    refused("--data.min_confidence 1.5 is no probability", min_confidence=1.5)
-    refused("there is no tokenizer: .*--data.tokenizer", tokenizer=None)
+    refused("--data.balance often: accepted are none, weights, samples", balance="often")
+    refused("--data.fold 2 requires --data.folds", fold=2)
+    refused("--data.min_confidence 1.5", min_confidence=1.5)
+    refused("has no tokenizer .*--data.tokenizer", tokenizer=None)
     two = [table(["text", "label"], some, f"{name}.csv") for name, some in (
         ("train", [(f"a {i}", "xy"[i % 2]) for i in range(20)]),
         ("test", [("b", "x"), ("c", "z"), ("d", "w")]),
     )]  # fmt: skip
     refused(r"test.csv row 2: the class 'z' of the test split has no training text \(2 such classes: 'w', 'z'\)", two)
     refused(
-        "at least 2 classes are needed to train, there is 'x' alone",
+        "the class 'x' only: at least 2 classes",
         table(["text", "label"], [(f"{i}", "x") for i in range(9)]),
     )
     numbers = table(["text", "label"], [(f"text {i}", i / 2) for i in range(20)])
-    refused("--data.balance weights is for texts of one class each", numbers, balance="weights")
-    refused("the labels are numbers", numbers, shots=2)
+    refused("--data.balance weights requires single_label_classification", numbers, balance="weights")
+    refused("--data.shots null", numbers, shots=2)
     made = data(reviews, split=SimpleNamespace(val=0.0, test=0.0, seed=0))
-    with pytest.raises(ValueError, match=r"there is no test split but train: set --data.split.test to a share"):
+    with pytest.raises(ValueError, match=r"no test split, only train: set --data.split.test to a share"):
         made.test_dataloader()
 
 
-def test_another_tokenizer_than_the_backbones_is_refused(encoder, reviews, cache, tmp_path):
+def test_tokenizer_other_than_the_backbones_raises(encoder, reviews, cache, tmp_path):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -304,5 +312,5 @@ def test_another_tokenizer_than_the_backbones_is_refused(encoder, reviews, cache
     made.trainer = SimpleNamespace(
         lightning_module=SimpleNamespace(text_encoder=encoder), state=SimpleNamespace(fn=None)
     )
-    with pytest.raises(ValueError, match="is another than the backbone's"):
+    with pytest.raises(ValueError, match=r"set --data\.tokenizer null"):
         made.prepare_data()

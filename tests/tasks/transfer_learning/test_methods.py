@@ -1,4 +1,4 @@
-"""What trains and what does not, method by method, on nets small enough to look at; against closed forms, scikit-learn."""
+"""Fine-tuning methods and penalties on small nets, against closed forms and scikit-learn."""
 
 import sys
 
@@ -9,12 +9,12 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 from bigmodel.tasks.transfer_learning import (
-    L1,
-    L2SP,
     BiasOnly,
-    Full,
-    Gradual,
+    FullFineTuning,
+    GradualUnfreezing,
     KNNProbe,
+    L1Penalty,
+    L2SPPenalty,
     LinearProbe,
     LoRA,
     param_groups,
@@ -24,8 +24,8 @@ from bigmodel.tasks.transfer_learning.methods.base import eval_frozen_modules
 from bigmodel.training.optimizers import configure
 
 
-class Stand(nn.Module):
-    """A backbone [B, 3, 6, 6] -> [B, 8]: a stem, three layers, a norm behind them."""
+class SmallBackbone(nn.Module):
+    """A backbone [B, 3, 6, 6] -> [B, 8]: a stem, three layers, a norm after them."""
 
     modality = "images"
     num_layers = 3
@@ -52,7 +52,7 @@ class Stand(nn.Module):
 class Net(nn.Module):
     def __init__(self, backbone=None):
         super().__init__()
-        self.backbone, self.pool, self.dropout = backbone or Stand(), None, nn.Dropout(0.1)
+        self.backbone, self.pool, self.dropout = backbone or SmallBackbone(), None, nn.Dropout(0.1)
         self.head = nn.Linear(8, 3)
 
     def forward(self, images):
@@ -79,11 +79,11 @@ def changed(net, before):
 
 
 def trained_for(net, method, steps=3):
-    """Which of the net's values training changes."""
-    method.prepare(net, "class")
+    """Names of the parameters and buffers that training changes."""
+    method.wrap(net, "single_label_classification")
     net.train()
     eval_frozen_modules(net.backbone)
-    optimizer = torch.optim.AdamW([parameter for _, parameter in method.trained(net)], lr=0.1)
+    optimizer = torch.optim.AdamW([parameter for _, parameter in method.trainable(net)], lr=0.1)
     before = copied(net)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -101,38 +101,38 @@ HEAD = {"head.weight", "head.bias"}
         (LinearProbe(), lambda name: False),
         (BiasOnly(), lambda name: name.endswith("bias")),
         (LoRA(rank=2), lambda name: ".lora_" in name),
-        (Gradual(), lambda name: False),  # at the start
-        (Full(), lambda name: True),
+        (GradualUnfreezing(), lambda name: False),  # at the start
+        (FullFineTuning(), lambda name: True),
     ],
 )
-def test_frozen_means_unchanged_statistics_too(net, method, moves):
+def test_frozen_weights_and_statistics_are_unchanged(net, method, moves):
     moved = trained_for(net, method)
     assert moved == HEAD | {name for name in net.backbone.state_dict(prefix="backbone.") if moves(name)}
-    frozen = type(method) in (LinearProbe, Gradual)
+    frozen = type(method) in (LinearProbe, GradualUnfreezing)
     assert any(part.training for part in net.backbone.modules()) != frozen, "dropout stays on where something trains"
 
 
-def test_gradual_opens_from_the_top_and_keeps_each_parameter_once(net):
-    method = Gradual(at=[2, 4], layers_at_once=2)
-    method.prepare(net, "class")
-    names = [name for name, _ in method.trained(net)]
+def test_gradual_stages_and_steps(net):
+    method = GradualUnfreezing(at=[2, 4], layers_at_once=2)
+    method.wrap(net, "single_label_classification")
+    names = [name for name, _ in method.trainable(net)]
     assert sorted(names) == sorted(name for name, _ in net.named_parameters())
-    method = Gradual(at=[0.25, 0.5])
-    method.prepare(net := Net(), "class")
-    assert {name.split(".")[2] for name, _ in method.trained(net) if "blocks" in name} == {"1", "2"}
-    assert method._steps(total=10) == [3, 5]
-    with pytest.raises(ValueError, match="shares of the run need its end"):
-        method._steps(total=-1)
+    method = GradualUnfreezing(at=[0.25, 0.5])
+    method.wrap(net := Net(), "single_label_classification")
+    assert {name.split(".")[2] for name, _ in method.trainable(net) if "blocks" in name} == {"1", "2"}
+    assert method.stage_steps(num_steps=10) == [3, 5]
+    with pytest.raises(ValueError, match=r"--trainer\.max_steps or"):
+        method.stage_steps(num_steps=-1)
     with pytest.raises(ValueError, match=r"must rise"):
-        Gradual(at=[5, 3])._steps(10)
-    with pytest.raises(ValueError, match=r"5 entries, and this backbone of 3 layers .* joins in 4"):
-        Gradual(at=[1, 2, 3, 4, 5]).prepare(Net(), "class")
-    default = Gradual()
-    default.prepare(Net(), "class")
-    assert default._steps(80) == [10, 20, 30, 40]
+        GradualUnfreezing(at=[5, 3]).stage_steps(10)
+    with pytest.raises(ValueError, match=r"--model.method.at has 5 entries; .* accepts at most 4"):
+        GradualUnfreezing(at=[1, 2, 3, 4, 5]).wrap(Net(), "single_label_classification")
+    default = GradualUnfreezing()
+    default.wrap(Net(), "single_label_classification")
+    assert default.stage_steps(80) == [10, 20, 30, 40]
 
 
-def test_rates_fall_from_layer_to_layer_and_vectors_do_not_decay(net):
+def test_layer_decay_and_no_weight_decay_of_vectors(net):
     layers = param_groups.layer_groups(net, net.parameters(), 0.5, by_layer=False)
     built = configure(
         None,
@@ -155,17 +155,17 @@ def test_rates_fall_from_layer_to_layer_and_vectors_do_not_decay(net):
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "loha", "lokr"])
-def test_adapters_start_as_nothing_and_merge_into_the_weights(net, kind):
+def test_adapters_are_zero_at_the_start_and_merge(net, kind):
     images, names = torch.randn(4, 3, 6, 6), list(net.state_dict())
     net.eval()
     start = net(images)
     method = LoRA(rank=2, kind=kind)
-    method.prepare(net, "class")
+    method.wrap(net, "single_label_classification")
     torch.testing.assert_close(net.eval()(images), start, rtol=0, atol=1e-6)
-    adapters = {name for name, _ in method.trained(net)} - HEAD
+    adapters = {name for name, _ in method.trainable(net)} - HEAD
     assert adapters
     assert not adapters & set(names)
-    optimizer = torch.optim.SGD([parameter for _, parameter in method.trained(net)], lr=0.5)
+    optimizer = torch.optim.SGD([parameter for _, parameter in method.trainable(net)], lr=0.5)
     for _ in range(3):
         F.cross_entropy(net(images), torch.tensor([0, 1, 2, 0])).backward()
         optimizer.step()
@@ -176,46 +176,49 @@ def test_adapters_start_as_nothing_and_merge_into_the_weights(net, kind):
     torch.testing.assert_close(net(images), apart, rtol=0, atol=1e-5)
 
 
-def test_adapters_go_where_they_are_told(net, monkeypatch):
-    LoRA(targets=["stem.0", "1.0"]).prepare(net, "class")
+def test_targets_of_adapters(net, monkeypatch):
+    LoRA(targets=["stem.0", "1.0"]).wrap(net, "single_label_classification")
     assert {name.split(".lora_A")[0] for name in net.state_dict() if "lora_A" in name} == {
         "backbone.stem.0", "backbone.blocks.1.0",
     }  # fmt: skip
     with pytest.raises(
-        ValueError, match=r"targets 'query' is none of the backbone's layers; there are stem.0, blocks.0.0"
+        ValueError,
+        match=r"--model.method.targets 'query' matches no layer of the backbone; accepted are stem.0, blocks.0.0",
     ):
-        LoRA(targets=["query"]).prepare(Net(), "class")
-    pictures = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with pytest.raises(ValueError, match=r"no linear layers; name others by --model.method.targets; there are 0"):
-        LoRA().prepare(Net(pictures), "class")
-    with pytest.raises(ValueError, match="bias_only: this backbone has no biases; choose among full"):
-        BiasOnly().prepare(Net(nn.Linear(8, 8, bias=False)), "class")
+        LoRA(targets=["query"]).wrap(Net(), "single_label_classification")
+    images = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(
+        ValueError, match=r"no linear layers; set --model.method.targets to other layers; accepted are 0"
+    ):
+        LoRA().wrap(Net(images), "single_label_classification")
+    with pytest.raises(ValueError, match="bias_only: this backbone has no biases; accepted are full"):
+        BiasOnly().wrap(Net(nn.Linear(8, 8, bias=False)), "single_label_classification")
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"pip install 'bigmodel\[transfer\]'"):
-        LoRA().prepare(Net(), "class")
+        LoRA().wrap(Net(), "single_label_classification")
 
 
-def neighbors(features, targets, k=5, problem="class", num_classes=3):
-    head = knn_probe.Neighbors(k, 0.1, problem, num_classes, 0, features.shape[1])
-    head.remember(features, targets)
+def neighbors(features, targets, k=5, problem_type="single_label_classification", num_classes=3):
+    head = knn_probe.Neighbors(k, 0.1, problem_type, num_classes, 0, features.shape[1])
+    head.fit(features, targets)
     return head
 
 
-def test_neighbors_vote_as_scikit_learn_has_it_block_by_block(monkeypatch):
+def test_neighbors_equal_scikit_learn_in_any_blocks(monkeypatch):
     torch.manual_seed(0)
-    features, targets, asked = torch.randn(50, 8), torch.randint(0, 3, (50,)), torch.randn(9, 8)
+    features, targets, queries = torch.randn(50, 8), torch.randint(0, 3, (50,)), torch.randn(9, 8)
     reference = KNeighborsClassifier(
         5, metric="cosine", weights=lambda distances: torch.tensor((1 - distances) / 0.1).exp().numpy()
     )
     reference.fit(features.numpy(), targets.numpy())
-    expected = torch.from_numpy(reference.predict_proba(asked.numpy())).float()
+    expected = torch.from_numpy(reference.predict_proba(queries.numpy())).float()
     for block in (7, 50, 1000):
         monkeypatch.setattr(knn_probe, "_BLOCK", block)
         head = neighbors(features, targets)
-        torch.testing.assert_close(head(asked).softmax(-1), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(head(queries).softmax(-1), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_sample_is_never_its_own_neighbor():
+def test_neighbors_exclude_the_sample_itself():
     torch.manual_seed(0)
     features, numbers = torch.randn(30, 4), torch.arange(30)
     head = neighbors(features, numbers % 3)
@@ -231,19 +234,19 @@ def test_a_sample_is_never_its_own_neighbor():
     assert not (lonely(torch.eye(4), torch.arange(4)).argmax(-1)[:2] == torch.tensor([0, 1])).any()
 
 
-def test_neighbors_answer_with_labels_and_numbers():
+def test_neighbors_multi_label_and_regression():
     features = torch.eye(4)
-    numbers = neighbors(features, torch.tensor([1.0, 2.0, 3.0, 4.0]), k=1, problem="number", num_classes=1)
+    numbers = neighbors(features, torch.tensor([1.0, 2.0, 3.0, 4.0]), k=1, problem_type="regression", num_classes=1)
     torch.testing.assert_close(numbers(features), torch.tensor([[1.0], [2.0], [3.0], [4.0]]))
     labels = torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]])
-    head = neighbors(features, labels, k=1, problem="labels")
+    head = neighbors(features, labels, k=1, problem_type="multi_label_classification")
     torch.testing.assert_close(head(features).sigmoid(), labels, rtol=0, atol=1e-5)
 
 
-def test_penalties_are_what_the_paper_says(net):
+def test_penalties_equal_their_closed_forms(net):
     pretrained = dict(net.backbone.named_parameters())
     origin = copied(net)
-    penalty = L2SP(strength=0.3, head_strength=0.2)
+    penalty = L2SPPenalty(strength=0.3, head_strength=0.2)
     penalty.start(pretrained, dict(net.named_parameters()))
     identity = penalty.identity()
     for parameter in net.parameters():
@@ -256,22 +259,29 @@ def test_penalties_are_what_the_paper_says(net):
     grad = net.backbone.norm.weight.grad
     torch.testing.assert_close(grad, 0.3 * (net.backbone.norm.weight - origin["backbone.norm.weight"]).detach())
     assert net.head.bias.grad is None
-    moved = L2SP()
+    moved = L2SPPenalty()
     moved.start(pretrained, dict(net.named_parameters()))
     assert moved.identity() != identity
 
-    least = L1(0.5)
+    least = L1Penalty(0.5)
     least.start(pretrained, {"weight": net.head.weight, "bias": net.head.bias})
     assert least().item() == pytest.approx(0.5 * net.head.weight.abs().sum().item(), rel=1e-6)
-    with pytest.raises(ValueError, match=r"this method trains none of them: choose --model.method full"):
-        L2SP().start(pretrained, {"head.weight": net.head.weight})
+    with pytest.raises(ValueError, match=r"set --model\.penalty null"):
+        least.start(pretrained, {"bias": net.head.bias})
+    with pytest.raises(ValueError, match=r"this method trains none of them: set --model.method to full"):
+        L2SPPenalty().start(pretrained, {"head.weight": net.head.weight})
 
 
-def test_words_and_settings():
+def test_find_method_and_invalid_settings():
     assert type(find_method("knn_probe")) is KNNProbe
     assert find_method(method := LoRA(rank=3)) is method
-    with pytest.raises(ValueError, match=r"--model.method loar: choose full, linear_probe"):
+    with pytest.raises(ValueError, match=r"--model.method loar: accepted are full, linear_probe"):
         find_method("loar")
-    for wrong in (lambda: LoRA(rank=0), lambda: KNNProbe(k=0), lambda: Gradual(at=[0]), lambda: L1(-1)):
+    for wrong in (
+        lambda: LoRA(rank=0),
+        lambda: KNNProbe(k=0),
+        lambda: GradualUnfreezing(at=[0]),
+        lambda: L1Penalty(-1),
+    ):
         with pytest.raises(ValueError, match="--model"):
             wrong()

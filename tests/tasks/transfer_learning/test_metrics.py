@@ -1,4 +1,4 @@
-"""What an evaluation measures, against scikit-learn and scipy; by chance, by nothing, and over two processes."""
+"""Metrics against scikit-learn and scipy, for constant predictions and absent classes, and over two processes."""
 
 import numpy as np
 import pytest
@@ -9,21 +9,21 @@ from sklearn import metrics as sk
 from bigmodel.tasks.transfer_learning.metrics import make_metrics
 
 
-def evaluation(problem, num_classes=4, n=203, seed=0):
-    """Logits and targets that agree somewhat, with scores that tie."""
+def evaluation(problem_type, num_classes=4, n=203, seed=0):
+    """Logits and targets that are correlated, with ties among the scores."""
     draw = torch.Generator().manual_seed(seed)
-    logits = torch.randn(n, num_classes if problem != "number" else 1, generator=draw)
+    logits = torch.randn(n, num_classes if problem_type != "regression" else 1, generator=draw)
     logits = (logits * 4).round() / 4
     noise = torch.randn(n, logits.shape[1], generator=draw)
-    if problem == "class":
+    if problem_type == "single_label_classification":
         return logits, (logits + noise).argmax(1)
-    if problem == "labels":
+    if problem_type == "multi_label_classification":
         return logits, (logits + noise > 0.5).float()
     return 30 + 5 * logits, (30 + 4 * logits + 3 * noise)[:, 0].round()
 
 
-def measure(problem, logits, targets, batch_size=50):
-    metrics = make_metrics(problem, logits.shape[1])
+def measure(problem_type, logits, targets, batch_size=50):
+    metrics = make_metrics(problem_type, logits.shape[1])
     for start in range(0, len(targets), batch_size):
         metrics.update(logits[start : start + batch_size], targets[start : start + batch_size])
     return metrics
@@ -34,16 +34,20 @@ def numbers(metrics):
 
 
 @pytest.mark.parametrize("num_classes", [2, 7])
-def test_matthews_of_one_class_equals_scikit_learn(num_classes):
-    logits, targets = evaluation("class", num_classes)
-    got = numbers(measure("class", logits, targets))
+def test_matthews_equals_scikit_learn(num_classes):
+    logits, targets = evaluation("single_label_classification", num_classes)
+    got = numbers(measure("single_label_classification", logits, targets))
     assert got["matthews"] == pytest.approx(sk.matthews_corrcoef(targets, logits.argmax(1)))
     assert {"loss", "accuracy", "precision", "recall", "f1", "auroc", "calibration_error"} <= got.keys()
 
 
-def test_several_labels_equal_scikit_learn():
-    logits, targets = evaluation("labels")
-    got, p, t = numbers(measure("labels", logits, targets)), logits.double().sigmoid().numpy(), targets.numpy()
+def test_multi_label_metrics_equal_scikit_learn():
+    logits, targets = evaluation("multi_label_classification")
+    got, p, t = (
+        numbers(measure("multi_label_classification", logits, targets)),
+        logits.double().sigmoid().numpy(),
+        targets.numpy(),
+    )
     assert got == pytest.approx(
         {
             "loss": np.mean([sk.log_loss(t[:, k], p[:, k]) for k in range(4)]),
@@ -55,9 +59,9 @@ def test_several_labels_equal_scikit_learn():
     )
 
 
-def test_numbers_equal_scipy():
-    predicted, targets = evaluation("number")
-    got, p, t = numbers(measure("number", predicted, targets)), predicted[:, 0].double(), targets.double()
+def test_regression_metrics_equal_scipy():
+    predicted, targets = evaluation("regression")
+    got, p, t = numbers(measure("regression", predicted, targets)), predicted[:, 0].double(), targets.double()
     assert got == pytest.approx(
         {
             "loss": sk.mean_squared_error(t, p),
@@ -69,60 +73,64 @@ def test_numbers_equal_scipy():
     )
 
 
-@pytest.mark.parametrize("problem", ["class", "labels", "number"])
-def test_nothing_is_nan_where_a_model_always_says_the_same_or_a_class_is_not_there(problem):
-    logits, targets = evaluation(problem)
-    same = numbers(measure(problem, torch.full_like(logits, -1.0), targets))
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification", "regression"])
+def test_metrics_are_finite_for_constant_predictions_and_absent_classes(problem_type):
+    logits, targets = evaluation(problem_type)
+    same = numbers(measure(problem_type, torch.full_like(logits, -1.0), targets))
     assert all(np.isfinite(value) for value in same.values())
     assert same.get("auroc", 0.5) == 0.5
-    zero = {"class": ["matthews"], "labels": ["f1_macro", "f1_micro"], "number": ["pearson", "spearman"]}[problem]
+    zero = {
+        "single_label_classification": ["matthews"],
+        "multi_label_classification": ["f1_macro", "f1_micro"],
+        "regression": ["pearson", "spearman"],
+    }[problem_type]
     assert [same[name] for name in zero] == [0.0] * len(zero)
-    alone = numbers(measure(problem, logits, torch.ones_like(targets)))
+    alone = numbers(measure(problem_type, logits, torch.ones_like(targets)))
     assert all(np.isfinite(value) for value in alone.values())
     assert "auroc" not in alone
 
 
-def test_labels_that_nobody_has_and_nobody_predicts_do_not_count():
-    logits, targets = evaluation("labels")
+def test_absent_and_unpredicted_labels_are_excluded():
+    logits, targets = evaluation("multi_label_classification")
     logits[:, 2], targets[:, 2] = -5, 0
-    got, t, p = numbers(measure("labels", logits, targets)), targets.numpy(), logits.numpy() > 0
+    got, t, p = numbers(measure("multi_label_classification", logits, targets)), targets.numpy(), logits.numpy() > 0
     assert got["f1_macro"] == pytest.approx(sk.f1_score(t, p, average="macro", zero_division=np.nan))
     assert got["auroc"] == pytest.approx(np.mean([sk.roc_auc_score(t[:, k], logits[:, k]) for k in (0, 1, 3)]))
 
 
 def on_one_of_two(rank, folder):
-    """A process that has every other sample."""
+    """Compute the metrics in one of two processes, each with every other sample."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found = {}
-    for problem in ("class", "labels", "number"):
-        logits, targets = evaluation(problem)
-        found[problem] = numbers(measure(problem, logits[rank::2], targets[rank::2]))
+    for problem_type in ("single_label_classification", "multi_label_classification", "regression"):
+        logits, targets = evaluation(problem_type)
+        found[problem_type] = numbers(measure(problem_type, logits[rank::2], targets[rank::2]))
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_measure_what_one_does(tmp_path):
+def test_metrics_of_two_processes_equal_those_of_one(tmp_path):
     torch.multiprocessing.start_processes(on_one_of_two, (tmp_path,), nprocs=2, start_method="fork")
     for rank in range(2):
-        for problem, found in torch.load(tmp_path / f"{rank}.pt").items():
-            assert found == pytest.approx(numbers(measure(problem, *evaluation(problem))), abs=1e-6)
+        for problem_type, found in torch.load(tmp_path / f"{rank}.pt").items():
+            assert found == pytest.approx(numbers(measure(problem_type, *evaluation(problem_type))), abs=1e-6)
 
 
-@pytest.mark.parametrize("problem", ["class", "labels", "number"])
-def test_what_cannot_be_measured_is_refused(problem):
-    logits, targets = evaluation(problem)
-    metrics = make_metrics(problem, 4)
-    with pytest.raises(ValueError, match="nothing to measure"):
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification", "regression"])
+def test_invalid_inputs_of_metrics_raise(problem_type):
+    logits, targets = evaluation(problem_type)
+    metrics = make_metrics(problem_type, 4)
+    with pytest.raises(ValueError, match="evaluated"):
         metrics.compute()
     metrics.update(logits[:0], targets[:0])
-    with pytest.raises(ValueError, match="nothing to measure"):
+    with pytest.raises(ValueError, match="evaluated"):
         metrics.compute()
-    with pytest.raises(ValueError, match="do not belong together"):
+    with pytest.raises(ValueError, match=r"and targets \("):
         metrics.update(logits[:5], targets[:4])
     metrics.update(logits * float("nan"), targets)
     with pytest.raises(ValueError, match=r"outputs are not finite .* --model.optimizer.lr"):
         metrics.compute()
     metrics.reset()
     metrics.update(logits, targets)
-    assert numbers(metrics) == numbers(measure(problem, logits, targets, 1000))
+    assert numbers(metrics) == numbers(measure(problem_type, logits, targets, 1000))

@@ -1,4 +1,4 @@
-"""Transfer learning as a task: each method trained, resumed, evaluated, asked, exported; on one process and on two."""
+"""Transfer learning as a task: each method trained, resumed, evaluated, used for predictions and exported."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ from transfer_runs import RUNS, TASK, words
 
 import bigmodel
 from bigmodel.cli import main
-from bigmodel.run import checkpoint_step
+from bigmodel.run import checkpoint_step, load_data
 from bigmodel.tasks.transfer_learning.backbones.hf_text import HuggingFaceText
 
 STEPS = 8
@@ -25,7 +25,7 @@ DROPOUT = ["--model.dropout", 0.2]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Texts, a backbone with dropout, an experiment; it is the working directory."""
+    """The working directory, with texts, a backbone with dropout, and an experiment."""
     folder = tmp_path_factory.mktemp("transfer")
     transfer_runs.make(folder, dropout=0.1)
     with pytest.MonkeyPatch.context() as patch:
@@ -86,7 +86,7 @@ def knn(folder):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_run_that_was_stopped_goes_on_exactly(runs, name):
+def test_resume_is_exact(runs, name):
     step = 5  # in mid-epoch; gradual has opened its last layer before
     again = stopped(runs[name], step)
     main(["fit", "--resume", str(again)])
@@ -100,7 +100,7 @@ def test_a_run_that_was_stopped_goes_on_exactly(runs, name):
     assert len(numbers) == len(set(numbers))
 
 
-def test_gradual_keeps_no_state_of_what_is_frozen(runs):
+def test_gradual_has_no_optimizer_state_of_frozen_layers(runs):
     sizes = [len(checkpoint(runs["gradual"], step)["optimizer_states"][0]["state"]) for step in range(1, STEPS + 1)]
     layer = 16  # parameters of one, of an encoder; of the embeddings 5, of the head 2
     assert sizes == [2, 2, 2 + layer, 2 + 2 * layer, *[2 + 2 * layer + 5] * 4]
@@ -111,7 +111,7 @@ def test_gradual_keeps_no_state_of_what_is_frozen(runs):
     )
 
 
-def test_frozen_weights_are_those_of_the_folder(runs, folder):
+def test_frozen_weights_equal_the_pretrained_ones(runs, folder):
     pretrained = load_file(folder / "bert" / "model.safetensors")
     for name in ("linear_probe", "lora"):
         state = checkpoint(runs[name])["state_dict"]
@@ -120,7 +120,7 @@ def test_frozen_weights_are_those_of_the_folder(runs, folder):
         assert_same({key: value for key, value in kept.items() if key in pretrained}, pretrained)
 
 
-def test_micro_batches_add_up_to_the_batch(folder):
+def test_micro_batches_equal_the_whole_batch(folder):
     ends = []
     for micro in (16, 4):
         run = fit(*RUNS["full"], "--data.micro_batch_size", micro, *no_dropout(folder), name=f"micro-{micro}")
@@ -134,7 +134,7 @@ def no_dropout(folder):
     return ["--model.backbone", "plain", "--model.dropout", 0.0]
 
 
-def test_a_linear_probe_asks_the_backbone_once(runs, folder, monkeypatch):
+def test_linear_probe_computes_features_once(runs, folder, monkeypatch):
     calls = []
     forward = HuggingFaceText.forward
     monkeypatch.setattr(HuggingFaceText, "forward", lambda self, batch: calls.append(1) or forward(self, batch))
@@ -148,17 +148,34 @@ def test_a_linear_probe_asks_the_backbone_once(runs, folder, monkeypatch):
     assert column(again, "val/loss") != column(runs["linear_probe"], "val/loss")
 
 
-def test_neighbors_tell_the_training_samples_apart(knn):
+def first_batch_loss(run, state, k=5, temperature=0.07):
+    """The loss of the samples of the first batch, each predicted without itself, from all features in a checkpoint."""
+    features, answers = state["net.head.features"], state["net.head.answers"]
+    data = load_data(run)
+    data.tokenizer = "bert"
+    data.setup("fit")
+    numbers = next(iter(data.train_dataloader())).index
+    similarity = features[numbers] @ features.T
+    similarity[torch.arange(len(numbers)), numbers] = float("-inf")
+    best, nearest = similarity.topk(k)
+    votes = ((best / temperature).softmax(-1)[..., None] * answers[nearest]).sum(1)
+    return -(votes * answers[numbers]).sum(1).clamp(min=1e-6).log().mean().item()
+
+
+def test_knn_probe_is_an_evaluation_in_one_step(knn):
     assert [checkpoint_step(path) for path in (knn / "checkpoints").glob("last*.ckpt")] == [1]
     assert column(knn, "leave_one_out/accuracy")[1] > 0.4  # a random net, a third by chance
     state = checkpoint(knn, 1)["state_dict"]
     assert state["net.head.features"].shape == (69, 16)
+    assert state["net.head.nominal"] == 0
+    assert not checkpoint(knn, 1)["optimizer_states"][0]["state"]
+    assert column(knn, "train/loss")[1] == pytest.approx(first_batch_loss(knn, state), rel=1e-5)
     main(["test", str(knn)])
     assert json.loads((knn / "test.json").read_text())["test/accuracy"] > 0.3
 
 
 @pytest.mark.parametrize("name", ["lora", "knn"])
-def test_a_loaded_task_tells_what_was_predicted_with_no_folder_left(runs, knn, folder, name):
+def test_loaded_task_equals_predict_without_the_backbone_folder(runs, knn, folder, name):
     run = {**runs, "knn": knn}[name]
     transfer_runs.texts(folder / "new.csv", 9, seed=1)
     main(["predict", str(run), "--data.path", "new.csv", "--output", f"{name}.parquet"])
@@ -176,25 +193,25 @@ def test_a_loaded_task_tells_what_was_predicted_with_no_folder_left(runs, knn, f
         assert row["probability"] == pytest.approx(max(answer.values()), abs=1e-5)
         assert row["probabilities"] == pytest.approx([answer[c] for c in ("food", "sky", "tool")], abs=1e-5)
     assert task("the bread") == pytest.approx(task(["the bread"])[0])
-    with pytest.raises(ValueError, match="tells of texts, not of a PosixPath"):
+    with pytest.raises(ValueError, match=r"received a PosixPath; .* texts"):
         task(Path("bread.png"))
 
 
-def test_adapters_are_merged_on_export(runs, folder):
+def test_export_merges_adapters(runs, folder):
     main(["export", str(runs["lora"]), "--output", "merged.safetensors"])
     merged, pretrained = load_file("merged.safetensors"), load_file(folder / "bert" / "model.safetensors")
     names = {name.partition("backbone.model.")[2] for name in merged if "backbone." in name}
     assert names == set(pretrained)
     task = bigmodel.load(runs["lora"])
-    told = task(["the bread", "a star"])
+    before = task(["the bread", "a star"])
     task.merged_model()
-    for one, other in zip(told, task(["the bread", "a star"]), strict=True):
+    for one, other in zip(before, task(["the bread", "a star"]), strict=True):
         assert one == pytest.approx(other, abs=1e-5)
     moved = [name for name in names if not torch.equal(merged[f"backbone.model.{name}"], pretrained[name])]
     assert len(moved) == 12  # linear layers of two blocks, and no others
 
 
-def test_early_stopping_by_name_also_across_a_resume(folder):
+def test_early_stopping_across_a_resume(folder):
     flags = ["--callbacks.early_stopping", "lightning.pytorch.callbacks.EarlyStopping"]
     flags += ["--callbacks.early_stopping.monitor", "val/loss", "--callbacks.early_stopping.patience", 2]
     flags += ["--trainer.max_epochs", 9, "--model.optimizer.lr", 0.0]  # nothing gets better
@@ -206,7 +223,7 @@ def test_early_stopping_by_name_also_across_a_resume(folder):
     assert list((again / "checkpoints").glob("best-4*"))
 
 
-def test_pretrained_weights_that_a_penalty_draws_to_must_stay(runs, folder, capsys):
+def test_penalty_with_changed_pretrained_weights_raises(runs, folder, capsys):
     again = stopped(runs["full"], 4)
     (folder / "bert").rename(folder / "kept")
     transfer_runs.bert(folder / "bert", dropout=0.2)
@@ -234,19 +251,19 @@ def test_pretrained_weights_that_a_penalty_draws_to_must_stay(runs, folder, caps
         (["--model.method", "lora", "--model.method.rnak", "3"], "rnak"),
         (["--model.method", "linear_probe", "--model.pooling", "attention"], "or --model.method.cache false"),
         (["--model.method", "linear_probe", "--data.balance", "samples"], "set --data.balance weights"),
-        (["--model.method", "knn_probe", "--model.method.k", "69"], "there are 69 training samples"),
-        (["--model.method", "linear_probe", "--model.penalty", f"{TASK}.L2SP"], "trains none of them"),
+        (["--model.method", "knn_probe", "--model.method.k", "69"], "set it to at most 68"),
+        (["--model.method", "linear_probe", "--model.penalty", f"{TASK}.L2SPPenalty"], "trains none of them"),
         (["--model.layer_decay", "0"], "must lie in 0 < layer_decay <= 1"),
     ],
 )
-def test_what_cannot_be_is_refused_before_a_run_begins(folder, flags, message, capsys):
+def test_invalid_settings_raise_before_training(folder, flags, message, capsys):
     with pytest.raises(SystemExit):
         main(words(*flags, runs_dir="refused"))
     assert message in capsys.readouterr().err
     assert not list(Path("refused").glob("**/last*"))
 
 
-def test_every_method_takes_a_run_of_our_own_that_reads_pictures(folder):
+def test_every_method_on_a_run_of_image_classification(folder):
     experiments = Path(__file__).parents[3] / "experiments" / "image_classification"
     small = [
         "--model.net",

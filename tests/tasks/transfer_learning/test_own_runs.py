@@ -1,4 +1,4 @@
-"""Runs of our own as backbones: a language model and an image classifier that were fitted, and the nets there are."""
+"""Runs of bigmodel as backbones: a fitted language model and image classifier, and all nets."""
 
 import re
 import shutil
@@ -19,7 +19,7 @@ from bigmodel.tasks.transfer_learning.backbones.from_run import RunBackbone
 from bigmodel.tasks.transfer_learning.net import TransferNet
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
-PICTURES = {"num_classes": 2, "in_channels": 3, "image_size": 16}
+IMAGE_SIZES = {"num_classes": 2, "in_channels": 3, "image_size": 16}
 COMMON = {
     "data.cache_dir": "cache", "data.batch_size": 8, "trainer.max_steps": 2, "trainer.max_epochs": "null",
     "trainer.val_check_interval": 2, "trainer.precision": "32-true", "trainer.accelerator": "cpu",
@@ -60,7 +60,7 @@ def fit(experiment: str, settings: dict[str, object]) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The directories of two runs, of texts and of pictures."""
+    """The directories of two runs, of texts and of images."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "text").mkdir()
     (folder / "text" / "a.txt").write_text("a rose is a rose is a rose, and a daisy is none. " * 60)
@@ -89,9 +89,7 @@ def batch_of(modality: str) -> Texts | Images:
 
 
 @pytest.mark.parametrize("modality", ["text", "images"])
-def test_a_run_gives_the_features_of_its_task_and_is_built_again_without_it(
-    modality: str, runs: dict[str, str], tmp_path: Path
-) -> None:
+def test_features_of_a_run_and_rebuild_without_it(modality: str, runs: dict[str, str], tmp_path: Path) -> None:
     run = shutil.copytree(runs[modality], tmp_path / "run")
     backbone, task, batch = build_backbone(str(run)), bigmodel.load(run), batch_of(modality)
     assert backbone.training
@@ -110,7 +108,7 @@ def test_a_run_gives_the_features_of_its_task_and_is_built_again_without_it(
     assert torch.equal(again(batch)[0], backbone(batch)[0])
 
 
-def test_a_language_model_brings_its_tokenizer_and_its_positions(runs: dict[str, str]) -> None:
+def test_tokenizer_and_positions_of_a_language_model(runs: dict[str, str]) -> None:
     encoder = find_text_encoder(runs["text"])
     assert encoder is not None
     assert [row.tolist() for row in encoder.encode(["ab"])] == [[256, 97, 98]]
@@ -119,25 +117,25 @@ def test_a_language_model_brings_its_tokenizer_and_its_positions(runs: dict[str,
     assert find_text_encoder(runs["images"]) is None
 
 
-def test_runs_that_the_data_do_not_suit_are_refused(runs: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="reads texts, and the data are pictures"):
-        build_backbone(runs["text"], data_sizes=PICTURES)
-    with pytest.raises(ValueError, match="reads pictures, and the data are texts"):
+def test_runs_that_do_not_match_the_data_raise(runs: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="is a model of text, and the data are images"):
+        build_backbone(runs["text"], data_sizes=IMAGE_SIZES)
+    with pytest.raises(ValueError, match="is a model of images, and the data are text"):
         build_backbone(runs["images"], data_sizes={"num_classes": 2})
     with pytest.raises(
-        ValueError, match=r"this CNN cannot read pictures of 3 channel\(s\) and 1 pixels.*image_size 16"
+        ValueError, match=r"this CNN does not accept images of 3 channel\(s\) and 1 pixels.*image_size 16"
     ):
-        build_backbone(runs["images"], data_sizes=PICTURES | {"image_size": 1})
+        build_backbone(runs["images"], data_sizes=IMAGE_SIZES | {"image_size": 1})
 
 
 def described(net: str, **options: object) -> dict[str, object]:
-    """As `describe` has it, of a task that nobody trained."""
+    """The result of `describe`, for an untrained task."""
     if net == "GPT":
         model = {"class_path": "bigmodel.tasks.language_modeling.LanguageModeling"}
         sizes, saved = {"vocab_size": 257, "context_length": 8}, {"tokenizer": '{"kind": "bytes"}'}
     else:
         model = {"class_path": "bigmodel.tasks.image_classification.ImageClassification"}
-        sizes, saved = PICTURES | {"image_size": 32}, {"pictures": {"classes": ["a", "b"], "size": 32, "resize": 32}}
+        sizes, saved = IMAGE_SIZES | {"image_size": 32}, {"pictures": {"classes": ["a", "b"], "size": 32, "resize": 32}}
     init_args = {"net": {"class_path": f"bigmodel.nn.{net}", "init_args": options}}
     return {"model": {**model, "init_args": init_args}, "sizes": sizes, "saved": saved}
 
@@ -153,9 +151,7 @@ def described(net: str, **options: object) -> dict[str, object]:
         ("VGG", {"depth": 11}, 5),
     ],
 )
-def test_every_parameter_is_read_and_has_a_layer_in_the_order_of_the_net(
-    net: str, options: dict[str, object], num_layers: int
-) -> None:
+def test_every_parameter_has_a_gradient_and_a_layer(net: str, options: dict[str, object], num_layers: int) -> None:
     task = build(described(net, **options))
     assert describe(task) == described(net, **options)
     backbone = RunBackbone(task)

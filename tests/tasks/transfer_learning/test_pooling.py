@@ -17,7 +17,7 @@ def attended(tokens: Tensor, query: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["first", "mean", "last", "attention"])
-def test_only_real_tokens_count(kind: str) -> None:
+def test_pooling_ignores_padding(kind: str) -> None:
     torch.manual_seed(0)
     tokens, query = torch.randn(3, 5, 4), torch.randn(4)
     tokens[~MASK] = 1e4  # what stands there must not matter
@@ -30,7 +30,7 @@ def test_only_real_tokens_count(kind: str) -> None:
         torch.testing.assert_close(pooled, expected)
 
 
-def test_attention_starts_as_the_mean_and_learns_its_query() -> None:
+def test_attention_pooling_starts_as_the_mean() -> None:
     tokens = torch.randn(3, 5, 4)
     attention = Attention(4)
     torch.testing.assert_close(attention(tokens, MASK), Mean()(tokens, MASK))
@@ -44,13 +44,11 @@ class Backbone:
         self.pooling, self.width = pooling, 4
 
 
-def test_auto_is_as_the_backbone_has_it_and_what_it_cannot_take_is_refused() -> None:
+def test_auto_pooling_and_invalid_kinds() -> None:
     assert isinstance(make_pool("auto", Backbone("last")), Last)
     assert isinstance(make_pool("mean", Backbone("last")), Mean)
     assert make_pool("auto", Backbone(None)) is None
-    with pytest.raises(ValueError, match=r"--model.pooling mean: this backbone gives one vector"):
+    with pytest.raises(ValueError, match=r"--model.pooling mean is for backbones of text"):
         make_pool("mean", Backbone(None))
-    with pytest.raises(
-        ValueError, match=r"--model.pooling max is not known; choose auto, first, mean, last, attention"
-    ):
+    with pytest.raises(ValueError, match=r"--model.pooling max: accepted are auto, first, mean, last, attention"):
         make_pool("max", Backbone("mean"))  # type: ignore[arg-type]

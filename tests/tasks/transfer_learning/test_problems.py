@@ -1,8 +1,9 @@
-"""Each problem from its files to a trained task that is asked, through the command, with the numbers that numpy comes to."""
+"""Each problem type through the command, from files to predictions, with metrics computed by numpy and scikit-learn."""
 
 import csv
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,13 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 import transfer_runs
+import yaml
 from scipy.stats import spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef, roc_auc_score
-from transfer_runs import FILLING, GROUPS, words
+from transfer_runs import FILLING, GROUPS, TASK, words
 
 import bigmodel
+from bigmodel.checkpoint import AtomicCheckpointIO
 from bigmodel.cli import main
 
 STEPS, TRAIN = 12, 48
@@ -30,7 +33,7 @@ RUNS = {
 
 
 def written(folder, problem):
-    """Training, validation and test texts of a problem, as files in a folder of its name."""
+    """Write training, validation and test texts of a problem type to files in a folder."""
     draw = random.Random(0)
     for split, number in (("train", TRAIN), ("validation", 12), ("test", 24)):
         rows = []
@@ -65,7 +68,7 @@ def read(problem, split):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run of each, steps of all training texts at once; then the backbone's folder has gone, and it is tested."""
+    """A run of each, with all training texts in one batch; tested after the backbone's folder was removed."""
     folder = tmp_path_factory.mktemp("problems")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -111,7 +114,7 @@ def marks(rows):
 
 
 @pytest.mark.parametrize("method", ["full", "knn"])
-def test_several_labels(runs, method):
+def test_multi_label_run(runs, method):
     run, rows = runs[f"labels-{method}"], read("labels", "test")
     found, true = predicted(run, "labels/test.jsonl"), marks(rows)
     probabilities = np.array(found["probabilities"], np.float64)
@@ -134,11 +137,11 @@ def test_several_labels(runs, method):
         before = predicted(run, "labels/train.jsonl", "--checkpoint", f"last-{STEPS - 1}.ckpt")["probabilities"]
         expected = binary_entropy(np.array(before, np.float64), marks(read("labels", "train")))
         assert loss_of_last_step(run) == pytest.approx(expected, rel=1e-4)
-        assert measured["auroc"] > 0.8, "it has learned"
+        assert measured["auroc"] > 0.8, "the run must learn"
 
 
 @pytest.mark.parametrize("method", ["full", "knn"])
-def test_numbers_are_told_in_their_unit_and_learned_in_their_spread(runs, method):
+def test_regression_run_in_the_unit_of_the_targets(runs, method):
     run, rows = runs[f"number-{method}"], read("number", "test")
     true, given = (np.array([float(row["label"]) for row in read("number", s)]) for s in ("test", "train"))
     found = np.array(predicted(run, "number/test.csv")["number"], np.float64)
@@ -153,14 +156,32 @@ def test_numbers_are_told_in_their_unit_and_learned_in_their_spread(runs, method
     assert bigmodel.load(run)(rows[0]["text"]) == pytest.approx(found[0], rel=1e-5)
     if method == "full":
         content = torch.load(run / "checkpoints" / f"last-{STEPS}.ckpt", weights_only=True)
-        facts = content["transfer"]["facts"]
-        assert (facts["center"], facts["scale"]) == pytest.approx((given.mean(), given.std()))
+        metadata = content["transfer"]["data_metadata"]
+        assert (metadata["center"], metadata["scale"]) == pytest.approx((given.mean(), given.std()))
         before = np.array(predicted(run, "number/train.csv", "--checkpoint", f"last-{STEPS - 1}.ckpt")["number"])
         assert loss_of_last_step(run) == pytest.approx(((before - given) ** 2).mean() / given.var(), rel=1e-3)
-        assert measured["pearson"] > 0.5, "it has learned"
+        assert measured["pearson"] > 0.5, "the run must learn"
 
 
-def test_pairs_and_what_is_predicted_of_them_as_further_training_pairs(runs, capsys):
+def test_a_run_of_an_earlier_version_is_read(runs):
+    run = runs["labels-full"]
+    earlier = shutil.copytree(run, run.parents[2] / "earlier")
+    (path,) = earlier.glob("checkpoints/best-*.ckpt")
+    content = torch.load(path, weights_only=True)
+    metadata = content["transfer"].pop("data_metadata")
+    assert metadata.pop("problem_type") == "multi_label_classification"
+    content["transfer"]["facts"] = {**metadata, "problem": "labels"}
+    AtomicCheckpointIO().save_checkpoint(content, path)
+    config = yaml.safe_load((earlier / "config.yaml").read_text())
+    del config["data"]["init_args"]["problem_type"]
+    config["data"]["init_args"] |= {"problem": "labels", "split": {"class_path": f"{TASK}.Split"}}
+    config["model"]["init_args"]["method"] = {"class_path": f"{TASK}.methods.base.Full"}
+    (earlier / "config.yaml").write_text(yaml.safe_dump(config))
+    main(["test", str(earlier)])
+    assert results(earlier) == results(run) | {"checkpoint": results(earlier)["checkpoint"]}
+
+
+def test_pairs_and_pseudo_labels_of_pairs(runs, capsys):
     run, rows = runs["pairs-full"], read("pairs", "test")
     found = predicted(run, "pairs/test.csv")
     assert [found[name] for name in ("text", "pair")] == [[row[name] for row in rows] for name in ("text", "pair")]
@@ -181,5 +202,5 @@ def test_pairs_and_what_is_predicted_of_them_as_further_training_pairs(runs, cap
     more = ["--data.path", "pairs", *PAIRED, "--data.shots", 8, "--data.min_confidence", 0.5, "--trainer.max_epochs", 1]
     main(words(*more, "--data.pseudo_labels", f"{run.parts[0]}-new-0.parquet", runs_dir="runs-more"))
     said = capsys.readouterr().err
-    assert "pseudo-labels: 4 of 4 predictions join the training texts" in said
+    assert "pseudo-labels: 4 of 4 predictions are added to the training texts" in said
     assert "texts: train 20, val 12, test 24; 2 classes" in said

@@ -1,4 +1,4 @@
-"""Dealing texts out: by class, the same for equal texts, whatever their order; folds; shots that are nested."""
+"""Splits by class, with equal texts in one split, in any order; folds; nested shots."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bigmodel.tasks.transfer_learning.labels import Labels
-from bigmodel.tasks.transfer_learning.splits import Folds, Split, divide, draw_shots, tell_repeats
+from bigmodel.tasks.transfer_learning.splits import Folds, TextSplit, divide, draw_shots, report_duplicates
 
 
 class Texts(SimpleNamespace):
@@ -14,13 +14,13 @@ class Texts(SimpleNamespace):
         return len(self.contents)
 
 
-def prepared(values, contents=None, splits=None, problem="class", offsets=None):
-    """As much of prepared texts as is dealt out."""
+def prepared(values, contents=None, splits=None, problem_type="single_label_classification", offsets=None):
+    """Prepared texts, with the attributes that splits use."""
     number = len(values) if offsets is None else len(offsets) - 1
     contents = np.arange(number) if contents is None else np.asarray(contents)
     names = [f"c{i}" for i in range(max(map(int, values), default=0) + 1)]
     return Texts(
-        labels=Labels(problem, names, np.asarray(values), offsets),
+        labels=Labels(problem_type, names, np.asarray(values), offsets),
         contents=contents * 7919 + 13,
         splits=np.zeros(number, np.int8) if splits is None else np.asarray(splits, np.int8),
         name=lambda i: f"row {i}",
@@ -28,12 +28,12 @@ def prepared(values, contents=None, splits=None, problem="class", offsets=None):
 
 
 def dealt(texts, split=None, folds=None):
-    return divide(texts, split or Split(), folds, print)
+    return divide(texts, split or TextSplit(), folds, print)
 
 
-def test_shares_of_every_class():
+def test_shares_per_class():
     labels = np.repeat([0, 1, 2], [100, 14, 3])
-    rows = dealt(prepared(labels), Split(0.1, 0.2))
+    rows = dealt(prepared(labels), TextSplit(0.1, 0.2))
     assert {name: np.bincount(labels[which]).tolist() for name, which in rows.items()} == {
         "train": [70, 10, 1],
         "val": [10, 1, 1],  # 1.4, and of three one at least
@@ -42,7 +42,7 @@ def test_shares_of_every_class():
     assert sorted(np.concatenate(list(rows.values())).tolist()) == list(range(117))
 
 
-def test_equal_texts_stay_together_and_order_does_not_count():
+def test_equal_texts_are_in_one_split_in_any_order():
     draw = np.random.default_rng(0)
     contents, labels = draw.integers(0, 90, 300), draw.integers(0, 3, 300)
     rows = dealt(prepared(labels, contents))
@@ -53,7 +53,7 @@ def test_equal_texts_stay_together_and_order_does_not_count():
     assert places == {name: set(contents[order][which].tolist()) for name, which in again.items()}
 
 
-def test_a_text_more_moves_two_others_at_most():
+def test_another_text_moves_at_most_two():
     for number in range(3, 60):
         before, after = (
             dealt(prepared([0] * n + [1] * 20, [*range(n), *range(500, 520)])) for n in (number, number + 1)
@@ -66,24 +66,24 @@ def test_a_text_more_moves_two_others_at_most():
         assert all("train" in (places[0][i], places[1][i]) for i in moved)
 
 
-def test_another_seed_is_another_split():
+def test_seed_changes_the_split():
     texts = prepared([0, 1] * 100)
-    assert dealt(texts)["test"].tolist() != dealt(texts, Split(seed=1))["test"].tolist()
+    assert dealt(texts)["test"].tolist() != dealt(texts, TextSplit(seed=1))["test"].tolist()
 
 
-def test_splits_of_the_data_stay_and_missing_ones_come_from_training(capsys):
+def test_given_splits_stay_and_missing_ones_are_drawn_from_training(capsys):
     splits = [1] * 60 + [3] * 20
     rows = dealt(prepared([0, 1] * 40, splits=splits))
     assert rows["test"].tolist() == list(range(60, 80))
     assert (len(rows["train"]), len(rows["val"])) == (54, 6)
-    rows = dealt(prepared([0, 1] * 40, splits=[1] * 60 + [2] * 20), Split(test=0))
+    rows = dealt(prepared([0, 1] * 40, splits=[1] * 60 + [2] * 20), TextSplit(test=0))
     assert (len(rows["train"]), len(rows["val"]), list(rows)) == (60, 20, ["train", "val"])
     rows = dealt(prepared([0, 1] * 40, splits=[3] * 80))
     assert (len(rows["train"]), len(rows["val"]), len(rows["test"])) == (64, 8, 8)
     assert "no training split, only test" in capsys.readouterr().out
 
 
-def test_unlabelled_splits_are_left_out_and_unlabelled_training_texts_refused(capsys):
+def test_unlabelled_splits_are_ignored_and_training_texts_raise(capsys):
     rows = dealt(prepared([0, 1] * 30 + [-1] * 20, splits=[1] * 60 + [3] * 20))
     assert "test split has no labels" in capsys.readouterr().out
     assert sum(map(len, rows.values())) == 60
@@ -91,9 +91,9 @@ def test_unlabelled_splits_are_left_out_and_unlabelled_training_texts_refused(ca
         dealt(prepared([0, 1] * 30 + [-1], splits=[1] * 61))
 
 
-def test_folds_are_a_partition_of_what_is_not_for_test():
+def test_folds_partition_all_but_the_test_split():
     labels = np.repeat([0, 1, 2], [50, 23, 7])
-    found = [dealt(prepared(labels), Split(), Folds(5, fold)) for fold in range(5)]
+    found = [dealt(prepared(labels), TextSplit(), Folds(5, fold)) for fold in range(5)]
     assert len({tuple(rows["test"].tolist()) for rows in found}) == 1
     rest = sorted(set(range(80)) - set(found[0]["test"].tolist()))
     assert sorted(np.concatenate([rows["val"] for rows in found]).tolist()) == rest
@@ -104,23 +104,23 @@ def test_folds_are_a_partition_of_what_is_not_for_test():
     assert np.ptp(sizes.sum(1)) <= 1
 
 
-def test_folds_keep_equal_texts_together_and_take_in_a_validation_split():
+def test_folds_with_equal_texts_and_a_given_validation_split():
     contents = np.repeat(np.arange(40), 2)
     texts = prepared(np.repeat([0, 1] * 20, 2), contents, splits=[1] * 50 + [2] * 20 + [3] * 10)
-    found = [dealt(texts, Split(), Folds(4, fold)) for fold in range(4)]
+    found = [dealt(texts, TextSplit(), Folds(4, fold)) for fold in range(4)]
     for rows in found:
         assert not set(contents[rows["train"]]) & set(contents[rows["val"]])
         assert rows["test"].tolist() == list(range(70, 80))
     assert sorted(np.concatenate([rows["val"] for rows in found]).tolist()) == list(range(70))
 
 
-def test_numbers_and_several_labels_are_dealt_out_too():
-    rows = dealt(prepared([0.5] * 100, problem="number"))
+def test_splits_of_regression_and_multi_label():
+    rows = dealt(prepared([0.5] * 100, problem_type="regression"))
     assert [len(rows[name]) for name in ("train", "val", "test")] == [80, 10, 10]
     # Label 1 is rare, and always stands beside label 0: its texts are a class of their own.
     values = np.concatenate([[0, 1] * 10, [0] * 90])
     offsets = np.concatenate([np.arange(0, 21, 2), np.arange(21, 111)])
-    rows = dealt(prepared(values, problem="labels", offsets=offsets), Split(0.2, 0.2))
+    rows = dealt(prepared(values, problem_type="multi_label_classification", offsets=offsets), TextSplit(0.2, 0.2))
     assert [int((which < 10).sum()) for which in rows.values()] == [6, 2, 2]
 
 
@@ -131,23 +131,25 @@ def test_numbers_and_several_labels_are_dealt_out_too():
             [0] * 30 + [1, 1],
             {},
             None,
-            r"1 of 2 classes have fewer different texts than the 3 splits.*'c1' has 2\. Give",
+            r"1 of 2 classes have fewer different texts than the 3 splits.*'c1' has 2\. Add",
         ),
-        ([0] * 30 + [1], {"test": 0.0}, None, "than the 2 splits .* 'c1' has 1"),
+        ([0] * 30 + [1], {"test": 0.0}, None, "than the 2 splits.* 'c1' has 1"),
         ([0] * 30 + [1], {"test": 0.0}, Folds(2, 0), "'c1' has 1.*leave out --data.folds"),
-        (list(range(30)), {}, None, "30 of 30 classes .* --data.problem number"),
+        (list(range(30)), {}, None, "30 of 30 classes .* --data.problem_type regression"),
     ],
 )
-def test_classes_too_small_to_be_in_all_splits_are_refused(labels, options, folds, message):
+def test_classes_too_small_for_all_splits_raise(labels, options, folds, message):
     with pytest.raises(ValueError, match=message):
-        dealt(prepared(labels), Split(**options), folds)
+        dealt(prepared(labels), TextSplit(**options), folds)
 
 
-def test_no_shares_is_no_dealing_out():
-    assert {name: len(which) for name, which in dealt(prepared([0] * 5 + [1]), Split(0.0, 0.0)).items()} == {"train": 6}
+def test_zero_shares_leave_all_in_training():
+    assert {name: len(which) for name, which in dealt(prepared([0] * 5 + [1]), TextSplit(0.0, 0.0)).items()} == {
+        "train": 6
+    }
 
 
-def test_shots_are_nested_different_and_of_each_class():
+def test_shots_are_nested_and_different():
     draw = np.random.default_rng(1)
     contents = draw.integers(0, 900, 1_000)
     labels = contents % 3
@@ -167,39 +169,41 @@ def test_shots_are_nested_different_and_of_each_class():
     assert set(contents[order][shuffled]) == set(contents[more]), "neither do places count"
 
 
-def test_shots_of_several_labels_are_so_many_of_each():
+def test_shots_multi_label():
     values = np.concatenate([np.arange(2) if i % 4 == 0 else [i % 2] for i in range(200)])
     offsets = np.concatenate([[0], np.cumsum([2 if i % 4 == 0 else 1 for i in range(200)])])
-    texts = prepared(values, problem="labels", offsets=offsets)
+    texts = prepared(values, problem_type="multi_label_classification", offsets=offsets)
     chosen = draw_shots(texts, np.arange(200), ["c0", "c1"], 10, 0)
     assert (np.bincount(texts.labels.of(chosen)[0]) >= 10).all()
     assert len(chosen) <= 20
 
 
-def test_shots_that_cannot_be_drawn_are_refused():
+def test_invalid_shots_raise():
     texts, rows = prepared([0] * 20 + [1] * 5, [*range(20), 1_000, 1_000, 1_001, 1_002, 1_003]), np.arange(25)
     with pytest.raises(ValueError, match=r"--data.shots 8: 1 of 2 classes .*: 'c1' has 4; at most 4"):
         draw_shots(texts, rows, ["c0", "c1"], 8, 0)
     with pytest.raises(ValueError, match=r"--data.shots 0: at least 1"):
         draw_shots(texts, rows, ["c0", "c1"], 0, 0)
-    with pytest.raises(ValueError, match="the labels are numbers"):
-        draw_shots(prepared([0.5, 1.5], problem="number"), np.arange(2), [], 1, 0)
+    with pytest.raises(ValueError, match=r"--data\.shots null"):
+        draw_shots(prepared([0.5, 1.5], problem_type="regression"), np.arange(2), [], 1, 0)
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_repeats_and_contradictions_are_counted(several, capsys):
+def test_report_duplicates(several, capsys):
     labels, contents = [0, 0, 1, 0, 1, 1], [5, 5, 6, 6, 7, 8]
     offsets = np.arange(7) if several else None
-    texts = prepared(labels, contents, problem="labels" if several else "class", offsets=offsets)
-    tell_repeats(texts, {"train": np.array([0, 1, 2, 4]), "test": np.array([3, 5])}, print)
-    told = capsys.readouterr().out
-    assert "2 of 4 different texts are met more than once, 1 of them with contradicting labels" in told
-    assert "1 of 2 texts of the test split are in the train split too" in told
+    texts = prepared(
+        labels, contents, problem_type=f"{'multi' if several else 'single'}_label_classification", offsets=offsets
+    )
+    report_duplicates(texts, {"train": np.array([0, 1, 2, 4]), "test": np.array([3, 5])}, print)
+    output = capsys.readouterr().out
+    assert "2 of 4 different texts occur more than once, 1 of them with contradicting labels" in output
+    assert "1 of 2 texts of the test split are in the train split too" in output
 
 
-def test_settings_that_are_none_are_refused():
+def test_invalid_split_settings_raise():
     with pytest.raises(ValueError, match="leave nothing to train on"):
-        Split(0.5, 0.5)
+        TextSplit(0.5, 0.5)
     with pytest.raises(ValueError, match=r"--data.folds 1: at least 2"):
         Folds(1, 0)
     with pytest.raises(ValueError, match=r"--data.fold 5: 0 to 4 is accepted"):

@@ -1,4 +1,4 @@
-"""Text encoders: the tokens of the libraries they stand for, cut as these cut them, and whole again from plain values."""
+"""Text encoders: tokens and truncation equal those of the libraries; saved and restored."""
 
 import json
 
@@ -35,7 +35,7 @@ def word_level(*, template=None):
 
 @pytest.mark.parametrize("pairs", [None, SECOND])
 @pytest.mark.parametrize("max_length", [None, 5, 6, 7, 8, 12, 13, 23])
-def test_tokens_are_those_of_transformers(encoder, minilm, pairs, max_length):
+def test_tokens_equal_transformers(encoder, minilm, pairs, max_length):
     tokenizer = AutoTokenizer.from_pretrained(minilm)
     expected = tokenizer(FIRST, pairs, truncation="longest_first" if max_length else False, max_length=max_length)
     got = [encoder.truncate(row, max_length) for row in encoder.encode(FIRST, pairs)]
@@ -44,7 +44,7 @@ def test_tokens_are_those_of_transformers(encoder, minilm, pairs, max_length):
     assert {row.dtype for row in got} == {np.dtype(np.int32)}
 
 
-def test_a_batch_is_padded_as_by_transformers(encoder, minilm):
+def test_padding_equals_transformers(encoder, minilm):
     tokenizer = AutoTokenizer.from_pretrained(minilm)
     expected = tokenizer(FIRST, SECOND, padding=True, pad_to_multiple_of=8, return_tensors="pt")
     batch = text_batch(encoder, FIRST, SECOND)
@@ -53,7 +53,7 @@ def test_a_batch_is_padded_as_by_transformers(encoder, minilm):
     assert text_batch(encoder, ["word " * 600]).tokens.shape == (1, 512), "no further than there are positions"
 
 
-def test_a_width_beyond_the_positions_is_not_rounded_up_to():
+def test_padded_width_does_not_exceed_positions():
     encoder = TransformersEncoder(word_level(template=True), 1, 2, max_length=5)
     assert text_batch(encoder, ["a b c a b c"]).tokens.tolist() == [[0, 4, 5, 6, 2]]
 
@@ -67,22 +67,22 @@ def test_two_separators_as_in_roberta():
     assert not encoder.segments(two).any()
 
 
-def test_where_nothing_parts_two_texts_the_end_of_text_does():
+def test_end_of_text_separates_pairs():
     bare = TransformersEncoder(word_level(), 1, 2, None)
     assert bare.encode(["a b"], ["c"])[0].tolist() == [4, 5, 2, 6]
     assert bare.truncate(bare.encode(["a b c"], ["c"])[0], 4).tolist() == [4, 5, 2, 6]
-    with pytest.raises(ValueError, match="neither a token between two texts nor one for the end of text"):
+    with pytest.raises(ValueError, match=r"--data\.pair_column requires a tokenizer with"):
         TransformersEncoder(word_level(), 1, None, None).encode(["a"], ["b"])
 
 
-def test_text_that_looks_like_a_special_token_is_text(encoder):
+def test_special_tokens_in_text_are_plain_text(encoder):
     for row in encoder.encode(["a [SEP] b [CLS]", "[PAD]"]):
         assert (row == 102).sum() == (row == 101).sum() == 1
         assert (row != 0).all()
     assert not encoder.segments(encoder.encode(["a [SEP] b"])[0]).any()
 
 
-def test_a_language_model_of_ours():
+def test_language_model_encoder():
     encoder = LanguageModelEncoder(ByteTokenizer(), 8)
     end = ByteTokenizer.eos_token_id
     assert encoder.encode(["hi"], ["you"])[0].tolist() == [end, *b"hi", end, *b"you"]
@@ -90,32 +90,30 @@ def test_a_language_model_of_ours():
 
 
 @pytest.mark.parametrize("kind", ["minilm", "bare", "bytes"])
-def test_plain_values_make_it_again(encoder, kind):
+def test_to_dict_and_from_dict(encoder, kind):
     made = {
         "minilm": encoder,
         "bare": TransformersEncoder(word_level(), 1, 2, 16),
         "bytes": LanguageModelEncoder(ByteTokenizer(), 32),
     }[kind]
-    again = TextEncoder.from_plain(json.loads(json.dumps(made.to_plain())))
+    again = TextEncoder.from_dict(json.loads(json.dumps(made.to_dict())))
     assert again.fingerprint == made.fingerprint
-    assert (again.pad_id, again.max_length, again.frame) == (made.pad_id, made.max_length, made.frame)
+    assert (again.pad_id, again.max_length, again.special_tokens) == (made.pad_id, made.max_length, made.special_tokens)
     both = [some.encode(["a b"], ["c [SEP]"])[0].tolist() for some in (made, again)]
     assert both[0] == both[1]
 
 
-def test_fingerprints_tell_tokenizers_apart(encoder):
+def test_fingerprints_differ_between_tokenizers(encoder):
     others = [encoder, TransformersEncoder(word_level(), 1, 2, None), TransformersEncoder(word_level(), 1, None, None)]
     assert len({some.fingerprint for some in [*others, LanguageModelEncoder(ByteTokenizer(), 3)]}) == 4
     longer = TransformersEncoder(word_level(), 1, 2, 16)
     assert longer.fingerprint == others[1].fingerprint, "how much is read is not what is tokenized"
 
 
-def test_what_cannot_be_used_is_refused(encoder, tmp_path):
-    with pytest.raises(ValueError, match="no tokenizer can be read there"):
+def test_invalid_tokenizers_raise(encoder, tmp_path):
+    with pytest.raises(ValueError, match="no readable tokenizer"):
         read_encoder(str(tmp_path))
-    with pytest.raises(
-        ValueError, match=r"--data.max_length 3 has no room for text: 3 tokens are special, so at least 5"
-    ):
+    with pytest.raises(ValueError, match=r"--data.max_length 3 is too small: 3 tokens are special, so at least 5"):
         encoder.truncate(encoder.encode(["a"], ["b"])[0], 3)
-    with pytest.raises(ValueError, match="not a text encoder"):
-        TextEncoder.from_plain({"kind": "another"})
+    with pytest.raises(ValueError, match="not the saved state of a text encoder"):
+        TextEncoder.from_dict({"kind": "another"})

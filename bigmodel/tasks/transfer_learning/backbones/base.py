@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bigmodel.tasks.transfer_learning.backbones.layers import Layers, remove_unused_modules
+from bigmodel.tasks.transfer_learning.backbones.layers import LayerAssignment, remove_unused_modules
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
 
 Modality = Literal["text", "images"]
@@ -27,8 +27,8 @@ class TextProbe(NamedTuple):
     segments: Tensor
 
 
-class ImageProbe(NamedTuple):
-    """A batch of one image [1, C, S, S], to inspect an image net."""
+class Images(NamedTuple):
+    """Images of a batch, as an image net reads them: [B, C, S, S]."""
 
     images: Tensor
 
@@ -36,8 +36,8 @@ class ImageProbe(NamedTuple):
 class Backbone(nn.Module, ABC):
     """A pretrained net without its head.
 
-    Modules that its features do not depend on (heads, unused poolers) are removed, so that every parameter that is
-    left gets a gradient. A layer is a block, or a stage where a net has stages; both are found by running the net once.
+    Modules that its features do not depend on (heads, unused poolers) are removed, so that every remaining
+    parameter has a gradient. A layer is a block, or a stage where a net has stages; both are found by running the net once.
 
     Attributes:
         modality: type of its input.
@@ -70,14 +70,14 @@ class Backbone(nn.Module, ABC):
         """
         return self._layers.of(name)
 
-    def _find_parts(self, net: nn.Module, probe: TextProbe | ImageProbe) -> list[str]:
+    def _find_parts(self, net: nn.Module, probe: TextProbe | Images) -> list[str]:
         """Find width and layers of the inner net, and remove unused modules; return the names of these.
 
         The last step of a constructor. If the net cannot read the probe, its error is raised.
         """
         training = self.training
         self.eval()
-        self._layers = Layers(self, net)
+        self._layers = LayerAssignment(self, net)
         with torch.inference_mode(False), torch.enable_grad(), self._layers.watched():
             features, _ = self(probe)
         self.width = features.shape[-1]
@@ -93,10 +93,10 @@ class Backbone(nn.Module, ABC):
         return torch.allclose(self(probe)[0][:, 0], self(other)[0][:, 0], rtol=1e-4, atol=1e-6)
 
 
-def probe_of(modality: Modality, data_sizes: Mapping[str, int], device: torch.device) -> TextProbe | ImageProbe:
+def probe_of(modality: Modality, data_sizes: Mapping[str, int], device: torch.device) -> TextProbe | Images:
     """Return one row like the data: two tokens, or an image of their size."""
     if modality == "text":
         tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
         return TextProbe(tokens, torch.ones_like(tokens, dtype=torch.bool), tokens)
     size = data_sizes["image_size"]
-    return ImageProbe(torch.zeros(1, data_sizes["in_channels"], size, size, device=device))
+    return Images(torch.zeros(1, data_sizes["in_channels"], size, size, device=device))

@@ -17,12 +17,12 @@ def folder_of(path: str) -> str:
     if not (path.startswith("{") and path.endswith("}")):
         return path
     if path not in _PACKAGES:
-        raise ValueError(f"--model.backbone {path}: known in braces are {', '.join(_PACKAGES)}")
+        raise ValueError(f"--model.backbone {path}: accepted names in braces are {', '.join(_PACKAGES)}")
     package, folder = _PACKAGES[path]
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
         raise ValueError(
-            f"--model.backbone {path} comes with the package {package.replace('_', '-')}, which is not installed:"
+            f"--model.backbone {path} requires the package {package.replace('_', '-')}, which is not installed:"
             " pip install 'bigmodel[examples]'"
         )
     return str(Path(found.origin).parent / folder)

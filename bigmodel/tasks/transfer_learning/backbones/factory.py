@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from bigmodel import run
-from bigmodel.tasks.transfer_learning.backbones import files
-from bigmodel.tasks.transfer_learning.backbones import from_run as own_run
-from bigmodel.tasks.transfer_learning.backbones import hf_text as texts
-from bigmodel.tasks.transfer_learning.backbones import hf_vision as pictures
+from bigmodel.tasks.transfer_learning.backbones import files, from_run, hf_text, hf_vision
 from bigmodel.tasks.transfer_learning.backbones.base import Backbone
 from bigmodel.tasks.transfer_learning.backbones.bundled import folder_of
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
 
 _KINDS: dict[str, Callable[[dict[str, Any]], Backbone]] = {
-    "hugging_face_text": texts.from_description,
-    "hugging_face_images": pictures.from_description,
-    "own_run": own_run.from_description,
+    "hugging_face_text": hf_text.from_description,
+    "hugging_face_images": hf_vision.from_description,
+    "own_run": from_run.from_description,
 }
 
 
@@ -26,7 +23,7 @@ def build_backbone(
     path: str,
     *,
     pretrained: bool = True,
-    excuse: Iterable[str] = (),
+    ignore_mismatched: Iterable[str] = (),
     allow_pickle: bool = False,
     data_sizes: Mapping[str, int] | None = None,
     layers: Sequence[int] | None = None,
@@ -37,8 +34,8 @@ def build_backbone(
         path: a run directory, `last`, the end of a run's name or a checkpoint; a folder that `save_pretrained` wrote; or
             owner/name on the Hugging Face hub; or {minilm}. A local folder or run is preferred to the hub.
         pretrained: use its weights; false: the architecture only, with new weights from torch's random state.
-        excuse: patterns (`*` as in file names) of weights that may be missing, unexpected or of another shape; they are
-            newly initialised. Weights of a run always match its net.
+        ignore_mismatched: patterns (`*` as in file names) of weights that may be missing, unexpected or of another
+            shape; they are newly initialised. Weights of a run always match its net.
         allow_pickle: also read pickles, which can run any code.
         data_sizes: sizes from the data: `image_size` and `in_channels` for images. None: not known yet.
         layers: indices of the layers to keep of a transformers text model, from 0. None: all.
@@ -47,23 +44,27 @@ def build_backbone(
         ValueError: if there is no such model, it cannot read the data, or its weights do not fit.
     """
     path = folder_of(path)
-    own = _run(path)
-    if layers is not None and own is not None:
-        raise ValueError(f"{files.LAYERS_FLAG}: {path} is a run, of which all layers are taken: set it to null")
-    if own is not None:
-        backbone = own_run.from_run(own, data_sizes)
+    run_path = _run(path)
+    if layers is not None and run_path is not None:
+        raise ValueError(f"{files.LAYERS_FLAG} is not supported for a run ({path}): set it to null")
+    if run_path is not None:
+        backbone = from_run.from_run(run_path, data_sizes)
         _check_modality(backbone.modality, data_sizes, path)
         return backbone if pretrained else rebuild(backbone.description)
     settings = files.read_settings(path)
     modality = files.modality_of(settings, path)
     _check_modality(modality, data_sizes, path)
     files.check_folder(path, modality=modality, pretrained=pretrained, allow_pickle=allow_pickle)
-    options: dict[str, Any] = {"pretrained": pretrained, "excuse": list(excuse), "allow_pickle": allow_pickle}
+    options: dict[str, Any] = {
+        "pretrained": pretrained,
+        "ignore_mismatched": list(ignore_mismatched),
+        "allow_pickle": allow_pickle,
+    }
     if modality == "text":
-        return texts.from_files(path, settings, layers=layers, **options)
+        return hf_text.from_files(path, settings, layers=layers, **options)
     if layers is not None:
-        raise ValueError(f"{files.LAYERS_FLAG}: of {path}, which reads pictures, all layers are taken: set it to null")
-    return pictures.from_files(path, settings, data_sizes=data_sizes, **options)
+        raise ValueError(f"{files.LAYERS_FLAG} is not supported for a model of images ({path}): set it to null")
+    return hf_vision.from_files(path, settings, data_sizes=data_sizes, **options)
 
 
 def find_text_encoder(path: str, *, pretrained: bool = False, allow_pickle: bool = False) -> TextEncoder | None:
@@ -78,15 +79,15 @@ def find_text_encoder(path: str, *, pretrained: bool = False, allow_pickle: bool
         ValueError: if there is no such model, or it has no tokenizer, or no readable weights.
     """
     path = folder_of(path)
-    own = _run(path)
-    if own is not None:
-        return own_run.encoder_from_run(own)
+    run_path = _run(path)
+    if run_path is not None:
+        return from_run.encoder_from_run(run_path)
     settings = files.read_settings(path)
     modality = files.modality_of(settings, path)
     if modality == "images":
         return None
     files.check_folder(path, modality=modality, pretrained=pretrained, allow_pickle=allow_pickle)
-    return texts.encoder_from_files(path, settings)
+    return hf_text.encoder_from_files(path, settings)
 
 
 def rebuild(description: dict[str, Any]) -> Backbone:
@@ -96,7 +97,7 @@ def rebuild(description: dict[str, Any]) -> Backbone:
         ValueError: if it is not the description of a backbone.
     """
     if description.get("kind") not in _KINDS:
-        raise ValueError(f"not a backbone that bigmodel described: {sorted(description)}")
+        raise ValueError(f"not the description of a backbone: {sorted(description)}")
     return _KINDS[description["kind"]](description)
 
 
@@ -120,8 +121,7 @@ def _check_modality(modality: str, data_sizes: Mapping[str, int] | None, path: s
         return
     given = "images" if "image_size" in data_sizes else "text"
     if given != modality:
-        names = {"images": "pictures", "text": "texts"}
         raise ValueError(
-            f"{files.FLAG} {path} reads {names[modality]}, and the data are {names[given]}: choose another backbone, or"
-            " other data (--data)"
+            f"{files.FLAG} {path} is a model of {modality}, and the data are {given}: set {files.FLAG} or --data to"
+            " matching ones"
         )

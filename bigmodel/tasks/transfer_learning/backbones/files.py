@@ -25,7 +25,7 @@ def read_settings(path: str) -> Any:
     """
     from transformers import AutoConfig
 
-    also = "; or a run of `bigmodel fit`, which `bigmodel list` shows"
+    also = "; or a run of `bigmodel fit`, see `bigmodel list`"
     with hugging_face.readable(path, FLAG, "model", also):
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
@@ -34,7 +34,7 @@ def modality_of(settings: Any, path: str) -> str:
     """Return the input type of a model.
 
     Raises:
-        ValueError: neither texts nor images, or both.
+        ValueError: neither text nor images, or both.
     """
     from transformers import MODEL_MAPPING
 
@@ -43,18 +43,18 @@ def modality_of(settings: Any, path: str) -> str:
     what = {"input_ids": "text", "pixel_values": "images"}.get(getattr(kind, "main_input_name", ""))
     if hasattr(settings, "vision_config") or hasattr(settings, "text_config"):
         raise ValueError(
-            f"{FLAG} {path} is a model of several parts ({settings.model_type}): save the part that is meant, for example"
-            " model.vision_model.save_pretrained(folder), and name that folder"
+            f"{FLAG} {path} is a model of several parts ({settings.model_type}): save one part, for example by"
+            f" model.vision_model.save_pretrained(folder), and set {FLAG} to that folder"
         )
     if settings.is_encoder_decoder:
         raise ValueError(
-            f"{FLAG} {path} is an encoder with a decoder ({settings.model_type}), which transfer learning does not take:"
-            " choose an encoder such as BERT, or a decoder such as GPT-2"
+            f"{FLAG} {path} is an encoder with a decoder ({settings.model_type}): accepted are encoders such as BERT, and"
+            " decoders such as GPT-2"
         )
     if what is None:
         raise ValueError(
-            f"{FLAG} {path} ({settings.model_type}) reads neither texts nor pictures: it must be a model that AutoModel"
-            " makes, with input_ids or pixel_values"
+            f"{FLAG} {path} ({settings.model_type}) is neither a model of text nor of images: accepted are models of"
+            " AutoModel with input_ids or pixel_values"
         )
     return what
 
@@ -71,7 +71,7 @@ def check_folder(path: str, *, modality: str, pretrained: bool, allow_pickle: bo
     names = {file.name for file in folder.iterdir()}
     if modality == "text" and not names & set(_TOKENIZERS):
         raise ValueError(
-            f"{FLAG} {path} has no tokenizer ({', '.join(_TOKENIZERS)}): put the model's there with"
+            f"{FLAG} {path} has no tokenizer ({', '.join(_TOKENIZERS)}): save it there by"
             f" transformers.AutoTokenizer.from_pretrained(...).save_pretrained({path!r})"
         )
     if not pretrained or any(name.endswith(".safetensors") for name in names):
@@ -79,8 +79,8 @@ def check_folder(path: str, *, modality: str, pretrained: bool, allow_pickle: bo
     pickles = sorted(name for name in names if name.endswith(_PICKLES) and name != "training_args.bin")
     if not pickles:
         raise ValueError(
-            f"{FLAG} {path} has no weights (model.safetensors): put them there, or set --model.pretrained false to train the"
-            " architecture from new ones"
+            f"{FLAG} {path} has no weights (model.safetensors): save them there, or set --model.pretrained false to train"
+            " the architecture from new weights"
         )
     if not allow_pickle:
         raise ValueError(

@@ -38,33 +38,33 @@ class RunBackbone(Backbone):
         self.modality = modality_of(described, task)
         if not isinstance(task, SupportsLogits):
             raise ValueError(
-                f"{FLAG}: the {type(task).__name__} of this run has no features, logits and targets"
-                " (bigmodel.protocols.SupportsLogits), so there is nothing to transfer"
+                f"{FLAG}: the {type(task).__name__} of this run has no features, logits and targets: set it to a run of a"
+                " task with bigmodel.protocols.SupportsLogits"
             )
         self.task = task
         self.text_encoder = text_encoder_of(described, task) if self.modality == "text" else None
-        known = data_sizes if data_sizes is not None and "image_size" in data_sizes else described["sizes"]
-        sizes = {name: known[name] for name in ("in_channels", "image_size") if name in known}
+        available = data_sizes if data_sizes is not None and "image_size" in data_sizes else described["sizes"]
+        sizes = {name: available[name] for name in ("in_channels", "image_size") if name in available}
         net: Any = getattr(task, "net", task)
         self.eval()
         try:
             probe = probe_of(self.modality, sizes, next(task.parameters()).device)
             features, _ = self(probe)
-            self._pooled_as(features)
+            self._set_pooling(features)
             self._find_parts(net, probe)
         except (RuntimeError, ValueError, TypeError) as error:
             reason = str(error).strip().splitlines()[0][:200]
             if self.modality == "text":
-                raise ValueError(f"{FLAG}: this {type(net).__name__} gives no features of texts ({reason})") from error
+                raise ValueError(f"{FLAG}: this {type(net).__name__} has no features of text ({reason})") from error
             raise ValueError(
-                f"{FLAG}: this {type(net).__name__} cannot read pictures of {sizes['in_channels']} channel(s) and"
-                f" {sizes['image_size']} pixels on a side ({reason}); set --data.channels and --data.size to what it was"
-                f" trained on ({_text(described['sizes'])})"
+                f"{FLAG}: this {type(net).__name__} does not accept images of {sizes['in_channels']} channel(s) and"
+                f" {sizes['image_size']} pixels on a side ({reason}): set --data.channels and --data.size to those of its"
+                f" training ({_text(described['sizes'])})"
             ) from error
         self.description = {"kind": "own_run", "task": described, "sizes": sizes}
         self.train()
 
-    def _pooled_as(self, features: Tensor) -> None:
+    def _set_pooling(self, features: Tensor) -> None:
         if features.ndim == 2:
             self.pooling = None
         elif features.ndim == 3 and self.modality == "text":
@@ -111,8 +111,8 @@ def modality_of(described: Mapping[str, Any], task: LightningModule) -> Modality
     if "vocab_size" in sizes:
         return "text"
     raise ValueError(
-        f"{FLAG}: {type(task).__name__} reads neither texts nor pictures: its net was made with {_text(sizes)}, and a net"
-        " of texts is made with vocab_size, one of pictures with image_size"
+        f"{FLAG}: the net of {type(task).__name__} has the sizes {_text(sizes)}: accepted are nets with vocab_size (text) or"
+        " image_size (images)"
     )
 
 
@@ -125,8 +125,8 @@ def text_encoder_of(described: Mapping[str, Any], task: Any) -> TextEncoder:
     tokenizer = getattr(task, "tokenizer", None)
     if tokenizer is None:
         raise ValueError(
-            f"{FLAG}: the {type(task).__name__} of this run has no tokenizer in its checkpoint (attribute `tokenizer`), and"
-            " no text can be read without"
+            f"{FLAG}: the {type(task).__name__} of this run has no tokenizer in its checkpoint (attribute `tokenizer`): set"
+            " it to a run with one"
         )
     return LanguageModelEncoder(tokenizer, described["sizes"].get("context_length"))
 

@@ -44,9 +44,8 @@ class HuggingFaceText(Backbone):
         super().__init__()
         self.model, self.text_encoder = model, text_encoder
         model.config.use_cache = False  # nothing is generated
-        arguments = inspect.signature(model.forward).parameters
-        self._has_segments = "token_type_ids" in arguments and (getattr(model.config, "type_vocab_size", None) or 0) > 1
-        self._has_positions = "position_ids" in arguments
+        self._has_segments = has_segments(model)
+        self._has_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.eval()  # a new model is in training mode
         self.pooling = pooling or "mean"
         if pooling is None and self._is_causal():
@@ -55,7 +54,7 @@ class HuggingFaceText(Backbone):
         self.description = {
             "kind": "hugging_face_text",
             "settings": hugging_face.plain_settings(model.config),
-            "text_encoder": text_encoder.to_plain(),
+            "text_encoder": text_encoder.to_dict(),
             "pooling": self.pooling,
         }
         self.train()
@@ -71,12 +70,18 @@ class HuggingFaceText(Backbone):
         return found.last_hidden_state, batch.mask
 
 
+def has_segments(model: Any) -> bool:
+    """True if a model of transformers reads token type ids."""
+    arguments = inspect.signature(model.forward).parameters
+    return "token_type_ids" in arguments and (getattr(model.config, "type_vocab_size", None) or 0) > 1
+
+
 def from_files(
     path: str,
     settings: Any,
     *,
     pretrained: bool,
-    excuse: Iterable[str],
+    ignore_mismatched: Iterable[str],
     allow_pickle: bool,
     layers: Sequence[int] | None = None,
 ) -> HuggingFaceText:
@@ -89,7 +94,7 @@ def from_files(
     else:
         model, loaded = from_weights(AutoModel, path, settings, allow_pickle)
     if layers is not None:
-        _keep_layers(model, layers, path)
+        _select_layers(model, layers, path)
     backbone = HuggingFaceText(model, encoder)
     if loaded is None:
         return backbone
@@ -107,17 +112,17 @@ def from_files(
     hugging_face.check_weights(
         fitting,
         loaded["error_msgs"],
-        excuse,
+        ignore_mismatched,
         path,
-        "are they of another model than config.json says? start what may start anew by naming it in --model.excuse",
+        "check that config.json is of the same model; to initialise them newly, name them in --model.ignore_mismatched",
     )
     left = sorted({name.partition(".")[0] for name in heads})
     if left:
-        rank_zero_only(say)(f"{path}: left, as parts of the head of {settings.architectures[0]}: {', '.join(left)}")
+        rank_zero_only(say)(f"{path}: ignored, as parts of the head of {settings.architectures[0]}: {', '.join(left)}")
     return backbone
 
 
-def _keep_layers(model: Any, layers: Sequence[int], path: str) -> None:
+def _select_layers(model: Any, layers: Sequence[int], path: str) -> None:
     """Remove all other layers of a model; the order stays.
 
     Raises:
@@ -127,7 +132,7 @@ def _keep_layers(model: Any, layers: Sequence[int], path: str) -> None:
     wrong = [layer for layer in layers if not 0 <= layer < count]
     if wrong or not layers or list(layers) != sorted(set(layers)):
         raise ValueError(
-            f"{LAYERS_FLAG} {list(layers)}: {path} has the layers 0 to {count - 1}; name some of them, in rising order"
+            f"{LAYERS_FLAG} {list(layers)}: accepted are layers of {path}, 0 to {count - 1}, in rising order"
         )
     lists = [
         (name, module)
@@ -136,11 +141,11 @@ def _keep_layers(model: Any, layers: Sequence[int], path: str) -> None:
     ]
     if len(lists) != 1 or getattr(model.config, "layer_types", None) is not None:
         raise ValueError(
-            f"{LAYERS_FLAG}: the layers of {path} ({model.config.model_type}) are not all of one kind in one list, so none"
-            " can be left out: set it to null"
+            f"{LAYERS_FLAG} requires a model with all layers of one kind in one list, which {path}"
+            f" ({model.config.model_type}) is not: set it to null"
         )
-    name, kept = lists[0]
-    model.set_submodule(name, nn.ModuleList([kept[layer] for layer in layers]))
+    name, all_layers = lists[0]
+    model.set_submodule(name, nn.ModuleList([all_layers[layer] for layer in layers]))
     model.config.num_hidden_layers = len(layers)
 
 
@@ -165,4 +170,4 @@ def from_description(description: dict[str, Any]) -> HuggingFaceText:
 
     settings = AutoConfig.for_model(**description["settings"])
     model = AutoModel.from_config(settings, dtype=torch.float32)
-    return HuggingFaceText(model, TextEncoder.from_plain(description["text_encoder"]), description["pooling"])
+    return HuggingFaceText(model, TextEncoder.from_dict(description["text_encoder"]), description["pooling"])

@@ -64,9 +64,9 @@ class HuggingFaceImages(Backbone):
             self._find_parts(model, probe_of("images", sizes, model.device))
         except (RuntimeError, ValueError, TypeError) as error:
             raise ValueError(
-                f"{FLAG}: this {type(model).__name__} cannot read pictures of {sizes['in_channels']} channel(s) and"
-                f" {sizes['image_size']} pixels on a side ({str(error).strip().splitlines()[0][:200]}); set --data.channels"
-                " and --data.size to what it reads"
+                f"{FLAG}: this {type(model).__name__} does not accept images of {sizes['in_channels']} channel(s) and"
+                f" {sizes['image_size']} pixels on a side ({str(error).strip().splitlines()[0][:200]}): set --data.channels"
+                " and --data.size to those of the model"
             ) from error
         self.description = {
             "kind": "hugging_face_images",
@@ -96,7 +96,7 @@ class HuggingFaceImages(Backbone):
         return any(name.rpartition(".")[2] in _CLASS_TOKENS for name, _ in self.model.named_parameters())
 
     def _normalize(self, images: Tensor) -> Tensor:
-        """Return float32 images, normalized for the model; the number of channels is converted (grey to 3, coloured to
+        """Return float32 images, normalized for the model; the number of channels is converted (grayscale to 3, RGB to
         1).
         """
         images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
@@ -110,7 +110,7 @@ def from_files(
     settings: Any,
     *,
     pretrained: bool,
-    excuse: Iterable[str],
+    ignore_mismatched: Iterable[str],
     allow_pickle: bool,
     data_sizes: Mapping[str, int] | None,
 ) -> HuggingFaceImages:
@@ -127,25 +127,27 @@ def from_files(
     kind = AutoModelForImageClassification if is_classifier else AutoModel
     found = hugging_face.normalization(path, channels)
     if found is None:
-        rank_zero_only(say)(f"{path}: no mean and deviation in preprocessor_config.json; pixels are read as 0 to 1")
+        rank_zero_only(say)(
+            f"{path}: no mean and standard deviation in preprocessor_config.json; pixels are scaled to 0 to 1"
+        )
     normalization = found or ([0.0] * channels, [1.0] * channels)
     if not pretrained:
         model = kind.from_config(settings, dtype=torch.float32)
         return HuggingFaceImages(model, normalization, sizes)
     model, loaded = from_weights(kind, path, settings, allow_pickle)
-    problems = hugging_face.mismatches(loaded, "the model for these pictures")
+    problems = hugging_face.mismatches(loaded, "the model for these images")
     untrained = {name for name, problem in problems.items() if name.startswith("pooler.") and problem == "missing"}
     if untrained:
         model.pooler = None
-        rank_zero_only(say)(f"{path}: its weights have no pooler; the last layer is read")
+        rank_zero_only(say)(f"{path}: its weights have no pooler; features are those of the last layer")
     hugging_face.check_weights(
         {name: problem for name, problem in problems.items() if name not in untrained},
         loaded["error_msgs"],
-        excuse,
+        ignore_mismatched,
         path,
         "set the size that they were trained with"
         + (f" (--data.size {trained_size})" if trained_size else "")
-        + ", or start what may start anew by naming it in --model.excuse",
+        + "; to initialise them newly, name them in --model.ignore_mismatched",
     )
     return HuggingFaceImages(model, normalization, sizes)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bigmodel.parallel import find_blocks
 
 
-class Layers:
+class LayerAssignment:
     """Assigns parameters of a net to layers: 0 before the layers, 1 to L in them, L + 1 after them.
 
     Layers are the blocks of `bigmodel.parallel.find_blocks` that are in lists, or the stages around them; without any,
@@ -21,13 +21,13 @@ class Layers:
     them by the order of execution; a module that was not called itself belongs to its parent.
 
     Args:
-        whole: the module whose parameters are assigned.
+        module: the module whose parameters are assigned.
         net: the net in it.
     """
 
-    def __init__(self, whole: nn.Module, net: nn.Module) -> None:
-        self._whole = dict(whole.named_modules())
-        inner = next(name for name, module in self._whole.items() if module is net)
+    def __init__(self, module: nn.Module, net: nn.Module) -> None:
+        self._modules_by_name = dict(module.named_modules())
+        inner = next(name for name, module in self._modules_by_name.items() if module is net)
         self._layers = [f"{inner}.{name}" if inner else name for name in _find_layers(net)]
         self._of = {name: i for i, name in enumerate(self._layers, 1)}
         self.count = len(self._layers)
@@ -46,7 +46,7 @@ class Layers:
         inside = tuple(f"{name}." for name in self._layers)
         hooks = [
             module.register_forward_pre_hook(lambda *_, name=name: note(name))
-            for name, module in self._whole.items()
+            for name, module in self._modules_by_name.items()
             if not name.startswith(inside)
         ]
         try:
@@ -54,7 +54,7 @@ class Layers:
         finally:
             for hook in hooks:
                 hook.remove()
-            self._whole = {}
+            self._modules_by_name = {}
 
     def of(self, name: str) -> int:
         """Return the layer of a parameter by its name: that of the innermost known module around it."""

@@ -1,20 +1,30 @@
-"""Methods of transfer learning, and their names."""
+"""Fine-tuning methods, and their short names."""
 
 from __future__ import annotations
 
-from bigmodel.tasks.transfer_learning.methods.base import BiasOnly, Full, Method
-from bigmodel.tasks.transfer_learning.methods.gradual import Gradual
+from bigmodel.tasks.transfer_learning.methods.base import BiasOnly, FullFineTuning, Method
+from bigmodel.tasks.transfer_learning.methods.gradual import GradualUnfreezing
 from bigmodel.tasks.transfer_learning.methods.knn_probe import KNNProbe
 from bigmodel.tasks.transfer_learning.methods.linear_probe import LinearProbe
 from bigmodel.tasks.transfer_learning.methods.lora import LoRA
 
-__all__ = ["BiasOnly", "Full", "Gradual", "KNNProbe", "LinearProbe", "LoRA", "Method", "find_method"]
+__all__ = [
+    "METHODS",
+    "BiasOnly",
+    "FullFineTuning",
+    "GradualUnfreezing",
+    "KNNProbe",
+    "LinearProbe",
+    "LoRA",
+    "Method",
+    "find_method",
+]
 
-WORDS: dict[str, type[Method]] = {
-    "full": Full,
+METHODS: dict[str, type[Method]] = {
+    "full": FullFineTuning,
     "linear_probe": LinearProbe,
     "knn_probe": KNNProbe,
-    "gradual": Gradual,
+    "gradual": GradualUnfreezing,
     "lora": LoRA,
     "bias_only": BiasOnly,
 }
@@ -28,6 +38,6 @@ def find_method(given: str | Method) -> Method:
     """
     if isinstance(given, Method):
         return given
-    if given not in WORDS:
-        raise ValueError(f"--model.method {given}: choose {', '.join(WORDS)}, or give the class_path of a Method")
-    return WORDS[given]()
+    if given not in METHODS:
+        raise ValueError(f"--model.method {given}: accepted are {', '.join(METHODS)}, or the class_path of a Method")
+    return METHODS[given]()

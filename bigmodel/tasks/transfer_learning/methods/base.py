@@ -1,5 +1,6 @@
-"""Interface of a method of transfer learning: which parameters train, from which step on, and which modules are
-replaced.
+"""Interface of a fine-tuning method: which parameters train, which modules are added to a net, and how they are merged.
+
+A method has no access to the trainer. The steps of a fit that it needs, such as unfreezing, are callbacks.
 
 N samples, B rows of a batch, D width of the features, K classes.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lightning.pytorch import Callback
 from torch import nn
 
 if TYPE_CHECKING:
@@ -17,70 +19,53 @@ Named = list[tuple[str, nn.Parameter]]
 
 
 class Method:
-    """A way to fit a pretrained net to a new task.
+    """A fine-tuning method.
 
     Attributes:
-        optimizes: False if there is nothing to optimize; the run is then one step long, which changes no weights.
+        requires_training: False if the net predicts without training, regression targets in their own unit.
         by_layer: True if the optimizer has a parameter group per layer of the backbone.
     """
 
-    optimizes: ClassVar[bool] = True
+    requires_training: ClassVar[bool] = True
     by_layer: ClassVar[bool] = False
 
-    def prepare(self, net: Any, problem: str) -> None:
+    def wrap(self, net: Any, problem_type: str) -> None:
         """Freeze parameters, and add new modules. Called once, when the net has its pretrained weights.
 
         Also called before weights trained by this method are loaded, so that their names exist.
 
         Args:
             net: with `backbone`, `pool`, `dropout` and `head`.
-            problem: type of the targets: a `class`, `labels` or a `number`.
+            problem_type: see `bigmodel.tasks.transfer_learning.problem_type`.
 
         Raises:
             ValueError: if the net is unsuitable for this method.
         """
         raise NotImplementedError
 
-    def trained(self, net: nn.Module) -> Named:
+    def trainable(self, net: nn.Module) -> Named:
         """Return the parameters that train in this run, now or later, each once."""
         return [(name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad]
 
-    def joins(self, task: TransferLearning) -> dict[int, int]:
-        """Return the optimizer steps (from 0) at which initially frozen layers of the backbone are unfrozen, by layer
-        number.
+    def unfreeze_schedule(self, net: Any, num_steps: int) -> dict[int, int]:
+        """Return the optimizer steps (from 0) at which initially frozen layers are unfrozen, by layer number.
+
+        Args:
+            net: the wrapped net.
+            num_steps: optimizer steps of the run; -1: unlimited.
         """
         return {}
 
     def merge(self, net: nn.Module) -> None:
         """Merge added modules into the original weights, so that the net has its original architecture again."""
 
-    def before_transfer(self, task: TransferLearning, batch: Any) -> Any:
-        """Return the batch to move to the device, from a batch on the CPU of the trainer's current split."""
-        return batch
+    def callbacks(self, task: TransferLearning) -> list[Callback]:
+        """Return the callbacks that run this method's part of a fit.
 
-    # Hooks, in the order of their calls.
-
-    def setup(self, task: TransferLearning) -> None:
-        """Called at the start of a fit, when its data are set up; there is no net yet.
-
-        Raises:
-            ValueError: if task or data are unsuitable for this method.
+        Args:
+            task: the task that is trained; the module of the trainer may be one that contains it.
         """
-
-    def on_fit_start(self, task: TransferLearning) -> None:
-        """Called when weights and data are in place, before anything runs."""
-
-    def on_train_start(self, task: TransferLearning) -> None:
-        """Called before the first optimizer step, or the first after a resume."""
-
-    def on_train_batch_start(self, task: TransferLearning, batch_idx: int) -> None:
-        """Called before each micro-batch."""
-
-    def on_after_backward(self, task: TransferLearning) -> None:
-        """Called after each micro-batch's backward pass."""
-
-    def on_fit_end(self, task: TransferLearning) -> None:
-        """Called at the end of a fit."""
+        return []
 
     # State that a loaded task needs besides settings and weights; plain values.
 
@@ -92,31 +77,27 @@ class Method:
         """Load the state of a checkpoint; `net` is None if it has not been built yet."""
 
 
-class Full(Method):
+class FullFineTuning(Method):
     """Trains all weights."""
 
-    def prepare(self, net: Any, problem: str) -> None:
+    def wrap(self, net: Any, problem_type: str) -> None:
         """Do nothing."""
 
 
 class BiasOnly(Method):
     """Trains biases and the head. Source: BitFit, Ben Zaken et al. 2022 (arXiv 2106.10199)."""
 
-    def prepare(self, net: Any, problem: str) -> None:
+    def wrap(self, net: Any, problem_type: str) -> None:
         freeze(net.backbone)
-        biases = [parameter for name, parameter in net.backbone.named_parameters() if is_bias(name)]
+        names = ("bias", "in_proj_bias")
+        biases = [p for name, p in net.backbone.named_parameters() if name.rpartition(".")[2] in names]
         if not biases:
             raise ValueError(
-                "--model.method bias_only: this backbone has no biases; choose among full, gradual, lora, linear_probe and"
+                "--model.method bias_only: this backbone has no biases; accepted are full, gradual, lora, linear_probe and"
                 " knn_probe"
             )
         for parameter in biases:
             parameter.requires_grad_(True)
-
-
-def is_bias(name: str) -> bool:
-    """True if a parameter of this name is added to the output of a layer."""
-    return name.rpartition(".")[2] in ("bias", "in_proj_bias")
 
 
 def freeze(module: Any) -> None:

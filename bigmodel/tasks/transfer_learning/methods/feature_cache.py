@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from bigmodel.data.cache import cache_folder
 from bigmodel.data.output_cache import FieldSpec, OutputCache, weights_digest
 from bigmodel.data.sampling import Loader, sequential_loader
 from bigmodel.run import sizes
+from bigmodel.tasks.transfer_learning.problem_type import MULTI_LABEL, SINGLE_LABEL
 
 if TYPE_CHECKING:
     from bigmodel.tasks.transfer_learning.module import TransferLearning
@@ -38,6 +40,39 @@ class FeatureBatch(NamedTuple):
     weight: Tensor
 
 
+class FeatureCaching(Callback):
+    """Computes the features of splits at the start of a fit, and replaces the inputs of batches by them.
+
+    Args:
+        task: the task whose backbone is frozen. Its `on_before_batch_transfer` calls `replace_inputs`.
+        splits: of `train` and `val`.
+        remedy: an alternative for messages about data whose features cannot be cached.
+    """
+
+    def __init__(self, task: TransferLearning, splits: tuple[str, ...] = ("train", "val"), remedy: str = "") -> None:
+        self.task, self.splits, self.remedy = task, splits, remedy
+        self.caches: dict[str, OutputCache | None] = {}  # by split
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            check_cacheable(self.task, self.remedy)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        used = [split for split in self.splits if split == "train" or trainer.limit_val_batches]
+        self.caches = {split: cache_features(self.task, split) for split in used}
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.caches = {}
+
+    def replace_inputs(self, trainer: Trainer, batch: Any) -> Any:
+        """Return a `FeatureBatch` in place of a batch of the trainer's current split, if its features are cached."""
+        split = "train" if trainer.training else "val" if trainer.validating or trainer.sanity_checking else "other"
+        cache = self.caches.get(split)
+        if cache is None:
+            return batch
+        return FeatureBatch(cache.read(batch.index)["features"], batch.targets, batch.index, batch.weight)
+
+
 def check_cacheable(task: TransferLearning, remedy: str) -> None:
     """Check that features are deterministic per sample: no augmentation, oversampling or sharding.
 
@@ -45,28 +80,27 @@ def check_cacheable(task: TransferLearning, remedy: str) -> None:
         ValueError: if they are not; `remedy` is an alternative for the message.
     """
     data: Any = task.trainer.datamodule  # type: ignore[attr-defined]
+    problem = None
     if isinstance(task.trainer.strategy, ModelParallelStrategy):
-        raise ValueError(f"features are computed once by a net that is whole: set --trainer.strategy ddp{remedy}")
-    changing = [name for name in ("augment", "mix", "crop") if getattr(data, name, None)]
-    if changing:
-        given = "[]" if changing[0] == "augment" else "null"
-        raise ValueError(
-            f"--data.{changing[0]} gives a picture other features each time it is met, and they are computed once: set"
-            f" --data.{changing[0]} {given}{remedy}"
+        problem = "a sharded net cannot compute cached features: set --trainer.strategy ddp"
+    elif getattr(data, "augmentation", "") or getattr(data, "mix", None):
+        problem = (
+            "random augmentation changes features, and they are computed once: set --data.augment [], --data.crop null and"
+            " --data.mix null"
         )
-    if getattr(data, "cache_on_device", False):
-        raise ValueError(
-            f"--data.cache_on_device true: no picture is needed once its features are known; set it to false{remedy}"
+    elif getattr(data, "cache_on_device", False):
+        problem = (
+            "--data.cache_on_device true caches images, which are not read when features are cached: set it to false"
         )
-    if getattr(data, "balance", "none") == "samples":
-        raise ValueError(
-            "--data.balance samples meets a sample several times an epoch, and its features are computed once: set"
-            f" --data.balance weights{remedy}"
+    elif getattr(data, "balance", "none") == "samples":
+        problem = (
+            "--data.balance samples repeats samples within an epoch, and features are computed once: set --data.balance"
+            " weights"
         )
-    if task.pooling == "attention":
-        raise ValueError(
-            f"--model.pooling attention is learned, and features are computed once: choose another{remedy}"
-        )
+    elif task.pooling == "attention":
+        problem = "--model.pooling attention is learned, and features are computed once: set --model.pooling mean"
+    if problem is not None:
+        raise ValueError(f"{problem}{remedy}")
 
 
 def cache_features(task: TransferLearning, split: str) -> OutputCache | None:
@@ -86,7 +120,7 @@ def cache_features(task: TransferLearning, split: str) -> OutputCache | None:
         if isinstance(loader, list) and not loader:
             return None
         raise ValueError(
-            f"features are kept by the numbers of samples, which a {type(loader).__name__} does not know: make it with"
+            f"cached features require a loader with sample numbers, not a {type(loader).__name__}: create it with"
             " bigmodel.data.sampling, or set --model.method.cache false"
         )
     key = {
@@ -120,6 +154,6 @@ def cache_features(task: TransferLearning, split: str) -> OutputCache | None:
 
 
 def _target_field(task: TransferLearning) -> FieldSpec:
-    if task.problem == "labels":
+    if task.problem_type == MULTI_LABEL:
         return FieldSpec((sizes(task)["num_classes"],), torch.float32)
-    return FieldSpec((), torch.int64 if task.problem == "class" else torch.float32)
+    return FieldSpec((), torch.int64 if task.problem_type == SINGLE_LABEL else torch.float32)

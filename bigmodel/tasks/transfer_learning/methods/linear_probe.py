@@ -1,12 +1,13 @@
-"""Linear probe: a new head on the features of a frozen backbone, which are computed once. B rows, D width."""
+"""Linear probe: a new head on the features of a frozen backbone, which are computed once."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bigmodel.data.output_cache import OutputCache
+from lightning.pytorch import Callback
+
 from bigmodel.tasks.transfer_learning.methods.base import Method, freeze
-from bigmodel.tasks.transfer_learning.methods.feature_cache import FeatureBatch, cache_features, check_cacheable
+from bigmodel.tasks.transfer_learning.methods.feature_cache import FeatureCaching
 
 if TYPE_CHECKING:
     from bigmodel.tasks.transfer_learning.module import TransferLearning
@@ -26,28 +27,9 @@ class LinearProbe(Method):
 
     def __init__(self, cache: bool = True) -> None:
         self.cache = cache
-        self.kept: dict[str, OutputCache | None] = {}  # by split
 
-    def prepare(self, net: Any, problem: str) -> None:
+    def wrap(self, net: Any, problem_type: str) -> None:
         freeze(net.backbone)
 
-    def setup(self, task: TransferLearning) -> None:
-        if self.cache:
-            check_cacheable(task, ", or --model.method.cache false")
-
-    def on_fit_start(self, task: TransferLearning) -> None:
-        if self.cache:
-            self.kept = {"train": cache_features(task, "train")}
-            if task.trainer.limit_val_batches:
-                self.kept["val"] = cache_features(task, "val")
-
-    def before_transfer(self, task: TransferLearning, batch: Any) -> Any:
-        trainer = task.trainer
-        split = "train" if trainer.training else "val" if trainer.validating or trainer.sanity_checking else "other"
-        kept = self.kept.get(split)
-        if kept is None:
-            return batch
-        return FeatureBatch(kept.read(batch.index)["features"], batch.targets, batch.index, batch.weight)
-
-    def on_fit_end(self, task: TransferLearning) -> None:
-        self.kept = {}
+    def callbacks(self, task: TransferLearning) -> list[Callback]:
+        return [FeatureCaching(task, remedy=", or --model.method.cache false")] if self.cache else []

@@ -48,7 +48,7 @@ class LoRA(Method):
             raise ValueError(f"--model.method.dropout {dropout} must lie in 0 <= dropout < 1")
         self.rank, self.alpha, self.dropout, self.targets, self.kind = rank, alpha, dropout, targets, kind
 
-    def prepare(self, net: Any, problem: str) -> None:
+    def wrap(self, net: Any, problem_type: str) -> None:
         peft = _peft()
         targets = self._find_targets(net.backbone)
         if self.kind in ("loha", "lokr"):
@@ -74,16 +74,17 @@ class LoRA(Method):
             found = [n for n, layer in layers.items() if n.startswith(blocks) and not isinstance(layer, _LAYERS[1:])]
             if not found:
                 raise ValueError(
-                    "--model.method lora: the blocks of this backbone have no linear layers; name others by"
-                    f" --model.method.targets; there are {_some(layers)}"
+                    "--model.method lora: the blocks of this backbone have no linear layers; set --model.method.targets to"
+                    f" other layers; accepted are {_last_components(layers)}"
                 )
             return found
         for target in self.targets:
-            if not any(_is(name, target) for name in layers):
+            if not any(_matches(name, target) for name in layers):
                 raise ValueError(
-                    f"--model.method.targets {target!r} is none of the backbone's layers; there are {_some(layers)}"
+                    f"--model.method.targets {target!r} matches no layer of the backbone; accepted are"
+                    f" {_last_components(layers)}"
                 )
-        return [name for name in layers if any(_is(name, target) for target in self.targets)]
+        return [name for name in layers if any(_matches(name, target) for target in self.targets)]
 
     def merge(self, net: nn.Module) -> None:
         _peft()
@@ -115,11 +116,11 @@ def _layers(backbone: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in backbone.named_modules() if isinstance(m, kinds) and id(m) not in inside}
 
 
-def _is(name: str, target: str) -> bool:
+def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _some(layers: dict[str, nn.Module]) -> str:
+def _last_components(layers: dict[str, nn.Module]) -> str:
     """Return the last components of the names, each once."""
     ends = list(
         dict.fromkeys(name.rpartition(".")[2] if not name.rpartition(".")[2].isdigit() else name for name in layers)

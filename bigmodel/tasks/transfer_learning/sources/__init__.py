@@ -13,10 +13,10 @@ from bigmodel.data.tables import files_in, find_files, read_table
 from bigmodel.data.tables.arrow import read_arrow
 from bigmodel.data.tables.files import kind_of
 from bigmodel.data.tables.hugging_face import HUB, hub_files, is_saved, saved_files
-from bigmodel.tasks.transfer_learning.sources.columns import Columns, Part, Source
+from bigmodel.tasks.transfer_learning.sources.columns import SourcePart, TextColumns, TextSource
 from bigmodel.tasks.transfer_learning.sources.examples import find_named
 
-__all__ = ["Columns", "Source", "find_source"]
+__all__ = ["TextColumns", "TextSource", "find_source"]
 
 KINDS = (
     "tables of texts (CSV, TSV, JSON Lines, Parquet; files, a folder or a glob); a data set saved by Hugging Face datasets,"
@@ -25,7 +25,7 @@ KINDS = (
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
 
-def find_source(path: str | list[str], *, columns: Columns, cache: Path) -> Source:
+def find_source(path: str | list[str], *, columns: TextColumns, cache: Path) -> TextSource:
     """Find the texts at a path, without reading them.
 
     Args:
@@ -51,17 +51,14 @@ def find_source(path: str | list[str], *, columns: Columns, cache: Path) -> Sour
         left_out = [part.where for part in parts if part.split is None]
         if left_out and not isinstance(path, str):
             raise ValueError(
-                f"--data.path: the names of some files say which split they are, but not those of {left_out}: rename them"
-                " (train, validation, test), or set --data.split_column"
+                f"--data.path: some file names contain a split, but not those of {left_out}: rename them (train,"
+                " validation, test), or set --data.split_column"
             )
         parts = [part for part in parts if part.split is not None]
     hashes = file_hashes(files, cache)
     # The format of a text depends on its name too.
-    return Source(where, digest([hashes, [part.split for part in parts], *map(_suffix, files)]), parts, left_out)
-
-
-def _suffix(path: str) -> str:
-    return os.path.splitext(path)[1]
+    suffixes = [os.path.splitext(file)[1] for file in files]
+    return TextSource(where, digest([hashes, [part.split for part in parts], *suffixes]), parts, left_out)
 
 
 def _of_hugging_face(path: str) -> dict[str, list[str]]:
@@ -72,10 +69,12 @@ def _of_hugging_face(path: str) -> dict[str, list[str]]:
     return saved_files(folder) if os.path.isdir(folder) and is_saved(folder) else {}
 
 
-def _split(where: str, split: str, paths: list[str], columns: Columns) -> Part:
-    return Part(where, split_in(split), partial(read_arrow, where, paths, columns), sum(map(os.path.getsize, paths)))
+def _split(where: str, split: str, paths: list[str], columns: TextColumns) -> SourcePart:
+    return SourcePart(
+        where, split_in(split), partial(read_arrow, where, paths, columns), sum(map(os.path.getsize, paths))
+    )
 
 
-def _part(path: str, columns: Columns) -> Part:
+def _part(path: str, columns: TextColumns) -> SourcePart:
     kind_of(path, KINDS)  # check the format before any is read
-    return Part(path, split_in(Path(path).stem), partial(read_table, path, columns), os.path.getsize(path))
+    return SourcePart(path, split_in(Path(path).stem), partial(read_table, path, columns), os.path.getsize(path))

@@ -9,7 +9,7 @@ from bigmodel.data.tables import Rows, find_columns
 
 
 @dataclass(frozen=True)
-class Columns:
+class TextColumns:
     """Names of the columns of a table of labelled texts.
 
     Args:
@@ -36,7 +36,7 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Part:
+class SourcePart:
     """A file, or a split of a dataset, unread.
 
     Attributes:
@@ -53,7 +53,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """Texts that were found, but not read.
 
     Attributes:
@@ -65,5 +65,5 @@ class Source:
 
     where: str
     content: str
-    parts: list[Part]
+    parts: list[SourcePart]
     left_out: list[str] = field(default_factory=list)
