@@ -210,9 +210,7 @@ def test_two_processes_tell_which_of_them_the_other_waits_for(two):
     assert list(ratios) == [3, 6, 9]
     assert min(ratios.values()) > 1.5
     printed = (two / "printed").read_text()
-    assert re.search(
-        rf"^step 6: process 1 on {platform.node()} takes [\d.]+ times as long .* as the median", printed, re.M
-    )
+    assert re.search(rf"^step 6: process 1 on {platform.node()} needs [\d.]+ times the median", printed, re.M)
     assert printed.count("process 1 on") == 1, "reported once, if it is so in two consecutive rows"
     times = record(run)["sessions"][0]["times"]
     steps, slept = 8, 0.2 * 2  # two micro-batches; the first step is left out
