@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
+from bigmodel.data import stratified_splits
 from bigmodel.data.split_shares import check_shares
 from bigmodel.data.stateless_rng import hash_seed, random_bits
+from bigmodel.data.stratified_splits import Groups, assign_splits, group_by_stratum
 from bigmodel.tasks.transfer_learning.labels import Labels
 from bigmodel.tasks.transfer_learning.prepare import SPLITS, PreparedTexts
 from bigmodel.tasks.transfer_learning.problem_type import REGRESSION, SINGLE_LABEL
@@ -80,29 +81,18 @@ def divide(prepared: PreparedTexts, split: TextSplit, folds: Folds | None, print
     if not shares and folds is None:
         return rows
     pool = rows["train"]
-    strata = _strata(labels, pool)
-    contents, content = np.unique(prepared.contents[pool], return_inverse=True)
-    owner = np.full(len(contents), np.iinfo(np.int64).max)
-    np.minimum.at(owner, content, strata)
-    drawn = random_bits(contents, hash_seed(_SPLIT_STREAM, split.seed), 1)[:, 0]
-    order = np.lexsort((drawn, owner))  # by class, then by the draw
-    borders = np.flatnonzero(np.diff(owner[order], prepend=-2, append=-2)).tolist()
+    groups = group_by_stratum(
+        prepared.contents[pool],
+        _strata(labels, pool),
+        lambda contents: random_bits(contents, hash_seed(_SPLIT_STREAM, split.seed), 1)[:, 0],
+    )
     if labels.problem_type == SINGLE_LABEL:
-        _check_classes(labels, owner[order], borders, 1 + len(shares) + (folds is not None), folds)
-    dealt = np.full(len(contents), "train", dtype="<U5")
-    turn = 0
-    for start, stop in pairwise(borders):
-        num_test = _count(shares.get("test", 0.0), stop - start, 1 + len(shares))
-        dealt[order[start : start + num_test]] = "test"
-        if folds is not None:
-            turns = (turn + np.arange(stop - start - num_test)) % folds.count
-            dealt[order[start + num_test : stop][turns == folds.number]] = "val"
-            turn += stop - start - num_test
-        else:
-            dealt[order[stop - _count(shares.get("val", 0.0), stop - start, 1 + len(shares)) : stop]] = "val"
+        _check_classes(labels, groups, 1 + len(shares) + (folds is not None), folds)
+    fold = None if folds is None else (folds.number, folds.count)
+    assigned = assign_splits(groups, shares.get("val", 0.0), shares.get("test", 0.0), 1 + len(shares), fold)
     wanted = ["train", *shares, *(["val"] if folds is not None else [])]
     for name in wanted:
-        rows[name] = pool[dealt[content] == name]
+        rows[name] = pool[assigned == name]
         if len(rows[name]) == 0:
             raise ValueError(
                 f"the {name} split receives none of the {len(pool):,} texts: add texts, or set other shares by"
@@ -150,9 +140,9 @@ def _strata(labels: Labels, pool: np.ndarray) -> np.ndarray:
     return strata[pool].astype(np.int64)
 
 
-def _check_classes(labels: Labels, owners: np.ndarray, borders: list[int], needed: int, folds: Folds | None) -> None:
+def _check_classes(labels: Labels, groups: Groups, needed: int, folds: Folds | None) -> None:
     """Check that each class can be in all splits."""
-    sizes = {labels.names[owners[start]]: stop - start for start, stop in pairwise(borders)}
+    sizes = {labels.names[number]: size for number, size in groups.sizes.items()}
     few = {name: size for name, size in sizes.items() if size < needed}
     if few:
         shown = ", ".join(f"{name!r} has {size}" for name, size in list(few.items())[:_SHOWN])
@@ -162,13 +152,6 @@ def _check_classes(labels: Labels, owners: np.ndarray, borders: list[int], neede
             f" needs one: {shown}{', ...' if len(few) > _SHOWN else ''}. Add texts, remove these classes, or {flags}. If"
             f" nearly every text has a class of its own, set --data.label_column or --data.problem_type {REGRESSION}"
         )
-
-
-def _count(share: float, contents: int, num_splits: int) -> int:
-    """Return the number of contents of a class for a split with this share: the nearest number, at least 1 if there are
-    as many contents as splits.
-    """
-    return max(int(share * contents + 0.5), int(share > 0 and contents >= num_splits))
 
 
 def draw_shots(prepared: PreparedTexts, rows: np.ndarray, classes: list[str], shots: int, seed: int) -> np.ndarray:
@@ -182,8 +165,6 @@ def draw_shots(prepared: PreparedTexts, rows: np.ndarray, classes: list[str], sh
     """
     labels = prepared.labels
     assert labels is not None
-    if shots < 1:
-        raise ValueError(f"--data.shots {shots}: at least 1 example of each class is needed")
     if labels.problem_type == REGRESSION:
         raise ValueError(
             f"--data.shots {shots} requires classes, and --data.problem_type is {REGRESSION}: set --data.shots null"
@@ -192,17 +173,8 @@ def draw_shots(prepared: PreparedTexts, rows: np.ndarray, classes: list[str], sh
     rows = rows[first]
     rows = rows[np.argsort(random_bits(prepared.contents[rows], hash_seed(_SHOT_STREAM, seed), 1)[:, 0], kind="stable")]
     values, counts = labels.of(rows)
-    order = np.argsort(values, kind="stable")
-    values, owners = values[order], np.repeat(rows, counts)[order]  # by class, and within it as drawn
-    numbers = np.array([labels.names.index(name) for name in classes])
-    starts, stops = (np.searchsorted(values, numbers, side) for side in ("left", "right"))
-    if few := {name: n for name, n in zip(classes, (stops - starts).tolist(), strict=True) if n < shots}:
-        shown = ", ".join(f"{name!r} has {count}" for name, count in list(few.items())[:_SHOWN])
-        raise ValueError(
-            f"--data.shots {shots}: {len(few):,} of {len(classes):,} classes have fewer different training texts: {shown};"
-            f" at most {min(few.values())} can be drawn of each"
-        )
-    return np.unique(np.concatenate([owners[start : start + shots] for start in starts.tolist()]))
+    named = {labels.names.index(name): name for name in classes}
+    return stratified_splits.draw_shots(np.repeat(rows, counts), values, named, shots, "texts")
 
 
 def report_duplicates(prepared: PreparedTexts, rows: dict[str, np.ndarray], print_line: Print) -> None:

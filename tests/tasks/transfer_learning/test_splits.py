@@ -180,7 +180,7 @@ def test_shots_multi_label():
 
 def test_invalid_shots_raise():
     texts, rows = prepared([0] * 20 + [1] * 5, [*range(20), 1_000, 1_000, 1_001, 1_002, 1_003]), np.arange(25)
-    with pytest.raises(ValueError, match=r"--data.shots 8: 1 of 2 classes .*: 'c1' has 4; at most 4"):
+    with pytest.raises(ValueError, match=r"--data.shots 8: 1 of 2 classes .*: 'c1' has 4; set at most 4"):
         draw_shots(texts, rows, ["c0", "c1"], 8, 0)
     with pytest.raises(ValueError, match=r"--data.shots 0: at least 1"):
         draw_shots(texts, rows, ["c0", "c1"], 0, 0)
