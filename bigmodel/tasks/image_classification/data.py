@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from bigmodel.data.cache import available_cores, cache_folder, digest
 from bigmodel.data.class_balance import ClassBalancedOversampling, class_weights
-from bigmodel.data.sampling import eval_loader, train_loader
+from bigmodel.data.module import BaseDataModule
 from bigmodel.data.stateless_rng import sample_keys
 from bigmodel.internals import shared_storage
 from bigmodel.tasks.image_classification.augment import Transform, augment
@@ -106,7 +105,7 @@ def _empty(*shape: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
-class ImageData(L.LightningDataModule):
+class ImageData(BaseDataModule):
     """Images from a folder, a table, arrays or a public dataset, checked and split once into a cache.
 
     Args:
@@ -206,7 +205,7 @@ class ImageData(L.LightningDataModule):
         Raises:
             ValueError: if the input or a setting is invalid; the message names the file or row and the remedy.
         """
-        self._prepare(predicting=_verb(self) == TrainerFn.PREDICTING)
+        self._prepare(predicting=self.is_running(TrainerFn.PREDICTING))
 
     def setup(self, stage: str | None = None) -> None:
         """Open the prepared images."""
@@ -272,58 +271,28 @@ class ImageData(L.LightningDataModule):
         """[K] float32, inverse to the sizes of the classes, with mean 1 over the training images."""
         return class_weights(np.asarray(self.prepared.splits["train"].class_counts))
 
-    def train_dataloader(self) -> DataLoader[ImageBatch]:
-        samples = ImageDataset(
-            self.images("train"),
-            self.seed,
-            self.crop,
-            self.class_weights() if self.balance == "weights" else None,
-            self.balance == "samples",
-            read=not self.cache_on_device,
-        )
-        return train_loader(
-            samples,
-            batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size,
-            seed=self.seed,
-            trainer=self.trainer,
-            num_workers=self._workers(samples),
-            num_augmentation_epochs=self.num_augmentation_epochs,
-        )
+    def make_dataset(self, split: str) -> ImageDataset:
+        images, read = self.images(split), not self.cache_on_device
+        if split != "train":
+            return ImageDataset(images, self.seed, read=read)
+        weights = self.class_weights() if self.balance == "weights" else None
+        return ImageDataset(images, self.seed, self.crop, weights, self.balance == "samples", read=read)
 
-    def val_dataloader(self) -> DataLoader[ImageBatch] | list[DataLoader[ImageBatch]]:
-        if "val" not in self.prepared.splits and _verb(self) == TrainerFn.FITTING:
-            return []  # none requested
-        return self._eval_loader("val")
+    def has_validation(self) -> bool:
+        return "val" in self.prepared.splits
 
-    def test_dataloader(self) -> DataLoader[ImageBatch]:
-        return self._eval_loader("test")
+    def train_options(self, dataset: ImageDataset) -> dict[str, Any]:
+        return {"num_augmentation_epochs": self.num_augmentation_epochs}
+
+    def loader_workers(self, dataset: Dataset[Any]) -> int:
+        if self.num_workers is not None:
+            return self.num_workers
+        in_memory = self.cache_on_device or (isinstance(dataset, ImageDataset) and dataset.images.in_memory)
+        return 0 if in_memory else min(available_cores(), _MAX_WORKERS)
 
     def predict_dataloader(self) -> DataLoader[ImageBatch]:
         """Return a loader of all images at the path."""
-        return self._eval_loader("all")
-
-    def _eval_loader(self, split: str) -> DataLoader[ImageBatch]:
-        samples = ImageDataset(self.images(split), self.seed, read=not self.cache_on_device)
-        return eval_loader(
-            samples,
-            batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size,
-            trainer=self.trainer,
-            num_workers=self._workers(samples),
-        )
-
-    def _workers(self, samples: ImageDataset) -> int:
-        if self.num_workers is not None:
-            return self.num_workers
-        return 0 if self.cache_on_device or samples.images.in_memory else min(available_cores(), _MAX_WORKERS)
-
-    def transfer_batch_to_device(self, batch: ImageBatch, device: torch.device, dataloader_idx: int) -> ImageBatch:
-        """Move the batch to the device."""
-        if device.type == "cpu":  # already there; Lightning needs 0.1 ms to find that out
-            return batch
-        moved: ImageBatch = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        return moved
+        return self.evaluation_loader("all")
 
     def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
         """Finish each batch on the device (a Lightning hook); see `finish`."""
@@ -362,7 +331,3 @@ class ImageData(L.LightningDataModule):
             pixels = images.read(np.arange(len(images)))
             self._device_images[split] = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
         return self._device_images[split]
-
-
-def _verb(data: L.LightningDataModule) -> TrainerFn | None:
-    return data.trainer.state.fn if data.trainer is not None else None

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule
 from PIL import Image
 from torch import Tensor, nn
 
@@ -28,13 +27,13 @@ from bigmodel.run import set_sizes, sizes
 from bigmodel.tasks.image_classification.batch import ImageBatch
 from bigmodel.training import optimizers, schedules
 from bigmodel.training.callbacks import GradientScaling
-from bigmodel.training.callbacks.gradient_scaling import get_callback
+from bigmodel.training.task import BaseTask
 
 ImageInput = Image.Image | np.ndarray | str | Path
 _LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow
 
 
-class ImageClassification(LightningModule):
+class ImageClassification(BaseTask):
     """Trains and evaluates a net that maps images [B, C, S, S] to logits [B, K], and classifies images with it.
 
     Args:
@@ -51,7 +50,8 @@ class ImageClassification(LightningModule):
     (macro), `val/auroc` (macro, one against the rest), `val/calibration_error` (15 bins), and the same for `test`.
     """
 
-    count_unit = "images"  # unit of the count that training_step returns
+    count_unit = "images"
+    callback_types = (GradientScaling, Report)
 
     def __init__(
         self,
@@ -63,14 +63,13 @@ class ImageClassification(LightningModule):
         std: list[float] | None = None,
         test_flips: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, schedule)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"--model.label_smoothing {label_smoothing} must be in [0, 1)")
         if (mean is None) != (std is None):
             raise ValueError("--model.mean and --model.std are set together: set both or none")
-        self.make_net, self.optimizer, self.schedule = net, optimizer, schedule
+        self.make_net = net
         self.label_smoothing, self.given_statistics, self.test_flips = label_smoothing, (mean, std), test_flips
-        self.net: Any = None
         self.mean: Tensor
         self.std: Tensor
         self.data_metadata: dict[str, Any] = {}  # classes and geometry, as in the checkpoint
@@ -117,14 +116,6 @@ class ImageClassification(LightningModule):
             )
         return mean, std
 
-    def configure_callbacks(self) -> list[Callback]:
-        # The loss is a sum: a Trainer without bigmodel's callbacks needs the one that divides it by the count.
-        missing = [kind for kind in (GradientScaling, Report) if get_callback(self.trainer, kind) is None]
-        return [kind() for kind in missing]
-
-    def configure_optimizers(self) -> Any:
-        return optimizers.configure(self, self.optimizer, self.schedule)
-
     def normalize(self, images: Tensor) -> Tensor:
         """Convert [B, C, S, S] in 0 to 255 (uint8) or 0 to 1 (float) to normalized float32, the input of the net.
 
@@ -140,12 +131,7 @@ class ImageClassification(LightningModule):
 
     def features(self, batch: ImageBatch) -> Tensor:
         """Return the input of the output layer [B, D]; the logits if the net has no separate output layer."""
-        read = getattr(self.net, "features", self.net)
-        return read(self.normalize(batch.images))
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Map features [..., D] to logits [..., K]."""
-        return self.net.logits(features) if hasattr(self.net, "logits") else features
+        return self.net_features(self.normalize(batch.images))
 
     def targets(self, batch: ImageBatch) -> Tensor:
         """Return class indices [B], or distributions [B, K] where images were mixed."""
@@ -193,7 +179,7 @@ class ImageClassification(LightningModule):
         return {"index": index, "loss": loss, "target": targets, "predicted": predicted, "probability": probability}
 
     def on_validation_epoch_end(self) -> None:
-        self._log_metrics("val", self.metrics)
+        self.log_metrics("val", self.metrics)
 
     def test_step(self, batch: ImageBatch) -> dict[str, Tensor]:
         outputs = self.validation_step(batch)
@@ -205,14 +191,9 @@ class ImageClassification(LightningModule):
         return outputs
 
     def on_test_epoch_end(self) -> None:
-        self._log_metrics("test", self.metrics)
+        self.log_metrics("test", self.metrics)
         if self.flip_metrics is not None:
-            self._log_metrics("test_flips", self.flip_metrics)
-
-    def _log_metrics(self, split: str, metrics: ClassMetrics) -> None:
-        for name, value in metrics.compute().items():  # over all processes
-            self.log(f"{split}/{name}", value.to(torch.float32), sync_dist=True)
-        metrics.reset()
+            self.log_metrics("test_flips", self.flip_metrics)
 
     def predict_step(self, batch: ImageBatch) -> dict[str, Any]:
         """Return path, class, its probability, and the probabilities [n, K] of all classes for each image."""
@@ -262,8 +243,7 @@ class ImageClassification(LightningModule):
             batch, the logits [B, K].
         """
         if isinstance(images, Tensor):
-            read = getattr(self.net, "features", self.net)
-            return self.logits(read(self.normalize(images)))
+            return self.logits(self.net_features(self.normalize(images)))
         if isinstance(images, ImageInput):
             return self._classify([images])[0]
         return self._classify(images)

@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from bigmodel.data.sampling import Permutation, eval_loader, train_loader
+from bigmodel.data.module import BaseDataModule
+from bigmodel.data.sampling import Permutation
 from bigmodel.nn.loss import IGNORE_INDEX
 from bigmodel.tasks.language_modeling.prepare import Plan, make_plan, prepare
 from bigmodel.tasks.language_modeling.shards import PreparedText, TokenArray
@@ -81,7 +80,7 @@ class TextWindows(Dataset[TextBatch]):
         return TextBatch(inputs, ids[:, 1:].contiguous(), torch.tensor(indices), torch.ones(len(indices)))
 
 
-class TextData(L.LightningDataModule):
+class TextData(BaseDataModule):
     """Data module: windows of tokens from files of text or code, which are tokenized once into a cache.
 
     Args:
@@ -214,29 +213,8 @@ class TextData(L.LightningDataModule):
         chosen = [documents[i] for i in order.tolist()]
         return [read_text(segment, stop=min(segment.stop, MAX_PROMPT_BYTES)) for segment in chosen]
 
-    def train_dataloader(self) -> DataLoader[TextBatch]:
-        return train_loader(
-            self.windows("train"),
-            batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size,
-            seed=self.seed,
-            trainer=self.trainer,
-            num_workers=self.num_workers,
-        )
+    def make_dataset(self, split: str) -> TextWindows:
+        return self.windows(split)
 
-    def val_dataloader(self) -> DataLoader[TextBatch] | list[DataLoader[TextBatch]]:
-        if "val" not in self._windows and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            return []  # none requested
-        return self._eval_loader("val")
-
-    def test_dataloader(self) -> DataLoader[TextBatch]:
-        return self._eval_loader("test")
-
-    def _eval_loader(self, split: str) -> DataLoader[TextBatch]:
-        return eval_loader(
-            self.windows(split),
-            batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size,
-            trainer=self.trainer,
-            num_workers=self.num_workers,
-        )
+    def has_validation(self) -> bool:
+        return "val" in self._windows

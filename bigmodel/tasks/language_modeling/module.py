@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -24,8 +23,6 @@ from bigmodel.run import set_sizes, sizes
 from bigmodel.tasks.language_modeling.data import TextBatch
 from bigmodel.tasks.language_modeling.text_generation import TextGenerator
 from bigmodel.training import optimizers, schedules
-from bigmodel.training.callbacks import GradientScaling
-from bigmodel.training.callbacks.gradient_scaling import get_callback
 
 
 class _Mean(Accumulates, MeanMetric):
@@ -44,7 +41,7 @@ class LanguageModeling(TextGenerator):
     Logs `val/loss` (nats per token), `val/perplexity`, `val/bits_per_byte`, and the same for `test`.
     """
 
-    count_unit = "tokens"  # unit of the count that training_step returns
+    count_unit = "tokens"
 
     def __init__(
         self,
@@ -53,32 +50,19 @@ class LanguageModeling(TextGenerator):
         schedule: schedules.Schedule | None = None,
         loss_chunk_size: int | None = None,
     ) -> None:
-        super().__init__()
-        self.make_net, self.optimizer, self.schedule = net, optimizer, schedule
-        self.loss_chunk_size = loss_chunk_size
+        super().__init__(optimizer, schedule)
+        self.make_net, self.loss_chunk_size = net, loss_chunk_size
         self.loss = _Mean().set_dtype(accumulation_dtype())
 
     def configure_model(self) -> None:
         if self.net is None:
             self.net = self.make_net(**sizes(self))  # type: ignore[call-arg]
 
-    def configure_callbacks(self) -> list[Callback]:
-        # The loss is a sum: a plain Trainer also needs the callback that divides it by the count.
-        return [] if get_callback(self.trainer, GradientScaling) else [GradientScaling()]
-
-    def configure_optimizers(self) -> Any:
-        return optimizers.configure(self, self.optimizer, self.schedule)
-
     # SupportsLogits: for distillation, evaluation and export.
 
     def features(self, batch: TextBatch) -> Tensor:
         """Return the input of the output layer, [B, T, D]; the logits if the net has no separate output layer."""
-        features = getattr(self.net, "features", self.net)
-        return features(batch.tokens)
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Map features [..., D] to logits [..., V]; may be called on chunks."""
-        return self.net.logits(features) if hasattr(self.net, "logits") else features
+        return self.net_features(batch.tokens)
 
     def targets(self, batch: TextBatch) -> Tensor:
         """Return the next tokens [B, T]; -100 where nothing is predicted, including padding rows."""

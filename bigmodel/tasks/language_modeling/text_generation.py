@@ -9,24 +9,24 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from bigmodel.nn.loss import IGNORE_INDEX
 from bigmodel.tasks.language_modeling.data import TextBatch
 from bigmodel.tasks.language_modeling.generation import Sampling, generate
 from bigmodel.tasks.language_modeling.tokenizer import StreamDecoder, Tokenizer
+from bigmodel.training import optimizers, schedules
+from bigmodel.training.task import BaseTask
 
 
-class TextGenerator(LightningModule):
+class TextGenerator(BaseTask):
     """Base class of a task with a net that maps tokens [B, T] to logits [B, T, V], and a tokenizer.
 
     The tokenizer is saved in checkpoints, so that a loaded task can generate without the data.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.net: Any = None
+    def __init__(self, optimizer: optimizers.OptimizerFactory, schedule: schedules.Schedule | None) -> None:
+        super().__init__(optimizer, schedule)
         self.tokenizer: Tokenizer | None = None
 
     # SupportsGenerate: for `bigmodel generate`.

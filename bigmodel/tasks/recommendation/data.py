@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import lightning as L
 import numpy as np
-import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Dataset
 
-from bigmodel.data.cache import cache_folder, digest, say
-from bigmodel.data.sampling import eval_loader, train_loader
+from bigmodel.data.cache import cache_folder, digest
+from bigmodel.data.module import BaseDataModule
 from bigmodel.tasks.recommendation.batches import EvalBatch, HistoryDataset, PairDataset, SequenceDataset, UserDataset
 from bigmodel.tasks.recommendation.filters import Filters
 from bigmodel.tasks.recommendation.interactions import Interactions, SparseMatrix, ranges
@@ -25,7 +22,7 @@ from bigmodel.tasks.recommendation.splits import InteractionSplit, LeaveOneOut, 
 ExampleType = Literal["sequences", "pairs", "users"]
 
 
-class InteractionData(L.LightningDataModule):
+class InteractionData(BaseDataModule):
     """Data module: user-item events from tables or a public dataset, sorted and numbered once into a cache.
 
     The task's attribute `example_type` determines the type of the training batches, unless `example_type` is set here. A
@@ -146,7 +143,7 @@ class InteractionData(L.LightningDataModule):
             return
         if not hasattr(self, "parts"):
             self.parts = self.split.split(self.prepared.events)
-            self._say(self.parts.line)
+            self.print_line(self.parts.line)
         self.sizes = {"num_items": self.prepared.events.num_items, "max_length": self.max_length}
         if self.example_type != "sequences":
             self.sizes["num_users"] = self.prepared.events.num_users
@@ -204,41 +201,28 @@ class InteractionData(L.LightningDataModule):
         events = self.parts.events
         return np.bincount(events.items[self.parts.event_indices("train")], minlength=events.num_items + 1)
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        dataset: SequenceDataset | PairDataset | UserDataset
-        if self.example_type == "sequences":
-            dataset = SequenceDataset(self.parts, self.max_length, self.stride, self.seed)
-        elif self.example_type == "pairs":
-            dataset = PairDataset(self.parts, self.seed)
-        else:
-            dataset = UserDataset(self.parts, self.seed)
-        return train_loader(
-            dataset,
-            batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size,
-            seed=self.seed,
-            trainer=self.trainer,
-            num_workers=self.num_workers,
-        )
-
-    def val_dataloader(self) -> DataLoader[EvalBatch] | list[DataLoader[EvalBatch]]:
-        fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        if "val" not in self.split.requested and fitting:
-            return []  # none requested
-        return self._eval_loader(self.histories("val"))
-
-    def test_dataloader(self) -> DataLoader[EvalBatch]:
-        return self._eval_loader(self.histories("test"))
-
-    def predict_dataloader(self) -> DataLoader[EvalBatch]:
-        """Return a loader of all users with all their events, without targets.
+    def make_dataset(self, split: str) -> Dataset[Any]:
+        """Return training samples, or histories to evaluate; of `all`, all users with all their events, without targets.
 
         Raises:
-            ValueError: if the task has none of the items.
+            ValueError: for `all`, if the task has none of the items.
         """
-        events = self._events_for(self._task_item_ids())
-        ends = events.offsets[1:]
-        return self._eval_loader(HistoryDataset(events, np.arange(events.num_users), ends, ends, self.max_length))
+        if split == "all":
+            events = self._events_for(self._task_item_ids())
+            ends = events.offsets[1:]
+            return HistoryDataset(events, np.arange(events.num_users), ends, ends, self.max_length)
+        if split != "train":
+            return self.histories(split)
+        if self.example_type == "sequences":
+            return SequenceDataset(self.parts, self.max_length, self.stride, self.seed)
+        return (PairDataset if self.example_type == "pairs" else UserDataset)(self.parts, self.seed)
+
+    def has_validation(self) -> bool:
+        return "val" in self.split.requested
+
+    def predict_dataloader(self) -> DataLoader[EvalBatch]:
+        """Return a loader of all users with all their events, without targets."""
+        return self.evaluation_loader("all")
 
     def _events_for(self, item_ids: list[int] | list[str] | None) -> Interactions:
         """Return all events, with the item numbers of a task with these ids; events of other items are excluded."""
@@ -251,7 +235,7 @@ class InteractionData(L.LightningDataModule):
             raise ValueError(f"--data.path {self.path}: the task was trained on none of these items")
         if num_unknown := int(np.count_nonzero(numbers[1:] == 0)):
             num_events = len(prepared.events)
-            self._say(
+            self.print_line(
                 f"excluded {num_events - len(events):,} of {num_events:,} events: those of {num_unknown:,} items that the"
                 " task was not trained on"
             )
@@ -288,27 +272,7 @@ class InteractionData(L.LightningDataModule):
         users = self.parts.users_to_evaluate(split)
         return HistoryDataset(self.parts.events, users, *self.parts.bounds(split), self.max_length)
 
-    def _say(self, line: str) -> None:
-        """Print a line, from one process only."""
-        if self.trainer is None or self.trainer.is_global_zero:
-            say(line)
-
     def _task_item_ids(self) -> list[int] | list[str] | None:
         """Ids of the task's items, if it has them."""
         ids: list[int] | list[str] | None = getattr(getattr(self.trainer, "lightning_module", None), "item_ids", None)
         return ids
-
-    def _eval_loader(self, dataset: Dataset[EvalBatch]) -> DataLoader[EvalBatch]:
-        return eval_loader(
-            dataset,
-            batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size,
-            trainer=self.trainer,
-            num_workers=self.num_workers,
-        )
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move the batch to the device."""
-        if device.type == "cpu":  # nothing to move; Lightning takes 0.1 ms to find that out
-            return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from bigmodel.data.cache import say
@@ -28,8 +27,6 @@ from bigmodel.tasks.recommendation.negatives import DrawKeys
 from bigmodel.tasks.recommendation.ranking import ScoreBlock, dot_products
 from bigmodel.tasks.recommendation.recommender import Recommender
 from bigmodel.training import optimizers, schedules
-from bigmodel.training.callbacks import GradientScaling
-from bigmodel.training.callbacks.gradient_scaling import get_callback
 
 _MASKS, _LAST_ONLY = 1, 2  # streams of random numbers
 _MAX_SECONDS = 10**11  # times from this number on are in milliseconds
@@ -57,7 +54,7 @@ class SequentialRecommendation(Recommender):
     `test`.
     """
 
-    count_unit = "items"  # unit of the count that training_step returns
+    count_unit = "items"
     example_type = "sequences"  # type of the training samples
 
     def __init__(
@@ -72,14 +69,13 @@ class SequentialRecommendation(Recommender):
         seed: int = 0,
         num_eval_negatives: int | None = None,
     ) -> None:
-        super().__init__(topk, num_eval_negatives)
+        super().__init__(topk, num_eval_negatives, optimizer, schedule)
         for name, rate in (("mask_ratio", mask_ratio), ("mask_last_ratio", mask_last_ratio)):
             if not 0 <= rate <= 1:
                 raise ValueError(f"--model.{name} {rate}: must be in 0 to 1")
-        self.make_net, self.optimizer, self.schedule = net, optimizer, schedule
+        self.make_net = net
         self.loss: Any = loss if loss is not None else FullSoftmax()
         self.mask_ratio, self.mask_last_ratio, self.seed = mask_ratio, mask_last_ratio, seed
-        self.net: Any = None
         self.median_gap: int | None = None  # between two training events of a user [s]; None: unknown
 
     def configure_model(self) -> None:
@@ -92,13 +88,6 @@ class SequentialRecommendation(Recommender):
         net_sizes = sizes(self)
         self.net = self.make_net(**net_sizes)  # type: ignore[call-arg]
         self.loss.prepare(net_sizes["num_items"], self._prepare_evaluation(net_sizes["num_items"]))
-
-    def configure_callbacks(self) -> list[Callback]:
-        # The loss is a sum: a plain Trainer also needs the callback that divides it by the count.
-        return [] if get_callback(self.trainer, GradientScaling) else [GradientScaling()]
-
-    def configure_optimizers(self) -> Any:
-        return optimizers.configure(self, self.optimizer, self.schedule)
 
     # SupportsLogits: for distillation, evaluation and export.
 

@@ -39,6 +39,7 @@ class NonNeuralRecommendation(Recommender):
     """
 
     count_unit = "users"
+    callback_types = ()  # no gradients
     example_type = "users"
 
     def __init__(

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 
 from bigmodel.internals import attached_trainer
 from bigmodel.tasks.recommendation.batches import EvalBatch
 from bigmodel.tasks.recommendation.evaluation import Evaluation
 from bigmodel.tasks.recommendation.item_catalog import ItemCatalog
 from bigmodel.tasks.recommendation.ranking import ScoreBlock
+from bigmodel.training import optimizers, schedules
+from bigmodel.training.task import BaseTask
 
 
-class Recommender(LightningModule):
+class Recommender(BaseTask):
     """Base class of a task that scores items for histories; a subclass defines `score_block`.
 
     Args:
@@ -23,8 +24,14 @@ class Recommender(LightningModule):
         num_eval_negatives: see `Evaluation`.
     """
 
-    def __init__(self, topk: Sequence[int], num_eval_negatives: int | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        topk: Sequence[int],
+        num_eval_negatives: int | None = None,
+        optimizer: optimizers.OptimizerFactory = torch.optim.AdamW,
+        schedule: schedules.Schedule | None = None,
+    ) -> None:
+        super().__init__(optimizer, schedule)
         self.evaluation = Evaluation(topk, num_eval_negatives)
         self.item_catalog: ItemCatalog | None = None
 

@@ -8,15 +8,13 @@ from __future__ import annotations
 from hashlib import sha256
 from typing import Any, Literal, get_args
 
-import lightning as L
 import numpy as np
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
-from bigmodel.data.cache import cache_folder, digest, say
+from bigmodel.data.cache import cache_folder, digest
 from bigmodel.data.class_balance import class_weights
-from bigmodel.data.sampling import eval_loader, train_loader
+from bigmodel.data.module import BaseDataModule
 from bigmodel.tasks.transfer_learning.batches import LabelledTextBatch, TextDataset, Texts
 from bigmodel.tasks.transfer_learning.prepare import PreparedTexts, prepare
 from bigmodel.tasks.transfer_learning.problem_type import REGRESSION, SINGLE_LABEL, ProblemType
@@ -27,7 +25,7 @@ from bigmodel.tasks.transfer_learning.targets import UNKNOWN, MultiHotTargets, s
 from bigmodel.tasks.transfer_learning.tokenization import TextEncoder, read_encoder
 
 
-class LabelledTextData(L.LightningDataModule):
+class LabelledTextData(BaseDataModule):
     """Texts for classification or regression, from tables or a public dataset, tokenized once into a cache.
 
     Splits that the source lacks are drawn from its training texts; equal texts are in the same split. Batches are
@@ -131,7 +129,7 @@ class LabelledTextData(L.LightningDataModule):
         Raises:
             ValueError: if the input or a setting is invalid; the message names the file and row and the remedy.
         """
-        self._prepare(predicting=_trainer_fn(self) == TrainerFn.PREDICTING)
+        self._prepare(predicting=self.is_running(TrainerFn.PREDICTING))
 
     def setup(self, stage: str | None = None) -> None:
         """Open the prepared texts, and split them.
@@ -194,8 +192,8 @@ class LabelledTextData(L.LightningDataModule):
                 f"--data.balance {self.balance} requires {SINGLE_LABEL}, and the labels are for {labels.problem_type}:"
                 " set --data.balance none"
             )
-        rows = divide(prepared, self.split, self.folds, self._print)
-        report_duplicates(prepared, rows, self._print)
+        rows = divide(prepared, self.split, self.folds, self.print_line)
+        report_duplicates(prepared, rows, self.print_line)
         self.classes = training_classes(prepared, rows)
         if self.shots is not None:
             rows["train"] = draw_shots(prepared, rows["train"], self.classes, self.shots, self.seed)
@@ -209,7 +207,7 @@ class LabelledTextData(L.LightningDataModule):
         self._report_truncation(list(rows))
         counts = ", ".join(f"{name} {len(self._splits[name][0]):,}" for name in rows)
         what = REGRESSION if labels.problem_type == REGRESSION else f"{len(self.classes):,} classes"
-        self._print(f"texts: {counts}; {what}")
+        self.print_line(f"texts: {counts}; {what}")
 
     def _add_predicted(self, prepared: PreparedTexts, rows: dict[str, np.ndarray]) -> list[Any]:
         """Add pseudo-labelled texts to the training split; return what the fingerprint must include for them."""
@@ -218,7 +216,9 @@ class LabelledTextData(L.LightningDataModule):
                 f"--data.pseudo_labels requires {SINGLE_LABEL}, and the labels are for {self.problem_type}: set it to null"
             )
         labelled = prepared.contents[np.concatenate(list(rows.values()))]
-        chosen, classes = select_predictions(self._predicted, self.classes, self.min_confidence, labelled, self._print)
+        chosen, classes = select_predictions(
+            self._predicted, self.classes, self.min_confidence, labelled, self.print_line
+        )
         texts, targets = Texts([(prepared, rows["train"]), (self._predicted, chosen)]), self._splits["train"][1]
         assert isinstance(targets, np.ndarray)
         self._splits["train"] = texts, np.concatenate([targets, classes])
@@ -227,7 +227,7 @@ class LabelledTextData(L.LightningDataModule):
     def _report_truncation(self, splits: list[str]) -> None:
         lengths = np.concatenate([self._splits[name][0].lengths for name in splits])
         if self._limit is not None and (longer := lengths > self._limit).any():
-            self._print(
+            self.print_line(
                 f"{100 * longer.mean():.1f} % of the texts are longer than {self._limit} tokens (the longest has"
                 f" {lengths.max():,}), and are truncated at the end"
             )
@@ -261,65 +261,22 @@ class LabelledTextData(L.LightningDataModule):
             return 0.0, 1.0
         return float(targets.mean(dtype=np.float64)), float(targets.std(dtype=np.float64)) or 1.0
 
-    def train_dataloader(self) -> DataLoader[LabelledTextBatch]:
-        texts, targets = self._split("train")
-        samples = TextDataset(
-            texts,
-            targets,
-            self.encoder,
-            self._limit,
-            self.seed,
-            self.class_weights() if self.balance == "weights" else None,
-            self.balance == "samples",
-        )
-        return train_loader(
-            samples,
-            batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size,
-            seed=self.seed,
-            trainer=self.trainer,
-            num_workers=self.num_workers,
-            lengths=samples.lengths if self.group_by_length else None,
-        )
+    def make_dataset(self, split: str) -> TextDataset:
+        texts, targets = self._split(split)
+        if split != "train":  # predictions are written in the order of the file
+            return TextDataset(texts, targets, self.encoder, self._limit, self.seed, by_length=split != "all")
+        weights = self.class_weights() if self.balance == "weights" else None
+        return TextDataset(texts, targets, self.encoder, self._limit, self.seed, weights, self.balance == "samples")
 
-    def val_dataloader(self) -> DataLoader[LabelledTextBatch] | list[DataLoader[LabelledTextBatch]]:
-        if "val" not in self._splits and _trainer_fn(self) == TrainerFn.FITTING:
-            return []  # none requested
-        return self._eval_loader("val")
+    def has_validation(self) -> bool:
+        return "val" in self._splits
 
-    def test_dataloader(self) -> DataLoader[LabelledTextBatch]:
-        return self._eval_loader("test")
+    def train_options(self, dataset: TextDataset) -> dict[str, Any]:
+        return {"lengths": dataset.lengths if self.group_by_length else None}
 
     def predict_dataloader(self) -> DataLoader[LabelledTextBatch]:
         """Return a loader of all texts at the path in their order, of whichever split."""
-        return self._eval_loader("all")
-
-    def _eval_loader(self, split: str) -> DataLoader[LabelledTextBatch]:
-        texts, targets = self._split(split)
-        # Predictions are written in the order of the file.
-        samples = TextDataset(texts, targets, self.encoder, self._limit, self.seed, by_length=split != "all")
-        return eval_loader(
-            samples,
-            batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size,
-            trainer=self.trainer,
-            num_workers=self.num_workers,
-        )
-
-    def _print(self, line: str) -> None:
-        """Print a line, from one process only."""
-        if self.trainer is None or self.trainer.is_global_zero:
-            say(line)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move the batch to the device."""
-        if device.type == "cpu":  # already there; Lightning needs 0.1 ms to find that out
-            return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
-
-
-def _trainer_fn(data: L.LightningDataModule) -> TrainerFn | None:
-    return data.trainer.state.fn if data.trainer is not None else None
+        return self.evaluation_loader("all")
 
 
 def _digest_rows(rows: np.ndarray) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
@@ -39,11 +39,12 @@ from bigmodel.tasks.transfer_learning.tokenization import TextEncoder
 from bigmodel.training import optimizers, schedules
 from bigmodel.training.callbacks import GradientScaling
 from bigmodel.training.callbacks.gradient_scaling import get_callback
+from bigmodel.training.task import BaseTask
 
 MethodName = Literal["full", "linear_probe", "knn_probe", "gradual", "lora", "bias_only"]
 
 
-class TransferLearning(LightningModule):
+class TransferLearning(BaseTask):
     """Fine-tunes a pretrained backbone with a new head on labelled texts or images.
 
     Args:
@@ -68,7 +69,7 @@ class TransferLearning(LightningModule):
     Logs the metrics that `make_metrics` returns for the problem type of the data, as `val/...` and `test/...`.
     """
 
-    count_unit = "samples"  # unit of the count that training_step returns
+    callback_types = (GradientScaling, Report)
     # So that a method given by its name can have settings.
     aliases: ClassVar = {"method": {name: f"{kind.__module__}.{kind.__qualname__}" for name, kind in METHODS.items()}}
 
@@ -87,7 +88,7 @@ class TransferLearning(LightningModule):
         optimizer: optimizers.OptimizerFactory = torch.optim.AdamW,
         schedule: schedules.Schedule | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, schedule)
         if not 0 <= dropout < 1:
             raise ValueError(f"--model.dropout {dropout} must lie in 0 <= dropout < 1")
         if not 0 < layer_decay <= 1:
@@ -96,8 +97,6 @@ class TransferLearning(LightningModule):
         self.ignore_mismatched = ignore_mismatched or []
         self.allow_pickle, self.pooling, self.dropout = allow_pickle, pooling, dropout
         self.method, self.layer_decay, self.penalty = find_method(method), layer_decay, penalty
-        self.optimizer, self.schedule = optimizer, schedule
-        self.net: Any = None
         self.metrics: Any = None
         self.data_metadata: dict[str, Any] = {}  # classes, problem type and geometry of the data, as in the checkpoint
         self.description: dict[str, Any] | None = None  # description of the backbone, from a checkpoint
@@ -262,12 +261,6 @@ class TransferLearning(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self.log_metrics("test", self.metrics)
-
-    def log_metrics(self, split: str, metrics: TransferMetrics) -> None:
-        """Log the metrics over all processes, and reset them."""
-        for name, value in metrics.compute().items():
-            self.log(f"{split}/{name}", value.to(torch.float32), sync_dist=True)
-        metrics.reset()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Replace the inputs of a batch by their cached features, if there are any."""
