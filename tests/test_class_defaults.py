@@ -25,7 +25,7 @@ def test_an_optimizer_has_the_defaults_of_its_signature(bm, name):
     parameters = inspect.signature(getattr(torch.optim, name)).parameters
     given = block["model"]["init_args"]["optimizer"]["init_args"]
     assert {"lr", "weight_decay"} <= given.keys() <= parameters.keys()
-    assert given == yaml.safe_load(json.dumps({key: parameters[key].default for key in given}))
+    assert given == json.loads(json.dumps({key: parameters[key].default for key in given}))
     resolved = optimizer_of(bm, "--model.optimizer", f"torch.optim.{name}")["init_args"]
     assert {key: resolved[key] for key in given} == given
 
