@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from bigmodel.cli.plugins import import_class
+from bigmodel.cli.plugins import find_class
 
 
 def fill_class_defaults(settings: Any) -> None:
@@ -50,14 +50,7 @@ def _with_own_defaults(value: Any, replaced: str) -> Any:
 
 
 def _is_same(path: str, other: str) -> bool:
-    return bool(_found(path) is _found(other))
-
-
-def _found(path: str) -> Any:
-    try:
-        return import_class(path)
-    except (ImportError, AttributeError):  # refused later, with a message
-        return None
+    return bool(find_class(path) is find_class(other))
 
 
 @functools.cache
@@ -65,7 +58,7 @@ def _defaults(path: str) -> dict[str, Any]:
     """Return a class's optional arguments and their defaults, as plain values; nothing if the class cannot be imported."""
     from jsonargparse import ArgumentParser
 
-    if not inspect.isclass(found := _found(path)):
+    if not inspect.isclass(found := find_class(path)):
         return {}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(found, "block", fail_untyped=False)

@@ -143,7 +143,8 @@ def _own_subclasses(text: str, flag: str) -> str:
     tasks = {task.path for task in plugins.installed_tasks()}  # LightningModules, not nets
     candidates = set(known[1].split(", ")) - tasks
     ours = [name for name in candidates if name.split(".")[0] in packages and not _is_part(name)]
-    ours = [name for name in ours if abc.ABC not in plugins.import_class(name).__bases__]
+    found = {name: plugins.find_class(name) for name in ours}  # None: defined in a function or a notebook
+    ours = [name for name, kind in found.items() if kind is not None and abc.ABC not in kind.__bases__]
     by_name = ".NAME" if "dict[str, " in text else ""
     choice = f"; available: {', '.join(sorted(ours))}" if ours else ""
     return f"{text[: known.start()]}){choice}; {flag}{by_name}.help CLASS shows its arguments"

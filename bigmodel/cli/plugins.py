@@ -138,6 +138,14 @@ def import_class(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+def find_class(path: str) -> Any:
+    """Return the object at `package.module.Class`; None if there is none."""
+    try:
+        return import_class(path)
+    except (ImportError, AttributeError):
+        return None
+
+
 def check_classes(settings: Any, key: str = "") -> None:
     """Check that the packages of all configured classes are installed, without importing them.
 

@@ -16,7 +16,7 @@ from bigmodel import protocols
 from bigmodel.tasks.distillation.task_wrapper import TaskWrapper
 from bigmodel.tasks.image_classification import ImageClassification
 from bigmodel.tasks.language_modeling import LanguageModeling
-from bigmodel.tasks.recommendation import SequenceRecommendation
+from bigmodel.tasks.recommendation import SequentialRecommendation
 from bigmodel.tasks.transfer_learning import TransferLearning
 
 HOOKS = [
@@ -71,7 +71,7 @@ class Plain(LightningModule):
 
 
 @pytest.mark.parametrize(
-    "make", [ImageClassification, LanguageModeling, SequenceRecommendation, lambda: TransferLearning("bert"), Plain]
+    "make", [ImageClassification, LanguageModeling, SequentialRecommendation, lambda: TransferLearning("bert"), Plain]
 )
 def test_hooks_and_protocols_are_those_of_the_task(make):
     task, wrapped = make(), TaskWrapper(make())
