@@ -73,7 +73,7 @@ def test_a_student_is_trained_on_what_the_teacher_wrote(folder, capsys, monkeypa
     assert len(list(Path(".again.partial").glob("*.txt"))) == 32
     with pytest.raises(SystemExit):
         main([*WRITE, "--out", "again", "--temperature", "0.5"])
-    assert "was begun with other temperature: give the same flags" in capsys.readouterr().err
+    assert "was started with different temperature" in capsys.readouterr().err
     main([*WRITE, "--out", "again"])
     assert len(calls) == 3
     assert [Path("again", file.name).read_text() for file in files] == texts
