@@ -54,6 +54,16 @@ def test_later_layers_win_and_null_switches_off():
         ("{x}", "{x}"),
         ("{x: 1}", {"x": 1}),
         ("2016-07-01", "2016-07-01"),
+        ("12:00:00:00", "12:00:00:00"),
+        ("010", "010"),
+        ("1_000", 1000),
+        (".5", 0.5),
+        ("-1.5E+3", -1500.0),
+        ("corp #2", "corp #2"),
+        ("# 3", "# 3"),
+        ("C: data", "C: data"),
+        ("- x", "- x"),
+        ("'7'", "7"),
     ],
 )
 def test_flag_values_mean_what_they_say(text, value):
@@ -94,3 +104,38 @@ def test_a_run_is_named_after_its_experiment(tmp_path):
     assert experiment_name(["experiments/language_modeling/stdlib.yaml", "x.yaml"]) == "language_modeling/stdlib"
     assert experiment_name([str(tmp_path / "mine.yaml")]) == "mine"
     assert experiment_name(["somewhere/my_task/experiment.yaml"]) == "my_task"
+
+
+def test_the_type_of_an_argument_decides_what_a_flag_is():
+    """Text where it accepts text alone; a number where it accepts both, or is not typed."""
+    words = {
+        "experiment": ("2024", "2024"),
+        "seed_everything": ("7", 7),
+        "trainer.max_steps": ("20", 20),
+        "trainer.max_time": ("12:00:00:00", "12:00:00:00"),
+        "trainer.precision": ("32", 32),
+        "trainer.devices": ("2", 2),
+        "data.path": ("2024", "2024"),
+        "data.target": ("1.5", "1.5"),
+        "data.batch_size": ("8", 8),
+        "model.net.width": ("16", 16),
+        "model.net.dropout": ("0", 0),
+    }
+    blocks = {
+        "data": {"class_path": "outsider.TableData"},
+        "model": {"class_path": "outsider.TabularRegression", "init_args": {"net": {"class_path": "outsider.MLP"}}},
+    }
+    merged = layered([blocks], [(key, text) for key, (text, _) in words.items()])
+    for key, (_, value) in words.items():
+        found = merged
+        for part in key.split("."):
+            found = found.get("init_args", found) if part not in found else found
+            found = found[part]
+        assert found == value, key
+        assert type(found) is type(value), key
+
+
+def test_anchors_are_merged(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("base: &base {a: 1, b: 2}\nother: {<<: *base, b: 3}\n")
+    assert read_yaml(path)["other"] == {"a": 1, "b": 3}

@@ -16,28 +16,40 @@ from typing import Any
 import yaml
 
 from bigmodel.checkpoint.renamed import current, find_renamed
+from bigmodel.run.flag_types import FlagText, resolve_flag_texts
 
 Config = dict[str, Any]
 _CLASS_KEYS = {"class_path", "init_args", "dict_kwargs"}
 
 
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML loader in which 1e-3 is a number, a date is text, and a duplicate key is an error."""
+    """YAML loader in which 1e-3 is a number; 010, 1:30 and dates are text; and a duplicate key is an error."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        merge = "tag:yaml.org,2002:merge"  # `<<: *anchor`
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
         duplicate = next((key for n, key in enumerate(keys) if key in keys[:n]), None)
         if duplicate is not None:
             raise yaml.constructor.ConstructorError(None, None, f"duplicate key {duplicate!r}", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_implicit_resolver(_NUMBERS[0], re.compile(r"[-+]?(0|[1-9][\d_]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
+    _NUMBERS[1],
+    re.compile(
+        r"([-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|[-+]?\d[\d_]*[eE][-+]?\d+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
     list("-+.0123456789"),
 )
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: node.value)
 
 
 def read_yaml(path: str | Path) -> Config:
@@ -114,17 +126,28 @@ def parse_flags(argv: Sequence[str]) -> tuple[list[str], list[str], list[tuple[s
 
 
 def flag_value(key: str, text: str) -> Any:
-    """Parse a flag's text as YAML; text that is not YAML, or a name in braces such as {stdlib}, is returned unchanged."""
+    """Parse a flag's text as YAML: null, truth values, numbers, and lists and mappings in brackets.
+
+    Other text is returned unchanged, also if it would be YAML of another kind (`corp #2`, `a: b`, {stdlib}).
+    """
+    start = text.lstrip()[:1]
     if re.fullmatch(r"\{\w+\}", text):  # in YAML, a mapping without values
         return text
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         return text
+    if isinstance(value, dict | list):
+        return value if start in ("{", "[") else text
+    if isinstance(value, str):
+        return value if start in ("'", '"') else text
+    return text if "#" in text else value
 
 
 def layered(layers: Iterable[Config], flags: Iterable[tuple[str, str]]) -> Config:
     """Merge all layers in order, then the flags one by one. Layers may use names of earlier versions.
+
+    The type of a flag's argument decides whether `2024` is a number or text (`run.flag_types`).
 
     Raises:
         ValueError: for a flag under an earlier name; the message gives the current one.
@@ -133,13 +156,14 @@ def layered(layers: Iterable[Config], flags: Iterable[tuple[str, str]]) -> Confi
     for layer in layers:
         settings = current(merge(settings, current(layer)))
     for key, text in flags:
-        value = flag_value(key, text)
+        value = FlagText.of(text, flag_value(key, text))
         for part in reversed(key.split(".")):
             value = {part: value}
         renamed = find_renamed(value)
         settings = merge(settings, current(value))
         if (renamed := renamed or find_renamed(settings)) is not None:
             raise ValueError(renamed)
+    resolve_flag_texts(settings)
     return settings
 
 
