@@ -134,29 +134,29 @@ def mismatches(loaded: dict[str, Any], owner: str) -> dict[str, str]:
 
 
 def check_weights(
-    problems: dict[str, str], errors: Iterable[str], excuse: Iterable[str], path: str, remedy: str
+    problems: dict[str, str], errors: Iterable[str], ignore_mismatched: Iterable[str], path: str, remedy: str
 ) -> None:
-    """Raise for weights that do not fit, unless excused; print which were excused.
+    """Raise for weights that do not fit, unless they are ignored; print those that are.
 
     Args:
         problems: see `mismatches`, without those that are acceptable.
         errors: other messages of the report.
-        excuse: patterns (`*` as in file names) of names.
+        ignore_mismatched: patterns (`*` as in file names) of names.
         path: the source of the weights.
         remedy: advice for the message.
 
     Raises:
         ValueError: with a list of them.
     """
-    patterns = list(excuse)
-    excused = sorted(name for name in problems if any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
-    refused = sorted(f"  {name}: {problem}" for name, problem in problems.items() if name not in excused)
+    patterns = list(ignore_mismatched)
+    ignored = sorted(name for name in problems if any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
+    refused = sorted(f"  {name}: {problem}" for name, problem in problems.items() if name not in ignored)
     refused += [f"  {message}" for message in errors]
     if refused:
         more = f"\n  and {len(refused) - 20} more" if len(refused) > 20 else ""
         raise ValueError(f"the weights of {path} do not fit:\n" + "\n".join(refused[:20]) + more + f"\n{remedy}")
-    if excused:
-        rank_zero_only(say)(f"{path}: as excused, not taken: {', '.join(excused)}")
+    if ignored:
+        rank_zero_only(say)(f"{path}: ignored weights, not loaded: {', '.join(ignored)}")
 
 
 def normalization(path: str, in_channels: int) -> tuple[list[float], list[float]] | None:

@@ -18,7 +18,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 
-from bigmodel.data.cache import say
+from bigmodel.data.cache import first_of, say
 from bigmodel.internals import cached_file
 from bigmodel.pretrained import hugging_face
 
@@ -150,31 +150,26 @@ def class_order(settings: Any, classes: Sequence[str], path: str, flag: str) -> 
     """
     names = [str(settings.id2label.get(i, i)) for i in range(settings.num_labels)]
     theirs, ours = ([" ".join(name.casefold().split()) for name in some] for some in (names, classes))
+    has, expected = first_of(names, _SHOWN), first_of(classes, _SHOWN)
     if len(theirs) != len(ours):
         raise ValueError(
-            f"{flag} {path} tells {len(names):,} classes apart ({_some(names)}), and the data have {len(classes):,}"
-            f" ({_some(classes)}): a teacher must be trained on what the student is to predict"
+            f"{flag} {path} has {len(names):,} classes ({has}), and the data {len(classes):,} ({expected}):"
+            " set a model with the classes of the data"
         )
     if len(set(ours)) == len(ours) and sorted(theirs) == sorted(ours):
         return [theirs.index(name) for name in ours]
     if theirs != ours and not _are_numbers(theirs) and not _are_numbers(ours):
         raise ValueError(
-            f"{flag} {path} tells {_some(names)} apart, and the data {_some(classes)}: a teacher must be trained on what the"
-            f" student is to predict. If these are the same, name them in id2label of its {CONFIG} as the data do"
+            f"{flag} {path} has the classes {has}, and the data {expected}: set a model with the classes of the"
+            f" data. If they are the same, rename them in id2label of its {CONFIG}"
         )
     if theirs != ours:
-        rank_zero_only(say)(
-            f"{path}: its classes ({_some(names)}) are taken by number for those of the data ({_some(classes)})"
-        )
+        rank_zero_only(say)(f"{path}: its classes ({has}) are matched by number to those of the data ({expected})")
     return list(range(len(ours)))
 
 
 def _are_numbers(names: Sequence[str]) -> bool:
     return all(re.fullmatch(rf"(label_)?{i}", name) for i, name in enumerate(names))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")
 
 
 def reorder(head: nn.Linear, order: Sequence[int]) -> None:

@@ -262,8 +262,8 @@ def pickled(folder):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: resnet(folder, DIGITS[:4]), r"4 classes apart \(0, 1, 2, 3\), and the data have 10 \(0, 1, 2, "),
-        (lambda folder: resnet(folder, "abcdefghij"), r"tells a, b, c, d, e and 5 more apart, and the data 0, 1, 2, "),
+        (lambda folder: resnet(folder, DIGITS[:4]), r"4 classes \(0, 1, 2, 3\), and the data 10 \(0, 1, 2, "),
+        (lambda folder: resnet(folder, "abcdefghij"), r"has the classes a, b, c, d, e and 5 more, and the data 0, 1, 2, "),
         (vit, r"position_embeddings: shape \(1, 65, 8\), the model has \(1, 5, 8\)\nset --data.size 32, which"),
         (levit, "a different order, and cannot be reordered"),
         (without("classifier.1.weight"), r"do not fit:\n  classifier.1.weight: missing"),

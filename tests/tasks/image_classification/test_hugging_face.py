@@ -118,7 +118,7 @@ def test_weights_for_other_sizes_are_refused_unless_excused(tmp_path: Path, caps
         net_of(path, in_channels=1)
     capsys.readouterr()
     net = net_of(path, image_size=64, ignore_mismatched=["*.position_embeddings"])
-    assert "as excused, not taken: vit.embeddings.position_embeddings" in capsys.readouterr().err
+    assert "ignored weights, not loaded: vit.embeddings.position_embeddings" in capsys.readouterr().err
     assert net(torch.randn(1, 3, 64, 64)).shape == (1, 5)
 
 

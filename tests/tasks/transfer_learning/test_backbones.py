@@ -218,7 +218,7 @@ def test_unexpected_weights_raise_except_heads_and_ignore_mismatched(
         build_backbone(path)
     capsys.readouterr()
     assert build_backbone(path, ignore_mismatched=["encoder.layer.2.*"]).num_layers == 3
-    assert "as excused, not taken: encoder.layer.2." in capsys.readouterr().err
+    assert "ignored weights, not loaded: encoder.layer.2." in capsys.readouterr().err
 
 
 def test_class_token_without_a_trained_pooler(tmp_path: Path) -> None:
