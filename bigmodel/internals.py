@@ -335,13 +335,6 @@ def disable_fused(optimizer: torch.optim.Optimizer) -> None:
 # Other libraries
 
 
-def import_object(path: str) -> Any:
-    """Import a class or function as jsonargparse does, by its path."""
-    from jsonargparse import _util
-
-    return _get(_util, "import_object", "show the help of a class")(path)
-
-
 def parsing_settings() -> dict[str, Any]:
     """Return jsonargparse's global settings, to be saved and restored."""
     from jsonargparse import _common

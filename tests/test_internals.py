@@ -125,10 +125,6 @@ def test_other_uses_name_what_is_missing(monkeypatch):
     for state in ({}, {"epoch_progress": {"current": {"ready": 1}}}):
         with pytest.raises(MissingInternal):
             internals.progress_of(state, "epoch_progress")
-    jsonargparse = pytest.importorskip("jsonargparse._util")
-    monkeypatch.delattr(jsonargparse, "import_object")
-    with pytest.raises(MissingInternal, match="import_object"):
-        internals.import_object("torch.nn.Linear")
     monkeypatch.setattr(call, "_call_callback_hooks", lambda trainer, hook: getattr(trainer, hook)())
     with pytest.raises(MissingInternal, match="_call_callback_hooks"):
         internals.skip_hook(Callback(), "on_fit_start")

@@ -1,7 +1,7 @@
 """Pool of worker processes that share nothing with their parent, and start in a tenth of a second.
 
 The pools of `concurrent.futures` fork the parent, which is unsafe with torch's threads, or import its `__main__` again,
-which takes seconds for Lightning and fails in a script without a guard (tests/test_worker_pool.py). A worker here is
+which takes seconds for Lightning and fails in a script without a guard (tests/data/test_worker_pool.py). A worker here is
 `python -m` of this module: it reads pickled calls from its standard input and writes results to its standard output. It
 ends when its parent does.
 """

@@ -1,7 +1,7 @@
 """Rendezvous of a launch's processes before they connect: missing or differing ones are reported within a minute.
 
 torch's `init_process_group` waits for half an hour, then reports how many processes are missing, but not which ones, and
-compares neither versions nor settings (tests/test_launch.py); `monitored_barrier` needs a group that is connected.
+compares neither versions nor settings (tests/parallel/test_rendezvous.py); `monitored_barrier` needs a connected group.
 Here the first process serves a store of keys at MASTER_ADDR:MASTER_PORT (under torchrun, its agent does), in which all
 processes register with the facts that must be equal: versions, kind of device, resolved configuration. Then the strategy
 connects them, at the same address. It happens once per fit, validate, test or predict, and takes a fraction of a second.

@@ -1,7 +1,7 @@
 """Launches with an error, and one without: `torchrun --nproc-per-node 2 launch.py TABLE OTHER`.
 
-Run by test_launch.py in an empty folder, where OTHER is the directory of a run with another net. The error of each attempt
-of each process is written to <attempt>.<rank>.
+Run by test_rendezvous.py in an empty folder, where OTHER is the directory of a run with another net. The error of each
+attempt of each process is written to <attempt>.<rank>.
 """
 
 import contextlib

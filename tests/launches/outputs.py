@@ -1,6 +1,6 @@
 """What a frozen net says of ten samples, kept by two processes: `python forked.py 2 outputs.py FOLDER`.
 
-Run by test_outputs.py, which computes the same alone.
+Run by test_output_cache.py, which computes the same alone.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Base class of weight averages: evaluated and saved in addition to the live weights, without effect on training steps.
 
 Lightning's `EMAWeightAveraging` and torch's `AveragedModel` copy the whole module before it is sharded, and fail on nets
-that are (tests/test_sharded.py).
+that are (tests/parallel/test_sharded.py).
 """
 
 from __future__ import annotations

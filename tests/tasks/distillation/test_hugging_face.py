@@ -214,7 +214,8 @@ def test_pictures_are_read_as_the_model_was_trained_and_classes_go_by_their_name
     resnet(tmp_path, [f"LABEL_{i}" for i in range(10)])
     teachers.Published(str(tmp_path), pictures()).load(pictures())
     assert (
-        "its classes (LABEL_0, LABEL_1, LABEL_2, LABEL_3, LABEL_4 and 5 more) are matched by n" in capsys.readouterr().err
+        "its classes (LABEL_0, LABEL_1, LABEL_2, LABEL_3, LABEL_4 and 5 more) are matched by n"
+        in capsys.readouterr().err
     )
 
 

@@ -161,7 +161,7 @@ def test_the_command_says_it_in_a_line_and_metrics_have_it(table, tmp_path, monk
     spoiled = tmp_path / "spoiled.csv"
     lines = table.read_text().splitlines()
     spoiled.write_text("\n".join([*lines[:6], "nan,0.5,0.5", *lines[7:]]))
-    words = ["fit", "-c", str(Path(__file__).parent / "outsider" / "experiment.yaml"), "--data.path", str(spoiled)]
+    words = ["fit", "-c", str(Path(__file__).parents[1] / "outsider" / "experiment.yaml"), "--data.path", str(spoiled)]
     words += ["--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "0"]
     words += ["--data.batch_size", "16"]
     with pytest.raises(SystemExit) as failed:

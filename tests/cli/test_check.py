@@ -14,8 +14,8 @@ from bigmodel.cli import main
 from bigmodel.cli.check import num_validations
 from bigmodel.cli.formatting import find_differences, format_batch, format_bytes
 
-EXPERIMENT = str(Path(__file__).parent / "outsider" / "experiment.yaml")
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+EXPERIMENT = str(Path(__file__).parents[1] / "outsider" / "experiment.yaml")
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 @pytest.fixture

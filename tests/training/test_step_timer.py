@@ -116,7 +116,7 @@ def test_the_parts_are_the_whole(slow):
 
 def test_the_command_tells_it_in_a_table_and_in_the_record(table, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = ["fit", "-c", str(Path(__file__).parent / "outsider" / "experiment.yaml"), "--data.path", str(table)]
+    words = ["fit", "-c", str(Path(__file__).parents[1] / "outsider" / "experiment.yaml"), "--data.path", str(table)]
     words += ["--trainer.accelerator", "cpu"]
     main(words)
     said = capsys.readouterr().out
@@ -163,7 +163,7 @@ def test_a_fit_leaves_the_trainer_as_it_was(table, tmp_path):
 @pytest.mark.parametrize("name", ["pytorch", "simple", "advanced"])
 def test_a_profile_lands_in_the_run_directory(table, tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
-    words = ["fit", "-c", str(Path(__file__).parent / "outsider" / "experiment.yaml"), "--data.path", str(table)]
+    words = ["fit", "-c", str(Path(__file__).parents[1] / "outsider" / "experiment.yaml"), "--data.path", str(table)]
     words += ["--trainer.accelerator", "cpu", "--trainer.max_steps", "20", "--data.batch_size", "8"]
     main([*words, "--trainer.profiler", name, "--trainer.max_epochs", "null"])
     (record,) = Path("runs").glob("**/run.json")

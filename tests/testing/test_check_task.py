@@ -23,7 +23,7 @@ from bigmodel.testing import protocol_checks
 from bigmodel.testing.checks import CheckFailed, CheckResult
 from bigmodel.testing.worker import wait_for_file
 
-OUTSIDER = str(Path(__file__).parent / "outsider" / "experiment.yaml")
+OUTSIDER = str(Path(__file__).parents[1] / "outsider" / "experiment.yaml")
 CHECKS = ["task", "data", "batch", "loaders", "resume", "loss", "accumulation", "bf16", "evaluation", "logits"]
 CHECKS += ["predict", "generate", "corpus", "on_policy", "recommend", "reload", "two processes", "sharding"]
 TEXT = {"generate", "corpus", "on_policy"}
@@ -106,7 +106,7 @@ def test_a_task_passes_every_check(found, name):
 
 
 def test_the_readme_shows_the_current_output(found):
-    readme = (Path(__file__).parents[1] / "bigmodel" / "tasks" / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "bigmodel" / "tasks" / "README.md").read_text()
     shown = re.findall(r"^(ok|skip) +(two processes|\w+) +(.*)$", readme, re.MULTILINE)
 
     def without_numbers(text):

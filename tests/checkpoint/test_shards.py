@@ -26,7 +26,7 @@ from bigmodel.checkpoint.parts import local_part
 from bigmodel.cli import main
 from bigmodel.cli.formatting import find_differences
 
-EXPERIMENT = str(Path(__file__).parent / "outsider" / "experiment.yaml")
+EXPERIMENT = str(Path(__file__).parents[1] / "outsider" / "experiment.yaml")
 
 
 def names(folder):

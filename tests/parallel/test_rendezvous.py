@@ -191,7 +191,7 @@ def said(tmp_path_factory, table):
         (record,) = Path("other").glob("**/run.json")
         shutil.copytree(record.parent, "resumed")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = Path(__file__).parent / "launches" / "launch.py"
+    script = Path(__file__).parents[1] / "launches" / "launch.py"
     result = forked.call([*launcher, script, table, folder / "resumed"], cwd=folder)
     assert (folder / "done").exists(), result.stdout + result.stderr
     return {path.name: path.read_text() for path in folder.glob("*.[01]")} | {

@@ -13,7 +13,7 @@ import bigmodel
 from bigmodel.checkpoint import AtomicCheckpointIO, read
 from bigmodel.run.trust import UntrustedImport, check_imports, remember, restricted_imports, task_packages
 
-OUTSIDER = Path(__file__).parent / "outsider" / "experiment.yaml"
+OUTSIDER = Path(__file__).parents[1] / "outsider" / "experiment.yaml"
 FIT_FLAGS = ["--trainer.max_epochs", "1"]
 
 

@@ -20,7 +20,7 @@ from bigmodel.tasks.language_modeling.generation import draw_by_keys
 from bigmodel.tasks.recommendation.metrics import RankingMetrics, RatingErrors
 from bigmodel.tasks.transfer_learning.metrics import MultiLabelMetrics, RegressionMetrics, SingleLabelMetrics
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 # Functions that compute in main memory, whatever the device is: file and name.
 IN_MAIN_MEMORY = {
     ("evaluation/class_metrics.py", "mean_area"), ("transfer_learning/metrics.py", "_SampleMetrics.compute"),

@@ -15,8 +15,8 @@ from bigmodel.protocols import PROTOCOL_VERSION
 from bigmodel.testing import command as check_task
 from bigmodel.testing.checks import CheckResult
 
-TEMPLATE = Path(__file__).parents[1] / "bigmodel" / "cli" / "template"
-README = Path(__file__).parents[1] / "bigmodel" / "tasks" / "README.md"
+TEMPLATE = Path(__file__).parents[2] / "bigmodel" / "cli" / "template"
+README = Path(__file__).parents[2] / "bigmodel" / "tasks" / "README.md"
 
 
 @pytest.fixture

@@ -253,7 +253,7 @@ def test_what_makes_no_average_is_refused():
 
 def test_the_average_is_what_a_run_is_loaded_with(tmp_path, monkeypatch, table):
     monkeypatch.chdir(tmp_path)
-    experiment = str(Path(__file__).parent / "outsider" / "experiment.yaml")
+    experiment = str(Path(__file__).parents[1] / "outsider" / "experiment.yaml")
     flags = [
         "--data.path",
         str(table),

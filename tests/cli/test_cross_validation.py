@@ -13,7 +13,7 @@ import pytest
 from bigmodel.cli import cross_validation, main
 
 REAL_FIT = cross_validation._fit
-EXPERIMENT = str(Path(__file__).parent / "outsider" / "experiment.yaml")
+EXPERIMENT = str(Path(__file__).parents[1] / "outsider" / "experiment.yaml")
 DATA = """
 import signal, os
 from pathlib import Path

@@ -18,7 +18,7 @@ def test_a_disk_without_room_for_the_next_checkpoints_is_told_of(table, tmp_path
     monkeypatch.chdir(tmp_path)
     usage = shutil.disk_usage(tmp_path)._replace(free=free)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    experiment = str(Path(__file__).parent / "outsider" / "experiment.yaml")
+    experiment = str(Path(__file__).parents[1] / "outsider" / "experiment.yaml")
     main(
         [
             "fit",
@@ -53,7 +53,7 @@ def test_a_run_that_a_full_disk_does_not_take_leaves_no_directory(table, tmp_pat
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(run_directory.os, "replace", full)
-    experiment = str(Path(__file__).parent / "outsider" / "experiment.yaml")
+    experiment = str(Path(__file__).parents[1] / "outsider" / "experiment.yaml")
     with pytest.raises(SystemExit):
         main(["fit", "-c", experiment, "--data.path", str(table), "--trainer.accelerator", "cpu"])
     error = capsys.readouterr().err

@@ -13,7 +13,7 @@ from bigmodel.cli import main
 from bigmodel.evaluation import predictions
 from bigmodel.evaluation.predictions import check_prediction, merge, record_batch
 
-EXPERIMENT = str(Path(__file__).parent / "outsider" / "experiment.yaml")
+EXPERIMENT = str(Path(__file__).parents[1] / "outsider" / "experiment.yaml")
 
 
 @pytest.fixture(scope="module")
