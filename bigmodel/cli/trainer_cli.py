@@ -12,6 +12,7 @@ Flags are merged before jsonargparse parses them: if a flag replaces a class, js
 
 from __future__ import annotations
 
+import copy
 import gc
 import secrets
 import time
@@ -44,7 +45,7 @@ from bigmodel.evaluation.predictions import PredictionWriter
 from bigmodel.parallel import ShardedStrategy, rendezvous
 from bigmodel.run.config import Config, experiment_name, layered, parse_flags, read_defaults, read_yaml
 from bigmodel.run.tracking import WandB
-from bigmodel.run.trust import check_imports, remember, restricted_imports
+from bigmodel.run.trust import check_imports, imported_paths, remember, restricted_imports, trust_packages_of
 from bigmodel.training.callbacks import DiskSpace, GradientScaling, Preemption, Resume
 from bigmodel.training.precision import ChoosePrecision, Undecided, check_precision
 
@@ -70,9 +71,7 @@ class TrainerCLI(LightningCLI):
     ) -> None:
         plugins.check_classes(config)
         fill_class_defaults(config)
-        if instantiate and not saved:
-            remember(config)
-        self.extra_callbacks, self.creates = extra_callbacks, instantiate
+        self.extra_callbacks, self.saved, self.creates = extra_callbacks, saved, instantiate
         # Lightning's type for a precision does not include `auto`.
         trainer = dict(config.get("trainer") or {})
         self.auto_precision = trainer.get("precision") == "auto"
@@ -80,7 +79,7 @@ class TrainerCLI(LightningCLI):
             config = {**config, "trainer": {**trainer, "precision": None}}
         try:
             check_precision(trainer.get("precision"))
-            with restricted_imports() if saved else nullcontext():
+            with restricted_imports(config) if saved else nullcontext():
                 super().__init__(
                     args=config,
                     run=False,
@@ -106,7 +105,10 @@ class TrainerCLI(LightningCLI):
         parser.add_argument("--wandb", type=WandB, default=WandB())
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        plain = copy.deepcopy(args)  # which is changed
         self.config = parser.parse_object(args)
+        if self.creates and not self.saved:
+            remember(imported_paths(plain, self.config))
 
     def resolved(self) -> dict[str, Any]:
         """Return the configuration as plain values, with every default filled in."""
@@ -231,8 +233,8 @@ def merge_config(files: list[str], flags: list[tuple[str, Any]], directory: Path
     experiments = [plugins.read_experiment(file) for file in files]
     layers += [content for _, content in experiments]
     given = [(key, value) for key, value in flags if not key.endswith(".help")]
-    if directory is not None:  # what a person types beside a run's configuration is allowed
-        remember(layered([content for _, content in experiments], given))
+    if directory is not None:
+        trust_packages_of(layered([content for _, content in experiments], given))
     merged = layered(layers, given)
     merged["experiment"] = merged.get("experiment") or experiment_name([str(path) for path, _ in experiments])
     trainer = merged.get("trainer") or {}

@@ -93,11 +93,12 @@ def micro_batches(batch_size: int, micro_batch_size: int | None, num_processes: 
                 f" samples per optimizer step over all of them: choose a multiple of {num_processes}"
             )
         return batch_size // num_processes, 1
-    if micro_batch_size < 1 or batch_size % (micro_batch_size * num_processes):
+    if micro_batch_size < 1:
+        raise ValueError(f"--data.micro_batch_size {micro_batch_size} must be at least 1 or null")
+    if batch_size % (at_once := micro_batch_size * num_processes):
         raise ValueError(
             f"--data.batch_size {batch_size} is not a whole number of micro-batches: {num_processes} process(es) times"
-            f" --data.micro_batch_size {micro_batch_size} = {micro_batch_size * num_processes} samples at once;"
-            f" choose a batch size that this divides"
+            f" --data.micro_batch_size {micro_batch_size} = {at_once} samples at once; choose a multiple of {at_once}"
         )
     return micro_batch_size, batch_size // (micro_batch_size * num_processes)
 
@@ -242,7 +243,7 @@ def data_parallel_size(trainer: Trainer) -> int:
 
 
 def data_parallel_rank(trainer: Trainer) -> int:
-    """Return the index of this process, or of its group, among the `num_replicas`."""
+    """Return the index of this process, or of its group, among the groups with different samples."""
     return _place(trainer)[0] if trainer.distributed_sampler_kwargs else trainer.global_rank
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from lightning.pytorch import Callback, Trainer
-from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from bigmodel.internals import divides_samples
@@ -80,7 +79,9 @@ class DataSchedule:
 
 
 class DataProgress(Callback):
-    """The position from which a trainer's loaders take their current batch size of their current samples.
+    """Holds the position from which a trainer's loaders take their current batch size of their current samples.
+
+    It is a callback without hooks, so that a loader finds it by its trainer.
 
     Attributes:
         origin: the start of the run by default. It is saved in checkpoints by `bigmodel.training.callbacks.Resume`.
@@ -121,8 +122,8 @@ def limit_steps(num_steps: int, limit: int | float, accumulation: int) -> int:
     taken = limit // accumulation if isinstance(limit, int) else int(num_steps * limit)
     if limit and num_steps and not taken:
         raise ValueError(
-            f"--trainer.limit_train_batches {limit} of an epoch of {num_steps:,} optimizer steps is less than one step: set"
-            " a larger fraction, or a number of steps"
+            f"--trainer.limit_train_batches {limit} of an epoch of {num_steps:,} optimizer steps is less than one step of"
+            f" {accumulation} micro-batch(es): set a larger fraction or number"
         )
     return min(taken, num_steps)
 
@@ -159,14 +160,12 @@ def _num_batches(loader: Any, trainer: Trainer) -> float:
         batches: float = len(loader)
     except (TypeError, NotImplementedError):  # an iterable without a length
         batches = math.inf
-    if (
-        divides_samples(trainer)
-        and isinstance(loader, DataLoader)
-        and not isinstance(loader.sampler, DistributedSampler)
-    ):
-        samples = len(cast(Sized, loader.sampler))
-        share = math.ceil(samples / cast(Any, trainer).distributed_sampler_kwargs["num_replicas"])
-        batches = share // loader.batch_size if loader.drop_last else math.ceil(share / loader.batch_size)
+    sampler = getattr(loader, "sampler", None)  # without a length for an IterableDataset, which is not divided
+    if divides_samples(trainer) and isinstance(sampler, Sized) and not isinstance(sampler, DistributedSampler):
+        batching = loader if loader.batch_size is not None else loader.batch_sampler
+        size, drop_last = getattr(batching, "batch_size", None) or 1, bool(getattr(batching, "drop_last", False))
+        share = math.ceil(len(sampler) / cast(Any, trainer).distributed_sampler_kwargs["num_replicas"])
+        batches = share // size if drop_last else math.ceil(share / size)
     limit = trainer.limit_train_batches
     if isinstance(limit, int):
         return min(batches, limit)

@@ -181,6 +181,6 @@ def _instantiate(kind: type, block: dict[str, Any]) -> Any:
     key = "data" if kind is LightningDataModule else "model"
     check_imports(block, key)
     parser = ArgumentParser(exit_on_error=False)
-    with restricted_imports(key):
+    with restricted_imports(block, key):
         parser.add_subclass_arguments(kind, "block", fail_untyped=False)
         return parser.instantiate(parser.parse_object({"block": block})).block

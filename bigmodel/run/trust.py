@@ -4,6 +4,9 @@ Running an experiment file (`fit -c`) runs the code that it names. Loading a run
 not: its configuration may name classes of bigmodel, torch.nn, torch.optim and Lightning's callbacks and strategies, of
 packages with a registered task (entry points of the group `bigmodel.tasks`), and whatever the caller trusts. Nothing else
 is imported, and functions are refused, because jsonargparse would call them with any arguments.
+
+What a person names in an experiment of their own is allowed from then on, in a list in the cache (`trust/imports.txt`):
+without it, a run with a net of one's own module could be trained, and not be loaded again.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import importlib.util
 import inspect
 import re
 from argparse import ArgumentError
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,13 +27,16 @@ from bigmodel.data.cache import cache_folder
 
 TASK_GROUP = "bigmodel.tasks"  # entry points of installed tasks
 _ALLOWED = (
-    *(f"bigmodel.{room}" for room in ("data", "evaluation", "nn", "parallel", "pretrained", "tasks", "training")),
+    *(f"bigmodel.{package}" for package in ("data", "evaluation", "nn", "parallel", "pretrained", "tasks", "training")),
     "torch.nn",
     "torch.optim",
     "lightning.pytorch.callbacks",
     "lightning.pytorch.strategies",
 )
-_NOT_ALLOWED = "which is not of bigmodel, torch.nn, torch.optim or an installed task"
+_NOT_ALLOWED = (
+    "which is not in torch.nn, torch.optim, a package with a registered task, Lightning's callbacks and strategies, or"
+    " bigmodel's classes"
+)
 _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _trusted: set[str] = set()  # by callers of `trusting`
 _run_here: set[str] = set()  # by `remember`, in this process
@@ -48,7 +54,7 @@ class UntrustedImport(ValueError):
         self.path, self.key = path, key
         super().__init__(
             f"the saved configuration names {path!r}{f' at {key}' if key else ''}, {reason}: loading it could run any code."
-            f" If you know where it comes from, allow it by --trust {path} (in Python, trust=[{path!r}])"
+            f" If you trust its author, allow it by --trust {path} (in Python, trust=[{path!r}])"
         )
 
 
@@ -72,16 +78,9 @@ def trusting(paths: Iterable[str]) -> Iterator[None]:
         _trusted.difference_update(added)
 
 
-def remember(tree: Any) -> None:
-    """Allow from now on, on this machine, exactly what an experiment names that a person runs from its own file.
-
-    Without this, a run with a net of one's own module could be trained, and not be loaded again.
-
-    Args:
-        tree: the configuration, as plain values.
-    """
-    named = {path for _, path in _strings(tree) if _PATH.fullmatch(path) and not _is_allowed(path)}
-    new = sorted({path for path in named if importlib.util.find_spec(path.split(".")[0]) is not None} - _remembered())
+def remember(paths: Iterable[str]) -> None:
+    """Allow import paths from now on, on this machine: exactly those that an experiment of a person's own names."""
+    new = sorted({path for path in paths if _PATH.fullmatch(path) and not _is_allowed(path)} - _remembered())
     _run_here.update(new)
     if new:
         file = _file()
@@ -89,6 +88,29 @@ def remember(tree: Any) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("a", encoding="utf-8") as stream:
                 stream.write("".join(f"{path}\n" for path in new))
+
+
+def imported_paths(tree: Any, parsed: Any) -> set[str]:
+    """Return the import paths in a configuration: class paths, and text that jsonargparse has made a callable or a class.
+
+    Args:
+        tree: the configuration, as plain values.
+        parsed: what jsonargparse has made of it, with the same keys.
+    """
+    found: set[str] = set()
+    if isinstance(tree, dict):
+        if isinstance(tree.get("class_path"), str):
+            found.add(tree["class_path"])
+        for name, value in tree.items():
+            inner = parsed[name] if hasattr(parsed, "__contains__") and name in parsed else None
+            found |= imported_paths(value, inner)
+    elif isinstance(tree, list):
+        inners = parsed if isinstance(parsed, list | tuple) and len(parsed) == len(tree) else [None] * len(tree)
+        for value, inner in zip(tree, inners, strict=True):
+            found |= imported_paths(value, inner)
+    elif isinstance(tree, str) and (callable(parsed) or hasattr(parsed, "class_path")):
+        found.add(tree)
+    return found
 
 
 def _file() -> Path:
@@ -124,6 +146,17 @@ def _paths(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _paths(value, key)
 
 
+def trust_packages_of(tree: Any) -> None:
+    """Allow, in this process, the packages that a person names in files and flags beside a run's configuration.
+
+    A class may be named by its path alone, as in `--model.net my_package.Net`; text below `data`, such as a path, is none.
+    """
+    named = {path for _, path in _paths(tree)}
+    named |= {path for key, path in _strings(tree) if _PATH.fullmatch(path) and not key.startswith("data.")}
+    packages = {path.split(".")[0] for path in named if "." in path and not _is_allowed(path)}
+    _trusted.update(package for package in packages if importlib.util.find_spec(package) is not None)
+
+
 def _strings(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """Yield each string in a configuration, a class path or not, with its key."""
     if isinstance(tree, dict):
@@ -155,7 +188,7 @@ def check_imports(tree: Any, key: str = "") -> None:
             if found is not None and not (
                 inspect.isclass(found) and _is_allowed(f"{found.__module__}.{found.__name__}")
             ):
-                raise UntrustedImport(path, place, "which is not a class of its package")
+                raise UntrustedImport(path, place, "which is not a class defined in an allowed package")
 
 
 def _resolve(path: str) -> Any:
@@ -187,12 +220,12 @@ def import_saved_class(path: str) -> Any:
 
 
 @contextmanager
-def restricted_imports(key: str = "", also: Sequence[str] = ()) -> Iterator[None]:
+def restricted_imports(tree: Any, key: str = "") -> Iterator[None]:
     """Let jsonargparse import nothing but what is allowed or trusted.
 
     Args:
-        key: place of the parsed configuration in the whole one, for the message.
-        also: further exact import paths to allow.
+        tree: the configuration that it parses, as plain values.
+        key: its place in the whole configuration, for the message.
 
     Raises:
         UntrustedImport: for the first import of anything else.
@@ -202,15 +235,15 @@ def restricted_imports(key: str = "", also: Sequence[str] = ()) -> Iterator[None
 
     from bigmodel.internals import parsing_settings  # imports torch
 
-    paths = {*_trusted, *_remembered(), *also}
+    trusted = {path for _, path in _strings(tree) if _PATH.fullmatch(path) and _is_trusted(path)}
+    # jsonargparse also checks the place where an object is defined.
     defined = {
-        f"{found.__module__}.{found.__qualname__}" for path in paths if hasattr(found := _resolve(path), "__qualname__")
+        f"{found.__module__}.{found.__qualname__}"
+        for path in trusted
+        if hasattr(found := _resolve(path), "__qualname__")
     }
-    allowed = [
-        *_ALLOWED,
-        *task_packages(),
-        *sorted(path for path in paths | defined if _PATH.fullmatch(path) or path.isidentifier()),
-    ]
+    names = {*_trusted, *trusted, *(path for path in defined if _PATH.fullmatch(path))}
+    allowed = [*_ALLOWED, *task_packages(), *sorted(names)]
     settings = parsing_settings()
     before = dict(settings)
     set_parsing_settings(

@@ -49,7 +49,7 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class Linear(Constant):
-    """Warm-up, then a straight line to `final` of the peak at the last step.
+    """Warm-up, then a straight line to `final` of the peak, which is reached after the last step.
 
     Args:
         warmup_steps: optimizer steps of linear warm-up.
@@ -68,7 +68,7 @@ class Linear(Constant):
 
 @dataclass(frozen=True)
 class Cosine(Linear):
-    """Warm-up, then half a cosine to `final` of the peak at the last step."""
+    """Warm-up, then half a cosine to `final` of the peak, which is reached after the last step."""
 
     def after_warmup(self, step: int, total: int) -> float:
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
@@ -76,7 +76,7 @@ class Cosine(Linear):
 
 @dataclass(frozen=True)
 class Exponential(Linear):
-    """Warm-up, then exponential decay to `final` of the peak at the last step.
+    """Warm-up, then exponential decay to `final` of the peak, which is reached after the last step.
 
     Args:
         warmup_steps: optimizer steps of linear warm-up.

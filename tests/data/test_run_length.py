@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from bigmodel.data.schedule import num_steps
@@ -96,12 +96,18 @@ def test_a_run_over_an_iterable_without_a_length_is_bounded_by_steps_or_a_limit_
     assert num_steps(limited) == limited.global_step == 4
 
 
-@pytest.mark.parametrize("options", [{}, {"drop_last": True}])
+def by_batch_sampler(n, sampler=None, drop_last=False):
+    data = TensorDataset(torch.arange(float(n))[:, None])
+    return DataLoader(data, batch_sampler=BatchSampler(sampler or SequentialSampler(data), 4, drop_last))
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("n", [10, 13])
-def test_lightning_divides_the_samples_of_an_ordinary_loader(n, options):
+@pytest.mark.parametrize("make", [loader, by_batch_sampler])
+def test_lightning_divides_the_samples_of_an_ordinary_loader(make, n, drop_last):
     """Against a loader with torch's own sampler, as Lightning makes it."""
-    whole = loader(n, **options)
-    share = loader(n, sampler=DistributedSampler(whole.dataset, num_replicas=2, rank=0), **options)
+    whole = make(n, drop_last=drop_last)
+    share = make(n, sampler=DistributedSampler(whole.dataset, num_replicas=2, rank=0), drop_last=drop_last)
     trainer = SimpleNamespace(
         max_steps=-1, max_epochs=3, world_size=2, accumulate_grad_batches=1, limit_train_batches=1.0, datamodule=None,
         distributed_sampler_kwargs={"num_replicas": 2, "rank": 0}, lightning_module=Tutorial(lambda: whole),

@@ -97,7 +97,9 @@ class Checkpoint(callbacks.Checkpoint):
             "every_n_epochs": int(self._after_validation),
             "train_time_interval": minutes,
         }
-        return f"{type(self).__qualname__}{trigger}"
+        # Two callbacks may have the same trigger. The names of the default ones are left out, as in earlier versions.
+        name = "" if self.filename in ("best-{step}", "last-{step}", "{step}") else self.filename
+        return f"{type(self).__qualname__}{trigger}{name}"
 
     @property
     def _after_validation(self) -> bool:
@@ -225,7 +227,7 @@ class Checkpoint(callbacks.Checkpoint):
         score = float(measured[self.monitor])
         best, worst = (min, max) if self.mode == "min" else (max, min)
         surplus = []
-        if len(scores) == self.save_top_k:
+        if len(scores) == self.save_top_k and path not in scores:
             last = worst(scores, key=scores.__getitem__)
             better = score < scores[last] if self.mode == "min" else score > scores[last]
             if not trainer.strategy.reduce_boolean_decision(better):

@@ -1,7 +1,7 @@
 """Gradient scaling once per optimizer step: to the mean over all predicted elements, followed by clipping.
 
 A loss is a sum and a count. With A micro-batches on each of W processes (with tensor parallelism, groups of processes
-that share a model), Lightning and DDP or FSDP2 leave in `.grad` the sum of all gradients divided by A W; the required
+that share a model), Lightning and DDP or FSDP2 leave in `.grad` the sum of all gradients divided by A·W; the required
 value is the sum divided by the global count N (tokens, samples, ...). A mean of the micro-batches' means differs from
 it whenever their counts differ.
 """
@@ -64,8 +64,7 @@ class GradientScaling(Callback):
         """Add what a micro-batch's `training_step` returned to the sums of this optimizer step."""
         if isinstance(output, Mapping) and "count" in output:
             count = torch.as_tensor(output["count"], device=output["loss"].device)
-            # A copy, because the sum over processes is computed in place.
-            self._count = count.detach().clone() if self._count is None else self._count + count
+            self._count = count.detach() if self._count is None else self._count + count.detach()
         loss: Any = output.get("loss") if isinstance(output, Mapping) else output
         if loss is not None:
             loss = loss.detach().float()
@@ -129,7 +128,7 @@ class GradientScaling(Callback):
 
 
 class _RecordingResult:
-    """Lightning's conversion of what `training_step` returns, for the backward pass, with a record of loss and count."""
+    """Stands in for Lightning's `ClosureResult`: records loss and count, then converts as Lightning does."""
 
     def __init__(self, scaling: GradientScaling) -> None:
         self.scaling = scaling

@@ -2,6 +2,9 @@
 
 A method has no access to the trainer. The steps of a fit that it needs, such as unfreezing, are callbacks.
 
+To add a method, derive from `Method` and name the class: `--model.method my_package.MyMethod`. For a short name, add it to
+`METHODS` in this package's `__init__` and to `MethodName` in the task's module.
+
 N samples, B rows of a batch, D width of the features, K classes.
 """
 
