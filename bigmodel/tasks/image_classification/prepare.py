@@ -127,6 +127,7 @@ def prepare(
         _write(made, parts, num_processes)
     prepared = PreparedImages.load(made.folder)
     prepared.skipped, prepared.stores = skipped, {name: part.store for name, part in parts.items()}
+    prepared.hashes = {name: part.scanned.hashes.view("<i8")[:, 0] for name, part in parts.items()}
     return prepared
 
 

@@ -76,8 +76,11 @@ def make_plan(
     split: TextSplit,
     exclude: Sequence[str],
     cache_dir: str | None,
+    evaluating: bool = False,
 ) -> Plan:
     """Find and check the input, split it, and compute its prepared folder. Writes only the scan.
+
+    With `evaluating`, the train split may be empty. Other arguments are those of `TextData`.
 
     Raises:
         ValueError: if a file is missing, empty, unreadable or not UTF-8, or a split gets no document.
@@ -88,7 +91,7 @@ def make_plan(
         files = scan(files, cache, advance)
     splits = split.assign(files)
     for name, segments in splits.items():
-        if not segments:
+        if not segments and not (evaluating and name == "train"):
             raise ValueError(
                 f"the {name} split is empty: {len(files)} documents, split by {split}. Set --data.path to more files,"
                 f" --data.split.{name} to a larger share, or --data.split to ContiguousSplit"

@@ -154,6 +154,10 @@ class TextGenerator(BaseTask):
         if "tokenizer" in checkpoint:
             self.tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
 
+    def restore_metadata(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the tokenizer from a checkpoint, before the text to evaluate is prepared with it."""
+        self.on_load_checkpoint(checkpoint)
+
     def _find_tokenizer(self) -> Tokenizer | None:
         """Return the tokenizer of the data module, or else of the checkpoint."""
         data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
