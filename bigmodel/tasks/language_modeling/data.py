@@ -92,7 +92,8 @@ class TextData(BaseDataModule):
 
     Args:
         path: files, folders or globs (** is any depth); each UTF-8 file is one document. In a folder, the files with a
-            suffix of text or code are used. {stdlib} is the folder of this Python's standard library.
+            suffix of text or code are used. Tables (.jsonl, .csv, .parquet, ...) are refused. {stdlib} is the folder of
+            this Python's standard library.
         tokenizer: BPE (by default), Pretrained, FromRun, Bytes or Characters, all of bigmodel.tasks.language_modeling.
         split: DocumentHashSplit (by default), ContiguousSplit or FileSplit; assigns documents to validation and test.
         context_length: tokens per sequence.
