@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from bigmodel.data.checksums import compare_checksums
 from bigmodel.data.module import BaseDataModule
 from bigmodel.data.sampling import Permutation
 from bigmodel.data.stateless_rng import random_bits
@@ -199,6 +200,7 @@ class TextData(BaseDataModule):
         folder = self.plan.folder
         if not self.plan.done:
             raise ValueError(f"the text is not prepared ({folder} does not exist): call prepare_data first")
+        compare_checksums(folder)
         self.prepared = PreparedText.load(folder)
         T, splits = self.context_length, self.prepared.splits
         if splits["train"].tokens <= T and self._evaluated is None:
@@ -268,4 +270,5 @@ class TextData(BaseDataModule):
 
 
 def _read_tokenizer(plan: Plan) -> str:
+    compare_checksums(plan.folder)
     return (plan.folder / PreparedText.load(plan.folder).tokenizer).read_text(encoding="utf-8")

@@ -30,6 +30,7 @@ from bigmodel.data.cache import (
     say,
     write_text,
 )
+from bigmodel.data.checksums import compare_checksums, write_checksums
 from bigmodel.data.worker_pool import WorkerPool
 from bigmodel.tasks.language_modeling.encode import BLOCK_BYTES, encode_blocks, iter_text_blocks, make_tokenizer
 from bigmodel.tasks.language_modeling.shards import (
@@ -114,6 +115,7 @@ def prepare(plan: Plan, num_processes: int | None = None) -> PreparedText:
         OSError: if the disk is full; the message names the required space and the place.
     """
     if plan.done:
+        compare_checksums(plan.folder)
         return PreparedText.load(plan.folder)
     with building(plan.folder) as folder:
         return _write(plan, folder, num_processes or available_cores())
@@ -154,6 +156,7 @@ def _write(plan: Plan, folder: Path, num_processes: int) -> PreparedText:
             settings=plan.settings,
         )
         prepared.save(folder)
+        write_checksums(folder)
     counts = ", ".join(f"{name} {split.tokens:,}" for name, split in statistics.items())
     seconds = time.monotonic() - start
     say(f"prepared {total / 1e6:,.1f} MB in {seconds:,.1f} s in {plan.folder}")

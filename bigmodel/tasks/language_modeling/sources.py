@@ -3,7 +3,7 @@
 A file is a document. It must be UTF-8, and its SHA-256 identifies it. The result of this scan is cached by paths, sizes
 and modification times, so a second start reads no text::
 
-    <cache>/scans/<hash of (path, size, mtime in ns) of all files>.json    [[sha256, characters], ...]
+    <cache>/scans/<hash of (path, size, mtime in ns) of all files>.json    [[sha256, characters], ...] after its CRC-32
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+from bigmodel.data.cache import dumps, loads
 
 READ_BYTES = 2**16  # larger blocks are not faster, and their strings fragment the memory
 
@@ -195,12 +197,12 @@ def scan(files: Sequence[TextFile], cache: Path, progress: Callable[[int], None]
     stats = [(os.path.abspath(f.path), f.size, os.stat(f.path).st_mtime_ns) for f in files]
     cached = cache / "scans" / (hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:32] + ".json")
     try:
-        scans = json.loads(cached.read_text())
-    except (OSError, json.JSONDecodeError):
+        scans = loads(cached.read_text())
+    except (OSError, ValueError):
         scans = [_scan_file(file, progress) for file in files]
         cached.parent.mkdir(parents=True, exist_ok=True)
         partial = cached.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(scans))
+        partial.write_text(dumps(scans))
         partial.replace(cached)
     return [TextFile(f.path, f.name, f.size, *scan) for f, scan in zip(files, scans, strict=True)]
 
