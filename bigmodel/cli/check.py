@@ -23,6 +23,7 @@ from bigmodel.cli.formatting import format_bytes
 from bigmodel.cli.lightning_warnings import quiet_lightning
 from bigmodel.cli.run_verb import run_verb
 from bigmodel.cli.trainer_cli import TrainerCLI, merge_config
+from bigmodel.data import checksums
 from bigmodel.internals import clear_minimum, save_triggers
 from bigmodel.run.config import parse_flags
 from bigmodel.training.callbacks import Anomalies, Checkpoint, StepTimer
@@ -78,7 +79,8 @@ def run_check(argv: list[str]) -> Probe | None:
         probe.config = {**cli.resolved(), "runs_dir": folder}
         _shorten(cli.trainer, probe)
         try:
-            run_verb("fit", cli, None, None)
+            with checksums.whole():
+                run_verb("fit", cli, None, None)
         except ClearError:  # the configuration: before the run has begun
             raise
         except Exception as error:

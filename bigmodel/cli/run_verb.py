@@ -65,9 +65,12 @@ def _evaluate(verb: str, cli: TrainerCLI, checkpoint: Path | None) -> Any:
         raise ValueError(f"nothing to {verb}: name a run, as in `bigmodel {verb} RUN`")
     if verb == "predict":
         check_prediction(cli.model, cli.datamodule)
+    content = read(checkpoint, verify=False, whole=False)
+    if known := content.get("bigmodel", {}).get("sizes"):
+        run.set_sizes(cli.model, known)
     # Optional method of a task: restores saved state that data or net depend on.
     if restore := getattr(cli.model, "restore_metadata", None):
-        restore(read(checkpoint, verify=False, whole=False))
+        restore(content)
     quiet = {"return_predictions": False} if verb == "predict" else {"verbose": False}
     return getattr(cli.trainer, verb)(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, **quiet)
 

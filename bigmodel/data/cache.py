@@ -18,9 +18,11 @@ import os
 import shutil
 import socket
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -40,6 +42,26 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
 
 
+def dumps(value: object) -> str:
+    """Return a value as JSON, after a line with the CRC-32 of the JSON."""
+    text = json.dumps(value)
+    return f"{zlib.crc32(text.encode()):08x}\n{text}"
+
+
+def loads(text: str) -> Any:
+    """Return the value that `dumps` wrote, or the earlier JSON of a list, without CRC-32.
+
+    Raises:
+        ValueError: if the text is damaged.
+    """
+    if text.startswith("["):
+        return json.loads(text)
+    crc, _, content = text.partition("\n")
+    if crc != f"{zlib.crc32(content.encode()):08x}":
+        raise ValueError("the CRC-32 does not match")
+    return json.loads(content)
+
+
 def file_hashes(files: Sequence[str], cache: Path) -> list[str]:
     """Return the SHA-256 of each file's content, cached in `cache` until a file changes.
 
@@ -49,13 +71,13 @@ def file_hashes(files: Sequence[str], cache: Path) -> list[str]:
     stats = [(os.path.abspath(file), os.path.getsize(file), os.stat(file).st_mtime_ns) for file in files]
     memory = cache / "scans" / f"{digest(stats)}.json"
     try:
-        hashes: list[str] = json.loads(memory.read_text())
-    except (OSError, json.JSONDecodeError):
+        hashes: list[str] = loads(memory.read_text())
+    except (OSError, ValueError):
         hashes = [_sha256(file) for file in files]
         with disk_errors(cache):
             memory.parent.mkdir(parents=True, exist_ok=True)
             partial = memory.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(hashes))
+            partial.write_text(dumps(hashes))
             partial.replace(memory)
     return hashes
 

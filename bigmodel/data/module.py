@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bigmodel.data.cache import say
 from bigmodel.data.sampling import Loader, eval_loader, train_loader
+from bigmodel.data.train_contents import num_trained, sketch
 
 
 class BaseDataModule(LightningDataModule):
@@ -82,6 +84,39 @@ class BaseDataModule(LightningDataModule):
         if device.type == "cpu":  # already there; Lightning needs 0.1 ms to find that out
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def content_hashes(self, split: str) -> np.ndarray | None:
+        """Return hashes [N] int64 of the contents of a split, after `setup`; None: not available.
+
+        Checkpoints hold a sketch of those of the train split, and `validate` and `test` refuse contents that the run was
+        trained on (`bigmodel.data.train_contents`).
+        """
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state in checkpoints: a sketch of the contents of the train split."""
+        if not hasattr(self, "_train_contents"):
+            hashes = self.content_hashes("train")
+            self._train_contents = {} if hashes is None else {"train_contents": sketch(hashes)}
+        return dict(self._train_contents)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that the samples to be evaluated are not among those that the run was trained on.
+
+        Raises:
+            ValueError: if they are.
+        """
+        split = "val" if self.is_running(TrainerFn.VALIDATING) else "test"
+        if "train_contents" not in state_dict or not (split == "val" or self.is_running(TrainerFn.TESTING)):
+            return
+        train, evaluated = self.content_hashes("train"), self.content_hashes(split)
+        if train is None or evaluated is None:
+            return
+        if count := num_trained(evaluated, train, state_dict["train_contents"]):
+            raise ValueError(
+                f"this run was trained on contents of the {split} split of these data ({count:,} found): set --data.split,"
+                " and other settings of the split, as in the run, or --data.path to other data"
+            )
 
     def is_running(self, verb: TrainerFn) -> bool:
         """True if the trainer runs this verb."""

@@ -2,7 +2,7 @@
 
 The name of a store is a digest of everything that its content depends on; a folder with that name is complete::
 
-    <folder>/<digest>/            computed
+    <folder>/<digest>/            computed; also checksums.json, see `bigmodel.data.checksums`
         key.json                  the values that the content depends on
         <field>.bin               a row of numbers per sample and nothing else; row v N + i is sample i in view v
     <folder>/.<digest>.<host>/    being computed; an interrupted computation continues from the existing rows
@@ -34,6 +34,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from bigmodel.data.cache import digest, progress, publish, write_text
+from bigmodel.data.checksums import compare_checksums, write_checksums
 from bigmodel.data.output_files import FieldSpec, Writer, map_rows
 
 VERSION = 1  # of this format
@@ -93,15 +94,17 @@ class OutputCache:
         """Return the complete store of this key, with its fields; None if there is none.
 
         For callers that would need the net to determine the fields; a complete store makes the net unnecessary.
+
+        Raises:
+            ValueError: if it is damaged.
         """
-        for file in sorted(folder.glob("[!.]*/key.json")):
-            kinds = json.loads(file.read_text(encoding="utf-8")).get("fields", {})
-            fields = {
-                name: FieldSpec(tuple(shape), getattr(torch, dtype.removeprefix("torch.")))
-                for name, (shape, dtype) in kinds.items()
-            }
+        for file, other in _read_keys(folder):
+            fields = _fields(other)
+            if fields is None:
+                continue
             found = cls(folder, key, num_samples, fields, views, what)
             if found.path == file.parent:
+                compare_checksums(found.path)
                 return found
         return None
 
@@ -125,8 +128,7 @@ class OutputCache:
         """Return the complete stores of other keys in the folder, the most similar first. Fields are not compared."""
         wanted = json.loads(json.dumps({**key, "version": VERSION, "samples": num_samples, "views": views}))
         found = []
-        for file in sorted(folder.glob("[!.]*/key.json")):
-            other = json.loads(file.read_text(encoding="utf-8"))
+        for file, other in _read_keys(folder):
             names = [name for name in {**wanted, **other} if wanted.get(name) != other.get(name) and name != "fields"]
             if names:
                 found.append(CacheMismatch(file.parent, {name: (wanted.get(name), other.get(name)) for name in names}))
@@ -149,10 +151,11 @@ class OutputCache:
 
         Raises:
             ValueError: if the disk is too small, outputs do not have the declared shape, are not finite, or are too
-                large for their type; if a sample occurs twice or never.
+                large for their type; if a sample occurs twice or never; if the existing store is damaged.
         """
         strategy = trainer.strategy if trainer is not None else None
         if self.complete if strategy is None else strategy.reduce_boolean_decision(self.complete):
+            compare_checksums(self.path)
             return
 
         def wait_for_all() -> None:
@@ -311,6 +314,7 @@ class OutputCache:
     def _publish(self) -> None:
         partial = self._partial
         with contextlib.suppress(FileNotFoundError):  # another run on this machine was first
+            write_checksums(partial, without=("done.bin",))
             publish(partial, self.path)
         shutil.rmtree(partial, ignore_errors=True)  # still exists if another machine was first
         (self.path / "done.bin").unlink(missing_ok=True)
@@ -322,7 +326,7 @@ class OutputCache:
         (`on_before_batch_transfer`).
 
         Raises:
-            ValueError: if the store is not complete, or a file has the wrong size.
+            ValueError: if the store is not complete, or is damaged.
         """
         if not self._maps:
             self._open()
@@ -347,8 +351,31 @@ class OutputCache:
                 raise ValueError(
                     f"{file} is damaged: {size:,} bytes, not {expected:,}. Delete {self.path} and start again"
                 )
+        compare_checksums(self.path)
+        for name, field in self.fields.items():
+            file = self.path / f"{name}.bin"
             # A copy-on-write mapping, because torch does not accept read-only memory; it is never written to.
             self._maps[name] = map_rows(file, field, self.num_rows, mmap.ACCESS_COPY)
+
+
+def _read_keys(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield the readable keys of complete stores, with their files. A damaged store is refused when it is opened."""
+    for file in sorted(folder.glob("[!.]*/key.json")):
+        with contextlib.suppress(ValueError):
+            key = json.loads(file.read_text(encoding="utf-8"))
+            if isinstance(key, dict):
+                yield file, key
+
+
+def _fields(key: dict[str, Any]) -> dict[str, FieldSpec] | None:
+    """Return the fields in a key; None if the key is damaged."""
+    try:
+        return {
+            name: FieldSpec(tuple(shape), getattr(torch, dtype.removeprefix("torch.")))
+            for name, (shape, dtype) in key["fields"].items()
+        }
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return None
 
 
 def _some(samples: Tensor) -> str:

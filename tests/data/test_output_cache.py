@@ -39,7 +39,7 @@ def test_each_sample_reads_what_the_net_said_of_it(tmp_path):
     assert not outputs.complete
     outputs.compute(None, batches, lambda batch: say(NET, batch))
     assert outputs.complete
-    assert set(files(outputs)) == {"key.json", "logits.bin", "largest.bin"}
+    assert set(files(outputs)) == {"checksums.json", "key.json", "logits.bin", "largest.bin"}
     again = store(tmp_path, views=3)  # another process
     index = torch.tensor([7, 0, 9, 7])
     for view in range(3):

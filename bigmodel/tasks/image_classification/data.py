@@ -115,7 +115,7 @@ class ImageData(BaseDataModule):
             prediction: the same, without labels.
         size: side of the square image that the net reads [pixels].
         resize: length of the shorter edge after resizing, before the centre crop [pixels]; by default `size`.
-        channels: 1 (grey) or 3; by default 1 if all training images are grey.
+        channels: 1 (grey) or 3; by default 1 if all training images are grey, in the evaluation of a run as in the run.
         split: shares of the images for validation and test, if the source has no splits.
         columns: names of the columns of a table that hold image, label and split.
         classes: names of the classes to use; by default all.
@@ -236,12 +236,18 @@ class ImageData(BaseDataModule):
         if predicting in self._prepared:
             return self._prepared[predicting]
         cache = cache_folder("image_classification", self.cache_dir)
+        channels = self.channels
+        if channels is None and (self.is_running(TrainerFn.VALIDATING) or self.is_running(TrainerFn.TESTING)):
+            # those of the run that is evaluated
+            channels = (getattr(getattr(self.trainer, "lightning_module", None), "_sizes", None) or {}).get(
+                "in_channels"
+            )
         source = find_source(self.path, columns=self.columns, cache=cache, labelled=not predicting)
         self._prepared[predicting] = prepare(
             source,
             size=self.size,
             resize=self.resize,
-            channels=self.channels,
+            channels=channels,
             whole=self.crop is not None,
             split=None if predicting else self.split,
             on_corrupt=self.on_corrupt,
@@ -266,6 +272,9 @@ class ImageData(BaseDataModule):
                 f" or add images for it ({split}/<class>/...)"
             )
         return self.prepared.images(split)
+
+    def content_hashes(self, split: str) -> np.ndarray | None:
+        return self.prepared.hashes.get(split)
 
     def class_weights(self) -> np.ndarray:
         """[K] float32, inverse to the sizes of the classes, with mean 1 over the training images."""

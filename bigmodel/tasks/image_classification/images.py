@@ -67,6 +67,7 @@ class PreparedImages:
         decoded: True if pixels are stored; else images are decoded each time they are read.
         skipped: names of the images that cannot be used.
         stores: of the images, by split.
+        hashes: of the contents, [N] int64 by split.
         version: of this format.
     """
 
@@ -83,11 +84,12 @@ class PreparedImages:
     decoded: bool
     skipped: list[str] = field(default_factory=list)
     stores: dict[str, ImageStore] = field(default_factory=dict, repr=False, compare=False)
+    hashes: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
     version: int = VERSION
 
     def save(self, folder: Path) -> None:
-        """Write meta.json: all attributes but the folder, the stores and skipped images."""
-        meta = {key: value for key, value in vars(self).items() if key not in ("folder", "stores", "skipped")}
+        """Write meta.json: all attributes but the folder, and those of the source: stores, hashes, skipped images."""
+        meta = {key: value for key, value in vars(self).items() if key not in ("folder", "stores", "hashes", "skipped")}
         meta["splits"] = {  # the earlier name `num_pictures` stays, so that existing folders can be read
             name: {"num_pictures": split.num_images, "class_counts": split.class_counts, "stored": split.stored}
             for name, split in self.splits.items()

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from bigmodel.data.cache import available_cores, building, digest, disk_errors, first_of, progress, say, write_array
+from bigmodel.data.checksums import compare_checksums, write_checksums
 from bigmodel.data.image_decoding import Geometry
 from bigmodel.data.worker_pool import WorkerPool
 from bigmodel.tasks.image_classification.bulk_decoding import BulkDecoding
@@ -125,8 +126,10 @@ def prepare(
         if cache_decoded is None:
             _report_storage(made.decoded, num_bytes)
         _write(made, parts, num_processes)
+    compare_checksums(made.folder)
     prepared = PreparedImages.load(made.folder)
     prepared.skipped, prepared.stores = skipped, {name: part.store for name, part in parts.items()}
+    prepared.hashes = {name: part.scanned.hashes.view("<i8")[:, 0] for name, part in parts.items()}
     return prepared
 
 
@@ -320,6 +323,7 @@ def _write(prepared: PreparedImages, parts: dict[str, _Part], num_processes: int
                 statistics[reference] = decoding.run(workers, rows, shapes, advance)
         prepared.mean, prepared.std = statistics[reference].mean(), statistics[reference].std()
         prepared.save(folder)
+        write_checksums(folder)
     counts = ", ".join(f"{name} {split.num_images:,}" for name, split in prepared.splits.items())
     say(f"prepared images in {time.monotonic() - began:,.1f} s in {prepared.folder}")
     classes = f"{len(prepared.classes):,} classes, " if prepared.classes else ""

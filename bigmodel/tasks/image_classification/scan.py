@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 import numpy as np
 
@@ -164,9 +164,12 @@ def _load_cached(file: Path | None, n: int) -> Scan:
     if file is None or not file.exists():
         return _empty(n)
     try:
+        with ZipFile(file) as archive:
+            if archive.testzip() is not None:
+                return _empty(n)
         with open(file, "rb") as stream, np.load(stream) as arrays:
             return Scan(arrays["hashes"], arrays["sizes"], arrays["grey"], _unscanned(arrays["bad"]))
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # truncated by a crash of the machine
+    except Exception:  # truncated by a crash of the machine, or damaged, which may raise anything: scanned again
         return _empty(n)
 
 

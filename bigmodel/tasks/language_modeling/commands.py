@@ -18,6 +18,7 @@ Continues a text with the trained model of a run, and prints it token by token.
   --temperature X        0: greedy decoding; higher: more varied text (default 0.8)
   --top_k N              sample from the N most likely tokens only
   --top_p X              sample from the most likely tokens that together have probability X
+  --stop TEXT            a token, as text, that ends the generation; several as '["TEXT", ...]'
   --seed N               the same seed gives the same text
   --checkpoint NAME      best (default), last, or a file in the run's checkpoints/
   --device NAME          cpu, cuda, ... (default: a GPU if there is one)
@@ -43,6 +44,8 @@ def run_generate(argv: list[str]) -> None:
     if len(positional) != 1 or files:
         raise ValueError("one run is needed: `bigmodel generate RUN --prompt TEXT`; `bigmodel list` shows the runs")
     options: dict[str, Any] = {key: text if key in ("prompt", "out") else flag_value(key, text) for key, text in flags}
+    if "stop" in options and not isinstance(options["stop"], list):  # such as a number or `yes`, which YAML converts
+        options["stop"] = dict(flags)["stop"]
     checkpoint, runs_dir = options.pop("checkpoint", "best"), options.pop("runs_dir", "runs")
     device = options.pop("device", None)
 

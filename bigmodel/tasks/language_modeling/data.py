@@ -10,20 +10,25 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from bigmodel.data.checksums import compare_checksums
 from bigmodel.data.module import BaseDataModule
 from bigmodel.data.sampling import Permutation
+from bigmodel.data.stateless_rng import random_bits
 from bigmodel.nn.loss import IGNORE_INDEX
 from bigmodel.tasks.language_modeling.prepare import Plan, make_plan, prepare
 from bigmodel.tasks.language_modeling.shards import PreparedText, TokenArray
 from bigmodel.tasks.language_modeling.sources import iter_text, read_text
 from bigmodel.tasks.language_modeling.splits import DocumentHashSplit, TextSplit
 from bigmodel.tasks.language_modeling.tokenizer import Tokenizer
-from bigmodel.tasks.language_modeling.tokenizer_config import BPE, TokenizerConfig
+from bigmodel.tasks.language_modeling.tokenizer_config import BPE, TokenizerConfig, Trained
 
 MAX_PROMPT_BYTES = 2**14  # of the start of a document that is used as a prompt
+_PIECE_BYTES = 2**10  # smallest piece of a document in `TextData.content_hashes`
+_NUM_PIECES = 2**10  # of a larger document
 
 
 class TextBatch(NamedTuple):
@@ -83,9 +88,13 @@ class TextWindows(Dataset[TextBatch]):
 class TextData(BaseDataModule):
     """Data module: windows of tokens from files of text or code, which are tokenized once into a cache.
 
+    `validate` and `test` of a run tokenize with the tokenizer of the run, whatever the text, and accept an empty train
+    split.
+
     Args:
         path: files, folders or globs (** is any depth); each UTF-8 file is one document. In a folder, the files with a
-            suffix of text or code are used. {stdlib} is the folder of this Python's standard library.
+            suffix of text or code are used. Tables (.jsonl, .csv, .parquet, ...) are refused. {stdlib} is the folder of
+            this Python's standard library.
         tokenizer: BPE (by default), Pretrained, FromRun, Bytes or Characters, all of bigmodel.tasks.language_modeling.
         split: DocumentHashSplit (by default), ContiguousSplit or FileSplit; assigns documents to validation and test.
         context_length: tokens per sequence.
@@ -140,8 +149,36 @@ class TextData(BaseDataModule):
     def plan(self) -> Plan:
         """Checked input, assigned to splits, and the folder of the prepared text."""
         if self._plan is None:
-            self._plan = make_plan(self.path, self.tokenizer_config, self.split, self.exclude, self.cache_dir)
+            self._plan = self._make_plan()
         return self._plan
+
+    @property
+    def _evaluated(self) -> Tokenizer | None:
+        """Tokenizer of the run that is evaluated; None in a fit."""
+        if not (self.is_running(TrainerFn.VALIDATING) or self.is_running(TrainerFn.TESTING)):
+            return None
+        found = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
+        return found if isinstance(found, Tokenizer) else None
+
+    def _make_plan(self) -> Plan:
+        arguments = (self.split, self.exclude, self.cache_dir)
+        if (tokenizer := self._evaluated) is None:
+            return make_plan(self.path, self.tokenizer_config, *arguments)
+        trained, given = Trained(tokenizer.to_json()), self.tokenizer_config
+        if given.max_train_bytes != 0:
+            plan = make_plan(self.path, given, *arguments, evaluating=True)
+            same = plan.done and _read_tokenizer(plan) == trained.json  # the text of the run: already prepared
+            return plan if same else make_plan(self.path, trained, *arguments, evaluating=True)
+        try:
+            own = given.build(()).to_json()
+        except (ValueError, OSError):  # its files are not needed, because the checkpoint has the tokenizer
+            return make_plan(self.path, trained, *arguments, evaluating=True)
+        if own != trained.json:
+            raise ValueError(
+                f"--data.tokenizer {given} is not the tokenizer of the run: leave it out, because a run is evaluated with"
+                " its own tokenizer"
+            )
+        return make_plan(self.path, given, *arguments, evaluating=True)
 
     def prepare_data(self) -> None:
         """Tokenize the text, unless the cache holds it for these settings.
@@ -163,9 +200,10 @@ class TextData(BaseDataModule):
         folder = self.plan.folder
         if not self.plan.done:
             raise ValueError(f"the text is not prepared ({folder} does not exist): call prepare_data first")
+        compare_checksums(folder)
         self.prepared = PreparedText.load(folder)
         T, splits = self.context_length, self.prepared.splits
-        if splits["train"].tokens <= T:
+        if splits["train"].tokens <= T and self._evaluated is None:
             raise ValueError(
                 f"the train split has {splits['train'].tokens:,} tokens, but one window needs {T + 1:,}: set"
                 " --data.path to more text, or --data.context_length to a smaller number"
@@ -176,6 +214,7 @@ class TextData(BaseDataModule):
         self._windows = {
             name: TextWindows(TokenArray(folder, name), T, self.prepared.end_of_text, partial=name != "train")
             for name in splits
+            if splits[name].tokens
         }
 
     def windows(self, split: str) -> TextWindows:
@@ -187,6 +226,16 @@ class TextData(BaseDataModule):
         if split not in self._windows:
             raise ValueError(f"no {split} split; the splits are {sorted(self._windows)}: set --data.split.{split}")
         return self._windows[split]
+
+    def content_hashes(self, split: str) -> np.ndarray:
+        """Return a hash [N] int64 of each piece of the documents of a split: 1 KiB, or 1/1024 of a larger document."""
+        segments = self.plan.splits.get(split, [])
+        sizes = np.array([max(_PIECE_BYTES, segment.file.size // _NUM_PIECES) for segment in segments], np.int64)
+        firsts = -(-np.array([segment.start for segment in segments], np.int64) // sizes)  # pieces that begin here
+        counts = -(-np.array([segment.stop for segment in segments], np.int64) // sizes) - firsts
+        numbers = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts - firsts, counts)
+        documents = np.array([int(segment.file.sha256[16:32], 16) for segment in segments], np.uint64)
+        return np.repeat(documents.view(np.int64), counts) ^ random_bits(numbers, 0, 1)[:, 0]
 
     def bytes_per_token(self, split: str) -> float:
         """UTF-8 bytes per predicted token; bits per byte = loss / ln 2 / this, for a loss in nats per token."""
@@ -218,3 +267,8 @@ class TextData(BaseDataModule):
 
     def has_validation(self) -> bool:
         return "val" in self._windows
+
+
+def _read_tokenizer(plan: Plan) -> str:
+    compare_checksums(plan.folder)
+    return (plan.folder / PreparedText.load(plan.folder).tokenizer).read_text(encoding="utf-8")

@@ -82,8 +82,8 @@ def encode_blocks(tokenizer_file: str, blocks: Sequence[TextBlock]) -> tuple[np.
             offset = start + len(text[: error.position].encode())
             raise ValueError(
                 f"{block.segment.file.path}: character {error.character!r} at byte offset {offset:,} does not occur in the"
-                " train split, whose characters are the vocabulary: set --data.tokenizer to Bytes or BPE, or another"
-                " --data.split"
+                " train split, whose characters are the vocabulary: train with --data.tokenizer Bytes or BPE, or another"
+                " --data.split, or exclude the file by --data.exclude"
             ) from None
         if start < stop == block.segment.stop and block.segment.ends_document:
             pieces.append(np.array([tokenizer.eos_token_id], dtype))

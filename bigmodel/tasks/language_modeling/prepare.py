@@ -30,6 +30,7 @@ from bigmodel.data.cache import (
     say,
     write_text,
 )
+from bigmodel.data.checksums import compare_checksums, write_checksums
 from bigmodel.data.worker_pool import WorkerPool
 from bigmodel.tasks.language_modeling.encode import BLOCK_BYTES, encode_blocks, iter_text_blocks, make_tokenizer
 from bigmodel.tasks.language_modeling.shards import (
@@ -76,8 +77,11 @@ def make_plan(
     split: TextSplit,
     exclude: Sequence[str],
     cache_dir: str | None,
+    evaluating: bool = False,
 ) -> Plan:
     """Find and check the input, split it, and compute its prepared folder. Writes only the scan.
+
+    With `evaluating`, the train split may be empty. Other arguments are those of `TextData`.
 
     Raises:
         ValueError: if a file is missing, empty, unreadable or not UTF-8, or a split gets no document.
@@ -88,7 +92,7 @@ def make_plan(
         files = scan(files, cache, advance)
     splits = split.assign(files)
     for name, segments in splits.items():
-        if not segments:
+        if not segments and not (evaluating and name == "train"):
             raise ValueError(
                 f"the {name} split is empty: {len(files)} documents, split by {split}. Set --data.path to more files,"
                 f" --data.split.{name} to a larger share, or --data.split to ContiguousSplit"
@@ -111,6 +115,7 @@ def prepare(plan: Plan, num_processes: int | None = None) -> PreparedText:
         OSError: if the disk is full; the message names the required space and the place.
     """
     if plan.done:
+        compare_checksums(plan.folder)
         return PreparedText.load(plan.folder)
     with building(plan.folder) as folder:
         return _write(plan, folder, num_processes or available_cores())
@@ -151,6 +156,7 @@ def _write(plan: Plan, folder: Path, num_processes: int) -> PreparedText:
             settings=plan.settings,
         )
         prepared.save(folder)
+        write_checksums(folder)
     counts = ", ".join(f"{name} {split.tokens:,}" for name, split in statistics.items())
     seconds = time.monotonic() - start
     say(f"prepared {total / 1e6:,.1f} MB in {seconds:,.1f} s in {plan.folder}")

@@ -3,7 +3,7 @@
 A file is a document. It must be UTF-8, and its SHA-256 identifies it. The result of this scan is cached by paths, sizes
 and modification times, so a second start reads no text::
 
-    <cache>/scans/<hash of (path, size, mtime in ns) of all files>.json    [[sha256, characters], ...]
+    <cache>/scans/<hash of (path, size, mtime in ns) of all files>.json    [[sha256, characters], ...] after its CRC-32
 """
 
 from __future__ import annotations
@@ -20,14 +20,19 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from bigmodel.data.cache import dumps, loads
+
 READ_BYTES = 2**16  # larger blocks are not faster, and their strings fragment the memory
 
-# Plain text, markup, source code. Data files (json, csv) need a glob.
+# Plain text, markup, source code.
 _TEXT_SUFFIXES = (
     ".txt .text .md .rst .tex .org .html .htm .xml .css .py .pyi .pyx .c .h .cc .cpp .cxx .hpp .cu .cuh .rs .go .java .kt"
     " .scala .js .jsx .ts .tsx .rb .php .pl .lua .r .jl .swift .hs .ml .lisp .el .clj .ex .erl .cs .fs .sql .sh"
 )
 TEXT_SUFFIXES = frozenset(_TEXT_SUFFIXES.split())
+# Formats of records, never read as text; .json is read where a glob finds it, as a part of source code.
+_TABLES = ".jsonl .ndjson .csv .tsv .parquet .arrow .feather .orc .avro .xls .xlsx .sqlite"
+_TABLE_SUFFIXES = frozenset(_TABLES.split())
 
 
 @dataclass(frozen=True)
@@ -89,8 +94,8 @@ def find_files(paths: str | Sequence[str], exclude: Sequence[str] = ()) -> tuple
         exclude: patterns of files to exclude, see `matches`.
 
     Raises:
-        ValueError: if a path does not exist or contains no file, all files are excluded, or a file that is given by its
-            own path is empty.
+        ValueError: if a path does not exist or contains no file, all files are excluded, a file is a table, or a file that
+            is given by its own path is empty.
     """
     found: dict[str, TextFile] = {}
     empty: list[str] = []
@@ -98,6 +103,7 @@ def find_files(paths: str | Sequence[str], exclude: Sequence[str] = ()) -> tuple
         path = os.path.expanduser(given.replace("{stdlib}", sysconfig.get_paths()["stdlib"]))
         if os.path.isfile(path):
             root, inside = os.path.dirname(path), [path]
+            _check_suffix(path, _TABLE_SUFFIXES | {".json"})
             if os.path.getsize(path) == 0:
                 raise ValueError(f"--data.path {path} is an empty file")
         elif os.path.isdir(path):
@@ -110,6 +116,7 @@ def find_files(paths: str | Sequence[str], exclude: Sequence[str] = ()) -> tuple
         for one in inside:
             file = TextFile(one, os.path.relpath(one, root or "."), os.path.getsize(one))
             if one not in found and not matches(file, exclude):
+                _check_suffix(one, _TABLE_SUFFIXES)
                 found[one] = file
                 if file.size == 0:
                     empty.append(one)
@@ -118,6 +125,16 @@ def find_files(paths: str | Sequence[str], exclude: Sequence[str] = ()) -> tuple
         why = f"all files are empty: {empty[:5]}" if empty else f"--data.exclude {list(exclude)} excludes all files"
         raise ValueError(f"--data.path {paths}: {why}")
     return files, empty
+
+
+def _check_suffix(path: str, tables: frozenset[str]) -> None:
+    """Check that a file is not a table, whose syntax and other columns would be trained on as text."""
+    if (suffix := Path(path).suffix.lower()) in tables:
+        raise ValueError(
+            f"--data.path {path}: a {suffix} file holds records, and only text is accepted, one document per file: write its"
+            " texts to files named *.txt, or exclude it by --data.exclude; if its characters themselves are the text, name"
+            " a copy *.txt"
+        )
 
 
 def _walk(top: str, root: str, exclude: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
@@ -180,12 +197,12 @@ def scan(files: Sequence[TextFile], cache: Path, progress: Callable[[int], None]
     stats = [(os.path.abspath(f.path), f.size, os.stat(f.path).st_mtime_ns) for f in files]
     cached = cache / "scans" / (hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:32] + ".json")
     try:
-        scans = json.loads(cached.read_text())
-    except (OSError, json.JSONDecodeError):
+        scans = loads(cached.read_text())
+    except (OSError, ValueError):
         scans = [_scan_file(file, progress) for file in files]
         cached.parent.mkdir(parents=True, exist_ok=True)
         partial = cached.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(scans))
+        partial.write_text(dumps(scans))
         partial.replace(cached)
     return [TextFile(f.path, f.name, f.size, *scan) for f, scan in zip(files, scans, strict=True)]
 

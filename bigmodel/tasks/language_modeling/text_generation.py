@@ -39,7 +39,7 @@ class TextGenerator(BaseTask):
         temperature: float = 0.8,
         top_k: int | None = None,
         top_p: float | None = None,
-        stop: Collection[str] = (),
+        stop: str | Collection[str] = (),
         seed: int | None = None,
     ) -> Iterator[str]:
         """Continue a text, and yield it piece by piece.
@@ -47,7 +47,7 @@ class TextGenerator(BaseTask):
         Args:
             prompt: the text to continue; empty: start a new document.
             max_new_tokens, temperature, top_k, top_p: see `Sampling`.
-            stop: tokens, given as text, that end the generation, besides the end of the document.
+            stop: token or tokens, each given as text, that end the generation, besides the end of the document.
             seed: the same seed gives the same text.
 
         Returns:
@@ -59,16 +59,20 @@ class TextGenerator(BaseTask):
         tokenizer = self._require_tokenizer()
         prompt_ids = tokenizer.encode(prompt) or [tokenizer.eos_token_id]
         stop_tokens = {tokenizer.eos_token_id}
-        for text in stop:
+        for text in [stop] if isinstance(stop, str) else stop:
+            if not isinstance(text, str):
+                raise ValueError(f"stop: {text!r} is not text: set --stop TEXT, or --stop '[\"TEXT\", ...]'")
             ids = tokenizer.encode(text)
             if len(ids) != 1:
-                raise ValueError(f"stop: {text!r} is {len(ids)} tokens for this tokenizer, but must be one")
+                raise ValueError(
+                    f"stop: {text!r} is {len(ids)} tokens for this tokenizer, but must be one: set another --stop"
+                )
             stop_tokens.update(ids)
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p)
         tokens = generate(
             self.net, torch.tensor([prompt_ids], device=self.device), sampling, stop_tokens=stop_tokens, seed=seed
         )
-        return _decode(tokens, tokenizer, stop_tokens)
+        return _decode(tokens, StreamDecoder(tokenizer, prompt_ids if prompt else ()), stop_tokens)
 
     def generate(self, prompt: str, **options: Any) -> str:
         """Return the whole text that `stream` yields; the same arguments."""
@@ -154,6 +158,10 @@ class TextGenerator(BaseTask):
         if "tokenizer" in checkpoint:
             self.tokenizer = Tokenizer.from_json(checkpoint["tokenizer"])
 
+    def restore_metadata(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the tokenizer from a checkpoint, before the text to evaluate is prepared with it."""
+        self.on_load_checkpoint(checkpoint)
+
     def _find_tokenizer(self) -> Tokenizer | None:
         """Return the tokenizer of the data module, or else of the checkpoint."""
         data = self._trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
@@ -166,8 +174,7 @@ class TextGenerator(BaseTask):
         return tokenizer
 
 
-def _decode(tokens: Iterator[Tensor], tokenizer: Tokenizer, stop_tokens: Collection[int]) -> Iterator[str]:
-    decoder = StreamDecoder(tokenizer)
+def _decode(tokens: Iterator[Tensor], decoder: StreamDecoder, stop_tokens: Collection[int]) -> Iterator[str]:
     for token in tokens:
         if int(token) in stop_tokens:
             break

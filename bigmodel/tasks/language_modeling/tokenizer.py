@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 from tokenizers import Tokenizer as Backend
 
 END_OF_TEXT = "<|endoftext|>"
+_NUM_CONTEXT = 4  # tokens, at least one whole character, before those that are decoded
 
 
 class Tokenizer(ABC):
@@ -193,14 +194,18 @@ class CharacterTokenizer(Tokenizer):
 class StreamDecoder:
     """Decode tokens one by one, and return text as soon as it is final.
 
-    An incomplete UTF-8 character is buffered. The concatenated results of `push` and `finish` equal `decode` of all
-    tokens (for byte-level tokenizers, bytes and characters).
+    An incomplete UTF-8 character is buffered. The concatenated results of `push` and `finish` are what the tokens add to
+    `decode` of the context: `decode(context + tokens)` without its first `len(decode(context))` characters.
+
+    Args:
+        tokenizer: the tokenizer.
+        context: tokens of the text that is continued, where many tokenizers leave out the space before the first word.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         self._decode = tokenizer.decode
-        self._tokens: list[int] = []
-        self._num_returned = 0  # characters
+        self._tokens: list[int] = list(context[-_NUM_CONTEXT:])
+        self._num_returned = len(self._decode(self._tokens)) if self._tokens else 0  # characters
 
     def push(self, token: int) -> str:
         """Return the text completed by this token; may be empty."""
@@ -209,13 +214,11 @@ class StreamDecoder:
         final = len(text.rstrip("\ufffd"))
         piece = text[self._num_returned : final]
         self._num_returned = max(self._num_returned, final)
-        if final == len(text) and len(self._tokens) > 16:
-            # A few tokens remain as context, at least one whole character: some decoders treat the start of a text
-            # differently.
-            self._tokens = self._tokens[-4:]
+        if final == len(text) and len(self._tokens) > 4 * _NUM_CONTEXT:
+            self._tokens = self._tokens[-_NUM_CONTEXT:]
             self._num_returned = len(self._decode(self._tokens))
         return piece
 
     def finish(self) -> str:
         """Return the buffered text."""
-        return self._decode(self._tokens)[self._num_returned :]
+        return self._decode(self._tokens)[self._num_returned :] if self._tokens else ""

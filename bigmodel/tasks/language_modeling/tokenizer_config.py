@@ -207,6 +207,23 @@ class FromRun(TokenizerConfig):
         return Tokenizer.from_json(saved["tokenizer"])
 
 
+@dataclass(frozen=True)
+class Trained(TokenizerConfig):
+    """The tokenizer of the run that is evaluated.
+
+    Args:
+        json: the tokenizer, as `Tokenizer.to_json` returns it.
+    """
+
+    json: str
+
+    def settings(self) -> dict[str, Any]:
+        return {"tokenizer": "FromRun", "sha256": hashlib.sha256(self.json.encode()).hexdigest()}
+
+    def build(self, texts: Iterable[str] = ()) -> Tokenizer:
+        return Tokenizer.from_json(self.json)
+
+
 def _eos_token(folder: Path) -> str:
     """Return the `eos_token` of a folder in Hugging Face format."""
     names = ("tokenizer_config.json", "special_tokens_map.json")

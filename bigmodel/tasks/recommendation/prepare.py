@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bigmodel.data.cache import building, digest, disk_errors, progress, say, write_array, write_text
+from bigmodel.data.checksums import compare_checksums, write_checksums
 from bigmodel.tasks.recommendation.filters import Filters
 from bigmodel.tasks.recommendation.interactions import IdTable, Interactions
 from bigmodel.tasks.recommendation.sources import InteractionColumns, InteractionSource
@@ -91,6 +92,7 @@ def prepare(
     folder = cache / digest([VERSION, source.content, asdict(columns), filters.settings()])
     if not (folder / "meta.json").exists():
         _write(source, filters, folder)
+    compare_checksums(folder)
     return PreparedInteractions.load(folder)
 
 
@@ -115,6 +117,7 @@ def _write(source: InteractionSource, filters: Filters, final: Path) -> None:
             pq.write_table(_id_table(ids, ids_titles), folder / f"{name}.parquet")
         meta = {"version": VERSION, "source": source.where, "lines": lines, "fingerprint": content.hexdigest()[:32]}
         write_text(folder / "meta.json", json.dumps(meta, indent=2))
+        write_checksums(folder)
     for line in lines:
         say(line)
     say(f"prepared events in {time.monotonic() - start:,.1f} s in {final}")

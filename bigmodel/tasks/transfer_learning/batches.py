@@ -101,6 +101,11 @@ class Texts:
         prepared, row = self._find(i)
         return prepared.tokens[row]
 
+    @property
+    def contents(self) -> np.ndarray:
+        """[N] int64, a hash of each text."""
+        return np.concatenate([prepared.contents[rows] for prepared, rows in self._parts])
+
     def _find(self, i: int) -> tuple[PreparedTexts, int]:
         if not 0 <= i < len(self):
             raise IndexError(f"text {i} is outside of 0 to {len(self) - 1:,}")

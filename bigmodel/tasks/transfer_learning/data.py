@@ -153,7 +153,19 @@ class LabelledTextData(BaseDataModule):
         source = find_source(self.path, columns=columns, cache=cache)
         if self.pseudo_labels is not None and not predicting:
             self._predicted = prepare_predictions(self.pseudo_labels, columns.pair is not None, encoder, cache)
-        return prepare(source, columns, self._problem_type, encoder, cache)
+        prepared = prepare(source, columns, self._problem_type, encoder, cache)
+        own, labels = self._evaluated_problem_type, prepared.labels
+        if self._problem_type == "auto" and own is not None and labels is not None and labels.problem_type != own:
+            prepared = prepare(source, columns, own, encoder, cache)
+        return prepared
+
+    @property
+    def _evaluated_problem_type(self) -> str | None:
+        """Problem type of the run that is evaluated; None in a fit."""
+        if not (self.is_running(TrainerFn.VALIDATING) or self.is_running(TrainerFn.TESTING)):
+            return None
+        metadata = getattr(getattr(self.trainer, "lightning_module", None), "data_metadata", None) or {}
+        return metadata.get("problem_type")
 
     def _find_encoder(self) -> TextEncoder:
         own: TextEncoder | None = getattr(getattr(self.trainer, "lightning_module", None), "text_encoder", None)
@@ -247,6 +259,9 @@ class LabelledTextData(BaseDataModule):
                 f" add texts for it (a file named {split}, or --data.split_column)"
             )
         return self._splits[split]
+
+    def content_hashes(self, split: str) -> np.ndarray | None:
+        return self._splits[split][0].contents if split in self._splits else None
 
     def class_weights(self) -> np.ndarray:
         """[K] float32, inverse to the sizes of the classes, with mean 1 over the training texts."""

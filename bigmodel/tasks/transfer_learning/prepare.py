@@ -37,6 +37,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bigmodel.data.cache import building, digest, disk_errors, progress, say, write_array, write_text
+from bigmodel.data.checksums import compare_checksums, write_checksums
 from bigmodel.data.split_shares import SPLIT_WORDS, split_name
 from bigmodel.data.tables.rows import Rows, decode_dictionary, first_index, is_text
 from bigmodel.tasks.transfer_learning.labels import LabelReader, Labels
@@ -152,6 +153,7 @@ def prepare(
     folder = cache / digest(key)
     if not (folder / "meta.json").exists():
         _make(source, columns, problem_type, encoder, folder)
+    compare_checksums(folder)
     return PreparedTexts(folder, names)
 
 
@@ -174,6 +176,7 @@ def _make(source: TextSource, columns: TextColumns, problem_type: str, encoder: 
                     writer.add(rows)
                 advance(rows.size)
         write_text(folder / "meta.json", json.dumps({"version": VERSION, "source": source.where, **writer.finish()}))
+        write_checksums(folder)
     speed = writer.num_texts / max(time.monotonic() - began, 1e-3)
     say(
         f"prepared {writer.num_texts:,} texts with {writer.num_tokens:,} tokens in {time.monotonic() - began:,.1f} s"

@@ -113,7 +113,7 @@ def test_class_weights_make_classes_count_alike(photos, tmp_path):
     (batch,) = epoch_of(made)
     sums = torch.zeros(3).index_add_(0, batch.targets, batch.weight)
     torch.testing.assert_close(sums, torch.full((3,), 32.0))
-    (batch,) = made._eval_loader("train")
+    (batch,) = made.evaluation_loader("train")
     assert torch.equal(batch.weight, torch.ones(96))
 
 

@@ -206,3 +206,21 @@ def test_a_checkpoint_of_an_earlier_version_is_read():
     task = ImageClassification()
     task.on_load_checkpoint({"pictures": metadata})
     assert task.data_metadata == metadata
+
+
+def test_other_images_are_read_as_the_run_s_and_trained_ones_are_refused(straight, folder, photos, tmp_path, capsys):
+    draw = np.random.default_rng(5)
+    for name in bigmodel.load(straight).data_metadata["classes"]:  # grey images for a net of three channels
+        (tmp_path / "grey" / "test" / name).mkdir(parents=True)
+        (tmp_path / "grey" / "train" / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = draw.integers(0, 255, (10, 12), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "grey" / ("test" if i % 2 else "train") / name / f"{i}.png")
+    main(["test", str(straight), "--data.path", str(tmp_path / "grey"), "--data.split.val", "0"])
+    task = bigmodel.load(straight)
+    files = sorted((tmp_path / "grey" / "test").glob("*/*.png"))
+    right = [next(iter(answer)) == file.parent.name for answer, file in zip(task(files), files, strict=True)]
+    assert json.loads((straight / "test.json").read_text())["test/accuracy"] == pytest.approx(np.mean(right), abs=1e-6)
+    with pytest.raises(SystemExit):
+        main(["test", str(straight), "--data.split.test", "0.5"])
+    assert "this run was trained on contents of the test split" in capsys.readouterr().err

@@ -211,6 +211,21 @@ def test_bad_input_is_refused_before_a_run_begins(folder, flags, message, capsys
     assert runs() == before
 
 
+def test_stop_is_one_text_or_a_list(straight, folder, capsys):
+    """In bytes, where each token is a letter: never the letters of a longer text."""
+    prompt = ["--prompt=def ", "--temperature=2", "--seed=1", "--max_new_tokens=60"]
+    main(["generate", str(straight), *prompt])
+    whole = capsys.readouterr().out.removesuffix("\n")
+    first = next(character for character in whole[14:] if character.isascii() and character.isalpha())
+    for given in (first, json.dumps([first])):
+        main(["generate", str(straight), *prompt, f"--stop={given}"])
+        assert capsys.readouterr().out.removesuffix("\n") == "def " + whole[4:].partition(first)[0]
+    for given, message in (("the", "stop: 'the' is 3 tokens"), ("[1]", "stop: 1 is not text")):
+        with pytest.raises(SystemExit):
+            main(["generate", str(straight), *prompt, f"--stop={given}"])
+        assert message in capsys.readouterr().err
+
+
 def test_a_checkpoint_of_another_vocabulary_or_changed_text_is_refused(straight, folder, capsys):
     run = folder / "changed"
     shutil.copytree(straight, run)

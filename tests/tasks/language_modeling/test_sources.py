@@ -78,6 +78,20 @@ def test_paths_without_text_are_refused(tmp_path, path, exclude, message):
         find_files(str(tmp_path / path), exclude)
 
 
+def test_tables_are_refused_and_not_read_as_text(tmp_path):
+    names = ["a.jsonl", "b.CSV", "c.parquet", "d.json"]
+    for name in [*names, "text.txt"]:
+        (tmp_path / name).write_text('{"text": "x"}')
+    for name in names:
+        with pytest.raises(ValueError, match=rf"--data.path .*{name}: a .* file holds records.* files named \*.txt"):
+            find_files([str(tmp_path / "text.txt"), str(tmp_path / name)])
+    with pytest.raises(ValueError, match=r"a.jsonl: a .jsonl file holds records"):
+        find_files(str(tmp_path / "*"))
+    files, _ = find_files(str(tmp_path / "*"), ["*.jsonl", "*.CSV", "*.parquet"])
+    assert [file.name for file in files] == ["d.json", "text.txt"]  # as a part of source code
+    assert [file.name for file in find_files(str(tmp_path))[0]] == ["text.txt"]
+
+
 @pytest.mark.parametrize(
     ("data", "offset"),
     [

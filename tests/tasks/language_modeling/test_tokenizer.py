@@ -5,7 +5,7 @@ import random
 
 import pytest
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from bigmodel.tasks.language_modeling.tokenizer import StreamDecoder, SubwordTokenizer, Tokenizer, UnknownCharacter
 from bigmodel.tasks.language_modeling.tokenizer_config import BPE, Bytes, Characters, Pretrained
@@ -69,6 +69,29 @@ def test_stream_equals_decode_for_tokens_that_are_no_utf8():
 def test_stream_shows_each_character_with_its_last_byte():
     stream = StreamDecoder(Bytes().build([]))
     assert [stream.push(byte) for byte in "aé\U0001f600".encode()] == ["a", "", "é", "", "", "", "\U0001f600"]
+
+
+@pytest.mark.parametrize("decoder", ["metaspace", "llama"])
+def test_streams_of_sentencepiece_tokenizers_have_all_spaces(decoder):
+    """The space before a word is left out only at the start of a text, not after a prompt."""
+    backend = Backend(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    strip = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.decoder = decoders.Metaspace() if decoder == "metaspace" else strip
+    special = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = ["the quick brown fox jumps over the lazy dog"] * 20
+    backend.train_from_iterator(words, trainers.BpeTrainer(vocab_size=330, special_tokens=special, show_progress=False))
+    tokenizer = SubwordTokenizer(backend, eos_token_id=1)
+    text = "the quick fox  jumps over the brown dog " * 4 + ("é\U0001f600 fox" if decoder == "llama" else "")
+    ids = tokenizer.encode(text)
+    for start in range(len(ids)):
+        before = tokenizer.decode(ids[:start])
+        stream = StreamDecoder(tokenizer, ids[:start])
+        new = "".join([stream.push(i) for i in ids[start:]]) + stream.finish()
+        if not before.endswith("\ufffd"):
+            assert before + new == tokenizer.decode(ids)
 
 
 def test_bpe_has_the_asked_size_and_is_the_same_each_time():

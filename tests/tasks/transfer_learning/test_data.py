@@ -280,7 +280,7 @@ def test_invalid_settings_and_data_raise(data, reviews, table, tmp_path):
 
     refused("--data.max_length 600 .* at most 512", max_length=600)
     refused("--data.max_length 2 is too small", max_length=2)
-    refused("--data.shots 20: 2 of 3 classes .* 'b' has 14, 'c' has 10; at most 10", shots=20)
+    refused("--data.shots 20: 2 of 3 classes .* 'b' has 14, 'c' has 10; set at most 10", shots=20)
     refused("--data.balance often: accepted are none, weights, samples", balance="often")
     refused("--data.fold 2 requires --data.folds", fold=2)
     refused("--data.min_confidence 1.5", min_confidence=1.5)

@@ -204,3 +204,23 @@ def test_pairs_and_pseudo_labels_of_pairs(runs, capsys):
     said = capsys.readouterr().err
     assert "pseudo-labels: 4 of 4 predictions are added to the training texts" in said
     assert "texts: train 20, val 12, test 24; 2 classes" in said
+
+
+def test_other_texts_are_evaluated_as_in_the_run(runs, capsys):
+    """Whole numbers, which a fit would read as classes: in the unit of the run. Then another split of its texts."""
+    run = runs["number-full"]
+    other = Path("whole")
+    other.mkdir()
+    rows = [row | {"label": int(float(row["label"])) + i} for i, row in enumerate(read("number", "test"))]
+    for split, part in (("train", rows[:4]), ("test", rows)):
+        with open(other / f"{split}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, ["text", "label"])
+            writer.writeheader()
+            writer.writerows([row | {"text": f"{split} {row['text']}"} for row in part])
+    main(["test", str(run), "--data.path", "whole", "--data.split.val", "0"])
+    found = np.array(predicted(run, "whole/test.csv", "--data.batch_size", 8)["number"], np.float64)
+    true = np.array([row["label"] for row in rows])
+    assert results(run)["loss"] == pytest.approx(((found - true) ** 2).mean(), rel=1e-3)
+    with pytest.raises(SystemExit):
+        main(["test", str(run), "--data.path", "number/train.csv"])
+    assert "this run was trained on contents of the test split" in capsys.readouterr().err

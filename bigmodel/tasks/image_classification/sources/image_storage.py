@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from bigmodel.data.cache import digest
+from bigmodel.data.checksums import compare_checksums
 from bigmodel.tasks.image_classification.batch import ImageStore
 
 BYTES_FILE = "pictures.bin"  # of `PackedStore`
@@ -78,6 +79,7 @@ class PackedStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        compare_checksums(folder)
         self._ends = np.load(folder / "ends.npy", mmap_mode="r")
         self._bytes = np.memmap(folder / BYTES_FILE, np.uint8, "r")
         if len(self._bytes) != self._ends[-1]:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bigmodel.data.cache import building, digest, disk_errors, progress, write_text
+from bigmodel.data.checksums import write_checksums
 from bigmodel.data.tables.arrow import class_names, open_parquet
 from bigmodel.tasks.image_classification.batch import ImageStore
 from bigmodel.tasks.image_classification.sources.columns import ImageColumns, holds_bytes, parts_found
@@ -142,3 +143,4 @@ def _pack(paths: list[str], column: str, folder: Path) -> None:
         os.fsync(stream.fileno())
     np.save(folder / "ends.npy", np.array(ends, np.int64))
     write_text(folder / "files.json", json.dumps(files))
+    write_checksums(folder)
