@@ -4,7 +4,7 @@ A folder is written under a temporary name and renamed when all of it is on the 
 complete, however many processes prepare at once::
 
     <cache>/<task>/<key>/                           prepared
-    <cache>/<task>/.<key>.<host>.<process id>/      being written
+    <cache>/<task>/.<key>.<random>/      being written, and its lock, .<key>.<random>.lock
 
 This module imports neither torch nor Lightning.
 """
@@ -15,8 +15,9 @@ import errno
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
-import socket
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bigmodel.data.lock import Held, Lock
+
 LINE_SECONDS = 10.0  # between lines of progress without a terminal
+_ABANDONED = 86400.0  # seconds since the last change of a folder without a lock
 
 
 def cache_folder(task: str, cache_dir: str | None = None) -> Path:
@@ -72,11 +76,13 @@ def file_hashes(files: Sequence[str], cache: Path) -> list[str]:
     memory = cache / "scans" / f"{digest(stats)}.json"
     try:
         hashes: list[str] = loads(memory.read_text())
+        if not isinstance(hashes, list) or len(hashes) != len(files):
+            raise ValueError("damaged")
     except (OSError, ValueError):
         hashes = [_sha256(file) for file in files]
         with disk_errors(cache):
             memory.parent.mkdir(parents=True, exist_ok=True)
-            partial = memory.with_suffix(f".{os.getpid()}")
+            partial = memory.with_suffix(f".{secrets.token_hex(8)}")
             partial.write_text(dumps(hashes))
             partial.replace(memory)
     return hashes
@@ -99,18 +105,24 @@ def available_cores() -> int:
 def building(final: Path) -> Iterator[Path]:
     """Create a temporary folder to fill; rename it to `final` if the block succeeds, and remove it otherwise.
 
-    Any number of processes may fill one each: the first to finish gets the name. Remains of killed processes of this
-    machine are removed.
+    Any number of processes may fill one each: the first to finish gets the name. Each holds a lock next to its folder;
+    folders whose lock is free are remains of killed processes, and are removed.
     """
-    _remove_remains(final)
-    folder = final.with_name(f".{final.name}.{socket.gethostname()}.{os.getpid()}")
+    folder = final.with_name(f".{final.name}.{secrets.token_hex(8)}")
+    lock: Lock | None = None
     try:
         with disk_errors(final.parent):
-            folder.mkdir(parents=True)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            _remove_remains(final)
+            lock = Lock(_lock_of(folder))
+            folder.mkdir()
         yield folder
         publish(folder, final)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            _lock_of(folder).unlink(missing_ok=True)
+            lock.release()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -148,22 +160,25 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
 def _remove_remains(final: Path) -> None:
-    """Remove folders of killed processes of this machine."""
-    for folder in final.parent.glob(f".{final.name}.{socket.gethostname()}.*"):
-        if not _alive(int(folder.suffix[1:])):
-            shutil.rmtree(folder, ignore_errors=True)  # another process may be removing it too
-
-
-def _alive(process: int) -> bool:
-    """True if another process with this id runs on this machine."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return process != os.getpid()
+    """Remove folders of killed processes."""
+    for folder in final.parent.glob(f".{final.name}.*"):
+        if not folder.is_dir() or not _lock_of(folder).exists():
+            earlier = re.fullmatch(r".*\.\d+", folder.name) and folder.is_dir()  # an earlier version wrote no lock
+            if earlier and time.time() - folder.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(folder, ignore_errors=True)
+            continue
+        try:
+            lock = Lock(_lock_of(folder))
+        except (Held, OSError):
+            continue
+        shutil.rmtree(folder, ignore_errors=True)  # another process may be removing it too
+        _lock_of(folder).unlink(missing_ok=True)
+        lock.release()
 
 
 @contextmanager

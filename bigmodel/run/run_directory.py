@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from bigmodel.checkpoint import checkpoint_step, clear_hidden, find_checkpoint, read
+from bigmodel.data.lock import Held, Lock
 from bigmodel.data.schedule import num_steps
 from bigmodel.run.paths import new_directory
 from bigmodel.run.record import new_session, read_record, replace_text, write_record
@@ -71,6 +72,7 @@ class RunDirectory(Callback):
         self.resumed = resumed is not None
         self.started = False  # data, sizes and weights are ready
         self._froze = False
+        self._lock: Lock | None = None
         self.record: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -80,7 +82,9 @@ class RunDirectory(Callback):
         if self.directory is not None:
             self._set_profile_folder(trainer, self.directory)
         if stage == "fit":
-            if self.directory is not None:  # needed for the checkpoint that is read next
+            if self.directory is not None:
+                self._acquire(trainer, self.directory)
+                # Needed for the checkpoint that is read next.
                 self._set_checkpoint_folder(trainer, self.directory)
                 resume = get_callback(trainer, Resume)
                 if resume is not None:
@@ -90,6 +94,34 @@ class RunDirectory(Callback):
         ):  # not in Lightning's own format
             content: dict[str, Any] = read(self.checkpoint, verify=False, whole=False).get("bigmodel", {})
             pl_module._sizes = content.get("sizes")  # type: ignore[assignment]
+
+    def _acquire(self, trainer: Trainer, directory: Path) -> None:
+        """Lock the directory of a run that is resumed, in the first process.
+
+        Raises:
+            ValueError: on all processes, if another one trains this run.
+        """
+        problem = None
+        if trainer.is_global_zero:
+            try:
+                self._lock = Lock(directory / ".lock")
+            except Held as error:
+                problem = (
+                    f"{directory} is being trained by {error.holder}: wait for its end, or stop it, before `--resume`"
+                )
+            except OSError as error:
+                problem = _unwritable(directory, error)
+        problem = trainer.strategy.broadcast(problem)
+        if problem is not None:
+            raise ValueError(problem)
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Only now: errors in configuration, data, sizes or weights have been raised before, and leave no directory.
@@ -124,18 +156,17 @@ class RunDirectory(Callback):
         try:
             if self.directory is None:
                 self.directory = created = self._new_directory()
+                self._lock = Lock(created / ".lock")
             self._write_config(self.directory)
             clear_hidden(self.directory / "checkpoints")
             self.record = self._begin_record(self.directory)
         except OSError as error:
             where = self.directory or self.config["runs_dir"]
+            self._release()
             if created is not None:
                 shutil.rmtree(created, ignore_errors=True)
                 self.directory = None
-            raise ValueError(
-                f"the run cannot be written to {where} ({error.strerror}): free space there, or set --runs_dir to another"
-                " folder"
-            ) from error
+            raise ValueError(_unwritable(where, error)) from error
         return self.directory
 
     def _new_directory(self) -> Path:
@@ -246,9 +277,25 @@ class RunDirectory(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._record_status(trainer, "finished")
+        if self.record and not self._saved(trainer):
+            print("no checkpoint was saved: this run can be neither resumed nor evaluated", flush=True)
+
+    @staticmethod
+    def _saved(trainer: Any) -> bool:
+        """True if there is a checkpoint of this run, or one is being written."""
+        savers = [each for each in trainer.callbacks if isinstance(each, Checkpoint | ModelCheckpoint)]
+        return any(each.best_model_path or any(Path(str(each.dirpath)).glob("*.ckpt")) for each in savers)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._unfreeze()
+        try:
+            self._conclude(trainer, exception)
+        finally:
+            self._unfreeze()
+            if not isinstance(exception, RollbackRequested):  # then `rollback` releases it
+                self._release()
+
+    def _conclude(self, trainer: Trainer, exception: BaseException) -> None:
+        """Record how the run was stopped, and print how to resume it."""
         stopped = exception if isinstance(exception, Preempted) else None
         rollback = isinstance(exception, RollbackRequested)
         if rollback or stopped:
@@ -262,10 +309,10 @@ class RunDirectory(Callback):
             return
         where = "that step" if stopped and stopped.saved else "the last checkpoint"
         how = f"stopped by {stopped.signal.name}" if stopped else "stopped"
-        print(
-            f"{how} at step {trainer.global_step:,}; `bigmodel fit --resume {self.directory}` resumes from {where}",
-            flush=True,
-        )
+        what = f"`bigmodel fit --resume {self.directory}` resumes from {where}"
+        if not self._saved(trainer):
+            what = "no checkpoint was saved: this run cannot be resumed"
+        print(f"{how} at step {trainer.global_step:,}; {what}", flush=True)
 
     def rollback(self, cause: RollbackRequested) -> Path:
         """Return the checkpoint to continue from after a rollback; record it for this and later sessions.
@@ -273,6 +320,12 @@ class RunDirectory(Callback):
         Raises:
             FloatingPointError: if there is none.
         """
+        try:
+            return self._roll_back(cause)
+        finally:
+            self._release()
+
+    def _roll_back(self, cause: RollbackRequested) -> Path:
         if self.directory is None or not any(self.directory.glob("checkpoints/*.ckpt")):
             if self.record:
                 self._update_record(status="failed")
@@ -304,6 +357,10 @@ class RunDirectory(Callback):
         self._update_record(**changes)
 
 
+def _unwritable(where: Any, error: OSError) -> str:
+    return f"the run cannot be written to {where} ({error.strerror}): free space there, or set --runs_dir to another folder"
+
+
 class QuietRunDirectory(RunDirectory):
     """Run directory of a short run: it prints nothing, logs only to metrics.csv, and does not say how to resume."""
 
@@ -314,4 +371,5 @@ class QuietRunDirectory(RunDirectory):
         """Do nothing: the caller reports."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Do nothing: there is no run to resume."""
+        """Print nothing: there is no run to resume."""
+        self._release()

@@ -7,14 +7,19 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback
+from outsider import TabularRegression
+from torch import nn
 
 from bigmodel.cli import main
 from bigmodel.training.callbacks import Resume
 from bigmodel.training.callbacks.preemption import Preemption
+from bigmodel.training.optimizers import OptimizerFactory
 
 
 class SendSignal(Callback):
@@ -86,6 +91,34 @@ class Slow(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_rank == self.rank:
             time.sleep(self.seconds)
+
+
+class StopAfter(Callback):
+    """Ends the run by `trainer.should_stop` in a micro-batch."""
+
+    def __init__(self, batches: int) -> None:
+        self.left = batches
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.left -= 1
+        trainer.should_stop |= self.left == 0
+
+
+class Manual(TabularRegression):
+    """Manual optimization with two steps in a batch, so that no save is due at the last step."""
+
+    def __init__(
+        self, net: Callable[[int], nn.Module], optimizer: OptimizerFactory = torch.optim.AdamW, schedule: Any = None
+    ) -> None:
+        super().__init__(net, optimizer, None)
+        self.automatic_optimization = False
+
+    def training_step(self, batch):
+        for _ in range(2):
+            self.optimizers().zero_grad()
+            loss = (self.net(batch.features) - batch.target).square().mean()
+            self.manual_backward(loss)
+            self.optimizers().step()
 
 
 def experiment(table, runs_dir, *flags):

@@ -1,6 +1,7 @@
 """A run stopped by a signal saves, reports it, and resumes bitwise as if uninterrupted, on one and two processes."""
 
 import csv
+import itertools
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ import pytest
 import stopping
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
 from stopping import experiment, returning, send_signal
 
 from bigmodel.cli import main
@@ -264,3 +266,40 @@ def test_a_launcher_outside_sees_status_and_message(table, tmp_path):
     assert "resumes from that step" in rest
     assert "Traceback" not in rest
     assert record(only_run(tmp_path / "runs"))["status"] == "preempted"
+
+
+# Ends that are not by a signal
+
+
+@pytest.mark.parametrize("end", ["max_time", "should_stop", "early", "manual"])
+def test_whatever_ends_a_run_its_last_step_is_saved_and_resumes_exactly(straight, table, tmp_path, monkeypatch, end):
+    monkeypatch.chdir(tmp_path)
+    straight, micro = straight
+    seconds = itertools.count()  # one passes in each micro-batch
+    monkeypatch.setattr(Timer, "time_elapsed", lambda self, stage=None: next(seconds))
+    own = ["--callbacks.end", "stopping.StopAfter"]
+    early = ["--callbacks.early", "lightning.pytorch.callbacks.EarlyStopping", "--callbacks.early.monitor", "val/mse"]
+    flags, undo = {
+        "max_time": (["--trainer.max_time", "00:00:00:10"], ["--trainer.max_time", "01:00:00:00"]),
+        "should_stop": ([*own, "--callbacks.end.batches", "10"], ["--callbacks.end.batches", "999"]),
+        "early": ([*early, "--callbacks.early.stopping_threshold", "100"], ["--callbacks.early.stopping_threshold", "0"]),
+        "manual": (["--model", "stopping.Manual", "--model.net", "outsider.MLP", "--trainer.gradient_clip_val", "null"], []),
+    }[end]  # fmt: skip
+    main(["fit", *experiment(table, "runs", *micro, *flags)])
+    run = only_run("runs")
+    assert record(run)["status"] == "finished"
+    step = record(run)["step"]
+    assert find_checkpoint(run, "last").name == f"last-{step}.ckpt"
+    if end == "manual":
+        return
+    assert 0 < step < 30
+    main(["fit", "--resume", str(run), *undo])
+    one, other = content(run), content(straight)
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_a_run_without_a_checkpoint_says_so(table, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    without = ["--callbacks.last", "null", "--callbacks.best", "null"]
+    main(["fit", *experiment(table, "runs", *without, "--trainer.max_steps", "2")])
+    assert "no checkpoint was saved" in capsys.readouterr().out

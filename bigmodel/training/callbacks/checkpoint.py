@@ -23,6 +23,8 @@ _STEPS_TO_AGREE = 10  # with several processes, the time limit is checked collec
 class Checkpoint(callbacks.Checkpoint):
     """Saves checkpoints that training resumes from exactly: if validation is due at a step, after the validation.
 
+    Without a `monitor`, the last step is always saved, whatever ends the run: its length, `max_time`, early stopping.
+
     Args:
         monitor: the metric that selects the best checkpoint, for example `val/loss`; None: keep the latest.
         mode: `min` if the smallest metric is the best, `max` if the largest is.
@@ -149,6 +151,8 @@ class Checkpoint(callbacks.Checkpoint):
             for name in sorted(set(self._on_disk) - kept):
                 self._remove(trainer, str(Path(str(self.dirpath)) / name))
         self._last_step, self._step = num_steps(trainer), trainer.global_step
+        if self._path(trainer) in self._latest:  # the checkpoint that is resumed from
+            self._saved_step = self._step
         self._saved_at = time.monotonic() - self._elapsed
 
     def on_train_batch_end(
@@ -170,6 +174,10 @@ class Checkpoint(callbacks.Checkpoint):
         if validation_due(trainer):
             self._deferred = True
         else:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.monitor is None:
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

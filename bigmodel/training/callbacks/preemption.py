@@ -47,6 +47,8 @@ class Preemption(callbacks.Checkpoint):
     Signals are handled from the first step to the last; before and after, no work would be lost, and the previous
     handlers stay in place.
 
+    Any other end in the middle of a step (`trainer.should_stop`, as set by `max_time`) is postponed to the step's end.
+
     It replaces Lightning's handling of SIGTERM and its requeueing under SLURM, which would save without regard to
     validation and at another path, and the broadcast on each micro-batch that belongs to them.
     """
@@ -63,6 +65,7 @@ class Preemption(callbacks.Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._signal, self._prints = 0, trainer.is_global_zero
+        self._stop_later = False
         self._last_step, self._step = num_steps(trainer), trainer.global_step
         self._next, self._agreed_step, self._agreed_at = self._step + 1, self._step, time.monotonic()
         if threading.current_thread() is threading.main_thread():  # only the main thread can set handlers
@@ -81,6 +84,12 @@ class Preemption(callbacks.Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
+        accumulation = trainer.accumulate_grad_batches
+        if accumulation > 1 and (batch_idx + 1) % accumulation and not trainer.is_last_batch:
+            self._stop_later |= trainer.should_stop
+            trainer.should_stop = False
+        elif self._stop_later:
+            self._stop_later, trainer.should_stop = False, True
         if step == self._step:  # accumulating
             return
         self._step = step

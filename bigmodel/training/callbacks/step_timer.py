@@ -54,6 +54,7 @@ class StepTimer(Callback):
         self._started = False  # the first step is over
         self._seconds: dict[str, float] | None = None  # at the end
         self._hooks: list[Any] = []
+        self._num_steps = 0
         self._undo: list[Callable[[], object]] = []
 
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
