@@ -40,7 +40,8 @@ _KEYS = """
                              bf16-mixed, 32-true, 16-mixed, ...; the choice of auto is saved in the run's config.yaml
   --callbacks.NAME.KEY VALUE step_timer, training_log, progress, ema, swa, compile, activation_checkpointing, anomalies,
                              watchdog, best, last, and your own; `--callbacks.NAME null` disables one
-  --wandb.KEY VALUE          mode (auto, online, offline, disabled), project, entity, tags, log_checkpoint
+  --wandb.KEY VALUE          mode (auto, online, offline, disabled), project, entity, name, group, notes, job_type, tags,
+                             log_checkpoint; without a flag, W&B's environment variables apply (WANDB_PROJECT, ...)
   --allow_changed_data true  resume although the data differ from those of the checkpoint
   --allow_changed_batch true resume with another --data.batch_size, from the first sample not yet used
   --print_config             print the resolved configuration and exit

@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import importlib.metadata
 import os
-import secrets
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +22,7 @@ from bigmodel.run.paths import new_directory
 from bigmodel.run.record import new_session, read_record, replace_text, write_record
 from bigmodel.run.step_overhead import freeze_objects, skip_empty_hooks
 from bigmodel.run.summary import print_summary
-from bigmodel.run.tracking import MetricsCSV, WandB, WandBRun
+from bigmodel.run.tracking import MetricsCSV, WandB, WandBRun, new_run_id
 from bigmodel.training.callbacks import Checkpoint, Preempted, Resume, RollbackRequested, StepTimer
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 from bigmodel.training.precision import ChoosePrecision
@@ -71,6 +70,7 @@ class RunDirectory(Callback):
         self.resumed = resumed is not None
         self.started = False  # data, sizes and weights are ready
         self._froze = False
+        self._tracking = ("disabled", "")
         self.record: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -104,6 +104,7 @@ class RunDirectory(Callback):
         if chosen is not None and chosen.choice is not None:
             self.config["trainer"]["precision"] = chosen.choice.precision
         if trainer.is_global_zero:
+            self._tracking = self._resolve_tracking()
             self.directory = self._open()
             if file := os.environ.get("BIGMODEL_RUN_FILE"):
                 Path(file).write_text(f"{self.directory.resolve()}\n")
@@ -147,8 +148,21 @@ class RunDirectory(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = True
+        if trainer.state.fn in ("validate", "test") and trainer.is_global_zero and self.directory is not None:
+            self._track_evaluation(trainer, self.directory)
 
     on_test_start = on_predict_start = on_validation_start
+
+    def _track_evaluation(self, trainer: Trainer, directory: Path) -> None:
+        """Log the evaluation's metrics and images to the W&B run of the fit, if it has one."""
+        record = read_record(directory)
+        if "wandb_id" in record and (directory / "wandb").is_dir():
+            self._tracking = self._resolve_tracking()
+            self._start_wandb(trainer, directory, record, None, step=self.restart_step)
+
+    def _resolve_tracking(self) -> tuple[str, str]:
+        """Return the mode of W&B, and the reason for `offline`."""
+        return WandB(**self.config["wandb"]).resolve_mode()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._froze = freeze_objects() or self._froze
@@ -190,7 +204,7 @@ class RunDirectory(Callback):
         record = read_record(directory)
         now = datetime.now(UTC).isoformat()
         record.setdefault("created", now)
-        record.setdefault("wandb_id", secrets.token_hex(4))
+        record.setdefault("wandb_id", new_run_id())
         record.setdefault("sessions", []).append(new_session(now, self.restart_step))
         record["status"] = "running"
         write_record(directory, record)
@@ -204,14 +218,32 @@ class RunDirectory(Callback):
     def _start_loggers(self, trainer: Trainer, directory: Path) -> None:
         keep_until = self.restart_step if self.resumed else None
         trainer.loggers = [*trainer.loggers, MetricsCSV(directory / "metrics.csv", trainer, keep_until)]
-        options = WandB(**self.config["wandb"])
-        mode = options.resolved_mode()
         print(f"run        {directory}{f' (resumed at step {self.restart_step:,})' if self.resumed else ''}")
-        if mode != "disabled":
-            wandb = WandBRun(options, directory, self.record["wandb_id"], self.config, trainer)
-            _ = wandb.experiment  # started now, not at the first log: errors are raised before the first step
-            trainer.loggers = [*trainer.loggers, wandb]
-            print(f"tracking   metrics.csv, and W&B {mode}" + (" (no login)" if mode == "offline" else ""))
+        if (tracked := self._start_wandb(trainer, directory, self.record, self.config)) is not None:
+            self._update_record(wandb=tracked)
+
+    def _start_wandb(
+        self,
+        trainer: Trainer,
+        directory: Path,
+        record: dict[str, Any],
+        config: dict[str, Any] | None,
+        step: int | None = None,
+    ) -> dict[str, Any] | None:
+        """Start or continue the W&B run of this run directory, unless tracking is disabled; return its id and project."""
+        mode, reason = self._tracking
+        if mode == "disabled":
+            return None
+        options = WandB(**self.config["wandb"])
+        earlier = record.get("wandb", {})  # a run stays in its project, also if the environment has changed
+        options.project = options.project or earlier.get("project")
+        options.entity = options.entity or earlier.get("entity")
+        wandb = WandBRun(options, mode, directory, record["wandb_id"], config, trainer, step)
+        started = wandb.start()  # now, not at the first log: errors are raised before the first step
+        trainer.loggers = [*trainer.loggers, wandb]
+        where = "metrics.csv, and " if step is None else ""
+        print(f"tracking   {where}W&B {mode}" + (f" ({reason})" if reason else ""), flush=True)
+        return started
 
     def _print_summary(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print net, device and precision; record the chosen precision and its reason."""
@@ -306,6 +338,9 @@ class RunDirectory(Callback):
 
 class QuietRunDirectory(RunDirectory):
     """Run directory of a short run: it prints nothing, logs only to metrics.csv, and does not say how to resume."""
+
+    def _resolve_tracking(self) -> tuple[str, str]:
+        return "disabled", ""
 
     def _start_loggers(self, trainer: Trainer, directory: Path) -> None:
         trainer.loggers = [MetricsCSV(directory / "metrics.csv", trainer)]  # some callbacks require a logger
