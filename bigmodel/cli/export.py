@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigmodel.data.text import did_you_mean
 from bigmodel.run.config import parse_flags
 
 if TYPE_CHECKING:
@@ -35,10 +36,11 @@ def run_export(argv: list[str]) -> None:
     flags = dict(pairs)
     if len(positional) != 1 or files:
         raise ValueError("name one run, as in `bigmodel export RUN`; `bigmodel list` shows the runs")
-    unknown = flags.keys() - set(_FLAGS)
+    unknown = sorted(flags.keys() - set(_FLAGS))
     if unknown:
+        near = did_you_mean(unknown[0], _FLAGS)
         raise ValueError(
-            f"no flag --{sorted(unknown)[0]}; `bigmodel export` accepts {', '.join('--' + name for name in _FLAGS)}"
+            f"no flag --{unknown[0]}; `bigmodel export` accepts {', '.join('--' + name for name in _FLAGS)}{near}"
         )
 
     from bigmodel import run

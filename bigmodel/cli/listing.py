@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from bigmodel.cli import plugins
+from bigmodel.data.text import did_you_mean
 from bigmodel.run.config import parse_flags
 
 _HELP = """\
@@ -29,9 +30,11 @@ def run_list(argv: list[str]) -> None:
         print(_HELP, end="")
         return
     flags = dict(parse_flags(argv)[2])
-    unknown = flags.keys() - {"runs_dir", "experiments", "check"}
+    accepted = ("check", "runs_dir", "experiments")
+    unknown = sorted(flags.keys() - set(accepted))
     if unknown:
-        raise ValueError(f"no flag --{unknown.pop()}; `bigmodel list` accepts --check, --runs_dir and --experiments")
+        near = did_you_mean(unknown[0], accepted)
+        raise ValueError(f"no flag --{unknown[0]}; `bigmodel list` accepts --check, --runs_dir and --experiments{near}")
     importable = _list_tasks("check" in flags)
     _list_experiments(Path(flags.get("experiments", "experiments")))
     _list_runs(Path(flags.get("runs_dir", "runs")))

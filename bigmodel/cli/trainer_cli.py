@@ -13,6 +13,7 @@ Flags are merged before jsonargparse parses them: if a flag replaces a class, js
 from __future__ import annotations
 
 import gc
+import re
 import secrets
 import time
 from argparse import ArgumentError
@@ -36,9 +37,11 @@ from bigmodel.cli import ClearError, cross_validation, plugins
 from bigmodel.cli.class_defaults import fill_class_defaults
 from bigmodel.cli.class_help import print_class_help
 from bigmodel.cli.lightning_warnings import quiet_lightning
+from bigmodel.cli.monitors import CheckMonitors
 from bigmodel.cli.parse_errors import format_parse_error
 from bigmodel.cli.profiling import make_profiler
 from bigmodel.cli.run_verb import run_verb
+from bigmodel.cli.setting_checks import check_settings
 from bigmodel.cli.trainer_help import HELP
 from bigmodel.evaluation.predictions import PredictionWriter
 from bigmodel.parallel import ShardedStrategy, rendezvous
@@ -50,6 +53,8 @@ from bigmodel.training.precision import ChoosePrecision, Undecided, check_precis
 
 # Lightning enables fsspec in jsonargparse, which fetches values such as hf://owner/name to check for a config file.
 set_parsing_settings(config_read_mode_fsspec_enabled=False)
+# Keys of a configuration, and flags that are none.
+_TOP_LEVEL = [*read_defaults(), "model", "data", "resume", "checkpoint", "output", "print_config"]
 
 
 class TrainerCLI(LightningCLI):
@@ -69,6 +74,7 @@ class TrainerCLI(LightningCLI):
         self, config: Config, extra_callbacks: list[Callback], *, saved: bool = False, instantiate: bool = True
     ) -> None:
         plugins.check_classes(config)
+        check_settings(config)
         fill_class_defaults(config)
         if instantiate and not saved:
             remember(config)
@@ -91,7 +97,7 @@ class TrainerCLI(LightningCLI):
                     parser_kwargs={"exit_on_error": False},
                 )
         except (ArgumentError, ValueError) as error:
-            raise ClearError(format_parse_error(str(error))) from error
+            raise ClearError(_name_callbacks(format_parse_error(str(error), _TOP_LEVEL), config)) from error
 
     def instantiate_classes(self) -> None:
         if self.creates:
@@ -117,7 +123,9 @@ class TrainerCLI(LightningCLI):
         return config
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        named = [callback for callback in (self.config_init.get("callbacks") or {}).values() if callback is not None]
+        callbacks: dict[str, Callback | None] = self.config_init.get("callbacks") or {}
+        by_name = {name: callback for name, callback in callbacks.items() if callback is not None}
+        named = list(by_name.values())
         # Gradients are scaled first, and callbacks that record a step run before those that save it.
         always: list[Callback] = [
             GradientScaling(),
@@ -125,6 +133,7 @@ class TrainerCLI(LightningCLI):
             Resume(int(self.config.seed_everything), self.config.allow_changed_data, self.config.allow_changed_batch),
             *self.extra_callbacks,
             DiskSpace(),
+            CheckMonitors(by_name),
         ]
         options = dict(self.config_init["trainer"])
         options["profiler"] = make_profiler(options.get("profiler"))
@@ -141,7 +150,7 @@ class TrainerCLI(LightningCLI):
         rendezvous.check_strategy(strategy)
         try:
             return Trainer(**options)
-        except (MisconfigurationException, ValueError, ImportError) as error:
+        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
             given = {
                 name: options.get(name) for name in ("accelerator", "devices", "num_nodes", "strategy", "precision")
             }
@@ -151,6 +160,19 @@ class TrainerCLI(LightningCLI):
                 if value is not None
             ]
             raise ValueError(f"the trainer cannot be created with {' '.join(flags)}: {error}") from error
+
+
+def _name_callbacks(message: str, config: Config) -> str:
+    """Insert the callback's name into a message about `--callbacks`, from which jsonargparse omits it."""
+    callbacks = config.get("callbacks")
+    option = re.match(r"--callbacks(?:: Option '(\w+)'|\.(\w+))", message)
+    if option is None or not isinstance(callbacks, dict):
+        return message
+    wanted = option[1] or option[2]
+    names = [
+        n for n, block in callbacks.items() if isinstance(block, dict) and wanted in (block.get("init_args") or {})
+    ]
+    return message.replace("--callbacks", f"--callbacks.{names[0]}") if len(names) == 1 else message
 
 
 def run_trainer(verb: str, argv: list[str]) -> None:
@@ -163,7 +185,7 @@ def run_trainer(verb: str, argv: list[str]) -> None:
     own_keys = ["resume", "checkpoint", "print_config", "help", *(["output"] if verb == "predict" else [])]
     own = {key: value for key, value in flags if key in own_keys}
     flags = [(key, value) for key, value in flags if key not in own]
-    if "help" in own or "-h" in argv:
+    if "help" in own:
         print(HELP[verb], end="")
         return
     _check_arguments(verb, positional, own)

@@ -294,10 +294,11 @@ class RunDirectory(Callback):
             return
         where = "that step" if stopped and stopped.saved else "the last checkpoint"
         how = f"stopped by {stopped.signal.name}" if stopped else "stopped"
-        print(
-            f"{how} at step {trainer.global_step:,}; `bigmodel fit --resume {self.directory}` resumes from {where}",
-            flush=True,
-        )
+        assert self.directory is not None
+        resume = "there is no checkpoint to resume from"
+        if any(self.directory.glob("checkpoints/*.ckpt")):
+            resume = f"`bigmodel fit --resume {self.directory}` resumes from {where}"
+        print(f"{how} at step {trainer.global_step:,}; {resume}", flush=True)
 
     def rollback(self, cause: RollbackRequested) -> Path:
         """Return the checkpoint to continue from after a rollback; record it for this and later sessions.
