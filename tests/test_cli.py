@@ -40,6 +40,8 @@ def test_a_run_leaves_what_is_needed_to_read_it_repeat_it_and_load_it(bm):
     assert run.parent.name == "outsider"
     assert f"run        {run}" in out
     assert "val/mse" in out
+    best = json.loads((run / "run.json").read_text())["best"]
+    assert out.endswith(f"best       val/mse {best['value']:.5g} at step 10\nnext       bigmodel predict {run}\n")
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["model"]["init_args"]["net"]["init_args"] == {"width": 16, "dropout": 0.0}
     record = json.loads((run / "run.json").read_text())
@@ -290,7 +292,11 @@ def test_list_help_and_version_answer_without_lightning(bm):
     ]:
         out = subprocess.check_output([sys.executable, "-c", code, *arguments], text=True)
         assert expected in out
+    bm("fit", "--trainer.max_epochs", 1, "--model.optimizer.lr", 0.5)
     listing = bm("list")
+    assert [line.rpartition("  ")[2] for line in listing.splitlines() if "finished" in line] == [
+        "model.optimizer.lr=0.01", "model.optimizer.lr=0.5"
+    ]  # fmt: skip
     assert "bigmodel.tasks.language_modeling.LanguageModeling" in listing
     assert "val/mse" in listing
     assert "finished" in listing

@@ -57,9 +57,7 @@ def run_export(argv: list[str]) -> None:
 
 
 def _write_safetensors(checkpoint: Path, output: Path) -> None:
-    from safetensors.torch import save_file
-
-    from bigmodel.checkpoint import read
+    from bigmodel.checkpoint import read, save_tensors
     from bigmodel.cli.formatting import format_bytes
     from bigmodel.protocols import SupportsExport
     from bigmodel.run import find_average, load
@@ -80,7 +78,7 @@ def _write_safetensors(checkpoint: Path, output: Path) -> None:
     }
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, partial, {"format": "pt"} | {key: json.dumps(value) for key, value in metadata.items()})
+        save_tensors(tensors, partial, {"format": "pt"} | {key: json.dumps(value) for key, value in metadata.items()})
         os.replace(partial, output)
     finally:
         partial.unlink(missing_ok=True)

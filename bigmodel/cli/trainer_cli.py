@@ -46,6 +46,7 @@ from bigmodel.cli.trainer_help import HELP
 from bigmodel.evaluation.predictions import PredictionWriter
 from bigmodel.parallel import ShardedStrategy, rendezvous
 from bigmodel.run.config import Config, experiment_name, layered, parse_flags, read_defaults, read_yaml
+from bigmodel.run.secrets import MASK, check_masked, mask_secrets
 from bigmodel.run.tracking import WandB
 from bigmodel.run.trust import check_imports, remember, restricted_imports
 from bigmodel.training.callbacks import DiskSpace, GradientScaling, Preemption, Resume
@@ -73,7 +74,7 @@ class TrainerCLI(LightningCLI):
     def __init__(
         self, config: Config, extra_callbacks: list[Callback], *, saved: bool = False, instantiate: bool = True
     ) -> None:
-        plugins.check_classes(config)
+        plugins.check_classes(config, [Path.cwd()])
         check_settings(config)
         fill_class_defaults(config)
         if instantiate and not saved:
@@ -188,6 +189,8 @@ def run_trainer(verb: str, argv: list[str]) -> None:
     if "help" in own:
         print(HELP[verb], end="")
         return
+    if verb == "predict" and len(positional) == 2 and "data.path" not in dict(flags):
+        flags.append(("data.path", positional.pop()))
     _check_arguments(verb, positional, own)
     runs_dir = dict(flags).get("runs_dir", "runs")
     source = own.get("resume") if verb == "fit" else next(iter(positional), None)
@@ -219,7 +222,11 @@ def run_trainer(verb: str, argv: list[str]) -> None:
         if verb == "predict" and directory is not None and checkpoint is not None:
             extra.append(PredictionWriter(Path(own.get("output") or _new_predictions(directory, checkpoint))))
         cli = TrainerCLI(merged, extra, saved=directory is not None, instantiate="print_config" not in own)
-        record.config = cli.resolved()
+        record.config, secret = mask_secrets(cli.resolved())
+        if secret and verb == "fit":
+            rank_zero_only(print)(
+                f"secret     --{', --'.join(secret)}: written as {MASK} to the run directory and to W&B"
+            )
         if "print_config" in own:
             print(yaml.safe_dump(record.config, sort_keys=False), end="")
             return
@@ -260,6 +267,8 @@ def merge_config(files: list[str], flags: list[tuple[str, Any]], directory: Path
     trainer = merged.get("trainer") or {}
     if isinstance(strategy := trainer.get("strategy"), str) and "." in strategy:  # not one of Lightning's names
         trainer["strategy"] = {"class_path": strategy}
+    check_masked(merged)
+    plugins.check_classes(merged, [*(path.parent for path, _ in experiments), Path.cwd()])
     plugins.resolve_aliases(merged)
     return merged
 

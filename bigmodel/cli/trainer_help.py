@@ -24,10 +24,11 @@ bigmodel test RUN [--checkpoint best|last|FILE] [--KEY VALUE ...]
 Evaluates a run's checkpoint on its test split, and writes the metrics to test.json in the run directory.
 """
 _PREDICT = """\
-bigmodel predict RUN [--checkpoint best|last|FILE] [--output FILE] [--data.path PATH] [--KEY VALUE ...]
+bigmodel predict RUN [FILE] [--checkpoint best|last|FILE] [--output FILE] [--KEY VALUE ...]
 
-Predicts with a run's checkpoint on the samples of predict_dataloader, for example those in --data.path, and writes a Parquet
-table: to --output, or to a new file in RUN/predictions/.
+Predicts with a run's checkpoint on the samples of predict_dataloader, for example those in FILE (short for --data.path
+FILE), and writes a table: to --output, or to a new Parquet file in RUN/predictions/. The suffix of --output selects the
+format: .csv (a list in a cell is JSON), .jsonl, or Parquet for any other.
 """
 _KEYS = """
   --experiment NAME          name of the run directory, runs/NAME/<time>-<id> (default: from the YAML file's name)

@@ -15,6 +15,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from bigmodel.checkpoint import checkpoint_step, clear_hidden, find_checkpoint, read
 from bigmodel.data.schedule import num_steps
@@ -279,6 +280,25 @@ class RunDirectory(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._record_status(trainer, "finished")
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.record.get("status") == "finished":
+            self._print_result(trainer, pl_module)
+
+    def _print_result(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the best metric, and the command that continues from here."""
+        if best := self.record.get("best"):
+            step = checkpoint_step(Path(best["checkpoint"]))
+            print(f"best       {best['metric']} {best['value']:.5g} at step {step:,}")
+        data = getattr(trainer, "datamodule", None) or pl_module
+        steps = {"test": "test_step", "predict": "predict_step", "validate": "validation_step"}
+        able = (
+            verb
+            for verb, step in steps.items()
+            if is_overridden(step, pl_module)
+            and is_overridden(f"{'val' if verb == 'validate' else verb}_dataloader", data)
+        )
+        print(f"next       bigmodel {next(able, 'export')} {self.directory}", flush=True)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._unfreeze()
         stopped = exception if isinstance(exception, Preempted) else None
@@ -348,6 +368,8 @@ class QuietRunDirectory(RunDirectory):
 
     def _print_summary(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do nothing: the caller reports."""
+
+    _print_result = _print_summary
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Do nothing: there is no run to resume."""

@@ -7,12 +7,15 @@ import csv
 import netrc
 import os
 import secrets
+import sys
 import time
 import urllib.error
 import urllib.request
+from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 from urllib.parse import urlsplit
 
 from lightning.pytorch import Trainer
@@ -20,6 +23,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from bigmodel.internals import drop_init_argument
+from bigmodel.run.secrets import mask_command, mask_secrets
 from bigmodel.training.callbacks import TrainingLog
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 
@@ -243,13 +247,14 @@ class WandBRun(WandbLogger):
         import wandb
 
         try:
-            run = self.experiment
+            with mock.patch.object(sys, "argv", mask_command(sys.argv)):  # W&B uploads the command
+                run = self.experiment
         except wandb.Error as error:
             raise ValueError(
                 f"W&B cannot start the run ({' '.join(str(error).split())}): set --wandb.mode offline, or correct the login,"
                 " --wandb.project and --wandb.entity"
             ) from error
-        return {"id": run.id, "project": run.project or self._project, "entity": run.entity or None}
+        return {"id": run.id, "project": run.project, "entity": run.entity or None}
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
@@ -257,6 +262,10 @@ class WandBRun(WandbLogger):
             super().log_metrics(_with_seen(metrics, self.trainer), step=self.trainer.global_step)
         else:
             super().log_metrics(metrics, step=self.step)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        super().log_hyperparams(mask_secrets(vars(params) if isinstance(params, Namespace) else dict(params))[0])
 
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
         if checkpoint_callback.monitor is not None:
