@@ -106,4 +106,5 @@ def bm(request, tmp_path, monkeypatch, table, capsys):
         assert stopped.value.code == 2
         return capsys.readouterr().err
 
+    run.flags = flags
     return run

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from bigmodel.checkpoint.files import AtomicCheckpointIO, content_hash, find_damage, read, size_on_disk
     from bigmodel.checkpoint.selection import checkpoint_step, find_checkpoint
     from bigmodel.checkpoint.sharded import LazyShardedTensor, distribute_like, gather_full
+    from bigmodel.checkpoint.shards import save_tensors
     from bigmodel.checkpoint.weights import load_weights
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "gather_full",
     "load_weights",
     "read",
+    "save_tensors",
     "size_on_disk",
 ]
 
@@ -36,6 +38,7 @@ __getattr__ = lazy_attributes(
         "bigmodel.checkpoint.files": "AtomicCheckpointIO content_hash find_damage read size_on_disk",
         "bigmodel.checkpoint.selection": "checkpoint_step find_checkpoint",
         "bigmodel.checkpoint.sharded": "LazyShardedTensor distribute_like gather_full",
+        "bigmodel.checkpoint.shards": "save_tensors",
         "bigmodel.checkpoint.weights": "load_weights",
     },
 )

@@ -36,7 +36,19 @@ from bigmodel.checkpoint.manifest import STATE, file_facts, listing, shard_name,
 from bigmodel.checkpoint.parts import Keys, own_parts
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.distributed.tensor import DTensor
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the permissions of the person's umask; safetensors itself makes it private."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
+
 
 _TIMEOUT = 600.0  # seconds without a write by any process before the first raises TimeoutError
 
@@ -95,10 +107,8 @@ class FolderWriter:
         return self._partial / f"shard-{rank}.json"
 
     def _write_shard(self) -> None:
-        from safetensors.torch import save_file
-
         path = self._partial / shard_name(self.rank, self.num_processes)
-        save_file(self._parts, path)
+        save_tensors(self._parts, path)
         self._parts = {}
         record = {"file": file_facts(path), "tensors": self._records}
         write_text(self._record_of(self.rank), json.dumps(record))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from bigmodel import __version__
+from bigmodel.data.text import did_you_mean, printable
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -44,7 +45,7 @@ _VERBS = {
 def main(argv: list[str] | None = None) -> None:
     """Run the command; `argv` are the arguments after `bigmodel`, by default this process's arguments."""
     argv = sys.argv[1:] if argv is None else argv
-    verb, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    verb, rest = (argv[0], ["--help" if word == "-h" else word for word in argv[1:]]) if argv else ("--help", [])
     if verb in ("-h", "--help", "help"):
         print(_HELP.format(commands=_list_commands()), end="")
     elif verb in ("-V", "--version"):
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         _with_clear_errors(_run_trusting, command.load(), rest)
     else:
         verbs = [*_VERBS, *(command.name for command in _installed_commands())]
-        _fail(f"there is no verb {verb!r}; choose one of {', '.join(sorted(verbs))}")
+        _fail(f"there is no verb {verb!r}; choose one of {', '.join(sorted(verbs))}{did_you_mean(verb, verbs)}")
 
 
 def _run_trusting(function: Callable[..., object], *args: Any) -> None:
@@ -110,6 +111,7 @@ def _with_clear_errors(function: Callable[..., object], *args: Any) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
+        print("bigmodel: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)  # a fit has printed how to resume (`bigmodel.run.RunDirectory`)
     except (ValueError, OSError, FloatingPointError) as error:
         trace = error.__traceback__
@@ -122,5 +124,5 @@ def _with_clear_errors(function: Callable[..., object], *args: Any) -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"bigmodel: error: {message}", file=sys.stderr)
+    print(f"bigmodel: error: {printable(message)}", file=sys.stderr)
     sys.exit(2)

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigmodel.data.text import did_you_mean
 from bigmodel.run.config import parse_flags
 
 if TYPE_CHECKING:
@@ -35,10 +36,11 @@ def run_export(argv: list[str]) -> None:
     flags = dict(pairs)
     if len(positional) != 1 or files:
         raise ValueError("name one run, as in `bigmodel export RUN`; `bigmodel list` shows the runs")
-    unknown = flags.keys() - set(_FLAGS)
+    unknown = sorted(flags.keys() - set(_FLAGS))
     if unknown:
+        near = did_you_mean(unknown[0], _FLAGS)
         raise ValueError(
-            f"no flag --{sorted(unknown)[0]}; `bigmodel export` accepts {', '.join('--' + name for name in _FLAGS)}"
+            f"no flag --{unknown[0]}; `bigmodel export` accepts {', '.join('--' + name for name in _FLAGS)}{near}"
         )
 
     from bigmodel import run
@@ -55,9 +57,7 @@ def run_export(argv: list[str]) -> None:
 
 
 def _write_safetensors(checkpoint: Path, output: Path) -> None:
-    from safetensors.torch import save_file
-
-    from bigmodel.checkpoint import read
+    from bigmodel.checkpoint import read, save_tensors
     from bigmodel.cli.formatting import format_bytes
     from bigmodel.protocols import SupportsExport
     from bigmodel.run import find_average, load
@@ -78,7 +78,7 @@ def _write_safetensors(checkpoint: Path, output: Path) -> None:
     }
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, partial, {"format": "pt"} | {key: json.dumps(value) for key, value in metadata.items()})
+        save_tensors(tensors, partial, {"format": "pt"} | {key: json.dumps(value) for key, value in metadata.items()})
         os.replace(partial, output)
     finally:
         partial.unlink(missing_ok=True)

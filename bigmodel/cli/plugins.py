@@ -11,11 +11,14 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+from bigmodel.data.text import did_you_mean
 from bigmodel.run.config import read_yaml
 
 GROUP = "bigmodel.tasks"
@@ -146,20 +149,42 @@ def find_class(path: str) -> Any:
         return None
 
 
-def check_classes(settings: Any, key: str = "") -> None:
-    """Check that the packages of all configured classes are installed, without importing them.
+def check_classes(settings: Any, folders: Sequence[Path], key: str = "") -> None:
+    """Check that the modules of all configured classes can be found, without importing them.
+
+    A module that is not installed is searched in the folders, and the one that has it is appended to `sys.path`.
+
+    Args:
+        settings: merged settings, as plain values.
+        folders: those of the YAML files, and the current one.
+        key: where the settings stand.
 
     Raises:
-        ValueError: if one is not; the message names a package with such a task, if known.
+        ValueError: if one is not found; the message names where it was searched, and a package with such a task, if known.
     """
     if not isinstance(settings, dict):
         return
     path = settings.get("class_path")
-    if isinstance(path, str) and "." in path and not _is_installed(path):
-        raise ValueError(f"--{key} {path}: no package {path.split('.')[0]!r} is installed. {_suggest_package(path)}")
+    if isinstance(path, str) and "." in path and not _is_installed(path) and not _add_folder(path, folders):
+        raise ValueError(
+            f"--{key} {path}: there is no module {path.split('.')[0]!r}. {_suggest_package(path, folders)}"
+        )
     for name, value in settings.items():
         inner = key if name == "init_args" else f"{key}.{name}".lstrip(".")
-        check_classes(value, inner)
+        if isinstance(value, str) and (key == "callbacks" or inner in ("model", "data")):
+            value = {"class_path": value}  # short for a class without arguments
+        check_classes(value, folders, inner)
+
+
+def _add_folder(class_path: str, folders: Sequence[Path]) -> bool:
+    """Append to `sys.path` the first folder that has the module of a class; False if there is none."""
+    name = class_path.split(".")[0]
+    for folder in folders:
+        if (folder / f"{name}.py").is_file() or (folder / name / "__init__.py").is_file():
+            sys.path.append(str(folder.resolve()))
+            importlib.invalidate_caches()
+            return True
+    return False
 
 
 def resolve_aliases(config: Any) -> None:
@@ -194,15 +219,22 @@ def _is_installed(class_path: str) -> bool:
     return any(path.is_dir() or path.with_suffix(".py").is_file() for path in paths)
 
 
-def _suggest_package(class_path: str) -> str:
+def _suggest_package(class_path: str, folders: Sequence[Path]) -> str:
     package, *_, name = class_path.split(".")
     candidates = [task for task in installed_tasks() if task.name == package or task.path.split(".")[-1] == name]
     if candidates:
         return f"{candidates[0].package} has {candidates[0].path}: to use it, set --model.class_path"
-    installed = ", ".join(dict.fromkeys(task.name for task in installed_tasks()))
-    return f"Install it (`{_install(package)}`); installed tasks: {installed}"
+    if (Path(package) / "pyproject.toml").is_file():
+        return f"Install the project in the folder {package}: `{_install(package)}`"
+    names = [task.name for task in installed_tasks()]
+    where = " and ".join(dict.fromkeys(str(folder.resolve()) for folder in folders))
+    near = did_you_mean(package, [*names, *(task.top for task in installed_tasks()), "bigmodel", "torch", "lightning"])
+    return (
+        f"Searched were the installed packages and {where}: put {package}.py there, or install its package{near or '.'}"
+        f" Installed tasks: {', '.join(dict.fromkeys(names))}"
+    )
 
 
-def _install(package: str) -> str:
-    """Return the command that installs a package: from a folder, if there is one of that name."""
-    return f"pip install {'-e ' if (Path(package) / 'pyproject.toml').is_file() else ''}{package}"
+def _install(folder: str) -> str:
+    """Return the command that installs the project in a folder; never one for a name, which anybody may have registered."""
+    return f"pip install -e ./{folder}"

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from bigmodel import run
 from bigmodel.checkpoint import read
 from bigmodel.cli import ClearError
+from bigmodel.data.text import did_you_mean
 from bigmodel.evaluation.predictions import check_prediction
 from bigmodel.parallel import rendezvous
 from bigmodel.training.callbacks import Preempted, RollbackRequested
@@ -110,8 +111,30 @@ def _clear_errors(record: run.RunDirectory, data: Any, checkpoint: Path | None) 
             f" {', '.join(sizes)}). Choose another --model.net, --model or --data"
         ) from error
     except RuntimeError as error:
+        if (message := _clear_runtime_error(str(error), record)) is not None:
+            raise ClearError(message) from error
         if "loading state_dict" not in str(error):
             raise
         raise ValueError(
             f"{checkpoint} is of another architecture or vocabulary than this configuration describes:\n{error}"
         ) from error
+
+
+def _clear_runtime_error(text: str, record: run.RunDirectory) -> str | None:
+    """Return the message for an error of Lightning or torch that a setting causes; None for any other."""
+    if stopping := re.match(
+        r"Early stopping conditioned on metric `(.*?)` which is not available.*following: (.*)", text
+    ):
+        names = re.findall(r"`(.*?)`", stopping[2])
+        return (
+            f"--callbacks.NAME.monitor {stopping[1]} of EarlyStopping: this metric has not been logged; logged are"
+            f" {', '.join(names) or 'none'}{did_you_mean(stopping[1], names)}"
+        )
+    precision = str(record.config["trainer"].get("precision"))
+    if precision in ("bf16-true", "16-true") and re.search(r"should be the same|same dtype", text):
+        mixed = precision.replace("true", "mixed")
+        return (
+            f"--trainer.precision {precision}: the weights are in this precision, but an input of the net is not"
+            f" ({text.splitlines()[0]}); set --trainer.precision {mixed}"
+        )
+    return None

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import secrets
 import time
 from argparse import ArgumentError
@@ -37,13 +38,16 @@ from bigmodel.cli import ClearError, cross_validation, plugins
 from bigmodel.cli.class_defaults import fill_class_defaults
 from bigmodel.cli.class_help import print_class_help
 from bigmodel.cli.lightning_warnings import quiet_lightning
+from bigmodel.cli.monitors import CheckMonitors
 from bigmodel.cli.parse_errors import format_parse_error
 from bigmodel.cli.profiling import make_profiler
 from bigmodel.cli.run_verb import run_verb
+from bigmodel.cli.setting_checks import check_settings
 from bigmodel.cli.trainer_help import HELP
 from bigmodel.evaluation.predictions import PredictionWriter
 from bigmodel.parallel import ShardedStrategy, rendezvous
 from bigmodel.run.config import Config, experiment_name, layered, parse_flags, read_defaults, read_yaml
+from bigmodel.run.secrets import MASK, check_masked, mask_secrets
 from bigmodel.run.tracking import WandB
 from bigmodel.run.trust import check_imports, imported_paths, remember, restricted_imports, trust_packages_of
 from bigmodel.training.callbacks import DiskSpace, GradientScaling, Preemption, Resume
@@ -51,6 +55,8 @@ from bigmodel.training.precision import ChoosePrecision, Undecided, check_precis
 
 # Lightning enables fsspec in jsonargparse, which fetches values such as hf://owner/name to check for a config file.
 set_parsing_settings(config_read_mode_fsspec_enabled=False)
+# Keys of a configuration, and flags that are none.
+_TOP_LEVEL = [*read_defaults(), "model", "data", "resume", "checkpoint", "output", "print_config"]
 
 
 class TrainerCLI(LightningCLI):
@@ -69,7 +75,8 @@ class TrainerCLI(LightningCLI):
     def __init__(
         self, config: Config, extra_callbacks: list[Callback], *, saved: bool = False, instantiate: bool = True
     ) -> None:
-        plugins.check_classes(config)
+        plugins.check_classes(config, [Path.cwd()])
+        check_settings(config)
         fill_class_defaults(config)
         self.extra_callbacks, self.saved, self.creates = extra_callbacks, saved, instantiate
         # Lightning's type for a precision does not include `auto`.
@@ -90,7 +97,7 @@ class TrainerCLI(LightningCLI):
                     parser_kwargs={"exit_on_error": False},
                 )
         except (ArgumentError, ValueError) as error:
-            raise ClearError(format_parse_error(str(error))) from error
+            raise ClearError(_name_callbacks(format_parse_error(str(error), _TOP_LEVEL), config)) from error
 
     def instantiate_classes(self) -> None:
         if self.creates:
@@ -119,7 +126,9 @@ class TrainerCLI(LightningCLI):
         return config
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        named = [callback for callback in (self.config_init.get("callbacks") or {}).values() if callback is not None]
+        callbacks: dict[str, Callback | None] = self.config_init.get("callbacks") or {}
+        by_name = {name: callback for name, callback in callbacks.items() if callback is not None}
+        named = list(by_name.values())
         # Gradients are scaled first, and callbacks that record a step run before those that save it.
         always: list[Callback] = [
             GradientScaling(),
@@ -127,6 +136,7 @@ class TrainerCLI(LightningCLI):
             Resume(int(self.config.seed_everything), self.config.allow_changed_data, self.config.allow_changed_batch),
             *self.extra_callbacks,
             DiskSpace(),
+            CheckMonitors(by_name),
         ]
         options = dict(self.config_init["trainer"])
         options["profiler"] = make_profiler(options.get("profiler"))
@@ -143,7 +153,7 @@ class TrainerCLI(LightningCLI):
         rendezvous.check_strategy(strategy)
         try:
             return Trainer(**options)
-        except (MisconfigurationException, ValueError, ImportError) as error:
+        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
             given = {
                 name: options.get(name) for name in ("accelerator", "devices", "num_nodes", "strategy", "precision")
             }
@@ -153,6 +163,19 @@ class TrainerCLI(LightningCLI):
                 if value is not None
             ]
             raise ValueError(f"the trainer cannot be created with {' '.join(flags)}: {error}") from error
+
+
+def _name_callbacks(message: str, config: Config) -> str:
+    """Insert the callback's name into a message about `--callbacks`, from which jsonargparse omits it."""
+    callbacks = config.get("callbacks")
+    option = re.match(r"--callbacks(?:: Option '(\w+)'|\.(\w+))", message)
+    if option is None or not isinstance(callbacks, dict):
+        return message
+    wanted = option[1] or option[2]
+    names = [
+        n for n, block in callbacks.items() if isinstance(block, dict) and wanted in (block.get("init_args") or {})
+    ]
+    return message.replace("--callbacks", f"--callbacks.{names[0]}") if len(names) == 1 else message
 
 
 def run_trainer(verb: str, argv: list[str]) -> None:
@@ -165,9 +188,11 @@ def run_trainer(verb: str, argv: list[str]) -> None:
     own_keys = ["resume", "checkpoint", "print_config", "help", *(["output"] if verb == "predict" else [])]
     own = {key: value for key, value in flags if key in own_keys}
     flags = [(key, value) for key, value in flags if key not in own]
-    if "help" in own or "-h" in argv:
+    if "help" in own:
         print(HELP[verb], end="")
         return
+    if verb == "predict" and len(positional) == 2 and "data.path" not in dict(flags):
+        flags.append(("data.path", positional.pop()))
     _check_arguments(verb, positional, own)
     runs_dir = dict(flags).get("runs_dir", "runs")
     source = own.get("resume") if verb == "fit" else next(iter(positional), None)
@@ -199,7 +224,11 @@ def run_trainer(verb: str, argv: list[str]) -> None:
         if verb == "predict" and directory is not None and checkpoint is not None:
             extra.append(PredictionWriter(Path(own.get("output") or _new_predictions(directory, checkpoint))))
         cli = TrainerCLI(merged, extra, saved=directory is not None, instantiate="print_config" not in own)
-        record.config = cli.resolved()
+        record.config, secret = mask_secrets(cli.resolved())
+        if secret and verb == "fit":
+            rank_zero_only(print)(
+                f"secret     --{', --'.join(secret)}: written as {MASK} to the run directory and to W&B"
+            )
         if "print_config" in own:
             print(yaml.safe_dump(record.config, sort_keys=False), end="")
             return
@@ -240,6 +269,8 @@ def merge_config(files: list[str], flags: list[tuple[str, Any]], directory: Path
     trainer = merged.get("trainer") or {}
     if isinstance(strategy := trainer.get("strategy"), str) and "." in strategy:  # not one of Lightning's names
         trainer["strategy"] = {"class_path": strategy}
+    check_masked(merged)
+    plugins.check_classes(merged, [*(path.parent for path, _ in experiments), Path.cwd()])
     plugins.resolve_aliases(merged)
     return merged
 

@@ -24,10 +24,11 @@ bigmodel test RUN [--checkpoint best|last|FILE] [--KEY VALUE ...]
 Evaluates a run's checkpoint on its test split, and writes the metrics to test.json in the run directory.
 """
 _PREDICT = """\
-bigmodel predict RUN [--checkpoint best|last|FILE] [--output FILE] [--data.path PATH] [--KEY VALUE ...]
+bigmodel predict RUN [FILE] [--checkpoint best|last|FILE] [--output FILE] [--KEY VALUE ...]
 
-Predicts with a run's checkpoint on the samples of predict_dataloader, for example those in --data.path, and writes a Parquet
-table: to --output, or to a new file in RUN/predictions/.
+Predicts with a run's checkpoint on the samples of predict_dataloader, for example those in FILE (short for --data.path
+FILE), and writes a table: to --output, or to a new Parquet file in RUN/predictions/. The suffix of --output selects the
+format: .csv (a list in a cell is JSON), .jsonl, or Parquet for any other.
 """
 _KEYS = """
   --experiment NAME          name of the run directory, runs/NAME/<time>-<id> (default: from the YAML file's name)
@@ -40,7 +41,8 @@ _KEYS = """
                              bf16-mixed, 32-true, 16-mixed, ...; the choice of auto is saved in the run's config.yaml
   --callbacks.NAME.KEY VALUE step_timer, training_log, progress, ema, swa, compile, activation_checkpointing, anomalies,
                              watchdog, best, last, and your own; `--callbacks.NAME null` disables one
-  --wandb.KEY VALUE          mode (auto, online, offline, disabled), project, entity, tags, log_checkpoint
+  --wandb.KEY VALUE          mode (auto, online, offline, disabled), project, entity, name, group, notes, job_type, tags,
+                             log_checkpoint; without a flag, W&B's environment variables apply (WANDB_PROJECT, ...)
   --allow_changed_data true  resume although the data differ from those of the checkpoint
   --allow_changed_batch true resume with another --data.batch_size, from the first sample not yet used
   --print_config             print the resolved configuration and exit

@@ -1,4 +1,4 @@
-"""Predictions of any task, streamed into one Parquet file in the order of the samples, on any number of processes.
+"""Predictions of any task, streamed into one file in the order of the samples, on any number of processes.
 
 Each process appends its batches to a part of its own (an Arrow stream) in the folder of the file; at the end the first
 process puts batch b of process r into place b W + r, as `bigmodel.data.sampling.eval_loader` distributed them, and
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -25,6 +24,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bigmodel.data.sampling import Loader
+from bigmodel.data.text import printable
+from bigmodel.evaluation.prediction_files import open_table
 
 _ROWS_AT_ONCE = 4096  # in a row group
 _ROWS_SHOWN = 5
@@ -38,7 +39,7 @@ class PredictionWriter(Callback):
     `prediction_metadata() -> dict[str, str]`, which returns the metadata of the file, such as the names of the classes.
 
     Args:
-        path: the Parquet file; it must not exist.
+        path: the file, which must not exist; its suffix selects the format, see `prediction_files.open_table`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,7 +60,7 @@ class PredictionWriter(Callback):
         data.__dict__.pop("predict_dataloader", None)
         if self._num_rows is not None:  # only now, after the progress bar has been removed
             print(f"wrote {self._num_rows:,} predictions to {self.path}")
-            print(_head(self.path), flush=True)
+            print(printable(self._head), flush=True)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.path = Path(trainer.strategy.broadcast(str(self.path)))
@@ -100,6 +101,7 @@ class PredictionWriter(Callback):
             return
         describe = getattr(pl_module, "prediction_metadata", dict)
         parts = [self._part_of(process) for process in range(trainer.world_size)]
+        self._head = _head(parts)
         with _disk_errors(self.path):
             self._num_rows = merge(parts, self.path, describe())
 
@@ -201,14 +203,14 @@ def _array(name: str, column: Any) -> pa.Array:
 
 
 def merge(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -> int:
-    """Write the batches of all parts into one Parquet file, and remove the parts.
+    """Write the batches of all parts into one file, and remove the parts.
 
     The order is the first batch of each part, then the second of each, and so on.
 
     Args:
         parts: Arrow streams, by process.
-        path: the file, which exists only when it is complete.
-        metadata: of the file.
+        path: the file, which exists only when it is complete; its suffix selects the format, see `open_table`.
+        metadata: of the file, if it is Parquet.
 
     Returns:
         N, the number of rows.
@@ -225,11 +227,11 @@ def merge(parts: Sequence[Path], path: Path, metadata: Mapping[str, str]) -> int
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(pa.memory_map(str(part))) for part in parts]
             streams = [stack.enter_context(pa.ipc.open_stream(file)) for file in files]
-            schema = streams[0].schema.with_metadata(dict(metadata))
-            writer = stack.enter_context(pq.ParquetWriter(partial, schema))
+            schema = streams[0].schema
+            writer = stack.enter_context(contextlib.closing(open_table(partial, path.name, schema, metadata)))
             ordered = (batch for batches in zip_longest(*streams) for batch in batches if batch is not None)
             for table in _row_groups(ordered):
-                writer.write_table(table.replace_schema_metadata(schema.metadata))
+                writer.write(table)
                 num_rows += len(table)
         os.replace(partial, path)
     finally:
@@ -255,12 +257,16 @@ def _columns(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name} {field.type}" for field in schema)
 
 
-def _head(path: Path) -> str:
-    """Format the first rows as a table."""
-    with pq.ParquetFile(path) as file:
-        first = next(file.iter_batches(batch_size=_ROWS_SHOWN), None)
-        rows = [file.schema_arrow.names]
-        rows += [[_shown(value) for value in row.values()] for row in (first.to_pylist() if first is not None else [])]
+def _head(parts: Sequence[Path]) -> str:
+    """Format the first rows of the first part, which are the first samples, as a table."""
+    if not parts[0].exists():  # refused by `merge`
+        return ""
+    with pa.memory_map(str(parts[0])) as file, pa.ipc.open_stream(file) as stream:
+        first = next(iter(stream), None)
+        rows = [stream.schema.names]
+        rows += [
+            [_shown(value) for value in row.values()] for row in (first[:_ROWS_SHOWN].to_pylist() if first else [])
+        ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 

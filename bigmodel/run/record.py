@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bigmodel.run.secrets import mask_command
+
 _PACKAGES = ("bigmodel", "torch", "lightning", "torchmetrics", "transformers", "tokenizers", "wandb", "numpy")
 
 
@@ -44,7 +46,7 @@ def new_session(started: str, step: int) -> dict[str, Any]:
     return {
         "started": started,
         "step": step,
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(mask_command(sys.argv)),
         "git": _git_revision(),
         "host": platform.node(),
         "python": platform.python_version(),

@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import importlib.metadata
 import os
-import secrets
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +15,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from bigmodel.checkpoint import checkpoint_step, clear_hidden, find_checkpoint, read
 from bigmodel.data.lock import Held, Lock
@@ -24,7 +24,7 @@ from bigmodel.run.paths import new_directory
 from bigmodel.run.record import new_session, read_record, replace_text, write_record
 from bigmodel.run.step_overhead import freeze_objects, skip_empty_hooks
 from bigmodel.run.summary import print_summary
-from bigmodel.run.tracking import MetricsCSV, WandB, WandBRun
+from bigmodel.run.tracking import MetricsCSV, WandB, WandBRun, new_run_id
 from bigmodel.training.callbacks import Checkpoint, Preempted, Resume, RollbackRequested, StepTimer
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 from bigmodel.training.precision import ChoosePrecision
@@ -73,6 +73,7 @@ class RunDirectory(Callback):
         self.started = False  # data, sizes and weights are ready
         self._froze = False
         self._lock: Lock | None = None
+        self._tracking = ("disabled", "")
         self.record: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -122,6 +123,8 @@ class RunDirectory(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()
+        if self.record.get("status") == "finished":
+            self._print_result(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Only now: errors in configuration, data, sizes or weights have been raised before, and leave no directory.
@@ -136,6 +139,7 @@ class RunDirectory(Callback):
         if chosen is not None and chosen.choice is not None:
             self.config["trainer"]["precision"] = chosen.choice.precision
         if trainer.is_global_zero:
+            self._tracking = self._resolve_tracking()
             self.directory = self._open()
             if file := os.environ.get("BIGMODEL_RUN_FILE"):
                 Path(file).write_text(f"{self.directory.resolve()}\n")
@@ -178,8 +182,21 @@ class RunDirectory(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = True
+        if trainer.state.fn in ("validate", "test") and trainer.is_global_zero and self.directory is not None:
+            self._track_evaluation(trainer, self.directory)
 
     on_test_start = on_predict_start = on_validation_start
+
+    def _track_evaluation(self, trainer: Trainer, directory: Path) -> None:
+        """Log the evaluation's metrics and images to the W&B run of the fit, if it has one."""
+        record = read_record(directory)
+        if "wandb_id" in record and (directory / "wandb").is_dir():
+            self._tracking = self._resolve_tracking()
+            self._start_wandb(trainer, directory, record, None, step=self.restart_step)
+
+    def _resolve_tracking(self) -> tuple[str, str]:
+        """Return the mode of W&B, and the reason for `offline`."""
+        return WandB(**self.config["wandb"]).resolve_mode()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._froze = freeze_objects() or self._froze
@@ -221,7 +238,7 @@ class RunDirectory(Callback):
         record = read_record(directory)
         now = datetime.now(UTC).isoformat()
         record.setdefault("created", now)
-        record.setdefault("wandb_id", secrets.token_hex(4))
+        record.setdefault("wandb_id", new_run_id())
         record.setdefault("sessions", []).append(new_session(now, self.restart_step))
         record["status"] = "running"
         write_record(directory, record)
@@ -235,14 +252,32 @@ class RunDirectory(Callback):
     def _start_loggers(self, trainer: Trainer, directory: Path) -> None:
         keep_until = self.restart_step if self.resumed else None
         trainer.loggers = [*trainer.loggers, MetricsCSV(directory / "metrics.csv", trainer, keep_until)]
-        options = WandB(**self.config["wandb"])
-        mode = options.resolved_mode()
         print(f"run        {directory}{f' (resumed at step {self.restart_step:,})' if self.resumed else ''}")
-        if mode != "disabled":
-            wandb = WandBRun(options, directory, self.record["wandb_id"], self.config, trainer)
-            _ = wandb.experiment  # started now, not at the first log: errors are raised before the first step
-            trainer.loggers = [*trainer.loggers, wandb]
-            print(f"tracking   metrics.csv, and W&B {mode}" + (" (no login)" if mode == "offline" else ""))
+        if (tracked := self._start_wandb(trainer, directory, self.record, self.config)) is not None:
+            self._update_record(wandb=tracked)
+
+    def _start_wandb(
+        self,
+        trainer: Trainer,
+        directory: Path,
+        record: dict[str, Any],
+        config: dict[str, Any] | None,
+        step: int | None = None,
+    ) -> dict[str, Any] | None:
+        """Start or continue the W&B run of this run directory, unless tracking is disabled; return its id and project."""
+        mode, reason = self._tracking
+        if mode == "disabled":
+            return None
+        options = WandB(**self.config["wandb"])
+        earlier = record.get("wandb", {})  # a run stays in its project, also if the environment has changed
+        options.project = options.project or earlier.get("project")
+        options.entity = options.entity or earlier.get("entity")
+        wandb = WandBRun(options, mode, directory, record["wandb_id"], config, trainer, step)
+        started = wandb.start()  # now, not at the first log: errors are raised before the first step
+        trainer.loggers = [*trainer.loggers, wandb]
+        where = "metrics.csv, and " if step is None else ""
+        print(f"tracking   {where}W&B {mode}" + (f" ({reason})" if reason else ""), flush=True)
+        return started
 
     def _print_summary(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print net, device and precision; record the chosen precision and its reason."""
@@ -286,6 +321,21 @@ class RunDirectory(Callback):
         savers = [each for each in trainer.callbacks if isinstance(each, Checkpoint | ModelCheckpoint)]
         return any(each.best_model_path or any(Path(str(each.dirpath)).glob("*.ckpt")) for each in savers)
 
+    def _print_result(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the best metric, and the command that continues from here."""
+        if best := self.record.get("best"):
+            step = checkpoint_step(Path(best["checkpoint"]))
+            print(f"best       {best['metric']} {best['value']:.5g} at step {step:,}")
+        data = getattr(trainer, "datamodule", None) or pl_module
+        steps = {"test": "test_step", "predict": "predict_step", "validate": "validation_step"}
+        able = (
+            verb
+            for verb, step in steps.items()
+            if is_overridden(step, pl_module)
+            and is_overridden(f"{'val' if verb == 'validate' else verb}_dataloader", data)
+        )
+        print(f"next       bigmodel {next(able, 'export')} {self.directory}", flush=True)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         try:
             self._conclude(trainer, exception)
@@ -309,10 +359,10 @@ class RunDirectory(Callback):
             return
         where = "that step" if stopped and stopped.saved else "the last checkpoint"
         how = f"stopped by {stopped.signal.name}" if stopped else "stopped"
-        what = f"`bigmodel fit --resume {self.directory}` resumes from {where}"
-        if not self._saved(trainer):
-            what = "no checkpoint was saved: this run cannot be resumed"
-        print(f"{how} at step {trainer.global_step:,}; {what}", flush=True)
+        resume = "no checkpoint was saved: this run cannot be resumed"
+        if self._saved(trainer):
+            resume = f"`bigmodel fit --resume {self.directory}` resumes from {where}"
+        print(f"{how} at step {trainer.global_step:,}; {resume}", flush=True)
 
     def rollback(self, cause: RollbackRequested) -> Path:
         """Return the checkpoint to continue from after a rollback; record it for this and later sessions.
@@ -364,11 +414,16 @@ def _unwritable(where: Any, error: OSError) -> str:
 class QuietRunDirectory(RunDirectory):
     """Run directory of a short run: it prints nothing, logs only to metrics.csv, and does not say how to resume."""
 
+    def _resolve_tracking(self) -> tuple[str, str]:
+        return "disabled", ""
+
     def _start_loggers(self, trainer: Trainer, directory: Path) -> None:
         trainer.loggers = [MetricsCSV(directory / "metrics.csv", trainer)]  # some callbacks require a logger
 
     def _print_summary(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do nothing: the caller reports."""
+
+    _print_result = _print_summary
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Print nothing: there is no run to resume."""

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import netrc
 import os
+import secrets
+import sys
 import time
+import urllib.error
+import urllib.request
+from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
+from urllib.parse import urlsplit
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from bigmodel.internals import drop_init_argument
+from bigmodel.run.secrets import mask_command, mask_secrets
 from bigmodel.training.callbacks import TrainingLog
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 
@@ -106,31 +116,83 @@ def _with_seen(metrics: dict[str, float], trainer: Trainer) -> dict[str, float]:
 
 @dataclass
 class WandB:
-    """Options for tracking in Weights & Biases.
+    """Options for tracking in Weights & Biases; those that are None come from W&B's environment variables.
 
     Args:
-        mode: `auto` is online if there is a login (or WANDB_MODE is set so) and offline otherwise; `disabled` is off.
-        project: the W&B project.
-        entity: the W&B team or user; None: the login's own.
-        tags: tags of the run.
+        mode: `auto` is $WANDB_MODE if it is set, else online if there is a login and the server answers, else offline;
+            `disabled` is off.
+        project: the W&B project ($WANDB_PROJECT; default: bigmodel).
+        entity: the W&B team or user ($WANDB_ENTITY; default: the login's own).
+        name: name of the run ($WANDB_NAME; default: the name of the run directory).
+        group: runs that belong together ($WANDB_RUN_GROUP).
+        notes: a description ($WANDB_NOTES).
+        job_type: such as train or eval ($WANDB_JOB_TYPE).
+        tags: tags of the run ($WANDB_TAGS, separated by commas).
         log_checkpoint: upload the best checkpoint as an artifact when training ends.
     """
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    project: str = "bigmodel"
+    project: str | None = None
     entity: str | None = None
+    name: str | None = None
+    group: str | None = None
+    notes: str | None = None
+    job_type: str | None = None
     tags: list[str] = field(default_factory=list)
     log_checkpoint: bool = False
 
-    def resolved_mode(self) -> str:
-        """Return `online`, `offline` or `disabled`, without a prompt and without network access."""
+    def resolve_mode(self) -> tuple[str, str]:
+        """Return `online`, `offline` or `disabled`, and the reason if `auto` chose offline; there is no prompt.
+
+        Raises:
+            ValueError: for an unknown $WANDB_MODE.
+        """
         if self.mode != "auto":
-            return self.mode
-        if os.environ.get("WANDB_MODE"):
-            return os.environ["WANDB_MODE"]
+            return self.mode, ""
+        if mode := os.environ.get("WANDB_MODE"):
+            if mode not in _MODES:
+                raise ValueError(f"WANDB_MODE={mode}: {', '.join(_MODES)} are accepted; set it, or --wandb.mode")
+            return _MODES[mode], ""
         import wandb
 
-        return "online" if wandb.login(prompt=False, verify=False) else "offline"
+        settings: Any = wandb.setup().settings
+        if not (settings.api_key or settings.identity_token_file or _in_netrc(urlsplit(settings.base_url).netloc)):
+            return "offline", "no login"
+        server = str(settings.base_url)
+        return ("online", "") if _answers(server) else ("offline", f"{server} does not answer")
+
+
+_MODES = {"online": "online", "offline": "offline", "disabled": "disabled", "dryrun": "offline", "run": "online"}
+_SECONDS_TO_ANSWER = 5.0
+
+
+def _in_netrc(host: str) -> bool:
+    """True if the person's netrc file, where `wandb login` writes, has a login for a host."""
+    for name in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            if name and netrc.netrc(Path(name).expanduser()).authenticators(host) is not None:
+                return True
+    return False
+
+
+def _answers(server: str) -> bool:
+    """True if a server answers, with any status, directly or through the proxy of the environment."""
+    try:
+        urllib.request.urlopen(server, timeout=_SECONDS_TO_ANSWER).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def new_run_id() -> str:
+    """Return the id of a new W&B run: $WANDB_RUN_ID, which a sweep's agent sets, else a random one.
+
+    A fold of a cross-validation has an id of its own.
+    """
+    given = os.environ.get("WANDB_RUN_ID") if "BIGMODEL_RUN_DIRECTORY" not in os.environ else None
+    return given or secrets.token_hex(4)
 
 
 class WandBRun(WandbLogger):
@@ -138,34 +200,72 @@ class WandBRun(WandbLogger):
 
     Args:
         options: see `WandB`.
+        mode: `online` or `offline`.
         directory: the run directory; W&B's files go to `wandb/` inside it.
-        run_id: the W&B run's id, the same when the run is resumed.
-        config: the resolved configuration, uploaded once, nested.
+        run_id: the W&B run's id, the same when the run is resumed or evaluated.
+        config: the resolved configuration, uploaded once, nested; None: uploaded before.
         trainer: its optimizer step is logged.
+        step: the optimizer step of the evaluated checkpoint; None: the trainer's.
     """
 
-    def __init__(self, options: WandB, directory: Path, run_id: str, config: dict[str, Any], trainer: Trainer) -> None:
+    def __init__(
+        self,
+        options: WandB,
+        mode: str,
+        directory: Path,
+        run_id: str,
+        config: dict[str, Any] | None,
+        trainer: Trainer,
+        step: int | None = None,
+    ) -> None:
         import wandb
 
-        mode = options.resolved_mode()
         super().__init__(
-            name="/".join(directory.parts[-2:]),
+            name=options.name or os.environ.get("WANDB_NAME") or "/".join(directory.parts[-2:]),
             save_dir=directory,
             id=run_id,
-            project=options.project,
+            project=options.project or os.environ.get("WANDB_PROJECT") or "bigmodel",
             entity=options.entity,
-            tags=options.tags,
+            group=options.group,
+            notes=options.notes,
+            job_type=options.job_type,
+            tags=options.tags or None,
             resume="allow",
             mode=mode,
             config=config,
             settings=wandb.Settings(silent=True, console="off"),
         )
         drop_init_argument(self, "anonymous")  # Lightning passes it, and W&B warns about it
-        self.options, self.directory, self.trainer = options, directory, trainer
+        self.options, self.directory, self.trainer, self.step = options, directory, trainer, step
+
+    def start(self) -> dict[str, Any]:
+        """Start the W&B run; return its id, project and entity.
+
+        Raises:
+            ValueError: if W&B cannot start it.
+        """
+        import wandb
+
+        try:
+            with mock.patch.object(sys, "argv", mask_command(sys.argv)):  # W&B uploads the command
+                run = self.experiment
+        except wandb.Error as error:
+            raise ValueError(
+                f"W&B cannot start the run ({' '.join(str(error).split())}): set --wandb.mode offline, or correct the login,"
+                " --wandb.project and --wandb.entity"
+            ) from error
+        return {"id": run.id, "project": run.project, "entity": run.entity or None}
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
-        super().log_metrics(_with_seen(metrics, self.trainer), step=self.trainer.global_step)
+        if self.step is None:
+            super().log_metrics(_with_seen(metrics, self.trainer), step=self.trainer.global_step)
+        else:
+            super().log_metrics(metrics, step=self.step)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        super().log_hyperparams(mask_secrets(vars(params) if isinstance(params, Namespace) else dict(params))[0])
 
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
         if checkpoint_callback.monitor is not None:

@@ -64,7 +64,7 @@ def run_check_task(argv: list[str]) -> None:
 
     config = merge_config(files, flags)
     configured = {key: _class_path(config, key, files[-1]) for key in ("model", "data")}
-    plugins.check_classes(config)
+    plugins.check_classes(config, [Path.cwd()])
     try:
         task, same, _ = (plugins.import_class(name) for name in (path, configured["model"], configured["data"]))
     except (Exception, SystemExit) as error:  # any exception of the package's own code

@@ -40,6 +40,8 @@ def test_a_run_leaves_what_is_needed_to_read_it_repeat_it_and_load_it(bm):
     assert run.parent.name == "outsider"
     assert f"run        {run}" in out
     assert "val/mse" in out
+    best = json.loads((run / "run.json").read_text())["best"]
+    assert out.endswith(f"best       val/mse {best['value']:.5g} at step 10\nnext       bigmodel predict {run}\n")
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["model"]["init_args"]["net"]["init_args"] == {"width": 16, "dropout": 0.0}
     record = json.loads((run / "run.json").read_text())
@@ -205,6 +207,28 @@ def test_what_an_offline_run_wrote_can_be_read_back(bm, monkeypatch):
         ),
         (["--trainer.accumulate_grad_batches", 2], "accumulation follows from"),
         (["-c", "none.yaml"], "none.yaml cannot be read"),
+        (["--trainer.devices", "0,1"], "--trainer.devices 0,1"),
+        (["--trainer", "null"], "--trainer null: must be a group of settings"),
+        (["--wandb", "null"], "set --wandb.mode disabled"),
+        (["--wandb.mode", "onlin"], "'onlin' is not one of auto, online, offline, disabled; did you mean 'online'?"),
+        (["--model.optimizer", "null"], "--model.optimizer null: a value is needed"),
+        (["--model.net", "null"], "--model.net null: a value is needed"),
+        (["--trainer.log_every_n_steps", 0], "--trainer.log_every_n_steps 0: must be at least 1"),
+        (["--trainer.val_check_interval", 0], "--trainer.val_check_interval 0: must be a number above 0"),
+        (["--trainer.check_val_every_n_epoch", 0], "--trainer.check_val_every_n_epoch 0: must be at least 1"),
+        (["--trainer.limit_train_batches", 0.0], "nothing would be trained"),
+        (["--trainer.max_steps", 0], "nothing would be trained"),
+        (["--trainer.gradient_clip_val", -1], "--trainer.gradient_clip_val -1: must not be negative"),
+        (["--trainer.max_stepz", 3], "did you mean 'max_steps'?"),
+        (["--model.net.widht", 3], "did you mean 'width'?"),
+        (["--model.net", "outsider.MPL"], "did you mean 'MLP'?"),
+        (["--data.batchsize", 3], "did you mean 'batch_size'?"),
+        (["--seed", 3], "did you mean 'seed_everything'?"),
+        (["--callbacks.bset.monitor", "val/mse"], "did you mean 'best'?"),
+        (
+            ["--callbacks.progress.every_n_second", 3],
+            "--callbacks.progress: Option 'every_n_second' is not accepted; did",
+        ),
         (["extra"], "unexpected argument 'extra'"),
     ],
 )
@@ -213,6 +237,30 @@ def test_bad_input_is_refused_in_a_line_before_anything_is_written(bm, flags, me
     assert message.replace("\\", "") in error
     assert "Traceback" not in error
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--callbacks.best.monitor", "val/msee"], "--callbacks.best.monitor val/msee: validation does not log"),
+        (["--callbacks.stop.monitor", "val/msse"], "--callbacks.stop.monitor val/msse: validation does not log"),
+        (["--callbacks.stop.monitor", "val/none"], "--callbacks.NAME.monitor val/none of EarlyStopping: this metric"),
+    ],
+)
+def test_a_metric_that_is_never_logged_is_one_line_and_no_resume_is_offered_without_a_checkpoint(
+    bm, capsys, flags, message
+):
+    stop = "lightning.pytorch.callbacks.EarlyStopping"
+    more = ["--callbacks.stop", stop, "--callbacks.stop.monitor", "val/mse"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", *bm.flags, *more, *map(str, flags)])
+    out, error = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert message in error
+    assert "val/mse" in error
+    assert error.count("\n") == 1
+    assert "no checkpoint was saved" in out
+    assert "--resume" not in out
 
 
 def test_what_cannot_be_resumed_is_refused(bm):
@@ -244,7 +292,11 @@ def test_list_help_and_version_answer_without_lightning(bm):
     ]:
         out = subprocess.check_output([sys.executable, "-c", code, *arguments], text=True)
         assert expected in out
+    bm("fit", "--trainer.max_epochs", 1, "--model.optimizer.lr", 0.5)
     listing = bm("list")
+    assert [line.rpartition("  ")[2] for line in listing.splitlines() if "finished" in line] == [
+        "model.optimizer.lr=0.01", "model.optimizer.lr=0.5"
+    ]  # fmt: skip
     assert "bigmodel.tasks.language_modeling.LanguageModeling" in listing
     assert "val/mse" in listing
     assert "finished" in listing
@@ -269,4 +321,15 @@ def test_a_package_brings_verbs_of_its_own(monkeypatch, capsys):
     assert greeted == ["--name", "you"]
     with pytest.raises(SystemExit):
         main(["greed"])
-    assert "there is no verb 'greed'; choose one of check, export, fit, greet, list" in capsys.readouterr().err
+    assert "there is no verb 'greed'; choose one of check, export, fit, greet, list" in (
+        error := capsys.readouterr().err
+    )
+    assert "did you mean 'greet'?" in error
+
+
+@pytest.mark.parametrize(
+    "verb", ["check", "check-task", "export", "fit", "generate", "list", "new", "predict", "recommend"]
+)
+def test_h_is_help(verb, capsys):
+    main([verb, "-h"])
+    assert f"bigmodel {verb}" in capsys.readouterr().out

@@ -62,6 +62,8 @@ def test_what_is_exported_is_what_load_gives(bm):
         f"wrote {best}: EMA of the weights of {best.stem}.ckpt, 129 parameters, {best.stat().st_size / 1e3:.3g} kB"
         in out
     )
+    (plain := Path("plain")).touch()
+    assert best.stat().st_mode == plain.stat().st_mode, "as any other file of this person"
     exported = load_file(best)
     assert same(exported, bigmodel.load(run).net)
     assert not same(exported, bigmodel.load(run, ema=False).net)

@@ -28,7 +28,10 @@ from bigmodel.cli.parse_errors import format_parse_error
                   Given value type: <class 'dict'>
                   Given value: {'class_path': 'outsider.MLP'}
             """,
-            ["--model.net: Option 'widht' is not accepted", "`--model.net.help` lists its arguments"],
+            [
+                "--model.net: Option 'widht' is not accepted; did you mean 'width'?",
+                "`--model.net.help` lists its arguments",
+            ],
         ),
         (
             """\

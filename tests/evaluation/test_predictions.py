@@ -1,5 +1,8 @@
 """Predictions: one row for each sample, in order, in a file that is written atomically."""
 
+import csv
+import json
+import os
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -62,6 +65,25 @@ def test_every_row_is_predicted_once_and_in_order(predict, table):
     assert "row 4" in out
     assert "row 5" not in out
     assert "predicting  4 of 4 batches" in out
+
+
+def test_the_suffix_selects_the_format_a_second_argument_is_the_data_and_the_umask_holds(predict, tmp_path, table):
+    short = tmp_path / "short.csv"
+    short.write_text("\n".join(table.read_text().split()[:4]) + "\n")
+    before = os.umask(0o027)
+    try:
+        for name in ("p.parquet", "p.csv", "p.jsonl"):
+            assert "wrote 3 predictions" in predict(short, "--output", tmp_path / name)
+            assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+    expected = pq.read_table(tmp_path / "p.parquet").to_pylist()
+    assert [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()] == expected
+    with open(tmp_path / "p.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [row["name"] for row in expected]
+    assert [float(row["predicted"]) for row in rows] == [row["predicted"] for row in expected]
+    assert [json.loads(row["features"]) for row in rows] == [row["features"] for row in expected]
 
 
 def test_new_data_may_know_no_sizes_and_no_prediction_overwrites_another(predict, tmp_path, table):

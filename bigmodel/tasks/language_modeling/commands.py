@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import inspect
+import typing
 from typing import Any
 
+from bigmodel.data.text import did_you_mean, printable
 from bigmodel.run.config import flag_value, parse_flags
 
 _HELP = """\
@@ -68,8 +70,23 @@ def run_generate(argv: list[str]) -> None:
     unknown = options.keys() - accepted.keys()
     if unknown or "prompt" not in options:
         problem = f"unknown flag --{sorted(unknown)[0]}" if unknown else "--prompt is missing"
-        raise ValueError(f"{problem}; the flags are {', '.join('--' + name for name in accepted)}")
-    print(options["prompt"], end="", flush=True)
-    for piece in task.stream(**options):
-        print(piece, end="", flush=True)
+        near = did_you_mean(sorted(unknown)[0], accepted) if unknown else ""
+        raise ValueError(f"{problem}; the flags are {', '.join('--' + name for name in accepted)}{near}")
+    _check_types(options, typing.get_type_hints(task.stream))
+    pieces = task.stream(**options)
+    print(printable(options["prompt"]), end="", flush=True)
+    for piece in pieces:
+        print(printable(piece), end="", flush=True)
     print()
+
+
+def _check_types(options: dict[str, Any], hints: dict[str, Any]) -> None:
+    """Raise ValueError for an option that is not a number where the task's `stream` declares one."""
+    for name, value in options.items():
+        kinds = typing.get_args(hints.get(name)) or (hints.get(name),)
+        number: tuple[type, ...] | None = (int, float) if float in kinds else (int,) if int in kinds else None
+        if number is None or (value is None and type(None) in kinds):
+            continue
+        if not isinstance(value, number) or isinstance(value, bool):
+            null = ", or null" if type(None) in kinds else ""
+            raise ValueError(f"--{name} {value}: must be a {'' if float in kinds else 'whole '}number{null}")

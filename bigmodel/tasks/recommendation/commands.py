@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from bigmodel.data.text import did_you_mean, printable
 from bigmodel.run.config import flag_value, parse_flags
 
 _HELP = """\
@@ -37,8 +38,9 @@ def run_recommend(argv: list[str]) -> None:
         raise ValueError(
             "one run is needed, and either --user ID or --history ID,ID,...; see `bigmodel recommend --help`"
         )
-    if unknown := given.keys() - _FLAGS:
-        raise ValueError(f"unknown flag --{unknown.pop()}; the flags are --{', --'.join(sorted(_FLAGS))}")
+    if unknown := sorted(given.keys() - _FLAGS):
+        accepted = ", --".join(sorted(_FLAGS))
+        raise ValueError(f"unknown flag --{unknown[0]}; the flags are --{accepted}{did_you_mean(unknown[0], _FLAGS)}")
     k = flag_value("k", given.get("k", "10"))
     if not isinstance(k, int):
         raise ValueError(f"--k {k}: must be a whole number")
@@ -64,7 +66,7 @@ def run_recommend(argv: list[str]) -> None:
         except ValueError as error:
             raise ValueError(f"{error}; for a user who is not in the data, set --history ID,ID,...") from error
         entries = task.recommend_to(batch, k)
-    print("\n".join(_lines(entries)))
+    print(printable("\n".join(_lines(entries))))
     if len(entries) < k:
         print(f"only {len(entries)} items: all others are in the history", file=sys.stderr)
 
