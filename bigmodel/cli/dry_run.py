@@ -24,7 +24,7 @@ from bigmodel.cli.findings import (
 )
 from bigmodel.cli.formatting import format_batch
 from bigmodel.data.sampling import data_parallel_size
-from bigmodel.data.schedule import num_steps
+from bigmodel.data.schedule import num_steps, training_steps
 from bigmodel.training.callbacks import Checkpoint, GradientScaling, TrainingLog
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 from bigmodel.training.callbacks.training_log import samples_per_step
@@ -123,8 +123,8 @@ class Probe(run.QuietRunDirectory):
         loss = outputs.get("loss")
         if loss is not None:
             self._loss = loss if self._loss is None else self._loss + loss
-        if trainer.global_step > self._step:
-            self._step = trainer.global_step
+        if training_steps(trainer) > self._step:
+            self._step = training_steps(trainer)
             self._losses.append(self._loss)
             self._counts.append(self._total_count())
             self._loss = None

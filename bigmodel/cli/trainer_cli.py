@@ -119,8 +119,9 @@ class TrainerCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         named = [callback for callback in (self.config_init.get("callbacks") or {}).values() if callback is not None]
         # Gradients are scaled first, and callbacks that record a step run before those that save it.
+        scaling = GradientScaling()
         always: list[Callback] = [
-            GradientScaling(),
+            scaling,
             ChoosePrecision(),
             Resume(int(self.config.seed_everything), self.config.allow_changed_data, self.config.allow_changed_batch),
             *self.extra_callbacks,
@@ -140,7 +141,7 @@ class TrainerCLI(LightningCLI):
             options["plugins"] = [*(options.get("plugins") or []), Undecided()]
         rendezvous.check_strategy(strategy)
         try:
-            return Trainer(**options)
+            trainer = Trainer(**options)
         except (MisconfigurationException, ValueError, ImportError) as error:
             given = {
                 name: options.get(name) for name in ("accelerator", "devices", "num_nodes", "strategy", "precision")
@@ -151,6 +152,9 @@ class TrainerCLI(LightningCLI):
                 if value is not None
             ]
             raise ValueError(f"the trainer cannot be created with {' '.join(flags)}: {error}") from error
+        if not self.model.automatic_optimization:  # before Lightning refuses to clip under manual optimization
+            scaling.take_clipping(trainer, self.model)
+        return trainer
 
 
 def run_trainer(verb: str, argv: list[str]) -> None:
@@ -235,6 +239,9 @@ def merge_config(files: list[str], flags: list[tuple[str, Any]], directory: Path
         remember(layered([content for _, content in experiments], given))
     merged = layered(layers, given)
     merged["experiment"] = merged.get("experiment") or experiment_name([str(path) for path, _ in experiments])
+    for key in ("model", "data"):
+        if isinstance(merged.get(key), str):  # a YAML file that only names the class
+            merged[key] = {"class_path": merged[key]}
     trainer = merged.get("trainer") or {}
     if isinstance(strategy := trainer.get("strategy"), str) and "." in strategy:  # not one of Lightning's names
         trainer["strategy"] = {"class_path": strategy}

@@ -15,14 +15,15 @@ from typing import Any
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from bigmodel.checkpoint import checkpoint_step, clear_hidden, find_checkpoint, read
-from bigmodel.data.schedule import num_steps
+from bigmodel.data.schedule import num_steps, training_steps
 from bigmodel.run.paths import new_directory
 from bigmodel.run.record import new_session, read_record, replace_text, write_record
 from bigmodel.run.step_overhead import freeze_objects, skip_empty_hooks
-from bigmodel.run.summary import print_summary
+from bigmodel.run.summary import describe_missing, print_summary
 from bigmodel.run.tracking import MetricsCSV, WandB, WandBRun
 from bigmodel.training.callbacks import Checkpoint, Preempted, Resume, RollbackRequested, StepTimer
 from bigmodel.training.callbacks.gradient_scaling import get_callback
@@ -113,6 +114,8 @@ class RunDirectory(Callback):
         if trainer.is_global_zero:
             self._start_loggers(trainer, self.directory)
             self._print_summary(trainer, pl_module)
+        elif not trainer.loggers:
+            trainer.loggers = [DummyLogger()]  # for a module's `self.logger.experiment`
 
     def _open(self) -> Path:
         """Return the directory, with configuration and record in it.
@@ -151,6 +154,8 @@ class RunDirectory(Callback):
     on_test_start = on_predict_start = on_validation_start
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._print_missing(trainer, pl_module)
         self._froze = freeze_objects() or self._froze
         skip_empty_hooks(trainer)
 
@@ -225,6 +230,10 @@ class RunDirectory(Callback):
         if (line := chooser.describe(trainer, pl_module, chosen_before)) is not None:
             print(line, flush=True)
 
+    def _print_missing(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for line in describe_missing(trainer, pl_module):
+            print(line, flush=True)
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
@@ -263,7 +272,7 @@ class RunDirectory(Callback):
         where = "that step" if stopped and stopped.saved else "the last checkpoint"
         how = f"stopped by {stopped.signal.name}" if stopped else "stopped"
         print(
-            f"{how} at step {trainer.global_step:,}; `bigmodel fit --resume {self.directory}` resumes from {where}",
+            f"{how} at step {training_steps(trainer):,}; `bigmodel fit --resume {self.directory}` resumes from {where}",
             flush=True,
         )
 
@@ -292,7 +301,7 @@ class RunDirectory(Callback):
     def _record_status(self, trainer: Trainer, status: str) -> None:
         if not self.record:  # not the first process, or stopped before the run began
             return
-        changes: dict[str, Any] = {"status": status, "step": trainer.global_step}
+        changes: dict[str, Any] = {"status": status, "step": training_steps(trainer)}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Checkpoint | ModelCheckpoint) and callback.best_model_score is not None:
                 score = float(callback.best_model_score)
@@ -311,6 +320,9 @@ class QuietRunDirectory(RunDirectory):
         trainer.loggers = [MetricsCSV(directory / "metrics.csv", trainer)]  # some callbacks require a logger
 
     def _print_summary(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do nothing: the caller reports."""
+
+    def _print_missing(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do nothing: the caller reports."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
