@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import set_parsing_settings
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.precision import Precision
@@ -60,13 +60,20 @@ class TrainerCLI(LightningCLI):
         extra_callbacks: callbacks that are not in the configuration.
         saved: part of it is the configuration of a run, which may come from somebody else; see `run.trust`.
         instantiate: create trainer, task and data; False: only parse.
+        given: a task and its data that exist already, in place of those that the configuration names.
 
     Raises:
         ClearError: for a configuration that cannot be parsed.
     """
 
     def __init__(
-        self, config: Config, extra_callbacks: list[Callback], *, saved: bool = False, instantiate: bool = True
+        self,
+        config: Config,
+        extra_callbacks: list[Callback],
+        *,
+        saved: bool = False,
+        instantiate: bool = True,
+        given: tuple[LightningModule, LightningDataModule | None] | None = None,
     ) -> None:
         plugins.check_classes(config)
         fill_class_defaults(config)
@@ -82,6 +89,7 @@ class TrainerCLI(LightningCLI):
             check_precision(trainer.get("precision"))
             with restricted_imports() if saved else nullcontext():
                 super().__init__(
+                    **({} if given is None else _returning(*given)),
                     args=config,
                     run=False,
                     save_config_callback=None,
@@ -155,6 +163,19 @@ class TrainerCLI(LightningCLI):
         if not self.model.automatic_optimization:  # before Lightning refuses to clip under manual optimization
             scaling.take_clipping(trainer, self.model)
         return trainer
+
+
+def _returning(task: LightningModule, data: LightningDataModule | None) -> dict[str, Any]:
+    """Return LightningCLI's arguments for a task and data that exist already: functions in place of the classes."""
+
+    def given_task() -> LightningModule:
+        return task
+
+    def given_data() -> LightningDataModule:
+        assert data is not None
+        return data
+
+    return {"model_class": given_task} | ({} if data is None else {"datamodule_class": given_data})
 
 
 def run_trainer(verb: str, argv: list[str]) -> None:

@@ -200,8 +200,7 @@ class Checkpoint(callbacks.Checkpoint):
             return
         if training_steps(trainer) == self._saved_step or self.save_top_k == 0:
             return
-        if self.monitor == _DEFAULT_METRIC and self.monitor not in trainer.callback_metrics:
-            self._choose_metric(trainer)
+        self.choose_metric(trainer)
         path = self._path(trainer)
         surplus = self._select_latest(path) if self.monitor is None else self._select_best(trainer, path)
         if surplus is None:
@@ -217,8 +216,13 @@ class Checkpoint(callbacks.Checkpoint):
             if earlier != path and Path(str(self.dirpath)).absolute() in Path(earlier).absolute().parents:
                 self._remove(trainer, earlier)
 
-    def _choose_metric(self, trainer: Trainer) -> None:
-        """Monitor the validation loss under the name that the module gives it; without one, keep the latest."""
+    def choose_metric(self, trainer: Trainer) -> None:
+        """Monitor the validation loss under the name that the module gives it; without one, keep the latest.
+
+        Nothing changes if the metric is logged, or is not the default one.
+        """
+        if self.monitor != _DEFAULT_METRIC or self.monitor in trainer.callback_metrics:
+            return
         logged = [name for name in trainer.callback_metrics if is_validation_metric(name)]
         losses = [name for name in logged if "loss" in name.lower()]
         self.monitor = "val_loss" if "val_loss" in losses else losses[0] if len(losses) == 1 else None
