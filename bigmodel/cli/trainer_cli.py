@@ -166,16 +166,23 @@ class TrainerCLI(LightningCLI):
 
 
 def _returning(task: LightningModule, data: LightningDataModule | None) -> dict[str, Any]:
-    """Return LightningCLI's arguments for a task and data that exist already: functions in place of the classes."""
+    """Return LightningCLI's arguments for a task and data that exist already: classes whose only objects they are."""
 
-    def given_task() -> LightningModule:
-        return task
+    class GivenTask(LightningModule):
+        def __new__(cls) -> Any:
+            return task
 
-    def given_data() -> LightningDataModule:
-        assert data is not None
-        return data
+        def __init__(self) -> None:
+            """Take no arguments."""
 
-    return {"model_class": given_task} | ({} if data is None else {"datamodule_class": given_data})
+    class GivenData(LightningDataModule):
+        def __new__(cls) -> Any:
+            return data
+
+        def __init__(self) -> None:
+            """Take no arguments."""
+
+    return {"model_class": GivenTask} | ({} if data is None else {"datamodule_class": GivenData})
 
 
 def run_trainer(verb: str, argv: list[str]) -> None:

@@ -135,7 +135,8 @@ def training_steps(trainer: Trainer) -> int:
     module: Any = getattr(trainer, "lightning_module", None)
     if module is None or module.automatic_optimization:
         return trainer.global_step
-    return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    return int(batches.processed)
 
 
 def num_steps(trainer: Trainer) -> int:

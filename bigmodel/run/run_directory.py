@@ -196,10 +196,16 @@ class RunDirectory(Callback):
         now = datetime.now(UTC).isoformat()
         record.setdefault("created", now)
         record.setdefault("wandb_id", secrets.token_hex(4))
-        record.setdefault("sessions", []).append(new_session(now, self.restart_step))
+        record.setdefault("sessions", []).append(new_session(now, self.restart_step, self._plugins()))
         record["status"] = "running"
         write_record(directory, record)
         return record
+
+    def _plugins(self) -> list[str]:
+        """Return the class paths of task and data that are not from bigmodel."""
+        blocks = (self.config.get(key) for key in ("model", "data"))
+        paths = [block["class_path"] for block in blocks if isinstance(block, dict) and "class_path" in block]
+        return [path for path in paths if not path.startswith("bigmodel.")]
 
     def _update_record(self, **changes: Any) -> None:
         self.record.update(changes)

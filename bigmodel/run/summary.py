@@ -27,13 +27,13 @@ def describe_missing(trainer: Trainer, pl_module: LightningModule) -> list[str]:
             " continues exactly with bigmodel.data.sampling.train_loader"
         )
         lines.append(
-            f"batch      a {kind} defines its own batch size, on each process: more processes make larger steps; it is global"
-            " with bigmodel.data.sampling.train_loader"
+            f"batch      a {kind} defines its own batch size, on each process: more processes make larger steps; it is"
+            " global with bigmodel.data.sampling.train_loader"
         )
     if not pl_module.automatic_optimization:
         lines.append(
-            "steps      training batches, because the module optimizes manually: no accumulation, no train/loss, no detection"
-            " of anomalies; each optimizer's gradients are clipped by --trainer.gradient_clip_val"
+            "steps      training batches, because the module optimizes manually: no accumulation, no train/loss, no"
+            " detection of anomalies; each optimizer's gradients are clipped by --trainer.gradient_clip_val"
         )
     limits = trainer.num_val_batches
     if not (limits if isinstance(limits, int | float) else sum(limits)):
