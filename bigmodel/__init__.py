@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "load_data", "sizes"]
+__all__ = ["__version__", "fit", "load", "load_data", "sizes"]
 
 if TYPE_CHECKING:
+    from bigmodel.api import fit
     from bigmodel.run import load, load_data, sizes
 
 
@@ -30,4 +31,4 @@ def lazy_attributes(package: str, modules: Mapping[str, str]) -> Callable[[str],
     return get
 
 
-__getattr__ = lazy_attributes(__name__, {"bigmodel.run": "load load_data sizes"})
+__getattr__ = lazy_attributes(__name__, {"bigmodel.api": "fit", "bigmodel.run": "load load_data sizes"})

@@ -63,7 +63,8 @@ class Task(Protocol):
     `training_step` returns `{"loss": sum, "count": number}`: the sum of the loss over the predicted elements, and their
     number. An optional entry `parts` holds further such sums by name, detached, whose means are logged as
     `train/<name>`. Metrics are torchmetrics, called with the batch's weight. An optional attribute `count_unit` names the
-    unit of the count, by default "samples".
+    unit of the count, by default "samples". A class attribute `loss_is_per_sample = False` declares a loss in which the
+    samples of a batch depend on each other; such a task may return its mean instead of sum and count.
 
     Attributes:
         net: the net; None until `configure_model`.

@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "bigmodel"
 ROOMS = [  # from the top down
     "testing",
+    "api",
     "cli",
     "tasks",
     "evaluation",

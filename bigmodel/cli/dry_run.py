@@ -24,8 +24,9 @@ from bigmodel.cli.findings import (
 )
 from bigmodel.cli.formatting import format_batch
 from bigmodel.data.sampling import data_parallel_size
-from bigmodel.data.schedule import num_steps
+from bigmodel.data.schedule import num_steps, training_steps
 from bigmodel.training.callbacks import Checkpoint, GradientScaling, TrainingLog
+from bigmodel.training.callbacks.checkpoint import is_validation_metric
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 from bigmodel.training.callbacks.training_log import samples_per_step
 from bigmodel.training.precision import ChoosePrecision
@@ -61,7 +62,7 @@ class Probe(run.QuietRunDirectory):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        data: Any = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None) or pl_module  # which may have the loaders itself
         self.findings.ok("data", f"{type(data).__name__}, ready after {time.perf_counter() - self._begin:.2f} s")
         self.stage = "net"
 
@@ -123,8 +124,8 @@ class Probe(run.QuietRunDirectory):
         loss = outputs.get("loss")
         if loss is not None:
             self._loss = loss if self._loss is None else self._loss + loss
-        if trainer.global_step > self._step:
-            self._step = trainer.global_step
+        if training_steps(trainer) > self._step:
+            self._step = training_steps(trainer)
             self._losses.append(self._loss)
             self._counts.append(self._total_count())
             self._loss = None
@@ -145,7 +146,7 @@ class Probe(run.QuietRunDirectory):
             synchronize(pl_module.device)
             if self._step > 1:
                 self._report_speed(trainer, pl_module, time.perf_counter() - self._start)
-            self._report_loss(data_parallel_size(trainer))
+            self._report_loss(pl_module, data_parallel_size(trainer))
             self.stage = "checkpoint"
             self._check_checkpoint(trainer)
             self.stage = "validation"
@@ -169,10 +170,13 @@ class Probe(run.QuietRunDirectory):
         parts.append(f"{self._waited / seconds:.0%} of the time between batches (data, callbacks)")
         self.findings.ok("speed", ", ".join(parts))
 
-    def _report_loss(self, replicas: int) -> None:
+    def _report_loss(self, pl_module: LightningModule, replicas: int) -> None:
         """Report the loss; Lightning has divided a micro-batch's loss by the accumulation."""
         mine = [float(loss) * self.accumulation if loss is not None else None for loss in self._losses]
         counts = [int(count) if count is not None else 0 for count in self._counts]
+        if not pl_module.automatic_optimization:
+            self.findings.ok("loss", "unknown: the module optimizes manually")
+            return
         values = []
         for step, losses in enumerate(zip(*gather(mine), strict=True)):
             count = counts[step + 1] - counts[step] or self.accumulation * replicas
@@ -229,10 +233,12 @@ class Probe(run.QuietRunDirectory):
             self.batch_seconds = (now - self._start) / (self.validated - 1)
 
     def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if is_validation_metric(name)}
         found = "  ".join(f"{name} {value:.5g}" for name, value in metrics.items())
         self.findings.ok("validation", f"{self._described}, {1e3 * (self.batch_seconds or 0):.1f} ms a batch; {found}")
         for callback in [*self.checkpoints, *trainer.callbacks]:
+            if isinstance(callback, Checkpoint):
+                callback.choose_metric(trainer)
             monitor = getattr(callback, "monitor", None)
             if monitor is not None and monitor not in trainer.callback_metrics:
                 self.findings.fail(

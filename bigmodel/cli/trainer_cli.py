@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import set_parsing_settings
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.precision import Precision
@@ -67,13 +67,20 @@ class TrainerCLI(LightningCLI):
         extra_callbacks: callbacks that are not in the configuration.
         saved: part of it is the configuration of a run, which may come from somebody else; see `run.trust`.
         instantiate: create trainer, task and data; False: only parse.
+        given: a task and its data that exist already, in place of those that the configuration names.
 
     Raises:
         ClearError: for a configuration that cannot be parsed.
     """
 
     def __init__(
-        self, config: Config, extra_callbacks: list[Callback], *, saved: bool = False, instantiate: bool = True
+        self,
+        config: Config,
+        extra_callbacks: list[Callback],
+        *,
+        saved: bool = False,
+        instantiate: bool = True,
+        given: tuple[LightningModule, LightningDataModule | None] | None = None,
     ) -> None:
         plugins.check_classes(config, [Path.cwd()])
         check_settings(config)
@@ -88,6 +95,7 @@ class TrainerCLI(LightningCLI):
             check_precision(trainer.get("precision"))
             with restricted_imports(config) if saved else nullcontext():
                 super().__init__(
+                    **({} if given is None else _returning(*given)),
                     args=config,
                     run=False,
                     save_config_callback=None,
@@ -130,8 +138,9 @@ class TrainerCLI(LightningCLI):
         by_name = {name: callback for name, callback in callbacks.items() if callback is not None}
         named = list(by_name.values())
         # Gradients are scaled first, and callbacks that record a step run before those that save it.
+        scaling = GradientScaling()
         always: list[Callback] = [
-            GradientScaling(),
+            scaling,
             ChoosePrecision(),
             Resume(int(self.config.seed_everything), self.config.allow_changed_data, self.config.allow_changed_batch),
             *self.extra_callbacks,
@@ -152,7 +161,7 @@ class TrainerCLI(LightningCLI):
             options["plugins"] = [*(options.get("plugins") or []), Undecided()]
         rendezvous.check_strategy(strategy)
         try:
-            return Trainer(**options)
+            trainer = Trainer(**options)
         except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
             given = {
                 name: options.get(name) for name in ("accelerator", "devices", "num_nodes", "strategy", "precision")
@@ -163,6 +172,29 @@ class TrainerCLI(LightningCLI):
                 if value is not None
             ]
             raise ValueError(f"the trainer cannot be created with {' '.join(flags)}: {error}") from error
+        if not self.model.automatic_optimization:  # before Lightning refuses to clip under manual optimization
+            scaling.take_clipping(trainer, self.model)
+        return trainer
+
+
+def _returning(task: LightningModule, data: LightningDataModule | None) -> dict[str, Any]:
+    """Return LightningCLI's arguments for a task and data that exist already: classes whose only objects they are."""
+
+    class GivenTask(LightningModule):
+        def __new__(cls) -> Any:
+            return task
+
+        def __init__(self) -> None:
+            """Take no arguments."""
+
+    class GivenData(LightningDataModule):
+        def __new__(cls) -> Any:
+            return data
+
+        def __init__(self) -> None:
+            """Take no arguments."""
+
+    return {"model_class": GivenTask} | ({} if data is None else {"datamodule_class": GivenData})
 
 
 def _name_callbacks(message: str, config: Config) -> str:
@@ -266,6 +298,9 @@ def merge_config(files: list[str], flags: list[tuple[str, Any]], directory: Path
         trust_packages_of(layered([content for _, content in experiments], given))
     merged = layered(layers, given)
     merged["experiment"] = merged.get("experiment") or experiment_name([str(path) for path, _ in experiments])
+    for key in ("model", "data"):
+        if isinstance(merged.get(key), str):  # a YAML file that only names the class
+            merged[key] = {"class_path": merged[key]}
     trainer = merged.get("trainer") or {}
     if isinstance(strategy := trainer.get("strategy"), str) and "." in strategy:  # not one of Lightning's names
         trainer["strategy"] = {"class_path": strategy}

@@ -22,6 +22,7 @@ holds N, with cycle walking (Black and Rogaway 2002).
 from __future__ import annotations
 
 import inspect
+import os
 import signal
 from collections.abc import Callable, Iterator, Sized
 from typing import Any, cast
@@ -333,7 +334,7 @@ def train_loader(
     *,
     batch_size: int,
     micro_batch_size: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     trainer: Trainer | None = None,
     num_workers: int = 0,
     shuffle: bool = True,
@@ -348,7 +349,7 @@ def train_loader(
             tensors. If that has a parameter `epoch`, it is passed, so that a sample's randomness can depend on it.
         batch_size: samples per optimizer step over all processes.
         micro_batch_size: samples per process and forward pass; None: the process's whole share.
-        seed: with the epoch, determines the order.
+        seed: with the epoch, determines the order; None: the run's `seed_everything`, 0 without one.
         trainer: the data module's `self.trainer`; None: one process, and `set_epoch` sets the epoch.
         num_workers: worker processes that prefetch; 0: read in the training process.
         shuffle: False keeps the samples' own order in every epoch.
@@ -360,6 +361,8 @@ def train_loader(
         ValueError: if the batch cannot be divided as configured, or the data set is smaller than one batch.
     """
     n = _num_samples(dataset, "training")
+    if seed is None:  # Lightning sets the variable, in all processes
+        seed = int(os.environ.get("PL_GLOBAL_SEED") or 0)
     order = _TrainOrder(n, batch_size, micro_batch_size, seed, trainer, shuffle, num_augmentation_epochs, lengths)
     return Loader(dataset, order, num_workers)
 

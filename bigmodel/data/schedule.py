@@ -128,12 +128,28 @@ def limit_steps(num_steps: int, limit: int | float, accumulation: int) -> int:
     return min(taken, num_steps)
 
 
+def training_steps(trainer: Trainer) -> int:
+    """Return the steps taken so far: optimizer steps; under manual optimization, training batches.
+
+    Lightning's `global_step` counts each optimizer's steps under manual optimization: those of a GAN twice.
+    """
+    module: Any = getattr(trainer, "lightning_module", None)
+    if module is None or module.automatic_optimization:
+        return trainer.global_step
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    return int(batches.processed)
+
+
 def num_steps(trainer: Trainer) -> int:
-    """Return the optimizer steps of the whole run, from `max_steps` and `max_epochs`; -1 if neither bounds it.
+    """Return the steps (`training_steps`) of the whole run, from `max_steps` and `max_epochs`; -1 if they do not bound it.
+
+    Under manual optimization `max_steps` counts the steps of all optimizers, an unknown number in each batch: -1.
 
     Lightning's own `estimated_stepping_batches` is not used: it starts to read data before a checkpoint is restored.
     """
     bounds = [trainer.max_steps] if trainer.max_steps > 0 else []
+    if bounds and not trainer.lightning_module.automatic_optimization:
+        return -1
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
         source: Any = getattr(trainer, "datamodule", None) or trainer.lightning_module
         loader = source.train_dataloader()

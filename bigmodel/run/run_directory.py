@@ -14,16 +14,17 @@ from typing import Any
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from bigmodel.checkpoint import checkpoint_step, clear_hidden, find_checkpoint, read
 from bigmodel.data.lock import Held, Lock
-from bigmodel.data.schedule import num_steps
+from bigmodel.data.schedule import num_steps, training_steps
 from bigmodel.run.paths import new_directory
 from bigmodel.run.record import new_session, read_record, replace_text, write_record
 from bigmodel.run.step_overhead import freeze_objects, skip_empty_hooks
-from bigmodel.run.summary import print_summary
+from bigmodel.run.summary import describe_missing, print_summary
 from bigmodel.run.tracking import MetricsCSV, WandB, WandBRun, new_run_id
 from bigmodel.training.callbacks import Checkpoint, Preempted, Resume, RollbackRequested, StepTimer
 from bigmodel.training.callbacks.gradient_scaling import get_callback
@@ -149,6 +150,8 @@ class RunDirectory(Callback):
         if trainer.is_global_zero:
             self._start_loggers(trainer, self.directory)
             self._print_summary(trainer, pl_module)
+        elif not trainer.loggers:
+            trainer.loggers = [DummyLogger()]  # for a module's `self.logger.experiment`
 
     def _open(self) -> Path:
         """Return the directory, with configuration and record in it.
@@ -199,6 +202,8 @@ class RunDirectory(Callback):
         return WandB(**self.config["wandb"]).resolve_mode()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._print_missing(trainer, pl_module)
         self._froze = freeze_objects() or self._froze
         skip_empty_hooks(trainer)
 
@@ -239,10 +244,16 @@ class RunDirectory(Callback):
         now = datetime.now(UTC).isoformat()
         record.setdefault("created", now)
         record.setdefault("wandb_id", new_run_id())
-        record.setdefault("sessions", []).append(new_session(now, self.restart_step))
+        record.setdefault("sessions", []).append(new_session(now, self.restart_step, self._plugins()))
         record["status"] = "running"
         write_record(directory, record)
         return record
+
+    def _plugins(self) -> list[str]:
+        """Return the class paths of task and data that are not from bigmodel."""
+        blocks = (self.config.get(key) for key in ("model", "data"))
+        paths = [block["class_path"] for block in blocks if isinstance(block, dict) and "class_path" in block]
+        return [path for path in paths if not path.startswith("bigmodel.")]
 
     def _update_record(self, **changes: Any) -> None:
         self.record.update(changes)
@@ -289,6 +300,10 @@ class RunDirectory(Callback):
             self._update_record(precision=dataclasses.asdict(chooser.choice))
         chosen_before = self.record.get("precision", {}).get("precision") == trainer.precision
         if (line := chooser.describe(trainer, pl_module, chosen_before)) is not None:
+            print(line, flush=True)
+
+    def _print_missing(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for line in describe_missing(trainer, pl_module):
             print(line, flush=True)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -362,7 +377,7 @@ class RunDirectory(Callback):
         resume = "no checkpoint was saved: this run cannot be resumed"
         if self._saved(trainer):
             resume = f"`bigmodel fit --resume {self.directory}` resumes from {where}"
-        print(f"{how} at step {trainer.global_step:,}; {resume}", flush=True)
+        print(f"{how} at step {training_steps(trainer):,}; {resume}", flush=True)
 
     def rollback(self, cause: RollbackRequested) -> Path:
         """Return the checkpoint to continue from after a rollback; record it for this and later sessions.
@@ -395,7 +410,7 @@ class RunDirectory(Callback):
     def _record_status(self, trainer: Trainer, status: str) -> None:
         if not self.record:  # not the first process, or stopped before the run began
             return
-        changes: dict[str, Any] = {"status": status, "step": trainer.global_step}
+        changes: dict[str, Any] = {"status": status, "step": training_steps(trainer)}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Checkpoint | ModelCheckpoint) and callback.best_model_score is not None:
                 score = float(callback.best_model_score)
@@ -424,6 +439,9 @@ class QuietRunDirectory(RunDirectory):
         """Do nothing: the caller reports."""
 
     _print_result = _print_summary
+
+    def _print_missing(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do nothing: the caller reports."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Print nothing: there is no run to resume."""

@@ -20,8 +20,10 @@ from urllib.parse import urlsplit
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyExperiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from bigmodel.data.schedule import training_steps
 from bigmodel.internals import drop_init_argument
 from bigmodel.run.secrets import mask_command, mask_secrets
 from bigmodel.training.callbacks import TrainingLog
@@ -47,6 +49,7 @@ class MetricsCSV(Logger):
         self.path, self.trainer, self.every_seconds = path, trainer, every_seconds
         self._columns: list[str] = ["step"]
         self._rows: list[dict[str, Any]] = []
+        self._explained = False
         self._next = time.monotonic() + every_seconds
         if keep_until is not None and path.exists():
             with open(path, newline="") as file:
@@ -64,12 +67,26 @@ class MetricsCSV(Logger):
     def version(self) -> str:
         return ""
 
+    @property
+    def experiment(self) -> Any:
+        """The W&B run for a module's `self.logger.experiment`; without one, an object whose methods do nothing."""
+        if (tracked := next((one for one in self.trainer.loggers if isinstance(one, WandBRun)), None)) is not None:
+            return tracked.experiment
+        if not self._explained:
+            print(
+                "logger     self.logger.experiment records nothing: there is no W&B run, and no TensorBoard unless"
+                " --trainer.logger lightning.pytorch.loggers.TensorBoardLogger",
+                flush=True,
+            )
+            self._explained = True
+        return DummyExperiment()
+
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Do nothing: they are in the run directory's `config.yaml`."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self._rows.append({"step": self.trainer.global_step, **_with_seen(metrics, self.trainer)})
+        self._rows.append({"step": training_steps(self.trainer), **_with_seen(metrics, self.trainer)})
 
     @rank_zero_only
     def save(self) -> None:
@@ -259,7 +276,7 @@ class WandBRun(WandbLogger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
         if self.step is None:
-            super().log_metrics(_with_seen(metrics, self.trainer), step=self.trainer.global_step)
+            super().log_metrics(_with_seen(metrics, self.trainer), step=training_steps(self.trainer))
         else:
             super().log_metrics(metrics, step=self.step)
 

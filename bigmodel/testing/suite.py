@@ -110,6 +110,11 @@ class ConformanceSuite:
             if not self.passed[name]:
                 raise CheckSkipped(f"not possible before {name!r} above passes", blocked=True)
 
+    @property
+    def of_batch(self) -> bool:
+        """True if the task declares a loss in which the samples of a batch depend on each other."""
+        return not getattr(self._run.task, "loss_is_per_sample", True)
+
     def _start_two_processes(self, checkpoint: Path | None) -> None:
         """Signal `bigmodel.testing.worker` to begin; without a checkpoint, it has nothing to do."""
         partial = self.folder / "ready.partial"
@@ -149,6 +154,8 @@ class ConformanceSuite:
 
     def _loss(self) -> str:
         self._require("batch")
+        if self.of_batch:
+            return "of the whole batch (loss_is_per_sample = False): not compared over micro-batches and processes"
         output = self._run.output
         if not isinstance(output, dict) or not {"loss", "count"} <= output.keys():
             raise CheckFailed(
@@ -189,6 +196,8 @@ class ConformanceSuite:
         )
 
     def _require_comparable(self) -> None:
+        if self.of_batch:
+            raise CheckSkipped("the loss is that of a whole batch, which micro-batches and processes change")
         if self.draws:
             raise CheckSkipped(
                 "training draws random numbers that are not called dropout: disable them by a flag, such as"

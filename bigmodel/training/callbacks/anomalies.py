@@ -140,7 +140,7 @@ class Anomalies(Callback):
             self.count += self._resume.new_returns  # the checkpoint does not include anomalies after it
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if (index := getattr(batch, "index", None)) is not None:
+        if isinstance(index := getattr(batch, "index", None), Tensor):  # a list has a method of that name
             self._samples.append(index)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

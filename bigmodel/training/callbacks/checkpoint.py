@@ -14,10 +14,18 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer, callbacks
 
 from bigmodel.checkpoint.files import AtomicCheckpointIO
-from bigmodel.data.schedule import num_steps
+from bigmodel.data.schedule import num_steps, training_steps
 from bigmodel.internals import validation_due
 
 _STEPS_TO_AGREE = 10  # with several processes, the time limit is checked collectively at every tenth step only
+
+
+_DEFAULT_METRIC = "val/loss"  # of defaults.yaml
+
+
+def is_validation_metric(name: str) -> bool:
+    """True for `val/loss`, `val_loss`, `valid_acc`, `loss/val` and the like."""
+    return re.search(r"(^|[/_.])val(id|idation)?($|[/_.])", name) is not None
 
 
 class Checkpoint(callbacks.Checkpoint):
@@ -26,7 +34,9 @@ class Checkpoint(callbacks.Checkpoint):
     Without a `monitor`, the last step is always saved, whatever ends the run: its length, `max_time`, early stopping.
 
     Args:
-        monitor: the metric that selects the best checkpoint, for example `val/loss`; None: keep the latest.
+        monitor: the metric that selects the best checkpoint, for example `val/loss`; None: keep the latest. In place of
+            a `val/loss` that is not logged, `val_loss` or the only validation loss is taken, or the latest is kept; a
+            line is printed.
         mode: `min` if the smallest metric is the best, `max` if the largest is.
         every_n_steps: optimizer steps between saves; None: see `every_n_minutes`. Without both: after each validation.
         every_n_minutes: minutes of training between saves, over all sessions of a run that is stopped and resumed.
@@ -83,6 +93,7 @@ class Checkpoint(callbacks.Checkpoint):
         self._latest: list[str] = []  # without a metric: the paths to keep, the newest last
         self._on_disk: list[str] = []  # names; temporarily one more than are kept
         self._deferred = False  # until the end of a validation
+        _ = self.state_key  # by the configured metric, also if another one is taken
         self._last_step = self._step = -1
         self._saved_step = 0  # before the first step there is nothing to save
         self._saved_at = 0.0
@@ -150,7 +161,7 @@ class Checkpoint(callbacks.Checkpoint):
             kept = {Path(path).name for path in (*self.best_k_models, self.best_model_path, *self._latest)}
             for name in sorted(set(self._on_disk) - kept):
                 self._remove(trainer, str(Path(str(self.dirpath)) / name))
-        self._last_step, self._step = num_steps(trainer), trainer.global_step
+        self._last_step, self._step = num_steps(trainer), training_steps(trainer)
         if self._path(trainer) in self._latest:  # the checkpoint that is resumed from
             self._saved_step = self._step
         self._saved_at = time.monotonic() - self._elapsed
@@ -158,7 +169,7 @@ class Checkpoint(callbacks.Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
+        step = training_steps(trainer)
         if self.monitor is not None or step == self._step:  # after validations only; accumulating
             return
         self._step = step
@@ -192,15 +203,16 @@ class Checkpoint(callbacks.Checkpoint):
         """
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if trainer.global_step == self._saved_step or self.save_top_k == 0:
+        if training_steps(trainer) == self._saved_step or self.save_top_k == 0:
             return
+        self.choose_metric(trainer)
         path = self._path(trainer)
         surplus = self._select_latest(path) if self.monitor is None else self._select_best(trainer, path)
         if surplus is None:
             return
         self._on_disk = [*dict.fromkeys([*self._on_disk, Path(path).name])]
         self._write(trainer, path)
-        self._saved_step = trainer.global_step
+        self._saved_step = training_steps(trainer)
         if trainer.is_global_zero:
             this: Any = weakref.proxy(self)
             for logger in trainer.loggers:
@@ -209,9 +221,30 @@ class Checkpoint(callbacks.Checkpoint):
             if earlier != path and Path(str(self.dirpath)).absolute() in Path(earlier).absolute().parents:
                 self._remove(trainer, earlier)
 
+    def choose_metric(self, trainer: Trainer) -> None:
+        """Monitor the validation loss under the name that the module gives it; without one, keep the latest.
+
+        Nothing changes if the metric is logged, or is not the default one.
+        """
+        if self.monitor != _DEFAULT_METRIC or self.monitor in trainer.callback_metrics:
+            return
+        logged = [name for name in trainer.callback_metrics if is_validation_metric(name)]
+        losses = [name for name in logged if "loss" in name.lower()]
+        self.monitor = "val_loss" if "val_loss" in losses else losses[0] if len(losses) == 1 else None
+        if not trainer.is_global_zero:
+            return
+        if self.monitor is not None:
+            print(f"best       selected by {self.monitor}: the module does not log {_DEFAULT_METRIC}", flush=True)
+        else:
+            print(
+                f"best       the latest checkpoint, because the module does not log {_DEFAULT_METRIC} (of validation it logs"
+                f" {', '.join(logged) or 'nothing'}): set --callbacks.best.monitor and --callbacks.best.mode",
+                flush=True,
+            )
+
     def _path(self, trainer: Trainer) -> str:
         """Return the path of a checkpoint of this step; a metric that is not yet measured is 0 in its name."""
-        values = defaultdict(int, trainer.callback_metrics, epoch=trainer.current_epoch, step=trainer.global_step)
+        values = defaultdict(int, trainer.callback_metrics, epoch=trainer.current_epoch, step=training_steps(trainer))
         template = re.sub(r"\{([^:}]+)", r"{0[\1]", self.filename)  # names of metrics have slashes and dots
         return str(Path(str(self.dirpath)) / f"{template.format(values)}.ckpt")
 

@@ -33,7 +33,7 @@ class GradientScaling(Callback):
     If `training_step` returns `{"loss": sum, "count": number}`, gradients are scaled by the global count; if it returns
     a mean loss, they are left as Lightning computes them (a mean of means, exact for equal counts).
     `trainer.gradient_clip_val` is applied here, after scaling, so that it also works where Lightning refuses it (fused
-    optimizers under bf16-mixed).
+    optimizers under bf16-mixed, and manual optimization: there the gradients of each optimizer that takes a step).
 
     Attributes:
         total_count: elements predicted so far over all processes, int64 on the device; 0 if the task returns no count.
@@ -56,6 +56,10 @@ class GradientScaling(Callback):
         if stage != "fit":
             return
         self._stop_recording = set_result_class(trainer, _RecordingResult(self))
+        self.take_clipping(trainer, pl_module)
+
+    def take_clipping(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Clip here instead of in Lightning, unless it is by value, or the module has a clipping of its own."""
         overridden = is_overridden("configure_gradient_clipping", pl_module)
         if trainer.gradient_clip_val and trainer.gradient_clip_algorithm in (None, "norm") and not overridden:
             self._clip, trainer.gradient_clip_val = float(trainer.gradient_clip_val), None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer, callbacks
 
-from bigmodel.data.schedule import num_steps
+from bigmodel.data.schedule import num_steps, training_steps
 from bigmodel.internals import disable_signal_handling, restore_signal_handling, stops_here, validation_due
 from bigmodel.training.callbacks.checkpoint import Checkpoint
 
@@ -66,7 +66,7 @@ class Preemption(callbacks.Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._signal, self._prints = 0, trainer.is_global_zero
         self._stop_later = False
-        self._last_step, self._step = num_steps(trainer), trainer.global_step
+        self._last_step, self._step = num_steps(trainer), training_steps(trainer)
         self._next, self._agreed_step, self._agreed_at = self._step + 1, self._step, time.monotonic()
         if threading.current_thread() is threading.main_thread():  # only the main thread can set handlers
             self._handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
@@ -83,7 +83,7 @@ class Preemption(callbacks.Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
+        step = training_steps(trainer)
         accumulation = trainer.accumulate_grad_batches
         if accumulation > 1 and (batch_idx + 1) % accumulation and not trainer.is_last_batch:
             self._stop_later |= trainer.should_stop

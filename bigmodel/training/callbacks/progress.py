@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from bigmodel.data.schedule import num_steps
-from bigmodel.training.callbacks.checkpoint import Checkpoint
+from bigmodel.data.schedule import num_steps, training_steps
+from bigmodel.training.callbacks.checkpoint import Checkpoint, is_validation_metric
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 from bigmodel.training.callbacks.training_log import TrainingLog
 
@@ -57,10 +57,10 @@ class ProgressLine(ProgressBar):
         self._total = num_steps(trainer)
         self._log = get_callback(trainer, TrainingLog)
         self._count_unit = str(getattr(pl_module, "count_unit", "samples"))
-        self._start_step, self._start_time = trainer.global_step, time.monotonic()
+        self._start_step, self._start_time = training_steps(trainer), time.monotonic()
         self._next = self._start_time
         if self._enabled and self._console.is_terminal:
-            self._start_bar("training", self._total if self._total > 0 else None, trainer.global_step)
+            self._start_bar("training", self._total if self._total > 0 else None, training_steps(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -69,11 +69,12 @@ class ProgressLine(ProgressBar):
         if now < self._next or not self._enabled:
             return
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=trainer.global_step, metrics=self._summary())
+            self._bar.update(self._task, completed=training_steps(trainer), metrics=self._summary(trainer))
             self._bar.refresh()
             self._next = now + 0.5
         elif self._log is None or self._log.latest:
-            self._console.print(f"step {trainer.global_step:,}{self._of_total(trainer, now)}  {self._summary()}")
+            where = f"step {training_steps(trainer):,}{self._of_total(trainer, now)}"
+            self._console.print(f"{where}  {self._summary(trainer)}")
             self._next = now + self.every_n_seconds
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -110,8 +111,8 @@ class ProgressLine(ProgressBar):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.training or (trainer.state.fn == "fit" and not trainer.sanity_checking):
-            metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-            self.print(f"step {trainer.global_step:,}  {_line(metrics, _monitored(trainer))}")
+            metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if is_validation_metric(k)}
+            self.print(f"step {training_steps(trainer):,}  {_line(metrics, _monitored(trainer))}")
         if trainer.state.fn != "fit":
             self._end_evaluation()
 
@@ -141,15 +142,17 @@ class ProgressLine(ProgressBar):
         self._stop_bar()
 
     def _of_total(self, trainer: Trainer, now: float) -> str:
-        done = trainer.global_step - self._start_step
+        done = training_steps(trainer) - self._start_step
         if self._total < 0 or done == 0:
             return ""
-        left = (now - self._start_time) / done * (self._total - trainer.global_step)
+        left = (now - self._start_time) / done * (self._total - training_steps(trainer))
         return f" of {self._total:,}, {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d} left"
 
-    def _summary(self) -> str:
+    def _summary(self, trainer: Trainer) -> str:
         row = self._log.latest if self._log is not None else {}
         parts = [f"loss {row['train/loss']:.4f}"] if "train/loss" in row else []
+        if not parts:  # manual optimization: what the module logs with prog_bar=True
+            parts = [f"{name} {float(value):.4f}" for name, value in trainer.progress_bar_metrics.items()]
         for unit in dict.fromkeys((self._count_unit, "samples")):
             if f"speed/{unit}_per_s" in row:
                 parts.append(f"{row[f'speed/{unit}_per_s']:,.0f} {unit}/s")

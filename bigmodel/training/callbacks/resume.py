@@ -19,6 +19,7 @@ from bigmodel.data.sampling import Loader, data_parallel_rank, micro_batches
 from bigmodel.data.schedule import DataPosition, DataProgress, DataSchedule, limit_steps
 from bigmodel.data.stateless_rng import hash_seed
 from bigmodel.internals import progress_of, stop_after_validation
+from bigmodel.training.callbacks.checkpoint import is_validation_metric
 
 
 class Resume(DataProgress):
@@ -72,7 +73,7 @@ class Resume(DataProgress):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             # Check directly after validation, not at the epoch's end: a checkpoint saved in between then includes it.
             if isinstance(callback, EarlyStopping):
-                stop_after_validation(callback, callback.monitor.startswith("val/"))
+                stop_after_validation(callback, is_validation_metric(callback.monitor))
         # Create the loaders once: errors (too few samples, an empty split) are raised before any file is written.
         self.origin = DataPosition()
         loader = _data(trainer).train_dataloader()

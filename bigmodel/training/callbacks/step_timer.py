@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
+from bigmodel.data.schedule import training_steps
 from bigmodel.internals import before_fetch
 from bigmodel.training.callbacks.clocks import Clock, DeviceClock, HostClock
 from bigmodel.training.callbacks.gradient_scaling import GradientScaling, get_callback
@@ -60,7 +61,7 @@ class StepTimer(Callback):
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
         self._clock = DeviceClock() if pl_module.device.type == "cuda" else HostClock()
         self._mark = self._clock.mark
-        self._started, self._first, self._micro_batches = False, trainer.global_step, 0
+        self._started, self._first, self._micro_batches = False, training_steps(trainer), 0
         self._seconds = None
         self._accumulation, self._steps = trainer.accumulate_grad_batches, False
         self._measure(trainer.fit_loop.epoch_loop.val_loop, "run", "validation")
@@ -122,12 +123,12 @@ class StepTimer(Callback):
         self._mark("other")
         if self._started:
             self._micro_batches += 1
-        elif trainer.global_step > self._first:
+        elif training_steps(trainer) > self._first:
             self._start(trainer)
 
     def _start(self, trainer: Trainer) -> None:
         assert self._clock is not None
-        self._started, self._first = True, trainer.global_step
+        self._started, self._first = True, training_steps(trainer)
         gradients = get_callback(trainer, GradientScaling)
         counted = gradients.total_count if gradients is not None else None
         self._count = None if counted is None else counted.clone()
@@ -156,7 +157,7 @@ class StepTimer(Callback):
             self._print(trainer, pl_module)
 
     def _end(self, trainer: Trainer) -> None:
-        self._num_steps = trainer.global_step - self._first if self._started else 0
+        self._num_steps = training_steps(trainer) - self._first if self._started else 0
         self._remove_hooks()
         while self._undo:
             self._undo.pop()()
@@ -235,7 +236,7 @@ class StepTimer(Callback):
         torch.distributed.all_gather_object(hosts, platform.node())
         if trainer.is_global_zero:
             what = f"process {rank} on {hosts[rank]} needs {ratio:.1f} times the median time for its own work"
-            print(f"step {trainer.global_step:,}: {what}: the other processes wait for it", flush=True)
+            print(f"step {training_steps(trainer):,}: {what}: the other processes wait for it", flush=True)
 
 
 def _whose(trainer: Trainer) -> str:

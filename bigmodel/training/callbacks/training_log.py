@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from bigmodel.data.sampling import Loader, data_parallel_rank, data_parallel_size
+from bigmodel.data.schedule import training_steps
 from bigmodel.parallel.float8 import Float8
 from bigmodel.training.callbacks.gradient_scaling import GradientScaling, get_callback
 from bigmodel.training.machine import peak_flops
@@ -64,8 +65,8 @@ class TrainingLog(Callback):
         settings: Any = trainer
         self._every = settings.log_every_n_steps
         self._peak = peak_flops(pl_module.device, _compute_dtype(trainer)) if self.mfu else None
-        self._first = trainer.global_step
-        self._step, self._count = trainer.global_step, self._total_count()
+        self._first = training_steps(trainer)
+        self._step, self._count = training_steps(trainer), self._total_count()
         self._sums: dict[str, Tensor] = {}  # since the last row
         self._micro_batches = 0
         self._trainer = trainer
@@ -134,7 +135,7 @@ class TrainingLog(Callback):
         self._micro_batches += 1
         if self._micro_batches % trainer.accumulate_grad_batches:
             return
-        step = trainer.global_step
+        step = training_steps(trainer)
         if step == self._first + 1:  # counting and warm-up are over: start the clock
             self._start_clock()
         if step % self._every == 0:
@@ -149,7 +150,8 @@ class TrainingLog(Callback):
             total = float(trainer.strategy.reduce(value * scale, reduce_op="sum"))
             total *= data_parallel_size(trainer) / trainer.world_size  # processes that share a model have equal values
             row[f"train/{name}"] = total / predicted
-        row["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        if trainer.optimizers:
+            row["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         if self._gradients is not None and self._gradients.grad_norm is not None:
             row["train/grad_norm"] = float(self._gradients.grad_norm)
         seconds = time.perf_counter() - self._start - self._paused
@@ -165,8 +167,10 @@ class TrainingLog(Callback):
             row |= measure(trainer)
         row |= self.seen(trainer)
         self.latest = row
+        own = trainer.callback_metrics  # logged by the module itself, under the same name
+        logged = {name: value for name, value in row.items() if name not in own}
         for logger in trainer.loggers:
-            logger.log_metrics(row, step=step)
+            logger.log_metrics(logged, step=step)
         self._step, self._count, self._sums, self._micro_batches = step, count, {}, 0
         self._start_clock()
 
@@ -179,7 +183,7 @@ class TrainingLog(Callback):
 
     def seen(self, trainer: Trainer) -> dict[str, float]:
         """Return the samples, and the elements that the task counts, consumed so far. Reads from the device."""
-        loader, step = trainer.train_dataloader, trainer.global_step
+        loader, step = trainer.train_dataloader, training_steps(trainer)
         schedule = loader.schedule if isinstance(loader, Loader) else None
         seen: dict[str, float] = {"seen/samples": schedule.at(step).seen if schedule else step * self._batch_size}
         if self._count_unit != "samples" and (count := self._total_count()):

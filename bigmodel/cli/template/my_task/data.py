@@ -45,7 +45,7 @@ class MyTaskData(LightningDataModule):
         self.sizes = {"num_classes": len(self.packages)}  # arguments of the net
         self.fingerprint = content.hexdigest()  # a resume with different data is refused
 
-    def train_dataloader(self):  # the order does not depend on the number of processes
+    def train_dataloader(self):  # in an order that follows from `seed_everything`, on any number of processes
         sizes = {"batch_size": self.batch_size, "micro_batch_size": self.micro_batch_size}
         return train_loader(self.train, **sizes, trainer=self.trainer)
 

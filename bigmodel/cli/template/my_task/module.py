@@ -3,13 +3,13 @@
 from collections.abc import Callable
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 
 import bigmodel
 from bigmodel.training import optimizers, schedules
+from bigmodel.training.task import BaseTask
 
 
 class NGrams(nn.Module):
@@ -25,7 +25,7 @@ class NGrams(nn.Module):
         return self.head(self.embedding(buckets).mean(1))  # [B, T - 2, D] -> [B, D] -> [B, K]
 
 
-class MyTask(LightningModule):
+class MyTask(BaseTask):  # a LightningModule with optimizer and schedule
     """Classifies chunks; logs `val/loss` (nats per chunk) and `val/accuracy`."""
 
     # Net, optimizer and their arguments come from the YAML file and flags; sizes of the data are added below.
@@ -35,16 +35,13 @@ class MyTask(LightningModule):
         optimizer: optimizers.OptimizerFactory = torch.optim.AdamW,
         schedule: schedules.Schedule | None = None,
     ) -> None:
-        super().__init__()
-        self.make_net, self.optimizer, self.schedule, self.net = net, optimizer, schedule, None
+        super().__init__(optimizer, schedule)
+        self.make_net = net
         self.loss, self.accuracy = MeanMetric(), MeanMetric()
 
     def configure_model(self) -> None:
         if self.net is None:
             self.net = self.make_net(**bigmodel.sizes(self))  # {"num_classes": K}, from the data or the checkpoint
-
-    def configure_optimizers(self):
-        return optimizers.configure(self, self.optimizer, self.schedule)
 
     def training_step(self, batch):  # bigmodel divides by the count over all micro-batches and processes
         return {"loss": cross_entropy(self.net(batch.text), batch.target, reduction="sum"), "count": len(batch.target)}
