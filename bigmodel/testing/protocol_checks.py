@@ -25,7 +25,6 @@ from bigmodel.testing.checks import CheckFailed, CheckSkipped
 from bigmodel.testing.recorder import RunRecorder
 from bigmodel.testing.samples import first_samples, slice_rows
 
-
 _ROUNDING = 1e-2  # of the sum of a distribution in half precision
 
 
@@ -62,7 +61,7 @@ def _check_declared(task: Any, logits: Tensor, targets: Tensor) -> None:
     if not targets.is_floating_point():
         return
     if targets.shape == logits.shape[:-1] or logits.shape[-1] == 1:
-        required = ("regression",)
+        required: tuple[str, ...] = ("regression",)
     elif ((targets.float().sum(-1) - 1).abs() < _ROUNDING).all():
         return
     else:
