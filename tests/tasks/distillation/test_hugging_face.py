@@ -314,7 +314,7 @@ def test_a_language_model_has_the_tokenizer_of_the_data(folder, tmp_path):
             language_student(other).from_pretrained("gpt2", FLAG)
     student = language_student(tokenizer)
     set_sizes(student, {"vocab_size": tokenizer.vocab_size, "context_length": T + 1})
-    with pytest.raises(ValueError, match=f"reads {T} tokens at most, .* 17: set --data.context_length 16"):
+    with pytest.raises(ValueError, match=f"has a context of {T} tokens, .* 17: set --data.context_length 16"):
         student.from_pretrained("gpt2", FLAG)
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     shutil.copytree("gpt2", tmp_path, dirs_exist_ok=True)
