@@ -319,7 +319,7 @@ def test_a_language_model_has_the_tokenizer_of_the_data(folder, tmp_path):
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     shutil.copytree("gpt2", tmp_path, dirs_exist_ok=True)
     BertLMHeadModel(BertConfig(vocab_size=400, **sizes)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"\(bert\) is no language model: it reads the tokens that it is to predict"):
+    with pytest.raises(ValueError, match=r"\(bert\) is not a causal language model: its logits depend on later tokens"):
         language_student(tokenizer).from_pretrained(str(tmp_path), FLAG)
     with pytest.raises(
         ValueError, match=r"has no method from_pretrained \(bigmodel.protocols.SupportsFromPretrained\)"
