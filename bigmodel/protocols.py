@@ -85,7 +85,7 @@ class SupportsLogits(Protocol):
     An optional property `label_space` identifies the meaning of the K logits, as plain values: the names of the classes,
     the tokenizer. A teacher with another label space is refused. An optional property `problem_type` is the type of the
     targets, as in transformers: `single_label_classification` (one of K, or a distribution over them; the default),
-    `multi_label_classification` (each of K is 0 or 1), or `regression`.
+    `multi_label_classification` (each of K is 0 or 1), or `regression`. A task whose targets are numbers must have it.
     """
 
     def features(self, batch: Any) -> Tensor:

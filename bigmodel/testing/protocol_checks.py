@@ -25,6 +25,8 @@ from bigmodel.testing.checks import CheckFailed, CheckSkipped
 from bigmodel.testing.recorder import RunRecorder
 from bigmodel.testing.samples import first_samples, slice_rows
 
+_ROUNDING = 1e-2  # of the sum of a distribution in half precision
+
 
 def check_logits(run: RunRecorder) -> str:
     """Check features, logits and targets (SupportsLogits)."""
@@ -46,10 +48,29 @@ def check_logits(run: RunRecorder) -> str:
         parts = torch.cat([task.logits(features[:half]), task.logits(features[half:])])
     if logits.shape[:-1] != targets.shape and logits.shape != targets.shape:
         raise CheckFailed(f"the shapes of logits {list(logits.shape)} and targets {list(targets.shape)} do not match")
+    _check_declared(task, logits, targets)
     if not torch.allclose(parts, logits, rtol=1e-3, atol=1e-5):
         raise CheckFailed("logits of some rows of the features differ from the same rows of all logits: rows must not"
                           " depend on each other")  # fmt: skip
     return f"features {list(features.shape)}, logits {list(logits.shape)}, targets {list(targets.shape)}"
+
+
+def _check_declared(task: Any, logits: Tensor, targets: Tensor) -> None:
+    """Check that the task declares the problem type of its targets if these are no classes or distributions."""
+    declared = getattr(task, "problem_type", None)
+    if not targets.is_floating_point():
+        return
+    if targets.shape == logits.shape[:-1] or logits.shape[-1] == 1:
+        required: tuple[str, ...] = ("regression",)
+    elif ((targets.float().sum(-1) - 1).abs() < _ROUNDING).all():
+        return
+    else:
+        required = ("multi_label_classification", "regression")
+    if declared not in required:
+        raise CheckFailed(
+            f"targets are numbers {list(targets.shape)}, and problem_type is {declared!r}: give the task a property"
+            f" problem_type that returns {' or '.join(required)}, or distillation compares probabilities"
+        )
 
 
 def check_predict(run: RunRecorder) -> str:

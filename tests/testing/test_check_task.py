@@ -320,6 +320,28 @@ def test_documents_begin_as_the_data_do(data, message):
         protocol_checks.check_corpus(SimpleNamespace(task=Writer(), data=data))
 
 
+class PredictsNumbers(torch.nn.Linear):
+    def features(self, batch):
+        return batch.targets[:, None].expand(-1, 2).float()
+
+    def logits(self, features):
+        return self(features)
+
+    def targets(self, batch):
+        return batch.targets.float()
+
+
+class DeclaresNumbers(PredictsNumbers):
+    problem_type = "regression"
+
+
+def test_a_task_of_numbers_declares_them():
+    batch = Sequences(torch.tensor([3, 1, 4, 1]), torch.arange(4), torch.ones(4))
+    with pytest.raises(CheckFailed, match=r"targets are numbers \[4\], and problem_type is None: give the task"):
+        protocol_checks.check_logits(SimpleNamespace(task=PredictsNumbers(2, 1), batch=batch))
+    assert "targets [4]" in protocol_checks.check_logits(SimpleNamespace(task=DeclaresNumbers(2, 1), batch=batch))
+
+
 @pytest.mark.parametrize("name", DEFECTS)
 def test_a_defect_is_found_and_named(found, name):
     failures = {what: finding.text for what, finding in found[name].items() if finding.status == "FAIL"}

@@ -7,8 +7,10 @@ from bigmodel.tasks.distillation.loss_terms import (
     AttentionTransfer,
     GeneralizedJSD,
     Hint,
+    HuberError,
     Relational,
     SimilarityPreserving,
+    SquaredError,
     Term,
 )
 from bigmodel.tasks.distillation.mean_teacher import MeanTeacher
@@ -22,10 +24,12 @@ __all__ = [
     "Distillation",
     "GeneralizedJSD",
     "Hint",
+    "HuberError",
     "MeanTeacher",
     "OnPolicy",
     "Relational",
     "SimilarityPreserving",
+    "SquaredError",
     "TeacherCache",
     "Term",
 ]

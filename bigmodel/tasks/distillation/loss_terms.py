@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigmodel.tasks.distillation import losses
@@ -153,6 +154,46 @@ class GeneralizedJSD(PredictionTerm):
 
     def forward(self, student: Tensor, teacher: Tensor, targets: Tensor, temperature: float) -> Tensor:
         return losses.generalised_jsd(student, teacher, self.beta)
+
+
+class RegressionTerm(Term):
+    """Compares the numbers that student and teacher predict; abstract.
+
+    Errors are in units of the standard deviation of the training targets if the data module has the method
+    `target_statistics`, which returns their mean and standard deviation; else in the unit of the targets.
+
+    Args:
+        weight, schedule: as for every term.
+    """
+
+    @abstractmethod
+    def forward(self, errors: Tensor) -> Tensor:
+        """Return the loss of each error [n, K], the student's prediction minus the teacher's."""
+
+
+class SquaredError(RegressionTerm):
+    """Squared error between the predictions; arguments as for `RegressionTerm`."""
+
+    def forward(self, errors: Tensor) -> Tensor:
+        return errors.square()
+
+
+class HuberError(RegressionTerm):
+    """Huber loss (Huber 1964) of the error between the predictions: e^2 / 2 up to delta, then delta (|e| - delta / 2).
+
+    Args:
+        delta: error above which the loss is linear, above 0; see `RegressionTerm` for its unit.
+        weight, schedule: as for every term.
+    """
+
+    def __init__(self, delta: float = 1.0, weight: float = 1.0, schedule: Schedule | None = None) -> None:
+        super().__init__(weight, schedule)
+        if not 0 < delta < float("inf"):
+            raise ValueError(f"--model.losses: HuberError has delta {delta}, which must be a number above 0")
+        self.delta = delta
+
+    def forward(self, errors: Tensor) -> Tensor:
+        return F.huber_loss(errors, torch.zeros_like(errors), reduction="none", delta=self.delta)
 
 
 class FeatureTerm(Term):

@@ -26,13 +26,13 @@ from bigmodel.nn.loss import IGNORE_INDEX
 from bigmodel.protocols import SupportsLogits, SupportsOnPolicySampling
 from bigmodel.run import sizes
 from bigmodel.tasks.distillation.cache import TeacherCache
-from bigmodel.tasks.distillation.loss_terms import KD, FeatureTerm, PredictionTerm, Term
+from bigmodel.tasks.distillation.loss_terms import KD, FeatureTerm, PredictionTerm, RegressionTerm, SquaredError, Term
 from bigmodel.tasks.distillation.losses import counted_sum, sum_in_chunks
 from bigmodel.tasks.distillation.mean_teacher import MeanTeacher
 from bigmodel.tasks.distillation.on_policy import OnPolicy
 from bigmodel.tasks.distillation.task_wrapper import TaskWrapper
 from bigmodel.tasks.distillation.teacher_outputs import TeacherOutputs
-from bigmodel.tasks.distillation.teachers import LayerRecorder, eval_mode
+from bigmodel.tasks.distillation.teachers import LayerRecorder, eval_mode, problem_type_of
 
 _TERMS = "distillation_terms"  # a submodule of the student; checkpoints hold its parameters separately
 
@@ -45,8 +45,9 @@ class Distillation(TaskWrapper):
         teacher: a trained task: a run directory, `last`, the end of a run's name, or a checkpoint; a model in Hugging
             Face's format, its folder or hf://owner/name; or several, whose probabilities are averaged. Or MeanTeacher:
             an average of the student.
-        losses: terms by name: KD (by default, with weight 0.9), DKD, GeneralizedJSD, Hint, AttentionTransfer, Relational,
-            SimilarityPreserving of bigmodel.tasks.distillation; null removes one.
+        losses: terms by name: KD (by default, with weight 0.9), DKD, GeneralizedJSD; for regression SquaredError (by
+            default, with weight 0.9), HuberError; Hint, AttentionTransfer, Relational, SimilarityPreserving; all of
+            bigmodel.tasks.distillation; null removes one.
         hard_weight: factor of the student's own loss, 0 or above.
         cache: on-disk cache of the teacher's logits: bigmodel.tasks.distillation.TeacherCache; null: run the teacher at
             each step.
@@ -90,6 +91,8 @@ class Distillation(TaskWrapper):
         self.hard_weight, self.chunk_size, self.on_policy = hard_weight, chunk_size, on_policy
         self._student_layers: LayerRecorder | None = None
         self._num_steps = -1
+        self._default_losses = losses is None
+        self._scale = 1.0  # of the errors of `RegressionTerm`
 
     @property
     def terms(self) -> dict[str, Term]:
@@ -118,6 +121,10 @@ class Distillation(TaskWrapper):
                     "--model.teacher MeanTeacher averages a net that is whole on each process, and --trainer.strategy"
                     f" {type(self.trainer.strategy).__name__} shards it: set one of the two to another value"
                 )
+            if self._default_losses and problem_type_of(self.student) == "regression":
+                terms: dict[str, Term] = {"squared_error": SquaredError(weight=0.9)}
+                setattr(self.student, _TERMS, nn.ModuleDict(terms))
+                self.teacher_outputs.set_terms(list(terms.values()))
             if self.on_policy is not None:
                 self.on_policy.check(sizes(self.student))
             with torch.random.fork_rng(devices=[]):  # same initial weights as without distillation
@@ -167,6 +174,9 @@ class Distillation(TaskWrapper):
                 f" regressor of Hint: include the submodule `{_TERMS}` in its configure_optimizers, or set other losses"
             )
         self.teacher_outputs.setup(self.student)
+        data: Any = getattr(self.trainer, "datamodule")  # noqa: B009
+        if self.teacher_outputs.of_numbers and hasattr(data, "target_statistics"):
+            self._scale = float(data.target_statistics()[1])
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Read the cached teacher outputs while the batch is still on the CPU."""
@@ -214,15 +224,16 @@ class Distillation(TaskWrapper):
 
     def _targets(self, batch: Any, positions: torch.Size) -> tuple[Tensor, Tensor | None]:
         """Return the mask of positions that count, and the class of each [*positions]; None where targets are
-        distributions.
+        distributions or numbers.
         """
         targets: Tensor = self.student.targets(batch)
         if targets.shape == positions and not targets.is_floating_point():
             return targets != IGNORE_INDEX, targets.clamp(min=0)
-        if targets.shape[:-1] != positions:
+        if positions not in (targets.shape, targets.shape[:-1]):
             raise ValueError(
                 f"--model.student {type(self.student).__name__} has targets {list(targets.shape)} and features at the"
-                f" positions {list(positions)}: targets must be classes or distributions over them at these positions"
+                f" positions {list(positions)}: targets must be classes, distributions over"
+                " them, or numbers, at these positions"
             )
         return torch.ones(positions, dtype=torch.bool, device=targets.device), None
 
@@ -238,7 +249,8 @@ class Distillation(TaskWrapper):
             counted: positions [...], bool.
             classes: of the positions [...]; None where targets are distributions.
         """
-        terms = {name: term for name, term in self.terms.items() if isinstance(term, PredictionTerm)}
+        compared = RegressionTerm if self.teacher_outputs.of_numbers else PredictionTerm
+        terms = {name: term for name, term in self.terms.items() if isinstance(term, compared)}
         if not terms:
             return {}
         if classes is None and self.teacher_outputs.needs_classes:
@@ -250,21 +262,28 @@ class Distillation(TaskWrapper):
         # On other devices, indexing with a mask would wait for the device to count its entries.
         if counted.device.type == "cpu" and not counted.all():
             rows = [row[counted.flatten()] for row in rows]
-        step, total = self.trainer.global_step, self._num_steps
-        temperatures = [term.temperature_at(step, total) for term in terms.values()]
+        compare = self._errors if self.teacher_outputs.of_numbers else self._divergences
 
         def loss_of(student: Tensor, counted: Tensor, classes: Tensor, *teacher: Tensor) -> Tensor:
             logits = student if whole else self.student.logits(student)
-            both = {T: self.teacher_outputs.log_probabilities(logits, list(teacher), T) for T in set(temperatures)}
-            sums = []
-            for term, temperature in zip(terms.values(), temperatures, strict=True):
-                values = term(*both[temperature], classes, temperature)
-                if values.ndim > 1:  # one value per label: take the mean, as the student's own loss does
-                    values = values.mean(-1)
-                sums.append(counted_sum(values, counted))
-            return torch.stack(sums)
+            values = compare(list(terms.values()), logits, list(teacher), classes)
+            return torch.stack([counted_sum(value, counted) for value in values])
 
         return dict(zip(terms, sum_in_chunks(loss_of, rows, None if whole else self.chunk_size), strict=True))
+
+    def _errors(self, terms: list[Any], student: Tensor, teacher: list[Tensor], classes: Tensor) -> list[Tensor]:
+        """Return the values [n] of each `RegressionTerm` for logits [n, K]."""
+        errors = (student.float() - self.teacher_outputs.numbers(teacher)) / self._scale
+        return [term(errors).mean(-1) for term in terms]
+
+    def _divergences(self, terms: list[Any], student: Tensor, teacher: list[Tensor], classes: Tensor) -> list[Tensor]:
+        """Return the values [n] of each `PredictionTerm` for logits [n, K]."""
+        step, total = self.trainer.global_step, self._num_steps
+        temperatures = [term.temperature_at(step, total) for term in terms]
+        both = {T: self.teacher_outputs.log_probabilities(student, teacher, T) for T in set(temperatures)}
+        values = [term(*both[T], classes, T) for term, T in zip(terms, temperatures, strict=True)]
+        # One value per label: take the mean, as the student's own loss does.
+        return [value.mean(-1) if value.ndim > 1 else value for value in values]
 
     # A checkpoint holds the learned parameters of the terms separately from the student.
 

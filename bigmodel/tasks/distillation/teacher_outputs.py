@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from bigmodel.tasks.distillation import cache as logit_cache
 from bigmodel.tasks.distillation import losses
 from bigmodel.tasks.distillation.cache import TeacherCache
 from bigmodel.tasks.distillation.cached_outputs import CachedOutputs
-from bigmodel.tasks.distillation.loss_terms import FeatureTerm, PredictionTerm, Term
+from bigmodel.tasks.distillation.loss_terms import FeatureTerm, PredictionTerm, RegressionTerm, Term
 from bigmodel.tasks.distillation.mean_teacher import MeanTeacher
 from bigmodel.tasks.distillation.teachers import (
     LayerRecorder,
@@ -28,7 +29,9 @@ from bigmodel.tasks.distillation.teachers import (
     problem_type_of,
 )
 
-_NUM_CHECKED = 64  # samples, for positions at which teacher and student predict
+_NUM_CHECKED = 64  # samples, for positions at which teacher and student predict, and for the type of targets
+_ROUNDING = 1e-2  # of the sum of a distribution in half precision
+_PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
 class TeacherOutputs:
@@ -52,9 +55,11 @@ class TeacherOutputs:
             raise ValueError("--model.teacher is empty: set a run, or a model in Hugging Face's format")
         self.paths, self.cache = paths, cache
         self.of_labels = False  # True if the K labels are independent; set once the student has its data
+        self.of_numbers = False  # True for regression; likewise
         self.feature_terms = [term for term in terms if isinstance(term, FeatureTerm)]
         self.needs_classes = [term for term in terms if isinstance(term, PredictionTerm) and term.needs_classes]
         predicting = [term for term in terms if isinstance(term, PredictionTerm)]
+        self._terms = terms
         self.temperatures = sorted({term.temperature for term in predicting})
         if self.feature_terms and len(paths) > 1:
             raise ValueError(
@@ -68,6 +73,10 @@ class TeacherOutputs:
         self._layers: LayerRecorder | None = None
         temperature = self.temperatures[0] if self.temperatures else None
         self._cached = CachedOutputs(cache, temperature) if cache is not None else None
+
+    def set_terms(self, terms: list[Term]) -> None:
+        """Replace the terms of the loss."""
+        self._terms = terms
 
     def _check_cache_supports(self, cache: TeacherCache, predicting: list[PredictionTerm]) -> None:
         if self.mean_teacher is not None:
@@ -144,10 +153,27 @@ class TeacherOutputs:
 
     def _check_problem_type(self, student: Any) -> None:
         problem_type = problem_type_of(student)
-        if problem_type not in ("single_label_classification", "multi_label_classification"):
+        if problem_type not in _PROBLEM_TYPES:
             raise ValueError(
-                f"--model.student: its targets are of type {problem_type!r}; distillation compares probabilities, of"
-                " single_label_classification or multi_label_classification: train the student without --model.teacher"
+                f"--model.student: its targets are of type {problem_type!r} (problem_type); accepted are"
+                f" {', '.join(_PROBLEM_TYPES)}"
+            )
+        self.of_numbers = problem_type == "regression"
+        wrong = PredictionTerm if self.of_numbers else RegressionTerm
+        if unfit := [type(term).__name__ for term in self._terms if isinstance(term, wrong)]:
+            compared, names = ("probabilities", "SquaredError, HuberError") if self.of_numbers else ("numbers", "KD")
+            raise ValueError(
+                f"--model.losses: {unfit[0]} compares {compared}, and the student's targets are of type"
+                f" {problem_type!r}: set {names} or terms of features instead, and this one to null"
+            )
+        if (
+            self.of_numbers
+            and self.cache is not None
+            and (self.cache.top_k is not None or self.cache.dtype != "float32")
+        ):
+            raise ValueError(
+                f"--model.cache.dtype {self.cache.dtype}, --model.cache.top_k {self.cache.top_k}: the predictions of a"
+                " regression are cached as they are: set --model.cache.dtype float32 and --model.cache.top_k null"
             )
         if self.needs_classes and getattr(student.trainer.datamodule, "mix", None) is not None:
             raise ValueError("--model.losses: DKD needs the class of each sample: set --data.mix null")
@@ -204,6 +230,7 @@ class TeacherOutputs:
         Raises:
             ValueError: if the disk has become too small, or teachers do not predict where the student does.
         """
+        self._check_targets(student)
         if self.teachers is not None:
             for task in self.teachers.tasks:
                 task.to(student.device)
@@ -212,6 +239,30 @@ class TeacherOutputs:
             if self._cached is not None:
                 self._cached.compute(self.teachers.tasks)
                 self.teachers = None
+
+    def _check_targets(self, student: Any) -> None:
+        """Check that the first targets are of the type that the student declares.
+
+        Raises:
+            ValueError: if they are not.
+        """
+        if not any(isinstance(term, PredictionTerm | RegressionTerm) for term in self._terms):
+            return
+        trainer = student.trainer
+        batch = next(iter(sequential_loader(trainer.datamodule.train_dataloader(), rows=_NUM_CHECKED)))
+        targets: Tensor = student.targets(trainer.strategy.batch_to_device(batch))
+        fit = True
+        if self.of_numbers:
+            fit = targets.is_floating_point()
+        elif targets.is_floating_point() and not self.of_labels:  # distributions
+            real = targets[batch.weight.to(targets.device) > 0]
+            fit = targets.ndim > 1 and bool((real >= 0).all() and ((real.sum(-1) - 1).abs() < _ROUNDING).all())
+        if not fit:
+            raise ValueError(
+                f"--model.student: {type(student).__name__} has targets {list(targets.shape)} of {targets.dtype}, which are"
+                f" not those of its problem_type {problem_type_of(student)!r}: give the task the property problem_type with"
+                f" one of {', '.join(_PROBLEM_TYPES)} (bigmodel.protocols.SupportsLogits)"
+            )
 
     def _check_positions(self, student: Any, tasks: list[Any]) -> None:
         """Check that teachers predict at the student's positions, and can read its batches (no cached features of its
@@ -255,6 +306,15 @@ class TeacherOutputs:
             return [rows.flatten(0, -2) for rows in features], layers
         assert self._cached is not None
         return self._cached.get(batch), {}
+
+    def numbers(self, rows: list[Tensor]) -> Tensor:
+        """Return the mean of the teachers' predictions [n, K] for regression.
+
+        Args:
+            rows: a part of the result of `get`.
+        """
+        logits = self.teachers.logits(rows) if self.teachers is not None else rows
+        return torch.stack([each.float() for each in logits]).mean(0)
 
     def log_probabilities(self, student: Tensor, rows: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
         """Return the log-probabilities of student and teacher [n, K]; for labels [n, K, 2].

@@ -206,9 +206,15 @@ class Teachers:
 
     @outside_mfu()
     @torch.no_grad()
+    def logits(self, features: list[Tensor]) -> list[Tensor]:
+        """Return the logits of each teacher [n, K] from its features [n, D]."""
+        return [task.logits(rows) for task, rows in zip(self.tasks, features, strict=True)]
+
+    @outside_mfu()
+    @torch.no_grad()
     def log_probabilities(self, features: list[Tensor], temperature: float) -> Tensor:
         """Return log-probabilities [n, K], of labels [n, K, 2], from each teacher's features [n, D]."""
-        logits = [task.logits(rows) for task, rows in zip(self.tasks, features, strict=True)]
+        logits = self.logits(features)
         if self.of_labels:
             logits = [losses.binary_logits(each) for each in logits]
         return losses.mean_of_probabilities([losses.log_probabilities(each, temperature) for each in logits])

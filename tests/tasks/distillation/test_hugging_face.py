@@ -444,7 +444,7 @@ def test_several_labels_are_taught_each_alone_and_numbers_are_refused(texts, mon
         (["--model.cache.top_k", 2], "--model.cache.top_k 2 needs classes that exclude each other"),
         (
             ["--data.problem_type", "regression", "--data.path", "numbers.csv"],
-            "--model.student: its targets are of type 'regression'",
+            "--model.losses: KD compares probabilities, and the student's targets are of type 'regression'",
         ),
     ]:
         with pytest.raises(SystemExit):
