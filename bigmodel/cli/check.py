@@ -34,16 +34,13 @@ def run_check(argv: list[str]) -> Probe | None:
     """Check the run that `bigmodel fit` would start with these arguments.
 
     Returns:
-        The measurements; None if only help was requested.
+        The measurements; None if only the help of a class was requested.
 
     Raises:
         ValueError: for anything that `fit` refuses.
         SystemExit: with status 1, if a finding is a failure.
     """
     positional, files, flags = parse_flags(argv)
-    if "help" in dict(flags) or "-h" in argv:
-        print_text(_HELP, end="")
-        return None
     if positional:
         raise ValueError(f"unexpected argument {positional[-1]!r} (a YAML file is given with -c)")
     if not files and not any(key.endswith(".help") for key, _ in flags):
