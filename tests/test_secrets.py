@@ -1,4 +1,4 @@
-"""Secrets stay out of files and W&B; text from elsewhere does nothing to a terminal; a module may be beside the YAML."""
+"""Secrets stay out of files and W&B; a module may be beside the YAML file."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import wandb
 
-from bigmodel.data.text import did_you_mean, printable
 from bigmodel.run.secrets import MASK, mask_command, mask_secrets
 
 FIT_FLAGS = ["--trainer.max_epochs", "1"]
@@ -69,13 +68,6 @@ def test_what_is_a_secret(monkeypatch, name, value, masked):
     if isinstance(value, str):
         assert mask_command(["fit", f"--data.{name}", value, "--x"]) == ["fit", f"--data.{name}", masked, "--x"]
         assert mask_command([f"--data.{name}={value}"]) == [f"--data.{name}={masked}"]
-
-
-def test_foreign_text_is_shown_harmlessly_and_the_nearest_name_is_given(bm):
-    assert printable("a\x1b[2Jb\x9b\r\u202e\tc\nä") == "a\\x1b[2Jb\\x9b\\r\\u202e\tc\nä"
-    assert "no flag --\\x1b]0;x" in bm("list", "--\x1b]0;x", fails=True)
-    assert did_you_mean("widht", ["depth", "width"]) == "; did you mean 'width'?"
-    assert did_you_mean("zzz", ["depth", "width"]) == ""
 
 
 def test_a_module_that_is_nowhere_is_not_looked_for_in_a_registry(bm):

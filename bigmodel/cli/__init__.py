@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from bigmodel import __version__
-from bigmodel.data.text import did_you_mean, printable
+from bigmodel.data.text import did_you_mean, print_text
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -47,22 +50,27 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     verb, rest = (argv[0], ["--help" if word == "-h" else word for word in argv[1:]]) if argv else ("--help", [])
     if verb in ("-h", "--help", "help"):
-        print(_HELP.format(commands=_list_commands()), end="")
+        print_text(_HELP.format(commands=_list_commands()), end="")
     elif verb in ("-V", "--version"):
-        print(f"bigmodel {__version__}")
+        print_text(f"bigmodel {__version__}")
+    elif verb in ("check", "fit", "validate", "test", "predict") and "--help" in rest:
+        from bigmodel.cli.trainer_help import HELP
+
+        print_text(HELP[verb], end="")
     elif verb in _VERBS:
         module, _, name = _VERBS[verb].partition(":")
-        function = getattr(importlib.import_module(module), name)
-        _with_clear_errors(_run_trusting, function, *([verb] if name == "run_trainer" else []), rest)
+        first = [verb] if name == "run_trainer" else []
+        _with_clear_errors(_run_trusting, lambda: getattr(importlib.import_module(module), name), *first, rest)
     elif command := next(iter(_installed_commands(verb)), None):
-        _with_clear_errors(_run_trusting, command.load(), rest)
+        _with_clear_errors(_run_trusting, command.load, rest)
     else:
         verbs = [*_VERBS, *(command.name for command in _installed_commands())]
         _fail(f"there is no verb {verb!r}; choose one of {', '.join(sorted(verbs))}{did_you_mean(verb, verbs)}")
 
 
-def _run_trusting(function: Callable[..., object], *args: Any) -> None:
-    """Run a verb; its flags `--trust PATH` allow runs and checkpoints to name these import paths."""
+def _run_trusting(load: Callable[[], Callable[..., object]], *args: Any) -> None:
+    """Import and run a verb; its flags `--trust PATH` allow runs and checkpoints to name these import paths."""
+    function = load()
     *before, argv = args
     flags = [n for n, word in enumerate(argv) if word == "--trust" or word.startswith("--trust=")]
     if not flags:
@@ -104,6 +112,9 @@ def _with_clear_errors(function: Callable[..., object], *args: Any) -> None:
     The former are ValueError, OSError and FloatingPointError if raised by bigmodel itself, whose messages are written
     for users, or by a task or its data before the run began. BIGMODEL_TRACEBACK=1 shows their traceback as well.
     """
+    default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if acknowledged := default and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, functools.partial(_interrupt, os.getpid()))
     try:
         function(*args)
         sys.stdout.flush()
@@ -111,7 +122,6 @@ def _with_clear_errors(function: Callable[..., object], *args: Any) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
-        print("bigmodel: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)  # a fit has printed how to resume (`bigmodel.run.RunDirectory`)
     except (ValueError, OSError, FloatingPointError) as error:
         trace = error.__traceback__
@@ -121,8 +131,21 @@ def _with_clear_errors(function: Callable[..., object], *args: Any) -> None:
         if os.environ.get("BIGMODEL_TRACEBACK") or not (ours or isinstance(error, ClearError)):
             raise
         _fail(str(error))
+    finally:
+        if acknowledged:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupt(process: int, number: int, frame: Any) -> None:
+    """Acknowledge Ctrl-C at once, since stopping may take a moment, and raise KeyboardInterrupt.
+
+    During training, `Preemption` handles the signal. Processes forked from this one and further ranks print nothing.
+    """
+    if os.getpid() == process and os.environ.get("LOCAL_RANK", "0") == "0":
+        os.write(2, b"\nCtrl-C: stopping\n")  # not print, which may be what the signal interrupted
+    raise KeyboardInterrupt
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"bigmodel: error: {printable(message)}", file=sys.stderr)
+    print_text(f"bigmodel: error: {message}", file=sys.stderr)
     sys.exit(2)

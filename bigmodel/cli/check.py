@@ -28,23 +28,6 @@ from bigmodel.internals import clear_minimum, save_triggers
 from bigmodel.run.config import parse_flags
 from bigmodel.training.callbacks import Anomalies, Checkpoint, StepTimer
 
-_HELP = """\
-bigmodel check -c EXPERIMENT.yaml [-c MORE.yaml ...] [--KEY VALUE ...]
-
-Takes a few steps of the run that `bigmodel fit` would start with the same arguments, in about a minute, and prints a line
-for each finding:
-
-  ok   NAME          measurement
-  FAIL NAME: problem and remedy
-
-It opens the data, creates the net, takes up to 20 optimizer steps, writes a checkpoint and reads it back, and runs a few
-batches of validation; on several processes it compares versions and sums test values. It estimates the duration of the whole
-run at this speed, and the disk space of its checkpoints. The exit status is 1 if anything failed, and 2 for a configuration
-that fit refuses.
-
-It creates no run directory and no run in W&B. Prepared data stay in the cache for fit.
-"""
-
 _VALIDATION_BATCHES = 4
 
 
@@ -52,16 +35,13 @@ def run_check(argv: list[str]) -> Probe | None:
     """Check the run that `bigmodel fit` would start with these arguments.
 
     Returns:
-        The measurements; None if only help was requested.
+        The measurements; None if only the help of a class was requested.
 
     Raises:
         ValueError: for anything that `fit` refuses.
         SystemExit: with status 1, if a finding is a failure.
     """
     positional, files, flags = parse_flags(argv)
-    if "help" in dict(flags) or "-h" in argv:
-        print(_HELP, end="")
-        return None
     if positional:
         raise ValueError(f"unexpected argument {positional[-1]!r} (a YAML file is given with -c)")
     if not files and not any(key.endswith(".help") for key, _ in flags):

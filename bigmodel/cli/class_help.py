@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 from bigmodel.cli import plugins
+from bigmodel.data.text import print_text
 from bigmodel.run.config import Config, read_yaml
 
 
@@ -30,7 +31,7 @@ def print_class_help(flags: list[tuple[str, Any]], merged: Config) -> bool:
             elif class_path is None:
                 _print_choice(key, merged)
             else:
-                print(_help_of(key, class_path))
+                print_text(_help_of(key, class_path))
             return True
     return False
 
@@ -70,11 +71,11 @@ def _named(key: str, name: str) -> str:
 
 
 def _list_tasks(key: str) -> None:
-    print(
+    print_text(
         f"--{key}.help TASK shows the arguments of a task's {'class' if key == 'model' else 'data'}. Installed tasks:"
     )
     for task in plugins.installed_tasks():
-        print(f"  {task.name:24} {task.path}")
+        print_text(f"  {task.name:24} {task.path}")
 
 
 def _print_choice(key: str, merged: Config) -> None:
@@ -89,11 +90,11 @@ def _print_choice(key: str, merged: Config) -> None:
         raise ValueError(f"no class is configured at {key}; give one: --{key}.help CLASS")
     start = lines.index(f"  --{key}") + 1
     description = list(itertools.takewhile(lambda line: line.startswith("      "), lines[start:]))
-    print("\n".join([f"--{key}", *description]))
+    print_text("\n".join([f"--{key}", *description]))
     entries = _at(key, merged)
     for name in entries if isinstance(entries, dict) else []:
         if (configured := _configured(f"{key}.{name}", merged)) is not None:
-            print(f"\n--{key}.{name} {configured}; --{key}.{name}.help shows its arguments")
+            print_text(f"\n--{key}.{name} {configured}; --{key}.{name}.help shows its arguments")
 
 
 def _help_of(key: str, class_path: str) -> str:

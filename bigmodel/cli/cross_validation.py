@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bigmodel.checkpoint import checkpoint_step
+from bigmodel.data.text import print_text
 from bigmodel.run import find_run, new_directory
 from bigmodel.run.config import Config
 
@@ -95,13 +96,13 @@ def _fit_remaining(directory: Path, argv: list[str], more: list[str]) -> None:
         else:
             shutil.rmtree(run, ignore_errors=True)  # stopped before its first checkpoint
             arguments = [*argv, f"--data.fold={number}"]
-        print(f"fold       {number} of {folds}", flush=True)
+        print_text(f"fold       {number} of {folds}", flush=True)
         code = _fit([*arguments, *more], run, last)
         if code:
             if not any(directory.glob("fold-*/run.json")):  # an error before it began
                 shutil.rmtree(directory)
             else:
-                print(f"stopped in fold {number}; `bigmodel fit --resume {directory}` resumes it", flush=True)
+                print_text(f"stopped in fold {number}; `bigmodel fit --resume {directory}` resumes it", flush=True)
             sys.exit(code)
     _report(directory, folds)
 
@@ -165,7 +166,7 @@ def _report(directory: Path, folds: int) -> None:
     (directory / "folds.md").write_text(
         f"Each of {folds} folds at its best checkpoint; std is the standard deviation over folds (n - 1).\n\n{text}\n"
     )
-    print(f"folds      {directory}\n\n{text}", flush=True)
+    print_text(f"folds      {directory}\n\n{text}", flush=True)
 
 
 def _best(run: Path) -> dict[str, float]:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigmodel.data.text import did_you_mean
+from bigmodel.data.text import did_you_mean, print_text
 from bigmodel.run.config import parse_flags
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ tensor it shares).
 def run_export(argv: list[str]) -> None:
     """Write the weights, and print a summary."""
     if {"-h", "--help"} & set(argv):
-        print(_HELP, end="")
+        print_text(_HELP, end="")
         return
     positional, files, pairs = parse_flags(argv)
     flags = dict(pairs)
@@ -84,7 +84,7 @@ def _write_safetensors(checkpoint: Path, output: Path) -> None:
         partial.unlink(missing_ok=True)
     count = sum(parameter.numel() for parameter in net.parameters())
     weights = f"{average[0]} of the weights" if average is not None else "weights"
-    print(
+    print_text(
         f"wrote {output}: {weights} of {checkpoint.name}, {count:,} parameters, {format_bytes(output.stat().st_size)}"
     )
 

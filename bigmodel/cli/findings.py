@@ -16,6 +16,7 @@ from torch import Tensor
 from bigmodel import run
 from bigmodel.checkpoint import read, size_on_disk
 from bigmodel.cli.formatting import find_differences, format_bytes
+from bigmodel.data.text import print_text
 from bigmodel.parallel.tensors import local
 
 _MAX_REDUCED = 1 << 24  # float32 numbers in the sum over processes, 64 MB: a typical part of a net's gradients
@@ -37,13 +38,13 @@ class Findings:
     def ok(self, name: str, text: str) -> None:
         """Print a successful finding."""
         if self.prints:
-            print(f"ok   {name:12} {text}", flush=True)
+            print_text(f"ok   {name:12} {text}", flush=True)
 
     def fail(self, name: str, text: str) -> None:
         """Print a failure; the text includes a remedy."""
         self.failed = True
         if self.prints:
-            print(f"FAIL {name}: {text}", flush=True)
+            print_text(f"FAIL {name}: {text}", flush=True)
 
 
 def check_processes(findings: Findings, pl_module: LightningModule) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from bigmodel.cli import plugins
-from bigmodel.data.text import did_you_mean, printable
+from bigmodel.data.text import did_you_mean, print_text
 from bigmodel.run.config import parse_flags
 
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where libyaml is installed
@@ -33,7 +33,7 @@ def run_list(argv: list[str]) -> None:
         SystemExit: with status 1, if `--check` is given and a task cannot be imported.
     """
     if {"-h", "--help"} & set(argv):
-        print(_HELP, end="")
+        print_text(_HELP, end="")
         return
     flags = dict(parse_flags(argv)[2])
     accepted = ("check", "runs_dir", "experiments")
@@ -50,7 +50,7 @@ def run_list(argv: list[str]) -> None:
 
 def _list_tasks(check: bool) -> bool:
     """Print the tasks; return False if `check` is set and one cannot be imported."""
-    print("tasks")
+    print_text("tasks")
     tasks, broken = plugins.installed_tasks(), False
     names = [task.name for task in tasks]
     for task in tasks:
@@ -59,9 +59,9 @@ def _list_tasks(check: bool) -> bool:
         status = ("FAIL " if problem else "ok   ") if check else ""
         package = f" ({task.package})" if task.package else ""
         duplicate = "; several tasks have this name: use the path" if names.count(task.name) > 1 else ""
-        print(printable(f"  {status}{task.name:24} {task.path}{package}{duplicate}"))
+        print_text(f"  {status}{task.name:24} {task.path}{package}{duplicate}")
         if problem:
-            print(printable(f"       {problem}"))
+            print_text(f"       {problem}")
     return not broken
 
 
@@ -75,16 +75,16 @@ def _problem(task: plugins.InstalledTask) -> str | None:
 
 
 def _list_experiments(folder: Path) -> None:
-    print(f"\nexperiments in {folder}/ and in packages")
+    print_text(f"\nexperiments in {folder}/ and in packages")
     local = sorted(folder.glob("**/*.yaml"))
     local_files = {path.resolve() for path in local}
     inside = [(name, path) for name, path in plugins.installed_experiments() if path.resolve() not in local_files]
     for name, path in [*((str(path), path) for path in local), *inside]:
-        print(printable(f"  {name:50} {_first_comment(path)}"))
+        print_text(f"  {name:50} {_first_comment(path)}")
 
 
 def _list_runs(folder: Path) -> None:
-    print(f"\nruns in {folder}/")
+    print_text(f"\nruns in {folder}/")
     records = [(path, json.loads(path.read_text())) for path in folder.glob("**/run.json")]
     records.sort(key=lambda pair: pair[1]["created"])
     different = _differences([path.parent for path, _ in records])
@@ -92,7 +92,7 @@ def _list_runs(folder: Path) -> None:
         best = record.get("best")
         metric = f"{best['metric']} {best['value']:.5g}" if best else ""
         columns = f"  {path.parent!s:60} {record['status']:11} step {record.get('step', 0):<8,} {metric}"
-        print(printable(f"{columns:106}  {different[path.parent]}".rstrip()))
+        print_text(f"{columns:106}  {different[path.parent]}".rstrip())
 
 
 def _differences(runs: list[Path]) -> dict[Path, str]:

@@ -15,6 +15,7 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
+from bigmodel.data.text import print_text
 from bigmodel.run.config import parse_flags
 
 _HELP = """\
@@ -35,7 +36,7 @@ def run_new(argv: list[str]) -> None:
         ValueError: for an invalid or taken name, or a folder that exists.
     """
     if {"-h", "--help"} & set(argv):
-        print(_HELP, end="")
+        print_text(_HELP, end="")
         return
     positional, files, pairs = parse_flags(argv)
     unknown = dict(pairs).keys() - {"into"}
@@ -49,11 +50,11 @@ def run_new(argv: list[str]) -> None:
         raise ValueError(f"{folder} exists and is not overwritten; choose another name, or another folder with --into")
     _check_free(name)
     write_package(name, folder)
-    print(f"wrote {folder}/\n  pip install -e {folder}\n  bigmodel fit -c {name}/experiment.yaml")
-    print(
+    print_text(f"wrote {folder}/\n  pip install -e {folder}\n  bigmodel fit -c {name}/experiment.yaml")
+    print_text(
         f"then change data.py, module.py and experiment.yaml in {folder / name}/ one by one, and after each change run"
     )
-    print(f"  bigmodel check-task {name}")
+    print_text(f"  bigmodel check-task {name}")
 
 
 def _check_name(name: str) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 from torch.autograd.profiler import record_function
 
+from bigmodel.data.text import print_text
 from bigmodel.internals import compiled_in_place, profiled_module
 
 _SKIPPED, _WARM_UP, _TRACED = 10, 2, 3  # micro-batches
@@ -80,7 +81,7 @@ class Trace(Profiler):
         first = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         self._table = profiler.key_averages().table(sort_by=first, row_limit=50)
         if rank == 0:
-            print(f"profile    {path}: open it at https://ui.perfetto.dev", flush=True)
+            print_text(f"profile    {path}: open it at https://ui.perfetto.dev", flush=True)
 
     def _end(self) -> None:
         if self._profiler is not None:

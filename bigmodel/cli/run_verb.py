@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from bigmodel import run
 from bigmodel.checkpoint import read
 from bigmodel.cli import ClearError
-from bigmodel.data.text import did_you_mean
+from bigmodel.data.text import did_you_mean, print_text
 from bigmodel.evaluation.predictions import check_prediction
 from bigmodel.parallel import rendezvous
 from bigmodel.training.callbacks import Preempted, RollbackRequested
@@ -86,7 +86,7 @@ def _write_metrics(metrics: list[dict[str, float]], path: Path, checkpoint: Path
     """Print the metrics of all loaders, and write them as JSON."""
     values = {name: value for row in metrics for name, value in row.items()}
     for name, value in values.items():
-        print(f"{name:32} {value:.6g}")
+        print_text(f"{name:32} {value:.6g}")
     path.write_text(json.dumps({"checkpoint": str(checkpoint), **values}, indent=2) + "\n")
 
 

@@ -43,7 +43,7 @@ from bigmodel.cli.parse_errors import format_parse_error
 from bigmodel.cli.profiling import make_profiler
 from bigmodel.cli.run_verb import run_verb
 from bigmodel.cli.setting_checks import check_settings
-from bigmodel.cli.trainer_help import HELP
+from bigmodel.data.text import print_text
 from bigmodel.evaluation.predictions import PredictionWriter
 from bigmodel.parallel import ShardedStrategy, rendezvous
 from bigmodel.run.config import Config, experiment_name, layered, parse_flags, read_defaults, read_yaml
@@ -217,12 +217,9 @@ def run_trainer(verb: str, argv: list[str]) -> None:
         ValueError: for any error in the arguments that the user can correct.
     """
     positional, files, flags = parse_flags(argv)
-    own_keys = ["resume", "checkpoint", "print_config", "help", *(["output"] if verb == "predict" else [])]
+    own_keys = ["resume", "checkpoint", "print_config", *(["output"] if verb == "predict" else [])]
     own = {key: value for key, value in flags if key in own_keys}
     flags = [(key, value) for key, value in flags if key not in own]
-    if "help" in own:
-        print(HELP[verb], end="")
-        return
     if verb == "predict" and len(positional) == 2 and "data.path" not in dict(flags):
         flags.append(("data.path", positional.pop()))
     _check_arguments(verb, positional, own)
@@ -258,7 +255,7 @@ def run_trainer(verb: str, argv: list[str]) -> None:
         cli = TrainerCLI(merged, extra, saved=directory is not None, instantiate="print_config" not in own)
         record.config, secret = mask_secrets(cli.resolved())
         if secret and verb == "fit":
-            rank_zero_only(print)(
+            rank_zero_only(print_text)(
                 f"secret     --{', --'.join(secret)}: written as {MASK} to the run directory and to W&B"
             )
         if "print_config" in own:

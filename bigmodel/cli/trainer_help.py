@@ -1,4 +1,4 @@
-"""Text of `bigmodel fit --help`, `validate --help`, `test --help` and `predict --help`."""
+"""Text of `bigmodel fit --help`, and of the other verbs that import Lightning; printed without importing it."""
 
 _FIT = """\
 bigmodel fit -c EXPERIMENT.yaml [-c MORE.yaml ...] [--KEY VALUE ...]
@@ -30,6 +30,22 @@ Predicts with a run's checkpoint on the samples of predict_dataloader, for examp
 FILE), and writes a table: to --output, or to a new Parquet file in RUN/predictions/. The suffix of --output selects the
 format: .csv (a list in a cell is JSON), .jsonl, or Parquet for any other.
 """
+_CHECK = """\
+bigmodel check -c EXPERIMENT.yaml [-c MORE.yaml ...] [--KEY VALUE ...]
+
+Takes a few steps of the run that `bigmodel fit` would start with the same arguments, in about a minute, and prints a line
+for each finding:
+
+  ok   NAME          measurement
+  FAIL NAME: problem and remedy
+
+It opens the data, creates the net, takes up to 20 optimizer steps, writes a checkpoint and reads it back, and runs a few
+batches of validation; on several processes it compares versions and sums test values. It estimates the duration of the whole
+run at this speed, and the disk space of its checkpoints. The exit status is 1 if anything failed, and 2 for a configuration
+that fit refuses.
+
+It creates no run directory and no run in W&B. Prepared data stay in the cache for fit.
+"""
 _KEYS = """
   --experiment NAME          name of the run directory, runs/NAME/<time>-<id> (default: from the YAML file's name)
   --runs_dir DIR             folder of all runs (default: runs)
@@ -53,3 +69,4 @@ _KEYS = """
 
 HELP = {verb: text + _KEYS for verb, text in
         {"fit": _FIT, "validate": _VALIDATE, "test": _TEST, "predict": _PREDICT}.items()}  # fmt: skip
+HELP["check"] = _CHECK

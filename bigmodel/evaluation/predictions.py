@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bigmodel.data.sampling import Loader
-from bigmodel.data.text import printable
+from bigmodel.data.text import print_text
 from bigmodel.evaluation.prediction_files import open_table
 
 _ROWS_AT_ONCE = 4096  # in a row group
@@ -59,8 +59,8 @@ class PredictionWriter(Callback):
         data: Any = getattr(trainer, "datamodule", None) or pl_module
         data.__dict__.pop("predict_dataloader", None)
         if self._num_rows is not None:  # only now, after the progress bar has been removed
-            print(f"wrote {self._num_rows:,} predictions to {self.path}")
-            print(printable(self._head), flush=True)
+            print_text(f"wrote {self._num_rows:,} predictions to {self.path}")
+            print_text(self._head, flush=True)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.path = Path(trainer.strategy.broadcast(str(self.path)))

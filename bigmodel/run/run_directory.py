@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from bigmodel.checkpoint import checkpoint_step, clear_hidden, find_checkpoint, read
 from bigmodel.data.lock import Held, Lock
 from bigmodel.data.schedule import num_steps, training_steps
+from bigmodel.data.text import print_text
 from bigmodel.run.paths import new_directory
 from bigmodel.run.record import new_session, read_record, replace_text, write_record
 from bigmodel.run.step_overhead import freeze_objects, skip_empty_hooks
@@ -263,7 +264,7 @@ class RunDirectory(Callback):
     def _start_loggers(self, trainer: Trainer, directory: Path) -> None:
         keep_until = self.restart_step if self.resumed else None
         trainer.loggers = [*trainer.loggers, MetricsCSV(directory / "metrics.csv", trainer, keep_until)]
-        print(f"run        {directory}{f' (resumed at step {self.restart_step:,})' if self.resumed else ''}")
+        print_text(f"run        {directory}{f' (resumed at step {self.restart_step:,})' if self.resumed else ''}")
         if (tracked := self._start_wandb(trainer, directory, self.record, self.config)) is not None:
             self._update_record(wandb=tracked)
 
@@ -287,7 +288,7 @@ class RunDirectory(Callback):
         started = wandb.start()  # now, not at the first log: errors are raised before the first step
         trainer.loggers = [*trainer.loggers, wandb]
         where = "metrics.csv, and " if step is None else ""
-        print(f"tracking   {where}W&B {mode}" + (f" ({reason})" if reason else ""), flush=True)
+        print_text(f"tracking   {where}W&B {mode}" + (f" ({reason})" if reason else ""), flush=True)
         return started
 
     def _print_summary(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -300,7 +301,7 @@ class RunDirectory(Callback):
             self._update_record(precision=dataclasses.asdict(chooser.choice))
         chosen_before = self.record.get("precision", {}).get("precision") == trainer.precision
         if (line := chooser.describe(trainer, pl_module, chosen_before)) is not None:
-            print(line, flush=True)
+            print_text(line, flush=True)
 
     def _print_missing(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for line in describe_missing(trainer, pl_module):
@@ -340,7 +341,7 @@ class RunDirectory(Callback):
         """Print the best metric, and the command that continues from here."""
         if best := self.record.get("best"):
             step = checkpoint_step(Path(best["checkpoint"]))
-            print(f"best       {best['metric']} {best['value']:.5g} at step {step:,}")
+            print_text(f"best       {best['metric']} {best['value']:.5g} at step {step:,}")
         data = getattr(trainer, "datamodule", None) or pl_module
         steps = {"test": "test_step", "predict": "predict_step", "validate": "validation_step"}
         able = (
@@ -349,7 +350,7 @@ class RunDirectory(Callback):
             if is_overridden(step, pl_module)
             and is_overridden(f"{'val' if verb == 'validate' else verb}_dataloader", data)
         )
-        print(f"next       bigmodel {next(able, 'export')} {self.directory}", flush=True)
+        print_text(f"next       bigmodel {next(able, 'export')} {self.directory}", flush=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         try:
@@ -377,7 +378,7 @@ class RunDirectory(Callback):
         resume = "no checkpoint was saved: this run cannot be resumed"
         if self._saved(trainer):
             resume = f"`bigmodel fit --resume {self.directory}` resumes from {where}"
-        print(f"{how} at step {training_steps(trainer):,}; {resume}", flush=True)
+        print_text(f"{how} at step {training_steps(trainer):,}; {resume}", flush=True)
 
     def rollback(self, cause: RollbackRequested) -> Path:
         """Return the checkpoint to continue from after a rollback; record it for this and later sessions.
@@ -404,7 +405,7 @@ class RunDirectory(Callback):
         if entry not in returns:  # already recorded, if an older checkpoint had to be used on resume
             self._update_record(returns=[*returns, entry])
         skipped = f"the samples of optimizer steps {step + 1:,} to {cause.step:,} are skipped"
-        print(f"{cause}; back to {checkpoint.name}: {skipped}", flush=True)
+        print_text(f"{cause}; back to {checkpoint.name}: {skipped}", flush=True)
         return checkpoint
 
     def _record_status(self, trainer: Trainer, status: str) -> None:

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from bigmodel.data.sampling import Loader
+from bigmodel.data.text import print_text
 
 
 def format_parameter_count(count: int) -> str:
@@ -45,17 +46,17 @@ def print_summary(trainer: Trainer, pl_module: LightningModule) -> None:
     """Print the net's size, the device and the profiler's folder; then the task's own lines, if it has any."""
     net = getattr(pl_module, "net", None) or pl_module
     count = sum(p.numel() for p in net.parameters())
-    print(f"net        {type(net).__name__}, {format_parameter_count(count)}")
+    print_text(f"net        {type(net).__name__}, {format_parameter_count(count)}")
     on_gpu = pl_module.device.type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
-    print(
+    print_text(
         f"device     {trainer.world_size} x {pl_module.device.type} ({device}), {trainer.precision},"
         f" {trainer.accumulate_grad_batches} micro-batch(es) a step",
         flush=True,
     )
     profiler: Any = trainer.profiler  # type: ignore[attr-defined]
     if not isinstance(profiler, PassThroughProfiler):
-        print(f"profile    {profiler.dirpath}: a table at the end", flush=True)
+        print_text(f"profile    {profiler.dirpath}: a table at the end", flush=True)
     log_trainable_parameters = getattr(pl_module, "log_trainable_parameters", None)  # optional method of a task
     if log_trainable_parameters is not None:
         log_trainable_parameters()

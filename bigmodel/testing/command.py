@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigmodel.cli import plugins
+from bigmodel.data.text import print_text
 from bigmodel.run.config import Config, parse_flags
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def run_check_task(argv: list[str]) -> None:
         SystemExit: with status 1, if a requirement is violated.
     """
     if {"-h", "--help"} & set(argv):
-        print(_HELP, end="")
+        print_text(_HELP, end="")
         return
     positional, files, flags = parse_flags(argv)
     if len(positional) != 1:
@@ -78,12 +79,12 @@ def run_check_task(argv: list[str]) -> None:
         raise ValueError(
             f"{files[-1]} is an experiment with {configured['model']}, not with {path}: name another with -c"
         )
-    print(f"{path}, as in {files[-1]}; protocol version {PROTOCOL_VERSION}")
+    print_text(f"{path}, as in {files[-1]}; protocol version {PROTOCOL_VERSION}")
     failed = False
     for _, result in check([config]):
         failed |= result.status == "FAIL"
         _print(result.status, result.check, result.text)
-    print(f"{'some checks failed' if failed else 'all checks passed'} ({time.monotonic() - start:.0f} s)")
+    print_text(f"{'some checks failed' if failed else 'all checks passed'} ({time.monotonic() - start:.0f} s)")
     if failed:
         sys.exit(1)
 
@@ -112,7 +113,7 @@ def _class_path(config: Config, key: str, file: str) -> str:
 
 
 def _print(status: str, check: str, text: str) -> None:
-    print(f"{status:4} {check:13} {text}", flush=True)
+    print_text(f"{status:4} {check:13} {text}", flush=True)
 
 
 def check(configs: Sequence[Config]) -> Iterator[tuple[int, CheckResult]]:

@@ -49,7 +49,7 @@ def plugged(tmp_path, monkeypatch):
 
 
 def test_help_and_list_answer_at_once_whatever_is_installed(plugged):
-    for arguments in (["--help"], ["list"], ["new", "--help"], ["check-task", "--help"]):
+    for arguments in (["--help"], ["list"], ["fit", "-h"], ["check", "-h"], ["check-task", "--help"]):
         before = os.times()
         out = subprocess.check_output(
             [sys.executable, "-c", HELP, *arguments], text=True, env={"PYTHONPATH": ":".join([str(plugged), *sys.path])}

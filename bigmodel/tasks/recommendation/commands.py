@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from bigmodel.data.text import did_you_mean, printable
+from bigmodel.data.text import did_you_mean, print_text
 from bigmodel.run.config import flag_value, parse_flags
 
 _HELP = """\
@@ -32,7 +32,7 @@ def run_recommend(argv: list[str]) -> None:
     positional, _, flags = parse_flags(argv)
     given = dict(flags)
     if "help" in given or "-h" in argv:
-        print(_HELP, end="")
+        print_text(_HELP, end="")
         return
     if len(positional) != 1 or ("user" in given) == ("history" in given):
         raise ValueError(
@@ -66,9 +66,9 @@ def run_recommend(argv: list[str]) -> None:
         except ValueError as error:
             raise ValueError(f"{error}; for a user who is not in the data, set --history ID,ID,...") from error
         entries = task.recommend_to(batch, k)
-    print(printable("\n".join(_lines(entries))))
+    print_text("\n".join(_lines(entries)))
     if len(entries) < k:
-        print(f"only {len(entries)} items: all others are in the history", file=sys.stderr)
+        print_text(f"only {len(entries)} items: all others are in the history", file=sys.stderr)
 
 
 def _listed(text: str) -> list[str]:

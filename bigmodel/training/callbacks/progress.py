@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from bigmodel.data.schedule import num_steps, training_steps
+from bigmodel.data.text import printable
 from bigmodel.training.callbacks.checkpoint import Checkpoint, is_validation_metric
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 from bigmodel.training.callbacks.training_log import TrainingLog
@@ -34,7 +35,7 @@ class ProgressLine(ProgressBar):
     def __init__(self, every_n_seconds: float = 10.0) -> None:
         super().__init__()
         self.every_n_seconds = every_n_seconds
-        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._enabled = True
@@ -73,8 +74,8 @@ class ProgressLine(ProgressBar):
             self._bar.refresh()
             self._next = now + 0.5
         elif self._log is None or self._log.latest:
-            where = f"step {training_steps(trainer):,}{self._of_total(trainer, now)}"
-            self._console.print(f"{where}  {self._summary(trainer)}")
+            line = f"step {training_steps(trainer):,}{self._of_total(trainer, now)}  {self._summary(trainer)}"
+            self._console.print(printable(line), markup=False)
             self._next = now + self.every_n_seconds
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -112,7 +113,8 @@ class ProgressLine(ProgressBar):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.training or (trainer.state.fn == "fit" and not trainer.sanity_checking):
             metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if is_validation_metric(k)}
-            self.print(f"step {training_steps(trainer):,}  {_line(metrics, _monitored(trainer))}")
+            line = f"step {training_steps(trainer):,}  {_line(metrics, _monitored(trainer))}"
+            self.print(printable(line), markup=False)
         if trainer.state.fn != "fit":
             self._end_evaluation()
 
