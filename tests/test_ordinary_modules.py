@@ -1,17 +1,23 @@
 """LightningModules as tutorials write them run under `bigmodel fit`, and `bigmodel.fit`."""
 
+import copy
 import csv
+import importlib
 import json
 import re
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import tutorial_modules
 import yaml
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 
 import bigmodel
 from bigmodel.cli import main
+from bigmodel.data.sampling import Permutation
 
 STEPS = {"max_epochs": 3, "accelerator": "cpu", "precision": "32-true", "log_every_n_steps": 2}
 PAIRS = [
@@ -152,3 +158,69 @@ def test_the_record_names_the_plugin(command):
     (plugin,) = json.loads((directory / "run.json").read_text())["sessions"][0]["plugins"].items()
     assert plugin[0] == "tutorial_modules"
     assert plugin[1]["git"] is None or re.match(r"[0-9a-f]{40}", plugin[1]["git"])
+
+
+PAGE = Path(bigmodel.__file__).parent / "tasks" / "LIGHTNING.md"
+
+
+def test_the_page(tmp_path, monkeypatch):
+    blocks = dict(
+        re.findall(r"^```(?:python|yaml)\n# (blobs\.\w+)\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    )
+    for name, text in blocks.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    cpu = ["--trainer.accelerator", "cpu"]
+    main(["fit", "-c", "blobs.yaml", "--model.learning_rate", "0.05", *cpu])
+    (use,) = re.findall(r"^```python\n(import bigmodel\n.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    done = {}
+    exec(use.replace('"max_epochs": 2', '"max_epochs": 2, "accelerator": "cpu"'), done)
+    assert done["run"].metrics["val_loss"] < 1.3
+    assert type(done["best"]) is type(done["run"].task)
+
+
+TEMPLATE = Path(bigmodel.__file__).parent / "cli" / "template"
+
+
+@pytest.fixture
+def template(monkeypatch):
+    monkeypatch.syspath_prepend(TEMPLATE)
+    yield importlib.import_module("my_task.data"), importlib.import_module("my_task.module")
+    for name in [name for name in sys.modules if name.split(".")[0] == "my_task"]:
+        del sys.modules[name]
+
+
+@pytest.mark.filterwarnings("ignore:.*`val_dataloader`")
+def test_the_template_is_right_under_a_bare_trainer(template, tmp_path):
+    data, module = template
+    data = data.MyTaskData(["asyncio", "email"], length=128, batch_size=8)
+    task = module.MyTask(optimizer=lambda groups: torch.optim.SGD(groups, lr=1.0))
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    seed_everything(0)
+    trainer = Trainer(max_steps=1, accelerator="cpu", limit_val_batches=0, default_root_dir=tmp_path, **quiet)
+    data.setup("fit")
+    task.net = module.NGrams(2)
+    start = copy.deepcopy(task.net)
+    trainer.fit(task, datamodule=data)
+    first = [data.train[i] for i in Permutation(len(data.train), 0, 0)(np.arange(8))]
+    loss = torch.nn.functional.cross_entropy(
+        start(torch.stack([chunk.text for chunk in first])), torch.stack([chunk.target for chunk in first])
+    )
+    loss.backward()
+    torch.testing.assert_close(task.net.head.weight, start.head.weight - start.head.weight.grad)
+
+
+def test_the_order_of_the_template_follows_the_seed(template, monkeypatch):
+    data = template[0].MyTaskData(["asyncio"], length=128, batch_size=8)
+    data.setup("fit")
+    orders = []
+    for seed in ("", "0", "1"):
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+        orders.append(next(iter(data.train_dataloader())).index.tolist())
+    assert orders[0] == orders[1] != orders[2]
