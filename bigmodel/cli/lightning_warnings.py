@@ -11,6 +11,7 @@ _HARMLESS = (
     ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run's own
     ".*module\\(s\\) in eval mode at the start of training.*",  # frozen parts are intended
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+    ".*Skipping val loop.*",  # bigmodel prints that there is no best checkpoint, and why
     ".*is smaller than the logging interval.*",
     ".*overridden `on_before_batch_transfer` in `LightningModule`.*",  # allowed for a task
     ".*torch.distributed.nn.functional.all_gather is deprecated.*",  # called by Lightning

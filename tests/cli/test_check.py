@@ -112,8 +112,8 @@ def test_what_would_stop_the_run_later_is_found(checked, monkeypatch):
     assert "FAIL loss: it is " in out
     assert "lower --model.optimizer.lr" in out
 
-    out = checked("--callbacks.best.monitor", "val/loss", status=1)
-    assert "FAIL validation: Checkpoint monitors val/loss, which is not logged: choose one of val/mse" in out
+    out = checked("--callbacks.best.monitor", "val/accuracy", status=1)
+    assert "FAIL validation: Checkpoint monitors val/accuracy, which is not logged: choose one of val/mse" in out
 
     usage = namedtuple("usage", "free")
     with monkeypatch.context() as patch:

@@ -35,6 +35,7 @@ GOOD = {  # and what is skipped
     "outsider": {"logits", *TEXT, "recommend"},
     "new": {"logits", "predict", *TEXT, "recommend"},
     "batch norm": {"logits", *TEXT, "recommend", "loss", "accumulation", "two processes", "sharding"},
+    "whole batch": {"logits", *TEXT, "recommend", "accumulation", "two processes", "sharding"},
 }
 DEFECTS = {  # which class, and what is found
     "model: MeanLoss": {
@@ -85,7 +86,9 @@ def found(table, digit_files, tmp_path_factory):
             "outsider": outsider(table, ("model.net.dropout", "0.2")),
             "new": merge_config([new], [("data.packages", "[email, asyncio]")]),
             "batch norm": outsider(table, ("model.net", "broken_tasks.Normed")),
+            "whole batch": outsider(table),
         }
+        plans["whole batch"]["model"]["class_path"] = "broken_tasks.Contrastive"
         for name in DEFECTS:
             key, defect = name.split(": ")
             plans[name] = outsider(table)
