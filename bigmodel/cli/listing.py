@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 from bigmodel.cli import plugins
 from bigmodel.run.config import parse_flags
+from bigmodel.run.record import read_record
 
 _HELP = """\
 bigmodel list [--check] [--runs_dir DIR] [--experiments DIR]
@@ -76,7 +76,7 @@ def _list_experiments(folder: Path) -> None:
 
 def _list_runs(folder: Path) -> None:
     print(f"\nruns in {folder}/")
-    records = [(path, json.loads(path.read_text())) for path in folder.glob("**/run.json")]
+    records = [(path, read_record(path.parent)) for path in folder.glob("**/run.json")]
     for path, record in sorted(records, key=lambda pair: pair[1]["created"]):
         best = record.get("best")
         metric = f"{best['metric']} {best['value']:.5g}" if best else ""

@@ -42,6 +42,7 @@ from bigmodel.cli.run_verb import run_verb
 from bigmodel.cli.trainer_help import HELP
 from bigmodel.evaluation.predictions import PredictionWriter
 from bigmodel.parallel import ShardedStrategy, rendezvous
+from bigmodel.run.added_arguments import complete
 from bigmodel.run.config import Config, experiment_name, layered, parse_flags, read_defaults, read_yaml
 from bigmodel.run.tracking import WandB
 from bigmodel.run.trust import check_imports, remember, restricted_imports
@@ -227,6 +228,7 @@ def merge_config(files: list[str], flags: list[tuple[str, Any]], directory: Path
     if directory is not None:
         saved = read_yaml(directory / "config.yaml")
         check_imports(saved)
+        complete(saved)
         layers.append(saved)
     experiments = [plugins.read_experiment(file) for file in files]
     layers += [content for _, content in experiments]

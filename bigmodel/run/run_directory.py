@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import importlib.metadata
@@ -21,7 +22,7 @@ from bigmodel.checkpoint import checkpoint_step, clear_hidden, find_checkpoint, 
 from bigmodel.data.lock import Held, Lock
 from bigmodel.data.schedule import num_steps
 from bigmodel.run.paths import new_directory
-from bigmodel.run.record import new_session, read_record, replace_text, write_record
+from bigmodel.run.record import new_session, read_record, replace_bytes, replace_text, write_record
 from bigmodel.run.step_overhead import freeze_objects, skip_empty_hooks
 from bigmodel.run.summary import print_summary
 from bigmodel.run.tracking import MetricsCSV, WandB, WandBRun
@@ -73,6 +74,7 @@ class RunDirectory(Callback):
         self.started = False  # data, sizes and weights are ready
         self._froze = False
         self._lock: Lock | None = None
+        self._before: dict[Path, bytes | None] = {}  # files of a resumed run, until its first step has succeeded
         self.record: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -107,8 +109,7 @@ class RunDirectory(Callback):
                 self._lock = Lock(directory / ".lock")
             except Held as error:
                 problem = (
-                    f"{directory} is being trained by {error.holder}: wait for its end, or stop it, before"
-                    " `--resume`"
+                    f"{directory} is being trained by {error.holder}: wait for its end, or stop it, before `--resume`"
                 )
             except OSError as error:
                 problem = _unwritable(directory, error)
@@ -127,7 +128,7 @@ class RunDirectory(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Only now: errors in configuration, data, sizes or weights have been raised before, and leave no directory.
         total = num_steps(trainer)
-        if self.resumed and 0 <= total <= self.restart_step:
+        if self.resumed and 0 <= total <= self.restart_step and not self._killed_at_end(trainer, total):
             raise ValueError(
                 f"{self.directory} has taken all of its {total:,} optimizer steps: nothing is left to resume. Set a larger"
                 " --trainer.max_steps or --trainer.max_epochs"
@@ -147,6 +148,12 @@ class RunDirectory(Callback):
             self._start_loggers(trainer, self.directory)
             self._print_summary(trainer, pl_module)
 
+    def _killed_at_end(self, trainer: Trainer, total: int) -> bool:
+        """True if the last step is saved, but the run's status does not say that it finished."""
+        assert self.directory is not None
+        unfinished = trainer.is_global_zero and read_record(self.directory).get("status") != "finished"
+        return bool(trainer.strategy.broadcast(unfinished and total == self.restart_step))
+
     def _open(self) -> Path:
         """Return the directory, with configuration and record in it.
 
@@ -158,6 +165,8 @@ class RunDirectory(Callback):
             if self.directory is None:
                 self.directory = created = self._new_directory()
                 self._lock = Lock(created / ".lock")
+            if created is None:
+                self._before = {self.directory / name: _content(self.directory / name) for name in self._files()}
             self._write_config(self.directory)
             clear_hidden(self.directory / "checkpoints")
             self.record = self._begin_record(self.directory)
@@ -209,6 +218,24 @@ class RunDirectory(Callback):
         if profiler.dirpath == trainer.log_dir:  # Lightning's default
             profiler.dirpath = str(directory / "profile")
             profiler.filename = profiler.filename or "profile"  # else it writes no file
+
+    def _files(self) -> tuple[str, ...]:
+        return ("config.yaml", "run.json", "metrics.csv", f"config.until-step-{self.restart_step}.yaml")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._before and trainer.global_step > self.restart_step:
+            self._before = {}
+
+    def _restore(self) -> None:
+        """Undo the changes of a session that has taken no step."""
+        for path, content in self._before.items():
+            with contextlib.suppress(OSError):
+                if content is None:
+                    path.unlink(missing_ok=True)
+                elif _content(path) != content:
+                    replace_bytes(path, content)
 
     def _write_config(self, directory: Path) -> None:
         path, text = directory / "config.yaml", yaml.safe_dump(self.config, sort_keys=False)
@@ -289,7 +316,17 @@ class RunDirectory(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         try:
-            self._conclude(trainer, exception)
+            failed = isinstance(exception, Exception | KeyboardInterrupt) and not isinstance(
+                exception, FloatingPointError
+            )
+            if self._before and failed:
+                for logger in trainer.loggers:
+                    if isinstance(logger, MetricsCSV):
+                        logger.discard()
+                self._restore()
+                print(f"no step was taken: {self.directory} is as it was", flush=True)
+            else:
+                self._conclude(trainer, exception)
         finally:
             self._unfreeze()
             if not isinstance(exception, RollbackRequested):  # then `rollback` releases it
@@ -356,6 +393,10 @@ class RunDirectory(Callback):
             changes["sessions"] = self.record["sessions"]
             changes["sessions"][-1]["times"] = {part: round(spent, 3) for part, spent in times.finish().items()}
         self._update_record(**changes)
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
 
 
 def _unwritable(where: Any, error: OSError) -> str:
