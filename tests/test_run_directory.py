@@ -1,13 +1,17 @@
 """A run directory stays right: a resume that fails changes nothing, a damaged file is named and written anew."""
 
 import csv
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+from bigmodel.checkpoint import archive, find_checkpoint
 from bigmodel.cli import main
+from bigmodel.run import record as records
 
 FIT_FLAGS = ["--trainer.max_steps", "4", "--trainer.max_epochs", "null", "--callbacks.last.every_n_steps", "2",
              "--callbacks.last.every_n_minutes", "null", "--trainer.log_every_n_steps", "1"]  # fmt: skip
@@ -91,3 +95,38 @@ def test_the_newest_checkpoint_is_that_of_the_largest_step(run, bm):
     for path in (run / "checkpoints").iterdir():  # as a copy may leave them
         os.utime(path, (0, 0) if path.name == "last-4.ckpt" else None)
     assert "(resumed at step 4)" in bm("fit", "--resume", run, "--trainer.max_steps", 5)
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_one_message_and_the_status(bm, monkeypatch):
+    """Nothing new fits on it: neither a checkpoint nor another run.json; what is there can be written over."""
+    replaced = []
+
+    def full(partial, target):
+        replaced.append(target)
+        if any(Path(path).name == "last-2.ckpt" for path in replaced[:-1]):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rename(partial, target)
+
+    rename = os.replace
+    assert archive.os is records.os
+    with monkeypatch.context() as patch:
+        patch.setattr(records.os, "replace", full)
+        error = bm("fit", fails=True)
+    assert error.count("no space to write the checkpoint") == 1
+    (run,) = Path("runs").glob("*/*")
+    assert record(run)["status"] == "failed"
+    assert find_checkpoint(run, "last").name == "last-2.ckpt"
+    assert find_checkpoint(run, "best").exists()
+    assert not list(run.rglob("*.partial"))
+    bm("fit", "--resume", run)
+    assert record(run)["status"] == "finished"
+
+
+def test_a_directory_removed_while_it_is_trained_is_named_and_not_made_anew(bm, monkeypatch):
+    def remove(self, trainer, *args):
+        if trainer.global_step == 3:
+            shutil.rmtree(next(Path("runs").glob("*/*")))
+
+    monkeypatch.setattr("bigmodel.training.callbacks.ProgressLine.on_train_batch_end", remove)
+    assert "the run directory was removed while the run was trained" in bm("fit", fails=True)
+    assert not list(Path("runs").glob("*/*"))

@@ -25,7 +25,7 @@ from bigmodel.run.paths import new_directory
 from bigmodel.run.record import new_session, read_record, replace_bytes, replace_text, write_record
 from bigmodel.run.step_overhead import freeze_objects, skip_empty_hooks
 from bigmodel.run.summary import print_summary
-from bigmodel.run.tracking import MetricsCSV, WandB, WandBRun
+from bigmodel.run.tracking import MetricsCSV, WandB, WandBRun, check_exists
 from bigmodel.training.callbacks import Checkpoint, Preempted, Resume, RollbackRequested, StepTimer
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 from bigmodel.training.precision import ChoosePrecision
@@ -285,6 +285,8 @@ class RunDirectory(Callback):
             print(line, flush=True)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.record and self.directory is not None:
+            check_exists(self.directory)
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 logger.flush()  # before the checkpoint is written: a run resumed from it does not log these rows again
@@ -336,19 +338,28 @@ class RunDirectory(Callback):
         """Record how the run was stopped, and print how to resume it."""
         stopped = exception if isinstance(exception, Preempted) else None
         rollback = isinstance(exception, RollbackRequested)
+        if rollback:
+            status = "running"
+        elif stopped:
+            status = stopped.status
+        else:
+            status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
+        try:
+            self._record_status(trainer, status)
+        except OSError as error:  # the reason of the exception may be the same: a full disk, or a removed directory
+            print(f"the status {status} cannot be written to {self.directory}/run.json: {error.strerror}", flush=True)
         if rollback or stopped:
-            self._record_status(trainer, "running" if stopped is None else stopped.status)
             for logger in trainer.loggers:
                 if isinstance(logger, WandBRun):
                     logger.experiment.mark_preempting()  # so that W&B does not mark it as crashed
-        else:
-            self._record_status(trainer, "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed")
         if rollback or not self.record:
             return
         where = "that step" if stopped and stopped.saved else "the last checkpoint"
         how = f"stopped by {stopped.signal.name}" if stopped else "stopped"
         what = f"`bigmodel fit --resume {self.directory}` resumes from {where}"
-        if not self._saved(trainer):
+        if self.directory is not None and not self.directory.exists():
+            what = f"{self.directory} was removed: this run cannot be resumed"
+        elif not self._saved(trainer):
             what = "no checkpoint was saved: this run cannot be resumed"
         print(f"{how} at step {trainer.global_step:,}; {what}", flush=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import shutil
 import time
@@ -78,6 +79,13 @@ class MetricsCSV(Logger):
         if not self._rows:
             return
         rows, self._rows = self._rows, []
+        try:
+            self._add(rows)
+        except OSError as error:
+            check_exists(self.path.parent)
+            raise OSError(error.errno, f"metrics cannot be written ({error.strerror})", str(self.path)) from error
+
+    def _add(self, rows: list[dict[str, Any]]) -> None:
         new = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in self._columns]
         if new:
             self._columns += new
@@ -101,6 +109,14 @@ class MetricsCSV(Logger):
             writer.writeheader()
             writer.writerows(rows)
         os.replace(partial, self.path)
+
+
+def check_exists(directory: Path) -> None:
+    """Raise FileNotFoundError if the directory of the run in progress was removed."""
+    if not (directory / "config.yaml").exists():
+        raise FileNotFoundError(
+            errno.ENOENT, "the run directory was removed while the run was trained", str(directory)
+        ) from None
 
 
 def _read_rows(path: Path) -> tuple[list[str], list[dict[str, Any]], int]:
