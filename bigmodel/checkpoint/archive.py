@@ -57,8 +57,9 @@ class _HashedFile:
 
 def write_archive(target: Path, fill: Callable[[Any], object]) -> None:
     """Write the output of `fill` and its checksum to `target`, or leave `target` unchanged on failure."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    with explain_full_disk(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with explain_full_disk(target), open(partial, "w+b") as file:
             hashed = _HashedFile(file)
@@ -178,12 +179,16 @@ def explain_full_disk(target: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _disk_full(error, target.parent):
+        folder = next(path for path in (target.parent, *target.parents) if path.exists())
+        if not _disk_full(error, folder):
             raise
-        free = shutil.disk_usage(target.parent).free
+        status = os.statvfs(folder)
+        free = f"{status.f_bavail * status.f_frsize / 1e6:,.0f} MB free"
+        if status.f_files and not status.f_favail:
+            free = "no inodes are left: there are too many files"
         raise OSError(
             errno.ENOSPC,
-            f"no space to write the checkpoint ({free / 1e6:,.0f} MB free); earlier checkpoints are intact. Free"
+            f"no space to write the checkpoint ({free}); earlier checkpoints are intact. Free"
             " some space, then run `bigmodel fit --resume`",
             str(target),
         ) from error

@@ -37,8 +37,8 @@ def find_checkpoint(directory: Path, which: str = "best", verify: bool = True) -
         raise ValueError(f"{directory} has no checkpoint: the run ended before its first one")
     if which in ("best", "last"):
         choices = checkpoints[::-1]
-        record = json.loads((directory / "run.json").read_text()) if (directory / "run.json").exists() else {}
-        best = [path for path in checkpoints if path.name == Path(record.get("best", {}).get("checkpoint", "")).name]
+        name = _best_in_record(directory)
+        best = [path for path in checkpoints if path.name == name]
         if which == "best" and best:
             same_kind = [path for path in choices if _kind(path) == _kind(best[0])]
             choices = list(dict.fromkeys([*best, *same_kind, *choices]))
@@ -52,6 +52,17 @@ def find_checkpoint(directory: Path, which: str = "best", verify: bool = True) -
             f"{named[0]} cannot be read as a checkpoint: {problem}. --checkpoint last selects an undamaged one"
         )
     return named[0]
+
+
+def _best_in_record(directory: Path) -> str:
+    """Return the name of the best checkpoint in run.json; empty if it has none, or is damaged."""
+    path = directory / "run.json"
+    try:
+        best = json.loads(path.read_text()).get("best") if path.exists() else None
+        return Path(best["checkpoint"]).name if best else ""
+    except (ValueError, AttributeError, LookupError, TypeError, OSError) as error:
+        print(f"{path} is damaged ({error}): which checkpoint is the best is unknown", file=sys.stderr, flush=True)
+        return ""
 
 
 def _kind(path: Path) -> str:

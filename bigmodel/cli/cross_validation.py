@@ -26,7 +26,7 @@ from bigmodel.data.text import print_text
 from bigmodel.run import find_run, new_directory
 from bigmodel.run.config import Config
 
-_FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def num_folds(config: Config) -> int | None:

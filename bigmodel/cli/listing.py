@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 from bigmodel.cli import plugins
 from bigmodel.data.text import did_you_mean, print_text
 from bigmodel.run.config import parse_flags
+from bigmodel.run.record import read_record
 
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where libyaml is installed
 _HELP = """\
@@ -85,7 +85,7 @@ def _list_experiments(folder: Path) -> None:
 
 def _list_runs(folder: Path) -> None:
     print_text(f"\nruns in {folder}/")
-    records = [(path, json.loads(path.read_text())) for path in folder.glob("**/run.json")]
+    records = [(path, read_record(path.parent)) for path in folder.glob("**/run.json")]
     records.sort(key=lambda pair: pair[1]["created"])
     different = _differences([path.parent for path, _ in records])
     for path, record in records:

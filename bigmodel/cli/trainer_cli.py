@@ -46,6 +46,7 @@ from bigmodel.cli.setting_checks import check_settings
 from bigmodel.data.text import print_text
 from bigmodel.evaluation.predictions import PredictionWriter
 from bigmodel.parallel import ShardedStrategy, rendezvous
+from bigmodel.run.added_arguments import complete
 from bigmodel.run.config import Config, experiment_name, layered, parse_flags, read_defaults, read_yaml
 from bigmodel.run.secrets import MASK, check_masked, mask_secrets
 from bigmodel.run.tracking import WandB
@@ -287,6 +288,7 @@ def merge_config(files: list[str], flags: list[tuple[str, Any]], directory: Path
     if directory is not None:
         saved = read_yaml(directory / "config.yaml")
         check_imports(saved)
+        complete(saved)
         layers.append(saved)
     experiments = [plugins.read_experiment(file) for file in files]
     layers += [content for _, content in experiments]

@@ -10,8 +10,8 @@ Later files override earlier ones, and flags override all files: --model.net.wid
 With cross-validation (--data.folds K) and no fold chosen (--data.fold I), all folds are fitted in sequence, each in a run
 directory of its own, and reported together.
 
-SIGTERM, SIGUSR1 and Ctrl-C end the optimizer step, save a checkpoint and stop; a second Ctrl-C stops at once. Exit status:
-0 finished, 85 preempted by a signal, 130 stopped by Ctrl-C, 2 an error in the configuration or the data.
+SIGTERM, SIGUSR1, SIGHUP and Ctrl-C end the optimizer step, save a checkpoint and stop; a second Ctrl-C stops at once.
+Exit status: 0 finished, 85 preempted by a signal, 130 stopped by Ctrl-C, 2 an error in the configuration or the data.
 """
 _VALIDATE = """\
 bigmodel validate RUN [--checkpoint best|last|FILE] [--KEY VALUE ...]

@@ -24,6 +24,7 @@ from __future__ import annotations
 import inspect
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sized
 from typing import Any, cast
 
@@ -316,10 +317,26 @@ def _as_is(batch: Any) -> Any:
 
 
 def _ignore_termination_signals(worker: int) -> None:
-    """Ignore SIGINT, SIGUSR1 and the first SIGTERM in a DataLoader worker, so that the current optimizer step can finish."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    """Ignore stop signals in a DataLoader worker, so that the current optimizer step can finish.
+
+    SIGTERM ends it only if the training process sends it; where its sender is unknown (macOS), the second one does.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True, name="sigterm").start()
+
+
+def _end_with_parent(parent: int) -> None:
+    """End this process when its parent sends SIGTERM, or has ended and another process does."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent == os.getppid():
+        pass
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _num_samples(dataset: Dataset[Any], split: str) -> int:

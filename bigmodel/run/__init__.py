@@ -3,8 +3,10 @@
 runs/<experiment>/<time>-<id>/
     config.yaml      the resolved configuration; `bigmodel fit -c` on it repeats the run, in a directory of its own
     run.json         command, git revision, package versions, step, best metric, W&B id, and the status: running,
-                     finished, preempted (stopped by a signal), interrupted (by hand) or failed
+                     finished, preempted (stopped by a signal), interrupted (by hand) or failed. A damaged one is
+                     named, and the next session writes it anew
     metrics.csv      every metric by optimizer step
+    .lock            held while the run is trained: no second process can resume it (`bigmodel.data.lock`)
     checkpoints/     last-<step>.ckpt and best-<step>.ckpt: files, or folders if tensors are sharded
     wandb/           files of Weights & Biases
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import time
 from pathlib import Path
+
+from bigmodel.run.record import read_record
 
 
 def new_directory(runs_dir: str | Path, experiment: str) -> Path:
@@ -49,4 +50,4 @@ def find_run(run: str | Path, runs_dir: str | Path = "runs") -> Path:
 
 def _created(record: Path) -> str:
     """Return the creation time in this run.json; names are precise only to the second."""
-    return str(json.loads(record.read_text())["created"])
+    return str(read_record(record.parent)["created"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -10,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,30 @@ _PACKAGES = ("bigmodel", "torch", "lightning", "torchmetrics", "transformers", "
 
 
 def read_record(directory: Path) -> dict[str, Any]:
-    """Return the record in a run directory; empty if there is none."""
+    """Return the record in a run directory; empty if there is none.
+
+    For a damaged one, a line is printed, and what the directory itself says is returned: the time of its creation, and the
+    status `damaged`. The next session of the run writes a whole one.
+    """
     path = directory / "run.json"
-    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text())
+        if not isinstance(record, dict) or not isinstance(record.get("created"), str) or "status" not in record:
+            raise ValueError("it lacks its entries")
+    except (ValueError, OSError) as error:
+        print(f"{path} is damaged ({error}); `bigmodel fit --resume {directory}` writes it anew", file=sys.stderr)
+        return {"created": _time_in_name(directory), "status": "damaged"}
     return record
+
+
+def _time_in_name(directory: Path) -> str:
+    """Return the time in a directory's name, in ISO format and UTC; empty if there is none."""
+    try:
+        return datetime.strptime(directory.name[:15], "%Y%m%d-%H%M%S").astimezone(UTC).isoformat()
+    except ValueError:
+        return ""
 
 
 def write_record(directory: Path, record: dict[str, Any]) -> None:
@@ -32,9 +54,22 @@ def write_record(directory: Path, record: dict[str, Any]) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file atomically: if the process is killed, the old file is still complete."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically; on a full disk, over the old content, which needs no space if it is not much shorter."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.exists():
+            raise
+        with open(path, "r+b") as file:
+            file.write(content)
+            file.truncate()
 
 
 def new_session(started: str, step: int, class_paths: Iterable[str] = ()) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import importlib.metadata
@@ -23,10 +24,10 @@ from bigmodel.data.lock import Held, Lock
 from bigmodel.data.schedule import num_steps, training_steps
 from bigmodel.data.text import print_text
 from bigmodel.run.paths import new_directory
-from bigmodel.run.record import new_session, read_record, replace_text, write_record
+from bigmodel.run.record import new_session, read_record, replace_bytes, replace_text, write_record
 from bigmodel.run.step_overhead import freeze_objects, skip_empty_hooks
 from bigmodel.run.summary import describe_missing, print_summary
-from bigmodel.run.tracking import MetricsCSV, WandB, WandBRun, new_run_id
+from bigmodel.run.tracking import MetricsCSV, WandB, WandBRun, check_exists, new_run_id
 from bigmodel.training.callbacks import Checkpoint, Preempted, Resume, RollbackRequested, StepTimer
 from bigmodel.training.callbacks.gradient_scaling import get_callback
 from bigmodel.training.precision import ChoosePrecision
@@ -76,6 +77,7 @@ class RunDirectory(Callback):
         self._froze = False
         self._lock: Lock | None = None
         self._tracking = ("disabled", "")
+        self._before: dict[Path, bytes | None] = {}  # files of a resumed run, until its first step has succeeded
         self.record: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -131,7 +133,7 @@ class RunDirectory(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Only now: errors in configuration, data, sizes or weights have been raised before, and leave no directory.
         total = num_steps(trainer)
-        if self.resumed and 0 <= total <= self.restart_step:
+        if self.resumed and 0 <= total <= self.restart_step and not self._killed_at_end(trainer, total):
             raise ValueError(
                 f"{self.directory} has taken all of its {total:,} optimizer steps: nothing is left to resume. Set a larger"
                 " --trainer.max_steps or --trainer.max_epochs"
@@ -154,6 +156,12 @@ class RunDirectory(Callback):
         elif not trainer.loggers:
             trainer.loggers = [DummyLogger()]  # for a module's `self.logger.experiment`
 
+    def _killed_at_end(self, trainer: Trainer, total: int) -> bool:
+        """True if the last step is saved, but the run's status does not say that it finished."""
+        assert self.directory is not None
+        unfinished = trainer.is_global_zero and read_record(self.directory).get("status") != "finished"
+        return bool(trainer.strategy.broadcast(unfinished and total == self.restart_step))
+
     def _open(self) -> Path:
         """Return the directory, with configuration and record in it.
 
@@ -165,6 +173,8 @@ class RunDirectory(Callback):
             if self.directory is None:
                 self.directory = created = self._new_directory()
                 self._lock = Lock(created / ".lock")
+            if created is None:
+                self._before = {self.directory / name: _content(self.directory / name) for name in self._files()}
             self._write_config(self.directory)
             clear_hidden(self.directory / "checkpoints")
             self.record = self._begin_record(self.directory)
@@ -231,6 +241,24 @@ class RunDirectory(Callback):
         if profiler.dirpath == trainer.log_dir:  # Lightning's default
             profiler.dirpath = str(directory / "profile")
             profiler.filename = profiler.filename or "profile"  # else it writes no file
+
+    def _files(self) -> tuple[str, ...]:
+        return ("config.yaml", "run.json", "metrics.csv", f"config.until-step-{self.restart_step}.yaml")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._before and trainer.global_step > self.restart_step:
+            self._before = {}
+
+    def _restore(self) -> None:
+        """Undo the changes of a session that has taken no step."""
+        for path, content in self._before.items():
+            with contextlib.suppress(OSError):
+                if content is None:
+                    path.unlink(missing_ok=True)
+                elif _content(path) != content:
+                    replace_bytes(path, content)
 
     def _write_config(self, directory: Path) -> None:
         path, text = directory / "config.yaml", yaml.safe_dump(self.config, sort_keys=False)
@@ -308,6 +336,8 @@ class RunDirectory(Callback):
             print(line, flush=True)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.record and self.directory is not None:
+            check_exists(self.directory)
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 logger.flush()  # before the checkpoint is written: a run resumed from it does not log these rows again
@@ -354,7 +384,17 @@ class RunDirectory(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         try:
-            self._conclude(trainer, exception)
+            failed = isinstance(exception, Exception | KeyboardInterrupt) and not isinstance(
+                exception, FloatingPointError
+            )
+            if self._before and failed:
+                for logger in trainer.loggers:
+                    if isinstance(logger, MetricsCSV):
+                        logger.discard()
+                self._restore()
+                print(f"no step was taken: {self.directory} is as it was", flush=True)
+            else:
+                self._conclude(trainer, exception)
         finally:
             self._unfreeze()
             if not isinstance(exception, RollbackRequested):  # then `rollback` releases it
@@ -364,21 +404,30 @@ class RunDirectory(Callback):
         """Record how the run was stopped, and print how to resume it."""
         stopped = exception if isinstance(exception, Preempted) else None
         rollback = isinstance(exception, RollbackRequested)
+        if rollback:
+            status = "running"
+        elif stopped:
+            status = stopped.status
+        else:
+            status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
+        try:
+            self._record_status(trainer, status)
+        except OSError as error:  # the reason of the exception may be the same: a full disk, or a removed directory
+            print(f"the status {status} cannot be written to {self.directory}/run.json: {error.strerror}", flush=True)
         if rollback or stopped:
-            self._record_status(trainer, "running" if stopped is None else stopped.status)
             for logger in trainer.loggers:
                 if isinstance(logger, WandBRun):
                     logger.experiment.mark_preempting()  # so that W&B does not mark it as crashed
-        else:
-            self._record_status(trainer, "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed")
         if rollback or not self.record:
             return
         where = "that step" if stopped and stopped.saved else "the last checkpoint"
         how = f"stopped by {stopped.signal.name}" if stopped else "stopped"
-        resume = "no checkpoint was saved: this run cannot be resumed"
-        if self._saved(trainer):
-            resume = f"`bigmodel fit --resume {self.directory}` resumes from {where}"
-        print_text(f"{how} at step {training_steps(trainer):,}; {resume}", flush=True)
+        what = f"`bigmodel fit --resume {self.directory}` resumes from {where}"
+        if self.directory is not None and not self.directory.exists():
+            what = f"{self.directory} was removed: this run cannot be resumed"
+        elif not self._saved(trainer):
+            what = "no checkpoint was saved: this run cannot be resumed"
+        print_text(f"{how} at step {training_steps(trainer):,}; {what}", flush=True)
 
     def rollback(self, cause: RollbackRequested) -> Path:
         """Return the checkpoint to continue from after a rollback; record it for this and later sessions.
@@ -421,6 +470,10 @@ class RunDirectory(Callback):
             changes["sessions"] = self.record["sessions"]
             changes["sessions"][-1]["times"] = {part: round(spent, 3) for part, spent in times.finish().items()}
         self._update_record(**changes)
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
 
 
 def _unwritable(where: Any, error: OSError) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import netrc
 import os
 import secrets
+import shutil
 import sys
 import time
 import urllib.error
@@ -52,12 +54,12 @@ class MetricsCSV(Logger):
         self._explained = False
         self._next = time.monotonic() + every_seconds
         if keep_until is not None and path.exists():
-            with open(path, newline="") as file:
-                whole = [line for line in file if line.endswith("\n")]  # a kill may have truncated the last one
-                reader = csv.DictReader(whole)
-                self._columns = list(reader.fieldnames or ["step"])
-                kept = [row for row in reader if int(row["step"]) <= keep_until]
-            self._rewrite(kept)
+            self._columns, kept, damaged = _read_rows(path)
+            if damaged:
+                aside = path.with_name("metrics.damaged.csv")
+                shutil.copyfile(path, aside)
+                print(f"{path} is damaged: {damaged:,} lines are left out; {aside.name} has them", flush=True)
+            self._rewrite([row for row in kept if int(row["step"]) <= keep_until])
 
     @property
     def name(self) -> str:
@@ -104,6 +106,13 @@ class MetricsCSV(Logger):
         if not self._rows:
             return
         rows, self._rows = self._rows, []
+        try:
+            self._add(rows)
+        except OSError as error:
+            check_exists(self.path.parent)
+            raise OSError(error.errno, f"metrics cannot be written ({error.strerror})", str(self.path)) from error
+
+    def _add(self, rows: list[dict[str, Any]]) -> None:
         new = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in self._columns]
         if new:
             self._columns += new
@@ -116,6 +125,10 @@ class MetricsCSV(Logger):
             with open(self.path, "a", newline="") as file:
                 csv.DictWriter(file, self._columns).writerows(rows)
 
+    def discard(self) -> None:
+        """Drop the buffered rows."""
+        self._rows = []
+
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         partial = self.path.with_suffix(".partial")
         with open(partial, "w", newline="") as file:
@@ -123,6 +136,41 @@ class MetricsCSV(Logger):
             writer.writeheader()
             writer.writerows(rows)
         os.replace(partial, self.path)
+
+
+def check_exists(directory: Path) -> None:
+    """Raise FileNotFoundError if the directory of the run in progress was removed."""
+    if not (directory / "config.yaml").exists():
+        raise FileNotFoundError(
+            errno.ENOENT, "the run directory was removed while the run was trained", str(directory)
+        ) from None
+
+
+def _read_rows(path: Path) -> tuple[list[str], list[dict[str, Any]], int]:
+    """Return columns, rows that can be read, and the number of lines that cannot; a line cut by a kill does not count."""
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        header, *lines = [line for line in file if line.endswith("\n")] or ["step\n"]
+    columns = next(csv.reader([header.replace("\0", "\ufffd")]))
+    if "step" not in columns or len({*columns}) < len(columns) or "\ufffd" in header:
+        return ["step"], [], 1 + len(lines)
+    rows = []
+    for line in lines:
+        cells = line.rstrip("\r\n").split(",")
+        if (
+            len(cells) == len(columns)
+            and all(_is_number(cell) for cell in cells)
+            and cells[columns.index("step")].isdigit()
+        ):
+            rows.append(dict(zip(columns, cells, strict=True)))
+    return columns, rows, len(lines) - len(rows)
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell or 0)
+    except ValueError:
+        return cell in ("True", "False")
+    return True
 
 
 def _with_seen(metrics: dict[str, float], trainer: Trainer) -> dict[str, float]:

@@ -1,10 +1,13 @@
 """Gradient scaling, clipping, averaging and throughput, against plain loops and closed forms."""
 
 import functools
+import math
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from outsider import TableData, TabularRegression
@@ -12,8 +15,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.data import Dataset
 
+from bigmodel.cli import main
 from bigmodel.data.sampling import eval_loader, train_loader
 from bigmodel.nn import GPT
+from bigmodel.run import find_checkpoint
 from bigmodel.tasks.language_modeling import LanguageModeling, TextBatch
 from bigmodel.training.callbacks import EMA, GradientScaling, ProgressLine, Resume, TrainingLog
 from bigmodel.training.callbacks.checkpoint import Checkpoint
@@ -135,7 +140,7 @@ class Weights(Callback):
 
 def test_ema_equals_its_closed_form():
     """Statement 15: after n steps, decay^n w_0 + (1 - decay) sum decay^(n - i) w_i."""
-    ema, weights = EMA(0.8), Weights()
+    ema, weights = EMA(0.8, warmup=False), Weights()
     start = Autoencoder().net.weight.detach().clone()
     module = train(4, callbacks=[weights, ema])
     n = len(weights.history)
@@ -146,6 +151,63 @@ def test_ema_equals_its_closed_form():
     assert torch.equal(module.net.weight, ema_weight := expected) or torch.allclose(module.net.weight, ema_weight)
     ema.on_validation_end(module.trainer, module)
     assert torch.equal(module.net.weight, live)
+
+
+def test_ema_warms_up_as_its_closed_form():
+    """The weight of w_i is (1 - d_i) times the product of the later d_j, with d_t = min(decay, (1 + t) / (10 + t))."""
+    ema, weights = EMA(0.2, start_step=1), Weights()
+    train(12, callbacks=[weights, ema], steps=6)
+    first, *updates = weights.history  # until start_step, the average is a copy
+    decays = [min(0.2, (1 + t) / (10 + t)) for t in range(len(updates))]
+    assert decays[0] == 0.1
+    assert decays[-1] == 0.2
+    expected = math.prod(decays) * first
+    for t, w in enumerate(updates):
+        expected = expected + (1 - decays[t]) * math.prod(decays[t + 1 :]) * w
+    torch.testing.assert_close(ema.average["net.weight"], expected, rtol=0, atol=1e-6)
+
+
+def test_a_run_of_an_earlier_version_keeps_its_average(bm):
+    ema = ["--callbacks.ema", "bigmodel.training.callbacks.EMA"]
+    bm("fit", *ema, "--trainer.max_epochs", 1)
+    (file,) = Path("runs").glob("*/*/config.yaml")
+    config = yaml.safe_load(file.read_text())
+    assert config["callbacks"]["ema"]["init_args"].pop("warmup") is True
+    bm("fit", "--resume", "last", "--trainer.max_epochs", 2)
+    assert yaml.safe_load(file.read_text())["callbacks"]["ema"]["init_args"]["warmup"] is True
+    file.write_text(yaml.safe_dump(config))
+    bm("fit", "--resume", "last", "--trainer.max_epochs", 3)
+    assert yaml.safe_load(file.read_text())["callbacks"]["ema"]["init_args"]["warmup"] is False
+
+
+def test_clipping_to_a_negative_norm_is_refused(bm):
+    error = bm("fit", "--trainer.gradient_clip_val=-1.0", fails=True)
+    assert "--trainer.gradient_clip_val -1.0 must be above 0" in error
+    assert not list(Path("runs").glob("*/*"))
+
+
+def tutorial(kind, count="none"):
+    """The weights that a module and data as in tutorials end with, under the command's default callbacks."""
+    flags = ["--data", "tutorial.Data", "--data.kind", kind, "--model", "tutorial.Tutorial", "--model.count", count]
+    flags += ["--trainer.max_steps", "5", "--trainer.max_epochs", "-1", "--trainer.log_every_n_steps", "1"]
+    flags += ["--trainer.accelerator", "cpu", "--trainer.limit_val_batches", "0", "--runs_dir", f"{kind}-{count}"]
+    Path("tutorial.yaml").write_text("# Nothing but the flags.\nmodel: {class_path: tutorial.Tutorial}\n")
+    main(["fit", "-c", "tutorial.yaml", "--callbacks.best", "null", *flags])
+    (run,) = Path(f"{kind}-{count}").glob("*/*")
+    saved = torch.load(find_checkpoint(run, "last"), weights_only=True)
+    return saved["state_dict"]["layer.weight"], saved["callbacks"]["GradientScaling"]["total_count"]
+
+
+def test_batches_of_any_kind_and_any_count_run_with_the_default_callbacks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expected, count = tutorial("list")
+    assert count == 0
+    for kind in ("tuple", "named", "dict", "tensor"):
+        assert torch.equal(tutorial(kind)[0], expected), kind
+    for counting, total in {"int": 40, "float": 40.0, "half": 20.0}.items():
+        weights, count = tutorial("tuple", counting)
+        torch.testing.assert_close(weights, expected)
+        assert (count, type(count)) == (total, type(total))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +237,7 @@ def test_ema_of_tied_weights_swaps_back():
     module = LanguageModeling()
     module.net = GPT(11, 8, width=8, depth=1, num_heads=2)
     module.net.head = module.net.embed  # the same parameter under two names
-    ema = EMA(0.5)
+    ema = EMA(0.5, warmup=False)
     ema.on_train_start(type("T", (), {"global_step": 0})(), module)
     with torch.no_grad():
         for parameter in module.parameters():

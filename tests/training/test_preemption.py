@@ -82,11 +82,11 @@ def stop(arguments):
 
 
 @pytest.mark.parametrize("during", ["train", "validation"])
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
 def test_a_run_stopped_at_any_moment_goes_on_exactly(straight, table, tmp_path, monkeypatch, capfd, number, during):
     monkeypatch.chdir(tmp_path)
     straight, micro = straight
-    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)]
     a_step = 12 // micro[1]
     # Six steps are an epoch; validation, of two batches, comes after every third.
     batches = draw.randrange(1, 14 * a_step) if during == "train" else draw.randrange(1, 8)
@@ -103,7 +103,7 @@ def test_a_run_stopped_at_any_moment_goes_on_exactly(straight, table, tmp_path, 
     main(["fit", "--resume", str(run), "--callbacks.signal", "null"])
     assert record(run)["status"] == "finished"
     assert_same(run, straight)
-    assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)]
 
 
 def test_at_ends_of_epochs_and_where_validation_is_due(straight, table, tmp_path, monkeypatch):
@@ -232,8 +232,8 @@ def test_readers_go_on_until_the_training_process_ends_them():
     batches = iter(loader)
     seen = [next(batches)]
     (reader,) = batches._workers
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
-        os.kill(reader.pid, number)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM, signal.SIGTERM):  # to the group, twice
+        subprocess.run(["kill", f"-{number.value}", str(reader.pid)], check=True)
     seen += list(batches)
     assert torch.cat(seen).tolist() == [i * i for i in range(64)]
 
@@ -241,7 +241,7 @@ def test_readers_go_on_until_the_training_process_ends_them():
         os.kill(reader.pid, signal.SIGTERM)
         time.sleep(100)  # which torch cuts short
 
-    with pytest.raises(RuntimeError, match="killed by signal: Terminated"):  # asked again, it ends
+    with pytest.raises(RuntimeError, match="killed by signal: Terminated"):  # sent by its parent
         end()
     assert reader.exitcode == -signal.SIGTERM
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -140,7 +141,8 @@ class Anomalies(Callback):
             self.count += self._resume.new_returns  # the checkpoint does not include anomalies after it
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if isinstance(index := getattr(batch, "index", None), Tensor):  # a list has a method of that name
+        index = batch.get("index") if isinstance(batch, Mapping) else getattr(batch, "index", None)
+        if isinstance(index, Tensor):  # `index` of a list or a tuple is a method
             self._samples.append(index)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -207,11 +207,16 @@ class Checkpoint(callbacks.Checkpoint):
             return
         self.choose_metric(trainer)
         path = self._path(trainer)
+        before = (self.best_model_path, self.best_model_score, dict(self.best_k_models), self._latest, self._on_disk)
         surplus = self._select_latest(path) if self.monitor is None else self._select_best(trainer, path)
         if surplus is None:
             return
         self._on_disk = [*dict.fromkeys([*self._on_disk, Path(path).name])]
-        self._write(trainer, path)
+        try:
+            self._write(trainer, path)
+        except Exception:
+            self.best_model_path, self.best_model_score, self.best_k_models, self._latest, self._on_disk = before
+            raise
         self._saved_step = training_steps(trainer)
         if trainer.is_global_zero:
             this: Any = weakref.proxy(self)

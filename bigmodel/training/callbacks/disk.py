@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from bigmodel.checkpoint import size_on_disk
+from bigmodel.checkpoint import checkpoint_step, size_on_disk
 from bigmodel.training.callbacks.checkpoint import Checkpoint
 
 _COPIES = 3  # times the trainable weights, before the first checkpoint: the weights and two moments, as in Adam
@@ -27,7 +27,7 @@ class DiskSpace(Callback):
         folder = self._folder(trainer)
         if folder is None:
             return
-        earlier = max(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, default=None)
+        earlier = max(folder.glob("*.ckpt"), key=checkpoint_step, default=None)
         trained = sum(p.nbytes for p in pl_module.parameters() if p.requires_grad)
         self._check(trainer, folder, size_on_disk(earlier) if earlier is not None else _COPIES * trained)
 

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from bigmodel.data.sampling import data_parallel_size
 from bigmodel.internals import set_result_class
-from bigmodel.nn.accumulation import accumulable
+from bigmodel.nn.accumulation import accumulable, accumulation_dtype
 from bigmodel.parallel.tensors import local, total_norm
 
 _Kind = TypeVar("_Kind", bound=Callback)
@@ -36,7 +36,8 @@ class GradientScaling(Callback):
     optimizers under bf16-mixed, and manual optimization: there the gradients of each optimizer that takes a step).
 
     Attributes:
-        total_count: elements predicted so far over all processes, int64 on the device; 0 if the task returns no count.
+        total_count: elements predicted so far over all processes, on the device, int64, or float64 if the task's counts are
+            floating-point numbers (sums of weights); 0 if it returns none.
         loss: of the last step, the mean over the predicted elements of all processes, on the device; None before the
             first.
         grad_norm: 2-norm of the scaled gradients of the last step before clipping; None unless clipping is on.
@@ -48,13 +49,19 @@ class GradientScaling(Callback):
         self.grad_norm: Tensor | None = None
         self._count: Tensor | None = None
         self._loss: Tensor | None = None  # summed over micro-batches
-        self._restored = 0
+        self._restored: int | float = 0
         self._clip: float | None = None
         self._stop_recording: Callable[[], None] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        clip = trainer.gradient_clip_val
+        if clip is not None and not clip >= 0:
+            raise ValueError(
+                f"--trainer.gradient_clip_val {clip} must be above 0, the largest norm of the gradient; null (or 0) does not"
+                " clip"
+            )
         self._stop_recording = set_result_class(trainer, _RecordingResult(self))
         self.take_clipping(trainer, pl_module)
 
@@ -68,6 +75,8 @@ class GradientScaling(Callback):
         """Add what a micro-batch's `training_step` returned to the sums of this optimizer step."""
         if isinstance(output, Mapping) and "count" in output:
             count = torch.as_tensor(output["count"], device=output["loss"].device)
+            if count.is_floating_point():  # a sum of weights, to be added up over a whole run
+                count = accumulable(count)
             self._count = count.detach() if self._count is None else self._count + count.detach()
         loss: Any = output.get("loss") if isinstance(output, Mapping) else output
         if loss is not None:
@@ -80,7 +89,8 @@ class GradientScaling(Callback):
             self._stop_recording = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.total_count = torch.tensor(self._restored, device=pl_module.device)
+        dtype = accumulation_dtype(pl_module.device) if isinstance(self._restored, float) else torch.int64
+        self.total_count = torch.tensor(self._restored, device=pl_module.device, dtype=dtype)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         scaled = isinstance(trainer.precision_plugin, MixedPrecision) and trainer.precision_plugin.scaler is not None
@@ -99,14 +109,17 @@ class GradientScaling(Callback):
             sums = torch.stack([loss, torch.zeros_like(loss) if count is None else count.to(loss.dtype)])
             torch.distributed.all_reduce(sums)  # the strategy's reduce waits at a barrier each time
             sums /= trainer.world_size // replicas  # processes that share a model count the same samples
-            loss, count = sums[0], None if count is None else sums[1].long()
+            loss, count = sums[0], None if count is None else sums[1].to(count.dtype)
         micro_batches = trainer.accumulate_grad_batches * replicas
         predicted: Tensor | int = micro_batches
         scale: Tensor | None = None
         if count is not None:
             assert self.total_count is not None
-            self.total_count += count
-            predicted = count.clamp(min=1)
+            self.total_count = self.total_count + count
+            if count.is_floating_point():
+                predicted = torch.where(count > 0, count, 1).to(loss.dtype if loss is not None else torch.float32)
+            else:
+                predicted = count.clamp(min=1)
             scale = micro_batches / predicted
         self.loss = None if loss is None else loss / predicted
         if scale is None and self._clip is None:
@@ -125,7 +138,7 @@ class GradientScaling(Callback):
         torch._foreach_mul_(parts, scale.to(parts[0].device))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"total_count": int(self.total_count) if self.total_count is not None else self._restored}
+        return {"total_count": self.total_count.item() if self.total_count is not None else self._restored}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict["total_count"]

@@ -15,7 +15,7 @@ from bigmodel.data.schedule import num_steps, training_steps
 from bigmodel.internals import disable_signal_handling, restore_signal_handling, stops_here, validation_due
 from bigmodel.training.callbacks.checkpoint import Checkpoint
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _STEPS_TO_AGREE = 10  # several processes exchange the signal at every tenth step,
 _SECONDS_TO_AGREE = 5.0  # or more often, where ten steps take longer than this: launchers kill after 30 s
 
@@ -38,7 +38,9 @@ class Preempted(BaseException):
 
 
 class Preemption(callbacks.Checkpoint):
-    """Stops a fit gracefully on SIGTERM, SIGUSR1 and Ctrl-C (SIGINT); a second Ctrl-C stops at once. Always on.
+    """Stops a fit gracefully on SIGTERM, SIGUSR1, SIGHUP (unless under nohup) and Ctrl-C (SIGINT). Always on.
+
+    A second Ctrl-C stops at once; further signals of the other kinds have no effect.
 
     The current optimizer step is finished, and so is a validation that is due after it (a signal during validation
     takes effect at its end). The first `Checkpoint` without a `monitor`, by default `last`, saves, and `Preempted` is
@@ -69,7 +71,9 @@ class Preemption(callbacks.Checkpoint):
         self._last_step, self._step = num_steps(trainer), training_steps(trainer)
         self._next, self._agreed_step, self._agreed_at = self._step + 1, self._step, time.monotonic()
         if threading.current_thread() is threading.main_thread():  # only the main thread can set handlers
-            self._handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+            # SIGHUP that is ignored was ignored on purpose, by nohup.
+            used = [n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+            self._handlers = {number: signal.signal(number, self._receive) for number in used}
 
     def _receive(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT == self._signal:

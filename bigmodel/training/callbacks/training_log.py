@@ -190,9 +190,9 @@ class TrainingLog(Callback):
             seen[f"seen/{self._count_unit}"] = count
         return seen
 
-    def _total_count(self) -> int:
+    def _total_count(self) -> float:
         counted = self._gradients.total_count if self._gradients is not None else None
-        return int(counted) if counted is not None else 0
+        return counted.item() if counted is not None else 0
 
     def _start_clock(self) -> None:
         self._start, self._paused = time.perf_counter(), 0.0
