@@ -14,7 +14,8 @@ bigmodel recommend RUN --user ID [--k 10] [--checkpoint best|last|FILE]
 bigmodel recommend RUN --history ID,ID,... [--times TIME,TIME,...] [--k 10] [--checkpoint best|last|FILE]
 
 Prints the k best items of a trained recommender with their scores, the best first: for a user of the run's data, or for a
-history, the items that somebody chose, in this order. Items of the history are excluded.
+history, the items that somebody chose, in this order. Items of the history are excluded, unless the run has
+--model.seen keep.
 
 --times are for a net that reads times (HSTU), one for each item of the history: seconds since 1970, or dates in ISO format
 (by default UTC). Without them, items are assumed to be evenly spaced, by the median gap in the training data.

@@ -201,6 +201,27 @@ class InteractionData(BaseDataModule):
         events = self.parts.events
         return np.bincount(events.items[self.parts.event_indices("train")], minlength=events.num_items + 1)
 
+    def report_repeats(self, seen: str) -> None:
+        """Print the number of targets that a user has more than once or in the history, if there are any.
+
+        Args:
+            seen: the task's rule for items of the history.
+        """
+        if self.filters.keep_duplicates != "all":
+            return
+        rule = {
+            "mask": "counted as misses, as lists exclude them",
+            "keep": "ranked like others, as lists may contain them",
+            "drop_targets": "not evaluated",
+        }[seen]
+        counts = {split: self.parts.repeats(split) for split in self.split.requested}
+        if any(map(any, counts.values())):
+            shown = "; ".join(f"{split}: {again:,} and {before:,}" for split, (again, before) in counts.items())
+            self.print_line(
+                f"targets that repeat an earlier one of the same split (counted once), and others that are in the user's"
+                f" history ({rule}; --model.seen {seen}): {shown}"
+            )
+
     def make_dataset(self, split: str) -> Dataset[Any]:
         """Return training samples, or histories to evaluate; of `all`, all users with all their events, without targets.
 

@@ -57,6 +57,22 @@ class SplitInteractions:
         starts, stops = self.bounds(split)
         return np.flatnonzero((stops > starts) & (starts > self.events.offsets[:-1]))
 
+    def repeats(self, split: str) -> tuple[int, int]:
+        """Return the number of targets, of users to evaluate, that repeat one of the same split; and of those in the history
+        among the others.
+        """
+        users = self.users_to_evaluate(split)
+        starts, stops = (bounds[users] for bounds in self.bounds(split))
+        targets, history = (
+            np.repeat(users, last - first) * (self.events.num_items + 1) + self.events.items[ranges(first, last)]
+            for first, last in ((starts, stops), (self.events.offsets[users], starts))
+        )
+        different = np.unique(targets)
+        place = np.minimum(np.searchsorted(different, history), len(different) - 1)
+        seen = np.zeros(len(different), bool)
+        seen[place[different[place] == history]] = True
+        return len(targets) - len(different), int(seen.sum())
+
 
 class InteractionSplit(ABC):
     """Base class of splits. Its `repr` must contain all settings, as that of a dataclass."""
