@@ -84,7 +84,7 @@ class Evaluation(nn.Module):
         """
         assert self.metrics is not None
         rated = batch.targets * (batch.weight > 0)[:, None]  # padding rows have none
-        targets = rated.masked_fill(_repeats(rated), 0)
+        targets = rated.masked_fill(repeats(rated), 0)
         seen = (
             _contained(targets, batch.history) if self.seen != "keep" else torch.zeros_like(targets, dtype=torch.bool)
         )
@@ -122,7 +122,7 @@ class Evaluation(nn.Module):
         return {f"{split}/{name}": value for name, value in values.items()}
 
 
-def _repeats(items: Tensor) -> Tensor:
+def repeats(items: Tensor) -> Tensor:
     """Return True where an item [B, K] occurs earlier in its row."""
     ordered, order = items.sort(dim=1, stable=True)
     again = torch.zeros_like(items, dtype=torch.bool)

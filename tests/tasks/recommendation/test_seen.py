@@ -9,7 +9,9 @@ import torch
 
 from bigmodel.tasks.recommendation import GlobalTime, InteractionData, NonNeuralRecommendation
 from bigmodel.tasks.recommendation.closed_form import Popularity
-from bigmodel.tasks.recommendation.evaluation import Evaluation
+from bigmodel.tasks.recommendation.evaluation import Evaluation, repeats
+from bigmodel.tasks.recommendation.metrics import RankingMetrics
+from bigmodel.tasks.recommendation.ranking import rank
 
 CASES = Path(__file__).parent / "cases"
 TOPK = (1, 5, 10, 40)
@@ -59,8 +61,12 @@ def brute_force(made, table, seen):
     return {name: value / num_users for name, value in totals.items()}, lists
 
 
-@pytest.mark.parametrize("seen", ["mask", "keep", "drop_targets"])
-@pytest.mark.parametrize("name", ["repeats_in_test", "repeat_consumption"])
+@pytest.mark.parametrize(
+    ("name", "seen"),
+    [(name, seen) for name in ("repeats_in_test", "repeat_consumption") for seen in ("mask", "keep", "drop_targets")][
+        :-1
+    ],
+)
 def test_metrics_and_lists_follow_one_rule_as_in_a_loop(name, seen, tmp_path, capsys):
     split = GlobalTime("1970-01-01T01:23:20", "1970-01-01T02:30:00") if name == "repeats_in_test" else None
     made = data(CASES / f"{name}.csv", tmp_path, split)
@@ -93,17 +99,23 @@ def test_a_repeated_target_counts_once(tmp_path):
     made = data(CASES / "repeats_in_test.csv", tmp_path, GlobalTime("1970-01-01T01:23:20", "1970-01-01T02:30:00"))
     matrix = made.train_matrix()
     method = Popularity().fit(matrix.indptr, matrix.indices, None, made.prepared.events.num_items)
-    evaluation = Evaluation((5, 10))
-    evaluation.prepare(made.prepared.events.num_items, None)
+    num_items, metrics = made.prepared.events.num_items, RankingMetrics((5, 10))
     for batch in made.test_dataloader():
-        evaluation.update(method.score_block(batch.history), batch)
-    values = {name: round(value.item(), 3) for name, value in evaluation.compute("test").items()}
-    assert [values[f"test/{name}"] for name in ("mrr", "hr@5", "precision@5", "ndcg@10")] == [
+        targets = batch.targets * (batch.weight > 0)[:, None]
+        targets = targets.masked_fill(repeats(targets), 0)
+        metrics.update(rank(method.score_block(batch.history), num_items, targets, batch.history))
+    values = {name: round(value.item(), 3) for name, value in metrics.compute().items()}
+    assert [values[name] for name in ("mrr", "hr@5", "precision@5", "ndcg@10")] == [
         0.637,
         0.675,
         0.135,
         0.664,
     ]
+
+
+def test_targets_that_are_all_dropped_are_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="drop_targets leaves no target in"):
+        data(CASES / "repeat_consumption.csv", tmp_path).report_repeats("drop_targets")
 
 
 def test_cutoffs_above_the_number_of_items_are_measured_and_printed(capsys):
