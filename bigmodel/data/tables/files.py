@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import glob
+import gzip
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import BinaryIO, Literal, cast
 
 
 def find_files(path: str | Sequence[str], in_folder: Callable[[str], list[str]], known: str) -> list[str]:
-    """Return the matching files, in order, without duplicates.
+    """Return the matching files, in order, each once, also if several paths or links lead to it.
 
     Args:
         path: files, folders and globs (** is any depth).
@@ -20,7 +21,7 @@ def find_files(path: str | Sequence[str], in_folder: Callable[[str], list[str]],
     Raises:
         ValueError: if the path is empty, or an entry matches no file.
     """
-    files: dict[str, None] = {}
+    files: dict[str, str] = {}
     for given in [path] if isinstance(path, str) else path:
         place = os.path.expanduser(given)
         if os.path.isfile(place):
@@ -37,10 +38,11 @@ def find_files(path: str | Sequence[str], in_folder: Callable[[str], list[str]],
             raise ValueError(
                 f"--data.path {given}: no such file or folder ({os.path.abspath(place)}). Supported: {known}"
             )
-        files.update(dict.fromkeys(found))
+        for file in found:
+            files.setdefault(os.path.realpath(file), file)
     if not files:
         raise ValueError(f"--data.path {path} is empty. Supported: {known}")
-    return list(files)
+    return list(files.values())
 
 
 def files_in(folder: str, suffixes: Sequence[str]) -> list[str]:
@@ -64,6 +66,11 @@ def files_in(folder: str, suffixes: Sequence[str]) -> list[str]:
     return kinds[0] if kinds else []
 
 
+def open_binary(path: str) -> BinaryIO:
+    """Open a file for reading; with the suffix .gz, its decompressed content."""
+    return cast(BinaryIO, gzip.open(path)) if path.endswith(".gz") else open(path, "rb")
+
+
 def kind_of(path: str, known: str = "CSV, TSV, JSON Lines, Parquet") -> Literal["parquet", "json", "text"]:
     """Detect the kind of table by the first bytes of a file; `json` is JSON Lines.
 
@@ -75,15 +82,15 @@ def kind_of(path: str, known: str = "CSV, TSV, JSON Lines, Parquet") -> Literal[
         ValueError: if the kind is unknown, or the file is empty or cannot be read.
     """
     try:
-        with open(path, "rb") as stream:
+        with open_binary(path) as stream:
             head = stream.read(2**12)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     if not head:
         raise ValueError(f"{path} is empty")
-    if head.startswith(b"PAR1"):
+    if head.startswith(b"PAR1") and not path.endswith(".gz"):
         return "parquet"
-    if b"\0" in head or head.startswith(b"\x1f\x8b"):
+    if b"\0" in head or head.startswith((b"\x1f\x8b", b"PAR1")):
         raise ValueError(f"{path}: unknown kind of file. Supported: {known}")
     return "json" if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") else "text"
 

@@ -5,7 +5,7 @@ M rows in a block.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -67,6 +67,7 @@ class Rows:
         size: approximate bytes of these rows in the file.
         word: "row" or "line", for messages.
         classes: class names that Hugging Face's `datasets` stores for a column of class indices, by role.
+        locate: converts the number of a row to that in messages; None: the same.
     """
 
     where: str
@@ -76,13 +77,15 @@ class Rows:
     size: int
     word: str = "row"
     classes: Mapping[str, list[str]] = field(default_factory=dict)
+    locate: Callable[[int], int] | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
     def name(self, row: int) -> str:
         """Return file and number of one of these rows, for messages."""
-        return f"{self.where} {self.word} {self.first + row:,}"
+        number = self.first + row
+        return f"{self.where} {self.word} {number if self.locate is None else self.locate(number):,}"
 
 
 def is_text(kind: pa.DataType) -> bool:

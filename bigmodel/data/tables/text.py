@@ -7,10 +7,12 @@ definition (IANA, text/tab-separated-values).
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -18,7 +20,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from bigmodel.data.tables.arrow import read_parquet
-from bigmodel.data.tables.files import kind_of
+from bigmodel.data.tables.files import kind_of, open_binary
 from bigmodel.data.tables.rows import ColumnSelector, Rows
 
 _BLOCK_BYTES = 4 * 2**20  # larger than any row; about ten blocks are read ahead
@@ -59,16 +61,20 @@ class Layout:
 def layout_of(path: str, lines: bool = False) -> Layout:
     """Return the layout of a table with a header line.
 
-    The delimiter is the most frequent of comma, tab, semicolon and bar in that line.
+    The delimiter is the most frequent of comma, tab, semicolon and bar in that line; with `lines` and none of
+    these, a space. Spaces around names are removed.
 
     Raises:
         ValueError: if the header is empty, or the file cannot be read.
     """
     line = first_line(path)
-    if path.endswith(".tsv") and not lines:
+    if path.removesuffix(".gz").endswith(".tsv") and not lines:
         return Layout("\t", line.rstrip("\r\n").split("\t"), quotes=False)
     delimiter = max(",\t;|", key=line.count)
-    return Layout(delimiter, next(csv.reader([line], delimiter=delimiter)), lines=lines)
+    if lines and delimiter not in line and " " in line.strip():
+        delimiter, line = " ", line.strip()
+    names = [name.strip() for name in next(csv.reader([line.rstrip("\r\n")], delimiter=delimiter))]
+    return Layout(delimiter, names, lines=lines)
 
 
 def first_line(path: str) -> str:
@@ -78,12 +84,12 @@ def first_line(path: str) -> str:
         ValueError: if it is empty, or cannot be read.
     """
     try:
-        with open(path, encoding="utf-8-sig", newline="") as stream:
+        with io.TextIOWrapper(open_binary(path), encoding="utf-8-sig", newline="") as stream:
             line = stream.readline()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} cannot be read as a table in UTF-8: {error}") from error
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+        raise ValueError(f"{path} cannot be read: {error}") from error
     if not line.strip():
         raise ValueError(f"{path}: the first line is empty; it must contain the column names")
     return line
@@ -92,7 +98,7 @@ def first_line(path: str) -> str:
 def read_delimited(path: str, layout: Layout, columns: ColumnSelector) -> Iterator[Rows]:
     """Yield the rows of a delimited text, all columns as text.
 
-    Rows are numbered from 1 below the header; or with `layout.lines`, by line from 1.
+    Rows are numbered from 1 below the header; or with `layout.lines`, by line from 1. Empty lines are ignored.
 
     Raises:
         ValueError: if it cannot be read or lacks a column.
@@ -100,9 +106,10 @@ def read_delimited(path: str, layout: Layout, columns: ColumnSelector) -> Iterat
     found = columns.select_columns(path, layout.names)
     kinds = dict.fromkeys(found.values(), pa.string())
     first, word = (1 + layout.header, "line") if layout.lines else (1, "row")
+    locate = partial(_line_number, path) if layout.lines else None
     left = os.path.getsize(path)
     try:
-        with pa.OSFile(path) as file:
+        with open_binary(path) if path.endswith(".gz") else pa.OSFile(path) as file:
             reader = pyarrow.csv.open_csv(
                 file,
                 pyarrow.csv.ReadOptions(
@@ -119,12 +126,19 @@ def read_delimited(path: str, layout: Layout, columns: ColumnSelector) -> Iterat
                 size = min(left, _BLOCK_BYTES)  # the file itself is read ahead
                 left -= size
                 cells = {role: batch.column(name) for role, name in found.items()}
-                yield Rows(path, first, cells, typed=False, size=size, word=word)
+                yield Rows(path, first, cells, typed=False, size=size, word=word, locate=locate)
                 first += len(batch)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} cannot be read as a table, after {word} {first - 1:,}: {error}") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _line_number(path: str, number: int) -> int:
+    """Return the number, from 1, of the line that is this one, from 1, of those that are not empty."""
+    with open_binary(path) as stream:
+        filled = (line for line, text in enumerate(stream, 1) if text.strip(b"\r\n"))
+        return next(islice(filled, number - 1, None), number)
 
 
 def read_json_lines(path: str, columns: ColumnSelector) -> Iterator[Rows]:
@@ -136,7 +150,7 @@ def read_json_lines(path: str, columns: ColumnSelector) -> Iterator[Rows]:
     found: dict[str, str] = {}
     first = 1
     try:
-        with open(path, encoding="utf-8-sig") as stream:
+        with io.TextIOWrapper(open_binary(path), encoding="utf-8-sig") as stream:
             while lines := list(islice(stream, _LINES_AT_ONCE)):
                 objects = [_object(path, first + i, line) for i, line in enumerate(lines)]
                 found = found or columns.select_columns(f"{path} line 1", list(objects[0]))

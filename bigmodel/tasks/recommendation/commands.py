@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -15,7 +16,8 @@ bigmodel recommend RUN --user ID [--k 10] [--checkpoint best|last|FILE]
 bigmodel recommend RUN --history ID,ID,... [--times TIME,TIME,...] [--k 10] [--checkpoint best|last|FILE]
 
 Prints the k best items of a trained recommender with their scores, the best first: for a user of the run's data, or for a
-history, the items that somebody chose, in this order. Items of the history are excluded.
+history, the items that somebody chose, in this order; an id that contains a comma is in double quotes. Items of the
+history are excluded, unless the run has --model.seen keep.
 
 --times are for a net that reads times (HSTU), one for each item of the history: seconds since 1970, or dates in ISO format
 (by default UTC). Without them, items are assumed to be evenly spaced, by the median gap in the training data.
@@ -72,7 +74,7 @@ def run_recommend(argv: list[str]) -> None:
 
 
 def _listed(text: str) -> list[str]:
-    return [one.strip() for one in text.split(",")]
+    return [one.strip() for one in next(csv.reader([text], skipinitialspace=True))]
 
 
 def _seconds(text: str) -> int:

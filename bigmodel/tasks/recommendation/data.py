@@ -17,7 +17,8 @@ from bigmodel.tasks.recommendation.filters import Filters
 from bigmodel.tasks.recommendation.interactions import Interactions, SparseMatrix, ranges
 from bigmodel.tasks.recommendation.prepare import PreparedInteractions, prepare
 from bigmodel.tasks.recommendation.sources import InteractionColumns, find_source
-from bigmodel.tasks.recommendation.splits import InteractionSplit, LeaveOneOut, SplitInteractions
+from bigmodel.tasks.recommendation.sources.events import SPLITS
+from bigmodel.tasks.recommendation.splits import ByFile, InteractionSplit, LeaveOneOut, SplitInteractions
 
 ExampleType = Literal["sequences", "pairs", "users"]
 
@@ -31,16 +32,19 @@ class InteractionData(BaseDataModule):
     data with other items are an error.
 
     Args:
-        path: tables of events (CSV, TSV, Parquet; files, a folder or a glob), MovieLens as published (a folder with u.data,
-            ratings.dat or ratings.csv), RecBole's .inter files, hf://owner/name, or {movielens}.
+        path: tables of events (CSV, TSV, JSON Lines, Parquet, also .gz; files, a folder or a glob), MovieLens as published
+            (a folder with u.data, ratings.dat or ratings.csv), RecBole's .inter files, hf://owner/name, or {movielens}.
+            Files named by split (x.train.inter, x.valid.inter, x.test.inter) are these splits.
         user_column: ids of users, whole numbers or text; by default user_id or userId.
         item_column: ids of items, likewise; by default item_id or movieId.
         rating_column: numbers; by default rating, if there is such a column.
-        time_column: seconds, milliseconds, microseconds or nanoseconds since 1970 (detected by their size), text in ISO
-            format, or timestamps; by default timestamp, if there is such a column. Without times, events are in the order
-            of the source.
+        time_column: seconds, milliseconds, microseconds or nanoseconds since 1970 (detected by their size), dates
+            such as 20240131, text in ISO format, or timestamps; by default timestamp, time, date, datetime or created_at, if
+            there is such a column. Without times, events are in the order of the source.
+        column_names: of text tables without a header line, one for each column: [user_id,item_id,rating,timestamp].
         filters: rules that exclude events; by default none.
-        split: LeaveOneOut (by default), GlobalTime or Ratio, all of bigmodel.tasks.recommendation.
+        split: LeaveOneOut (by default, unless files are named by split), GlobalTime or Ratio, all of
+            bigmodel.tasks.recommendation.
         example_type: a training sample is a window of a user's events (`sequences`), one event (`pairs`), or a user with
             all events (`users`); by default that of the task.
         max_length: T, maximum number of events in the input of a net (RecBole: MAX_ITEM_LIST_LENGTH).
@@ -72,6 +76,7 @@ class InteractionData(BaseDataModule):
         item_column: str | None = None,
         rating_column: str | None = None,
         time_column: str | None = None,
+        column_names: list[str] | None = None,
         filters: Filters | None = None,
         split: InteractionSplit | None = None,
         example_type: ExampleType | None = None,
@@ -93,7 +98,8 @@ class InteractionData(BaseDataModule):
         if example_type not in (None, "sequences", "pairs", "users"):
             raise ValueError(f"--data.example_type {example_type}: must be sequences, pairs or users")
         self.path, self.filters, self.split = path, filters or Filters(), split or LeaveOneOut()
-        self.columns = InteractionColumns(user_column, item_column, rating_column, time_column)
+        self._is_default_split = split is None
+        self.columns = InteractionColumns(user_column, item_column, rating_column, time_column, column_names)
         self._example_type, self.max_length, self.stride = (
             example_type,
             max_length,
@@ -130,6 +136,13 @@ class InteractionData(BaseDataModule):
             cache = cache_folder("recommendation", self.cache_dir)
             source = find_source(self.path, columns=self.columns, cache=cache)
             self._prepared = prepare(source, self.columns, self.filters, cache)
+            given = self._prepared.events.splits
+            if given is not None and self._is_default_split:
+                self.split = ByFile(tuple(name for i, name in enumerate(SPLITS) if i and (given == i).any()))
+            elif given is not None:
+                self.print_line(
+                    f"files are named by split, but concatenated and split again by --data.split {self.split}"
+                )
         return self._prepared
 
     def setup(self, stage: str | None = None) -> None:
@@ -200,6 +213,34 @@ class InteractionData(BaseDataModule):
         """Number of training events of each item, [I + 1] int64."""
         events = self.parts.events
         return np.bincount(events.items[self.parts.event_indices("train")], minlength=events.num_items + 1)
+
+    def report_repeats(self, seen: str) -> None:
+        """Print the number of targets that a user has more than once or in the history, if there are any.
+
+        Args:
+            seen: the task's rule for items of the history.
+        """
+        if self.filters.keep_duplicates != "all":
+            return
+        rule = {
+            "mask": "counted as misses, as lists exclude them",
+            "keep": "ranked like others, as lists may contain them",
+            "drop_targets": "not evaluated",
+        }[seen]
+        found = {split: self.parts.repeats(split) for split in self.split.requested}
+        counts = {split: (again, before) for split, (_, again, before) in found.items()}
+        for split, (different, _, before) in found.items():
+            if seen == "drop_targets" and before == different:
+                raise ValueError(
+                    f"--model.seen drop_targets leaves no target in {split}: all {before:,} are in their user's history; set"
+                    " it to mask or keep"
+                )
+        if any(map(any, counts.values())):
+            shown = "; ".join(f"{split}: {again:,} and {before:,}" for split, (again, before) in counts.items())
+            self.print_line(
+                f"targets that repeat an earlier one of the same split (counted once), and others that are in the user's"
+                f" history ({rule}; --model.seen {seen}): {shown}"
+            )
 
     def make_dataset(self, split: str) -> Dataset[Any]:
         """Return training samples, or histories to evaluate; of `all`, all users with all their events, without targets.

@@ -29,6 +29,7 @@ class Interactions:
         times: [N] int64, whole seconds since 1970; None: the source has no times, and its order is used.
         ratings: [N] float32, or None.
         num_items: I, the largest item number.
+        splits: [N] int8, 0 to 2 for train, val and test, of files named by split; or None.
     """
 
     offsets: np.ndarray
@@ -36,6 +37,7 @@ class Interactions:
     times: np.ndarray | None
     ratings: np.ndarray | None
     num_items: int
+    splits: np.ndarray | None = None
 
     @property
     def num_users(self) -> int:
@@ -58,6 +60,7 @@ class Interactions:
             None if self.times is None else self.times[order],
             None if self.ratings is None else self.ratings[order],
             self.num_items,
+            None if self.splits is None else self.splits[order],
         )
 
     def renumbered(self, numbers: np.ndarray, num_items: int) -> Interactions:
@@ -76,6 +79,7 @@ class Interactions:
             None if self.times is None else self.times[kept],
             None if self.ratings is None else self.ratings[kept],
             num_items,
+            None if self.splits is None else self.splits[kept],
         )
 
 

@@ -78,29 +78,31 @@ class ItemCatalog:
         """
         return torch.from_numpy(self.items.numbers(ids))
 
-    def recommend(self, score_block: ScoreBlock, batch: EvalBatch, k: int) -> list[dict[str, Any]]:
-        """Return the best k items for the one user of a batch, each with `item`, `title` (or None) and `score`.
+    def recommend(self, score_block: ScoreBlock, k: int, excluded: Tensor) -> list[dict[str, Any]]:
+        """Return the best k items for one user, without those `excluded` [1, H], each with `item`, `title` and `score`.
 
         Raises:
             ValueError: for an invalid k.
         """
         if not 1 <= k <= len(self):
             raise ValueError(f"--k {k}: must be in 1 to {len(self):,}, the number of items")
-        items, scores = top_k(score_block, len(self), k, batch.history)
-        listed = items[0] > 0  # the list is shorter if all other items are in the history
+        items, scores = top_k(score_block, len(self), k, excluded)
+        listed = items[0] > 0  # the list is shorter if all other items are excluded
         numbers = items[0][listed].cpu().numpy()
         rows = zip(self.items.ids(numbers), self.items.titles(numbers), scores[0][listed].tolist(), strict=True)
         return [{"item": one, "title": title, "score": score} for one, title, score in rows]
 
-    def prediction_table(self, score_block: ScoreBlock, batch: EvalBatch, k: int) -> dict[str, Any]:
+    def prediction_table(self, score_block: ScoreBlock, batch: EvalBatch, k: int, excluded: Tensor) -> dict[str, Any]:
         """Return a row for each user of a batch: `user`, and the lists `items`, `scores` and, if the data have them,
         `titles`.
+
+        Lists have k items, or all if there are fewer, without those `excluded` [B, H].
         """
         assert self.users is not None
-        items, scores = top_k(score_block, len(self), k, batch.history)
+        items, scores = top_k(score_block, len(self), min(k, len(self)), excluded)
         real = batch.weight > 0
         items, scores = items[real].cpu(), scores[real].cpu()
-        listed = items > 0  # lists are shorter if all other items are in the history
+        listed = items > 0  # lists are shorter if all other items are excluded
         numbers = items[listed].numpy()
         ends = pa.array(np.concatenate([[0], listed.sum(1).cumsum(0).numpy()]), pa.int32())
         columns: dict[str, Any] = {

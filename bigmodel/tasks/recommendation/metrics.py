@@ -29,6 +29,8 @@ from torchmetrics import MeanAbsoluteError, MeanSquaredError, Metric, MetricColl
 from bigmodel.nn.accumulation import Accumulates, accumulable, accumulation_dtype
 from bigmodel.tasks.recommendation.negatives import check_counts
 
+UNRANKED = 1 << 62
+"""Rank of a target that no list contains: a miss at each k, with a reciprocal rank of 0."""
 _BY_CUTOFF = ("hr", "recall", "precision", "ndcg", "mrr")
 
 
@@ -81,7 +83,7 @@ class RankingMetrics(Accumulates, Metric):
         """Update with a batch of users; users without a target are not counted.
 
         Args:
-            ranks: [B, K] int64 from 1, 0 where there is no target, as returned by `ranking.rank`.
+            ranks: [B, K] int64 from 1, 0 where there is no target, as returned by `ranking.rank`; or UNRANKED.
             items: lists [B, k] int64, the best item first, 0 after the end; at least as long as the largest cutoff.
 
         Raises:
@@ -96,7 +98,7 @@ class RankingMetrics(Accumulates, Metric):
         hits = accumulable(within.sum(1))  # [B, K, L] -> [B, L]
         gains = (within / accumulable((ranks + 1).clamp(min=2)).log2()[:, :, None]).sum(1)
         best = ranks.masked_fill(~found, torch.iinfo(ranks.dtype).max).amin(1) if ranks.shape[1] else ranks.sum(1)
-        reciprocal = torch.where(counted, 1 / accumulable(best), 0)  # [B]
+        reciprocal = torch.where(counted & (best < UNRANKED), 1 / accumulable(best), 0)  # [B]
         users = (
             accumulable(hits > 0),
             hits / num_targets.clamp(min=1),

@@ -22,6 +22,7 @@ from bigmodel.nn import MatrixFactorization, SASRec
 from bigmodel.nn.loss import IGNORE_INDEX
 from bigmodel.run import sizes
 from bigmodel.tasks.recommendation.batches import EvalBatch, PairBatch, SequenceBatch
+from bigmodel.tasks.recommendation.evaluation import Seen
 from bigmodel.tasks.recommendation.losses import BPR, FullSoftmax, SquaredError
 from bigmodel.tasks.recommendation.negatives import DrawKeys
 from bigmodel.tasks.recommendation.ranking import ScoreBlock, dot_products
@@ -49,6 +50,9 @@ class SequentialRecommendation(Recommender):
         seed: with the optimizer step and the sample, determines negatives and masks.
         num_eval_negatives: number of items drawn per user among which each target is also ranked, for metrics
             `sampled_...`, which are comparable only at the same number; null: rank among all items only.
+        seen: rule for items of the history, in evaluation, `predict` and `recommend`. `mask`: lists contain none, and a
+            target of the history is a miss; `keep`: lists may contain them; `drop_targets`: lists contain none, and
+            targets of the history are not evaluated.
 
     Logs `val/ndcg@k`, `hr@k`, `recall@k`, `precision@k`, `mrr@k`, `coverage@k`, `popularity@k` and `mrr`, and the same for
     `test`.
@@ -68,8 +72,9 @@ class SequentialRecommendation(Recommender):
         mask_last_ratio: float = 0.1,
         seed: int = 0,
         num_eval_negatives: int | None = None,
+        seen: Seen = "mask",
     ) -> None:
-        super().__init__(topk, num_eval_negatives, optimizer, schedule)
+        super().__init__(topk, num_eval_negatives, optimizer, schedule, seen)
         for name, rate in (("mask_ratio", mask_ratio), ("mask_last_ratio", mask_last_ratio)):
             if not 0 <= rate <= 1:
                 raise ValueError(f"--model.{name} {rate}: must be in 0 to 1")
@@ -150,8 +155,8 @@ class SequentialRecommendation(Recommender):
         """Return the best items for a history, also of a new user.
 
         Args:
-            history: ids of items as in the data, in chronological order. The list contains none of them; the input of
-                the net is the last `max_length`.
+            history: ids of items as in the data, in chronological order. With `seen` `keep` the list may contain them; the
+                input of the net is the last `max_length`.
             k: length of the list.
             times: of the history, in seconds since 1970, for a net that reads times; None: evenly spaced, by the median
                 gap between two training events of a user (a line is printed).
@@ -197,7 +202,7 @@ class PairRecommendation(SequentialRecommendation):
         schedule: learning rate schedule over the run's optimizer steps; null: constant.
         topk: lengths k of the evaluated lists.
         seed: with the optimizer step and the sample, determines the negatives.
-        num_eval_negatives: as in SequentialRecommendation.
+        num_eval_negatives, seen: as in SequentialRecommendation.
     """
 
     count_unit = "samples"
@@ -212,10 +217,13 @@ class PairRecommendation(SequentialRecommendation):
         topk: Sequence[int] = (5, 10, 20),
         seed: int = 0,
         num_eval_negatives: int | None = None,
+        seen: Seen = "mask",
     ) -> None:
         make = _without_max_length(net)
         loss = loss if loss is not None else BPR()
-        super().__init__(make, loss, optimizer, schedule, topk, seed=seed, num_eval_negatives=num_eval_negatives)
+        super().__init__(
+            make, loss, optimizer, schedule, topk, seed=seed, num_eval_negatives=num_eval_negatives, seen=seen
+        )
 
     def configure_model(self) -> None:
         if self.net is not None:

@@ -15,6 +15,7 @@ from bigmodel.data.cache import say
 from bigmodel.run import sizes
 from bigmodel.tasks.recommendation.batches import EvalBatch, UserBatch
 from bigmodel.tasks.recommendation.closed_form import ClosedForm, Popularity, recency_weights
+from bigmodel.tasks.recommendation.evaluation import Seen
 from bigmodel.tasks.recommendation.module import history_batch
 from bigmodel.tasks.recommendation.ranking import ScoreBlock
 from bigmodel.tasks.recommendation.recommender import Recommender
@@ -32,7 +33,7 @@ class NonNeuralRecommendation(Recommender):
         recency_decay: factor of the value of an item of a history for each later item; 1: no decay. For lists only:
             predicted ratings ignore the order.
         topk: lengths k of the evaluated lists.
-        num_eval_negatives: as in SequentialRecommendation.
+        num_eval_negatives, seen: as in SequentialRecommendation.
 
     Logs the metrics of SequentialRecommendation; with `ratings` and a method that predicts them (UserKNN, ItemKNN) also
     `val/rmse` and `val/mae` over all targets. If the method cannot rate an item, the mean of the user's history is used.
@@ -49,8 +50,9 @@ class NonNeuralRecommendation(Recommender):
         recency_decay: float = 1.0,
         topk: Sequence[int] = (5, 10, 20),
         num_eval_negatives: int | None = None,
+        seen: Seen = "mask",
     ) -> None:
-        super().__init__(topk, num_eval_negatives)
+        super().__init__(topk, num_eval_negatives, seen=seen)
         self.method: ClosedForm = method if method is not None else Popularity()
         self.values: Literal["ones", "ratings"] = values
         self.recency_decay = recency_decay

@@ -3,7 +3,8 @@
 The key of a prepared folder is a hash of the sources' contents, the columns and the filters; not of paths. Layout::
 
     <cache>/recommendation/<key>/
-        offsets.npy items.npy times.npy ratings.npy     `Interactions`; times and ratings if the source has them
+        offsets.npy items.npy times.npy ratings.npy     `Interactions`; times and ratings if the source has them,
+        splits.npy                                      and splits if its files are named by split
         users.parquet items.parquet                     ids in the source, `IdTable`
         meta.json
     <cache>/recommendation/scans/                       hashes of files
@@ -33,7 +34,7 @@ from bigmodel.tasks.recommendation.interactions import IdTable, Interactions
 from bigmodel.tasks.recommendation.sources import InteractionColumns, InteractionSource
 from bigmodel.tasks.recommendation.sources.events import RawInteractions, collect
 
-VERSION = 1
+VERSION = 2
 _BYTES_PER_EVENT = 16
 
 
@@ -63,7 +64,7 @@ class PreparedInteractions:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         arrays = {
             name: np.load(path, mmap_mode="r") if (path := folder / f"{name}.npy").exists() else None
-            for name in ("offsets", "items", "times", "ratings")
+            for name in ("offsets", "items", "times", "ratings", "splits")
         }
         assert arrays["offsets"] is not None
         assert arrays["items"] is not None
@@ -71,7 +72,12 @@ class PreparedInteractions:
         return cls(
             folder,
             Interactions(
-                np.asarray(arrays["offsets"]), arrays["items"], arrays["times"], arrays["ratings"], num_items=len(items)
+                np.asarray(arrays["offsets"]),
+                arrays["items"],
+                arrays["times"],
+                arrays["ratings"],
+                len(items),
+                arrays["splits"],
             ),
             IdTable(pq.read_table(folder / "users.parquet"), 0, "user"),
             items,
@@ -99,14 +105,14 @@ def prepare(
 def _write(source: InteractionSource, filters: Filters, final: Path) -> None:
     start = time.monotonic()
     with progress(f"reading {source.where}", source.size) as advance:
-        raw = collect(source.rows(), advance)
+        raw = collect(source.rows(), advance, source.splits)
     titles = raw.titles if raw.titles is not None else source.titles()
     events, users, items, lines = _sort(raw, filters)
     with ExitStack() as stack:
         stack.enter_context(disk_errors(final.parent, lambda: _BYTES_PER_EVENT * len(events)))
         folder = stack.enter_context(building(final))
         content = hashlib.sha256()
-        for name in ("offsets", "items", "times", "ratings"):
+        for name in ("offsets", "items", "times", "ratings", "splits"):
             array = getattr(events, name)
             if array is not None:
                 content.update(np.ascontiguousarray(array).data)
@@ -148,6 +154,7 @@ def _sort(raw: RawInteractions, filters: Filters) -> tuple[Interactions, pa.Arra
         None if raw.times is None else raw.times[order] // 10**6,
         ratings,
         num_items,
+        None if raw.splits is None else raw.splits[order],
     )
     lines = [raw.line, *lines]
     if len(lines) > 1:

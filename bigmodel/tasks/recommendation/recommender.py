@@ -9,7 +9,7 @@ import torch
 
 from bigmodel.internals import attached_trainer
 from bigmodel.tasks.recommendation.batches import EvalBatch
-from bigmodel.tasks.recommendation.evaluation import Evaluation
+from bigmodel.tasks.recommendation.evaluation import Evaluation, Seen
 from bigmodel.tasks.recommendation.item_catalog import ItemCatalog
 from bigmodel.tasks.recommendation.ranking import ScoreBlock
 from bigmodel.training import optimizers, schedules
@@ -21,7 +21,7 @@ class Recommender(BaseTask):
 
     Args:
         topk: lengths k of the evaluated lists.
-        num_eval_negatives: see `Evaluation`.
+        num_eval_negatives, seen: see `Evaluation`.
     """
 
     def __init__(
@@ -30,9 +30,10 @@ class Recommender(BaseTask):
         num_eval_negatives: int | None = None,
         optimizer: optimizers.OptimizerFactory = torch.optim.AdamW,
         schedule: schedules.Schedule | None = None,
+        seen: Seen = "mask",
     ) -> None:
         super().__init__(optimizer, schedule)
-        self.evaluation = Evaluation(topk, num_eval_negatives)
+        self.evaluation = Evaluation(topk, num_eval_negatives, seen)
         self.item_catalog: ItemCatalog | None = None
 
     def score_block(self, batch: EvalBatch) -> ScoreBlock:
@@ -52,6 +53,8 @@ class Recommender(BaseTask):
         """Prepare the evaluation; return the number of training events of each item [I + 1], or None without data."""
         counts = torch.from_numpy(self._data.item_counts()) if hasattr(self._data, "parts") else None
         self.evaluation.prepare(num_items, counts)
+        if counts is not None:
+            self._data.report_repeats(self.evaluation.seen)
         return counts
 
     def validation_step(self, batch: EvalBatch) -> None:
@@ -69,10 +72,13 @@ class Recommender(BaseTask):
     # SupportsPredict: the best items for each user, for `bigmodel predict`.
 
     def predict_step(self, batch: EvalBatch) -> dict[str, Any]:
-        return self._item_catalog().prediction_table(self.score_block(batch), batch, max(self.evaluation.topk))
+        return self._item_catalog().prediction_table(
+            self.score_block(batch), batch, max(self.evaluation.topk), self.evaluation.excluded(batch)
+        )
 
     def prediction_metadata(self) -> dict[str, str]:
-        return {"lists": "the items of each user, the best first; none of the history"}
+        rest = "items of the history may be among them" if self.evaluation.seen == "keep" else "none of the history"
+        return {"lists": f"the items of each user, the best first; {rest}"}
 
     # The checkpoint contains the ids of the items, so that a loaded task can recommend without the data.
 
@@ -100,4 +106,4 @@ class Recommender(BaseTask):
         Raises:
             ValueError: for a k above the number of items.
         """
-        return self._item_catalog().recommend(self.score_block(batch), batch, k)
+        return self._item_catalog().recommend(self.score_block(batch), k, self.evaluation.excluded(batch))

@@ -57,6 +57,22 @@ class SplitInteractions:
         starts, stops = self.bounds(split)
         return np.flatnonzero((stops > starts) & (starts > self.events.offsets[:-1]))
 
+    def repeats(self, split: str) -> tuple[int, int, int]:
+        """Return the number of different targets of users to evaluate, of repeats within the split, and of the different
+        ones that are in the history.
+        """
+        users = self.users_to_evaluate(split)
+        starts, stops = (bounds[users] for bounds in self.bounds(split))
+        targets, history = (
+            np.repeat(users, last - first) * (self.events.num_items + 1) + self.events.items[ranges(first, last)]
+            for first, last in ((starts, stops), (self.events.offsets[users], starts))
+        )
+        different = np.unique(targets)
+        place = np.minimum(np.searchsorted(different, history), len(different) - 1)
+        seen = np.zeros(len(different), bool)
+        seen[place[different[place] == history]] = True
+        return len(different), len(targets) - len(different), int(seen.sum())
+
 
 class InteractionSplit(ABC):
     """Base class of splits. Its `repr` must contain all settings, as that of a dataclass."""
@@ -221,6 +237,32 @@ class Ratio(InteractionSplit):
         order = np.lexsort((split, users))  # stable: the order of time within a split
         line = f"{self.test:g} of each user's for test, {self.val:g} for val, drawn with seed {self.seed}"
         return SplitInteractions(events.reordered(order), train_stops, val_stops, line)
+
+
+@dataclass(frozen=True)
+class ByFile(InteractionSplit):
+    """The splits of files named by split.
+
+    Args:
+        names: of the splits other than train that there are.
+    """
+
+    names: tuple[str, ...] = ("val", "test")
+
+    @property
+    def requested(self) -> tuple[str, ...]:
+        return self.names
+
+    def _split(self, events: Interactions) -> SplitInteractions:
+        splits = events.splits
+        assert splits is not None
+        users = np.repeat(np.arange(events.num_users), events.lengths)
+        order = np.lexsort((splits, users))  # stable: the order of time within a split
+        counts = [np.bincount(users[splits == i], minlength=events.num_users) for i in range(2)]
+        train_stops = events.offsets[:-1] + counts[0]
+        return SplitInteractions(
+            events.reordered(order), train_stops, train_stops + counts[1], "by the names of the files"
+        )
 
 
 def _instant(name: str, text: str) -> int:

@@ -287,3 +287,23 @@ def test_bad_options_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             make()
+
+
+@pytest.mark.parametrize("neighbors_of", ["history", "recommended"])
+def test_neighbours_are_of_items_of_the_history_or_of_recommended_ones(neighbors_of):
+    draw = np.random.default_rng(0)
+    events = draw.random((30, 13)) < 0.3
+    events[:, 0] = False
+    events[0] = [False] + [True] * 12
+    indptr, indices = np.concatenate([[0], events.sum(1).cumsum()]), np.nonzero(events)[1]
+    method = ItemKNN(3, shrinkage=1.0, neighbors_of=neighbors_of).fit(indptr, indices, None, 12)
+    x = events.astype(float)
+    norms = np.sqrt(x.sum(0))
+    w = np.zeros((13, 13))
+    for one in range(1, 13):
+        similar = {j: (x[:, one] @ x[:, j]) / (norms[one] * norms[j] + 1) for j in range(1, 13) if j != one}
+        for j in sorted(similar, key=lambda j: (-np.float32(similar[j]), j))[:3]:
+            w[(one, j) if neighbors_of == "history" else (j, one)] = similar[j]
+    history = torch.tensor([[0, 2, 5, 7], [1, 3, 4, 12]])
+    expected = np.stack([sum(w[i] for i in row if i) for row in history.tolist()])
+    np.testing.assert_allclose(method.score_block(history)(1, 13).numpy(), expected[:, 1:], rtol=1e-5)

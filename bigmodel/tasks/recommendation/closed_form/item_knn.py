@@ -7,6 +7,8 @@ which only the K largest of each item are used::
 
     w_ij = x_i . x_j / (|x_i| |x_j| + shrinkage),      score_j = sum_{i in history} w_ij  over the K largest of each i
 
+or, as in RecBole, over the K largest of each j (`neighbors_of`).
+
 A predicted rating is the weighted mean of the user's ratings (Sarwar et al. 2001, doi 10.1145/371920.372071)::
 
     r_j = sum_{i in history} w_ij r_i / sum_{i in history} w_ij
@@ -16,7 +18,7 @@ U users, I items (numbered 1 to I), K neighbours of an item.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
@@ -46,20 +48,28 @@ class ItemKNN(ClosedForm):
     Args:
         num_neighbors: K.
         shrinkage: in units of |x_i| |x_j|, at least 0.
+        neighbors_of: K similarities are used of each item of the `history`, or of each `recommended` item (RecBole).
 
     Attributes:
-        similarity: sparse [I + 1, I + 1] float32, once fitted; row i has the neighbours of item i; ties are broken by
+        similarity: sparse [I + 1, I + 1] float32, once fitted; w_ij is in row i and column j; ties are broken by
             the lower number.
     """
 
     similarity: Any
 
-    def __init__(self, num_neighbors: int = 100, shrinkage: float = 0.0) -> None:
+    def __init__(
+        self,
+        num_neighbors: int = 100,
+        shrinkage: float = 0.0,
+        neighbors_of: Literal["history", "recommended"] = "history",
+    ) -> None:
         if num_neighbors < 1:
             raise ValueError(f"--model.method.num_neighbors {num_neighbors}: must be at least 1")
         if not 0 <= shrinkage < float("inf"):
             raise ValueError(f"--model.method.shrinkage {shrinkage}: must be 0 or above")
-        self.num_neighbors, self.shrinkage = num_neighbors, shrinkage
+        if neighbors_of not in ("history", "recommended"):
+            raise ValueError(f"--model.method.neighbors_of {neighbors_of!r}: must be history or recommended")
+        self.num_neighbors, self.shrinkage, self.neighbors_of = num_neighbors, shrinkage, neighbors_of
 
     def fit(self, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None, num_items: int) -> ItemKNN:
         """Fit as in `ClosedForm.fit`. Memory: 24 bytes for each neighbour, and a block of similarities at a time."""
@@ -82,6 +92,8 @@ class ItemKNN(ClosedForm):
             for start, stop in partition_by_budget(sharing[order], _SIMILARITIES_AT_ONCE)
         ]
         rows, columns, similarities = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        if self.neighbors_of == "recommended":  # similarities are symmetric
+            rows, columns = columns, rows
         self.similarity = sp.csr_matrix((similarities, (rows, columns)), (num_items + 1, num_items + 1))
         return self
 

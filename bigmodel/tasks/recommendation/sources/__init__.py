@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from bigmodel.data.tables import Rows, files_in, find_files
 from bigmodel.data.tables.arrow import read_parquet
 from bigmodel.data.tables.files import kind_of
 from bigmodel.data.tables.hugging_face import HUB
-from bigmodel.data.tables.text import read_delimited
+from bigmodel.data.tables.text import read_delimited, read_json_lines
 from bigmodel.tasks.recommendation.sources.columns import InteractionColumns, InteractionSource
 from bigmodel.tasks.recommendation.sources.examples import find_example
 from bigmodel.tasks.recommendation.sources.huggingface import find_hub
@@ -23,10 +24,12 @@ from bigmodel.tasks.recommendation.sources.titles import find_titles
 __all__ = ["InteractionColumns", "InteractionSource", "find_source"]
 
 KINDS = (
-    "tables of events (CSV, TSV, Parquet; files, a folder or a glob); MovieLens as published (a folder with u.data,"
-    " ratings.dat or ratings.csv); RecBole's .inter files; hf://owner/name; {movielens}"
+    "tables of events (CSV, TSV, JSON Lines, Parquet; files, a folder or a glob); MovieLens as published (a folder with"
+    " u.data, ratings.dat or ratings.csv); RecBole's .inter files; hf://owner/name; {movielens}"
 )
-_SUFFIXES = (".inter", ".parquet", ".csv", ".tsv")
+_SUFFIXES = (".inter", ".parquet", ".csv", ".tsv", ".jsonl", ".inter.gz", ".csv.gz", ".tsv.gz")
+_SPLIT_OF = {"train": "train", "valid": "val", "validation": "val", "val": "val", "dev": "val", "test": "test"}
+_SPLIT_NAME = re.compile(rf"(?:^|[._-])({'|'.join(_SPLIT_OF)})(?:[._-]\d[\w-]*)?\.[a-z.]+$")
 _ROWS_AT_ONCE = 2**19  # of Parquet: events are small
 
 
@@ -46,14 +49,17 @@ def find_source(path: str | list[str], *, columns: InteractionColumns, cache: Pa
     if isinstance(path, str) and path.startswith(HUB):
         return find_hub(path, columns)
     files = find_files(path, _files_in, KINDS)
-    parquet = {file: kind_of(file, KINDS) == "parquet" for file in files}
+    kinds = {file: kind_of(file, KINDS) for file in files}
 
     def rows() -> Iterator[Rows]:
         for file in files:
-            if parquet[file]:
+            if kinds[file] == "parquet":
                 yield from read_parquet(file, columns, _ROWS_AT_ONCE)
+            elif kinds[file] == "json":
+                yield from read_json_lines(file, columns)
             else:
-                yield from read_delimited(file, events_layout(file), columns)
+                layout = events_layout(file, columns.column_names, columns.known)
+                yield from read_delimited(file, layout, columns)
 
     def titles() -> pa.Table | None:
         tables = [table for file in files if (table := find_titles(file)) is not None]
@@ -61,7 +67,27 @@ def find_source(path: str | list[str], *, columns: InteractionColumns, cache: Pa
 
     where = path if isinstance(path, str) else ", ".join(path)
     size = sum(os.path.getsize(file) for file in files)
-    return InteractionSource(where, _content(files, cache), rows, titles, size)
+    splits = _splits_of(files)
+    content = _content(files, cache)
+    content = content if splits is None else digest([content, *splits.values()])
+    return InteractionSource(where, content, rows, titles, size, splits)
+
+
+def _splits_of(files: list[str]) -> dict[str, str] | None:
+    """Return the split of each file by its name, such as x.train.inter or valid.csv; None if none is for training.
+
+    Raises:
+        ValueError: if some are named by split, and others are not.
+    """
+    found = {file: match[1] for file in files if (match := _SPLIT_NAME.search(os.path.basename(file).lower()))}
+    splits = {file: _SPLIT_OF[name] for file, name in found.items()}
+    if len(set(splits.values())) < 2 or "train" not in splits.values():
+        return None
+    if others := [file for file in files if file not in splits]:
+        raise ValueError(
+            f"--data.path: {next(iter(splits))} is named by split, but {others[0]} is not: set it to files of one kind"
+        )
+    return splits
 
 
 def _files_in(folder: str) -> list[str]:

@@ -5,8 +5,9 @@ N events, M rows of a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import pyarrow.compute as pc
 
 from bigmodel.data.tables.rows import Rows, decode_dictionary, first_index, is_text
 
+SPLITS = ("train", "val", "test")
 _MISSING = pa.array(["", "nan", "NaN", "null", "NULL", "None"])  # texts for a missing id
 _IDS = ": must be a whole number, at least 0, or text"
 _UNITS = {"seconds": 10**6, "milliseconds": 10**3, "microseconds": 1}  # [microseconds]
@@ -34,6 +36,7 @@ class RawInteractions:
         item_ids: the same.
         titles: a table with `id`, `title`, `genres` (nulls where there are none), each item at most once; or None.
         line: readable summary.
+        splits: [N] int8, 0 to 2 for train, val and test, of files named by split; or None.
     """
 
     users: np.ndarray
@@ -44,24 +47,31 @@ class RawInteractions:
     item_ids: pa.Array
     titles: pa.Table | None
     line: str
+    splits: np.ndarray | None = None
 
 
-def collect(blocks: Iterable[Rows], advance: Callable[[int], None] = lambda _: None) -> RawInteractions:
+def collect(
+    blocks: Iterable[Rows], advance: Callable[[int], None] = lambda _: None, splits: Mapping[str, str] | None = None
+) -> RawInteractions:
     """Read all rows.
 
     Args:
         blocks: of rows.
         advance: called with the number of bytes read.
+        splits: split of each file, if the files are named by split.
 
     Raises:
         ValueError: if a cell is invalid (with file and row), the files differ in their columns, or there are no rows.
     """
     reader = _Reader()
+    numbers: list[np.ndarray] = []
     for rows in blocks:
         if len(rows):
             reader.add(rows)
+            if splits is not None:
+                numbers.append(np.full(len(rows), SPLITS.index(splits[rows.where]), np.int8))
         advance(rows.size)
-    return reader.events()
+    return replace(reader.events(), splits=np.concatenate(numbers) if numbers else None)
 
 
 class _Reader:
@@ -99,7 +109,7 @@ class _Reader:
         self.num_events += len(rows)
 
     def _ids(self, rows: Rows, role: str) -> pa.DictionaryArray:
-        values = decode_dictionary(rows.columns[role])
+        values = _trimmed(rows, rows.columns[role])
         whole, text = pa.types.is_integer(values.type), is_text(values.type)
         if not whole and not text:
             raise ValueError(
@@ -124,7 +134,7 @@ class _Reader:
 
     def _times(self, rows: Rows) -> np.ndarray:
         """Return [M] microseconds since 1970."""
-        values = decode_dictionary(rows.columns["time"])
+        values = _trimmed(rows, rows.columns["time"])
         _check_no_missing(rows, values, "time")
         if is_text(values.type):
             values = _parsed(rows, values)
@@ -147,6 +157,9 @@ class _Reader:
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
             raise ValueError(f"{rows.name(row)}: invalid time {numbers[row]!s}: must be 0 or above, since 1970")
+        if pa.types.is_integer(values.type) and (dates := _dates(numbers)) is not None:
+            self._same_unit(rows, 0, "dates", numbers[0])
+            return dates
         if pa.types.is_floating(values.type) and (numbers % 1 == 0).all() and numbers.max() < 2**63:
             numbers = numbers.astype(np.int64)
         for row in (int(numbers.argmin()), int(numbers.argmax())):
@@ -225,9 +238,30 @@ def _unit(number: float) -> str:
     return [*_UNITS, "nanoseconds"][min(power, 3)]
 
 
+def _dates(numbers: np.ndarray) -> np.ndarray | None:
+    """Return [M] microseconds since 1970 of dates such as 20240131; None if a number is no such date."""
+    if numbers.min() < 19700101 or numbers.max() > 21001231:
+        return None
+    different, which = np.unique(numbers, return_inverse=True)
+    try:
+        days = np.array([date(n // 10_000, n // 100 % 100, n % 100) for n in different.tolist()], "datetime64[us]")
+    except ValueError:
+        return None
+    return days.astype(np.int64)[which]
+
+
+def _trimmed(rows: Rows, values: pa.Array) -> pa.Array:
+    """Return a column without dictionary encoding; in a text table, cells without spaces around them."""
+    values = decode_dictionary(values)
+    return values if rows.typed else pc.utf8_trim_whitespace(values)
+
+
 def _check_no_missing(rows: Rows, values: pa.Array, what: str) -> None:
-    if values.null_count:
-        raise ValueError(f"{rows.name(first_index(pc.is_null(values)))}: the {what} is missing")
+    missing = pc.is_null(values)
+    if what == "time" and is_text(values.type):
+        missing = pc.or_kleene(missing, pc.is_in(values, _MISSING))
+    if pc.any(missing).as_py():
+        raise ValueError(f"{rows.name(first_index(missing))}: the {what} is missing")
 
 
 def _ratings(rows: Rows) -> np.ndarray:
@@ -255,7 +289,8 @@ def _parsed(rows: Rows, values: pa.Array) -> pa.Array:
         float(first)
     except ValueError:
         zone = first.endswith("Z") or "+" in first or first[10:].count("-") > 0
-        return _cast(rows, values, pa.timestamp("us", "UTC" if zone else None), "time")
+        unit = "ns" if len(first.partition(".")[2].rstrip("Z")) > 6 else "us"
+        return _cast(rows, values, pa.timestamp(unit, "UTC" if zone else None), "time")
     try:
         return values.cast(pa.int64())
     except pa.ArrowInvalid:
