@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from bigmodel.data.text import did_you_mean
+from bigmodel.training.callbacks import Checkpoint
 
 
 class CheckMonitors(Callback):
@@ -27,6 +28,8 @@ class CheckMonitors(Callback):
         for name, callback in self.named.items():
             monitor = getattr(callback, "monitor", None)
             if not isinstance(monitor, str) or monitor in logged:
+                continue
+            if isinstance(callback, Checkpoint) and monitor == "val/loss":  # the default: it chooses another
                 continue
             if hint := did_you_mean(monitor, logged, cutoff=0.8):
                 names = ", ".join(logged)

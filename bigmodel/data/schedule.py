@@ -133,7 +133,7 @@ def training_steps(trainer: Trainer) -> int:
 
     Lightning's `global_step` counts each optimizer's steps under manual optimization: those of a GAN twice.
     """
-    module: Any = getattr(trainer, "lightning_module", None)
+    module: Any = getattr(trainer, "lightning_module", None)  # None before a fit
     if module is None or module.automatic_optimization:
         return trainer.global_step
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
@@ -148,7 +148,8 @@ def num_steps(trainer: Trainer) -> int:
     Lightning's own `estimated_stepping_batches` is not used: it starts to read data before a checkpoint is restored.
     """
     bounds = [trainer.max_steps] if trainer.max_steps > 0 else []
-    if bounds and not trainer.lightning_module.automatic_optimization:
+    module = getattr(trainer, "lightning_module", None)
+    if bounds and module is not None and not module.automatic_optimization:
         return -1
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
         source: Any = getattr(trainer, "datamodule", None) or trainer.lightning_module

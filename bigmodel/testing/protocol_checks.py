@@ -70,7 +70,7 @@ def _check_declared(task: Any, logits: Tensor, targets: Tensor) -> None:
     if declared not in required:
         raise CheckFailed(
             f"targets are numbers {list(targets.shape)}, and problem_type is {declared!r}: give the task a property"
-            f" problem_type that returns {' or '.join(required)}, or distillation compares probabilities"
+            f" problem_type that returns {' or '.join(required)}, since by default targets are compared as probabilities"
         )
 
 

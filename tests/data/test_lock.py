@@ -23,8 +23,8 @@ from pathlib import Path
 from bigmodel.data.lock import Lock
 lock = Lock(Path(sys.argv[1]))
 child = os.fork()  # as a reader of data, which may outlive its parent
-if child:
-    print(child, flush=True)
+if not child:
+    print(os.getpid(), flush=True)
 time.sleep(100)
 """
 

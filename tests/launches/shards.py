@@ -144,13 +144,13 @@ def work(rank, run):
 
     save_file = safetensors.torch.save_file
 
-    def full(tensors, path):
+    def full(tensors, path, metadata):
         if rank == 2:
             raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
 
-    def killed(tensors, path):
-        save_file(tensors, path)
+    def killed(tensors, path, metadata):
+        save_file(tensors, path, metadata)
         if rank == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 

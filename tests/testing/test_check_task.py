@@ -383,7 +383,7 @@ def test_the_command_prints_a_line_each_and_fails_with_a_failure(monkeypatch, ca
         (["nowhere.Task", "-c", OUTSIDER], 1, "No module named 'nowhere'"),
         (["tabular_regression", "-c", OUTSIDER, "--data", "fails.Data"], 1, "ZeroDivisionError"),
         (["tabular_regression", "-c", OUTSIDER, "--data", "null"], 2, "names no class for data"),
-        (["tabular_regression", "-c", OUTSIDER, "--data", "nowhere.Data"], 2, "no package 'nowhere' is installed"),
+        (["tabular_regression", "-c", OUTSIDER, "--data", "nowhere.Data"], 2, "there is no module 'nowhere'"),
     ],
 )
 def test_what_cannot_be_checked_is_refused(arguments, code, message, tmp_path, monkeypatch, capsys):

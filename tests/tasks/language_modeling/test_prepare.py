@@ -206,7 +206,7 @@ def test_killed_run_is_not_taken_for_finished_and_many_may_prepare_at_once(text,
     killed = start("die")
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
-    (remains,) = (path for path in (cache / "language_modeling").iterdir() if path.name != "scans")
+    (remains,) = (path for path in (cache / "language_modeling").iterdir() if path.is_dir() and path.name != "scans")
     assert remains.name.startswith(".")
     several = [start("live") for _ in range(3)]
     outputs = [process.communicate() for process in several]
