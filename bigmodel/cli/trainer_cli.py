@@ -85,7 +85,8 @@ class TrainerCLI(LightningCLI):
     ) -> None:
         plugins.check_classes(config, [Path.cwd()])
         check_settings(config)
-        fill_class_defaults(config)
+        if not saved:  # a run's configuration holds every default; text in it must not be imported
+            fill_class_defaults(config)
         self.extra_callbacks, self.saved, self.creates = extra_callbacks, saved, instantiate
         # Lightning's type for a precision does not include `auto`.
         trainer = dict(config.get("trainer") or {})

@@ -185,13 +185,14 @@ def test_no_verb_runs_what_a_run_names(tampered, tmp_path, capsys, verb):
 
     popen = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", str(tmp_path / "marker")]}}
     run = tampered({"net": popen})
-    for net in (popen, "os.system"):
-        run = tampered({"net": net})
+    for arguments in ({"net": popen}, {"net": "os.system"}, {"optimizer": "payload_module.Net"}):
+        run = tampered(arguments)
         with pytest.raises(SystemExit) as stopped:
             main([*verb.split(), str(run)])
         assert stopped.value.code == 2
         assert "--trust" in capsys.readouterr().err
     assert not (tmp_path / "marker").exists()
+    assert "payload_module" not in sys.modules
 
 
 def test_trust_is_a_flag_of_every_verb(tampered, tmp_path, capsys):
